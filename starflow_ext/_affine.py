@@ -1,0 +1,153 @@
+"""The affine parametrisation in plain torch: what the references of the affine ops share.
+
+Reference: Zhai et al., Normalizing Flows are Capable Generative Models (TarFlow), section 3; Gu et al., STARFlow,
+section 3 (softplus scale, soft clip, guidance).
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starflow_ext._check import require
+
+Activation = Literal["softplus", "exp", "none"]
+
+ACTIVATIONS: Final = ("softplus", "exp", "none")
+
+# log(e - 1): softplus of it is 1, so a raw value of zero means a scale of one.
+SOFTPLUS_BIAS: Final = 0.541324854612918
+
+# The argument of the exponential is clamped here, so that scale, its inverse and every gradient stay finite in
+# float32: exp(+-80) is 5.5e34 and 1.8e-35. Sane networks stay within +-10.
+LOG_SCALE_LIMIT: Final = 80.0
+
+FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Terms(NamedTuple):
+    """Shift, scale and log-scale, each (..., tokens, channels), in the dtype of the arithmetic."""
+
+    shift: Tensor
+    scale: Tensor
+    log_scale: Tensor
+
+
+def shape_text(shape: torch.Size | list[int]) -> str:
+    """Write a shape as ``[2, 7]``."""
+    return str(list(shape))
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 stays; every other storage dtype is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_data(op: str, name: str, data: Tensor, *, dim: int | None = None) -> None:
+    """Check the tensor that is transformed: dtype and number of dimensions."""
+    require(
+        data.dtype in FLOATING,
+        op,
+        f"{name} has dtype",
+        _dtype_text(data.dtype),
+        "float32, bfloat16, float16 or float64",
+    )
+    if dim is None:
+        require(data.dim() >= 2, op, f"{name} has shape", shape_text(data.shape), "(..., tokens, channels)")
+    else:
+        require(data.dim() == dim, op, f"{name} has shape", shape_text(data.shape), "(batch, tokens, channels)")
+
+
+def check_raw(
+    op: str, name: str, data: Tensor, raw: Tensor, activation: str, soft_clip: float, *, halves: int = 1
+) -> None:
+    """Check ``raw`` and the options against the tensor that is transformed."""
+    require(activation in ACTIVATIONS, op, "activation is", f'"{activation}"', '"softplus", "exp" or "none"')
+    require(0.0 <= soft_clip < float("inf"), op, "soft_clip is", f"{soft_clip:g}", "a finite number >= 0")
+    mixed = data.dtype == torch.float32 and raw.dtype in (torch.bfloat16, torch.float16)
+    expected_dtype = _dtype_text(data.dtype) + (", bfloat16 or float16" if data.dtype == torch.float32 else "")
+    require(
+        raw.dtype == data.dtype or mixed,
+        op,
+        "raw has dtype",
+        _dtype_text(raw.dtype),
+        f"{expected_dtype} for {name} of {_dtype_text(data.dtype)}",
+    )
+    require(raw.device == data.device, op, "raw is on", raw.device, f"{data.device} like {name}")
+    expected = list(data.shape)
+    expected[-1] *= 1 if activation == "none" else 2
+    expected[0] *= halves
+    require(
+        list(raw.shape) == expected,
+        op,
+        "raw has shape",
+        shape_text(raw.shape),
+        f"{shape_text(expected)} for {name} of shape {shape_text(data.shape)}",
+    )
+
+
+def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: float, shifted: bool) -> Terms:
+    """Turn what the network puts out into shift and scale.
+
+    Args:
+        raw: (..., tokens, 2 * channels), log-scale before shift; (..., tokens, channels) with activation "none".
+        dtype: dtype of the arithmetic.
+        activation: "softplus", "exp" or "none".
+        soft_clip: bound of the smooth clip; 0 is no clip.
+        shifted: row n belongs to token n + 1, and token 0 is left alone.
+
+    Returns:
+        The terms, each (..., tokens, channels).
+    """
+    raw = raw.to(dtype)
+    if soft_clip > 0.0:
+        raw = soft_clip * torch.tanh(raw / soft_clip)
+    if activation == "none":
+        shift = raw
+        scale = torch.ones_like(shift)
+        log_scale = torch.zeros_like(shift)
+    else:
+        log_half, shift = raw.chunk(2, dim=-1)
+        if activation == "exp":
+            log_scale = log_half.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
+            scale = log_scale.exp()
+        else:
+            # From 40 on softplus(u) is u in float64 too; torch's default of 20 is good for float32 only.
+            scale = F.softplus((log_half + SOFTPLUS_BIAS).clamp(min=-LOG_SCALE_LIMIT), threshold=40.0)
+            log_scale = scale.log()
+    if shifted:
+        shift, scale, log_scale = (
+            _behind(term, first) for term, first in ((shift, 0.0), (scale, 1.0), (log_scale, 0.0))
+        )
+    return Terms(shift, scale, log_scale)
+
+
+def guided_terms(conditional: Terms, unconditional: Terms, guidance: float) -> tuple[Tensor, Tensor]:
+    """Combine the two halves of a guided batch.
+
+    Args:
+        conditional: terms under the condition.
+        unconditional: terms without it.
+        guidance: weight w > 0.
+
+    Returns:
+        Shift and scale of the guided affine map.
+
+    Reference:
+        Gu et al., STARFlow, section 3.5 (guidance of two Gaussians).
+    """
+    ratio = (conditional.scale / unconditional.scale).clamp(max=1.0).square()
+    precision = 1.0 + guidance - guidance * ratio
+    shift = ((1.0 + guidance) * conditional.shift - guidance * ratio * unconditional.shift) / precision
+    return shift, conditional.scale / precision.sqrt()
+
+
+def _behind(term: Tensor, first: float) -> Tensor:
+    return torch.cat([torch.full_like(term[..., :1, :], first), term[..., :-1, :]], dim=-2)
+
+
+def _dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
