@@ -1,0 +1,368 @@
+"""Clips, the data sets that hold them, and the deterministic order in which training draws them.
+
+A data set is map-style: ``len(dataset)`` and ``dataset.item(index, epoch=..., seed=...)``. An item depends on these
+three numbers and nothing else, and a batch on ``(seed, step)`` and nothing else: a resumed run sees the same data.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from starflow.data.video import VideoError, VideoInfo, frames_at, probe, read_image, read_video
+
+__all__ = [
+    "Clip",
+    "ClipDataset",
+    "VideoFolder",
+    "sample_batch",
+    "sample_indices",
+    "stack_clips",
+    "to_frames",
+    "to_pixels",
+]
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+SIDECAR_SUFFIXES = (".txt", ".json")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip with its caption.
+
+    Args:
+        pixels: float32 of shape (frames, channels, height, width), in [-1, 1]. An image is one frame.
+        caption: what it shows; "" where nobody said.
+        name: where it comes from, for logs and error messages.
+    """
+
+    pixels: torch.Tensor
+    caption: str
+    name: str
+
+
+class ClipDataset(Protocol):
+    """What the trainer asks of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip: ...
+
+
+def to_pixels(frames: torch.Tensor) -> torch.Tensor:
+    """Turn stored frames into model pixels.
+
+    Args:
+        frames: uint8 of shape (frames, height, width, channels).
+
+    Returns:
+        float32 of shape (frames, channels, height, width), 0 -> -1 and 255 -> 1.
+    """
+    return frames.movedim(-1, -3).to(torch.float32).div(127.5).sub(1.0).contiguous()
+
+
+def to_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """Turn model pixels into frames that can be stored or shown; the inverse of `to_pixels`.
+
+    Args:
+        pixels: float of shape (..., channels, height, width); values outside [-1, 1] are clamped.
+
+    Returns:
+        uint8 of shape (..., height, width, channels).
+
+    Raises:
+        ValueError: when a value is not finite, which no picture can show.
+    """
+    if not bool(torch.isfinite(pixels).all()):
+        raise ValueError("to_frames: pixels hold values that are not finite (NaN or infinite), expected finite numbers")
+    levels = pixels.detach().to("cpu", torch.float32).clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
+    return levels.to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def stack_clips(clips: Sequence[Clip]) -> tuple[torch.Tensor, list[str]]:
+    """Stack clips of one shape into a batch.
+
+    Args:
+        clips: at least one clip, all of the same shape.
+
+    Returns:
+        pixels (batch, frames, channels, height, width) and the captions.
+
+    Raises:
+        ValueError: when there is no clip, or when two differ in shape.
+    """
+    if not clips:
+        raise ValueError("stack_clips: clips is empty, expected at least one clip")
+    for clip in clips:
+        if clip.pixels.shape != clips[0].pixels.shape:
+            raise ValueError(
+                f"stack_clips: {clip.name} has shape {list(clip.pixels.shape)}, "
+                f"expected {list(clips[0].pixels.shape)} like {clips[0].name}"
+            )
+    return torch.stack([clip.pixels for clip in clips]), [clip.caption for clip in clips]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    order: np.ndarray = np.random.default_rng([seed, epoch]).permutation(length)
+    return order
+
+
+def sample_indices(seed: int, step: int, batch: int, length: int) -> list[tuple[int, int]]:
+    """Say which items make up the batch of a training step.
+
+    Every epoch is a fresh permutation of the whole data set, and the steps walk through the epochs without a gap, so
+    a batch may span two of them. A pure function of its arguments: resuming needs no state but the step.
+
+    Args:
+        seed: of the run, not negative.
+        step: counted from 0.
+        batch: items in a step, over all processes.
+        length: of the data set.
+
+    Returns:
+        `batch` pairs (index, epoch), the arguments of `ClipDataset.item`.
+
+    Raises:
+        ValueError: when an argument is out of range.
+    """
+    for name, value, least in (("seed", seed, 0), ("step", step, 0), ("batch", batch, 1), ("length", length, 1)):
+        if value < least:
+            raise ValueError(f"sample_indices: {name} is {value}, expected at least {least}")
+    pairs = []
+    for position in range(step * batch, (step + 1) * batch):
+        epoch, offset = divmod(position, length)
+        pairs.append((int(_permutation(seed, epoch, length)[offset]), epoch))
+    return pairs
+
+
+def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tuple[torch.Tensor, list[str]]:
+    """Draw the batch of a training step.
+
+    Args:
+        dataset: any data set of clips of one shape.
+        seed: of the run.
+        step: counted from 0.
+        batch: number of clips.
+
+    Returns:
+        pixels (batch, frames, channels, height, width) in [-1, 1], and the captions.
+    """
+    pairs = sample_indices(seed, step, batch, len(dataset))
+    return stack_clips([dataset.item(index, epoch=epoch, seed=seed) for index, epoch in pairs])
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One readable file of a folder: how many frames it has at the wanted rate, and its captions."""
+
+    path: Path
+    name: str
+    available: int
+    captions: tuple[str, ...]
+    info: VideoInfo | None
+
+
+def _captions(path: Path) -> tuple[str, ...]:
+    """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions"."""
+    for suffix in SIDECAR_SUFFIXES:
+        sidecar = path.with_suffix(suffix)
+        if not sidecar.is_file():
+            continue
+        text = sidecar.read_text(encoding="utf-8")
+        if suffix == ".txt":
+            return (text.strip(),)
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"VideoFolder: {sidecar} is not valid JSON ({error})") from error
+        found = content.get("captions", [content.get("caption")]) if isinstance(content, dict) else None
+        if not isinstance(found, list) or not found or not all(isinstance(caption, str) for caption in found):
+            raise ValueError(
+                f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["...", ...]}}'
+            )
+        return tuple(caption.strip() for caption in found)
+    return ("",)
+
+
+class VideoFolder:
+    """Clips cut from a folder of video files of any format and size, with captions from the files beside them.
+
+    Every file below the folder counts, except hidden ones and the captions: `NAME.txt` (one caption) or `NAME.json`
+    (`{"caption": "..."}`, or `{"captions": [...]}` of which each item draws one). A file without caption has "".
+    Images are clips of one frame, read only when `frames` is 1. A file that is missing, empty, corrupt, without
+    video or too short is skipped with one line in the log that names it.
+
+    Frames are scaled to cover height x width, cropped in the middle, and chosen by timestamp as in `read_video`.
+    Decoded files are kept in memory as uint8 up to `cache_bytes`; a file larger than that is read clip by clip.
+
+    Args:
+        folder: with the files, searched through all its subfolders.
+        frames: in a clip.
+        height, width: of a clip.
+        fps: frames per second of the clips, or None for each file's own nominal rate.
+        channels: 3 for RGB, 1 for grey.
+        clips_per_file: items that each file gives in one epoch.
+        cut: "random" cuts each clip at a start drawn from (seed, epoch, index); "even" spreads the starts of a file's
+            clips from its first to its last possible one, the same in every epoch.
+        cache_bytes: memory for decoded files.
+
+    Raises:
+        ValueError: when an argument is out of range, a caption file is malformed, or no file is readable.
+        FileNotFoundError: when the folder does not exist.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        frames: int,
+        height: int,
+        width: int,
+        fps: float | None = None,
+        channels: int = 3,
+        clips_per_file: int = 1,
+        cut: Literal["random", "even"] = "random",
+        cache_bytes: int = 1 << 30,
+    ) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"VideoFolder: folder {self.folder} does not exist")
+        for name, value, least in (
+            ("frames", frames, 1),
+            ("height", height, 1),
+            ("width", width, 1),
+            ("clips_per_file", clips_per_file, 1),
+            ("cache_bytes", cache_bytes, 0),
+        ):
+            if value < least:
+                raise ValueError(f"VideoFolder: {name} is {value}, expected at least {least}")
+        if channels not in (1, 3):
+            raise ValueError(f"VideoFolder: channels is {channels}, expected 1 (grey) or 3 (RGB)")
+        if fps is not None and not fps > 0:
+            raise ValueError(f"VideoFolder: fps is {fps}, expected a positive number")
+        if cut not in ("random", "even"):
+            raise ValueError(f'VideoFolder: cut is "{cut}", expected "random" or "even"')
+        self.frames = frames
+        self.height = height
+        self.width = width
+        self.fps = fps
+        self.channels = channels
+        self.clips_per_file = clips_per_file
+        self.cut = cut
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        self._broken: set[Path] = set()
+        self._sources = self._scan()
+
+    def __len__(self) -> int:
+        return len(self._sources) * self.clips_per_file
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        """Read one clip.
+
+        A file that turns out to be damaged further in is skipped with one line in the log, and the next file stands
+        in for it.
+
+        Args:
+            index: from 0 to len - 1.
+            epoch: each epoch cuts elsewhere (`cut` "random").
+            seed: of the run.
+
+        Returns:
+            the clip, pixels (frames, channels, height, width).
+
+        Raises:
+            IndexError: when there is no such index.
+            ValueError: when no file is readable any more.
+        """
+        if not 0 <= index < len(self):
+            raise IndexError(f"VideoFolder: index is {index}, expected 0 to {len(self) - 1}")
+        first, part = divmod(index, self.clips_per_file)
+        rng = np.random.default_rng([seed, epoch, index])
+        for offset in range(len(self._sources)):
+            source = self._sources[(first + offset) % len(self._sources)]
+            if source.path in self._broken:
+                continue
+            last = source.available - self.frames
+            if self.cut == "random":
+                start = int(rng.integers(last + 1))
+            elif self.clips_per_file == 1:
+                start = last // 2
+            else:
+                start = round(last * part / (self.clips_per_file - 1))
+            caption = source.captions[int(rng.integers(len(source.captions)))]
+            try:
+                frames = self._read(source, start)
+            except VideoError as error:
+                self._broken.add(source.path)
+                logger.warning("skipped: %s", error)
+                continue
+            return Clip(to_pixels(frames), caption, f"{source.name}@{start}")
+        raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
+
+    def _scan(self) -> list[_Source]:
+        sources, ignored = [], 0
+        for path in sorted(self.folder.rglob("*")):
+            hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
+            if hidden or path.is_dir() or path.suffix.lower() in SIDECAR_SUFFIXES:
+                continue
+            if path.suffix.lower() in IMAGE_SUFFIXES and self.frames > 1:
+                ignored += 1
+                continue
+            try:
+                sources.append(self._open(path))
+            except VideoError as error:
+                logger.warning("skipped: %s", error)
+        if ignored:
+            logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
+        if not sources:
+            raise ValueError(f"VideoFolder: no readable video in {self.folder}, expected at least one (see the log)")
+        return sources
+
+    def _open(self, path: Path) -> _Source:
+        name = str(path.relative_to(self.folder))
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            read_image(path, height=self.height, width=self.width, channels=self.channels)
+            return _Source(path, name, 1, _captions(path), None)
+        info = probe(path, count=True)
+        available = frames_at(info, self.fps or info.fps)
+        if available < self.frames:
+            raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
+        return _Source(path, name, available, _captions(path), info)
+
+    def _read(self, source: _Source, start: int) -> torch.Tensor:
+        """uint8 (frames, height, width, channels) from frame `start` on, counted at the wanted rate."""
+        with self._lock:
+            cached = self._cache.get(source.path)
+            if cached is not None:
+                self._cache.move_to_end(source.path)
+        if cached is None:
+            if source.available * self.height * self.width * self.channels > self.cache_bytes:
+                return self._decode(source, start, self.frames)
+            cached = self._decode(source, 0, source.available)
+            with self._lock:
+                self._cache[source.path] = cached
+                while sum(entry.nbytes for entry in self._cache.values()) > self.cache_bytes and len(self._cache) > 1:
+                    self._cache.popitem(last=False)
+        return cached[start : start + self.frames]
+
+    def _decode(self, source: _Source, start: int, frames: int) -> torch.Tensor:
+        size = {"height": self.height, "width": self.width, "channels": self.channels}
+        if source.info is None:
+            return read_image(source.path, **size)
+        fps = self.fps or source.info.fps
+        return read_video(source.path, frames=frames, fps=fps, start=start / fps, info=source.info, **size)

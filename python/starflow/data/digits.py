@@ -1,0 +1,302 @@
+"""A captioned video set that needs no download: handwritten digits that move and bounce.
+
+The 8x8 digits of scikit-learn (UCI optical recognition of handwritten digits) are drawn at a little over half of the
+frame, anti-aliased at sub-pixel positions, on a black ground. `DigitJudge` reads digit and direction back from a
+clip, so that a sample can be scored against its caption.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from starflow.data.clips import Clip
+
+__all__ = ["DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "MovingDigits"]
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+_DIAGONAL = math.sqrt(0.5)
+DIRECTIONS: dict[str, tuple[float, float]] = {
+    "moving up": (-1.0, 0.0),
+    "moving down": (1.0, 0.0),
+    "moving left": (0.0, -1.0),
+    "moving right": (0.0, 1.0),
+    "moving up and left": (-_DIAGONAL, -_DIAGONAL),
+    "moving up and right": (-_DIAGONAL, _DIAGONAL),
+    "moving down and left": (_DIAGONAL, -_DIAGONAL),
+    "moving down and right": (_DIAGONAL, _DIAGONAL),
+    "standing still": (0.0, 0.0),
+}
+"""What a caption says about the motion, and the unit vector (down, right) that it stands for."""
+
+VOCABULARY = (*DIGITS, "up", "down", "left", "right", "still")
+"""The words of the captions that carry meaning, for `starflow.text.WordEncoder`."""
+
+# In pixels of a 32-pixel frame; everything scales with the frame. The digit leaves 32 - GLYPH = 13 pixels of room, and
+# seven steps of at most FASTEST pixels fit, so that a clip of eight frames need not touch a wall.
+_FRAME = 32.0
+_GLYPH = 19.0
+_SLOWEST, _FASTEST = 1.0, 1.8
+_STRAIGHT = 7
+# The caption states the initial direction, and the judge reads the first steps; no clip bounces before that.
+_JUDGED = 3
+# Share of the clips whose digit may meet a wall between _JUDGED and _STRAIGHT steps.
+_BOUNCY = 0.2
+
+
+@functools.cache
+def _load() -> tuple[torch.Tensor, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    return torch.from_numpy(bunch.images.astype(np.float32) / 16.0), bunch.target.astype(np.int64)
+
+
+def _split(name: str) -> np.ndarray:
+    """Indices of the digit images of a split: every fifth one is held out."""
+    held_out = np.arange(len(_load()[1])) % 5 == 4
+    indices: np.ndarray = np.flatnonzero(held_out if name == "test" else ~held_out)
+    return indices
+
+
+def _draw(image: torch.Tensor, centers: torch.Tensor, size: int) -> torch.Tensor:
+    """Draw one 8x8 digit at each of several centers, as (frames, 1, size, size) in [-1, 1].
+
+    Pixel (i, j) covers [i, i + 1) x [j, j + 1). Cubic interpolation of the 8x8 levels followed by a steeper contrast
+    gives strokes with an edge of about one pixel; interpolation alone looks like a blur at this size.
+    """
+    glyph = _GLYPH * size / _FRAME
+    axis = torch.arange(size, dtype=torch.float32) + 0.5
+    relative = (axis[None, :, None] - centers.T[:, None, :]) * (2.0 / glyph)  # (2, size, frames)
+    rows = relative[0].T[:, :, None].expand(-1, size, size)
+    columns = relative[1].T[:, None, :].expand(-1, size, size)
+    grid = torch.stack([columns, rows], dim=-1)
+    source = image.expand(len(centers), 1, 8, 8)
+    levels = F.grid_sample(source, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+    levels = ((levels - 0.25) * 2.0).clamp(0.0, 1.0)
+    return levels * levels * (3.0 - 2.0 * levels) * 2.0 - 1.0
+
+
+def _caption(digit: str, direction: str) -> str:
+    article = "an" if digit == "eight" else "a"
+    return f"{article} {digit} {direction}"
+
+
+def _bounce(path: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Reflect positions at both walls."""
+    span = high - low
+    phase = np.mod(path - low, 2.0 * span)
+    return low + span - np.abs(phase - span)
+
+
+class MovingDigits:
+    """Captioned clips of one handwritten digit that moves in a straight line and bounces off the walls.
+
+    A caption is such as "a three moving up and left" or "a seven standing still"; it states the initial direction,
+    which holds for the first steps of every clip. Clips depend on (seed of the set, split, index, epoch, seed) alone.
+
+    Args:
+        frames: in a clip.
+        size: height and width in pixels.
+        split: "train" or "test"; no digit image is in both.
+        seed: of the set.
+        length: items in one epoch.
+
+    Raises:
+        ValueError: when an argument is out of range.
+
+    Reference: E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998 (the digit images).
+    """
+
+    def __init__(
+        self,
+        *,
+        frames: int = 8,
+        size: int = 32,
+        split: Literal["train", "test"] = "train",
+        seed: int = 0,
+        length: int = 10000,
+    ) -> None:
+        for name, value, least in (("frames", frames, 1), ("size", size, 16), ("seed", seed, 0), ("length", length, 1)):
+            if value < least:
+                raise ValueError(f"MovingDigits: {name} is {value}, expected at least {least}")
+        if split not in ("train", "test"):
+            raise ValueError(f'MovingDigits: split is "{split}", expected "train" or "test"')
+        self.frames = frames
+        self.size = size
+        self.channels = 1
+        self.split = split
+        self.seed = seed
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        """Make one clip.
+
+        Args:
+            index: from 0 to length - 1.
+            epoch: each epoch shows other digits, positions and speeds.
+            seed: of the run.
+
+        Returns:
+            the clip, pixels (frames, 1, size, size).
+
+        Raises:
+            IndexError: when there is no such index.
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(f"MovingDigits: index is {index}, expected 0 to {self.length - 1}")
+        rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
+        images, labels = _load()
+        which = int(rng.choice(_split(self.split)))
+        direction = str(rng.choice(list(DIRECTIONS)))
+        clip = self._render(images[which], direction, rng)
+        return Clip(clip, _caption(DIGITS[labels[which]], direction), f"digits/{self.split}/{index}")
+
+    def _render(self, image: torch.Tensor, direction: str, rng: np.random.Generator) -> torch.Tensor:
+        unit = self.size / _FRAME
+        low, high = unit * _GLYPH / 2.0, self.size - unit * _GLYPH / 2.0
+        step = np.array(DIRECTIONS[direction]) * rng.uniform(_SLOWEST, _FASTEST) * unit
+        free = _JUDGED if rng.random() < _BOUNCY else _STRAIGHT
+        travel = step * min(free, self.frames - 1)
+        start = rng.uniform(low - np.minimum(travel, 0.0), high - np.maximum(travel, 0.0))
+        path = start + step * np.arange(self.frames)[:, None]
+        centers = torch.from_numpy(_bounce(path, low, high).astype(np.float32))
+        return _draw(image, centers, self.size)
+
+
+def _center(weights: torch.Tensor) -> torch.Tensor:
+    """Centre of mass (down, right) of each frame: (frames, height, width) -> (frames, 2); NaN for an empty frame."""
+    height, width = weights.shape[1:]
+    rows = torch.arange(height, dtype=torch.float32) + 0.5
+    columns = torch.arange(width, dtype=torch.float32) + 0.5
+    mass = weights.sum(dim=(1, 2))
+    down = (weights.sum(dim=2) * rows).sum(dim=1) / mass
+    right = (weights.sum(dim=1) * columns).sum(dim=1) / mass
+    return torch.stack([down, right], dim=1)
+
+
+class DigitJudge:
+    """Reads digit and direction from a clip, to score samples against their captions.
+
+    The digit: the frames, aligned by their centres of mass and averaged, go to a support vector machine trained on
+    rendered digits of the train split when the judge is made (a few seconds). The direction: the slope of the centre
+    of mass over the first steps.
+
+    Args:
+        size: height and width of the clips.
+    """
+
+    def __init__(self, size: int = 32) -> None:
+        from sklearn.svm import SVC
+
+        self.size = size
+        images, labels = _load()
+        rng = np.random.default_rng(0)
+        indices = np.repeat(_split("train"), 2)
+        middle = size / 2.0
+        features = []
+        for index in indices:
+            centers = torch.from_numpy((middle + rng.uniform(-1.0, 1.0, size=(2, 2))).astype(np.float32))
+            features.append(self._features(_draw(images[index], centers, size)))
+        self._classifier = SVC(C=10.0, gamma="scale").fit(np.stack(features), labels[indices])
+
+    def digit(self, pixels: torch.Tensor) -> int:
+        """Read the digit.
+
+        Args:
+            pixels: a clip (frames, 1, size, size) in [-1, 1].
+
+        Returns:
+            0 to 9.
+
+        Raises:
+            ValueError: when the clip has another shape.
+        """
+        return int(self._classifier.predict(self._features(pixels)[None])[0])
+
+    def direction(self, pixels: torch.Tensor) -> str:
+        """Read the initial direction.
+
+        Args:
+            pixels: a clip (frames, 1, size, size) in [-1, 1], at least two frames.
+
+        Returns:
+            a key of `DIRECTIONS`: "standing still" below half of the slowest speed of `MovingDigits`, else the
+            nearest of the eight.
+
+        Raises:
+            ValueError: when the clip has another shape.
+        """
+        if len(pixels) < 2:
+            raise ValueError(f"DigitJudge: pixels have {len(pixels)} frames, expected at least 2 to see a direction")
+        centers = _center(self._weights(pixels[: _JUDGED + 1]))
+        time = torch.arange(len(centers), dtype=torch.float32)
+        time -= time.mean()
+        velocity = (time[:, None] * centers).sum(dim=0) / (time * time).sum()
+        speed = float(velocity.norm())
+        if not speed >= 0.5 * _SLOWEST * self.size / _FRAME:
+            return "standing still"
+        return max(DIRECTIONS, key=lambda name: float(velocity @ torch.tensor(DIRECTIONS[name])))
+
+    def score(self, clips: Sequence[torch.Tensor] | torch.Tensor, captions: Sequence[str]) -> dict[str, float]:
+        """Compare clips with their captions.
+
+        Args:
+            clips: (frames, 1, size, size) each, or one tensor with a batch axis in front.
+            captions: as `MovingDigits` writes them, one for each clip.
+
+        Returns:
+            shares of the clips: "digit_accuracy", "direction_accuracy", and "both_accuracy".
+
+        Raises:
+            ValueError: when the numbers differ, or a caption is not one of `MovingDigits`.
+        """
+        if len(clips) != len(captions) or not captions:
+            raise ValueError(f"DigitJudge: got {len(clips)} clips and {len(captions)} captions, expected as many, >= 1")
+        right = np.zeros((len(captions), 2))
+        for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+            _, digit, direction = (caption.split(maxsplit=2) + ["", "", ""])[:3]
+            if digit not in DIGITS or direction not in DIRECTIONS:
+                raise ValueError(
+                    f'DigitJudge: caption "{caption}" is not one of MovingDigits, '
+                    'expected such as "a three moving up and left"'
+                )
+            right[row] = DIGITS[self.digit(clip)] == digit, self.direction(clip) == direction
+        return {
+            "digit_accuracy": float(right[:, 0].mean()),
+            "direction_accuracy": float(right[:, 1].mean()),
+            "both_accuracy": float(right.prod(axis=1).mean()),
+        }
+
+    def _weights(self, pixels: torch.Tensor) -> torch.Tensor:
+        expected = (1, self.size, self.size)
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
+            raise ValueError(f"DigitJudge: pixels have shape {list(pixels.shape)}, expected [frames, 1, {self.size}, {self.size}]")
+        # A sample carries a little noise on its ground; below this floor it must not pull on the centre of mass.
+        levels = pixels[:, 0].detach().to("cpu", torch.float32).add(1.0).mul(0.5)
+        return (levels - 0.25).clamp(0.0, 0.75) / 0.75
+
+    def _features(self, pixels: torch.Tensor) -> np.ndarray:
+        weights = self._weights(pixels)
+        centers = torch.nan_to_num(_center(weights), nan=self.size / 2.0)
+        window = 12
+        glyph = _GLYPH * self.size / _FRAME * 1.1
+        offsets = ((torch.arange(window) + 0.5) / window - 0.5) * glyph
+        rows = (centers[:, 0, None] + offsets) * (2.0 / self.size) - 1.0
+        columns = (centers[:, 1, None] + offsets) * (2.0 / self.size) - 1.0
+        grid = torch.stack(
+            [columns[:, None, :].expand(-1, window, -1), rows[:, :, None].expand(-1, -1, window)], dim=-1
+        )
+        aligned = F.grid_sample(weights[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        features: np.ndarray = aligned.mean(dim=0).flatten().numpy()
+        return features
