@@ -2,6 +2,10 @@
 
 from starflow_ext.affine_forward import affine_forward
 from starflow_ext.affine_inverse import affine_inverse
+from starflow_ext.block_attention import block_attention
 from starflow_ext.jacobi_update import jacobi_update
+from starflow_ext.linear import linear
+from starflow_ext.norm import norm
+from starflow_ext.rope_append import rope_append
 
-__all__ = ["affine_forward", "affine_inverse", "jacobi_update"]
+__all__ = ["affine_forward", "affine_inverse", "block_attention", "jacobi_update", "linear", "norm", "rope_append"]

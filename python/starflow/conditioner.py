@@ -1,0 +1,218 @@
+"""Conditioner: what comes before a token predicts its affine map.
+
+`affine[t] = conditioner(previous[t])` with `previous[t] = x[t - 1]` and `previous[0]` the start token; without a start
+token `affine[0]` is the identity and the network reads one token less. Only this module knows which of the two holds.
+
+Slots are positions of the network's input: token n is predicted at slot n with a start token, at slot n - 1 without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from starflow.affine import Affine
+from starflow.config import FlowConfig
+from starflow.layers import Attending, Transformer
+from starflow.rope import concatenate, grid_positions, rotation, text_positions
+from starflow.state import DecodeState
+from starflow.tokens import Order, token_order
+from starflow_ext.rope_append import Rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of a clip stand for one block.
+
+    Args:
+        frames, height, width: of the token grid that the block sees (one frame for a frame-local block).
+        order: raster index of the n-th token.
+        text: rotation of the text tokens; query, key: rotation of the slots. None without rotary positions.
+    """
+
+    frames: int
+    height: int
+    width: int
+    order: Tensor
+    text: Rotation | None
+    query: Rotation | None
+    key: Rotation | None
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the clip."""
+        return self.frames * self.frame_tokens
+
+
+@lru_cache(maxsize=128)
+def make_layout(
+    config: FlowConfig, order: Order, frames: int, height: int, width: int, text_tokens: int, *, still: bool
+) -> Layout:
+    """Layout of a clip for a block that visits tokens in `order`; `still` for images and frame-local blocks."""
+    visited = token_order(order, frames, height, width)
+    if not config.rope:
+        return Layout(frames, height, width, visited, None, None, None)
+    side = config.position_side
+    positions = grid_positions(frames, height, width, side, still=still)
+    if frames > 1 and not config.third_axis:
+        raise ValueError(
+            f"flow: the clip has {frames} frames, expected 1: without text and with temporal_causal 0 rotary positions "
+            "have no axis for time"
+        )
+    if order == "spread":
+        # A slot holds the content of one token and predicts another, so queries stand where the predicted token
+        # stands and keys where their content stands; the start token stands outside the clip.
+        ordered = positions[visited]
+        before = torch.cat([torch.full((1, 3), -1.0), ordered[:-1]])
+        query, key = (ordered, before) if config.sos else (torch.cat([ordered[1:], ordered[:1]]), ordered)
+    else:
+        # The published models give slot n the angles of raster slot n, whatever the order.
+        query = key = positions
+    tables = (
+        rotation(p, config.head_dim, third_axis=config.third_axis)
+        for p in (text_positions(text_tokens, side), query, key)
+    )
+    return Layout(frames, height, width, visited, *tables)
+
+
+class Conditioner(Transformer):
+    """The causal transformer of one block: tokens before n, text or class -> affine map of token n.
+
+    Args:
+        config: of the flow.
+        block: index of the block.
+    """
+
+    def __init__(self, config: FlowConfig, block: int) -> None:
+        channels = config.token_channels
+        super().__init__(
+            config,
+            width=config.width(block),
+            heads=config.heads(block),
+            kv_heads=config.kv_heads(block),
+            layers=config.layers_per_block[block],
+            out_channels=channels if config.activation == "none" else 2 * channels,
+            text_dim=config.text_width(block),
+        )
+        self.activation = config.activation
+        self.soft_clip = config.soft_clip
+        self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
+        table = (config.img_size // config.patch_size) ** 2
+        self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
+        self.class_embed = (
+            nn.Parameter(0.01 * torch.randn(config.num_classes, 1, self.width)) if config.num_classes else None
+        )
+
+    @property
+    def first_token(self) -> int:
+        """The first token that the network predicts: 1 without a start token, whose token 0 passes unchanged."""
+        return 0 if self.sos_embed is not None else 1
+
+    def text_tokens(self, context: Tensor | None) -> int:
+        """How many text tokens of `context` this block reads."""
+        return context.shape[1] if context is not None and self.proj_text is not None else 0
+
+    def forward(self, x: Tensor, context: Tensor | None, layout: Layout) -> tuple[Affine, Tensor | None]:
+        """Affine maps of all tokens of known data, in one pass.
+
+        Args:
+            x: (batch, tokens, channels) in the block's order.
+            context: text (batch, text tokens, text_dim), class labels (batch,) or None.
+            layout: of the clip.
+
+        Returns:
+            The affine maps, and the text stream (batch, text tokens, width) after the layers or None.
+        """
+        inputs = x
+        if self.sos_embed is not None:
+            inputs = torch.cat([self.sos_embed.to(x.dtype).expand(x.shape[0], -1, -1), x[:, :-1]], 1)
+        h = self._embed_slots(inputs, context, layout, slice(None))
+        text = self.text_tokens(context)
+        if text:
+            assert context is not None
+            h = torch.cat([self.embed_text(context), h], 1)
+        rotations = (concatenate(layout.text, table, h.device) for table in (layout.query, layout.key))
+        h = self.run(h, Attending(*rotations))
+        stream = h[:, :text] if text else None
+        return self._affine(self.put_out(h[:, text:]), shifted=self.sos_embed is None), stream
+
+    def prefill_text(self, context: Tensor, layout: Layout, state: DecodeState, temperature: float | Tensor) -> None:
+        """Writes keys and values of the text into the first slots of `state`."""
+        text = _on(layout.text, context)
+        self.run(self.embed_text(context), Attending(text, text, caches=state.caches, temperature=temperature))
+
+    def window(
+        self,
+        previous: Tensor,
+        start: int | Tensor,
+        context: Tensor | None,
+        layout: Layout,
+        state: DecodeState,
+        temperature: float | Tensor = 1.0,
+    ) -> Affine:
+        """Affine maps of the tokens `start .. start + tokens - 1` from the tokens before them and the cached prefix.
+
+        Writes the keys and values of the window into `state`; writing a window again overwrites them.
+
+        Args:
+            previous: (batch, tokens, channels): row i is token `start + i - 1`; the row before token 0 is ignored.
+            start: first token, at least `first_token`; one number, or one for each sample (batch,).
+            context: class labels (batch,); text is read from the state.
+            layout: of the clip.
+            state: holds text and accepted tokens.
+            temperature: divides the attention logits.
+        """
+        slot = start - self.first_token
+        count = torch.arange(previous.shape[1], device=previous.device)
+        slots = slot[:, None] + count if isinstance(slot, Tensor) else slot + count
+        if self.sos_embed is not None:
+            previous = torch.where((slots == 0)[..., None], self.sos_embed.to(previous.dtype), previous)
+        h = self._embed_slots(previous, context, layout, slots)
+        attending = Attending(
+            _on(layout.query, h, slots),
+            _on(layout.key, h, slots),
+            caches=state.caches,
+            start=slot + state.text_tokens,
+            temperature=temperature,
+        )
+        return self._affine(self.put_out(self.run(h, attending)))
+
+    def _affine(self, raw: Tensor, *, shifted: bool = False) -> Affine:
+        return Affine(raw, self.activation, self.soft_clip, shifted=shifted)
+
+    def _embed_slots(self, inputs: Tensor, context: Tensor | None, layout: Layout, slots: Tensor | slice) -> Tensor:
+        h = self.embed(inputs)
+        if self.pos_embed is not None:
+            if self.pos_embed.shape[0] != layout.tokens:
+                raise ValueError(
+                    f"conditioner: the clip has {layout.tokens} tokens, expected the {self.pos_embed.shape[0]} of the "
+                    "learned position table (rope is off)"
+                )
+            h = h + self.pos_embed[layout.order.to(h.device)[slots]]
+        if self.class_embed is not None:
+            h = h + self._class_rows(context, h.shape[0])
+        return h
+
+    def _class_rows(self, labels: Tensor | None, batch: int) -> Tensor:
+        """(batch, 1, width); a negative label, or none, is the mean over the classes (no condition)."""
+        assert self.class_embed is not None
+        mean = self.class_embed.mean(0)
+        if labels is None:
+            return mean.expand(batch, 1, -1)
+        return torch.where((labels < 0)[:, None, None], mean, self.class_embed[labels.clamp(min=0)])
+
+
+def _on(table: Rotation | None, like: Tensor, slots: Tensor | None = None) -> Rotation | None:
+    """The table on the device of `like`, at `slots`."""
+    if table is None:
+        return None
+    cos, sin = (t.to(like.device) for t in table)
+    return Rotation(cos, sin) if slots is None else Rotation(cos[slots], sin[slots])

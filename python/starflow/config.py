@@ -1,0 +1,320 @@
+"""Configuration of the model, the data, training and sampling.
+
+Frozen dataclasses: a field that does not exist is an error that names it, a value out of range is an error that
+names the field, what was given and what was expected. `FlowConfig` keeps the option names of the published STARFlow
+code wherever that code has the option, so that a published yaml reads like one of ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+ConfigType = TypeVar("ConfigType")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used: unknown key, wrong type or value out of range."""
+
+
+def require(condition: bool, option: str, got: object, expected: str) -> None:
+    """Raises `ConfigError` naming `option`, what was given and what was expected, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{option} is {got!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Architecture of the flow (STARFlow-V, STARFlow and TarFlow are settings of one definition).
+
+    Args:
+        in_channels: channels of a latent frame.
+        patch_size: side p of a patch; a token has `p * p * in_channels` dimensions.
+        img_size: nominal latent side; fixes `pt_seq_len` and the size of a learned position table, not what is accepted.
+        channels: width of the transformers.
+        layers_per_block: transformer layers of each block, shallow blocks first; the last is the deep block, applied
+            last from data to noise. 0 makes an identity block (not for the last).
+        head_dim, num_heads, num_kv_heads: attention heads; `num_heads` defaults to width // head_dim.
+        top_block_channels: width of the deep block where it differs.
+        rope: rotary positions; otherwise a learned table. pt_seq_len: side that rotary coordinates are scaled to.
+        sos: a learned start token is read in place of the token before the first; otherwise the output is shifted and
+            the first token passes unchanged (TarFlow).
+        txt_size, txt_dim: text tokens and their width. cond_top_only: only the deep block reads them.
+        use_softplus: scale = softplus(a + const) instead of exp(a). nvp: False predicts the shift only.
+        soft_clip: bound s of the network output, s * tanh(raw / s); 0 switches it off.
+        norm_type: "layer_norm", "rms_norm" or "none". use_final_norm: RMSNorm before the output projection.
+        use_swiglu: gated MLP (tanh GELU gate). use_qk_norm, use_post_norm, use_bias: as their names say.
+        hf_style_rope: rotate halves against each other instead of neighbours.
+        seq_order: "L2R" or "R2L": whether even blocks use the flipped or the raster order.
+        top_order: "raster" follows `seq_order` in the deep block too; "spread" visits the tokens of a frame in
+            bit-reversed order (far apart first) with separate query and key positions.
+        temporal_causal: 0 flips whole sequences; > 0 flips inside each frame and is the denoiser's look-ahead.
+        shallow_block_local: shallow blocks see one frame at a time. local_attn_window: frames of a sampling window.
+        learnable_self_denoiser, conditional_denoiser, denoiser_window: the score network and what it sees.
+        use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
+        num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
+            inside a token (TarFlow) instead of fastest.
+
+    Reference: Gu et al., STARFlow (2025); Gu et al., STARFlow-V (2025); Zhai et al., TarFlow (2024).
+    """
+
+    in_channels: int
+    img_size: int
+    channels: int
+    layers_per_block: tuple[int, ...]
+    patch_size: int = 1
+    head_dim: int = 64
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    top_block_channels: int | None = None
+    rope: bool = True
+    pt_seq_len: int | None = None
+    sos: bool = True
+    txt_size: int = 0
+    txt_dim: int = 0
+    cond_top_only: bool = False
+    use_softplus: bool = True
+    nvp: bool = True
+    soft_clip: float = 0.0
+    norm_type: Literal["layer_norm", "rms_norm", "none"] = "layer_norm"
+    use_final_norm: bool = False
+    use_swiglu: bool = False
+    use_qk_norm: bool = False
+    use_post_norm: bool = False
+    use_bias: bool = True
+    hf_style_rope: bool = False
+    seq_order: Literal["L2R", "R2L"] = "R2L"
+    top_order: Literal["raster", "spread"] = "raster"
+    temporal_causal: int = 0
+    shallow_block_local: bool = False
+    local_attn_window: int | None = None
+    learnable_self_denoiser: bool = False
+    conditional_denoiser: bool = False
+    denoiser_window: int | None = None
+    use_checkpoint: int = 0
+    num_classes: int = 0
+    channel_first_patches: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "img_size", "channels", "patch_size", "head_dim"):
+            require(getattr(self, name) >= 1, f"flow.{name}", getattr(self, name), "an integer >= 1")
+        require(self.img_size % self.patch_size == 0, "flow.img_size", self.img_size, "a multiple of patch_size")
+        require(len(self.layers_per_block) >= 1, "flow.layers_per_block", self.layers_per_block, "one entry a block")
+        require(
+            all(n >= 0 for n in self.layers_per_block), "flow.layers_per_block", self.layers_per_block, "entries >= 0"
+        )
+        for block in range(self.num_blocks):
+            require(
+                self.heads(block) >= 1 and self.heads(block) % self.kv_heads(block) == 0,
+                "flow.num_kv_heads",
+                self.kv_heads(block),
+                f"a divisor of the {self.heads(block)} heads of block {block}",
+            )
+        if self.rope:
+            require(self.head_dim % 4 == 0, "flow.head_dim", self.head_dim, "a multiple of 4 with rope")
+            if self.third_axis:
+                require(self.head_dim >= 16, "flow.head_dim", self.head_dim, "at least 16 with rope and text or video")
+        require((self.txt_size > 0) == (self.txt_dim > 0), "flow.txt_dim", self.txt_dim, "> 0 exactly when txt_size is")
+        require(
+            not self.cond_top_only or self.txt_size > 0,
+            "flow.cond_top_only",
+            self.cond_top_only,
+            "txt_size > 0 with it",
+        )
+        require(
+            self.temporal_causal == 0 or self.seq_order == "L2R", "flow.seq_order", self.seq_order, "L2R for videos"
+        )
+        require(
+            not self.shallow_block_local or self.cond_top_only or self.txt_size == 0,
+            "flow.shallow_block_local",
+            self.shallow_block_local,
+            "cond_top_only with it (frame-local blocks read no text)",
+        )
+        require(
+            self.local_attn_window is None or (self.local_attn_window >= 1 and self.shallow_block_local),
+            "flow.local_attn_window",
+            self.local_attn_window,
+            "a number of frames >= 1, together with shallow_block_local",
+        )
+        require(
+            self.num_classes == 0 or self.txt_size == 0, "flow.num_classes", self.num_classes, "0 when there is text"
+        )
+        require(
+            not self.conditional_denoiser or (self.learnable_self_denoiser and self.txt_size > 0),
+            "flow.conditional_denoiser",
+            self.conditional_denoiser,
+            "learnable_self_denoiser and txt_size > 0 with it",
+        )
+        require(self.soft_clip >= 0, "flow.soft_clip", self.soft_clip, "a bound >= 0")
+        require(
+            self.nvp or not self.use_softplus, "flow.use_softplus", self.use_softplus, "False with nvp False (no scale)"
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, the deep one included."""
+        return len(self.layers_per_block)
+
+    @property
+    def token_channels(self) -> int:
+        """Dimensions of a token."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def position_side(self) -> float:
+        """Side length that rotary coordinates of a frame are scaled to."""
+        return float(self.pt_seq_len if self.pt_seq_len is not None else self.img_size // self.patch_size)
+
+    @property
+    def third_axis(self) -> bool:
+        """Whether rotary positions have an axis for text and time beside rows and columns."""
+        return self.txt_size > 0 or self.temporal_causal > 0
+
+    @property
+    def activation(self) -> Literal["softplus", "exp", "none"]:
+        """How the scale comes from the network output."""
+        if not self.nvp:
+            return "none"
+        return "softplus" if self.use_softplus else "exp"
+
+    def is_top(self, block: int) -> bool:
+        """Whether `block` is the deep one."""
+        return block == self.num_blocks - 1
+
+    def width(self, block: int) -> int:
+        """Transformer width of `block`."""
+        return self.top_block_channels if self.top_block_channels and self.is_top(block) else self.channels
+
+    def heads(self, block: int) -> int:
+        """Query heads of `block`."""
+        return self.num_heads if self.num_heads is not None else self.width(block) // self.head_dim
+
+    def kv_heads(self, block: int) -> int:
+        """Key and value heads of `block`."""
+        return self.num_kv_heads if self.num_kv_heads is not None else self.heads(block)
+
+    def text_width(self, block: int) -> int:
+        """Width of the text that `block` reads, 0 where it reads none."""
+        return self.txt_dim if self.is_top(block) or not self.cond_top_only else 0
+
+    @classmethod
+    def from_published(cls, options: Mapping[str, Any], family: Literal["starflow", "tarflow"]) -> FlowConfig:
+        """Reads the constructor options of the published code, with that code's defaults.
+
+        Args:
+            options: option name -> value, as in a published yaml or checkpoint.
+            family: which published code the options belong to.
+
+        Raises:
+            ConfigError: an option that neither the published code nor this one knows, or one that cannot be honoured.
+        """
+        given = dict(options)
+        if family == "tarflow":
+            defaults: dict[str, Any] = {
+                "rope": False,
+                "sos": False,
+                "use_softplus": False,
+                "channel_first_patches": True,
+            }
+        else:
+            defaults = {"rope": False, "sos": False, "use_softplus": False}
+            for inert in ("use_mm_attn", "noise_embed_denoiser", "use_checkpoint_mlp"):
+                given.pop(inert, None)
+            if given.pop("use_pretrained_lm", None):
+                raise ConfigError("flow.use_pretrained_lm is set, expected unset: the published code cannot build it")
+            norm = given.get("norm_type", "layer_norm")
+            given["norm_type"] = norm if norm in ("layer_norm", "rms_norm") else "none"
+        layers = given.pop("layers_per_block", 1)
+        blocks = given.pop("num_blocks", None)
+        layers = [layers] if isinstance(layers, int) else list(layers)
+        if blocks is not None and len(layers) == 1:
+            layers = layers * blocks
+        require(blocks in (None, len(layers)), "flow.num_blocks", blocks, f"the {len(layers)} of layers_per_block")
+        # 0 stands for "not set" in published yamls.
+        for name in ("num_heads", "num_kv_heads", "pt_seq_len", "top_block_channels", "local_attn_window"):
+            if given.get(name) == 0:
+                given[name] = None
+        return from_mapping(cls, {**defaults, **given, "layers_per_block": layers}, "flow")
+
+
+def _coerce(kind: Any, value: Any, path: str) -> Any:
+    """Checks `value` against the annotated type `kind` and converts what yaml cannot say (tuples, nested configs)."""
+    origin = typing.get_origin(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if isinstance(value, kind):
+            return value
+        require(isinstance(value, Mapping), path, value, "a mapping of options")
+        return from_mapping(kind, value, path)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        errors = []
+        for option in options:
+            if option is not type(None):
+                try:
+                    return _coerce(option, value, path)
+                except ConfigError as error:
+                    errors.append(error)
+        raise errors[0]
+    if origin is Literal:
+        require(value in typing.get_args(kind), path, value, "one of " + ", ".join(map(repr, typing.get_args(kind))))
+        return value
+    if origin is tuple:
+        require(isinstance(value, list | tuple), path, value, "a list")
+        return tuple(_coerce(typing.get_args(kind)[0], item, path) for item in value)
+    if origin in (dict, Mapping):
+        require(isinstance(value, Mapping), path, value, "a mapping")
+        return dict(value)
+    if kind is bool:
+        require(isinstance(value, bool) or value in (0, 1), path, value, "true or false")
+        return bool(value)
+    if kind is int:
+        require(isinstance(value, int) and not isinstance(value, bool), path, value, "an integer")
+        return value
+    if kind is float:
+        if isinstance(value, str):  # yaml reads 1e-4 (no dot) as text
+            try:
+                value = float(value)
+            except ValueError:
+                raise ConfigError(f"{path} is {value!r}, expected a number") from None
+        require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
+        return float(value)
+    if kind is str:
+        require(isinstance(value, str), path, value, "text")
+        return value
+    return value
+
+
+def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = "config") -> ConfigType:
+    """Builds the config dataclass `kind` from a mapping; an unknown key is an error that names the nearest known one."""
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in names:
+            close = difflib.get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
+            raise ConfigError(f"{path}.{key} is not an option{hint}")
+    try:
+        return kind(**{key: _coerce(hints[key], value, f"{path}.{key}") for key, value in values.items()})
+    except TypeError as error:
+        missing = str(error).partition("missing")[2] or str(error)
+        raise ConfigError(f"{path} lacks a required option:{missing}") from None
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The config dataclass as plain yaml-ready values, without the fields that equal their defaults' type changes."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return typing.cast(dict[str, Any], plain(dataclasses.asdict(config)))

@@ -1,0 +1,69 @@
+"""Rotary positions: coordinates in, tables of cosines and sines out. Nothing is tabulated to a maximum length.
+
+Reference: Su et al., RoFormer (2021); the axes are those of STARFlow-V (rows, columns, and a third axis that text
+and frames share).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from starflow_ext.rope_append import Rotation
+
+# Planes of the third axis (text position, frame index) when there is text.
+THIRD_AXIS_PLANES = 8
+
+
+def grid_positions(frames: int, height: int, width: int, side: float, *, still: bool = False) -> Tensor:
+    """Coordinates of the tokens of a clip in raster order.
+
+    Args:
+        frames, height, width: of the token grid.
+        side: rows and columns are scaled as if the frame had `side * side` tokens.
+        still: an image or a frame-local block: the third coordinate is 0.
+
+    Returns:
+        (frames * height * width, 3) float32: row, column, frame.
+    """
+    scale = side / math.sqrt(height * width)
+    t, i, j = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([i * scale, j * scale, t * (0.0 if still else 1.0)], -1).reshape(-1, 3).float()
+
+
+def text_positions(tokens: int, side: float) -> Tensor:
+    """Coordinates of text tokens, (tokens, 3) float32: (0, 0, l / tokens * side)."""
+    positions = torch.zeros(tokens, 3)
+    positions[:, 2] = torch.arange(tokens) / max(tokens, 1) * side
+    return positions
+
+
+def rotation(positions: Tensor, head_dim: int, *, third_axis: bool) -> Rotation:
+    """Cosines and sines of the rotary angles.
+
+    Args:
+        positions: (..., 3) row, column, third coordinate.
+        head_dim: size of a head; a multiple of 4, at least 16 with the third axis.
+        third_axis: whether the last 8 planes carry the third coordinate (models with text).
+
+    Returns:
+        Rotation of (..., head_dim / 2) float32 tables.
+    """
+    third = THIRD_AXIS_PLANES if third_axis else 0
+    spatial = head_dim // 2 - third
+    frequencies = 10000.0 ** (-2.0 * torch.arange(spatial // 2, dtype=torch.float32) / max(spatial, 1))
+    axes = [positions[..., 0:1] * frequencies, positions[..., 1:2] * frequencies]
+    if third:
+        axes.append(positions[..., 2:3] * 10000.0 ** (-torch.arange(third, dtype=torch.float32) / third))
+    angles = torch.cat(axes, -1)
+    return Rotation(angles.cos(), angles.sin())
+
+
+def concatenate(first: Rotation | None, second: Rotation | None, device: torch.device) -> Rotation | None:
+    """Tables of text and grid, one behind the other, on `device`; None without rotary positions."""
+    if first is None or second is None:
+        return None
+    cos, sin = (torch.cat(pair).to(device) for pair in zip(first, second, strict=True))
+    return Rotation(cos, sin)
