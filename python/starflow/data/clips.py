@@ -58,7 +58,8 @@ class ClipDataset(Protocol):
 
     def __len__(self) -> int: ...
 
-    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip: ...
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        """One clip; a pure function of the arguments."""
 
 
 def to_pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -191,7 +192,7 @@ def _captions(path: Path) -> tuple[str, ...]:
         found = content.get("captions", [content.get("caption")]) if isinstance(content, dict) else None
         if not isinstance(found, list) or not found or not all(isinstance(caption, str) for caption in found):
             raise ValueError(
-                f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["...", ...]}}'
+                f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["..."]}}'
             )
         return tuple(caption.strip() for caption in found)
     return ("",)

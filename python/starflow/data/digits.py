@@ -265,7 +265,7 @@ class DigitJudge:
             raise ValueError(f"DigitJudge: got {len(clips)} clips and {len(captions)} captions, expected as many, >= 1")
         right = np.zeros((len(captions), 2))
         for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
-            _, digit, direction = (caption.split(maxsplit=2) + ["", "", ""])[:3]
+            _, digit, direction = [*caption.split(maxsplit=2), "", "", ""][:3]
             if digit not in DIGITS or direction not in DIRECTIONS:
                 raise ValueError(
                     f'DigitJudge: caption "{caption}" is not one of MovingDigits, '
@@ -281,7 +281,9 @@ class DigitJudge:
     def _weights(self, pixels: torch.Tensor) -> torch.Tensor:
         expected = (1, self.size, self.size)
         if pixels.ndim != 4 or tuple(pixels.shape[1:]) != expected:
-            raise ValueError(f"DigitJudge: pixels have shape {list(pixels.shape)}, expected [frames, 1, {self.size}, {self.size}]")
+            raise ValueError(
+                f"DigitJudge: pixels have shape {list(pixels.shape)}, expected [frames, 1, {self.size}, {self.size}]"
+            )
         # A sample carries a little noise on its ground; below this floor it must not pull on the centre of mass.
         levels = pixels[:, 0].detach().to("cpu", torch.float32).add(1.0).mul(0.5)
         return (levels - 0.25).clamp(0.0, 0.75) / 0.75

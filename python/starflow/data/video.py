@@ -129,7 +129,8 @@ def _run(stream: Any) -> tuple[int, bytearray, str]:
     """Run a graph of ffmpeg-python and collect exit status, standard output and the end of standard error."""
     command = stream.global_args("-hide_banner", "-nostdin", "-loglevel", "info").compile(cmd=ffmpeg_binary())
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
         drain = _Drain(process.stderr)
         output = bytearray(process.stdout.read())
         log = drain.text()
@@ -376,7 +377,9 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def _check_frames(function: str, frames: torch.Tensor) -> None:
     if frames.dtype != torch.uint8:
-        raise ValueError(f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)")
+        raise ValueError(
+            f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)"
+        )
     if frames.ndim != 4 or frames.shape[3] not in (1, 3) or 0 in frames.shape:
         raise ValueError(
             f"{function}: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3], none empty"
@@ -392,14 +395,15 @@ class _Encoder:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
-        assert self._process.stdin is not None and self._process.stderr is not None
+        assert self._process.stdin is not None
+        assert self._process.stderr is not None
         self._stdin = self._process.stdin
         self._drain = _Drain(self._process.stderr)
 
     def write(self, frames: torch.Tensor) -> None:
         rgb = frames.detach().to("cpu").expand(-1, -1, -1, 3).contiguous()
         try:
-            self._stdin.write(memoryview(rgb.numpy()).cast("B"))
+            self._stdin.write(rgb.numpy().data.cast("B"))
         except BrokenPipeError:
             self.finish()
 
@@ -479,7 +483,9 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         height, width = self._padded_size()
-        video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(_fraction(self.fps)))
+        video = ffmpeg.input(
+            "pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(_fraction(self.fps))
+        )
         options: dict[str, Any] = {"format": _CONTAINERS[self.path.suffix.lower()], "an": None}
         if self.lossless:
             options |= {"vcodec": "libx264rgb", "qp": 0}

@@ -1,0 +1,91 @@
+"""The one interface between pixels and latents."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+__all__ = ["Codec", "check_latents", "check_pixels"]
+
+
+class Codec(Protocol):
+    """Turns pixels in [-1, 1] into the latents that the flow models, and back.
+
+    Attributes:
+        channels: of the pixels.
+        latent_channels: of the latents.
+        spatial: pixels per latent position, along height and along width.
+        temporal: pixel frames per latent frame.
+    """
+
+    channels: int
+    latent_channels: int
+    spatial: int
+    temporal: int
+
+    @property
+    def exact(self) -> bool:
+        """Whether decode(encode(pixels)) is pixels up to rounding."""
+
+    @property
+    def log_det_per_dimension(self) -> float | None:
+        """Log |d latents / d pixels| per dimension, which turns a likelihood of latents into one of pixels.
+
+        None where the codec is not exact and no such number exists.
+        """
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of so many pixel frames; ValueError where they do not divide."""
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames of so many latent frames."""
+
+    def encode(self, pixels: torch.Tensor, *, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Pixels (batch, frames, channels, height, width) to latents (batch, latent_frames, latent_channels, h, w).
+
+        Images (batch, channels, height, width) become (batch, latent_channels, h, w). Codecs with a posterior return
+        its mean without `noise`, and a draw from it with standard normal `noise` in the shape of the latents.
+        """
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """The inverse of `encode`."""
+
+    def to_config(self) -> dict[str, Any]:
+        """The arguments that make this codec again, with its "kind" for `make_codec`."""
+
+
+def check_pixels(codec: str, pixels: torch.Tensor, channels: int, spatial: int) -> None:
+    """Raise ValueError unless a codec can encode these pixels.
+
+    Args:
+        codec: its name, for the message.
+        pixels: expected floating point ([batch, frames,] channels, height, width), sides multiples of `spatial`.
+        channels: expected number.
+        spatial: pixels per latent position.
+    """
+    expected = f"[batch, frames, {channels}, height, width] or [batch, {channels}, height, width]"
+    if pixels.ndim not in (4, 5) or pixels.shape[-3] != channels:
+        raise ValueError(f"{codec}: pixels have shape {list(pixels.shape)}, expected {expected}")
+    if not pixels.is_floating_point():
+        raise ValueError(f"{codec}: pixels have dtype {pixels.dtype}, expected floating point in [-1, 1]")
+    for name, side in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
+        if side < 1 or side % spatial:
+            raise ValueError(f"{codec}: pixels have {name} {side}, expected a positive multiple of {spatial}")
+
+
+def check_latents(codec: str, latents: torch.Tensor, latent_channels: int) -> None:
+    """Raise ValueError unless a codec can decode these latents.
+
+    Args:
+        codec: its name, for the message.
+        latents: expected floating point ([batch, frames,] latent_channels, h, w).
+        latent_channels: expected number.
+    """
+    if latents.ndim not in (4, 5) or latents.shape[-3] != latent_channels:
+        raise ValueError(
+            f"{codec}: latents have shape {list(latents.shape)}, "
+            f"expected [batch, frames, {latent_channels}, h, w] or [batch, {latent_channels}, h, w]"
+        )
+    if not latents.is_floating_point():
+        raise ValueError(f"{codec}: latents have dtype {latents.dtype}, expected floating point")

@@ -1,0 +1,49 @@
+"""Captions to features, behind one interface."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from starflow.text.encoder import TextEncoder
+from starflow.text.pretrained import MiniLMEncoder, T5Encoder
+from starflow.text.words import STOP_WORDS, ClassEncoder, WordEncoder
+
+__all__ = [
+    "STOP_WORDS",
+    "ClassEncoder",
+    "MiniLMEncoder",
+    "T5Encoder",
+    "TextEncoder",
+    "WordEncoder",
+    "make_text_encoder",
+]
+
+_KINDS: dict[str, Callable[..., TextEncoder]] = {
+    "words": WordEncoder,
+    "classes": ClassEncoder,
+    "minilm": MiniLMEncoder,
+    "t5": T5Encoder,
+}
+
+
+def make_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
+    """Make the text encoder that a configuration describes; the inverse of `TextEncoder.to_config`.
+
+    Args:
+        config: "kind", one of "words", "classes", "minilm" and "t5", and the arguments of its class.
+
+    Returns:
+        the encoder.
+
+    Raises:
+        ValueError: when the kind or an argument is unknown or out of range.
+    """
+    options = dict(config)
+    kind = options.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"text encoder: kind is {kind!r}, expected one of {', '.join(_KINDS)}")
+    try:
+        return _KINDS[kind](**options)
+    except TypeError as error:
+        raise ValueError(f"text encoder: the options do not fit the kind {kind!r} ({error})") from error

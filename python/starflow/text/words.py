@@ -1,0 +1,141 @@
+"""Text features that need no pretrained model: words of a small vocabulary, and class labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+__all__ = ["STOP_WORDS", "ClassEncoder", "WordEncoder"]
+
+STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
+"""Words that `WordEncoder` drops by default."""
+
+
+class WordEncoder:
+    """One-hot vectors of the known words of a caption, in their order.
+
+    Case and punctuation do not matter, stop words are dropped, and any other unknown word is an error.
+
+    Args:
+        vocabulary: the known words, in lower case; the set of moving digits has `starflow.data.VOCABULARY`.
+        size: the most known words in a caption.
+        stop_words: words without meaning.
+
+    Raises:
+        ValueError: when the vocabulary is empty, repeats a word, or an argument is out of range.
+    """
+
+    def __init__(self, vocabulary: Sequence[str], size: int = 4, stop_words: Sequence[str] = STOP_WORDS) -> None:
+        if isinstance(vocabulary, str) or not vocabulary:
+            raise ValueError(f"WordEncoder: vocabulary is {vocabulary!r}, expected a list of at least one word")
+        if size < 1:
+            raise ValueError(f"WordEncoder: size is {size}, expected at least 1")
+        self.vocabulary = tuple(vocabulary)
+        self.size = size
+        self.dim = len(self.vocabulary)
+        self.stop_words = tuple(stop_words)
+        self._index = {word: index for index, word in enumerate(self.vocabulary)}
+        for word in self.vocabulary:
+            if self.vocabulary.count(word) > 1 or word in self.stop_words or self._words(word) != [word]:
+                raise ValueError(
+                    f'WordEncoder: vocabulary holds "{word}", '
+                    "expected single words in lower case, each once, none of them a stop word"
+                )
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """Encode captions.
+
+        Args:
+            texts: one caption a sample, such as "a three moving up and left".
+
+        Returns:
+            float32 (batch, size, dim).
+
+        Raises:
+            ValueError: when a word is unknown, or a caption has more than `size` known words.
+        """
+        features = torch.zeros(len(texts), self.size, self.dim)
+        for row, text in enumerate(texts):
+            words = [word for word in self._words(text) if word not in self.stop_words]
+            for word in words:
+                if word not in self._index:
+                    raise ValueError(
+                        f'WordEncoder: "{word}" in "{text}" is not a known word, '
+                        f"expected words of the vocabulary: {', '.join(self.vocabulary)}"
+                    )
+            if len(words) > self.size:
+                raise ValueError(f'WordEncoder: "{text}" has {len(words)} known words, expected at most {self.size}')
+            for column, word in enumerate(words):
+                features[row, column, self._index[word]] = 1.0
+        return features
+
+    @staticmethod
+    def _words(text: str) -> list[str]:
+        return re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
+
+    def to_config(self) -> dict[str, Any]:
+        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        return {
+            "kind": "words",
+            "vocabulary": list(self.vocabulary),
+            "size": self.size,
+            "stop_words": list(self.stop_words),
+        }
+
+
+class ClassEncoder:
+    """One-hot class labels, as text features of one vector.
+
+    Args:
+        num_classes: number of classes.
+        names: of the classes, in order; without them a label is a number, "0" to "num_classes - 1".
+
+    Raises:
+        ValueError: when an argument is out of range.
+    """
+
+    size = 1
+
+    def __init__(self, num_classes: int, names: Sequence[str] | None = None) -> None:
+        if num_classes < 1:
+            raise ValueError(f"ClassEncoder: num_classes is {num_classes}, expected at least 1")
+        if names is not None and (
+            isinstance(names, str) or len(set(names)) != num_classes or len(names) != num_classes
+        ):
+            raise ValueError(f"ClassEncoder: names are {names!r}, expected {num_classes} different names")
+        self.num_classes = num_classes
+        self.dim = num_classes
+        self.names = None if names is None else tuple(names)
+        labels = self.names or [str(label) for label in range(num_classes)]
+        self._index = {label: index for index, label in enumerate(labels)}
+
+    def encode(self, texts: Sequence[str]) -> torch.Tensor:
+        """Encode labels.
+
+        Args:
+            texts: one label a sample, "" for none.
+
+        Returns:
+            float32 (batch, 1, num_classes).
+
+        Raises:
+            ValueError: when a label is unknown.
+        """
+        features = torch.zeros(len(texts), 1, self.dim)
+        for row, text in enumerate(texts):
+            label = text.strip()
+            if not label:
+                continue
+            if label not in self._index:
+                known = f"0 to {self.num_classes - 1}" if self.names is None else ", ".join(self.names)
+                raise ValueError(f'ClassEncoder: "{text}" is not a class, expected one of {known}')
+            features[row, 0, self._index[label]] = 1.0
+        return features
+
+    def to_config(self) -> dict[str, Any]:
+        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        names = None if self.names is None else list(self.names)
+        return {"kind": "classes", "num_classes": self.num_classes, "names": names}
