@@ -139,8 +139,8 @@ class Conditioner(Transformer):
         if text:
             assert context is not None
             h = torch.cat([self.embed_text(context), h], 1)
-        rotations = (concatenate(layout.text, table, h.device) for table in (layout.query, layout.key))
-        h = self.run(h, Attending(*rotations))
+        query, key = (concatenate(layout.text, table, h.device) for table in (layout.query, layout.key))
+        h = self.run(h, Attending(query, key))
         stream = h[:, :text] if text else None
         return self._affine(self.put_out(h[:, text:]), shifted=self.sos_embed is None), stream
 

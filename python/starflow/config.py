@@ -12,8 +12,11 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+import yaml
 
 ConfigType = TypeVar("ConfigType")
 
@@ -35,7 +38,7 @@ class FlowConfig:
     Args:
         in_channels: channels of a latent frame.
         patch_size: side p of a patch; a token has `p * p * in_channels` dimensions.
-        img_size: nominal latent side; fixes `pt_seq_len` and the size of a learned position table, not what is accepted.
+        img_size: nominal latent side; fixes `pt_seq_len` and the size of a learned position table, not what fits.
         channels: width of the transformers.
         layers_per_block: transformer layers of each block, shallow blocks first; the last is the deep block, applied
             last from data to noise. 0 makes an identity block (not for the last).
@@ -242,6 +245,144 @@ class FlowConfig:
         return from_mapping(cls, {**defaults, **given, "layers_per_block": layers}, "flow")
 
 
+@dataclass(frozen=True)
+class DataConfig:
+    """What a flow is trained on.
+
+    Args:
+        kind: "digits" (moving handwritten digits, made on the fly) or "folder" (video and image files).
+        path: the folder.
+        frames: pixel frames of a clip.
+        height, width: clips are resized to cover this and centre-cropped.
+        fps: frames a second that files are read at; None keeps each file's own.
+        channels: 1 (grey) or 3.
+        caption_fps: captions tell the frame rate, as in the published recipe.
+        cache_gb: decoded frames kept in memory.
+    """
+
+    kind: Literal["digits", "folder"] = "digits"
+    path: str | None = None
+    frames: int = 8
+    height: int = 32
+    width: int = 32
+    fps: float | None = None
+    channels: int = 1
+    caption_fps: bool = False
+    cache_gb: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "height", "width"):
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
+        require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe (see docs of each option in the published recipe).
+
+    Args:
+        steps: optimiser steps. batch_size: clips of a step. accumulate: parts that a step is computed in.
+        lr, min_lr, warmup_steps: of the flow: linear warm-up, then a cosine. denoiser_lr: of the denoiser, same shape.
+        beta1, beta2, weight_decay: AdamW of the flow; the denoiser's has the default betas.
+        noise_std: standard deviation sigma of the noise added to latents. cond_noise_level: captions tell it, and the
+            loss is weighted by sigma / 0.3.
+        latent_norm_regularization: weight of the mean square of what enters each block.
+        drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
+            (and the caption says "(extend) "), so that the flow learns to continue.
+        image_prob: probability that a step trains on single frames as images.
+        grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
+            exceeds `grad_skip` times the clip; 0 is off.
+        ema: decay of the averaged weights that are sampled from; 0 is off.
+        precision: arithmetic of the products; the residual stream and the affine maps stay float32.
+        seed: of weights, data order, noise and dropping.
+        checkpoint_every, sample_every: steps; 0 only at the end.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulate: int = 1
+    lr: float = 1e-3
+    min_lr: float = 1e-6
+    denoiser_lr: float = 1e-3
+    warmup_steps: int = 50
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 1e-4
+    noise_std: float = 0.1
+    cond_noise_level: bool = False
+    latent_norm_regularization: float = 0.0
+    drop_label: float = 0.1
+    drop_image: float = 0.0
+    image_prob: float = 0.0
+    grad_clip: float = 1.0
+    grad_skip: float = 0.0
+    ema: float = 0.999
+    precision: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+    checkpoint_every: int = 0
+    sample_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate"):
+            require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
+        require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate, "a divisor of batch_size")
+        for name in ("drop_label", "drop_image", "image_prob", "ema"):
+            require(0.0 <= getattr(self, name) <= 1.0, f"train.{name}", getattr(self, name), "a number from 0 to 1")
+        for name in ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay"):
+            require(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Defaults of sampling, kept with the model.
+
+    Args:
+        guidance: weight of classifier-free guidance.
+        solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
+        fps: frames a second of what is written.
+        prompts: what training samples from while it runs.
+    """
+
+    guidance: float = 0.0
+    solver: str = "window"
+    fps: float = 8.0
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is made of.
+
+    Args:
+        flow: architecture; data, train, sample: as their names say.
+        codec: pixels to latents, e.g. `{kind: dct, patch: 4}` (see `starflow.codecs.make_codec`).
+        text: captions to features, e.g. `{kind: words}` (see `starflow.text.make_text_encoder`); empty for none.
+    """
+
+    flow: FlowConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    codec: dict[str, Any] = field(default_factory=lambda: {"kind": "dct", "patch": 4, "channels": 1})
+    text: dict[str, Any] = field(default_factory=dict)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunConfig:
+        """Reads a yaml file.
+
+        Raises:
+            ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+        except yaml.YAMLError as error:
+            raise ConfigError(f"config {path} is not yaml: {str(error).splitlines()[0]}") from None
+        require(isinstance(values, Mapping), f"config {path}", type(values).__name__, "a mapping of options")
+        return from_mapping(cls, values)
+
+
 def _coerce(kind: Any, value: Any, path: str) -> Any:
     """Checks `value` against the annotated type `kind` and converts what yaml cannot say (tuples, nested configs)."""
     origin = typing.get_origin(kind)
@@ -292,7 +433,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
 
 
 def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = "config") -> ConfigType:
-    """Builds the config dataclass `kind` from a mapping; an unknown key is an error that names the nearest known one."""
+    """Builds the config dataclass `kind` from a mapping; an unknown key is an error that names the nearest one."""
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
@@ -308,7 +449,7 @@ def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = 
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The config dataclass as plain yaml-ready values, without the fields that equal their defaults' type changes."""
+    """The config dataclass as plain values that yaml and json can write."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):

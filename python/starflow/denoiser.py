@@ -82,7 +82,8 @@ class Denoiser(Transformer):
 
     def denoise(self, x: Tensor, text: Tensor | None = None) -> Tensor:
         """One step to clean data: `x - 0.3 * prediction`."""
-        return x - STEP * self(x, text)
+        prediction: Tensor = self(x, text)
+        return x - STEP * prediction
 
     def denoise_video(self, x: Tensor, text: Tensor | None = None) -> Tensor:
         """Denoises a clip of any length chunk by chunk; a chunk sees the cleaned frames of the one before.

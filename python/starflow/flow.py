@@ -289,18 +289,18 @@ class Flow(nn.Module):
         if config.txt_size > 0:
             if y is None:
                 raise ValueError("flow: y is None, expected text features (the flow reads text)")
-            if y.dim() != 3 or y.shape[0] != x.shape[0] or y.shape[2] != config.txt_dim or y.shape[1] > config.txt_size:
+            if y.dim() != 3 or y.shape[::2] != (x.shape[0], config.txt_dim) or y.shape[1] > config.txt_size:
                 raise ValueError(
-                    f"flow: y has shape {list(y.shape)}, expected ({x.shape[0]}, at most {config.txt_size} text tokens, "
-                    f"{config.txt_dim})"
+                    f"flow: y has shape {list(y.shape)}, expected ({x.shape[0]}, at most {config.txt_size} text "
+                    f"tokens, {config.txt_dim})"
                 )
         elif config.num_classes:
             if y is not None and (
                 y.shape != x.shape[:1] or y.is_floating_point() or int(y.max()) >= config.num_classes
             ):
                 raise ValueError(
-                    f"flow: y has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer labels below "
-                    f"{config.num_classes}, negative for none"
+                    f"flow: y has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer labels "
+                    f"below {config.num_classes}, negative for none"
                 )
         elif y is not None:
             raise ValueError("flow: y is given, expected None (the flow has neither text nor classes)")

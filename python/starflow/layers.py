@@ -45,7 +45,7 @@ class Attending:
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm in float32 (see `starflow_ext.ops.norm`); RMSNorm stores its weight as an offset from one."""
+    """LayerNorm or RMSNorm in float32 (see `starflow_ext.ops.norm`); RMSNorm's weight is an offset from one."""
 
     def __init__(self, channels: int, kind: NormKind) -> None:
         super().__init__()
@@ -102,7 +102,8 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).flatten(2)
         if self.post_norm is None:
             return ops.linear(out, self.proj.weight, self.proj.bias, residual=h)
-        return h + self.post_norm(ops.linear(out, self.proj.weight, self.proj.bias))
+        branch: Tensor = self.post_norm(ops.linear(out, self.proj.weight, self.proj.bias))
+        return h + branch
 
 
 class MLP(nn.Module):
@@ -127,7 +128,8 @@ class MLP(nn.Module):
             x = ops.linear(x, self.gate.weight, self.gate.bias, epilogue="gelu_tanh", multiply=up)
         if self.post_norm is None:
             return ops.linear(x, self.down.weight, self.down.bias, residual=h)
-        return h + self.post_norm(ops.linear(x, self.down.weight, self.down.bias))
+        branch: Tensor = self.post_norm(ops.linear(x, self.down.weight, self.down.bias))
+        return h + branch
 
 
 class Layer(nn.Module):

@@ -328,12 +328,12 @@ class _Kept:
         self._raw = affine.raw.new_zeros(affine.raw.shape[0] // batch, batch, total, affine.raw.shape[-1])
 
     def keep(self, affine: Affine, rows: Tensor, tokens: Tensor) -> None:
-        halves = affine.raw.unflatten(0, self._raw.shape[:2])
+        halves = affine.raw.view(self._raw.shape[0], self._raw.shape[1], *affine.raw.shape[1:])
         for kept, raw in zip(self._raw, halves, strict=True):
             kept[rows, tokens] = raw
 
     def guess_(self, x: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, fresh: Tensor) -> None:
-        """Places the tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
+        """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
         ahead = tokens - fresh[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
         wanted = (ahead >= 0) & (source >= self._first)

@@ -115,4 +115,4 @@ def to_grid(sequence: Tensor, order: Tensor, frames: int, height: int, width: in
     """Inverse of `to_sequence`."""
     grid = torch.empty_like(sequence)
     grid[:, order.to(sequence.device)] = sequence
-    return grid.unflatten(1, (frames, height, width))
+    return grid.view(grid.shape[0], frames, height, width, -1)
