@@ -1,0 +1,21 @@
+// The only path of a user error: one sentence that names the op, the argument, what was given and what was expected.
+// starflow_ext/_check.py says the same sentences for the references.
+#pragma once
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "common/tensor.h"
+
+namespace starflow {
+
+// RuntimeError in Python. The message is built only when the check fails.
+template <class Got, class Expected>
+void require(bool condition, const char* op, const std::string& argument, const Got& got, const Expected& expected) {
+    if (condition) return;
+    std::ostringstream sentence;
+    sentence << op << ": " << argument << ' ' << got() << ", expected " << expected();
+    throw std::runtime_error(sentence.str());
+}
+
+}  // namespace starflow

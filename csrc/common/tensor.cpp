@@ -1,0 +1,74 @@
+#include "common/tensor.h"
+
+#include <sstream>
+
+namespace starflow {
+
+std::optional<Dtype> dtype_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return Dtype::float32;
+        case ScalarType::BFloat16:
+            return Dtype::bfloat16;
+        case ScalarType::Half:
+            return Dtype::float16;
+        case ScalarType::Double:
+            return Dtype::float64;
+        default:
+            return std::nullopt;
+    }
+}
+
+std::string dtype_text(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float:
+            return "float32";
+        case ScalarType::BFloat16:
+            return "bfloat16";
+        case ScalarType::Half:
+            return "float16";
+        case ScalarType::Double:
+            return "float64";
+        case ScalarType::Int:
+            return "int32";
+        case ScalarType::Long:
+            return "int64";
+        case ScalarType::Bool:
+            return "bool";
+        default:
+            return torch::headeronly::toString(tensor.scalar_type());
+    }
+}
+
+std::string device_text(const Tensor& tensor) {
+    if (tensor.is_cpu()) return "cpu";
+    if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
+    return "another device";
+}
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+    std::ostringstream text;
+    text << '[';
+    for (size_t i = 0; i < shape.size(); ++i) text << (i > 0 ? ", " : "") << shape[i];
+    text << ']';
+    return text.str();
+}
+
+std::vector<int64_t> shape_of(const Tensor& tensor) {
+    const auto sizes = tensor.sizes();
+    return {sizes.begin(), sizes.end()};
+}
+
+std::string number_text(double value) {
+    std::ostringstream text;
+    text << value;
+    return text.str();
+}
+
+ScalarType arithmetic_type(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
+
+Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+    return torch::stable::new_empty(like, shape, type);
+}
+
+}  // namespace starflow

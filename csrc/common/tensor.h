@@ -1,0 +1,27 @@
+// A view of torch's tensors through the stable ABI, in the words of this library.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace starflow {
+
+using torch::stable::Tensor;
+using ScalarType = torch::headeronly::ScalarType;
+
+std::optional<Dtype> dtype_of(const Tensor& tensor);
+std::string dtype_text(const Tensor& tensor);
+std::string device_text(const Tensor& tensor);
+std::string number_text(double value);
+std::string shape_text(const std::vector<int64_t>& shape);
+std::vector<int64_t> shape_of(const Tensor& tensor);
+ScalarType arithmetic_type(Dtype dtype);
+Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type);
+
+}  // namespace starflow

@@ -1,0 +1,105 @@
+// Sixteen floats: AVX-512 F, BW, VL, DQ. Included by vec.h alone.
+#pragma once
+#include <immintrin.h>
+
+#include "cpu/vec.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+template <>
+struct Vec<float> {
+    static constexpr int lanes = 16;
+    __m512 v;
+    Vec() = default;
+    explicit Vec(__m512 value) : v(value) {}
+    explicit Vec(float value) : v(_mm512_set1_ps(value)) {}
+};
+
+inline __mmask16 first_lanes(FirstLanes n) { return static_cast<__mmask16>((1U << n.count) - 1); }
+
+inline __m512 widen(__m256i bits, const BFloat16*) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline __m512 widen(__m256i bits, const Float16*) { return _mm512_cvtph_ps(bits); }
+
+inline __m256i narrow(__m512 a, const BFloat16*) {
+    const __m512i bits = _mm512_castps_si512(a);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
+    const __m512i chosen = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
+}
+inline __m256i narrow(__m512 a, const Float16*) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
+
+inline Vec<float> load(const float* p, AllLanes) { return Vec<float>(_mm512_loadu_ps(p)); }
+inline Vec<float> load(const float* p, FirstLanes n) { return Vec<float>(_mm512_maskz_loadu_ps(first_lanes(n), p)); }
+inline void store(float* p, Vec<float> a, AllLanes) { _mm512_storeu_ps(p, a.v); }
+inline void store(float* p, Vec<float> a, FirstLanes n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
+inline void stream(float* p, Vec<float> a) { _mm512_stream_ps(p, a.v); }
+
+template <class Half>
+inline Vec<float> load(const Half* p, AllLanes) {
+    return Vec<float>(widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), p));
+}
+template <class Half>
+inline Vec<float> load(const Half* p, FirstLanes n) {
+    return Vec<float>(widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), p));
+}
+template <class Half>
+inline void store(Half* p, Vec<float> a, AllLanes) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a.v, p));
+}
+template <class Half>
+inline void store(Half* p, Vec<float> a, FirstLanes n) {
+    _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a.v, p));
+}
+template <class Half>
+inline void stream(Half* p, Vec<float> a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a.v, p));
+}
+
+// Streaming stores are not ordered by the lock that ends a parallel region.
+inline void stream_fence() { _mm_sfence(); }
+
+inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_add_ps(a.v, b.v)); }
+inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_sub_ps(a.v, b.v)); }
+inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_mul_ps(a.v, b.v)); }
+inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_div_ps(a.v, b.v)); }
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return Vec<float>(_mm512_fmadd_ps(a.v, b.v, c.v));
+}
+inline Vec<float> absolute(Vec<float> a) { return Vec<float>(_mm512_abs_ps(a.v)); }
+inline Vec<float> square_root(Vec<float> a) { return Vec<float>(_mm512_sqrt_ps(a.v)); }
+inline Vec<float> minimum(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_min_ps(a.v, b.v)); }
+inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_max_ps(a.v, b.v)); }
+inline Vec<float> select_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
+    return Vec<float>(_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v));
+}
+inline Vec<float> keep(Vec<float> a, AllLanes, float) { return a; }
+inline Vec<float> keep(Vec<float> a, FirstLanes n, float rest) {
+    return Vec<float>(_mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(rest), a.v));
+}
+inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {
+    return Vec<float>(
+        _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
+}
+inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest_magnitude(Vec<float> a) {
+    return bits_as<float>(_mm512_reduce_max_epi32(_mm512_castps_si512(a.v)));
+}
+
+inline Vec<float> round_to_integer(Vec<float> a) {
+    return Vec<float>(_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline Vec<float> times_power_of_two(Vec<float> a, Vec<float> power) {
+    return Vec<float>(_mm512_scalef_ps(a.v, power.v));
+}
+inline Vec<float> exponent(Vec<float> a) { return Vec<float>(_mm512_getexp_ps(a.v)); }
+inline Vec<float> mantissa(Vec<float> a) {
+    return Vec<float>(_mm512_getmant_ps(a.v, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src));
+}
+
+}  // namespace
+}  // namespace starflow::STARFLOW_ISA

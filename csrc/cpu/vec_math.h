@@ -1,0 +1,69 @@
+// Elementary functions of Vec<float>, once for every ISA. Included by vec.h alone.
+//
+// Bounds are of the relative error against float64, in units of 2^-24 (half an ulp), measured over the stated range by
+// tests/ops; polynomials are Chebyshev interpolants of the function's own quotient.
+#pragma once
+#include "cpu/vec.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+// exp(x) for |x| <= 87; NaN stays. Error below 4.
+inline Vec<float> exponential(Vec<float> x) {
+    using V = Vec<float>;
+    const V n = round_to_integer(x * V(0x1.715476p0F));
+    // ln 2 in two parts, the first with trailing zeros, so that n times it is exact.
+    V r = multiply_add(n, V(-0x1.62e4p-1F), x);
+    r = multiply_add(n, V(-0x1.7f7d1cp-20F), r);
+    V q = multiply_add(V(0.0013933652488F), r, V(0.00836318354468F));
+    q = multiply_add(q, r, V(0.0416664648954F));
+    q = multiply_add(q, r, V(0.166665769672F));
+    q = multiply_add(q, r, V(0.500000001347F));
+    return times_power_of_two(multiply_add(r * r, q, r) + V(1.0F), n);
+}
+
+// 2 * atanh(s) for |s| <= 1/3: the odd series that both logarithms end in.
+inline Vec<float> twice_atanh(Vec<float> s) {
+    using V = Vec<float>;
+    const V w = s * s;
+    V q = multiply_add(V(0.134340407243F), w, V(0.141169410308F));
+    q = multiply_add(q, w, V(0.200038366601F));
+    q = multiply_add(q, w, V(0.333333198272F));
+    const V twice = s + s;
+    return multiply_add(twice * w, q, twice);
+}
+
+// log(1 + t) for 0 <= t <= 1; relative to the result, also where t is tiny. Error below 6.
+inline Vec<float> log1p_of_unit(Vec<float> t) { return twice_atanh(t / (t + Vec<float>(2.0F))); }
+
+// log(x) for normal x > 0; absolute error below 4 plus 2 relative ones.
+inline Vec<float> logarithm(Vec<float> x) {
+    using V = Vec<float>;
+    V m = mantissa(x);
+    V e = exponent(x);
+    const V root(1.41421356F);
+    e = select_greater(m, root, e + V(1.0F), e);
+    m = select_greater(m, root, m * V(0.5F), m);
+    const V tail = multiply_add(e, V(0x1.7f7d1cp-20F), twice_atanh((m - V(1.0F)) / (m + V(1.0F))));
+    return multiply_add(e, V(0x1.62e4p-1F), tail);
+}
+
+// tanh(x), and its slope 1 - tanh^2 without cancellation. Error below 8.
+inline Vec<float> hyperbolic_tangent(Vec<float> x, Vec<float>& slope) {
+    using V = Vec<float>;
+    const V size = absolute(x);
+    const V decay = exponential(maximum(V(-80.0F), V(-2.0F) * size));
+    const V inverse = V(1.0F) / (V(1.0F) + decay);
+    slope = V(4.0F) * decay * inverse * inverse;
+    const V far = (V(1.0F) - decay) * inverse;
+    const V w = x * x;
+    V q = multiply_add(V(-0.0069469843F), w, V(0.0214727104F));
+    q = multiply_add(q, w, V(-0.0539337878F));
+    q = multiply_add(q, w, V(0.133332273763F));
+    q = multiply_add(q, w, V(-0.333333328093F));
+    const V near = multiply_add(x * w, q, x);
+    return select_greater(V(0.5F), size, near, select_greater(V(0.0F), x, V(0.0F) - far, far));
+}
+
+}  // namespace
+}  // namespace starflow::STARFLOW_ISA

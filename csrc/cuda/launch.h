@@ -1,0 +1,20 @@
+// Guard, stream, launch and check in one call, without linking to CUDA torch.
+#pragma once
+#include "common/tensor.h"
+
+namespace starflow::cuda {
+
+// torch's current stream on a device. Never called for a tensor on the CPU.
+void* current_stream(int32_t device);
+
+// Throws std::runtime_error with the runtime's words if `code` is not success.
+void check(const char* op, int code);
+
+// Run `launch(args, stream)` on the device of `data`.
+template <class Args>
+void launch(const char* op, const Tensor& data, const Args& args, int (*launcher)(const Args&, void*)) {
+    const torch::stable::accelerator::DeviceGuard guard(data.get_device_index());
+    check(op, launcher(args, current_stream(data.get_device_index())));
+}
+
+}  // namespace starflow::cuda

@@ -1,0 +1,20 @@
+// What the CUDA runtime knows, for builds with and without it: no torch.
+#pragma once
+#include <string>
+
+#include "common/api.h"
+
+namespace starflow::cuda {
+
+struct DeviceCount {
+    int devices;
+    std::string reason;  // why there is none; empty where there are some
+};
+
+// Asks the driver: not for import time.
+STARFLOW_API DeviceCount count_devices();
+
+// The runtime's words for an error code.
+std::string error_text(int code);
+
+}  // namespace starflow::cuda

@@ -1,0 +1,43 @@
+// Run the kernels of an affine op over its rows, on the device of its data.
+#pragma once
+#include <cstdint>
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cuda/launch.h"
+#include "ops/affine_common/affine_check.h"
+
+namespace starflow {
+
+// Whether a new tensor of this size is better written past the caches: it would not stay in them, and each line would
+// be read before it is written. Its rows must be whole cache lines, so that no line is written in two parts.
+inline bool worth_streaming(const Tensor& output) {
+    constexpr int64_t cache_line = 64;
+    constexpr int64_t smallest = int64_t{8} << 20;
+    const auto width = static_cast<int64_t>(output.element_size());
+    return output.numel() * width >= smallest && output.size(output.dim() - 1) * width % cache_line == 0 &&
+           reinterpret_cast<uintptr_t>(output.data_ptr()) % cache_line == 0;
+}
+
+template <class Args>
+void run_rows(const char* op, const char* name, const Tensor& data, const AffineShape& shape, const Args& args,
+              void (*kernel)(const Args&, int64_t, int64_t), int (*cuda_launcher)(const Args&, void*)) {
+    if (data.is_cuda()) {
+        require(
+            cuda_launcher != nullptr, op, std::string(name) + " is on", [&] { return device_text(data); },
+            [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
+        cuda::launch(op, data, args, cuda_launcher);
+        return;
+    }
+    cpu::parallel_rows(shape.batch * shape.tokens, shape.channels,
+                       [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+}  // namespace starflow
+
+// The same entry serves both devices: STARFLOW_IMPLEMENT(m) { m.impl(...); }
+#define STARFLOW_IMPLEMENT(m)                                           \
+    static void implement(torch::stable::detail::StableLibrary& m);     \
+    STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { implement(m); }   \
+    STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CUDA, m) { implement(m); }  \
+    static void implement(torch::stable::detail::StableLibrary& m)

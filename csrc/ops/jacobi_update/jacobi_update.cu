@@ -1,0 +1,74 @@
+// One sweep's update on CUDA; the formula and the bytes are in jacobi_update.h. One warp a row, every architecture.
+#include "ops/jacobi_update/jacobi_update.h"
+
+#include "ops/affine_common/affine_terms.cuh"
+
+namespace starflow {
+namespace {
+
+using namespace cuda;
+
+template <class Data, class Raw, int width>
+__global__ void update_kernel(JacobiUpdateArgs args) {
+    using T = typename Arithmetic<Data>::type;
+    const AffineShape& shape = args.shape;
+    const int64_t row = row_of_warp();
+    if (row >= shape.batch * shape.tokens) return;
+    const int64_t b = row / shape.tokens;
+    const int64_t t = row % shape.tokens;
+    const T weight = static_cast<T>(args.guidance);
+    Data* x = row_of<Data>(args.x, b, t);
+    const Data* z = row_of<const Data>(args.z, b, t);
+    const Raw* raw = row_of<const Raw>(args.raw, b, t);
+    T change = 0;
+    for (int64_t c = lane() * width; c < shape.channels; c += warp_size * width) {
+        const RawTerms<T, width> terms(raw, shape, c);
+        T shift[width];
+        T scale[width];
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+            shift[i] = terms.shift[i];
+            scale[i] = terms.scale[i].scale;
+        }
+        if (weight > T(0)) {
+            const RawTerms<T, width> other(row_of<const Raw>(args.raw, shape.batch + b, t), shape, c);
+#pragma unroll
+            for (int i = 0; i < width; ++i) {
+                T ratio = scale[i] / other.scale[i].scale;
+                ratio = ratio > T(1) ? T(1) : ratio;
+                const T pull = weight * ratio * ratio;
+                const T precision = T(1) + weight - pull;
+                shift[i] = ((T(1) + weight) * shift[i] - pull * other.shift[i]) / precision;
+                scale[i] /= sqrt(precision);
+            }
+        }
+        T old[width];
+        T updated[width];
+        load<width>(x + c, old);
+        load<width>(z + c, updated);
+#pragma unroll
+        for (int i = 0; i < width; ++i) {
+            updated[i] = shift[i] + scale[i] * updated[i];
+            change = larger(change, abs(updated[i] - old[i]) / scale[i]);
+        }
+        store<width>(x + c, updated);
+    }
+    change = warp_largest(change);
+    if (lane() == 0) args.change[row] = static_cast<float>(change);
+}
+
+}  // namespace
+
+int jacobi_update_cuda(const JacobiUpdateArgs& args, void* stream) {
+    const auto all_aligned = [&](int64_t width, int64_t data_size, int64_t raw_size) {
+        return aligned(args.x, width, data_size) && aligned(args.z, width, data_size) &&
+               aligned(args.raw, width, raw_size);
+    };
+    return launch_affine(args.shape, all_aligned,
+                         [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
+                             update_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
+                                 <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+                         });
+}
+
+}  // namespace starflow
