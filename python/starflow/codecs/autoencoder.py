@@ -27,7 +27,11 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
     except ImportError as error:
         raise ImportError(f"{codec} needs the package diffusers: pip install 'starflow-ext[vae]'") from error
     module, info = getattr(diffusers, class_name).from_pretrained(
-        folder, local_files_only=True, torch_dtype=torch.float32, output_loading_info=True
+        folder,
+        local_files_only=True,
+        torch_dtype=torch.float32,
+        low_cpu_mem_usage=False,
+        output_loading_info=True,
     )
     # diffusers leaves parameters that the file lacks at random values, with no more than a warning.
     if info["missing_keys"] or info["mismatched_keys"]:
@@ -211,12 +215,11 @@ class WanCodec:
             ValueError: when a shape does not fit or divide.
         """
         check_pixels("WanCodec", pixels, self.channels, self.spatial)
+        size = (pixels.shape[-2] // self.spatial, pixels.shape[-1] // self.spatial)
+        lead = pixels.shape[:1] if pixels.ndim == 4 else (pixels.shape[0], self.latent_frames(pixels.shape[1]))
+        _check_noise("WanCodec", noise, (*lead, self.latent_channels, *size))
         if pixels.ndim == 4:
             return self.encode(pixels[:, None], noise=None if noise is None else noise[:, None])[:, 0]
-        batch, frames, _, height, width = pixels.shape
-        size = (height // self.spatial, width // self.spatial)
-        shape = (batch, self.latent_frames(frames), self.latent_channels, *size)
-        _check_noise("WanCodec", noise, shape)
         posterior = self._module.to(pixels.device).encode(pixels.to(torch.float32).transpose(1, 2)).latent_dist
         codes = (posterior.mean - self._mean.to(pixels.device)) / self._deviation.to(pixels.device)
         if noise is not None:

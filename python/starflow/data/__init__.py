@@ -1,5 +1,6 @@
 """Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
+from starflow.data.captions import aspect_size, assemble
 from starflow.data.clips import (
     Clip,
     ClipDataset,
@@ -36,6 +37,8 @@ __all__ = [
     "VideoFolder",
     "VideoInfo",
     "VideoWriter",
+    "aspect_size",
+    "assemble",
     "ffmpeg_binary",
     "probe",
     "read_image",

@@ -59,9 +59,13 @@ def _load() -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(bunch.images.astype(np.float32) / 16.0), bunch.target.astype(np.int64)
 
 
+@functools.cache
 def _split(name: str) -> np.ndarray:
-    """Indices of the digit images of a split: every fifth one is held out."""
-    held_out = np.arange(len(_load()[1])) % 5 == 4
+    """Indices of the digit images of a split: every fifth image of each digit is held out."""
+    labels = _load()[1]
+    held_out = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        held_out[np.flatnonzero(labels == digit)[4::5]] = True
     indices: np.ndarray = np.flatnonzero(held_out if name == "test" else ~held_out)
     return indices
 

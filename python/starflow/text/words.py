@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from starflow.data.digits import VOCABULARY
+
 __all__ = ["STOP_WORDS", "ClassEncoder", "WordEncoder"]
 
 STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
@@ -20,7 +22,7 @@ class WordEncoder:
     Case and punctuation do not matter, stop words are dropped, and any other unknown word is an error.
 
     Args:
-        vocabulary: the known words, in lower case; the set of moving digits has `starflow.data.VOCABULARY`.
+        vocabulary: the known words, in lower case; by default those of the set of moving digits.
         size: the most known words in a caption.
         stop_words: words without meaning.
 
@@ -28,7 +30,9 @@ class WordEncoder:
         ValueError: when the vocabulary is empty, repeats a word, or an argument is out of range.
     """
 
-    def __init__(self, vocabulary: Sequence[str], size: int = 4, stop_words: Sequence[str] = STOP_WORDS) -> None:
+    def __init__(
+        self, vocabulary: Sequence[str] = VOCABULARY, size: int = 3, stop_words: Sequence[str] = STOP_WORDS
+    ) -> None:
         if isinstance(vocabulary, str) or not vocabulary:
             raise ValueError(f"WordEncoder: vocabulary is {vocabulary!r}, expected a list of at least one word")
         if size < 1:

@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+
+from starflow.data import DIGITS, DIRECTIONS, VOCABULARY, Clip, DigitJudge, MovingDigits
+from starflow.data.digits import _load, _split
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return DigitJudge()
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    dataset = MovingDigits(split="test", length=300)
+    return [dataset.item(index) for index in range(300)]
+
+
+def centre_of_mass(clip: Clip) -> torch.Tensor:
+    light = (clip.pixels[:, 0] + 1) / 2
+    axis = torch.arange(light.shape[-1]) + 0.5
+    mass = light.sum(dim=(1, 2))
+    return torch.stack([(light.sum(2) * axis).sum(1) / mass, (light.sum(1) * axis).sum(1) / mass], dim=1)
+
+
+def test_a_clip_is_a_function_of_its_index_epoch_and_seed():
+    first, second = MovingDigits().item(5, epoch=2, seed=3), MovingDigits().item(5, epoch=2, seed=3)
+    assert torch.equal(first.pixels, second.pixels)
+    assert first.caption == second.caption
+    for other in (MovingDigits(seed=1).item(5, epoch=2, seed=3), MovingDigits().item(5, epoch=1, seed=3)):
+        assert not torch.equal(first.pixels, other.pixels)
+
+
+@pytest.mark.parametrize("frames, size", [(1, 32), (8, 32), (40, 24), (8, 64)])
+def test_pixels_have_the_announced_shape_and_range(frames, size):
+    clip = MovingDigits(frames=frames, size=size).item(0)
+    assert clip.pixels.shape == (frames, 1, size, size)
+    assert clip.pixels.dtype == torch.float32
+    assert clip.pixels.min() == -1.0
+    assert 0.9 < clip.pixels.max() <= 1.0
+
+
+def test_no_digit_image_is_in_both_splits():
+    train, test = _split("train"), _split("test")
+    assert not set(train) & set(test)
+    assert sorted([*train, *test]) == list(range(len(_load()[1])))
+    assert set(_load()[1][test]) == set(range(10))
+
+
+def test_the_digit_stays_inside_the_frame_and_keeps_its_mass():
+    for index in range(20):
+        light = (MovingDigits(frames=40).item(index).pixels + 1) / 2
+        mass = light.sum(dim=(1, 2, 3))
+        assert (mass - mass.mean()).abs().max() < 0.05 * mass.mean()
+
+
+def test_the_caption_states_what_the_centre_of_mass_does_first(held_out):
+    for clip in held_out:
+        words = clip.caption.split(maxsplit=2)
+        expected = torch.tensor(DIRECTIONS[words[2]])
+        steps = centre_of_mass(clip).diff(dim=0)[:3]
+        speed = steps.norm(dim=1)
+        if words[2] == "standing still":
+            assert speed.max() < 1e-3
+        else:
+            assert speed.min() > 0.9
+            assert ((steps / speed[:, None]) @ expected).min() > 0.98, clip.caption
+
+
+def test_long_clips_bounce_off_the_walls():
+    dataset = MovingDigits(frames=60)
+    moving = [clip for clip in map(dataset.item, range(20)) if "still" not in clip.caption]
+    for clip in moving:
+        centers = centre_of_mass(clip)
+        assert (centers.diff(dim=0).sign().diff(dim=0).abs() > 0).any()
+
+
+def test_captions_use_the_vocabulary_and_every_direction_occurs(held_out):
+    words = {word for clip in held_out for word in clip.caption.split()}
+    assert words == {*VOCABULARY, "a", "an", "and", "moving", "standing"}
+    assert {clip.caption.split(maxsplit=2)[2] for clip in held_out} == set(DIRECTIONS)
+    assert {clip.caption.split()[1] for clip in held_out} == set(DIGITS)
+
+
+def test_the_judge_reads_real_held_out_clips(judge, held_out):
+    score = judge.score([clip.pixels for clip in held_out], [clip.caption for clip in held_out])
+    assert score["digit_accuracy"] > 0.95
+    assert score["direction_accuracy"] > 0.99
+    assert score["both_accuracy"] <= min(score["digit_accuracy"], score["direction_accuracy"])
+
+
+def test_the_judge_stands_a_little_noise(judge, held_out):
+    noise = 0.1 * torch.randn(300, 8, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    clips = torch.stack([clip.pixels for clip in held_out]) + noise
+    score = judge.score(clips, [clip.caption for clip in held_out])
+    assert score["both_accuracy"] > 0.95
+
+
+def test_the_judge_is_not_pleased_by_other_captions(judge, held_out):
+    rolled = [held_out[index - 1].caption for index in range(len(held_out))]
+    score = judge.score([clip.pixels for clip in held_out], rolled)
+    assert score["digit_accuracy"] < 0.25
+    assert score["direction_accuracy"] < 0.25
+
+
+def test_the_judge_takes_an_empty_clip(judge):
+    assert judge.direction(torch.full((8, 1, 32, 32), -1.0)) == "standing still"
+    assert judge.digit(torch.full((8, 1, 32, 32), -1.0)) in range(10)
+
+
+def test_errors_name_what_was_expected(judge):
+    with pytest.raises(ValueError, match='MovingDigits: split is "both", expected "train" or "test"'):
+        MovingDigits(split="both")
+    with pytest.raises(ValueError, match="MovingDigits: frames is 0, expected at least 1"):
+        MovingDigits(frames=0)
+    with pytest.raises(IndexError, match="MovingDigits: index is 7, expected 0 to 6"):
+        MovingDigits(length=7).item(7)
+    with pytest.raises(ValueError, match=r"pixels have shape \[8, 3, 32, 32\], expected \[frames, 1, 32, 32\]"):
+        judge.digit(torch.zeros(8, 3, 32, 32))
+    with pytest.raises(ValueError, match='caption "a cat" is not one of MovingDigits'):
+        judge.score(torch.zeros(1, 8, 1, 32, 32), ["a cat"])
+    with pytest.raises(ValueError, match="got 1 clips and 0 captions"):
+        judge.score(torch.zeros(1, 8, 1, 32, 32), [])
+    with pytest.raises(ValueError, match="1 frames, expected at least 2"):
+        judge.direction(torch.zeros(1, 1, 32, 32))
+
+
+def test_every_split_holds_each_digit_about_equally_often():
+    counts = np.bincount(_load()[1][_split("test")], minlength=10)
+    assert counts.min() > 0.6 * counts.mean()
