@@ -6,13 +6,16 @@ section 3 (softplus scale, soft clip, guidance).
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from starflow_ext._check import require
+from starflow_ext._spec import Bound, Sample
 
 Activation = Literal["softplus", "exp", "none"]
 
@@ -21,9 +24,19 @@ ACTIVATIONS: Final = ("softplus", "exp", "none")
 # log(e - 1): softplus of it is 1, so a raw value of zero means a scale of one.
 SOFTPLUS_BIAS: Final = 0.541324854612918
 
-# The argument of the exponential is clamped here, so that scale, its inverse and every gradient stay finite in
-# float32: exp(+-80) is 5.5e34 and 1.8e-35. Sane networks stay within +-10.
+# The scale stays within exp(+-80), 5.5e34 and 1.8e-35, so that it, its inverse and every gradient are finite in float32.
+# Sane networks stay within exp(+-10). Clamped before the maths: a clamp after it would let NaN into the gradient.
 LOG_SCALE_LIMIT: Final = 80.0
+SCALE_LIMIT: Final = math.exp(LOG_SCALE_LIMIT)
+
+# Of float32: 16 units of rounding, for the longest chain (clip, softplus, quotient); log_det sums as many channels. Half
+# types add the rounding of what they store.
+AFFINE_BOUNDS: Final[Mapping[torch.dtype, Bound]] = {
+    torch.float64: Bound(1e-13, 1e-13),
+    torch.float32: Bound(2e-6, 4e-6),
+    torch.float16: Bound(1e-3, 4e-6),
+    torch.bfloat16: Bound(8e-3, 4e-6),
+}
 
 FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -116,7 +129,7 @@ def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: fl
             scale = log_scale.exp()
         else:
             # From 40 on softplus(u) is u in float64 too; torch's default of 20 is good for float32 only.
-            scale = F.softplus((log_half + SOFTPLUS_BIAS).clamp(min=-LOG_SCALE_LIMIT), threshold=40.0)
+            scale = F.softplus((log_half + SOFTPLUS_BIAS).clamp(-LOG_SCALE_LIMIT, SCALE_LIMIT), threshold=40.0)
             log_scale = scale.log()
     if shifted:
         shift, scale, log_scale = (
@@ -143,6 +156,81 @@ def guided_terms(conditional: Terms, unconditional: Terms, guidance: float) -> t
     precision = 1.0 + guidance - guidance * ratio
     shift = ((1.0 + guidance) * conditional.shift - guidance * ratio * unconditional.shift) / precision
     return shift, conditional.scale / precision.sqrt()
+
+
+def check_log_det(op: str, grad_log_det: Tensor, data: Tensor) -> None:
+    """Check the gradient of the log-determinant: (..., tokens) in the dtype of the arithmetic."""
+    expected = arithmetic_dtype(data.dtype)
+    got = grad_log_det.dtype
+    require(got == expected, op, "grad_log_det has dtype", _dtype_text(got), _dtype_text(expected))
+    shape = list(data.shape[:-1])
+    got_shape = list(grad_log_det.shape)
+    require(got_shape == shape, op, "grad_log_det has shape", shape_text(got_shape), shape_text(shape))
+
+
+def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a second tensor has the dtype, shape and device of the first."""
+    got, expected = _dtype_text(tensor.dtype), _dtype_text(like.dtype)
+    require(got == expected, op, f"{name} has dtype", got, f"{expected} like {like_name}")
+    shape = shape_text(like.shape)
+    require(tensor.shape == like.shape, op, f"{name} has shape", shape_text(tensor.shape), f"{shape} like {like_name}")
+    require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
+
+
+def require_first_order(op: str) -> None:
+    """Refuse a gradient of the native gradient, which would silently be missing."""
+    require(
+        not torch.is_grad_enabled(),
+        op,
+        "create_graph is",
+        "True",
+        "False: second-order gradients exist in starflow_ext.reference_mode() only",
+    )
+
+
+def affine_samples(
+    dtype: torch.dtype, raw_dtype: torch.dtype, generator: torch.Generator, *, shifted: bool = True
+) -> Iterator[Sample]:
+    """Draw calls of an affine op: every option, and the shapes that go wrong first.
+
+    Args:
+        dtype: dtype of the data.
+        raw_dtype: dtype of ``raw``.
+        generator: source of the values.
+        shifted: whether the op knows the option ``shifted``.
+
+    Yields:
+        Samples with data (..., tokens, channels) and ``raw``.
+    """
+
+    def draw(shape: tuple[int, ...], spread: float, kind: torch.dtype) -> Tensor:
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return (spread * values).to(kind)
+
+    def sample(label: str, shape: tuple[int, ...], **options: Any) -> Sample:
+        halves = 1 if options.get("activation") == "none" else 2
+        raw = draw((*shape[:-1], halves * shape[-1]), 1.5, raw_dtype)
+        return Sample(label, (draw(shape, 2.0, dtype), raw), options)
+
+    yield sample("defaults", (2, 5, 48))
+    yield sample("one element", (1, 1, 1))
+    yield sample("no samples", (0, 5, 7))
+    yield sample("no tokens", (2, 0, 7))
+    yield sample("no channels", (2, 5, 0))
+    for channels in (3, 7, 8, 9, 15, 16, 17, 33):
+        yield sample(f"{channels} channels", (2, 3, channels))
+    yield sample("more channels than mantissas in a product", (1, 2, 1300))
+    for activation in ("softplus", "exp", "none"):
+        for soft_clip in (0.0, 3.0):
+            for behind in (False, True) if shifted else (False,):
+                options = {"activation": activation, "soft_clip": soft_clip} | ({"shifted": behind} if shifted else {})
+                yield sample(" ".join(f"{key}={value}" for key, value in options.items()), (2, 4, 19), **options)
+
+
+def affine_bytes(sample: Sample) -> int:
+    """Bytes that must move: data and raw in, data out."""
+    data, raw = sample.args[0], sample.args[-1]
+    return 2 * data.nbytes + raw.nbytes
 
 
 def _behind(term: Tensor, first: float) -> Tensor:

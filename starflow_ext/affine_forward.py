@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from starflow_ext._affine import Activation, affine_terms, arithmetic_dtype, check_data, check_raw
+from starflow_ext._affine import (
+    AFFINE_BOUNDS,
+    Activation,
+    affine_bytes,
+    affine_samples,
+    affine_terms,
+    arithmetic_dtype,
+    check_data,
+    check_like,
+    check_log_det,
+    check_raw,
+    require_first_order,
+)
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._spec import Spec
 
 
 def affine_forward(
@@ -30,16 +47,72 @@ def affine_forward(
     Reference:
         Zhai et al., Normalizing Flows are Capable Generative Models, section 3.
     """
-    return affine_forward_reference(x, raw, activation, soft_clip, shifted)
+    if in_reference_mode():
+        return affine_forward_reference(x, raw, activation, soft_clip, shifted)
+    z, log_det = _native(x, raw, activation, soft_clip, shifted)
+    return z, log_det
 
 
 def affine_forward_reference(
     x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:
     """Compute ``affine_forward`` in plain torch; arguments as there."""
-    check_data("affine_forward", "x", x)
-    check_raw("affine_forward", "x", x, raw, activation, soft_clip)
+    check(x, raw, activation, soft_clip, shifted)
     dtype = arithmetic_dtype(x.dtype)
     terms = affine_terms(raw, dtype, activation, soft_clip, shifted)
     z = (x.to(dtype) - terms.shift) / terms.scale
     return z.to(x.dtype), -terms.log_scale.sum(dim=-1)
+
+
+def check(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> None:
+    """Raise what the native op raises for the same mistake; arguments as of the reference."""
+    check_data("affine_forward", "x", x)
+    check_raw("affine_forward", "x", x, raw, activation, soft_clip)
+
+
+_native = torch.ops.starflow_ext.affine_forward.default
+_native_backward = torch.ops.starflow_ext.affine_forward_backward.default
+
+
+@torch.library.register_fake("starflow_ext::affine_forward")
+def _fake(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> tuple[Tensor, Tensor]:
+    check(x, raw, activation, soft_clip, shifted)
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=arithmetic_dtype(x.dtype))
+
+
+@torch.library.register_fake("starflow_ext::affine_forward_backward")
+def _fake_backward(
+    grad_z: Tensor, grad_log_det: Tensor, x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    op = "affine_forward_backward"
+    check_data(op, "x", x)
+    check_raw(op, "x", x, raw, activation, soft_clip)
+    check_like(op, "grad_z", grad_z, "x", x)
+    check_log_det(op, grad_log_det, x)
+    return x.new_empty(x.shape), raw.new_empty(raw.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, raw, *ctx.options = inputs
+    ctx.save_for_backward(x, raw)
+
+
+def _backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | None, ...]:
+    require_first_order("affine_forward")
+    grad_x, grad_raw = _native_backward(grad_z, grad_log_det, *ctx.saved_tensors, *ctx.options)
+    return grad_x, grad_raw, None, None, None
+
+
+torch.library.register_autograd("starflow_ext::affine_forward", _backward, setup_context=_save)
+
+SPEC = Spec(
+    name="affine_forward",
+    call=affine_forward,
+    reference=affine_forward_reference,
+    check=check,
+    samples=affine_samples,
+    bounds=AFFINE_BOUNDS,
+    differentiable=True,
+    mutates=(),
+    bytes_moved=affine_bytes,
+)

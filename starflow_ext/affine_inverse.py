@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from starflow_ext._affine import Activation, affine_terms, arithmetic_dtype, check_data, check_raw
+from starflow_ext._affine import (
+    AFFINE_BOUNDS,
+    Activation,
+    affine_bytes,
+    affine_samples,
+    affine_terms,
+    arithmetic_dtype,
+    check_data,
+    check_like,
+    check_raw,
+    require_first_order,
+)
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._spec import Spec
 
 
 def affine_inverse(
@@ -29,13 +45,68 @@ def affine_inverse(
     Reference:
         Zhai et al., Normalizing Flows are Capable Generative Models, section 3.
     """
-    return affine_inverse_reference(z, raw, activation, soft_clip, shifted)
+    if in_reference_mode():
+        return affine_inverse_reference(z, raw, activation, soft_clip, shifted)
+    x: Tensor = _native(z, raw, activation, soft_clip, shifted)
+    return x
 
 
 def affine_inverse_reference(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> Tensor:
     """Compute ``affine_inverse`` in plain torch; arguments as there."""
-    check_data("affine_inverse", "z", z)
-    check_raw("affine_inverse", "z", z, raw, activation, soft_clip)
+    check(z, raw, activation, soft_clip, shifted)
     dtype = arithmetic_dtype(z.dtype)
     terms = affine_terms(raw, dtype, activation, soft_clip, shifted)
     return (terms.shift + terms.scale * z.to(dtype)).to(z.dtype)
+
+
+def check(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> None:
+    """Raise what the native op raises for the same mistake; arguments as of the reference."""
+    check_data("affine_inverse", "z", z)
+    check_raw("affine_inverse", "z", z, raw, activation, soft_clip)
+
+
+_native = torch.ops.starflow_ext.affine_inverse.default
+_native_backward = torch.ops.starflow_ext.affine_inverse_backward.default
+
+
+@torch.library.register_fake("starflow_ext::affine_inverse")
+def _fake(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> Tensor:
+    check(z, raw, activation, soft_clip, shifted)
+    return z.new_empty(z.shape)
+
+
+@torch.library.register_fake("starflow_ext::affine_inverse_backward")
+def _fake_backward(
+    grad_x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
+) -> tuple[Tensor, Tensor]:
+    op = "affine_inverse_backward"
+    check_data(op, "z", z)
+    check_raw(op, "z", z, raw, activation, soft_clip)
+    check_like(op, "grad_x", grad_x, "z", z)
+    return z.new_empty(z.shape), raw.new_empty(raw.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, raw, *ctx.options = inputs
+    ctx.save_for_backward(z, raw)
+
+
+def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
+    require_first_order("affine_inverse")
+    grad_z, grad_raw = _native_backward(grad_x, *ctx.saved_tensors, *ctx.options)
+    return grad_z, grad_raw, None, None, None
+
+
+torch.library.register_autograd("starflow_ext::affine_inverse", _backward, setup_context=_save)
+
+SPEC = Spec(
+    name="affine_inverse",
+    call=affine_inverse,
+    reference=affine_inverse_reference,
+    check=check,
+    samples=affine_samples,
+    bounds=AFFINE_BOUNDS,
+    differentiable=True,
+    mutates=(),
+    bytes_moved=affine_bytes,
+)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from starflow_ext._affine import (
+    AFFINE_BOUNDS,
     Activation,
+    Terms,
+    affine_samples,
     affine_terms,
     arithmetic_dtype,
     check_data,
+    check_like,
     check_raw,
     guided_terms,
-    shape_text,
 )
 from starflow_ext._check import require
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._spec import Sample, Spec
 
 
 def jacobi_update(
@@ -49,31 +56,86 @@ def jacobi_update(
         Gu et al., STARFlow, section 3.5 (guidance); Song et al., Accelerating Feedforward Computation via Parallel
         Nonlinear Equation Solving, section 3 (Jacobi iteration).
     """
-    return jacobi_update_reference(x, z, raw, activation, soft_clip, guidance)
+    require(
+        not (torch.is_grad_enabled() and (x.requires_grad or z.requires_grad or raw.requires_grad)),
+        "jacobi_update",
+        "gradient mode is",
+        "on for a tensor that requires a gradient",
+        "a call under torch.no_grad() or torch.inference_mode()",
+    )
+    if in_reference_mode():
+        return jacobi_update_reference(x, z, raw, activation, soft_clip, guidance)
+    change: Tensor = _native(x, z, raw, activation, soft_clip, guidance)
+    return change
 
 
 def jacobi_update_reference(
     x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float
 ) -> Tensor:
     """Compute ``jacobi_update`` in plain torch; arguments as there."""
+    check(x, z, raw, activation, soft_clip, guidance)
+    dtype = arithmetic_dtype(x.dtype)
+    terms = affine_terms(raw, dtype, activation, soft_clip, shifted=False)
+    if guidance > 0.0:
+        conditional, unconditional = zip(*(term.chunk(2) for term in terms), strict=True)
+        shift, scale = guided_terms(Terms(*conditional), Terms(*unconditional), guidance)
+    else:
+        shift, scale = terms.shift, terms.scale
+    new = shift + scale * z.to(dtype)
+    change = ((new - x.to(dtype)).abs() / scale).to(torch.float32)
+    x.copy_(new)
+    # A token without channels has not moved; amax has no value for it.
+    return change.amax(dim=-1) if x.shape[-1] > 0 else change.sum(dim=-1)
+
+
+def check(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float) -> None:
+    """Raise what the native op raises for the same mistake; arguments as of the reference."""
     op = "jacobi_update"
     check_data(op, "x", x, dim=3)
-    require(z.dtype == x.dtype, op, "z has dtype", str(z.dtype)[6:], f"{str(x.dtype)[6:]} like x")
-    require(z.shape == x.shape, op, "z has shape", shape_text(z.shape), f"{shape_text(x.shape)} like x")
-    require(z.device == x.device, op, "z is on", z.device, f"{x.device} like x")
+    check_like(op, "z", z, "x", x)
     require(0.0 <= guidance < float("inf"), op, "guidance is", f"{guidance:g}", "a finite number >= 0")
     check_raw(op, "x", x, raw, activation, soft_clip, halves=2 if guidance > 0.0 else 1)
-    dtype = arithmetic_dtype(x.dtype)
-    if x.shape[-1] == 0:
-        return torch.zeros(x.shape[:2], device=x.device)
-    terms = affine_terms(raw, dtype, activation, soft_clip, shifted=False)
-    shift, scale = terms.shift, terms.scale
-    if guidance > 0.0:
-        (shift, shift_u), (scale, scale_u), (log_scale, log_scale_u) = (term.chunk(2) for term in terms)
-        shift, scale = guided_terms(
-            type(terms)(shift, scale, log_scale), type(terms)(shift_u, scale_u, log_scale_u), guidance
-        )
-    new = shift + scale * z.to(dtype)
-    change = ((new - x.to(dtype)).abs() / scale).amax(dim=-1).to(torch.float32)
-    x.copy_(new)
-    return change
+    require(
+        all(stride != 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1),
+        op,
+        "x has",
+        "elements that share memory",
+        "a tensor of its own (an expanded one cannot be written; use .clone())",
+    )
+
+
+_native = torch.ops.starflow_ext.jacobi_update.default
+
+
+@torch.library.register_fake("starflow_ext::jacobi_update")
+def _fake(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float) -> Tensor:
+    check(x, z, raw, activation, soft_clip, guidance)
+    return x.new_empty(x.shape[:2], dtype=torch.float32)
+
+
+def _samples(dtype: torch.dtype, raw_dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
+    for sample in affine_samples(dtype, raw_dtype, generator, shifted=False):
+        x, raw = sample.args
+        z = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
+        yield Sample(sample.label, (x, z, raw), sample.kwargs)
+        unconditional = torch.randn(raw.shape, generator=generator, dtype=torch.float64).to(raw_dtype)
+        both = torch.cat([raw, unconditional])
+        yield Sample(f"{sample.label}, guidance=1.5", (x.clone(), z, both), {**sample.kwargs, "guidance": 1.5})
+
+
+def _bytes(sample: Sample) -> int:
+    x, z, raw = sample.args
+    return 2 * x.nbytes + z.nbytes + raw.nbytes
+
+
+SPEC = Spec(
+    name="jacobi_update",
+    call=jacobi_update,
+    reference=jacobi_update_reference,
+    check=check,
+    samples=_samples,
+    bounds=AFFINE_BOUNDS,
+    differentiable=False,
+    mutates=(0,),
+    bytes_moved=_bytes,
+)

@@ -1,5 +1,12 @@
 """Every op of the extension: native where it can run, plain torch in ``starflow_ext.reference_mode()``."""
 
+from collections.abc import Mapping
+from typing import Final
+
+from starflow_ext import affine_forward as _affine_forward
+from starflow_ext import affine_inverse as _affine_inverse
+from starflow_ext import jacobi_update as _jacobi_update
+from starflow_ext._spec import Spec
 from starflow_ext.affine_forward import affine_forward
 from starflow_ext.affine_inverse import affine_inverse
 from starflow_ext.block_attention import block_attention
@@ -9,3 +16,8 @@ from starflow_ext.norm import norm
 from starflow_ext.rope_append import rope_append
 
 __all__ = ["affine_forward", "affine_inverse", "block_attention", "jacobi_update", "linear", "norm", "rope_append"]
+
+# The ops with native kernels.
+SPECS: Final[Mapping[str, Spec]] = {
+    module.SPEC.name: module.SPEC for module in (_affine_forward, _affine_inverse, _jacobi_update)
+}
