@@ -6,9 +6,11 @@ three numbers and nothing else, and a batch on ``(seed, step)`` and nothing else
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 import logging
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -316,7 +318,7 @@ class VideoFolder:
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
 
     def _scan(self) -> list[_Source]:
-        sources, ignored = [], 0
+        paths, ignored = [], 0
         for path in sorted(self.folder.rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
             if hidden or path.is_dir() or path.suffix.lower() in SIDECAR_SUFFIXES:
@@ -324,15 +326,26 @@ class VideoFolder:
             if path.suffix.lower() in IMAGE_SUFFIXES and self.frames > 1:
                 ignored += 1
                 continue
-            try:
-                sources.append(self._open(path))
-            except VideoError as error:
-                logger.warning("skipped: %s", error)
+            paths.append(path)
+        sources = []
+        # Threads, since the work is done by ffmpeg processes.
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            for source in pool.map(self._try_open, paths):
+                if isinstance(source, VideoError):
+                    logger.warning("skipped: %s", source)
+                else:
+                    sources.append(source)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
         if not sources:
             raise ValueError(f"VideoFolder: no readable video in {self.folder}, expected at least one (see the log)")
         return sources
+
+    def _try_open(self, path: Path) -> _Source | VideoError:
+        try:
+            return self._open(path)
+        except VideoError as error:
+            return error
 
     def _open(self, path: Path) -> _Source:
         name = str(path.relative_to(self.folder))

