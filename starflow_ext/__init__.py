@@ -1,11 +1,11 @@
 """The ops of starflow: kernels behind plain functions of torch tensors."""
 
-from starflow_ext import _load  # first: the ops below are in the library that it loads
 from starflow_ext import ops
 from starflow_ext._explain import Explanation, explain
 from starflow_ext._info import Info, info
+from starflow_ext._load import native
 from starflow_ext._mode import reference_mode
 
-__version__: str = str(_load.native.build_info()["version"])
+__version__: str = str(native.build_info()["version"])
 
 __all__ = ["Explanation", "Info", "__version__", "explain", "info", "ops", "reference_mode"]

@@ -24,13 +24,13 @@ ACTIVATIONS: Final = ("softplus", "exp", "none")
 # log(e - 1): softplus of it is 1, so a raw value of zero means a scale of one.
 SOFTPLUS_BIAS: Final = 0.541324854612918
 
-# The scale stays within exp(+-80), 5.5e34 and 1.8e-35, so that it, its inverse and every gradient are finite in float32.
-# Sane networks stay within exp(+-10). Clamped before the maths: a clamp after it would let NaN into the gradient.
+# The scale stays within exp(+-80), 5.5e34 and 1.8e-35, so that it, its inverse and every gradient are finite in
+# float32; sane networks stay within exp(+-10). Clamped before the maths: after it, NaN would get into the gradient.
 LOG_SCALE_LIMIT: Final = 80.0
 SCALE_LIMIT: Final = math.exp(LOG_SCALE_LIMIT)
 
-# Of float32: 16 units of rounding, for the longest chain (clip, softplus, quotient); log_det sums as many channels. Half
-# types add the rounding of what they store.
+# Of float32: 16 units of rounding, for the longest chain (clip, softplus, quotient); log_det sums as many channels.
+# Half types add the rounding of what they store.
 AFFINE_BOUNDS: Final[Mapping[torch.dtype, Bound]] = {
     torch.float64: Bound(1e-13, 1e-13),
     torch.float32: Bound(2e-6, 4e-6),

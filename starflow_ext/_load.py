@@ -7,7 +7,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -67,3 +67,8 @@ def load() -> ModuleType:
 
 
 native: Final = load()
+
+
+def operators() -> Any:
+    """Return the namespace of the native ops; importing this module has loaded them."""
+    return torch.ops.starflow_ext

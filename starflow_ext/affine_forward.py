@@ -20,6 +20,7 @@ from starflow_ext._affine import (
     check_raw,
     require_first_order,
 )
+from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Spec
 
@@ -70,17 +71,15 @@ def check(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bo
     check_raw("affine_forward", "x", x, raw, activation, soft_clip)
 
 
-_native = torch.ops.starflow_ext.affine_forward.default
-_native_backward = torch.ops.starflow_ext.affine_forward_backward.default
+_native = operators().affine_forward.default
+_native_backward = operators().affine_forward_backward.default
 
 
-@torch.library.register_fake("starflow_ext::affine_forward")
 def _fake(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> tuple[Tensor, Tensor]:
     check(x, raw, activation, soft_clip, shifted)
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=arithmetic_dtype(x.dtype))
 
 
-@torch.library.register_fake("starflow_ext::affine_forward_backward")
 def _fake_backward(
     grad_z: Tensor, grad_log_det: Tensor, x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:
@@ -103,6 +102,8 @@ def _backward(ctx: Any, grad_z: Tensor, grad_log_det: Tensor) -> tuple[Tensor | 
     return grad_x, grad_raw, None, None, None
 
 
+torch.library.register_fake("starflow_ext::affine_forward", _fake)
+torch.library.register_fake("starflow_ext::affine_forward_backward", _fake_backward)
 torch.library.register_autograd("starflow_ext::affine_forward", _backward, setup_context=_save)
 
 SPEC = Spec(

@@ -19,6 +19,7 @@ from starflow_ext._affine import (
     check_raw,
     require_first_order,
 )
+from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Spec
 
@@ -65,17 +66,15 @@ def check(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bo
     check_raw("affine_inverse", "z", z, raw, activation, soft_clip)
 
 
-_native = torch.ops.starflow_ext.affine_inverse.default
-_native_backward = torch.ops.starflow_ext.affine_inverse_backward.default
+_native = operators().affine_inverse.default
+_native_backward = operators().affine_inverse_backward.default
 
 
-@torch.library.register_fake("starflow_ext::affine_inverse")
 def _fake(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> Tensor:
     check(z, raw, activation, soft_clip, shifted)
     return z.new_empty(z.shape)
 
 
-@torch.library.register_fake("starflow_ext::affine_inverse_backward")
 def _fake_backward(
     grad_x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:
@@ -97,6 +96,8 @@ def _backward(ctx: Any, grad_x: Tensor) -> tuple[Tensor | None, ...]:
     return grad_z, grad_raw, None, None, None
 
 
+torch.library.register_fake("starflow_ext::affine_inverse", _fake)
+torch.library.register_fake("starflow_ext::affine_inverse_backward", _fake_backward)
 torch.library.register_autograd("starflow_ext::affine_inverse", _backward, setup_context=_save)
 
 SPEC = Spec(

@@ -20,6 +20,7 @@ from starflow_ext._affine import (
     guided_terms,
 )
 from starflow_ext._check import require
+from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Sample, Spec
 
@@ -104,10 +105,9 @@ def check(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, 
     )
 
 
-_native = torch.ops.starflow_ext.jacobi_update.default
+_native = operators().jacobi_update.default
 
 
-@torch.library.register_fake("starflow_ext::jacobi_update")
 def _fake(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float) -> Tensor:
     check(x, z, raw, activation, soft_clip, guidance)
     return x.new_empty(x.shape[:2], dtype=torch.float32)
@@ -127,6 +127,8 @@ def _bytes(sample: Sample) -> int:
     x, z, raw = sample.args
     return 2 * x.nbytes + z.nbytes + raw.nbytes
 
+
+torch.library.register_fake("starflow_ext::jacobi_update", _fake)
 
 SPEC = Spec(
     name="jacobi_update",
