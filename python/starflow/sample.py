@@ -1,0 +1,550 @@
+"""Pipeline: from prompts to clips, with a report of what the solver did.
+
+Text and its empty half, noise, an optional given beginning (a picture or the end of a video), the inverse flow, the
+denoiser, the codec. Everything runs in inference mode; noise is drawn by seed and frame, so a clip can be made again
+alone with its own seed, whatever batch it was first made in.
+
+Reference: Gu et al., STARFlow-V (2025), sampling.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from starflow import noise
+from starflow.block import FlowBlock
+from starflow.codecs import Codec
+from starflow.config import RunConfig
+from starflow.data import assemble, probe, read_image, read_video, to_pixels
+from starflow.data.video import frames_at
+from starflow.denoiser import score_denoise
+from starflow.flow import Decoded, Flow
+from starflow.guidance import Guidance
+from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
+from starflow.text import TextEncoder
+
+logger = logging.getLogger(__name__)
+
+Denoise: TypeAlias = bool | Literal["learned", "score"]
+
+SOLVER_FORMS = '"sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]"'
+
+
+def parse_solver(text: str, *, certificate: bool = False) -> Schedule:
+    """Reads the text of a solver option.
+
+    Args:
+        text: "sequential" (token by token), "chunks[:block[:threshold]]" (the published scheme) or
+            "window[:size[:tolerance]]" (the default; a size of "auto" is measured on this machine).
+        certificate: also measure the backward error.
+
+    Returns:
+        The schedule of the solver.
+
+    Raises:
+        ValueError: another text, a number out of range, or a certificate of chunks.
+    """
+    kind, *values = text.split(":")
+    if kind not in ("sequential", "chunks", "window") or len(values) > (0 if kind == "sequential" else 2):
+        raise ValueError(f"solver is {text!r}, expected {SOLVER_FORMS}")
+    try:
+        size = int(values[0]) if values and values[0] != "auto" else None
+        stop = float(values[1]) if len(values) > 1 else None
+    except ValueError:
+        raise ValueError(f"solver is {text!r}, expected {SOLVER_FORMS} with an integer, then a number") from None
+    if stop is not None and not 0.0 <= stop < math.inf:
+        raise ValueError(f"solver is {text!r}, expected a number >= 0 at the end")
+    if kind == "chunks":
+        if certificate:
+            raise ValueError(f'solver is {text!r}, expected "window" or "sequential" together with a certificate')
+        chunks = Chunks() if size is None else Chunks(block=size)
+        return chunks if stop is None else replace(chunks, threshold=stop)
+    if kind == "sequential":
+        # A window of one at tolerance 0 is the same computation, and measures its error.
+        return Window(size=1, tolerance=0.0, certificate=True) if certificate else Sequential()
+    window = Window(size=size, certificate=certificate)
+    return window if stop is None else replace(window, tolerance=stop)
+
+
+def solver_text(schedule: Schedule) -> str:
+    """The text that `parse_solver` reads as `schedule` (up to its certificate)."""
+    if isinstance(schedule, Sequential):
+        return "sequential"
+    if isinstance(schedule, Chunks):
+        return f"chunks:{schedule.block}:{schedule.threshold:g}"
+    return f"window:{'auto' if schedule.size is None else schedule.size}:{schedule.tolerance:g}"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What solving one block took.
+
+    Args:
+        block: index; the last of the flow is the deep one, solved first.
+        window: tokens of a sample in one call. sweeps: calls one after the other.
+        evaluations_per_token: tokens pushed through the block over tokens of the clips, both halves of guidance
+            counted.
+        backward_error: max |z' - z| in standard deviations of the noise, where it was asked for.
+    """
+
+    block: int
+    window: int
+    sweeps: int
+    evaluations_per_token: float
+    backward_error: float | None
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What a call of `Pipeline.sample` did.
+
+    Args:
+        solver: as it ran, in the words of the option. guidance: weight. denoised: "learned", "score" or "none".
+        window, sweeps, evaluations_per_token: of the deep block, which is where the time goes.
+        backward_error: largest of all blocks, where it was asked for; None otherwise.
+        blocks: of each block that has a network, the deep one first.
+        seconds: text, flow, denoiser and codec together.
+        frames_per_second: frames of all clips over `seconds`.
+    """
+
+    solver: str
+    guidance: float
+    denoised: str
+    window: int
+    sweeps: int
+    evaluations_per_token: float
+    backward_error: float | None
+    blocks: tuple[BlockReport, ...]
+    seconds: float
+    frames_per_second: float
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values that json can write."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What `Pipeline.sample` returns.
+
+    Args:
+        pixels: (clips, frames, channels, height, width) in [-1, 1]; given frames are the ones that were given.
+        latents: clean latents (clips, latent frames, latent channels, h, w).
+        noisy: what the flow put out, before the denoiser: a draw from the density that the flow was trained on.
+        prompts, captions, seeds: of each clip; a caption is what the text encoder saw.
+        given: pixel frames at the start that were given.
+        report: of the whole call.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+    noisy: Tensor
+    prompts: tuple[str, ...]
+    captions: tuple[str, ...]
+    seeds: tuple[int, ...]
+    given: int
+    report: SampleReport
+
+
+class Pipeline:
+    """A flow with its codec and its text encoder, ready to sample and to score.
+
+    Args:
+        flow: put into eval mode and onto `device`.
+        config: of the run that trained it.
+        codec: pixels to latents.
+        text: captions to features; None for a flow without text.
+        device: where the flow runs.
+
+    Raises:
+        ValueError: parts that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        config: RunConfig,
+        codec: Codec,
+        text: TextEncoder | None = None,
+        *,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        c = flow.config
+        if codec.latent_channels != c.in_channels:
+            raise ValueError(
+                f"pipeline: codec has {codec.latent_channels} latent channels, expected {c.in_channels} "
+                "(flow.in_channels)"
+            )
+        if (c.txt_size > 0 or c.num_classes > 0) and text is None:
+            raise ValueError("pipeline: text is None, expected a text encoder (the flow is conditional)")
+        if text is not None and c.txt_size > 0 and (text.dim != c.txt_dim or text.size > c.txt_size):
+            raise ValueError(
+                f"pipeline: text encoder gives {text.size} vectors of {text.dim} numbers, expected at most "
+                f"{c.txt_size} of {c.txt_dim} (flow.txt_size, flow.txt_dim)"
+            )
+        if text is not None and c.num_classes > 0 and text.dim != c.num_classes:
+            raise ValueError(f"pipeline: text encoder has {text.dim} classes, expected {c.num_classes}")
+        self.device = torch.device(device)
+        self.flow = flow.eval().to(self.device)
+        self.config, self.codec, self.text = config, codec, text
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Pipeline:
+        """Reads a model that training or conversion wrote.
+
+        Args:
+            path: a `.safetensors` file, or the folder of a run.
+            device: where the flow runs.
+        """
+        from starflow.checkpoints import load_model
+
+        loaded = load_model(Path(path))
+        return cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
+
+    # -- captions -----------------------------------------------------------------------------------------------------
+
+    def caption(self, prompt: str, *, fps: float | None = None, image: bool = False) -> str:
+        """The caption as training assembled it: with frame rate and noise level only where it did.
+
+        Args:
+            prompt: what the clip shows; "" for the empty half of guidance.
+            fps: frames a second, by default those of the training clips.
+            image: a single frame.
+        """
+        data, train = self.config.data, self.config.train
+        rate = 0.0 if image else (fps or data.fps or self.config.sample.fps)
+        return assemble(
+            prompt,
+            fps=rate if data.caption_fps else None,
+            noise_level=train.noise_std if train.cond_noise_level else None,
+        )
+
+    def condition(self, captions: Sequence[str]) -> Tensor | None:
+        """What the flow reads for these captions: text features, class labels, or None for a flow without condition.
+
+        Raises:
+            ValueError: a caption that the encoder refuses, or one for a flow without condition.
+        """
+        c = self.flow.config
+        if self.text is None or (c.txt_size == 0 and c.num_classes == 0):
+            named = next((caption for caption in captions if caption), None)
+            if named is not None:
+                raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
+            return None
+        features = self.text.encode(list(captions)).to(self.device)
+        if c.num_classes == 0:
+            return features
+        return torch.where(features[:, 0].any(-1), features[:, 0].argmax(-1), -1)
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        guidance: float | None = None,
+        solver: str | Schedule | None = None,
+        certificate: bool = False,
+        image: str | Path | Tensor | None = None,
+        video: str | Path | Tensor | None = None,
+        given: int | None = None,
+        denoise: Denoise = True,
+        window_context: int | None = None,
+    ) -> Sampled:
+        """Makes one clip for each prompt.
+
+        Args:
+            prompts: one or several; "" for a clip of anything.
+            seed: of the first clip; the next ones have seed + 1, seed + 2 and so on.
+            seeds: one for each clip, instead of `seed`.
+            frames: pixel frames, given ones included; by default those of the training clips. 1 makes images.
+            height, width: in pixels, by default those of the training clips.
+            fps: frames a second, by default those of the training clips.
+            guidance: weight of classifier-free guidance, by default the model's.
+            solver: a schedule or its text (see `parse_solver`), by default the model's.
+            certificate: measure the backward error.
+            image: the first frame: a file, or a tensor ([clips,] channels, height, width) in [-1, 1].
+            video: a clip to continue: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1]. The
+                new clip begins with its last `given` frames.
+            given: frames taken from `video`; by default as many as it has, at most half of `frames`.
+            denoise: True takes the learned denoiser where the flow has one and otherwise a step along the flow's own
+                score; "learned" and "score" insist on one; False returns the noisy clips.
+            window_context: frames that a sampling window of a long clip takes over from the one before.
+
+        Returns:
+            Clips, latents and the report.
+
+        Raises:
+            ValueError: an argument that does not fit the model; the message names it.
+            VideoError: a file that cannot be read.
+            NotFiniteError: weights, text or noise are not finite.
+        """
+        begin = time.perf_counter()
+        config = self.config
+        names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        numbers = self._seeds(len(names), seed, seeds)
+        frames = config.data.frames if frames is None else frames
+        fps = config.data.fps if fps is None else fps
+        weight = config.sample.guidance if guidance is None else guidance
+        shape = self._latent_shape(frames, height, width)
+        method = self._denoiser(denoise)
+        still = frames == 1
+        if isinstance(solver, str) or solver is None:
+            schedule = parse_solver(config.sample.solver if solver is None else solver, certificate=certificate)
+        else:
+            schedule = replace(solver, certificate=True) if certificate and isinstance(solver, Window) else solver
+        if weight and self.text is None:
+            raise ValueError(f"guidance is {weight:g}, expected 0: the model was trained without text")
+        if frames > config.data.frames:
+            logger.info("%d frames are more than the %d of the training clips", frames, config.data.frames)
+
+        captions = tuple(self.caption(name, fps=fps, image=still) for name in names)
+        y = self.condition(captions)
+        null = None
+        if weight and self.flow.config.num_classes == 0:
+            null = self.condition([self.caption("", fps=fps, image=still)])
+            null = None if null is None else null.expand(len(names), -1, -1)
+        beginning = self._beginning(image, video, given, frames, shape, fps, len(names))
+        clean = None if beginning is None else self._encode(beginning)
+        prefix = None if clean is None else clean + config.train.noise_std * self._noise(numbers, clean, "train")
+        z = self._noise(numbers, torch.empty(len(names), *shape), "sample")
+        if still:
+            z = z[:, 0]
+        schedule = self._sized(schedule, z, y, null, weight)
+        decoded = self.flow.decode(
+            z,
+            y,
+            null=null,
+            guidance=weight,
+            schedule=schedule,
+            prefix=prefix,
+            window_context=window_context,
+        )
+        latents = self._denoised(decoded.x, y, method)
+        noisy = decoded.x
+        if still:
+            noisy, latents = noisy[:, None], latents[:, None]
+        if clean is not None:
+            latents = torch.cat([clean, latents[:, clean.shape[1] :]], 1)
+        pixels = self.codec.decode(latents).clamp(-1.0, 1.0)
+        if beginning is not None:
+            pixels = torch.cat([beginning, pixels[:, beginning.shape[1] :]], 1)
+        seconds = time.perf_counter() - begin
+        return Sampled(
+            pixels=pixels.cpu(),
+            latents=latents.cpu(),
+            noisy=noisy.cpu(),
+            prompts=names,
+            captions=captions,
+            seeds=numbers,
+            given=0 if beginning is None else beginning.shape[1],
+            report=_report(decoded, schedule, weight, method, seconds, pixels.shape[0] * pixels.shape[1]),
+        )
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _seeds(count: int, seed: int, seeds: Sequence[int] | None) -> tuple[int, ...]:
+        if count == 0:
+            raise ValueError("sample: prompts is empty, expected at least one prompt")
+        numbers = tuple(range(seed, seed + count)) if seeds is None else tuple(seeds)
+        if len(numbers) != count:
+            raise ValueError(f"sample: seeds has {len(numbers)} entries, expected {count} like the prompts")
+        if min(numbers) < 0:
+            raise ValueError(f"sample: seed is {min(numbers)}, expected an integer >= 0")
+        return numbers
+
+    def _latent_shape(self, frames: int, height: int | None, width: int | None) -> tuple[int, int, int, int]:
+        """Latent frames, channels, height and width of a clip."""
+        data, codec = self.config.data, self.codec
+        if frames < 1:
+            raise ValueError(f"sample: frames is {frames}, expected at least 1")
+        if frames > 1 and self.flow.config.temporal_causal == 0 and data.frames == 1:
+            raise ValueError(f"sample: frames is {frames}, expected 1: the model was trained on images")
+        multiple = codec.spatial * self.flow.config.patch_size
+        sides = []
+        for name, side in (("height", height or data.height), ("width", width or data.width)):
+            if side < 1 or side % multiple:
+                raise ValueError(f"sample: {name} is {side}, expected a positive multiple of {multiple}")
+            sides.append(side // codec.spatial)
+        return codec.latent_frames(frames), codec.latent_channels, sides[0], sides[1]
+
+    def _denoiser(self, denoise: Denoise) -> str:
+        """Which denoiser an option means: "learned", "score" or "none"."""
+        learned = self.flow.denoiser is not None
+        if denoise is False or self.config.train.noise_std == 0.0:
+            return "none"
+        if denoise is True:
+            return "learned" if learned else "score"
+        if denoise not in ("learned", "score"):
+            raise ValueError(f'sample: denoise is {denoise!r}, expected True, False, "learned" or "score"')
+        if denoise == "learned" and not learned:
+            raise ValueError('sample: denoise is "learned", expected "score": the model has no learned denoiser')
+        return denoise
+
+    def _denoised(self, x: Tensor, y: Tensor | None, method: str) -> Tensor:
+        if method == "score":
+            return score_denoise(self.flow, x, y, self.config.train.noise_std)
+        if method == "learned":
+            assert self.flow.denoiser is not None
+            return self.flow.denoiser.denoise_video(x, y if self.flow.config.conditional_denoiser else None)
+        return x
+
+    def _noise(self, seeds: Sequence[int], like: Tensor, purpose: Literal["sample", "train"]) -> Tensor:
+        """Standard normal noise in the shape of latents `like`, drawn on the CPU so that devices agree.
+
+        The purpose keeps the noise of given frames apart from that of the sample.
+        """
+        frames, channels, height, width = like.shape[1:]
+        return noise.draw(seeds, frames, channels, height, width, purpose=purpose).to(self.device)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        """Clean latents (clips, latent frames, ...) of given frames."""
+        latents = self.codec.encode(pixels.to(self.device))
+        if not bool(latents.isfinite().all()):
+            raise ValueError("sample: the given frames hold values that are not finite, expected numbers in [-1, 1]")
+        return latents
+
+    def _beginning(
+        self,
+        image: str | Path | Tensor | None,
+        video: str | Path | Tensor | None,
+        given: int | None,
+        frames: int,
+        shape: tuple[int, int, int, int],
+        fps: float | None,
+        clips: int,
+    ) -> Tensor | None:
+        """Pixels (clips, given frames, channels, height, width) that the clips begin with, or None."""
+        if image is None and video is None:
+            if given is not None:
+                raise ValueError(f"sample: given is {given}, expected None without a video")
+            return None
+        if image is not None and video is not None:
+            raise ValueError("sample: image and video are both given, expected one of them")
+        name = "image" if video is None else "video"
+        if self.flow.config.temporal_causal == 0:
+            raise ValueError(
+                f"sample: {name} is given, expected a model that runs forward in time (temporal_causal > 0)"
+            )
+        size = {"height": shape[2] * self.codec.spatial, "width": shape[3] * self.codec.spatial}
+        if video is None:
+            pixels = _image(image, **size, channels=self.codec.channels)
+        else:
+            most = self._half(frames) if given is None else given
+            pixels = _video_end(video, most, exactly=given is not None, fps=fps, **size, channels=self.codec.channels)
+        expected = (self.codec.channels, size["height"], size["width"])
+        if pixels.dim() == 4:
+            pixels = pixels.expand(clips, *pixels.shape)
+        if pixels.dim() != 5 or pixels.shape[0] != clips or tuple(pixels.shape[2:]) != expected:
+            raise ValueError(
+                f"sample: {name} has shape {list(pixels.shape)}, expected {clips} clips of {list(expected)} frames"
+            )
+        try:
+            count = self.codec.latent_frames(pixels.shape[1])
+        except ValueError as error:
+            raise ValueError(
+                f"sample: {name} gives {pixels.shape[1]} frames, which the codec cannot hold: {error}"
+            ) from None
+        if count >= shape[0]:
+            raise ValueError(
+                f"sample: frames is {frames}, expected more than the {pixels.shape[1]} frames that are given"
+            )
+        return pixels.to(self.device)
+
+    def _half(self, frames: int) -> int:
+        """The most frames up to half of `frames` that the codec can hold, at least 1."""
+        for count in range(frames // 2, 1, -1):
+            try:
+                self.codec.latent_frames(count)
+            except ValueError:
+                continue
+            return count
+        return 1
+
+    def _sized(self, schedule: Schedule, z: Tensor, y: Tensor | None, null: Tensor | None, guidance: float) -> Schedule:
+        """Settles a measured window for one clip, so that a clip does not depend on how many are made together."""
+        if not isinstance(schedule, Window) or schedule.size is not None:
+            return schedule
+        c = self.flow.config
+        block = self.flow.blocks[-1]
+        assert isinstance(block, FlowBlock)
+        frames = (
+            1 if z.dim() == 4 else z.shape[1] if c.local_attn_window is None else min(c.local_attn_window, z.shape[1])
+        )
+        context = y[:1] if y is not None and (c.num_classes or c.text_width(block.index)) else None
+        layout = block.layout(
+            frames, z.shape[-2] // c.patch_size, z.shape[-1] // c.patch_size, context, image=z.dim() == 4
+        )
+        free = None if null is None or context is None else null[:1]
+        return replace(schedule, size=break_even(block.decoder(layout, 1, context, free, Guidance(guidance)), 1))
+
+
+def _image(image: str | Path | Tensor | None, *, height: int, width: int, channels: int) -> Tensor:
+    """A picture as the one frame of a clip, ([clips,] 1, channels, height, width)."""
+    if isinstance(image, Tensor):
+        return image.unsqueeze(-4)
+    assert image is not None
+    return to_pixels(read_image(image, height=height, width=width, channels=channels))
+
+
+def _video_end(
+    video: str | Path | Tensor, most: int, *, exactly: bool, fps: float | None, height: int, width: int, channels: int
+) -> Tensor:
+    """The last frames of a video, ([clips,] frames, channels, height, width): `most`, or fewer where it is shorter."""
+    if most < 1:
+        raise ValueError(f"sample: given is {most}, expected at least 1")
+    if isinstance(video, Tensor):
+        found, name = video.shape[-4] if video.dim() > 3 else 0, "video"
+    else:
+        info, name = probe(video, count=True), str(video)
+        rate = info.fps if fps is None else fps
+        found = frames_at(info, rate)
+    if found < most and exactly:
+        raise ValueError(f"sample: given is {most}, expected at most the {found} frames of {name}")
+    count = min(most, found)
+    if isinstance(video, Tensor):
+        return video[..., found - count :, :, :, :]
+    start = (found - count) / rate
+    return to_pixels(
+        read_video(video, frames=count, fps=rate, start=start, info=info, height=height, width=width, channels=channels)
+    )
+
+
+def _report(
+    decoded: Decoded, schedule: Schedule, guidance: float, denoised: str, seconds: float, frames: int
+) -> SampleReport:
+    last = len(decoded.reports) - 1
+    blocks = tuple(
+        BlockReport(last - place, report.window, report.sweeps, report.evaluations_per_token, report.backward_error)
+        for place, report in enumerate(decoded.reports)
+        if report is not None
+    )
+    return SampleReport(
+        solver=solver_text(schedule),
+        guidance=guidance,
+        denoised=denoised,
+        window=blocks[0].window,
+        sweeps=blocks[0].sweeps,
+        evaluations_per_token=blocks[0].evaluations_per_token,
+        backward_error=decoded.backward_error,
+        blocks=blocks,
+        seconds=seconds,
+        frames_per_second=frames / seconds,
+    )
