@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from starflow.data import DIGITS, DIRECTIONS, VOCABULARY, Clip, DigitJudge, MovingDigits
+from starflow.data import DIGITS, DIRECTIONS, VOCABULARY, Clip, DigitJudge, MovingDigits, to_frames, to_pixels
 from starflow.data.digits import _load, _split
 
 
@@ -39,6 +39,7 @@ def test_pixels_have_the_announced_shape_and_range(frames, size):
     assert clip.pixels.dtype == torch.float32
     assert clip.pixels.min() == -1.0
     assert 0.9 < clip.pixels.max() <= 1.0
+    torch.testing.assert_close(to_pixels(to_frames(clip.pixels)), clip.pixels, rtol=0, atol=1e-6)
 
 
 def test_no_digit_image_is_in_both_splits():

@@ -11,6 +11,7 @@ from PIL import Image
 from starflow.data import (
     VideoError,
     VideoWriter,
+    enlarge,
     ffmpeg_binary,
     probe,
     read_image,
@@ -158,6 +159,9 @@ def test_gif_and_contact_sheet_show_the_frames(tmp_path):
         assert file.getpixel((10, 20)) == (2, 2, 2)
         assert file.getpixel((4 * 34 - 10, 20)) == (22, 22, 22)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gif", "a.png"]
+    assert enlarge(frames, 3).shape == (6, 48, 48, 1)
+    with pytest.raises(ValueError, match="enlarge: scale is 0, expected at least 1"):
+        enlarge(frames, 0)
     with pytest.raises(ValueError, match="got 1 captions for 2 clips"):
         write_contact_sheet(tmp_path / "b.png", [frames, frames], ["one"])
     with pytest.raises(ValueError, match="fps is 60, expected more than 0 and at most 50"):
@@ -393,6 +397,20 @@ def test_a_file_that_may_not_grow_is_one_clear_error(fake_ffmpeg, tmp_path):
         with pytest.raises(OSError, match=rf"ffmpeg could not write .*{name}"):
             write(tmp_path / name, noise(60, 64, 64, 3), 8)
     assert [file.name for file in tmp_path.iterdir()] == ["bin"]
+
+
+def test_a_sheet_that_cannot_be_written_names_its_file(tmp_path, monkeypatch):
+    def save(image, path, **options):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(
+        OSError, match=r"cannot write .*a\.png: No space left on device; no file was left behind"
+    ) as caught:
+        write_contact_sheet(tmp_path / "a.png", [counting(2)])
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_ffmpeg_at_all_says_what_to_install(monkeypatch):

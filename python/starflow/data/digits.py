@@ -85,7 +85,9 @@ def _draw(image: torch.Tensor, centers: torch.Tensor, size: int) -> torch.Tensor
     source = image.expand(len(centers), 1, 8, 8)
     levels = F.grid_sample(source, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
     levels = ((levels - 0.25) * 2.0).clamp(0.0, 1.0)
-    return levels * levels * (3.0 - 2.0 * levels) * 2.0 - 1.0
+    levels = levels * levels * (3.0 - 2.0 * levels)
+    # 8-bit levels, like the frames of a file: a likelihood in bits per dimension means a discrete picture.
+    return (levels * 255.0).round() / 127.5 - 1.0
 
 
 def _caption(digit: str, direction: str) -> str:

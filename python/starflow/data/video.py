@@ -34,6 +34,7 @@ __all__ = [
     "VideoError",
     "VideoInfo",
     "VideoWriter",
+    "enlarge",
     "ffmpeg_binary",
     "frames_at",
     "probe",
@@ -117,12 +118,10 @@ class _Drain(threading.Thread):
 
 
 def _reason(log: str) -> str:
-    """The one line of ffmpeg's output that tells most."""
-    lines = [line for line in log.splitlines() if line]
-    for line in reversed(lines):
-        if re.search(r"no space left|invalid data|not found|matches no streams|permission denied|no such", line, re.I):
-            return re.sub(r"^\[[^\]]*\] ", "", line)
-    return lines[-1] if lines else "no message"
+    """The one line of ffmpeg's output that tells most, without the name of the part that says it."""
+    lines = [re.sub(r"^(\[[^\]]*\] )+", "", line) for line in log.splitlines() if line] or ["no message"]
+    telling = r"no space left|too large|invalid data|not found|matches no streams|permission denied|no such"
+    return next((line for line in reversed(lines) if re.search(telling, line, re.IGNORECASE)), lines[-1])
 
 
 def _run(stream: Any) -> tuple[int, bytearray, str]:
@@ -132,7 +131,9 @@ def _run(stream: Any) -> tuple[int, bytearray, str]:
         assert process.stdout is not None
         assert process.stderr is not None
         drain = _Drain(process.stderr)
-        output = bytearray(process.stdout.read())
+        output = bytearray()
+        while chunk := process.stdout.read(1 << 20):
+            output += chunk
         log = drain.text()
     return process.returncode, output, log
 
@@ -596,6 +597,24 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
             encoder.abort()
 
 
+def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
+    """Repeat every pixel, to show small frames at a size that people can see.
+
+    Args:
+        frames: of shape (frames, height, width, channels).
+        scale: whole factor.
+
+    Returns:
+        the frames, (frames, scale * height, scale * width, channels).
+
+    Raises:
+        ValueError: when the factor is not positive.
+    """
+    if scale < 1:
+        raise ValueError(f"enlarge: scale is {scale}, expected at least 1")
+    return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+
+
 def write_contact_sheet(
     path: str | os.PathLike[str],
     clips: Sequence[torch.Tensor],
@@ -620,15 +639,14 @@ def write_contact_sheet(
         raise ValueError("write_contact_sheet: clips is empty, expected at least one clip")
     if captions is not None and len(captions) != len(clips):
         raise ValueError(f"write_contact_sheet: got {len(captions)} captions for {len(clips)} clips, expected as many")
-    for name, value in (("frames_per_row", frames_per_row), ("scale", scale)):
-        if value < 1:
-            raise ValueError(f"write_contact_sheet: {name} is {value}, expected at least 1")
+    if frames_per_row < 1:
+        raise ValueError(f"write_contact_sheet: frames_per_row is {frames_per_row}, expected at least 1")
     gap, line = 2, 14
     rows = []
     for clip in clips:
         _check_frames("write_contact_sheet", clip)
         shown = np.linspace(0, len(clip) - 1, min(frames_per_row, len(clip))).round().astype(int)
-        pictures = clip[shown].cpu().expand(-1, -1, -1, 3).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        pictures = enlarge(clip[shown].cpu().expand(-1, -1, -1, 3), scale)
         rows.append([Image.fromarray(picture.numpy()) for picture in pictures])
     header = 0 if captions is None else line
     font = ImageFont.load_default(size=11)
@@ -648,4 +666,8 @@ def write_contact_sheet(
             left += picture.width + gap
         top += row[0].height + gap + header
     with _replacing(Path(path)) as temporary:
-        sheet.save(temporary, format="PNG")
+        try:
+            sheet.save(temporary, format="PNG")
+        except OSError as error:
+            message = f"cannot write {path}: {error.strerror or error}; no file was left behind"
+            raise OSError(error.errno, message) from error
