@@ -24,13 +24,14 @@ from starflow import noise
 from starflow.block import FlowBlock
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import assemble, probe, read_image, read_video, to_pixels
+from starflow.data import probe, read_image, read_video, to_pixels
 from starflow.data.video import frames_at
 from starflow.denoiser import score_denoise
 from starflow.flow import Decoded, Flow
 from starflow.guidance import Guidance
 from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
 from starflow.text import TextEncoder
+from starflow.train import Features, caption_for
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ class Pipeline:
         self.device = torch.device(device)
         self.flow = flow.eval().to(self.device)
         self.config, self.codec, self.text = config, codec, text
+        self._features = Features(flow.config, text)
 
     @classmethod
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Pipeline:
@@ -220,30 +222,25 @@ class Pipeline:
             fps: frames a second, by default those of the training clips.
             image: a single frame.
         """
-        data, train = self.config.data, self.config.train
-        rate = 0.0 if image else (fps or data.fps or self.config.sample.fps)
-        return assemble(
-            prompt,
-            fps=rate if data.caption_fps else None,
-            noise_level=train.noise_std if train.cond_noise_level else None,
-        )
+        data = self.config.data
+        told = data if fps is None else replace(data, fps=fps)
+        # Single frames were told apart from clips only where training saw both.
+        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1)
 
-    def condition(self, captions: Sequence[str]) -> Tensor | None:
-        """What the flow reads for these captions: text features, class labels, or None for a flow without condition.
+    def condition(self, prompts: Sequence[str], *, fps: float | None = None, image: bool = False) -> Tensor | None:
+        """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
+
+        Args:
+            prompts, fps, image: see `caption`.
 
         Raises:
-            ValueError: a caption that the encoder refuses, or one for a flow without condition.
+            ValueError: a prompt that the encoder refuses, or one for a flow without condition.
         """
-        c = self.flow.config
-        if self.text is None or (c.txt_size == 0 and c.num_classes == 0):
-            named = next((caption for caption in captions if caption), None)
-            if named is not None:
-                raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
-            return None
-        features = self.text.encode(list(captions)).to(self.device)
-        if c.num_classes == 0:
-            return features
-        return torch.where(features[:, 0].any(-1), features[:, 0].argmax(-1), -1)
+        named = next((prompt for prompt in prompts if prompt), None)
+        if self.text is None and named is not None:
+            raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
+        features = self._features([self.caption(prompt, fps=fps, image=image) for prompt in prompts])
+        return None if features is None else features.to(self.device)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
 
@@ -314,18 +311,15 @@ class Pipeline:
         if frames > config.data.frames:
             logger.info("%d frames are more than the %d of the training clips", frames, config.data.frames)
 
-        captions = tuple(self.caption(name, fps=fps, image=still) for name in names)
-        y = self.condition(captions)
+        y = self.condition(names, fps=fps, image=still)
         null = None
         if weight and self.flow.config.num_classes == 0:
-            null = self.condition([self.caption("", fps=fps, image=still)])
+            null = self.condition([""], fps=fps, image=still)
             null = None if null is None else null.expand(len(names), -1, -1)
         beginning = self._beginning(image, video, given, frames, shape, fps, len(names))
         clean = None if beginning is None else self._encode(beginning)
         prefix = None if clean is None else clean + config.train.noise_std * self._noise(numbers, clean, "train")
         z = self._noise(numbers, torch.empty(len(names), *shape), "sample")
-        if still:
-            z = z[:, 0]
         schedule = self._sized(schedule, z, y, null, weight)
         decoded = self.flow.decode(
             z,
@@ -337,9 +331,6 @@ class Pipeline:
             window_context=window_context,
         )
         latents = self._denoised(decoded.x, y, method)
-        noisy = decoded.x
-        if still:
-            noisy, latents = noisy[:, None], latents[:, None]
         if clean is not None:
             latents = torch.cat([clean, latents[:, clean.shape[1] :]], 1)
         pixels = self.codec.decode(latents).clamp(-1.0, 1.0)
@@ -349,9 +340,9 @@ class Pipeline:
         return Sampled(
             pixels=pixels.cpu(),
             latents=latents.cpu(),
-            noisy=noisy.cpu(),
+            noisy=decoded.x.cpu(),
             prompts=names,
-            captions=captions,
+            captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
             seeds=numbers,
             given=0 if beginning is None else beginning.shape[1],
             report=_report(decoded, schedule, weight, method, seconds, pixels.shape[0] * pixels.shape[1]),
@@ -485,13 +476,9 @@ class Pipeline:
         c = self.flow.config
         block = self.flow.blocks[-1]
         assert isinstance(block, FlowBlock)
-        frames = (
-            1 if z.dim() == 4 else z.shape[1] if c.local_attn_window is None else min(c.local_attn_window, z.shape[1])
-        )
+        frames = min(z.shape[1], c.local_attn_window or z.shape[1])
         context = y[:1] if y is not None and (c.num_classes or c.text_width(block.index)) else None
-        layout = block.layout(
-            frames, z.shape[-2] // c.patch_size, z.shape[-1] // c.patch_size, context, image=z.dim() == 4
-        )
+        layout = block.layout(frames, z.shape[-2] // c.patch_size, z.shape[-1] // c.patch_size, context, image=False)
         free = None if null is None or context is None else null[:1]
         return replace(schedule, size=break_even(block.decoder(layout, 1, context, free, Guidance(guidance)), 1))
 
