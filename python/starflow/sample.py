@@ -78,7 +78,7 @@ def parse_solver(text: str, *, certificate: bool = False) -> Schedule:
 
 def solver_text(schedule: Schedule) -> str:
     """The text that `parse_solver` reads as `schedule` (up to its certificate)."""
-    if isinstance(schedule, Sequential):
+    if isinstance(schedule, Sequential) or schedule == Window(1, 0.0, certificate=True):
         return "sequential"
     if isinstance(schedule, Chunks):
         return f"chunks:{schedule.block}:{schedule.threshold:g}"

@@ -1,0 +1,230 @@
+"""Scoring: bits per dimension of given clips, and whether the flow knows their order in time.
+
+What is scored is the density that the flow was trained on: that of the clip's latents plus normal noise of standard
+deviation sigma (`train.noise_std`), the noise being fixed by a seed. Bits per dimension are minus log2 of that density
+over the number of latent values. With an orthonormal codec these are bits per pixel and channel of pictures in
+[-1, 1]; with a learned autoencoder they are bits per latent value and say nothing about pixels. A density is not a
+probability: bits may be negative, and cannot on average fall under the entropy of the noise, `noise_floor`. Adding
+`LEVELS_BITS` expresses the same density in units of 8-bit grey levels.
+
+Reference: Gu et al., STARFlow-V (2025); Theis et al., A Note on the Evaluation of Generative Models (2016).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow import noise
+from starflow.data import Clip, VideoError, VideoFolder, probe, read_image, read_video, to_pixels
+from starflow.data.clips import IMAGE_SUFFIXES
+from starflow.data.video import frames_at
+from starflow.sample import Pipeline
+
+# One 8-bit level is 1 / 127.5 of the range [-1, 1].
+LEVELS_BITS = math.log2(127.5)
+
+
+def noise_floor(sigma: float) -> float:
+    """Entropy of the noise in bits per dimension: no model can score less on average. -inf for `sigma` 0."""
+    return 0.5 * math.log2(2 * math.pi * math.e * sigma**2) if sigma > 0.0 else -math.inf
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Bits per dimension of one clip (see the module for what is scored).
+
+    Args:
+        name: of the clip.
+        caption: that the score is conditional on.
+        bits_per_dim: of the whole clip.
+        frames: of each latent frame given the ones before it.
+        shuffled, reversed: bits per dimension of the same frames in a random order and backwards, where asked for.
+    """
+
+    name: str
+    caption: str
+    bits_per_dim: float
+    frames: tuple[float, ...]
+    shuffled: float | None = None
+    reversed: float | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values that json can write."""
+        return asdict(self)
+
+
+def score(
+    pipeline: Pipeline,
+    clips: Sequence[Clip],
+    *,
+    seed: int = 0,
+    batch: int = 8,
+    order_check: bool = False,
+    fps: float | None = None,
+) -> list[ClipScore]:
+    """Bits per dimension of clips.
+
+    Args:
+        pipeline: with the flow.
+        clips: pixels (frames, channels, height, width) in [-1, 1] with their captions; shapes may differ.
+        seed: of the noise; clip i has the noise of seed + i.
+        batch: clips computed together.
+        order_check: also score every clip with its frames shuffled and reversed.
+        fps: frames a second that captions tell, by default those of the training clips.
+
+    Returns:
+        A score for each clip, in order.
+
+    Raises:
+        ValueError: no clip, a shape that does not fit, values that are not finite, or a caption that the text
+            encoder refuses; the message names the clip.
+    """
+    if not clips:
+        raise ValueError("score: clips is empty, expected at least one clip")
+    if batch < 1:
+        raise ValueError(f"score: batch is {batch}, expected at least 1")
+    scores: list[ClipScore] = []
+    for first, group in _groups(clips, batch):
+        seeds = range(seed + first, seed + first + len(group))
+        pixels = torch.stack([clip.pixels for clip in group])
+        bits = _bits(pipeline, group, pixels, seeds, fps)
+        shuffled = reverse = None
+        if order_check and pixels.shape[1] > 1:
+            orders = torch.stack([_shuffle(pixels.shape[1], number) for number in seeds])
+            mixed = torch.stack([clip[order] for clip, order in zip(pixels, orders, strict=True)])
+            shuffled = _bits(pipeline, group, mixed, seeds, fps).mean(1).tolist()
+            reverse = _bits(pipeline, group, pixels.flip(1), seeds, fps).mean(1).tolist()
+        for row, clip in enumerate(group):
+            plain = ClipScore(clip.name, clip.caption, float(bits[row].mean()), tuple(bits[row].tolist()))
+            if shuffled is not None and reverse is not None:
+                plain = replace(plain, shuffled=shuffled[row], reversed=reverse[row])
+            scores.append(plain)
+    return scores
+
+
+@torch.inference_mode()
+def _bits(pipeline: Pipeline, clips: Sequence[Clip], pixels: Tensor, seeds: Sequence[int], fps: float | None) -> Tensor:
+    """Bits per dimension of each frame, (clips, latent frames), float64."""
+    names = ", ".join(clip.name for clip in clips)
+    image = pixels.shape[1] == 1
+    y = pipeline.condition([clip.caption for clip in clips], fps=fps, image=image)
+    try:
+        latents = pipeline.codec.encode(pixels.to(pipeline.device))
+    except ValueError as error:
+        raise ValueError(f"score: {names}: {error}") from None
+    finite = latents.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise ValueError(
+            f"score: {clips[finite.index(False)].name} holds values that are not finite, expected numbers in [-1, 1]"
+        )
+    _, frames, channels, height, width = latents.shape
+    drawn = noise.draw(seeds, frames, channels, height, width, purpose="train").to(latents)
+    encoded = pipeline.flow.encode(latents + pipeline.config.train.noise_std * drawn, y)
+    nats = pipeline.flow.log_likelihood(encoded).double() / (channels * height * width)
+    return (-(nats + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
+
+
+def _groups(clips: Sequence[Clip], batch: int) -> Iterator[tuple[int, list[Clip]]]:
+    """Runs of clips of one shape, at most `batch` long, with the place of their first."""
+    first = 0
+    while first < len(clips):
+        end = first + 1
+        while end < min(first + batch, len(clips)) and clips[end].pixels.shape == clips[first].pixels.shape:
+            end += 1
+        yield first, list(clips[first:end])
+        first = end
+
+
+def _shuffle(frames: int, seed: int) -> Tensor:
+    """An order of the frames that is neither the one in time nor, where there are more than two, its reverse."""
+    rng = np.random.default_rng(seed)
+    plain = np.arange(frames)
+    while True:
+        order = rng.permutation(frames)
+        if not (order == plain).all() and (frames == 2 or not (order == plain[::-1]).all()):
+            return torch.from_numpy(order)
+
+
+def read_clips(
+    pipeline: Pipeline,
+    paths: Sequence[str | Path],
+    *,
+    frames: int | None = None,
+    clips_per_file: int = 1,
+    caption: str | None = None,
+) -> list[Clip]:
+    """Cuts clips in the size and at the rate that the flow was trained on.
+
+    Args:
+        pipeline: of the flow.
+        paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
+            be read is skipped with a line in the log, and captions come from the files beside it.
+        frames: of a clip, by default those of the training clips.
+        clips_per_file: cut evenly from each file.
+        caption: of all clips, in place of their own.
+
+    Raises:
+        ValueError, FileNotFoundError: a path that does not exist or cannot be read; the message names it.
+    """
+    data = pipeline.config.data
+    count = data.frames if frames is None else frames
+    clips: list[Clip] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            folder = VideoFolder(
+                path,
+                frames=count,
+                height=data.height,
+                width=data.width,
+                fps=data.fps,
+                channels=data.channels,
+                clips_per_file=clips_per_file,
+                cut="even",
+            )
+            clips += [folder.item(index) for index in range(len(folder))]
+        else:
+            clips += _cut(path, count, clips_per_file, pipeline)
+    return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> list[Clip]:
+    """Clips of one file, from its first possible start to its last."""
+    data = pipeline.config.data
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if frames > 1:
+            raise VideoError(f"{path}: an image is one frame, expected a video of at least {frames}")
+        picture = read_image(path, height=data.height, width=data.width, channels=data.channels)
+        return [Clip(to_pixels(picture), "", path.name)]
+    info = probe(path, count=True)
+    fps = data.fps or info.fps
+    last = frames_at(info, fps) - frames
+    if last < 0:
+        raise VideoError(f"{path}: {last + frames} frames at {fps:g} frames per second, expected at least {frames}")
+    spots = [last // 2] if clips_per_file == 1 else np.linspace(0, last, clips_per_file).round().astype(int).tolist()
+    return [
+        Clip(
+            to_pixels(
+                read_video(
+                    path,
+                    frames=frames,
+                    fps=fps,
+                    start=spot / fps,
+                    info=info,
+                    height=data.height,
+                    width=data.width,
+                    channels=data.channels,
+                )
+            ),
+            "",
+            f"{path.name}@{spot}",
+        )
+        for spot in spots
+    ]
