@@ -10,27 +10,44 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from types import FrameType
+from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from starflow.batches import Batch, Batches, Features, caption_for, make_dataset, make_parts
 from starflow.block import Encoded
-from starflow.codecs import Codec, make_codec
-from starflow.config import ConfigError, FlowConfig, RunConfig, require
-from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, sample_indices, stack_clips
+from starflow.checkpoints import MODEL, latest_state, load_state, save_model, save_state
+from starflow.codecs import Codec
+from starflow.config import RunConfig, to_mapping
+from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.denoiser import STEP, score_target
 from starflow.flow import Flow, nll_of
-from starflow.noise import draw_batch, stream
 from starflow.optim import Average, make_optimizers
-from starflow.text import TextEncoder, make_text_encoder
+from starflow.text import TextEncoder
+
+__all__ = [
+    "Features",
+    "TrainStep",
+    "Trainer",
+    "TrainingError",
+    "caption_for",
+    "make_dataset",
+    "make_parts",
+    "train",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +57,8 @@ TRACK_RATE = 0.05
 PATIENCE = 5
 # The published rule of skipping large gradients begins after so many steps.
 SKIP_AFTER = 100
-# Captions whose features are kept.
-CAPTION_CACHE = 4096
+# Steps between entries of the log.
+LOG_EVERY = 10
 
 
 class TrainingError(RuntimeError):
@@ -82,194 +99,6 @@ class TrainStep:
         return (self.loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
 
 
-def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
-    """The data set that a run is trained or tested on.
-
-    Args:
-        config: of the run.
-        split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
-            whole folder; clips are cut at random starts for "train" and evenly for "test".
-
-    Raises:
-        ConfigError: options that the kind of data cannot honour.
-        ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
-    """
-    data = config.data
-    if data.kind == "digits":
-        require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
-        require(data.channels == 1, "data.channels", data.channels, "1 for digits")
-        return MovingDigits(frames=data.frames, size=data.height, split=split)
-    if data.path is None:
-        raise ConfigError("data.path is None, expected a folder of videos or images")
-    folder = Path(data.path)
-    return VideoFolder(
-        folder / split if (folder / split).is_dir() else folder,
-        frames=data.frames,
-        height=data.height,
-        width=data.width,
-        fps=data.fps,
-        channels=data.channels,
-        cut="random" if split == "train" else "even",
-        cache_bytes=int(data.cache_gb * 2**30),
-    )
-
-
-def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
-    """Codec and text encoder of a run, after checking that everything fits together.
-
-    Raises:
-        ConfigError: options of different parts that contradict each other.
-        ValueError: an option of the codec or the text encoder that is wrong.
-    """
-    flow, data = config.flow, config.data
-    codec = make_codec(config.codec)
-    text = make_text_encoder(config.text) if config.text else None
-    require(
-        flow.in_channels == codec.latent_channels,
-        "flow.in_channels",
-        flow.in_channels,
-        f"the {codec.latent_channels} latent channels of the codec",
-    )
-    require(data.channels == codec.channels, "data.channels", data.channels, f"the {codec.channels} of the codec")
-    multiple = codec.spatial * flow.patch_size
-    for name in ("height", "width"):
-        side = getattr(data, name)
-        require(side % multiple == 0, f"data.{name}", side, f"a multiple of {multiple} (codec times patch)")
-    codec.latent_frames(data.frames)
-    reads = flow.txt_size > 0 or flow.num_classes > 0
-    require(reads == (text is not None), "text", config.text, "a text encoder exactly when flow reads text or classes")
-    if text is not None and flow.num_classes:
-        require(text.dim == flow.num_classes, "flow.num_classes", flow.num_classes, f"the {text.dim} of the encoder")
-    elif text is not None:
-        require(text.dim == flow.txt_dim, "flow.txt_dim", flow.txt_dim, f"the width {text.dim} of the text encoder")
-        require(text.size <= flow.txt_size, "flow.txt_size", flow.txt_size, f"at least the {text.size} of the encoder")
-    return codec, text
-
-
-def caption_for(
-    config: RunConfig, caption: str, *, extend: bool = False, drop: bool = False, image: bool = False
-) -> str:
-    """The caption as the flow of this run reads it: with frame rate and noise level where the run tells them.
-
-    Args:
-        config: of the run.
-        caption: what the clip shows.
-        extend: the first frame is cut off.
-        drop: the caption of nothing.
-        image: a single frame without time.
-    """
-    fps = None
-    if config.data.caption_fps:
-        fps = 0.0 if image else config.data.fps
-    noise_level = config.train.noise_std if config.train.cond_noise_level else None
-    return assemble(caption, mode="extend" if extend else None, drop=drop, fps=fps, noise_level=noise_level)
-
-
-class Features:
-    """Captions to what the flow reads, remembered by caption.
-
-    Every caption is encoded by itself: the features must not depend on the batch, or a resumed run would differ.
-
-    Args:
-        flow: architecture.
-        encoder: of the text; None for a flow that reads none.
-    """
-
-    def __init__(self, flow: FlowConfig, encoder: TextEncoder | None) -> None:
-        self._classes = flow.num_classes > 0
-        self._encoder = encoder
-        self._known: dict[str, Tensor] = {}
-
-    def __call__(self, captions: Sequence[str]) -> Tensor | None:
-        """Text (batch, text tokens, txt_dim), class labels (batch,) with -1 for none, or None."""
-        if self._encoder is None:
-            return None
-        features = torch.cat([self._encode(self._encoder, caption) for caption in captions])
-        if not self._classes:
-            return features
-        rows = features[:, 0]
-        return torch.where(rows.any(1), rows.argmax(1), -1)
-
-    def _encode(self, encoder: TextEncoder, caption: str) -> Tensor:
-        if caption not in self._known:
-            if len(self._known) >= CAPTION_CACHE:
-                self._known.pop(next(iter(self._known)))
-            self._known[caption] = encoder.encode([caption])
-        return self._known[caption]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A training batch before the codec.
-
-    Args:
-        pixels: (batch, frames, channels, height, width), or (batch, channels, height, width) for images.
-        captions: as the flow reads them.
-        names: of the clips.
-        noise: like the latents, standard normal.
-        posterior: the same, for a codec with a posterior.
-        extend: the first latent frame is to be dropped, after noising.
-    """
-
-    pixels: Tensor
-    captions: list[str]
-    names: list[str]
-    noise: Tensor
-    posterior: Tensor | None
-    extend: bool
-
-
-class Batches:
-    """Makes the batch of any step, the next one ahead of time in a thread.
-
-    Args:
-        config: of the run.
-        dataset: of clips.
-        codec: fixes the shape of the noise.
-    """
-
-    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec) -> None:
-        self._config, self._dataset, self._codec = config, dataset, codec
-
-    def make(self, step: int) -> Batch:
-        """The batch of a step; depends on the seed and the step alone."""
-        train, codec = self._config.train, self._codec
-        pairs = sample_indices(train.seed, step, train.batch_size, len(self._dataset))
-        clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
-        pixels, captions = stack_clips(clips)
-        choose = stream(train.seed, "choose", step)
-        image = choose.random() < train.image_prob
-        frames = codec.latent_frames(pixels.shape[1])
-        extend = choose.random() < train.drop_image and not image and frames > 1
-        height, width = (side // codec.spatial for side in pixels.shape[-2:])
-        shape: tuple[int, ...] = (len(clips), frames, codec.latent_channels, height, width)
-        if image:
-            pixels = pixels[:, int(choose.integers(pixels.shape[1]))]
-            shape = (shape[0], *shape[2:])
-        dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
-        return Batch(
-            pixels,
-            [
-                caption_for(self._config, caption, extend=extend, drop=bool(drop), image=image)
-                for caption, drop in zip(captions, dropped, strict=True)
-            ],
-            [clip.name for clip in clips],
-            draw_batch(train.seed, step, shape),
-            None if codec.exact else draw_batch(train.seed, step, shape, purpose="posterior"),
-            extend,
-        )
-
-    def run(self, first: int, end: int) -> Iterator[Batch]:
-        """The batches of the steps `first .. end - 1`."""
-        with ThreadPoolExecutor(1, thread_name_prefix="starflow-batches") as pool:
-            ahead = pool.submit(self.make, first)
-            for step in range(first, end):
-                batch = ahead.result()
-                if step + 1 < end:
-                    ahead = pool.submit(self.make, step + 1)
-                yield batch
-
-
 class Trainer:
     """A flow in training: the step of the recipe and the state between steps.
 
@@ -281,7 +110,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, codec: Codec, text: TextEncoder | None, device: torch.device) -> None:
-        self.config, self.codec, self.device = config, codec, device
+        self.config, self.codec, self.text, self.device = config, codec, text, device
         self.features = Features(config.flow, text)
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
@@ -291,6 +120,60 @@ class Trainer:
         self.step = 0
         self.updates = 0
         self._bad = 0
+
+    def save(self, folder: Path) -> None:
+        """Writes the training state, and the averaged weights as the model of the run.
+
+        Raises:
+            CheckpointError: either cannot be written; what was there before is left as it was.
+        """
+        tensors = {f"{part}:{name}": value for part, state in self._state().items() for name, value in state.items()}
+        about = {
+            "step": self.step,
+            "updates": self.updates,
+            "bad": self._bad,
+            "config": to_mapping(self.config),
+        }
+        save_state(folder, self.step, tensors, about)
+        self.save_model(folder)
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the averaged weights as the model of the run."""
+        about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
+        save_model(folder / MODEL, self.average.flow, self.config, self.codec, self.text, about=about)
+
+    def load(self, path: Path) -> None:
+        """Takes a training state up.
+
+        Args:
+            path: as `latest_state` returns it.
+
+        Raises:
+            CheckpointError: damaged.
+            TrainingError: of a run with another model or codec.
+        """
+        tensors, about = load_state(path)
+        _check_same_run(about["config"], to_mapping(self.config), path)
+        parts: dict[str, dict[str, Tensor]] = {part: {} for part in self._state()}
+        for key, value in tensors.items():
+            part, _, name = key.partition(":")
+            parts[part][name] = value
+        self.flow.load_state_dict(parts["flow"])
+        self.average.flow.load_state_dict(parts["average"])
+        self.optimizer.load_state(parts["optimizer"])
+        if self.denoiser_optimizer:
+            self.denoiser_optimizer.load_state(parts["denoiser_optimizer"])
+        self.step, self.updates, self._bad = about["step"], about["updates"], about["bad"]
+
+    def _state(self) -> dict[str, Mapping[str, Tensor]]:
+        state: dict[str, Mapping[str, Tensor]] = {
+            "flow": self.flow.state_dict(),
+            "average": self.average.flow.state_dict(),
+            "optimizer": self.optimizer.state(),
+        }
+        if self.denoiser_optimizer:
+            state["denoiser_optimizer"] = self.denoiser_optimizer.state()
+        return state
 
     def run(self, batch: Batch, samples_per_second: Callable[[], float] = lambda: math.nan) -> TrainStep:
         """One step.
@@ -430,10 +313,14 @@ def train(
 ) -> Flow:
     """Trains a flow.
 
+    A run that was interrupted or killed goes on from its last checkpoint and ends with the same bits as one that was
+    not. Ctrl-C ends the step, writes a checkpoint and raises KeyboardInterrupt; a second Ctrl-C does not wait.
+
     Args:
         config: of the run.
-        folder: where checkpoints, logs and samples go.
-        resume: go on from the last checkpoint in `folder`, if there is one.
+        folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
+            TensorBoard log `log`.
+        resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
         on_step: called after each step.
         quiet: no progress bar.
         dataset: in place of the one that the config names.
@@ -444,26 +331,120 @@ def train(
 
     Raises:
         ConfigError: options that contradict each other.
-        TrainingError: data or losses that are not finite.
+        TrainingError: data or losses that are not finite, or a folder that holds another run.
+        CheckpointError: a checkpoint that cannot be written or read.
 
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
     codec, text = make_parts(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trainer = Trainer(config, codec, text, where)
+    last = latest_state(folder)
+    if last is not None:
+        if not resume:
+            raise TrainingError(
+                f"training: {folder} holds a run up to {last.name}, expected an empty folder (resume is off)"
+            )
+        trainer.load(last)
+        logger.info("going on from step %d", trainer.step)
     batches = Batches(config, dataset if dataset is not None else make_dataset(config), codec)
-    steps = config.train.steps
-    speed = _Speed(config.train.batch_size)
-    with tqdm(total=steps, initial=trainer.step, disable=quiet, unit="step") as bar:
-        for batch in batches.run(trainer.step, steps):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    recipe = config.train
+    speed = _Speed(recipe.batch_size)
+    with (
+        SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1) as log,
+        _deferred_interrupt() as interrupted,
+        tqdm(total=recipe.steps, initial=trainer.step, disable=quiet, unit="step") as bar,
+        closing(batches.run(trainer.step, recipe.steps)) as stream,
+    ):
+        for batch in stream:
             done = trainer.run(batch, speed)
             bar.set_postfix_str(
                 f"{done.bits_per_dim:.3f} bits/dim, {done.samples_per_second:.1f} clips/s", refresh=False
             )
             bar.update()
+            end = done.step == recipe.steps
+            if end or done.step % LOG_EVERY == 0:
+                _write_log(log, done)
             if on_step is not None:
                 on_step(done)
+            if end or interrupted.is_set() or _due(done.step, recipe.checkpoint_every):
+                trainer.save(folder)
+            if _due(done.step, recipe.sample_every):
+                _write_samples(trainer, folder)
+            if interrupted.is_set() and not end:
+                raise KeyboardInterrupt
+    trainer.save_model(folder)
     return trainer.average.flow
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _write_log(log: SummaryWriter, done: TrainStep) -> None:
+    scalars = {
+        "loss/bits_per_dim": done.bits_per_dim,
+        "loss/denoiser": done.denoiser_loss,
+        "gradient/flow": done.grad_norm,
+        "gradient/denoiser": done.denoiser_grad_norm,
+        "lr": done.lr,
+        "samples_per_second": done.samples_per_second,
+    }
+    for name, value in scalars.items():
+        if value is not None:
+            log.add_scalar(name, value, done.step)
+
+
+def _write_samples(trainer: Trainer, folder: Path) -> None:
+    """Samples of the averaged weights: the same noise each time, so that progress can be seen."""
+    from starflow.sample import Pipeline
+
+    config = trainer.config
+    prompts = config.sample.prompts or ("",) * 4
+    pipeline = Pipeline(trainer.average.flow, config, trainer.codec, trainer.text, device=trainer.device)
+    sampled = pipeline.sample(prompts, seed=config.train.seed)
+    target = folder / "samples" / f"step-{trainer.step:08d}.png"
+    target.parent.mkdir(exist_ok=True)
+    write_contact_sheet(target, [to_frames(clip) for clip in sampled.pixels], list(prompts))
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, once; the second time they act as usual. Only in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
+    """A state fits its own model only; other options may change, with a line in the log."""
+    changed = [
+        f"{section}.{name} was {old!r}, is {options[name]!r}"
+        for section, options in given.items()
+        for name, old in saved.get(section, {}).items()
+        if name in options and options[name] != old
+    ]
+    fatal = [line for line in changed if line.startswith(("flow.", "codec.", "text."))]
+    if fatal:
+        raise TrainingError(f"training: {path} belongs to another model: {'; '.join(fatal)}")
+    if changed:
+        logger.warning("options changed since %s: %s", path.name, "; ".join(changed))
 
 
 class _Speed:

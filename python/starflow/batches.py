@@ -1,0 +1,212 @@
+"""What a training step reads: data set, captions, their features and the noise, made ahead of time.
+
+A batch depends on the seed and the number of its step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from starflow.codecs import Codec, make_codec
+from starflow.config import ConfigError, FlowConfig, RunConfig, require
+from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, sample_indices, stack_clips
+from starflow.noise import draw_batch, stream
+from starflow.text import TextEncoder, make_text_encoder
+
+# Captions whose features are kept.
+CAPTION_CACHE = 4096
+
+
+def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
+    """The data set that a run is trained or tested on.
+
+    Args:
+        config: of the run.
+        split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
+            whole folder; clips are cut at random starts for "train" and evenly for "test".
+
+    Raises:
+        ConfigError: options that the kind of data cannot honour.
+        ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
+    """
+    data = config.data
+    if data.kind == "digits":
+        require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
+        require(data.channels == 1, "data.channels", data.channels, "1 for digits")
+        return MovingDigits(frames=data.frames, size=data.height, split=split)
+    if data.path is None:
+        raise ConfigError("data.path is None, expected a folder of videos or images")
+    folder = Path(data.path)
+    return VideoFolder(
+        folder / split if (folder / split).is_dir() else folder,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps,
+        channels=data.channels,
+        cut="random" if split == "train" else "even",
+        cache_bytes=int(data.cache_gb * 2**30),
+    )
+
+
+def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
+    """Codec and text encoder of a run, after checking that everything fits together.
+
+    Raises:
+        ConfigError: options of different parts that contradict each other.
+        ValueError: an option of the codec or the text encoder that is wrong.
+    """
+    flow, data = config.flow, config.data
+    codec = make_codec(config.codec)
+    text = make_text_encoder(config.text) if config.text else None
+    require(
+        flow.in_channels == codec.latent_channels,
+        "flow.in_channels",
+        flow.in_channels,
+        f"the {codec.latent_channels} latent channels of the codec",
+    )
+    require(data.channels == codec.channels, "data.channels", data.channels, f"the {codec.channels} of the codec")
+    multiple = codec.spatial * flow.patch_size
+    for name in ("height", "width"):
+        side = getattr(data, name)
+        require(side % multiple == 0, f"data.{name}", side, f"a multiple of {multiple} (codec times patch)")
+    codec.latent_frames(data.frames)
+    reads = flow.txt_size > 0 or flow.num_classes > 0
+    require(reads == (text is not None), "text", config.text, "a text encoder exactly when flow reads text or classes")
+    if text is not None and flow.num_classes:
+        require(text.dim == flow.num_classes, "flow.num_classes", flow.num_classes, f"the {text.dim} of the encoder")
+    elif text is not None:
+        require(text.dim == flow.txt_dim, "flow.txt_dim", flow.txt_dim, f"the width {text.dim} of the text encoder")
+        require(text.size <= flow.txt_size, "flow.txt_size", flow.txt_size, f"at least the {text.size} of the encoder")
+    return codec, text
+
+
+def caption_for(
+    config: RunConfig, caption: str, *, extend: bool = False, drop: bool = False, image: bool = False
+) -> str:
+    """The caption as the flow of this run reads it: with frame rate and noise level where the run tells them.
+
+    Args:
+        config: of the run.
+        caption: what the clip shows.
+        extend: the first frame is cut off.
+        drop: the caption of nothing.
+        image: a single frame without time.
+    """
+    fps = None
+    if config.data.caption_fps:
+        fps = 0.0 if image else config.data.fps
+    noise_level = config.train.noise_std if config.train.cond_noise_level else None
+    return assemble(caption, mode="extend" if extend else None, drop=drop, fps=fps, noise_level=noise_level)
+
+
+class Features:
+    """Captions to what the flow reads, remembered by caption.
+
+    Every caption is encoded by itself: the features must not depend on the batch, or a resumed run would differ.
+
+    Args:
+        flow: architecture.
+        encoder: of the text; None for a flow that reads none.
+    """
+
+    def __init__(self, flow: FlowConfig, encoder: TextEncoder | None) -> None:
+        self._classes = flow.num_classes > 0
+        self._encoder = encoder
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor | None:
+        """Text (batch, text tokens, txt_dim), class labels (batch,) with -1 for none, or None."""
+        if self._encoder is None:
+            return None
+        features = torch.cat([self._encode(self._encoder, caption) for caption in captions])
+        if not self._classes:
+            return features
+        rows = features[:, 0]
+        return torch.where(rows.any(1), rows.argmax(1), -1)
+
+    def _encode(self, encoder: TextEncoder, caption: str) -> Tensor:
+        if caption not in self._known:
+            if len(self._known) >= CAPTION_CACHE:
+                self._known.pop(next(iter(self._known)))
+            self._known[caption] = encoder.encode([caption])
+        return self._known[caption]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch before the codec.
+
+    Args:
+        pixels: (batch, frames, channels, height, width), or (batch, channels, height, width) for images.
+        captions: as the flow reads them.
+        names: of the clips.
+        noise: like the latents, standard normal.
+        posterior: the same, for a codec with a posterior.
+        extend: the first latent frame is to be dropped, after noising.
+    """
+
+    pixels: Tensor
+    captions: list[str]
+    names: list[str]
+    noise: Tensor
+    posterior: Tensor | None
+    extend: bool
+
+
+class Batches:
+    """Makes the batch of any step, the next one ahead of time in a thread.
+
+    Args:
+        config: of the run.
+        dataset: of clips.
+        codec: fixes the shape of the noise.
+    """
+
+    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec) -> None:
+        self._config, self._dataset, self._codec = config, dataset, codec
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step; depends on the seed and the step alone."""
+        train, codec = self._config.train, self._codec
+        pairs = sample_indices(train.seed, step, train.batch_size, len(self._dataset))
+        clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
+        pixels, captions = stack_clips(clips)
+        choose = stream(train.seed, "choose", step)
+        image = choose.random() < train.image_prob
+        frames = codec.latent_frames(pixels.shape[1])
+        extend = choose.random() < train.drop_image and not image and frames > 1
+        height, width = (side // codec.spatial for side in pixels.shape[-2:])
+        shape: tuple[int, ...] = (len(clips), frames, codec.latent_channels, height, width)
+        if image:
+            pixels = pixels[:, int(choose.integers(pixels.shape[1]))]
+            shape = (shape[0], *shape[2:])
+        dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
+        return Batch(
+            pixels,
+            [
+                caption_for(self._config, caption, extend=extend, drop=bool(drop), image=image)
+                for caption, drop in zip(captions, dropped, strict=True)
+            ],
+            [clip.name for clip in clips],
+            draw_batch(train.seed, step, shape),
+            None if codec.exact else draw_batch(train.seed, step, shape, purpose="posterior"),
+            extend,
+        )
+
+    def run(self, first: int, end: int) -> Generator[Batch, None, None]:
+        """The batches of the steps `first .. end - 1`."""
+        with ThreadPoolExecutor(1, thread_name_prefix="starflow-batches") as pool:
+            ahead = pool.submit(self.make, first)
+            for step in range(first, end):
+                batch = ahead.result()
+                if step + 1 < end:
+                    ahead = pool.submit(self.make, step + 1)
+                yield batch
