@@ -53,6 +53,8 @@ class Layout:
 
 
 @lru_cache(maxsize=128)
+# What sampling left in the cache must serve training too.
+@torch.inference_mode(False)
 def make_layout(
     config: FlowConfig, order: Order, frames: int, height: int, width: int, text_tokens: int, *, still: bool
 ) -> Layout:

@@ -85,6 +85,8 @@ def _spread(height: int, width: int) -> list[int]:
 
 
 @lru_cache(maxsize=256)
+# What sampling left in the cache must serve training too.
+@torch.inference_mode(False)
 def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
     """The sequence in which a block visits the tokens of a clip.
 
