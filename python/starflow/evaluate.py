@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from starflow import noise
-from starflow.data import Clip, VideoError, VideoFolder, probe, read_image, read_video, to_pixels
+from starflow.data import Clip, VideoError, VideoFolder, frames_at, probe, read_image, read_video, to_pixels
 from starflow.data.clips import IMAGE_SUFFIXES
-from starflow.data.video import frames_at
 from starflow.sample import Pipeline
 
 # One 8-bit level is 1 / 127.5 of the range [-1, 1].

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.block import FlowBlock
+from starflow.checkpoints import load_model
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import probe, read_image, read_video, to_pixels
-from starflow.data.video import frames_at
+from starflow.data import frames_at, probe, read_image, read_video, to_pixels
 from starflow.denoiser import score_denoise
 from starflow.flow import Decoded, Flow
 from starflow.guidance import Guidance
@@ -207,8 +207,6 @@ class Pipeline:
             path: a `.safetensors` file, or the folder of a run.
             device: where the flow runs.
         """
-        from starflow.checkpoints import load_model
-
         loaded = load_model(Path(path))
         return cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
 
