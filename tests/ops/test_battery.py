@@ -80,8 +80,9 @@ def test_any_leading_dimensions(spec: Spec) -> None:
 def test_gradcheck(spec: Spec, isa: str) -> None:
     for sample in samples(spec, torch.float64, torch.float64):
         if max(tensor.shape[-1] for tensor in sample.args) > 40:
-            continue  # as many calls as elements
-        args = tuple(tensor.clone().requires_grad_() for tensor in sample.args)
+            continue
+        # It calls the op once for each element: one sample and two tokens are enough.
+        args = tuple(tensor[:1, :2].clone().requires_grad_() for tensor in sample.args)
         assert torch.autograd.gradcheck(lambda *inputs, kwargs=sample.kwargs: spec.call(*inputs, **kwargs), args)
 
 
