@@ -102,7 +102,7 @@ def caption_for(
     """
     fps = None
     if config.data.caption_fps:
-        fps = 0.0 if image else config.data.fps
+        fps = 0.0 if image or config.data.frames == 1 else config.data.fps
     noise_level = config.train.noise_std if config.train.cond_noise_level else None
     return assemble(caption, mode="extend" if extend else None, drop=drop, fps=fps, noise_level=noise_level)
 

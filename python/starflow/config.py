@@ -20,6 +20,8 @@ import yaml
 
 ConfigType = TypeVar("ConfigType")
 
+CONFIGS = Path(__file__).parent / "configs"
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used: unknown key, wrong type or value out of range."""
@@ -274,6 +276,13 @@ class DataConfig:
         for name in ("frames", "height", "width"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
+        require(self.fps is None or self.fps > 0, "data.fps", self.fps, "a number > 0")
+        require(
+            not self.caption_fps or self.fps is not None or self.frames == 1,
+            "data.fps",
+            self.fps,
+            "a number with data.caption_fps",
+        )
 
 
 @dataclass(frozen=True)
@@ -328,8 +337,18 @@ class TrainConfig:
         require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate, "a divisor of batch_size")
         for name in ("drop_label", "drop_image", "image_prob", "ema"):
             require(0.0 <= getattr(self, name) <= 1.0, f"train.{name}", getattr(self, name), "a number from 0 to 1")
-        for name in ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay"):
-            require(getattr(self, name) >= 0.0, f"train.{name}", getattr(self, name), "a number >= 0")
+        numbers = ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay")
+        counts = ("warmup_steps", "checkpoint_every", "sample_every")
+        for name in (*numbers, "latent_norm_regularization", *counts):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "a number >= 0")
+        for name in ("beta1", "beta2"):
+            require(
+                0.0 <= getattr(self, name) < 1.0, f"train.{name}", getattr(self, name), "a number from 0 to below 1"
+            )
+        require(0 <= self.seed < 1 << 63, "train.seed", self.seed, "an integer from 0 to 2^63 - 1")
+        require(
+            self.grad_skip == 0 or self.grad_clip > 0, "train.grad_clip", self.grad_clip, "> 0 together with grad_skip"
+        )
 
 
 @dataclass(frozen=True)
@@ -370,17 +389,31 @@ class RunConfig:
     def load(cls, path: str | Path) -> RunConfig:
         """Reads a yaml file.
 
+        Args:
+            path: of the file, or the name of a config that comes with the package (see `config_names`).
+
         Raises:
             ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
         """
+        included = str(path) in config_names() and not Path(path).exists()
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = yaml.safe_load((CONFIGS / f"{path}.yaml" if included else Path(path)).read_text(encoding="utf-8"))
         except OSError as error:
-            raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+            raise ConfigError(
+                f"config {path} cannot be read: {error.strerror}; expected a yaml file or one of "
+                + ", ".join(config_names())
+            ) from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"config {path} is not text, expected a yaml file") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"config {path} is not yaml: {str(error).splitlines()[0]}") from None
         require(isinstance(values, Mapping), f"config {path}", type(values).__name__, "a mapping of options")
         return from_mapping(cls, values)
+
+
+def config_names() -> list[str]:
+    """Names of the configs that come with the package, which `RunConfig.load` reads."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def _coerce(kind: Any, value: Any, path: str) -> Any:

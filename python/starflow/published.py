@@ -57,12 +57,15 @@ def published_state(flow: Flow) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if name is not None and (name != "var" or not flow.config.nvp)}
 
 
-def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
-    """Loads a state dict with published names.
+def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with published names under our names, checked and in our shapes; nothing is copied.
 
     Args:
-        flow: of the matching config; overwritten.
+        flow: of the matching config; its weights are not read.
         state: tensors by published name; buffers that nothing reads may be there or not.
+
+    Returns:
+        Our name -> tensor, for everything but what only this project has.
 
     Raises:
         ValueError: names or shapes that do not match, all of them listed.
@@ -94,6 +97,12 @@ def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
     ]
     if problems:
         raise ValueError("checkpoint: tensors do not match the config; " + "; ".join(problems))
+    return {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
+
+
+def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
+    """Loads a state dict with published names into `flow`, which is overwritten (see `from_published`)."""
+    own = flow.state_dict()
     with torch.no_grad():
-        for name, tensor in given.items():
-            own[name].copy_(tensor.reshape(own[name].shape))
+        for name, tensor in from_published(flow, state).items():
+            own[name].copy_(tensor)

@@ -1,0 +1,237 @@
+"""Published checkpoints (STARFlow, STARFlow-V, TarFlow) to ours. The weights stay their owners': we ship none."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from starflow.checkpoints import CheckpointError, write_model
+from starflow.config import ConfigError, FlowConfig, RunConfig, from_mapping, require, to_mapping
+from starflow.flow import Flow
+from starflow.published import from_published
+
+logger = logging.getLogger(__name__)
+
+Family = Literal["starflow", "tarflow"]
+
+LICENCE = (
+    "converted from published weights, whose own licence goes with them (research use only; see LICENSE_MODEL of the "
+    "release)"
+)
+
+# What training options of the published code are called here, with the section they go to.
+_TRAIN = {
+    "noise_std": "noise_std",
+    "batch_size": "batch_size",
+    "lr": "lr",
+    "min_lr": "min_lr",
+    "drop_label": "drop_label",
+    "drop_image": "drop_image",
+    "secondary_ratio": "image_prob",
+    "cond_noise_level": "cond_noise_level",
+    "grad_clip": "grad_clip",
+    "grad_skip": "grad_skip",
+    "latent_norm_regularization": "latent_norm_regularization",
+    "acc": "accumulate",
+}
+_FLOW = {"channel_size": "in_channels", "blocks": "num_blocks", "gradient_checkpoint": "use_checkpoint"}
+# Options about hardware, files and logging, or about data that this project arranges in its own way.
+_DROPPED = (
+    "adaln epochs finetuned_vae fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling mix_aspect no_flip "
+    "sample_freq secondary_batch_size secondary_img_size wds"
+)
+# Autoencoders: kind here, pixels per latent position, channels of a latent.
+_CODECS = {
+    "stabilityai/sd-vae-ft-ema": ("autoencoder_kl", 8, "sd-vae-ft-ema"),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan", 16, "Wan2.2-TI2V-5B-Diffusers/vae"),
+}
+_TEXT_WIDTHS = {"google/flan-t5-xl": 2048}
+
+
+def published_config(
+    path: str | Path,
+    *,
+    family: Family = "starflow",
+    codec_folder: str | Path | None = None,
+    text_folder: str | Path | None = None,
+) -> RunConfig:
+    """Reads a yaml of the published STARFlow code (a list `arguments` of options).
+
+    Args:
+        path: of the file.
+        family: "tarflow" for a list of TarFlow's options, which come on the command line (`img_size`, `channel_size`,
+            `patch_size`, `channels`, `blocks`, `layers_per_block`, `noise_std`, ...), and `num_classes`, `nvp`.
+        codec_folder, text_folder: local copies of autoencoder and text encoder; by default folders of their names.
+
+    Raises:
+        ConfigError: not such a file, or an option that cannot be honoured; the message names it.
+    """
+    options = _arguments(Path(path))
+    if family == "tarflow":
+        return _tarflow_config(options)
+    name, _, suffix = str(options.pop("vae", "")).partition(":")
+    if name not in _CODECS:
+        raise ConfigError(f"vae is {name!r}, expected one of {', '.join(_CODECS)}")
+    kind, spatial, folder = _CODECS[name]
+    codec: dict[str, Any] = {"kind": kind, "folder": str(codec_folder or folder)}
+    if suffix:
+        codec["suffix_scale"] = float(suffix)
+    encoder = str(options.pop("text", ""))
+    if encoder not in _TEXT_WIDTHS:
+        raise ConfigError(f"text is {encoder!r}, expected one of {', '.join(_TEXT_WIDTHS)}")
+    size = options.get("txt_size", 0)
+    text = {
+        "kind": "t5",
+        "folder": str(text_folder or encoder.rpartition("/")[2]),
+        "size": size,
+        "truncate": True,
+        "zero_empty": False,
+    }
+    side = options.pop("img_size", None)
+    require(isinstance(side, int) and side % spatial == 0, "img_size", side, f"a multiple of {spatial} pixels")
+    data: dict[str, Any] = {"kind": "folder", "channels": 3, "height": side, "width": side, "frames": 1}
+    if "vid_size" in options:
+        frames, _, fps = str(options.pop("vid_size")).partition(":")
+        data.update(frames=int(frames), fps=float(fps))
+    data["caption_fps"] = bool(options.pop("fps_cond", False))
+    sample: dict[str, Any] = {"guidance": float(options.pop("cfg", 0.0))}
+    if data.get("fps"):
+        sample["fps"] = data["fps"]
+    require(not options.get("adaln"), "adaln", options.get("adaln"), "0")
+    # What the published recipe leaves at its defaults.
+    train: dict[str, Any] = {"denoiser_lr": 1e-4, "grad_clip": 0.0, "ema": 0.0, "precision": "bfloat16"}
+    train.update({_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN})
+    flow = _flow_options(options)
+    flow.update(img_size=side // spatial, txt_dim=_TEXT_WIDTHS[encoder])
+    return from_mapping(
+        RunConfig,
+        {
+            "flow": to_mapping(FlowConfig.from_published(flow, "starflow")),
+            "data": data,
+            "codec": codec,
+            "text": text,
+            "train": train,
+            "sample": sample,
+        },
+    )
+
+
+def _tarflow_config(options: dict[str, Any]) -> RunConfig:
+    """TarFlow models pixels as they are."""
+    train = {_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN}
+    guidance = float(options.pop("cfg", 0.0))
+    flow = FlowConfig.from_published(_flow_options(options), "tarflow")
+    side = flow.img_size
+    return from_mapping(
+        RunConfig,
+        {
+            "flow": to_mapping(flow),
+            "data": {"kind": "folder", "channels": flow.in_channels, "height": side, "width": side, "frames": 1},
+            "codec": {"kind": "dct", "patch": 1, "channels": flow.in_channels, "opponent": False},
+            "text": {"kind": "classes", "num_classes": flow.num_classes} if flow.num_classes else {},
+            "train": {"grad_clip": 0.0, "ema": 0.0, **train},
+            "sample": {"guidance": guidance},
+        },
+    )
+
+
+def _flow_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Constructor options of the published model among those of its training script."""
+    flow = {_FLOW.get(key, key): value for key, value in options.items() if key not in _DROPPED.split()}
+    if isinstance(flow.get("layers_per_block"), str):
+        flow["layers_per_block"] = [int(layers) for layers in flow["layers_per_block"].split()]
+    return flow
+
+
+def convert(
+    checkpoint: str | Path,
+    config: RunConfig,
+    target: str | Path,
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> None:
+    """Writes a published checkpoint as a model of ours.
+
+    The tensors are mapped from the file rather than read into memory first, and keep their dtype.
+
+    Args:
+        checkpoint: `.pth` (tensors only: a pickle that holds anything else is refused, nothing in it is run) or
+            safetensors, with published names.
+        config: that the model belongs to (see `published_config`).
+        target: the file to write.
+        progress: called with a line on each stage.
+
+    Raises:
+        CheckpointError: the file cannot be read, holds more than tensors, does not match the config (all names and
+            shapes listed), or the target cannot be written.
+    """
+    tell = progress or logger.info
+    tell(f"reading {checkpoint}")
+    state = _read(Path(checkpoint))
+    with torch.device("meta"):
+        flow = Flow(config.flow)
+    try:
+        ours = from_published(flow, state)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {checkpoint}: {error}") from None
+    # What only this project has starts as in a new model.
+    for name, tensor in flow.state_dict().items():
+        if name not in ours:
+            ours[name] = torch.ones(tensor.shape) if name == "prior_variance" else torch.zeros(tensor.shape)
+    tell(f"writing {target}: {sum(t.numel() for t in ours.values()):,} numbers; {LICENCE}")
+    write_model(target, ours, config, {"licence": LICENCE, "source": Path(checkpoint).name, "weights": "published"})
+
+
+def _arguments(path: Path) -> dict[str, Any]:
+    """The options of a published yaml."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path} is not yaml: {str(error).splitlines()[0]}") from None
+    arguments = content.get("arguments") if isinstance(content, Mapping) else None
+    if not isinstance(arguments, list) or not all(isinstance(item, Mapping) for item in arguments):
+        raise ConfigError(f"config {path} has no list `arguments`, expected a yaml of the published code")
+    options = {str(key): value for item in arguments for key, value in item.items()}
+    # yaml reads 1e-6 (no dot) as text.
+    return {key: _number(value) if isinstance(value, str) else value for key, value in options.items()}
+
+
+def _number(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by published name."""
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Only the zip form can be mapped.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors ({error})") from None
+    except pickle.UnpicklingError:
+        raise CheckpointError(
+            f"checkpoint {path} is damaged or holds more than tensors, expected a state dict (nothing in it was run)"
+        ) from None
+    except (RuntimeError, EOFError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({str(error).splitlines()[0]})") from None
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"checkpoint {path} is no state dict, expected tensors by name")
+    return dict(state)
