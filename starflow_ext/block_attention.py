@@ -31,6 +31,28 @@ class FrameMask:
     look_ahead: int
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        require(
+            self.window is None or self.window >= self.look_ahead - 1,
+            "block_attention",
+            "frames.window is",
+            self.window,
+            f"at least look_ahead - 1 = {self.look_ahead - 1}, so that a frame sees itself",
+        )
+
+    def runs(self, tokens: int) -> list[tuple[slice, slice]]:
+        """Runs of queries that see the same grid keys: (queries, keys of the grid), the prefix being seen by all."""
+        frames = (tokens - self.prefix) // self.frame_tokens
+        runs = []
+        for frame in range(-1 if self.prefix else 0, frames):
+            behind = 0 if self.window is None else max(frame + self.look_ahead - 1 - self.window, 0)
+            ahead = min(max(frame, 0) + self.look_ahead, frames)
+            first = self.prefix + frame * self.frame_tokens
+            queries = slice(max(first, 0) if frame >= 0 else 0, first + self.frame_tokens)
+            keys = slice(self.prefix + behind * self.frame_tokens, self.prefix + ahead * self.frame_tokens)
+            runs.append((queries, keys))
+        return runs
+
     def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Boolean (queries, keys) for token indices ``queries`` and ``keys``."""
         frame_q = torch.div(queries - self.prefix, self.frame_tokens, rounding_mode="floor")[:, None]
@@ -78,12 +100,11 @@ def block_attention(
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     k, v = k.to(q.dtype), v.to(q.dtype)
+    if frames is not None:
+        return _by_frame(q, k, v, frames, grouped=grouped)
     mask: Tensor | None = None
     square = False
-    if frames is not None:
-        index = torch.arange(keys, device=q.device)
-        mask = frames.visible(index, index)
-    elif causal:
+    if causal:
         start: int | Tensor = keys - queries if q_start is None else q_start
         square = isinstance(start, int) and start == 0 and queries == keys
         if not square and not (queries == 1 and isinstance(start, int) and start == keys - 1):
@@ -93,3 +114,23 @@ def block_attention(
             if mask.dim() == 3:
                 mask = mask.unsqueeze(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, enable_gqa=grouped)
+
+
+def _by_frame(q: Tensor, k: Tensor, v: Tensor, frames: FrameMask, *, grouped: bool) -> Tensor:
+    """Frame by frame over the keys that it sees: no mask in memory, and work only for the visible part."""
+    tokens, prefix = q.shape[2], frames.prefix
+    require(
+        k.shape[2] == tokens and (tokens - prefix) % frames.frame_tokens == 0,
+        "block_attention",
+        "k has tokens",
+        k.shape[2],
+        f"{tokens} like q: {prefix} of the prefix and whole frames of {frames.frame_tokens}",
+    )
+    out = []
+    for queries, keys in frames.runs(tokens):
+        if keys.start <= prefix:
+            seen_k, seen_v = k[:, :, : keys.stop], v[:, :, : keys.stop]
+        else:
+            seen_k, seen_v = (torch.cat([t[:, :, :prefix], t[:, :, keys]], 2) for t in (k, v))
+        out.append(F.scaled_dot_product_attention(q[:, :, queries], seen_k, seen_v, enable_gqa=grouped))
+    return torch.cat(out, 2)
