@@ -22,9 +22,19 @@ if TYPE_CHECKING:
 
 DENOISER_LAYERS = 8
 
-# The published step: x - 0.3 * prediction. It is the Tweedie step when the network was trained on a target weighted
-# by sigma / 0.3 (or with sigma = 0.3).
+# The published step: x - 0.3 * prediction. It is Tweedie's, x - sigma^2 * score, when the network was trained on a
+# target weighted by sigma / 0.3 or with sigma = 0.3.
 STEP = 0.3
+
+
+def tweedie_step(sigma: float, *, weighted: bool) -> float:
+    """The step of `Denoiser.denoise` that takes a network's prediction to the posterior mean of the clean data.
+
+    Args:
+        sigma: standard deviation of the noise that the flow was trained with.
+        weighted: the training loss was weighted by sigma / 0.3 (`train.cond_noise_level`).
+    """
+    return STEP if weighted else sigma
 
 
 class Denoiser(Transformer):
@@ -80,12 +90,12 @@ class Denoiser(Transformer):
         out = self.put_out(h[:, count:]).to(x.dtype).reshape(grid.shape)
         return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
 
-    def denoise(self, x: Tensor, text: Tensor | None = None) -> Tensor:
-        """One step to clean data: `x - 0.3 * prediction`."""
+    def denoise(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
+        """One step to clean data: `x - step * prediction` (see `tweedie_step`; the default is the published one)."""
         prediction: Tensor = self(x, text)
-        return x - STEP * prediction
+        return x - step * prediction
 
-    def denoise_video(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+    def denoise_video(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
         """Denoises a clip of any length chunk by chunk; a chunk sees the cleaned frames of the one before.
 
         Chunks have `local_attn_window` frames and overlap by `denoiser_window` (without one, by all but one frame).
@@ -93,6 +103,7 @@ class Denoiser(Transformer):
         Args:
             x: (batch, frames, channels, height, width); an image is denoised in one step.
             text: (batch, text tokens, text_dim).
+            step: as for `denoise`.
 
         Returns:
             Like `x`; the input is left alone.
@@ -102,7 +113,7 @@ class Denoiser(Transformer):
         """
         chunk = self.config.local_attn_window
         if x.dim() == 4 or chunk is None or chunk >= x.shape[1]:
-            return self.denoise(x, text)
+            return self.denoise(x, text, step=step)
         overlap = self.config.denoiser_window if self.config.denoiser_window is not None else chunk - 1
         if overlap >= chunk:
             raise ValueError(
@@ -110,10 +121,10 @@ class Denoiser(Transformer):
                 f"to denoise the {x.shape[1]} frames in chunks"
             )
         out = x.clone()
-        out[:, :chunk] = self.denoise(out[:, :chunk], text)
+        out[:, :chunk] = self.denoise(out[:, :chunk], text, step=step)
         start = chunk - overlap
         while start + overlap < x.shape[1]:
-            cleaned = self.denoise(out[:, start : start + chunk], text)
+            cleaned = self.denoise(out[:, start : start + chunk], text, step=step)
             out[:, start + overlap : start + chunk] = cleaned[:, overlap:]
             start += chunk - overlap
         return out
