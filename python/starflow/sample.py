@@ -26,12 +26,12 @@ from starflow.checkpoints import load_model
 from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import frames_at, probe, read_image, read_video, to_pixels
-from starflow.denoiser import score_denoise
+from starflow.denoiser import score_denoise, tweedie_step
 from starflow.flow import Decoded, Flow
 from starflow.guidance import Guidance
 from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
 from starflow.text import TextEncoder
-from starflow.train import Features, caption_for
+from starflow.batches import Features, caption_for
 
 logger = logging.getLogger(__name__)
 
@@ -392,7 +392,9 @@ class Pipeline:
             return score_denoise(self.flow, x, y, self.config.train.noise_std)
         if method == "learned":
             assert self.flow.denoiser is not None
-            return self.flow.denoiser.denoise_video(x, y if self.flow.config.conditional_denoiser else None)
+            recipe = self.config.train
+            step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
+            return self.flow.denoiser.denoise_video(x, y if self.flow.config.conditional_denoiser else None, step=step)
         return x
 
     def _noise(self, seeds: Sequence[int], like: Tensor, purpose: Literal["sample", "train"]) -> Tensor:

@@ -1,0 +1,705 @@
+"""The command `starflow`.
+
+Exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted. What goes wrong is told in
+one sentence on standard error; `--debug` adds the traceback. Files appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from starflow.config import ConfigError, RunConfig, config_names, from_mapping, to_mapping
+
+# The parts of the package are imported by the commands that need them: TensorBoard alone takes seconds.
+if TYPE_CHECKING:
+    from starflow.evaluate import ClipScore
+    from starflow.sample import Denoise, Pipeline, Sampled
+
+_PROG = "starflow"
+_SOLVER_HELP = (
+    'how the flow is inverted: "window[:size[:tolerance]]" (the default; fast, error set by the tolerance, which '
+    'defaults to 0.01 of a token\'s own scale; size "auto" fits this machine), "sequential" (token by token, exact, '
+    'slow), or "chunks[:block[:threshold]]" (the published scheme, least exact)'
+)
+
+
+# -- argument types ---------------------------------------------------------------------------------------------------
+
+
+def _number(kind: Callable[[str], Any], least: float, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number of at least (or above) `least`."""
+    what = f"{'an integer' if kind is int else 'a number'} {'>' if above else '>='} {least:g}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is given, expected {what}")
+        return value
+
+    return parse
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected HEIGHTxWIDTH such as 480x848")
+    return int(found[1]), int(found[2])
+
+
+def _solver(text: str) -> str:
+    from starflow.sample import parse_solver
+
+    try:
+        parse_solver(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _setting(text: str) -> tuple[list[str], Any]:
+    """KEY=VALUE to (path, value), the value read as yaml."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected KEY=VALUE such as train.steps=1000")
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a value that is yaml") from None
+
+
+# -- configurations ---------------------------------------------------------------------------------------------------
+
+
+def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:
+    """A configuration with some of its options set anew.
+
+    Args:
+        name: of a configuration that comes with the package, or path of a yaml file.
+        settings: (path, value), such as (["train", "steps"], 1000).
+
+    Raises:
+        ConfigError: an option that does not exist or a value that does not fit.
+    """
+    values = to_mapping(RunConfig.load(name))
+    for path, value in settings:
+        place = values
+        for key in path[:-1]:
+            if not isinstance(place.get(key), dict):
+                raise ConfigError(f"--set {'.'.join(path)}: {key} is not a group of options")
+            place = place[key]
+        place[path[-1]] = value
+    return from_mapping(RunConfig, values)
+
+
+# -- commands ---------------------------------------------------------------------------------------------------------
+
+
+def _train(args: argparse.Namespace) -> int:
+    from starflow.train import train
+
+    settings = list(args.set)
+    if args.data is not None:
+        if not Path(args.data).is_dir():
+            raise ConfigError(f"--data is {args.data!r}, expected a folder of videos")
+        settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
+    if args.steps is not None:
+        settings.append((["train", "steps"], args.steps))
+    if args.seed is not None:
+        settings.append((["train", "seed"], args.seed))
+    name = args.config or ("digits" if args.data is None else "clips")
+    config = make_config(name, settings)
+    folder = Path(args.out or f"runs/{Path(name).stem}")
+    train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=_device(args.device))
+    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}")
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    pipeline = _load(args)
+    prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
+    fps = args.fps or pipeline.config.sample.fps
+    height, width = args.size or (None, None)
+    choices: dict[str, Denoise] = {"auto": True, "none": False, "learned": "learned", "score": "score"}
+    with _Output(Path(args.out)) as out:
+        rows, captions = [], []
+        for first in range(0, len(prompts), args.batch):
+            group = prompts[first : first + args.batch]
+            sampled = pipeline.sample(
+                group,
+                seed=args.seed + first,
+                frames=args.frames,
+                height=height,
+                width=width,
+                fps=args.fps,
+                guidance=args.guidance,
+                solver=args.solver,
+                certificate=args.certificate,
+                image=args.image,
+                video=args.video,
+                given=args.given,
+                denoise=choices[args.denoise],
+                window_context=args.window_context,
+            )
+            rows += _write_clips(out, sampled, first, fps, args)
+            captions += [prompt or f"seed {seed}" for prompt, seed in zip(group, sampled.seeds, strict=True)]
+            _print_report(sampled)
+        out.sheet(rows, captions)
+    print(f"{len(prompts)} clips in {args.out} (mp4, gif, json), all of them in {Path(args.out) / 'sheet.png'}")
+    return 0
+
+
+def _print_report(sampled: Sampled) -> None:
+    report = sampled.report
+    clips, frames = sampled.pixels.shape[:2]
+    error = "" if report.backward_error is None else f", backward error {report.backward_error:.2g}"
+    print(
+        f"{clips} clips of {frames} frames in {report.seconds:.2f} s ({report.frames_per_second:.1f} frames/s): solver "
+        f"{report.solver}, {report.sweeps} sweeps, {report.evaluations_per_token:.1f} evaluations/token{error}"
+    )
+
+
+class _Output:
+    """A folder that receives files; those of a run that fails are taken back.
+
+    Args:
+        folder: made where it does not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._written: list[Path] = []
+        self._made = False
+
+    def __enter__(self) -> _Output:
+        if self._folder.exists() and not self._folder.is_dir():
+            raise ValueError(f"--out is {str(self._folder)!r}, which is a file, expected a folder")
+        self._made = not self._folder.exists()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for path in self._written:
+                path.unlink(missing_ok=True)
+            if self._made and not any(self._folder.iterdir()):
+                self._folder.rmdir()
+
+    def path(self, name: str) -> Path:
+        """Where to write a file of this name."""
+        path = self._folder / name
+        self._written.append(path)
+        return path
+
+    def json(self, name: str, values: Any) -> None:
+        """Writes a json file."""
+        write_json(self.path(name), values)
+
+    def sheet(self, clips: Sequence[Any], captions: Sequence[str]) -> None:
+        """Writes the contact sheet of all clips."""
+        from starflow.data import write_contact_sheet
+
+        write_contact_sheet(self.path("sheet.png"), clips, captions)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a json file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: argparse.Namespace) -> list[Any]:
+    """Writes mp4, gif and json of each clip; returns the frames for the contact sheet."""
+    import torch
+
+    from starflow.data import enlarge, to_frames, write_gif, write_video
+    from starflow.info import version
+
+    side = min(sampled.pixels.shape[-2:])
+    scale = args.scale or max(1, math.ceil(128 / side))
+    # Browsers slow a gif down that shows more than 50 frames a second.
+    skip = math.ceil(fps / 50)
+    shown = []
+    for row, pixels in enumerate(sampled.pixels):
+        frames = enlarge(to_frames(pixels), scale)
+        prompt, seed = sampled.prompts[row], sampled.seeds[row]
+        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+        name = f"{first + row:03d}-{words + '-' if words else ''}seed{seed}"
+        write_video(out.path(f"{name}.mp4"), frames, fps, lossless=args.lossless)
+        write_gif(out.path(f"{name}.gif"), frames[::skip], fps / skip)
+        out.json(
+            f"{name}.json",
+            {
+                "prompt": prompt,
+                "caption": sampled.captions[row],
+                "seed": seed,
+                "model": str(args.model),
+                "frames": len(frames),
+                "fps": fps,
+                "height": pixels.shape[-2],
+                "width": pixels.shape[-1],
+                "given_frames": sampled.given,
+                "given_from": args.image or args.video,
+                **sampled.report.to_mapping(),
+                "clips_together": len(sampled.pixels),
+                "versions": {"starflow": version(), "torch": torch.__version__},
+            },
+        )
+        shown.append(frames)
+    return shown
+
+
+def _score(args: argparse.Namespace) -> int:
+    from starflow.evaluate import LEVELS_BITS, noise_floor, read_clips, score
+    from starflow.train import make_dataset
+
+    if bool(args.paths) == (args.held_out is not None):
+        raise ConfigError("score: expected either paths of videos or --held-out, and not both")
+    pipeline = _load(args)
+    if args.held_out is not None:
+        dataset = make_dataset(pipeline.config, "test")
+        clips = [dataset.item(index) for index in range(min(args.held_out, len(dataset)))]
+        if args.caption is not None:
+            clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
+    else:
+        clips = read_clips(
+            pipeline, args.paths, frames=args.frames, clips_per_file=args.clips_per_file, caption=args.caption
+        )
+    scores = score(pipeline, clips, seed=args.seed, batch=args.batch, order_check=args.order_check)
+    sigma = pipeline.config.train.noise_std
+    what = "pixel" if pipeline.codec.log_det_per_dimension is not None else "latent"
+    facts = {
+        "definition": f"minus log2 of the density of the clip plus normal noise of deviation {sigma:g}, per {what} "
+        "value in [-1, 1]",
+        "noise_std": sigma,
+        "noise_seed": args.seed,
+        "noise_floor": noise_floor(sigma) if sigma else None,
+        "to_8_bit_levels": LEVELS_BITS,
+        "bits_per_dim": sum(item.bits_per_dim for item in scores) / len(scores),
+    }
+    if args.json is not None:
+        values = {**facts, "clips": [item.to_mapping() for item in scores]}
+        if args.json == "-":
+            print(json.dumps(values, indent=2))
+            return 0
+        write_json(Path(args.json), values)
+    _print_scores(scores, facts, frames=args.per_frame)
+    return 0
+
+
+def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames: bool) -> None:
+    print(f"bits per dimension: {facts['definition']}; less is better.")
+    if facts["noise_floor"] is not None:
+        print(
+            f"No model scores less than the noise on average: {facts['noise_floor']:.3f}. "
+            f"In 8-bit levels: add {facts['to_8_bit_levels']:.3f}."
+        )
+    width = max(len(item.name) for item in scores)
+    ordered = [item for item in scores if item.shuffled is not None and item.reversed is not None]
+    print(f"{'clip':<{width}}  {'bits/dim':>8}" + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else ""))
+    for item in scores:
+        line = f"{item.name:<{width}}  {item.bits_per_dim:>8.4f}"
+        if item.shuffled is not None and item.reversed is not None:
+            line += f"  {item.shuffled:>8.4f}  {item.reversed:>8.4f}"
+        print(line + (f'  "{item.caption}"' if item.caption else ""))
+        if frames:
+            print("  frames: " + " ".join(f"{bits:.4f}" for bits in item.frames))
+    print(f"{'mean':<{width}}  {facts['bits_per_dim']:>8.4f}")
+    if ordered:
+        for name in ("shuffled", "reversed"):
+            others = [getattr(item, name) for item in ordered]
+            better = sum(item.bits_per_dim < other for item, other in zip(ordered, others, strict=True))
+            ties = sum(item.bits_per_dim == other for item, other in zip(ordered, others, strict=True))
+            gain = sum(others) / len(others) - sum(item.bits_per_dim for item in ordered) / len(ordered)
+            still = f", {ties} the same" if ties else ""
+            print(
+                f"in time order better than {name}: {better} of {len(ordered)} clips{still}; "
+                f"{gain:.4f} bits per dimension on average"
+            )
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from starflow.convert import convert, published_config
+
+    if args.config not in config_names():
+        config = published_config(args.config, codec_folder=args.codec, text_folder=args.text)
+    else:
+        folders = {"codec": args.codec, "text": args.text}
+        config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
+    out = Path(args.out)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"OUT is {args.out!r}, expected a file that ends in .safetensors")
+    convert(args.checkpoint, config, out, progress=print)
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    from starflow import info
+
+    facts = info.machine() if args.model is None else info.model(args.model)
+    if args.model is None:
+        facts["starflow"]["configs"] = ", ".join(config_names())
+    print(json.dumps(facts, indent=2, default=str) if args.json else info.text_of(facts))
+    return 0
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name!r}, expected cpu: torch {torch.__version__} sees no CUDA device")
+    return name
+
+
+def _load(args: argparse.Namespace) -> Pipeline:
+    from starflow.checkpoints import read_header
+    from starflow.sample import Pipeline
+
+    licence = read_header(args.model).about.get("licence")
+    if licence:
+        print(f"{args.model}: {licence}", file=sys.stderr)
+    return Pipeline.load(args.model, device=_device(args.device))
+
+
+# -- the parser -------------------------------------------------------------------------------------------------------
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and examples."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=100)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("everywhere")
+    group.add_argument(
+        "--threads",
+        type=_number(int, 1),
+        metavar="N",
+        help="threads to compute with (default: OMP_NUM_THREADS, else what affinity and container quota allow)",
+    )
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def _device_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA where there is one (default: auto)"
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of `starflow`."""
+    from starflow.info import version
+
+    parser = argparse.ArgumentParser(
+        prog=_PROG,
+        formatter_class=_Formatter,
+        description="Video generation by one normalizing flow: train it, sample from it, score clips with it.",
+        epilog=f"""examples:
+  {_PROG} demo                                          train on moving digits, sample, write a report
+  {_PROG} train --data my_clips --out runs/mine         train on a folder of videos
+  {_PROG} sample runs/mine "waves at night" --out out   make a clip: mp4, GIF, JSON and a contact sheet
+  {_PROG} score runs/mine a.mp4 b.mp4                   bits per dimension of given clips
+
+"{_PROG} COMMAND --help" tells all options of a command.
+exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.""",
+    )
+    parser.add_argument("--version", action="version", version=f"{_PROG} {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    for name, (run, options, summary, text) in _COMMANDS.items():
+        made = commands.add_parser(name, formatter_class=_Formatter, help=summary, description=text, allow_abbrev=False)
+        made.set_defaults(run=run)
+        options(made)
+        _add_common(made)
+    return parser
+
+
+_TRAIN = f"""Train a flow.
+
+Without --data: on the built-in set of moving handwritten digits, which needs no download. With --data: on a
+folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption. A run
+that was interrupted goes on where its last checkpoint is when the same command is given again.
+
+examples:
+  {_PROG} train --data my_clips --out runs/mine
+  {_PROG} train --config digits --set train.steps=2000 --set train.batch_size=16
+  {_PROG} train --config my.yaml --data my_clips"""
+
+_SAMPLE = f"""Make clips from a trained model.
+
+For each prompt (without one: a clip of anything) OUT receives NAME.mp4 (plays in every browser), NAME.gif and
+NAME.json (prompt, seed, solver, its work and its error, seconds), and for all together sheet.png. The same
+seed gives the same clip, alone or among others; the i-th clip has the seed SEED + i.
+
+examples:
+  {_PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
+  {_PROG} sample runs/mine "a three moving up" --image first_frame.png
+  {_PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
+  {_PROG} sample runs/mine --solver window:16:0.001 --certificate"""
+
+_SCORE = f"""Score clips: bits per dimension, less is better.
+
+What is scored is the density that the model was trained on: of the clip plus normal noise (fixed by --seed).
+With the built-in codecs, which are orthonormal, the bits are per pixel and channel of pictures in [-1, 1]; they
+may be negative. Clips are cut in the size and at the rate of the training clips.
+
+examples:
+  {_PROG} score runs/mine my_clips --order-check
+  {_PROG} score runs/mine a.mp4 --caption "waves at night" --per-frame
+  {_PROG} score runs/digits --held-out 32 --json scores.json"""
+
+_CONVERT = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have on disk into a model file.
+
+Nothing in a pickle is run, and nothing is downloaded. The weights keep their own licence. Sampling needs local copies
+of the autoencoder and the text encoder that the release names.
+
+example:
+  {_PROG} convert starflow-v.yaml starflow-v.pth starflow-v.safetensors --codec wan/vae --text flan-t5-xl"""
+
+_INFO = f"""Tell what is installed and what the machine can do; with a model, what it holds.
+
+examples:
+  {_PROG} info
+  {_PROG} info runs/mine"""
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="FOLDER", help="folder of video files (default: the digits)")
+    parser.add_argument(
+        "--config",
+        metavar="NAME_OR_PATH",
+        help=f"configuration: a yaml file, or one of {', '.join(config_names())} (default: clips with --data, else "
+        "digits)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the run (default: runs/NAME of the configuration)")
+    parser.add_argument("--steps", type=_number(int, 1), metavar="N", help="short for --set train.steps=N")
+    parser.add_argument("--seed", type=_number(int, 0), metavar="N", help="short for --set train.seed=N")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set an option of the configuration, such as train.lr=5e-4 or flow.channels=128; may be repeated",
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="insist on a fresh run: an error where the folder holds checkpoints"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _device_option(parser)
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, or a .safetensors file")
+    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what a clip shows; one or several")
+    parser.add_argument("--out", default="samples", metavar="FOLDER", help="where files go (default: samples)")
+    what = parser.add_argument_group("what")
+    what.add_argument("--clips", type=_number(int, 1), default=1, metavar="N", help="clips of each prompt (default: 1)")
+    what.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of the first clip (default: 0)")
+    what.add_argument(
+        "--frames", type=_number(int, 1), metavar="N", help="frames, given ones included (default: as in training)"
+    )
+    what.add_argument("--size", type=_size, metavar="HxW", help="height and width in pixels (default: as in training)")
+    what.add_argument(
+        "--fps", type=_number(float, 0, above=True), metavar="F", help="frames a second (default: the model's)"
+    )
+    what.add_argument(
+        "--guidance",
+        type=_number(float, 0),
+        metavar="W",
+        help="weight of the prompt, 0 for none (default: the model's)",
+    )
+    beginning = parser.add_argument_group("a given beginning")
+    either = beginning.add_mutually_exclusive_group()
+    either.add_argument("--image", metavar="FILE", help="picture that becomes the first frame")
+    either.add_argument("--video", metavar="FILE", help="video to continue: its last frames become the first ones")
+    beginning.add_argument(
+        "--given",
+        type=_number(int, 1),
+        metavar="N",
+        help="frames taken from the end of --video (default: half of --frames, or all where it is shorter)",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--solver", type=_solver, metavar="TEXT", help=_SOLVER_HELP)
+    how.add_argument(
+        "--certificate",
+        action="store_true",
+        help="measure the backward error: how far the noise that these clips belong to is from the noise asked for, in "
+        "standard deviations, at worst",
+    )
+    how.add_argument(
+        "--denoise",
+        choices=("auto", "learned", "score", "none"),
+        default="auto",
+        help="how the noise of the training data is removed: by the learned denoiser, by a step along the flow's own "
+        "score, or not at all (default: learned where the model has one, else score)",
+    )
+    how.add_argument(
+        "--window-context",
+        type=_number(int, 1),
+        metavar="N",
+        help="of clips longer than the model's window: latent frames that each window takes over from the one before "
+        "(default: three quarters)",
+    )
+    how.add_argument(
+        "--batch", type=_number(int, 1), default=8, metavar="N", help="most clips computed together (default: 8)"
+    )
+    _device_option(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--scale",
+        type=_number(int, 1),
+        metavar="N",
+        help="pixels are repeated N times in both directions (default: 1, more where frames are smaller than 128)",
+    )
+    files.add_argument("--lossless", action="store_true", help="keep every bit in the mp4 (few browsers play it)")
+
+
+def _add_score(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder of a run, or a .safetensors file")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="video files, or folders of them with their captions")
+    parser.add_argument(
+        "--held-out", type=_number(int, 1), metavar="N", help="in place of paths: N clips of the run's own test data"
+    )
+    parser.add_argument(
+        "--clips-per-file", type=_number(int, 1), default=1, metavar="N", help="cut evenly from each file (default: 1)"
+    )
+    parser.add_argument("--frames", type=_number(int, 1), metavar="N", help="of a clip (default: as in training)")
+    parser.add_argument("--caption", metavar="TEXT", help="of all clips, in place of their own")
+    parser.add_argument(
+        "--order-check",
+        action="store_true",
+        help="also score each clip with its frames shuffled and reversed, which should score worse",
+    )
+    parser.add_argument("--per-frame", action="store_true", help="print the bits of each frame given those before it")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the scores, frames included; - prints them in place of the table"
+    )
+    parser.add_argument("--seed", type=_number(int, 0), default=0, metavar="N", help="of the noise (default: 0)")
+    parser.add_argument(
+        "--batch", type=_number(int, 1), default=8, metavar="N", help="most clips computed together (default: 8)"
+    )
+    _device_option(parser)
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder of a run, or a .safetensors file")
+    parser.add_argument("--json", action="store_true", help="print json")
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help=f"yaml of the published release, or one of {', '.join(config_names())}"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file with published names")
+    parser.add_argument("out", metavar="OUT", help=".safetensors file to write")
+    parser.add_argument("--codec", metavar="FOLDER", help="local copy of the autoencoder (diffusers format)")
+    parser.add_argument("--text", metavar="FOLDER", help="local copy of the text encoder (transformers format)")
+
+
+_COMMANDS: dict[
+    str, tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str, str]
+] = {
+    "train": (_train, _add_train, "train a flow on a folder of videos, or on the built-in digits", _TRAIN),
+    "sample": (_sample, _add_sample, "make clips from text, a picture or the end of a video", _SAMPLE),
+    "score": (_score, _add_score, "bits per dimension of given clips", _SCORE),
+    "convert": (_convert, _add_convert, "turn a published checkpoint into a model file", _CONVERT),
+    "info": (_info, _add_info, "versions and machine, or what a model file holds", _INFO),
+}
+
+# Commands with a list of positional arguments, and its name.
+_LISTS = {"sample": "prompts", "score": "paths"}
+
+
+# -- entry ------------------------------------------------------------------------------------------------------------
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"{_PROG}: error: {message}", file=sys.stderr)
+    return status
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line.
+
+    Args:
+        argv: arguments; None takes those of the process.
+
+    Returns:
+        The exit status (see the module).
+    """
+    from starflow.info import set_threads
+
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes a list of positional arguments in one piece only: what stands behind an option comes back as rest.
+    if rest and (args.command not in _LISTS or any(text.startswith("-") for text in rest)):
+        parser.error(f"{args.command} does not know: {' '.join(rest)} (see {_PROG} {args.command} --help)")
+    if rest:
+        getattr(args, _LISTS[args.command]).extend(rest)
+    logging.basicConfig(format=f"{_PROG}: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("starflow").setLevel(logging.INFO)
+    set_threads(args.threads)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        after = (
+            "the same command goes on from the last checkpoint"
+            if args.command == "train"
+            else "no file is half-written"
+        )
+        return _fail(130, f"interrupted; {after}")
+    except BrokenPipeError:
+        # The reader of a pipe, such as `head`, has seen enough; what is still in the buffer has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        if isinstance(error, ConfigError):
+            return _fail(2, _sentence(error))
+        if _out_of_memory(error):
+            return _fail(1, "not enough memory, expected fewer or smaller clips (--batch, --frames, --size) to fit")
+        ours = type(error).__module__.partition(".")[0] == "starflow"
+        if ours or isinstance(error, ValueError | OSError | ImportError):
+            return _fail(1, _sentence(error))
+        raise
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
