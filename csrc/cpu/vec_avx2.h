@@ -76,6 +76,12 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(_mm2
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_sub_ps(a.v, b.v)); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_mul_ps(a.v, b.v)); }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_div_ps(a.v, b.v)); }
+// 1 / a for normal a with a normal inverse, within 3 units of 2^-24: 12 bits of the instruction, doubled by a Newton step;
+// a third of a division's time.
+inline Vec<float> reciprocal(Vec<float> a) {
+    const __m256 r = _mm256_rcp_ps(a.v);
+    return Vec<float>(_mm256_fmadd_ps(r, _mm256_fnmadd_ps(a.v, r, _mm256_set1_ps(1.0F)), r));
+}
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
     return Vec<float>(_mm256_fmadd_ps(a.v, b.v, c.v));
 }

@@ -67,6 +67,12 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(_mm5
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_sub_ps(a.v, b.v)); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_mul_ps(a.v, b.v)); }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_div_ps(a.v, b.v)); }
+// 1 / a for normal a with a normal inverse, within 2 units of 2^-24: 14 bits of the instruction, doubled by a Newton step;
+// a third of a division's time.
+inline Vec<float> reciprocal(Vec<float> a) {
+    const __m512 r = _mm512_rcp14_ps(a.v);
+    return Vec<float>(_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0F)), r));
+}
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
     return Vec<float>(_mm512_fmadd_ps(a.v, b.v, c.v));
 }

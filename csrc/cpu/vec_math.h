@@ -34,7 +34,7 @@ inline Vec<float> twice_atanh(Vec<float> s) {
 }
 
 // log(1 + t) for 0 <= t <= 1; relative to the result, also where t is tiny. Error below 6.
-inline Vec<float> log1p_of_unit(Vec<float> t) { return twice_atanh(t / (t + Vec<float>(2.0F))); }
+inline Vec<float> log1p_of_unit(Vec<float> t) { return twice_atanh(t * reciprocal(t + Vec<float>(2.0F))); }
 
 // log(x) for normal x > 0; absolute error below 4 plus 2 relative ones.
 inline Vec<float> logarithm(Vec<float> x) {
@@ -44,7 +44,7 @@ inline Vec<float> logarithm(Vec<float> x) {
     const V root(1.41421356F);
     e = select_greater(m, root, e + V(1.0F), e);
     m = select_greater(m, root, m * V(0.5F), m);
-    const V tail = multiply_add(e, V(0x1.7f7d1cp-20F), twice_atanh((m - V(1.0F)) / (m + V(1.0F))));
+    const V tail = multiply_add(e, V(0x1.7f7d1cp-20F), twice_atanh((m - V(1.0F)) * reciprocal(m + V(1.0F))));
     return multiply_add(e, V(0x1.62e4p-1F), tail);
 }
 
@@ -53,7 +53,7 @@ inline Vec<float> hyperbolic_tangent(Vec<float> x, Vec<float>& slope) {
     using V = Vec<float>;
     const V size = absolute(x);
     const V decay = exponential(maximum(V(-80.0F), V(-2.0F) * size));
-    const V inverse = V(1.0F) / (V(1.0F) + decay);
+    const V inverse = reciprocal(V(1.0F) + decay);
     slope = V(4.0F) * decay * inverse * inverse;
     const V far = (V(1.0F) - decay) * inverse;
     const V w = x * x;

@@ -73,6 +73,7 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(a.v 
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return Vec<float>(a.v - b.v); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return Vec<float>(a.v * b.v); }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return Vec<float>(a.v / b.v); }
+inline Vec<float> reciprocal(Vec<float> a) { return Vec<float>(1.0F / a.v); }
 // Two roundings: a fused one would be a call into libm here.
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) { return Vec<float>(a.v * b.v + c.v); }
 inline Vec<float> absolute(Vec<float> a) { return Vec<float>(__builtin_fabsf(a.v)); }

@@ -78,8 +78,8 @@ inline Scale<V> scale_of(V log_half, T) {
         // softplus(u) = max(u, 0) + log(1 + exp(-|u|)); for u < 0 the second term alone, exact in relative terms.
         const V decay = exponential(maximum(V(-limit), V(T(0)) - absolute(u)));
         result.scale = maximum(V(T(0)), u) + log1p_of_unit(decay);
-        const V sigmoid = select_greater(V(T(0)), u, decay, V(T(1))) / (V(T(1)) + decay);
-        result.log_slope = inside(biased, -limit, top) * sigmoid / result.scale;
+        const V sigmoid = select_greater(V(T(0)), u, decay, V(T(1))) * reciprocal(V(T(1)) + decay);
+        result.log_slope = inside(biased, -limit, top) * sigmoid * reciprocal(result.scale);
     }
     return result;
 }

@@ -3,20 +3,27 @@
 #include <cstdint>
 
 #include "cpu/isa.h"
+#include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cuda/launch.h"
 #include "ops/affine_common/affine_check.h"
 
 namespace starflow {
 
-// Whether a new tensor of this size is better written past the caches: it would not stay in them, and each line would
-// be read before it is written. Its rows must be whole cache lines, so that no line is written in two parts.
-inline bool worth_streaming(const Tensor& output) {
+// A new tensor with the shape and dtype of another.
+inline Tensor new_result(const Tensor& like) {
+    const Tensor result = empty_like_shape(like, shape_of(like), like.scalar_type());
+    cpu::prefer_large_pages(result);
+    return result;
+}
+
+// Whether a result is better written past the caches: it would not stay in them, and each line would be read before it
+// is written. Its rows must be whole cache lines, so that no line is written in two parts.
+inline bool worth_streaming(const Tensor& result) {
     constexpr int64_t cache_line = 64;
-    constexpr int64_t smallest = int64_t{8} << 20;
-    const auto width = static_cast<int64_t>(output.element_size());
-    return output.numel() * width >= smallest && output.size(output.dim() - 1) * width % cache_line == 0 &&
-           reinterpret_cast<uintptr_t>(output.data_ptr()) % cache_line == 0;
+    const auto width = static_cast<int64_t>(result.element_size());
+    return result.numel() * width >= cpu::large_bytes && result.size(result.dim() - 1) * width % cache_line == 0 &&
+           reinterpret_cast<uintptr_t>(result.data_ptr()) % cache_line == 0;
 }
 
 template <class Args>

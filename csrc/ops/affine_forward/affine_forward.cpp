@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, std::string activat
     x = with_rows(x);
     raw = with_rows(raw);
     const std::vector<int64_t> sizes = shape_of(x);
-    const Tensor z = empty_like_shape(x, sizes, x.scalar_type());
+    const Tensor z = new_result(x);
     const Tensor log_det = empty_like_shape(x, {sizes.begin(), sizes.end() - 1}, arithmetic_type(shape.data));
     const AffineForwardArgs args{shape,      rows_of(x),         rows_of(raw),
                                  rows_of(z), log_det.data_ptr(), worth_streaming(z)};
@@ -37,8 +37,8 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_z, Tensor grad_log_det, Tens
     raw = with_rows(raw);
     grad_z = with_rows(grad_z);
     grad_log_det = torch::stable::contiguous(grad_log_det);
-    const Tensor grad_x = empty_like_shape(x, shape_of(x), x.scalar_type());
-    const Tensor grad_raw = empty_like_shape(raw, shape_of(raw), raw.scalar_type());
+    const Tensor grad_x = new_result(x);
+    const Tensor grad_raw = new_result(raw);
     const AffineForwardBackwardArgs args{shape,
                                          rows_of(x),
                                          rows_of(raw),

@@ -29,7 +29,7 @@ void forward_rows(const AffineForwardArgs& args, int64_t begin, int64_t end) {
         over_channels<V>(shape.channels, [&](int64_t c, auto lanes) {
             const RawTerms<V> terms = load_raw<activation, V>(raw, shape.channels, c, clip, lanes);
             const V scale = scale_of<activation>(terms.log_half, T()).scale;
-            put(z + c, (load(x + c, lanes) - terms.shift) / scale, lanes, args.stream);
+            put(z + c, (load(x + c, lanes) - terms.shift) * reciprocal(scale), lanes, args.stream);
             if constexpr (activation != Activation::none) log_scale.add(keep(scale, lanes, T(1)));
         });
         log_det = T(0) - log_scale.total();
@@ -63,9 +63,10 @@ void backward_rows(const AffineForwardBackwardArgs& args, int64_t begin, int64_t
         over_channels<V>(channels, [&](int64_t c, auto lanes) {
             const RawTerms<V> terms = load_raw<activation, V>(raw, channels, c, clip, lanes);
             const Scale<V> scale = scale_of<activation>(terms.log_half, T());
-            const V z = (load(x + c, lanes) - terms.shift) / scale.scale;
+            const V inverse = reciprocal(scale.scale);
+            const V z = (load(x + c, lanes) - terms.shift) * inverse;
             const V gradient = load(grad_z + c, lanes);
-            const V through = gradient / scale.scale;
+            const V through = gradient * inverse;
             put(grad_x + c, through, lanes, args.stream);
             const V grad_shift = (V(T(0)) - through) * terms.shift_slope;
             if constexpr (activation == Activation::none) {

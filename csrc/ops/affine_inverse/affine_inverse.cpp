@@ -17,7 +17,7 @@ Tensor run_forward(Tensor z, Tensor raw, std::string activation, double soft_cli
     const AffineShape shape = check_raw(op, "z", z, raw, activation, soft_clip, shifted);
     z = with_rows(z);
     raw = with_rows(raw);
-    const Tensor x = empty_like_shape(z, shape_of(z), z.scalar_type());
+    const Tensor x = new_result(z);
     const AffineInverseArgs args{shape, rows_of(z), rows_of(raw), rows_of(x), worth_streaming(x)};
     run_rows(op, "z", z, shape, args, variants.pick().forward, affine_inverse_cuda);
     return x;
@@ -31,8 +31,8 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, std
     z = with_rows(z);
     raw = with_rows(raw);
     grad_x = with_rows(grad_x);
-    const Tensor grad_z = empty_like_shape(z, shape_of(z), z.scalar_type());
-    const Tensor grad_raw = empty_like_shape(raw, shape_of(raw), raw.scalar_type());
+    const Tensor grad_z = new_result(z);
+    const Tensor grad_raw = new_result(raw);
     const AffineInverseBackwardArgs args{shape,           rows_of(z),        rows_of(raw),
                                          rows_of(grad_x), rows_of(grad_z), rows_of(grad_raw),
                                          worth_streaming(grad_z) && worth_streaming(grad_raw)};

@@ -29,15 +29,15 @@ void update_rows(const JacobiUpdateArgs& args, int64_t begin, int64_t end) {
             if constexpr (guided) {
                 const RawTerms<V> other = load_raw<activation, V>(raw_unconditional, shape.channels, c, clip, lanes);
                 const V other_scale = scale_of<activation>(other.log_half, T()).scale;
-                const V ratio = minimum(one, scale / other_scale);
+                const V ratio = minimum(one, scale * reciprocal(other_scale));
                 const V pull = weight * ratio * ratio;
                 const V precision = one + weight - pull;
-                shift = ((one + weight) * shift - pull * other.shift) / precision;
-                scale = scale / square_root(precision);
+                shift = ((one + weight) * shift - pull * other.shift) * reciprocal(precision);
+                scale = scale * reciprocal(square_root(precision));
             }
             const V updated = multiply_add(scale, load(z + c, lanes), shift);
             // Of floats without sign the bits order like the values, with NaN on top: a NaN stays the largest.
-            change = maximum_magnitude(change, absolute((updated - load(x + c, lanes)) / scale));
+            change = maximum_magnitude(change, absolute((updated - load(x + c, lanes)) * reciprocal(scale)));
             store(x + c, updated, lanes);
         });
         args.change[row] = static_cast<float>(largest_magnitude(change));
