@@ -1,0 +1,189 @@
+"""Published yamls and checkpoints, as far as they can be had: the golden models in the published form."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from starflow.checkpoints import CheckpointError, load_flow, load_model, read_header
+from starflow.config import ConfigError, FlowConfig, RunConfig, config_names, from_mapping, to_mapping
+from starflow.convert import convert, published_config
+
+FOLDER = Path(os.environ.get("STARFLOW_GOLDENS") or Path(__file__).parents[1] / "goldens")
+
+VIDEO = """
+fsdp: 1, img_size: 640, secondary_img_size: 512, txt_size: 256, vid_size: '81:16', fps_cond: 1, channel_size: 48,
+patch_size: 1, channels: 3072, top_block_channels: 4096, blocks: 6, layers_per_block: 2 2 2 2 2 24, noise_std: 0.5,
+batch_size: 192, secondary_batch_size: 1536, secondary_ratio: 0.2, lr: 5e-5, min_lr: 1e-6, nvp: 1, rope: 1, adaln: 0,
+sos: 1, seq_order: L2R, pt_seq_len: 32, mix_aspect: 1, use_softplus: 1, cond_top_only: 1, use_final_norm: 1,
+learnable_self_denoiser: 1, conditional_denoiser: 1, denoiser_window: 10, cond_noise_level: 1, temporal_causal: 2,
+shallow_block_local: 1, gradient_checkpoint: 1, vae: 'Wan-AI/Wan2.2-TI2V-5B-Diffusers:0.6', text: google/flan-t5-xl,
+cfg: 2.5, drop_label: 0.1, drop_image: 0.25, grad_clip: 1, grad_skip: 1, soft_clip: 4
+"""
+IMAGE = """
+fsdp: 1, img_size: 256, txt_size: 128, channel_size: 4, patch_size: 1, channels: 3072, blocks: 6,
+layers_per_block: 2 2 2 2 2 24, noise_std: 0.3, batch_size: 1024, lr: 6.4e-05, min_lr: 1e-6, nvp: 1, rope: 1, sos: 1,
+seq_order: L2R, use_softplus: 1, cond_top_only: 1, use_final_norm: 1, gradient_checkpoint: 0, cfg: 2.5,
+vae: stabilityai/sd-vae-ft-ema, text: google/flan-t5-xl, drop_label: 0.1, soft_clip: 4, latent_norm_regularization: 1e-4
+"""
+
+
+def arguments(path: Path, options: dict[str, Any]) -> Path:
+    """Writes options in the form of the published yamls."""
+    path.write_text(yaml.safe_dump({"arguments": [{key: value} for key, value in options.items()]}), encoding="utf-8")
+    return path
+
+
+def golden(name: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    """Constructor options, weights under published names, and all tensors."""
+    about = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    tensors = load_file(FOLDER / f"{name}.safetensors")
+    state = {key.removeprefix("model."): tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    return about, state, tensors
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "changed"),
+    [
+        # The packaged recipe trains at 16:9, where the published one mixes shapes around the same number of pixels.
+        ("starflow-v_7B_t2v_caus_480p", VIDEO, {"data.height", "data.width"}),
+        ("starflow_3B_t2i_256x256", IMAGE, {"train.denoiser_lr"}),
+    ],
+)
+def test_the_packaged_configs_are_the_published_ones(tmp_path: Path, name: str, options: str, changed: set) -> None:
+    path = arguments(tmp_path / "published.yaml", yaml.safe_load("{" + options.replace("\n", " ") + "}"))
+    read, packaged = (to_mapping(config) for config in (published_config(path), RunConfig.load(name)))
+    differing = {
+        f"{section}.{key}"
+        for section in ("flow", "data", "codec", "text", "train")
+        for key in packaged[section]
+        if read[section][key] != packaged[section][key]
+    }
+    # A yaml has neither the length of a run nor how often it is saved.
+    assert differing == changed | {"train.steps", "train.warmup_steps", "train.checkpoint_every"}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_published_checkpoint_computes_the_golden_values(tmp_path: Path, zipped: bool) -> None:
+    about, state, tensors = golden("v3_video_starflowv")
+    kwargs = dict(about["kwargs"])
+    torch.save(state, tmp_path / "published.pth", _use_new_zipfile_serialization=zipped)
+    config = from_mapping(RunConfig, {"flow": to_mapping(FlowConfig.from_published(kwargs, "starflow"))})
+    convert(tmp_path / "published.pth", config, tmp_path / "ours.safetensors")
+    flow, loaded = load_flow(tmp_path / "ours.safetensors")
+    assert loaded == config
+    encoded = flow.encode(tensors["in.x"], tensors["in.y"])
+    torch.testing.assert_close(encoded.z, tensors["out.z"], atol=1e-4, rtol=1e-4)
+    about = read_header(tmp_path / "ours.safetensors").about
+    assert "research use only" in about["licence"]
+    assert about["source"] == "published.pth"
+
+
+def test_a_tarflow_checkpoint_becomes_a_model_with_codec_and_classes(tmp_path: Path) -> None:
+    about, state, tensors = golden("v6_tarflow_cond")
+    names = {"in_channels": "channel_size", "num_blocks": "blocks"}
+    options = {names.get(key, key): value for key, value in about["kwargs"].items()}
+    config = published_config(arguments(tmp_path / "tar.yaml", {**options, "noise_std": 0.05}), family="tarflow")
+    save_file(state, tmp_path / "published.safetensors")
+    convert(tmp_path / "published.safetensors", config, tmp_path / "ours.safetensors")
+    loaded = load_model(tmp_path / "ours.safetensors")
+    x = tensors["in.x"]
+    assert torch.equal(loaded.codec.encode(x), x)
+    assert loaded.text is not None
+    assert loaded.config.train.noise_std == 0.05
+    # The published code keeps noise as tokens.
+    noise = loaded.flow.encode(x, tensors["in.y"]).latents[-1]
+    torch.testing.assert_close(noise.flatten(), tensors["out.z"].flatten(), atol=1e-4, rtol=1e-4)
+
+
+def test_what_does_not_match_is_listed(tmp_path: Path) -> None:
+    about, state, _ = golden("v3_video_starflowv")
+    flow = FlowConfig.from_published({**about["kwargs"], "use_final_norm": False}, "starflow")
+    torch.save(state, tmp_path / "published.pth")
+    message = "tensors do not match the config; unexpected: blocks.0.final_norm.weight, blocks.1.final_norm.weight"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        convert(tmp_path / "published.pth", RunConfig(flow), tmp_path / "ours.safetensors")
+    assert not (tmp_path / "ours.safetensors").exists()
+
+
+class Harmful:
+    """Would run a command when unpickled by the book."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("harmed",)
+
+
+def test_a_harmful_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Harmful()}, "published.pth")
+    with pytest.raises(CheckpointError, match="is damaged or holds more than tensors, expected a state dict"):
+        convert("published.pth", RunConfig.load("tiny"), "ours.safetensors")
+    assert not Path("harmed").exists()
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    config, target = RunConfig.load("tiny"), tmp_path / "ours.safetensors"
+    with pytest.raises(CheckpointError, match=r"none.pth does not exist"):
+        convert(tmp_path / "none.pth", config, target)
+    torch.save({"a": torch.zeros(10000)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-3000])
+    with pytest.raises(CheckpointError, match=r"cut.pth is (truncated or )?damaged"):
+        convert(tmp_path / "cut.pth", config, target)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="is no state dict, expected tensors by name"):
+        convert(tmp_path / "list.pth", config, target)
+
+
+def test_published_options_that_cannot_be_honoured_are_named(tmp_path: Path) -> None:
+    options = yaml.safe_load("{" + IMAGE.replace("\n", " ") + "}")
+    for change, message in (
+        ({"new_option": 1}, "flow.new_option is not an option"),
+        ({"vae": "other"}, "vae is 'other', expected one of stabilityai/sd-vae-ft-ema"),
+        ({"text": "other"}, "text is 'other', expected one of google/flan-t5-xl"),
+        ({"adaln": 1}, "adaln is 1, expected 0"),
+        ({"img_size": 250}, "img_size is 250, expected a multiple of 8 pixels"),
+        ({"use_pretrained_lm": "gemma"}, "flow.use_pretrained_lm is set, expected unset"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            published_config(arguments(tmp_path / "a.yaml", {**options, **change}))
+    (tmp_path / "b.yaml").write_text("flow: {}")
+    with pytest.raises(ConfigError, match=r"b.yaml has no list `arguments`, expected a yaml of the published code"):
+        published_config(tmp_path / "b.yaml")
+
+
+def test_every_packaged_config_loads_by_name_and_survives_a_round_trip() -> None:
+    assert {"digits", "tiny"} <= set(config_names())
+    for name in config_names():
+        config = RunConfig.load(name)
+        assert from_mapping(RunConfig, json.loads(json.dumps(to_mapping(config)))) == config
+
+
+def test_wrong_options_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    flow = "flow: {in_channels: 1, img_size: 4, channels: 64, layers_per_block: [1]}"
+    for text, message in (
+        (f"{flow}\ntrain: {{step: 3}}", "config.train.step is not an option; did you mean 'steps'?"),
+        (f"{flow}\ntrain: {{noise_std: -1}}", "train.noise_std is -1.0, expected a number >= 0"),
+        (f"{flow}\ntrain: {{grad_clip: 0, grad_skip: 1}}", "train.grad_clip is 0.0, expected > 0 together with"),
+        (f"{flow}\ndata: {{caption_fps: true}}", "data.fps is None, expected a number with data.caption_fps"),
+        ("train: {}", "lacks a required option"),
+        ("[1]", "is 'list', expected a mapping of options"),
+        ("a: [", "is not yaml"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            RunConfig.load(path)
+    with pytest.raises(ConfigError, match=r"config nothing cannot be read: .*; expected a yaml file or one of .*tiny"):
+        RunConfig.load("nothing")
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not text, expected a yaml file"):
+        RunConfig.load(path)

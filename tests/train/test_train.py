@@ -1,0 +1,435 @@
+"""The recipe, against references written out here, and runs that are interrupted."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starflow.batches import Batch, Batches, Features
+from starflow.checkpoints import CheckpointError, latest_state, load_model
+from starflow.config import ConfigError, RunConfig
+from starflow.data import Clip, MovingDigits
+from starflow.flow import Flow
+from starflow.schedule import cosine_lr
+from starflow.text import ClassEncoder
+from starflow.train import PATIENCE, TRACK_RATE, Trainer, TrainingError, make_dataset, make_parts, train
+
+CPU = torch.device("cpu")
+
+
+def trainer_of(config: RunConfig) -> tuple[Trainer, Batches]:
+    codec, text = make_parts(config)
+    trainer = Trainer(config, codec, text, CPU)
+    return trainer, Batches(config, make_dataset(config), codec)
+
+
+def shaken(trainer: Trainer) -> Trainer:
+    """Weights away from their start, where the network puts out no scale at all."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.flow.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return trainer
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trainer.flow.named_parameters() if p.grad is not None}
+
+
+def noisy(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    x, y = trainer._inputs(batch)
+    assert y is not None
+    return x, y
+
+
+def same(one: Flow, other: Flow) -> None:
+    state = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+# -- the loss and the score target ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_losses_and_gradients_are_those_of_the_recipe(tiny, parts: int, weighted: bool, penalty: float) -> None:
+    if weighted:
+        words = [*RunConfig.load("tiny").text["vocabulary"], "noise", "level", "100"]
+        text = {"kind": "words", "size": 6, "vocabulary": words}
+        config = tiny(flow={"txt_dim": 18, "txt_size": 6}, text=text, cond_noise_level=True)
+    else:
+        config = tiny()
+    config = replace(config, train=replace(config.train, accumulate=parts, latent_norm_regularization=penalty))
+    trainer, batches = trainer_of(config)
+    shaken(trainer)
+    x, y = noisy(trainer, batches.make(0))
+    sigma = config.train.noise_std
+    weight = sigma / 0.3 if weighted else 1.0
+
+    # The reference: the whole batch at once, in float64.
+    flow = Flow(config.flow).double()
+    flow.load_state_dict(trainer.flow.state_dict())
+    leaf = x.double().requires_grad_()
+    encoded = flow.encode(leaf, y.double())
+    log_det = sum(d.flatten(1).sum(1) for d in encoded.log_det)
+    nll = (0.5 * encoded.z.square().flatten(1).sum(1) - log_det).mean() / encoded.z[0].numel()
+    (score,) = torch.autograd.grad(weight * nll, leaf, retain_graph=True)
+    (weight * nll + penalty * sum(latent.square().mean() for latent in encoded.latents[:-1])).backward()
+    target = score * x.numel() * sigma
+    denoiser_loss = F.mse_loss(flow.denoiser(x.double(), y.double()), target)
+    denoiser_loss.backward()
+
+    losses = trainer._backward(x, y)
+    assert losses == pytest.approx((nll.item(), denoiser_loss.item()), rel=1e-4)
+    got = gradients(trainer)
+    for name, parameter in flow.named_parameters():
+        expected = parameter.grad
+        torch.testing.assert_close(got[name].double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_bits_per_dimension_are_those_of_the_density(tiny) -> None:
+    config = tiny()
+    trainer, batches = trainer_of(config)
+    batch = batches.make(0)
+    x, y = noisy(trainer, batch)
+    expected = -float(trainer.flow.log_prob(x, y).mean()) / math.log(2) / x[0].numel()
+    assert trainer.run(batch).bits_per_dim == pytest.approx(expected, abs=1e-5)
+
+
+def test_bfloat16_is_close_and_keeps_float32_weights(tiny) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trainer, batches = trainer_of(tiny(precision=precision))
+        shaken(trainer)
+        losses.append(trainer._backward(*noisy(trainer, batches.make(0))))
+        assert {p.grad.dtype for p in trainer.flow.parameters()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]
+
+
+# -- the update -------------------------------------------------------------------------------------------------------
+
+
+def test_updates_are_two_adamw_with_clipping_schedule_and_average(tiny) -> None:
+    config = tiny(steps=5, warmup_steps=2, grad_clip=0.01, weight_decay=0.1, ema=0.5, denoiser_lr=3e-3)
+    trainer, batches = trainer_of(config)
+    recipe = config.train
+    reference = Flow(config.flow)
+    reference.load_state_dict(trainer.flow.state_dict())
+    average = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    parameters = dict(reference.named_parameters())
+    parts = [[p for n, p in parameters.items() if n.startswith("denoiser.") == second] for second in (False, True)]
+    adams = [
+        torch.optim.AdamW(parts[0], betas=(0.9, 0.95), weight_decay=0.1, fused=False),
+        torch.optim.AdamW(parts[1], weight_decay=0.1, fused=False),
+    ]
+    for step in range(5):
+        batch = batches.make(step)
+        probe = Trainer(config, trainer.codec, trainer.text, CPU)
+        probe.flow.load_state_dict(reference.state_dict())
+        assert probe._backward(*noisy(probe, batch)) is not None
+        for name, gradient in gradients(probe).items():
+            parameters[name].grad = gradient
+        norms = [float(torch.nn.utils.clip_grad_norm_(part, 0.01)) for part in parts]
+        for adam, peak in zip(adams, (recipe.lr, recipe.denoiser_lr), strict=True):
+            adam.param_groups[0]["lr"] = cosine_lr(step, warmup=2, total=5, peak=peak, floor=recipe.min_lr)
+            adam.step()
+        # Tracked buffers come with the probe.
+        with torch.no_grad():
+            for name, buffer in reference.named_buffers():
+                buffer.copy_(dict(probe.flow.named_buffers())[name])
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, tensor in reference.state_dict().items():
+            average[name].lerp_(tensor, 1.0 - decay)
+
+        done = trainer.run(batch)
+        assert (done.step, done.skipped) == (step + 1, False)
+        assert done.lr == cosine_lr(step, warmup=2, total=5, peak=recipe.lr, floor=recipe.min_lr)
+        assert [done.grad_norm, done.denoiser_grad_norm] == pytest.approx(norms, rel=1e-4)
+    for name, tensor in trainer.flow.state_dict().items():
+        torch.testing.assert_close(tensor, reference.state_dict()[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(trainer.average.flow.state_dict()[name], average[name], atol=1e-5, rtol=1e-4)
+
+
+def test_the_first_guess_of_the_solver_follows_the_data(tiny) -> None:
+    trainer, batches = trainer_of(tiny())
+    shaken(trainer)
+    x, y = noisy(trainer, batches.make(0))
+    raw = trainer.flow.encode(x, y).affines[0].raw.mean((0, 1))
+    trainer._backward(x, y)
+    torch.testing.assert_close(trainer.flow.blocks[0].guess, TRACK_RATE * raw)
+
+
+def test_training_learns(tiny, tmp_path: Path) -> None:
+    losses = []
+    flow = train(
+        tiny(steps=60, batch_size=8, lr=3e-3),
+        tmp_path,
+        quiet=True,
+        on_step=lambda done: losses.append((done.bits_per_dim, done.denoiser_loss)),
+    )
+    assert not flow.training
+    assert losses[-1][0] < losses[0][0] - 2.0
+    assert all(math.isfinite(value) for pair in losses for value in pair)
+
+
+def test_large_gradients_are_skipped_after_a_hundred_steps(tiny) -> None:
+    trainer, batches = trainer_of(tiny(grad_clip=0.01, grad_skip=1.0))
+    trainer.step, trainer.updates = 99, 99
+    assert not trainer.run(batches.make(0)).skipped
+    before = {name: tensor.clone() for name, tensor in trainer.flow.state_dict().items() if "guess" not in name}
+    done = trainer.run(batches.make(1))
+    assert done.skipped
+    assert (trainer.step, trainer.updates) == (101, 100)
+    for name, tensor in before.items():
+        assert torch.equal(trainer.flow.state_dict()[name], tensor)
+
+
+# -- what a step reads ------------------------------------------------------------------------------------------------
+
+
+def test_batches_follow_from_seed_and_step(tiny) -> None:
+    config = tiny(drop_label=0.5)
+    codec, _ = make_parts(config)
+    one, other = (Batches(config, make_dataset(config), codec) for _ in range(2))
+    ahead = list(one.run(2, 5))
+    for step, batch in enumerate(ahead, start=2):
+        again = other.make(step)
+        assert torch.equal(batch.pixels, again.pixels)
+        assert torch.equal(batch.noise, again.noise)
+        assert (batch.captions, batch.names) == (again.captions, again.names)
+    assert len({tuple(batch.captions) for batch in ahead}) > 1
+    assert not torch.equal(ahead[0].noise, ahead[1].noise)
+    moved = replace(config, train=replace(config.train, seed=1))
+    assert not torch.equal(Batches(moved, make_dataset(moved), codec).make(2).noise, ahead[0].noise)
+
+
+def test_captions_are_dropped_at_their_rate(tiny) -> None:
+    config = tiny(drop_label=0.25, batch_size=100)
+    batches = trainer_of(config)[1]
+    captions = [caption for step in range(4) for caption in batches.make(step).captions]
+    assert captions.count("") / 400 == pytest.approx(0.25, abs=0.1)
+    words = {word for caption in captions for word in caption.split()}
+    assert {"moving", "three"} <= words
+
+
+def test_a_dropped_first_frame_is_told(tiny) -> None:
+    words = [*RunConfig.load("tiny").text["vocabulary"], "extend"]
+    config = tiny(
+        flow={"txt_dim": 16, "txt_size": 4},
+        text={"kind": "words", "size": 4, "vocabulary": words},
+        drop_image=0.5,
+        drop_label=0.0,
+    )
+    trainer, batches = trainer_of(config)
+    seen = set()
+    for step in range(8):
+        batch = batches.make(step)
+        x, y = noisy(trainer, batch)
+        whole = trainer.codec.encode(batch.pixels) + 0.1 * batch.noise
+        assert torch.equal(x, whole[:, 1:] if batch.extend else whole)
+        assert all(caption.startswith("(extend) ") == batch.extend for caption in batch.captions)
+        assert bool((y[:, 0, -1] == 1).all()) == batch.extend
+        seen.add(batch.extend)
+    assert seen == {True, False}
+
+
+def test_image_steps_show_single_frames(tiny) -> None:
+    trainer, batches = trainer_of(tiny(image_prob=1.0, drop_image=1.0, drop_label=0.0))
+    batch = batches.make(0)
+    assert not batch.extend
+    assert batch.pixels.shape == (4, 1, 16, 16)
+    assert batch.noise.shape == (4, 16, 4, 4)
+    assert math.isfinite(trainer.run(batch).loss)
+
+
+def test_class_labels_are_integers_with_none_negative(tiny) -> None:
+    flow = replace(tiny().flow, txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False, num_classes=3)
+    features = Features(flow, ClassEncoder(3, names=["cat", "dog", "fish"]))
+    assert features(["dog", "", "cat"]).tolist() == [1, -1, 0]
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def uninterrupted(config: RunConfig, folder: Path) -> tuple[Flow, list[tuple[int, float, float]]]:
+    seen: list[tuple[int, float, float]] = []
+    flow = train(config, folder, quiet=True, on_step=lambda done: seen.append((done.step, done.loss, done.grad_norm)))
+    return flow, seen
+
+
+def test_a_run_that_died_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=6, checkpoint_every=3, accumulate=2, drop_label=0.5)
+    whole, seen = uninterrupted(config, tmp_path / "whole")
+    again = []
+
+    def die(done) -> None:
+        if done.step == 5:
+            raise RuntimeError("dead")
+
+    with pytest.raises(RuntimeError, match="dead"):
+        train(config, tmp_path / "cut", quiet=True, on_step=die)
+    flow = train(
+        config, tmp_path / "cut", quiet=True, on_step=lambda done: again.append((done.step, done.loss, done.grad_norm))
+    )
+    assert again == seen[3:]
+    same(whole, flow)
+    same(whole, load_model(tmp_path / "cut").flow)
+    same(whole, train(config, tmp_path / "cut", quiet=True, on_step=lambda done: pytest.fail("was complete")))
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=6, checkpoint_every=3)
+    whole, _ = uninterrupted(config, tmp_path / "whole")
+    # Killed inside the write of the second checkpoint, before it gets its name.
+    program = f"""
+import os, signal, torch
+from pathlib import Path
+from starflow import checkpoints
+from starflow.config import RunConfig
+from starflow.train import train
+torch.set_num_threads(1)
+write = checkpoints._write
+def killed(path, *rest):
+    write(path, *rest)
+    if "step-00000006" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoints._write = killed
+train(RunConfig.load({str(tmp_path / "whole" / "config.yaml")!r}), Path({str(tmp_path / "cut")!r}), quiet=True)
+"""
+    code = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ).returncode
+    assert code == -signal.SIGKILL
+    assert latest_state(tmp_path / "cut").name == "step-00000003"
+    same(whole, train(config, tmp_path / "cut", quiet=True))
+
+
+def test_ctrl_c_saves_and_a_second_run_continues(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=5)
+    whole, seen = uninterrupted(config, tmp_path / "whole")
+
+    def press(done) -> None:
+        if done.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "cut", quiet=True, on_step=press)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert latest_state(tmp_path / "cut").name == "step-00000002"
+    again: list[tuple[int, float, float]] = []
+    flow = train(
+        config, tmp_path / "cut", quiet=True, on_step=lambda done: again.append((done.step, done.loss, done.grad_norm))
+    )
+    assert again == seen[2:]
+    same(whole, flow)
+
+
+def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> None:
+    train(tiny(steps=1), tmp_path, quiet=True)
+    with pytest.raises(TrainingError, match="holds a run up to step-00000001, expected an empty folder"):
+        train(tiny(steps=1), tmp_path, quiet=True, resume=False)
+    with pytest.raises(TrainingError, match=re.escape("belongs to another model: flow.soft_clip was 4.0, is 3.0")):
+        train(tiny(steps=1, flow={"soft_clip": 3.0}), tmp_path, quiet=True)
+    with caplog.at_level(logging.WARNING):
+        train(tiny(steps=2), tmp_path, quiet=True)
+    assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
+
+
+def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
+    train(tiny(steps=1), tmp_path, quiet=True)
+    state = tmp_path / "checkpoints" / "step-00000001" / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"step-00000001.*is truncated, damaged or not safetensors"):
+        train(tiny(steps=2), tmp_path, quiet=True)
+
+
+def test_samples_while_training_change_nothing(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=2)
+    whole, _ = uninterrupted(config, tmp_path / "whole")
+    flow = train(replace(config, train=replace(config.train, sample_every=1)), tmp_path / "shown", quiet=True)
+    same(whole, flow)
+    assert sorted(p.name for p in (tmp_path / "shown" / "samples").iterdir()) == [
+        "step-00000001.png",
+        "step-00000002.png",
+    ]
+    assert list((tmp_path / "shown" / "log").iterdir())
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Poisoned:
+    """Digits, one clip of which holds NaN."""
+
+    digits: MovingDigits
+
+    def __len__(self) -> int:
+        return 8
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        clip = self.digits.item(index, epoch=epoch, seed=seed)
+        if index == 5:
+            clip.pixels[1, 0, 3, 3] = math.nan
+        return clip
+
+
+def test_data_that_is_not_finite_is_named(tiny, tmp_path: Path) -> None:
+    dataset = Poisoned(MovingDigits(frames=4, size=16))
+    message = "clip digits/train/5 holds NaN or infinity, expected finite pixels"
+    with pytest.raises(TrainingError, match=message):
+        train(tiny(), tmp_path, quiet=True, dataset=dataset)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(tiny, caplog) -> None:
+    trainer, batches = trainer_of(tiny(steps=20))
+    weight = trainer.flow.blocks[0].conditioner.proj_out.bias
+    kept = weight.detach().clone()
+    weight.data.fill_(math.nan)
+    with caplog.at_level(logging.WARNING):
+        done = trainer.run(batches.make(0))
+    assert done.skipped
+    assert math.isnan(done.loss)
+    assert "step 1: loss or gradient is not finite, step skipped" in caplog.text
+    for name, tensor in trainer.average.flow.state_dict().items():
+        assert bool(torch.isfinite(tensor).all()), name
+    weight.data.copy_(kept)
+    assert not trainer.run(batches.make(1)).skipped
+    weight.data.fill_(math.nan)
+    for step in range(2, 1 + PATIENCE):
+        assert trainer.run(batches.make(step)).skipped
+    with pytest.raises(TrainingError, match=f"the loss was not finite in {PATIENCE} steps in a row, up to step 7"):
+        trainer.run(batches.make(6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flow": {"in_channels": 3}}, "flow.in_channels is 3, expected the 16 latent channels of the codec"),
+        ({"flow": {"txt_dim": 9}}, "flow.txt_dim is 9, expected the width 15 of the text encoder"),
+        ({"flow": {"txt_size": 2}}, "flow.txt_size is 2, expected at least the 3 of the encoder"),
+        ({"data": {"channels": 3}}, "data.channels is 3, expected the 1 of the codec"),
+        ({"data": {"width": 18}}, "data.width is 18, expected a multiple of 4 (codec times patch)"),
+        ({"text": {}}, "text is {}, expected a text encoder exactly when flow reads text or classes"),
+        ({"data": {"width": 20}}, "data.width is 20, expected the height 16 for digits"),
+        ({"data": {"kind": "folder"}}, "data.path is None, expected a folder of videos or images"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(tiny, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(tiny(**change), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
