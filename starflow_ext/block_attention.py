@@ -32,6 +32,9 @@ class FrameMask:
     window: int | None = None
 
     def __post_init__(self) -> None:
+        for name, least in (("prefix", 0), ("frame_tokens", 1), ("look_ahead", 1)):
+            value = getattr(self, name)
+            require(value >= least, "block_attention", f"frames.{name} is", value, f"at least {least}")
         require(
             self.window is None or self.window >= self.look_ahead - 1,
             "block_attention",
@@ -88,15 +91,18 @@ def block_attention(
         (batch, heads, queries, head_dim), dtype of ``q``.
 
     Raises:
-        RuntimeError: if head sizes or numbers of heads do not fit, or two masks are asked for.
+        RuntimeError: if shapes or numbers of heads do not fit, or the options contradict each other.
 
     Reference:
         Vaswani et al., Attention Is All You Need (2017), section 3.2; Ainslie et al., GQA (2023).
     """
     op = "block_attention"
     require(q.shape[-1] == k.shape[-1], op, "k has head_dim", k.shape[-1], f"{q.shape[-1]} like q")
+    require(q.shape[0] == k.shape[0], op, "k has batch", k.shape[0], f"{q.shape[0]} like q")
+    require(v.shape == k.shape, op, "v has shape", list(v.shape), f"{list(k.shape)} like k")
     require(q.shape[1] % k.shape[1] == 0, op, "k has heads", k.shape[1], f"a divisor of the {q.shape[1]} heads of q")
     require(frames is None or not causal, op, "causal is", causal, "False together with frames")
+    require(q_start is None or causal, op, "q_start is", "given", "None without causal")
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     k, v = k.to(q.dtype), v.to(q.dtype)

@@ -38,7 +38,7 @@ def linear(
         (..., out_channels), in the dtype of ``residual`` if given, else of the product.
 
     Raises:
-        RuntimeError: if ``epilogue`` is unknown or the channels do not agree.
+        RuntimeError: if ``epilogue`` is unknown or a shape does not agree.
 
     Reference:
         Hendrycks and Gimpel, Gaussian Error Linear Units (2016); Shazeer, GLU Variants Improve Transformer (2020).
@@ -53,6 +53,14 @@ def linear(
         list(x.shape),
         f"[..., {weight.shape[1]}] for weight of shape {list(weight.shape)}",
     )
+    shape = [*x.shape[:-1], weight.shape[0]]
+    for name, tensor, expected in (
+        ("bias", bias, shape[-1:]),
+        ("multiply", multiply, shape),
+        ("residual", residual, shape),
+    ):
+        if tensor is not None:
+            require(list(tensor.shape) == expected, "linear", f"{name} has shape", list(tensor.shape), expected)
     out = F.linear(x.to(weight.dtype), weight, bias)
     if epilogue != "none":
         out = F.gelu(out, approximate="tanh" if epilogue == "gelu_tanh" else "none")

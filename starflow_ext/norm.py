@@ -45,6 +45,10 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kind: NormKin
         list(weight.shape),
         f"[{x.shape[-1]}] for channels of x",
     )
+    if bias is not None:
+        require(
+            bias.shape == weight.shape, "norm", "bias has shape", list(bias.shape), f"{list(weight.shape)} like weight"
+        )
     require(kind == "layer_norm" or bias is None, "norm", "bias is", "given", "None for rms_norm")
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x.to(dtype)

@@ -39,9 +39,21 @@ def rotate(x: Tensor, rotation: Rotation, pairing: Pairing) -> Tensor:
     Returns:
         (batch, heads, tokens, head_dim), dtype of ``x``; computed in float32.
 
+    Raises:
+        RuntimeError: if ``pairing`` is unknown or the tables do not fit ``x``.
+
     Reference:
         Su et al., RoFormer (2021), section 3.4.
     """
+    require(pairing in ("interleaved", "half"), "rope_append", "pairing is", f'"{pairing}"', '"interleaved" or "half"')
+    table = [x.shape[2], x.shape[3] // 2]
+    require(
+        list(rotation.cos.shape[-2:]) == table,
+        "rope_append",
+        "rotation has shape",
+        list(rotation.cos.shape),
+        f"[..., {table[0]}, {table[1]}] for {table[0]} tokens of head_dim {x.shape[3]}",
+    )
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(dtype).unsqueeze(-3) for t in rotation)
     pairs = x.to(dtype).unflatten(-1, (-1, 2) if pairing == "interleaved" else (2, -1))

@@ -34,8 +34,10 @@ class FlowBlock(nn.Module):
             self.order = "spread"
         elif flipped:
             self.order = "reverse_in_frame" if config.temporal_causal > 0 else "reverse"
-        self.identity = config.layers_per_block[index] == 0 and not self.top
-        self.conditioner = None if self.identity else Conditioner(config, index)
+        # Whether the block goes from the last frame to the first.
+        self.backwards = self.order == "reverse" and not self.frame_local
+        identity = config.layers_per_block[index] == 0 and not self.top
+        self.conditioner = None if identity else Conditioner(config, index)
         # Where tokens of the first frame are guessed to lie before their first evaluation (see `solver`): the mean
         # network output over data, tracked while training. Zeros guess x = z.
         self.register_buffer("guess", torch.zeros(0 if self.conditioner is None else self.raw_channels))
@@ -50,6 +52,10 @@ class FlowBlock(nn.Module):
     def fold(self, grid: Tensor) -> Tensor:
         """The grid as this block sees it: frames become samples where it is frame-local."""
         return grid.flatten(0, 1).unsqueeze(1) if self.frame_local else grid
+
+    def fold_labels(self, context: Tensor | None, frames: int) -> Tensor | None:
+        """The condition of `fold`'s rows: class labels (the only one that a frame-local block reads) by frame."""
+        return context if context is None or not self.frame_local else context.repeat_interleave(frames, 0)
 
     def layout(self, frames: int, height: int, width: int, context: Tensor | None, *, image: bool) -> Layout:
         """Layout of a (folded) grid."""
@@ -78,7 +84,7 @@ class FlowBlock(nn.Module):
         folded = self.fold(grid)
         layout = self.layout(folded.shape[1], height, width, context, image=image)
         x = to_sequence(folded, layout.order)
-        affine, text = self.conditioner(x, context, layout)
+        affine, text = self.conditioner(x, self.fold_labels(context, frames), layout)
         z, log_det = affine.encode(x)
         out = to_grid(z, layout.order, folded.shape[1], height, width).reshape(grid.shape)
         return out, log_det.reshape(batch, frames, height * width), affine, text
@@ -136,11 +142,10 @@ class BlockDecoder:
             if context is not None and null is not None:
                 self._context = torch.cat([context, null])
             if self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
-                self._temperature = torch.ones(2 * rows)
-                self._temperature[rows:] = self.guidance.temperature
+                self._temperature = torch.full((2 * rows,), temperature, device=self.device)
+                self._temperature[rows:] *= self.guidance.temperature
         text = conditioner.text_tokens(self._context)
-        device = conditioner.proj_in.weight.device
-        self._state = DecodeState.allocate(conditioner, self.halves * rows, layout.tokens, text, device=device)
+        self._state = DecodeState.allocate(conditioner, self.halves * rows, layout.tokens, text, device=self.device)
         if text:
             assert self._context is not None
             conditioner.prefill_text(self._context, layout, self._state, self._temperature)
@@ -149,6 +154,11 @@ class BlockDecoder:
     def first_token(self) -> int:
         """Tokens below this pass unchanged: `x = z`."""
         return self.conditioner.first_token
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.conditioner.proj_in.weight.device
 
     @property
     def channels(self) -> int:
@@ -176,7 +186,9 @@ class BlockDecoder:
         """Names what the cost of a call depends on beside its rows."""
         c = self.conditioner
         dtype = str(c.dtype).removeprefix("torch.")
-        return f"{len(c.layers)}x{c.width}-{dtype}-{self.tokens}-threads{torch.get_num_threads()}"
+        cpu = self.device.type == "cpu"
+        where = f"threads{torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device)
+        return f"{len(c.layers)}x{c.width}-{dtype}-{self.tokens}-{where}"
 
     def evaluate(self, previous: Tensor, start: int | Tensor) -> Affine:
         """Affine maps of the tokens `start ..` given the tokens before each.

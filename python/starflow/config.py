@@ -106,16 +106,23 @@ class FlowConfig:
     channel_first_patches: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))  # a list could not be hashed
         for name in ("in_channels", "img_size", "channels", "patch_size", "head_dim"):
             require(getattr(self, name) >= 1, f"flow.{name}", getattr(self, name), "an integer >= 1")
+        for name in ("num_heads", "num_kv_heads", "top_block_channels", "pt_seq_len"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"flow.{name}", value, "an integer >= 1 or nothing")
+        for name in ("txt_size", "txt_dim", "temporal_causal", "use_checkpoint", "num_classes"):
+            require(getattr(self, name) >= 0, f"flow.{name}", getattr(self, name), "an integer >= 0")
         require(self.img_size % self.patch_size == 0, "flow.img_size", self.img_size, "a multiple of patch_size")
         require(len(self.layers_per_block) >= 1, "flow.layers_per_block", self.layers_per_block, "one entry a block")
         require(
             all(n >= 0 for n in self.layers_per_block), "flow.layers_per_block", self.layers_per_block, "entries >= 0"
         )
         for block in range(self.num_blocks):
+            require(self.heads(block) >= 1, "flow.head_dim", self.head_dim, f"at most the {self.width(block)} channels")
             require(
-                self.heads(block) >= 1 and self.heads(block) % self.kv_heads(block) == 0,
+                self.heads(block) % self.kv_heads(block) == 0,
                 "flow.num_kv_heads",
                 self.kv_heads(block),
                 f"a divisor of the {self.heads(block)} heads of block {block}",
@@ -141,10 +148,17 @@ class FlowConfig:
             "cond_top_only with it (frame-local blocks read no text)",
         )
         require(
-            self.local_attn_window is None or (self.local_attn_window >= 1 and self.shallow_block_local),
+            self.local_attn_window is None
+            or (self.local_attn_window >= 2 and self.shallow_block_local and self.temporal_causal > 0),
             "flow.local_attn_window",
             self.local_attn_window,
-            "a number of frames >= 1, together with shallow_block_local",
+            "a number of frames >= 2, together with shallow_block_local and temporal_causal",
+        )
+        require(
+            self.denoiser_window is None or self.denoiser_window >= max(self.temporal_causal - 1, 0),
+            "flow.denoiser_window",
+            self.denoiser_window,
+            "a number of frames >= temporal_causal - 1, so that a frame sees itself",
         )
         require(
             self.num_classes == 0 or self.txt_size == 0, "flow.num_classes", self.num_classes, "0 when there is text"
@@ -155,7 +169,7 @@ class FlowConfig:
             self.conditional_denoiser,
             "learnable_self_denoiser and txt_size > 0 with it",
         )
-        require(self.soft_clip >= 0, "flow.soft_clip", self.soft_clip, "a bound >= 0")
+        require(0 <= self.soft_clip < float("inf"), "flow.soft_clip", self.soft_clip, "a finite bound >= 0")
         require(
             self.nvp or not self.use_softplus, "flow.use_softplus", self.use_softplus, "False with nvp False (no scale)"
         )
@@ -474,11 +488,15 @@ def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = 
             close = difflib.get_close_matches(str(key), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
             raise ConfigError(f"{path}.{key} is not an option{hint}")
-    try:
-        return kind(**{key: _coerce(hints[key], value, f"{path}.{key}") for key, value in values.items()})
-    except TypeError as error:
-        missing = str(error).partition("missing")[2] or str(error)
-        raise ConfigError(f"{path} lacks a required option:{missing}") from None
+    required = [
+        f.name
+        for f in dataclasses.fields(kind)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [name for name in required if name not in values]
+    if missing:
+        raise ConfigError(f"{path} lacks {', '.join(missing)}, expected a value for each of {', '.join(required)}")
+    return kind(**{key: _coerce(hints[key], value, f"{path}.{key}") for key, value in values.items()})
 
 
 def to_mapping(config: Any) -> dict[str, Any]:

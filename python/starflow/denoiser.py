@@ -46,11 +46,13 @@ class Denoiser(Transformer):
     """
 
     def __init__(self, config: FlowConfig) -> None:
+        # Like a shallow block, also where the flow has none.
+        heads = config.num_heads or config.channels // config.head_dim
         super().__init__(
             config,
             width=config.channels,
-            heads=config.heads(0) if config.num_blocks > 1 else config.num_heads or config.channels // config.head_dim,
-            kv_heads=config.kv_heads(0) if config.num_blocks > 1 else config.num_kv_heads or config.heads(0),
+            heads=heads,
+            kv_heads=config.num_kv_heads or heads,
             layers=DENOISER_LAYERS,
             out_channels=config.token_channels,
             text_dim=config.txt_dim if config.conditional_denoiser else 0,

@@ -106,8 +106,9 @@ class Flow(nn.Module):
         variance = self._prior_variance(grid)
         prior = -0.5 * (grid.square() / variance + math.log(2 * math.pi) + variance.log())
         total: Tensor = prior.flatten(2).sum(-1)
-        for log_det in encoded.log_det:
-            total = total + log_det.sum(-1)
+        for block, log_det in zip(self._blocks(), encoded.log_det, strict=True):
+            frames = log_det.sum(-1)
+            total = total + (frames.flip(1) if block.backwards else frames)
         return total
 
     def nll(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -173,10 +174,14 @@ class Flow(nn.Module):
         image = z.dim() == 4
         guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         schedule = Window() if schedule is None else schedule
-        y = self._check(z, y)
-        null = self._check(z, null) if null is not None else None
+        if not 0.0 < temperature < float("inf"):
+            raise ValueError(f"flow: temperature is {temperature}, expected a finite number > 0")
+        y = self._check(z, y, name="z")
+        null = self._check(z, null, name="z", condition="null") if null is not None else None
         if guide.active and self.config.txt_size > 0 and null is None:
             raise ValueError("flow: null is None, expected text features of the empty prompt (guidance is on)")
+        if guide.active and guide.needs_condition and y is None:
+            raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without text or classes to guide by")
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         grid = patchify(z, self.config.patch_size, channel_first=self.config.channel_first_patches)
         grid = grid * self._prior_variance(grid).sqrt()
@@ -210,9 +215,8 @@ class Flow(nn.Module):
         """Inverts one block; the deep one window by window where the clip is longer than its window."""
         if block.conditioner is None:
             return grid, None
-        context = self._context(block, y)
         guided = guide if block.top or (guide.all_blocks and not self.config.cond_top_only) else None
-        unguided_null = self._context(block, null)
+        context, free = (block.fold_labels(self._context(block, c), grid.shape[1]) for c in (y, null))
         folded = block.fold(grid)
         rows, frames, height, width, _ = folded.shape
         limit = self.config.local_attn_window if block.top else None
@@ -220,7 +224,7 @@ class Flow(nn.Module):
 
         def solve_frames(z: Tensor, given: Tensor | None) -> tuple[Tensor, SolveReport]:
             layout = block.layout(z.shape[1], height, width, context, image=image)
-            decoder = block.decoder(layout, rows, context, unguided_null, guided, temperature)
+            decoder = block.decoder(layout, rows, context, free, guided, temperature)
             first = None if given is None else to_sequence(given, layout.order[: given[0, ..., 0].numel()])
             x, report = solve(decoder, to_sequence(z, layout.order), schedule, first)
             return to_grid(x, layout.order, z.shape[1], height, width), report
@@ -252,12 +256,13 @@ class Flow(nn.Module):
                 f"flow: prefix has shape {list(prefix.shape)}, expected (batch {grid.shape[0]}, fewer than "
                 f"{grid.shape[1]} frames, channels, height, width)"
             )
-        if any(block.order == "reverse" and not block.frame_local for block in self._blocks()):
+        if any(block.backwards for block in self._blocks()):
             raise ValueError("flow: prefix is given, expected temporal_causal > 0: a block runs backwards in time")
-        latents = self.encode(prefix, y).latents
-        if latents[0].shape[2:] != grid.shape[2:]:
-            raise ValueError(f"flow: prefix has frames of {list(prefix.shape[2:])}, expected those of the noise")
-        return latents
+        config = self.config
+        size = [config.in_channels, *(side * config.patch_size for side in grid.shape[2:4])]
+        if list(prefix.shape[2:]) != size:
+            raise ValueError(f"flow: prefix has frames of {list(prefix.shape[2:])}, expected {size} like the noise")
+        return self.encode(prefix, y).latents
 
     # -- checks and helpers -------------------------------------------------------------------------------------------
 
@@ -279,31 +284,35 @@ class Flow(nn.Module):
             return grid.new_ones(())
         return self.prior_variance.to(grid.dtype).view(height, width, -1)
 
-    def _check(self, x: Tensor, y: Tensor | None) -> Tensor | None:
+    def _check(self, x: Tensor, y: Tensor | None, *, name: str = "x", condition: str = "y") -> Tensor | None:
         config = self.config
         if x.dim() not in (4, 5) or x.shape[-3] != config.in_channels:
             raise ValueError(
-                f"flow: x has shape {list(x.shape)}, expected (batch, frames, {config.in_channels}, height, width) or "
-                f"(batch, {config.in_channels}, height, width)"
+                f"flow: {name} has shape {list(x.shape)}, expected (batch, frames, {config.in_channels}, height, "
+                f"width) or (batch, {config.in_channels}, height, width)"
             )
+        double = self._blocks()[-1].guess.dtype == torch.float64
+        if not x.is_floating_point() or (x.dtype == torch.float64) != double:
+            expected = "float64 like the weights" if double else "float32, bfloat16 or float16"
+            raise ValueError(f"flow: {name} has dtype {str(x.dtype).removeprefix('torch.')}, expected {expected}")
         if config.txt_size > 0:
             if y is None:
-                raise ValueError("flow: y is None, expected text features (the flow reads text)")
+                raise ValueError(f"flow: {condition} is None, expected text features (the flow reads text)")
             if y.dim() != 3 or y.shape[::2] != (x.shape[0], config.txt_dim) or y.shape[1] > config.txt_size:
                 raise ValueError(
-                    f"flow: y has shape {list(y.shape)}, expected ({x.shape[0]}, at most {config.txt_size} text "
-                    f"tokens, {config.txt_dim})"
+                    f"flow: {condition} has shape {list(y.shape)}, expected ({x.shape[0]}, at most {config.txt_size} "
+                    f"text tokens, {config.txt_dim})"
                 )
         elif config.num_classes:
             if y is not None and (
                 y.shape != x.shape[:1] or y.is_floating_point() or int(y.max()) >= config.num_classes
             ):
                 raise ValueError(
-                    f"flow: y has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer labels "
-                    f"below {config.num_classes}, negative for none"
+                    f"flow: {condition} has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer "
+                    f"labels below {config.num_classes}, negative for none"
                 )
         elif y is not None:
-            raise ValueError("flow: y is given, expected None (the flow has neither text nor classes)")
+            raise ValueError(f"flow: {condition} is given, expected None (the flow has neither text nor classes)")
         return y
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from starflow.affine import Affine
+
+Kind = Literal["gaussian", "linear"]
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,16 @@ class Guidance:
         parts: with "linear", which outputs are extrapolated: "a" the log-scale, "b" the shift.
         annealed: with "linear", the weight grows from 0 to w along the sequence.
         temperature: with "linear", divides the attention logits of the unconditional prediction.
-        all_blocks: guide the shallow blocks too where they read the condition; "gaussian" only.
+        all_blocks: guide the shallow blocks too where they read the condition.
+
+    Raises:
+        ValueError: a value out of range.
 
     Reference: Gu et al., STARFlow (2025), section 3.5; Zhai et al., TarFlow (2024), section 3.5.
     """
 
     weight: float = 0.0
-    kind: Literal["gaussian", "linear"] = "gaussian"
+    kind: Kind = "gaussian"
     parts: str = "ab"
     annealed: bool = False
     temperature: float = 1.0
@@ -38,11 +43,20 @@ class Guidance:
             raise ValueError(f"guidance: weight is {self.weight}, expected a finite number >= 0")
         if not set(self.parts) <= {"a", "b"}:
             raise ValueError(f"guidance: parts is {self.parts!r}, expected a subset of 'ab'")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"guidance: kind is {self.kind!r}, expected 'gaussian' or 'linear'")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"guidance: temperature is {self.temperature}, expected a finite number > 0")
 
     @property
     def active(self) -> bool:
         """Whether the unconditional prediction is needed at all."""
         return self.weight > 0.0 and bool(self.parts)
+
+    @property
+    def needs_condition(self) -> bool:
+        """Whether the two predictions differ by the condition alone, so that guidance means nothing without one."""
+        return self.kind == "gaussian" or self.temperature == 1.0
 
     def combine(self, affine: Affine, start: int | Tensor, tokens: int) -> Affine:
         """One affine map from a batch of two halves, conditional first.
@@ -59,10 +73,10 @@ class Guidance:
         if self.annealed:
             offset = start[:, None] if isinstance(start, Tensor) else start
             position = offset + torch.arange(given.shape[1], device=given.device)
-            weight = self.weight * (position / (tokens - 1))[..., None]
+            weight = self.weight * (position / max(tokens - 1, 1))[..., None]
         guided = given + weight * (given - free)
-        if affine.activation != "none" and self.parts != "ab":
-            log_scale, shift = (guided if part in self.parts else given for part in "ab")
-            half = given.shape[-1] // 2
-            guided = torch.cat([log_scale[..., :half], shift[..., half:]], -1)
-        return replace(affine, raw=guided)
+        log_scale, shift = (guided if part in self.parts else given for part in "ab")
+        if affine.activation == "none":
+            return replace(affine, raw=shift)
+        half = given.shape[-1] // 2
+        return replace(affine, raw=torch.cat([log_scale[..., :half], shift[..., half:]], -1))

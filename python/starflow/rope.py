@@ -13,7 +13,7 @@ from torch import Tensor
 
 from starflow_ext.rope_append import Rotation
 
-# Planes of the third axis (text position, frame index) when there is text.
+# Planes of the third axis (text position, frame index) in models that have one.
 THIRD_AXIS_PLANES = 8
 
 
@@ -46,7 +46,7 @@ def rotation(positions: Tensor, head_dim: int, *, third_axis: bool) -> Rotation:
     Args:
         positions: (..., 3) row, column, third coordinate.
         head_dim: size of a head; a multiple of 4, at least 16 with the third axis.
-        third_axis: whether the last 8 planes carry the third coordinate (models with text).
+        third_axis: whether the last 8 planes carry the third coordinate (models of text or video).
 
     Returns:
         Rotation of (..., head_dim / 2) float32 tables.

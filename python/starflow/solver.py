@@ -39,6 +39,10 @@ class Autoregressive(Protocol):
     """What can be inverted: a map from the tokens before a window to the affine maps of the window."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
     def channels(self) -> int:
         """Dimensions of a token."""
 
@@ -93,6 +97,8 @@ class Chunks:
             raise ValueError(
                 f"solver: block is {self.block} and max_iterations {self.max_iterations}, expected both at least 1"
             )
+        if not 0.0 <= self.threshold < float("inf"):
+            raise ValueError(f"solver: threshold is {self.threshold}, expected a finite number >= 0")
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class SolveReport:
     """What a solve did.
 
     Args:
-        tokens: of a sample that were solved for (without a known prefix).
+        tokens: of a sample that were solved for: not those that were known or pass unchanged.
         rows: evaluations of a token, all samples and halves.
         sweeps: calls one after the other.
         samples: rows of the batch.
@@ -164,7 +170,7 @@ class SolveReport:
 
 
 class NotFiniteError(RuntimeError):
-    """A token came out as NaN or infinity: the weights, the text or the noise are not finite."""
+    """A token is NaN or infinity: as noise, as given data, or as solved for (weights or text are not finite)."""
 
 
 @dataclass
@@ -192,13 +198,16 @@ def solve(
 
     Raises:
         ValueError: shapes that do not fit.
-        NotFiniteError: a token is not finite; names the first one.
+        NotFiniteError: a token is not finite; names it, as soon as it is met.
     """
     if z.dim() != 3 or z.shape[1] != model.tokens:
         raise ValueError(f"solve: z has shape {list(z.shape)}, expected (batch, {model.tokens}, channels)")
     count = 0 if known is None else known.shape[1]
     if known is not None and (count > z.shape[1] or known.shape[::2] != z.shape[::2]):
         raise ValueError(f"solve: known has shape {list(known.shape)}, expected at most {list(z.shape)} tokens of z")
+    _require_finite(z[:, count:], count, "noise")
+    if known is not None:
+        _require_finite(known, 0, "given data")
     # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
     x = torch.cat([torch.zeros_like(z[:, :1]), z], 1)
     if known is not None:
@@ -215,14 +224,8 @@ def solve(
         else:
             _window(model, x, z, first, schedule, progress)
     out = x[:, 1:]
-    bad = (~out.isfinite()).any(-1).nonzero()
-    if len(bad):
-        sample, token = bad[0].tolist()
-        raise NotFiniteError(
-            f"solve: token {token} of sample {sample} is not finite, expected finite weights, text and noise"
-        )
     report = SolveReport(
-        tokens=z.shape[1] - count,
+        tokens=z.shape[1] - first,
         rows=progress.rows * model.halves,
         sweeps=len(progress.accepted),
         samples=z.shape[0],
@@ -249,15 +252,31 @@ def certify(model: Autoregressive, x: Tensor, z: Tensor, first: int = 0) -> floa
         return 0.0
     padded = torch.cat([torch.zeros_like(x[:, :1]), x], 1)
     affine = model.evaluate(padded[:, model.first_token : -1], model.first_token)
-    terms = affine.terms()
-    seen = (x[:, model.first_token :] - terms.shift) / terms.scale
+    seen, _ = affine.encode(x[:, model.first_token :])
     return float((seen - z[:, model.first_token :])[:, first - model.first_token :].abs().max())
+
+
+def _require_finite(tokens: Tensor, first: int, what: str) -> None:
+    """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
+    bad = ~tokens.isfinite().all(-1)
+    if bool(bad.any()):
+        sample, token = bad.nonzero()[0].tolist()
+        raise _not_finite(what, sample, first + token)
+
+
+def _not_finite(what: str, sample: int, token: int) -> NotFiniteError:
+    return NotFiniteError(
+        f"solve: the {what} of token {token} of sample {sample} is not finite, "
+        "expected finite weights, text, noise and given data"
+    )
 
 
 def _sequential(model: Autoregressive, x: Tensor, z: Tensor, first: int, progress: _Progress) -> None:
     for token in range(first, z.shape[1]):
         affine = model.evaluate(x[:, token : token + 1], token)
-        x[:, token + 1 : token + 2] = affine.decode(z[:, token : token + 1])
+        new = affine.decode(z[:, token : token + 1])
+        _require_finite(new, token, "solution")
+        x[:, token + 1 : token + 2] = new
         progress.rows += z.shape[0]
         progress.accepted.append(z.shape[0])
 
@@ -281,6 +300,7 @@ def _chunks(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: C
             progress.accepted.append(0)
             if change < schedule.threshold:
                 break
+        _require_finite(new, start, "solution")
         progress.passes.append(sweep + 1)
         progress.accepted[-1] = size * z.shape[0]
         start += size
@@ -302,6 +322,11 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
         tokens = start[:, None] + torch.arange(width, device=z.device)
         if kept is not None:
             kept.guess_(x, z, rows, tokens, fresh)
+        # What is read of tokens that are not final must be finite: a masked NaN still reaches every row of the window,
+        # as 0 * NaN. Any value in its place is as right, for it is only a guess.
+        read = x[rows, tokens]
+        wild = (tokens > frontier[:, None])[..., None] & ~(read.abs() < _WILD)
+        x[rows, tokens] = torch.where(wild, z[rows, tokens - 1], read)
         together = bool((start == start[0]).all())
         affine = model.evaluate(x[rows, tokens], int(start[0]) if together else start)
         moved = x[rows, tokens + 1]
@@ -314,10 +339,19 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
         fresh = torch.maximum(fresh, start + width)
         # A token is final when all before it in the window moved less than the tolerance; NaN never does.
         settled = ((change < schedule.tolerance) | done).long().cumprod(1).sum(1)
-        reached = (start + settled + 1).clamp(max=total).minimum(start + width)
+        reached = (start + settled + 1).minimum(start + width)
+        # Of what is accepted only the last token can be other than finite: those before it moved by a number.
+        lost = (~change.gather(1, (reached - 1 - start)[:, None]).isfinite()).nonzero()
+        if len(lost):
+            sample = int(lost[0, 0])
+            raise _not_finite("solution", sample, int(reached[sample]) - 1)
         progress.rows += batch * width
         progress.accepted.append(int((reached - frontier).sum()))
         frontier = reached
+
+
+# Provisional tokens beyond this are divergence, not data.
+_WILD = 1e6
 
 
 class _Kept:
@@ -366,6 +400,8 @@ def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
     Returns:
         Rows of a sample, at least 1, at most the tokens of a sample.
     """
+    if model.tokens - first < 2:
+        return 1
     key = f"{platform.machine()}-{_processor()}-{model.cost_key}"
     if key not in _measured:
         path = _cache_folder() / "break_even.json"
@@ -383,11 +419,12 @@ def _measure(model: Autoregressive, batch: int, first: int) -> int:
     channels = model.channels
     seconds = {}
     for rows in (1, many):
-        previous = torch.zeros(batch, rows, channels)
+        previous = torch.zeros(batch, rows, channels, device=model.device)
         times = []
         for _ in range(_REPEATS + 1):
             begin = time.perf_counter()
-            model.evaluate(previous, first)
+            # Reading a value back waits for the device.
+            float(model.evaluate(previous, first).raw[0, 0, 0])
             times.append(time.perf_counter() - begin)
         seconds[rows] = statistics.median(times[1:])
     per_row = max((seconds[many] - seconds[1]) / (batch * (many - 1)), seconds[1] / _MANY_ROWS)

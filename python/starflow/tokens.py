@@ -7,7 +7,7 @@ A grid of tokens is (batch, frames, height, width, channels); an image is a grid
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -97,7 +97,12 @@ def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
 
     Returns:
         (frames * height * width,) int64: raster index of the n-th token. Shared: do not write to it.
+
+    Raises:
+        ValueError: an unknown order.
     """
+    if order not in get_args(Order):
+        raise ValueError(f"token_order: order is {order!r}, expected one of {', '.join(get_args(Order))}")
     area = height * width
     raster = torch.arange(frames * area)
     if order == "raster":
