@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
@@ -99,9 +100,9 @@ def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConf
     for path, value in settings:
         place = values
         for key in path[:-1]:
-            if not isinstance(place.get(key), dict):
-                raise ConfigError(f"--set {'.'.join(path)}: {key} is not a group of options")
-            place = place[key]
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {'.'.join(path)}: {key} is one option, expected a group of options")
         place[path[-1]] = value
     return from_mapping(RunConfig, values)
 
@@ -130,6 +131,15 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    from starflow.sample import parse_solver
+
+    if args.given is not None and args.video is None:
+        raise ConfigError(f"--given is {args.given}, expected --video together with it")
+    if args.certificate and args.solver is not None:
+        try:
+            parse_solver(args.solver, certificate=True)
+        except ValueError as error:
+            raise ConfigError(f"--certificate: {error}") from None
     pipeline = _load(args)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
     fps = args.fps or pipeline.config.sample.fps
@@ -159,8 +169,12 @@ def _sample(args: argparse.Namespace) -> int:
             captions += [prompt or f"seed {seed}" for prompt, seed in zip(group, sampled.seeds, strict=True)]
             _print_report(sampled)
         out.sheet(rows, captions)
-    print(f"{len(prompts)} clips in {args.out} (mp4, gif, json), all of them in {Path(args.out) / 'sheet.png'}")
+    print(f"{_clips(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
     return 0
+
+
+def _clips(count: int) -> str:
+    return "1 clip" if count == 1 else f"{count} clips"
 
 
 def _print_report(sampled: Sampled) -> None:
@@ -168,8 +182,8 @@ def _print_report(sampled: Sampled) -> None:
     clips, frames = sampled.pixels.shape[:2]
     error = "" if report.backward_error is None else f", backward error {report.backward_error:.2g}"
     print(
-        f"{clips} clips of {frames} frames in {report.seconds:.2f} s ({report.frames_per_second:.1f} frames/s): solver "
-        f"{report.solver}, {report.sweeps} sweeps, {report.evaluations_per_token:.1f} evaluations/token{error}"
+        f"{_clips(clips)} of {frames} frames in {report.seconds:.2f} s ({report.frames_per_second:.1f} frames/s): "
+        f"solver {report.solver}, {report.sweeps} sweeps, {report.evaluations_per_token:.1f} evaluations/token{error}"
     )
 
 
@@ -187,7 +201,7 @@ class _Output:
 
     def __enter__(self) -> _Output:
         if self._folder.exists() and not self._folder.is_dir():
-            raise ValueError(f"--out is {str(self._folder)!r}, which is a file, expected a folder")
+            raise ConfigError(f"--out is {str(self._folder)!r}, which is a file, expected a folder")
         self._made = not self._folder.exists()
         self._folder.mkdir(parents=True, exist_ok=True)
         return self
@@ -331,7 +345,7 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
             gain = sum(others) / len(others) - sum(item.bits_per_dim for item in ordered) / len(ordered)
             still = f", {ties} the same" if ties else ""
             print(
-                f"in time order better than {name}: {better} of {len(ordered)} clips{still}; "
+                f"in time order better than {name}: {better} of {_clips(len(ordered))}{still}; "
                 f"{gain:.4f} bits per dimension on average"
             )
 
@@ -367,7 +381,7 @@ def _device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device is {name!r}, expected cpu: torch {torch.__version__} sees no CUDA device")
+        raise ConfigError(f"--device is {name!r}, expected cpu: torch {torch.__version__} sees no CUDA device")
     return name
 
 
@@ -382,6 +396,13 @@ def _load(args: argparse.Namespace) -> Pipeline:
 
 
 # -- the parser -------------------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong command line in one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{_PROG}: error: {message} (see {self.prog} --help)\n")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -408,11 +429,11 @@ def _device_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """The command line of `starflow`."""
     from starflow.info import version
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=_PROG,
         formatter_class=_Formatter,
         description="Video generation by one normalizing flow: train it, sample from it, score clips with it.",
@@ -636,6 +657,15 @@ _LISTS = {"sample": "prompts", "score": "paths"}
 # -- entry ------------------------------------------------------------------------------------------------------------
 
 
+def _hint(command: str, rest: Sequence[str]) -> str:
+    """The option that was probably meant."""
+    own = _Parser()
+    _COMMANDS[command][1](own)
+    known = set(re.findall(r"--[a-z-]+", own.format_usage()))
+    close = [name for text in rest for name in difflib.get_close_matches(text.partition("=")[0], known, n=1)]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
 def _sentence(error: BaseException) -> str:
     """What went wrong, in one line."""
     if isinstance(error, OSError) and error.strerror:
@@ -668,7 +698,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     # argparse takes a list of positional arguments in one piece only: what stands behind an option comes back as rest.
     if rest and (args.command not in _LISTS or any(text.startswith("-") for text in rest)):
-        parser.error(f"{args.command} does not know: {' '.join(rest)} (see {_PROG} {args.command} --help)")
+        parser.error(f"{args.command} does not know {' '.join(rest)}{_hint(args.command, rest)}")
     if rest:
         getattr(args, _LISTS[args.command]).extend(rest)
     logging.basicConfig(format=f"{_PROG}: %(message)s", level=logging.WARNING, stream=sys.stderr)

@@ -112,13 +112,12 @@ def score(
 @torch.inference_mode()
 def _bits(pipeline: Pipeline, clips: Sequence[Clip], pixels: Tensor, seeds: Sequence[int], fps: float | None) -> Tensor:
     """Bits per dimension of each frame, (clips, latent frames), float64."""
-    names = ", ".join(clip.name for clip in clips)
-    image = pixels.shape[1] == 1
-    y = pipeline.condition([clip.caption for clip in clips], fps=fps, image=image)
+    texts = [_condition(pipeline, clip, fps) for clip in clips]
+    y = None if texts[0] is None else torch.cat([text for text in texts if text is not None])
     try:
         latents = pipeline.codec.encode(pixels.to(pipeline.device))
     except ValueError as error:
-        raise ValueError(f"score: {names}: {error}") from None
+        raise ValueError(f"score: {clips[0].name}: {error}") from None
     finite = latents.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise ValueError(
@@ -129,6 +128,14 @@ def _bits(pipeline: Pipeline, clips: Sequence[Clip], pixels: Tensor, seeds: Sequ
     encoded = pipeline.flow.encode(latents + pipeline.config.train.noise_std * drawn, y)
     nats = pipeline.flow.log_likelihood(encoded).double() / (channels * height * width)
     return (-(nats + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
+
+
+def _condition(pipeline: Pipeline, clip: Clip, fps: float | None) -> Tensor | None:
+    """What the flow reads for the caption of one clip."""
+    try:
+        return pipeline.condition([clip.caption], fps=fps, image=len(clip.pixels) == 1)
+    except ValueError as error:
+        raise ValueError(f"score: {clip.name}: {error}") from None
 
 
 def _groups(clips: Sequence[Clip], batch: int) -> Iterator[tuple[int, list[Clip]]]:

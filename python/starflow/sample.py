@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.batches import Features, caption_for
 from starflow.block import FlowBlock
 from starflow.checkpoints import load_model
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import frames_at, probe, read_image, read_video, to_pixels
+from starflow.data import VideoError, frames_at, probe, read_image, read_video, to_pixels
 from starflow.denoiser import score_denoise, tweedie_step
 from starflow.flow import Decoded, Flow
 from starflow.guidance import Guidance
 from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
 from starflow.text import TextEncoder
-from starflow.batches import Features, caption_for
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,10 @@ class Pipeline:
         named = next((prompt for prompt in prompts if prompt), None)
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
-        features = self._features([self.caption(prompt, fps=fps, image=image) for prompt in prompts])
+        try:
+            features = self._features([self.caption(prompt, fps=fps, image=image) for prompt in prompts])
+        except ValueError as error:
+            raise ValueError(f"prompt: {error}") from None
         return None if features is None else features.to(self.device)
 
     # -- sampling -----------------------------------------------------------------------------------------------------
@@ -488,6 +491,8 @@ def _image(image: str | Path | Tensor | None, *, height: int, width: int, channe
     if isinstance(image, Tensor):
         return image.unsqueeze(-4)
     assert image is not None
+    if not Path(image).is_file():
+        raise VideoError(f"sample: image is {str(image)!r}, which does not exist, expected a picture")
     return to_pixels(read_image(image, height=height, width=width, channels=channels))
 
 
@@ -500,6 +505,8 @@ def _video_end(
     if isinstance(video, Tensor):
         found, name = video.shape[-4] if video.dim() > 3 else 0, "video"
     else:
+        if not Path(video).is_file():
+            raise VideoError(f"sample: video is {str(video)!r}, which does not exist, expected a video file")
         info, name = probe(video, count=True), str(video)
         rate = info.fps if fps is None else fps
         found = frames_at(info, rate)
