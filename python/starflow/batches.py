@@ -176,11 +176,12 @@ class Batches:
     def make(self, step: int) -> Batch:
         """The batch of a step; depends on the seed and the step alone."""
         train, codec = self._config.train, self._codec
-        pairs = sample_indices(train.seed, step, train.batch_size, len(self._dataset))
-        clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
-        pixels, captions = stack_clips(clips)
         choose = stream(train.seed, "choose", step)
         image = choose.random() < train.image_prob
+        count = (train.image_batch_size or train.batch_size) if image else train.batch_size
+        pairs = sample_indices(train.seed, step, count, len(self._dataset))
+        clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
+        pixels, captions = stack_clips(clips)
         frames = codec.latent_frames(pixels.shape[1])
         extend = choose.random() < train.drop_image and not image and frames > 1
         height, width = (side // codec.spatial for side in pixels.shape[-2:])

@@ -305,14 +305,16 @@ class TrainConfig:
 
     Args:
         steps: optimiser steps. batch_size: clips of a step. accumulate: parts that a step is computed in.
-        lr, min_lr, warmup_steps: of the flow: linear warm-up, then a cosine. denoiser_lr: of the denoiser, same shape.
+        lr, min_lr, warmup_steps: of the flow: linear warm-up, then a cosine. denoiser_lr: of the denoiser, same shape;
+            it learns in every `denoiser_every`-th step.
         beta1, beta2, weight_decay: AdamW of the flow; the denoiser's has the default betas.
         noise_std: standard deviation sigma of the noise added to latents. cond_noise_level: captions tell it, and the
             loss is weighted by sigma / 0.3.
         latent_norm_regularization: weight of the mean square of what enters each block.
         drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
             (and the caption says "(extend) "), so that the flow learns to continue.
-        image_prob: probability that a step trains on single frames as images.
+        image_prob: probability that a step trains on single frames as images, `image_batch_size` of them (default
+            `batch_size`).
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
         ema: decay of the averaged weights that are sampled from; 0 is off.
@@ -327,6 +329,7 @@ class TrainConfig:
     lr: float = 1e-3
     min_lr: float = 1e-6
     denoiser_lr: float = 1e-3
+    denoiser_every: int = 1
     warmup_steps: int = 50
     beta1: float = 0.9
     beta2: float = 0.95
@@ -337,6 +340,7 @@ class TrainConfig:
     drop_label: float = 0.1
     drop_image: float = 0.0
     image_prob: float = 0.0
+    image_batch_size: int | None = None
     grad_clip: float = 1.0
     grad_skip: float = 0.0
     ema: float = 0.999
@@ -346,9 +350,12 @@ class TrainConfig:
     sample_every: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
+        for name in ("steps", "batch_size", "accumulate", "denoiser_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
-        require(self.batch_size % self.accumulate == 0, "train.accumulate", self.accumulate, "a divisor of batch_size")
+        for size in (self.batch_size, self.image_batch_size or self.batch_size):
+            require(
+                size >= 1 and size % self.accumulate == 0, "train.accumulate", self.accumulate, f"a divisor of {size}"
+            )
         for name in ("drop_label", "drop_image", "image_prob", "ema"):
             require(0.0 <= getattr(self, name) <= 1.0, f"train.{name}", getattr(self, name), "a number from 0 to 1")
         numbers = ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay")

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from starflow.batches import Batch, Batches, Features, caption_for, make_dataset, make_parts
 from starflow.block import Encoded
-from starflow.checkpoints import MODEL, latest_state, load_state, save_model, save_state
+from starflow.checkpoints import MODEL, latest_state, load_state, replacing, save_model, save_state
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
@@ -72,7 +72,7 @@ class TrainStep:
     Args:
         step: steps done, this one included.
         loss: negative log-likelihood of the noisy latents, nats per dimension without the constant log(2 pi) / 2.
-        denoiser_loss: mean squared error to the score target; None without a denoiser.
+        denoiser_loss: mean squared error to the score target; None where the denoiser did not learn.
         grad_norm, denoiser_grad_norm: before clipping.
         lr: of the flow.
         samples_per_second: clips, over the last steps.
@@ -185,19 +185,19 @@ class Trainer:
         Raises:
             TrainingError: a clip that is not finite, or too many steps in a row without a finite loss.
         """
-        lr = self.optimizer.lr(self.updates)
+        lr, scores = self.optimizer.lr(self.updates), self._scores
         x, y = self._inputs(batch)
         losses = self._backward(x, y)
         norm = denoiser_norm = math.nan
         finite = losses is not None
         if finite:
             norm = float(self.optimizer.clip())
-            denoiser_norm = float(self.denoiser_optimizer.clip()) if self.denoiser_optimizer else 0.0
+            denoiser_norm = float(self.denoiser_optimizer.clip()) if self.denoiser_optimizer and scores else 0.0
             finite = math.isfinite(norm) and math.isfinite(denoiser_norm)
         skip = not finite or self._too_large(max(norm, denoiser_norm))
         if not skip:
             self.optimizer.step(self.updates)
-            if self.denoiser_optimizer:
+            if self.denoiser_optimizer and scores:
                 self.denoiser_optimizer.step(self.updates)
             self.average.update(self.updates)
             self.updates += 1
@@ -214,13 +214,12 @@ class Trainer:
                     "expected a finite loss (lower train.lr, or set flow.soft_clip and train.grad_clip)"
                 )
         nll, denoiser_loss = losses if losses is not None else (math.nan, math.nan)
-        has_denoiser = self.denoiser_optimizer is not None
         return TrainStep(
             self.step,
             nll,
-            denoiser_loss if has_denoiser else None,
+            denoiser_loss if scores else None,
             norm,
-            denoiser_norm if has_denoiser else None,
+            denoiser_norm if scores else None,
             lr,
             samples_per_second(),
             skip,
@@ -252,8 +251,9 @@ class Trainer:
         parts = train.accumulate
         texts = [None] * parts if y is None else y.chunk(parts)
         total = denoiser_total = 0.0
+        denoiser = flow.denoiser if self._scores else None
         for part, text in zip(x.chunk(parts), texts, strict=True):
-            part = part.detach().requires_grad_(flow.denoiser is not None)
+            part = part.detach().requires_grad_(denoiser is not None)
             with self._autocast():
                 encoded = flow.encode(part, text)
                 nll = nll_of(encoded).mean()
@@ -263,10 +263,10 @@ class Trainer:
             total += value / parts
             gradient = self._flow_backward(loss, self._penalty(encoded) / parts, part)
             flow.track(encoded, TRACK_RATE)
-            if flow.denoiser is not None and gradient is not None:
+            if denoiser is not None and gradient is not None:
                 target = score_target(gradient * parts, train.noise_std)
                 with self._autocast():
-                    prediction = flow.denoiser(part.detach(), text if flow.config.conditional_denoiser else None)
+                    prediction = denoiser(part.detach(), text if flow.config.conditional_denoiser else None)
                     denoiser_loss = F.mse_loss(prediction.float(), target)
                 (denoiser_loss / parts).backward()
                 denoiser_total += float(denoiser_loss.detach()) / parts
@@ -291,6 +291,11 @@ class Trainer:
         gradient = x.grad.clone()
         penalty.backward()
         return gradient
+
+    @property
+    def _scores(self) -> bool:
+        """Whether the denoiser learns in this step."""
+        return self.flow.denoiser is not None and self.step % self.config.train.denoiser_every == 0
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
@@ -348,8 +353,8 @@ def train(
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
     batches = Batches(config, dataset if dataset is not None else make_dataset(config), codec)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+    with replacing(folder / "config.yaml", "config") as temporary:
+        temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
     recipe = config.train
     speed = _Speed(recipe.batch_size)
     with (
