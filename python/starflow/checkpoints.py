@@ -7,6 +7,7 @@ so a run that is killed at any moment leaves the previous one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -101,8 +102,8 @@ def save_model(
 def write_model(path: str | Path, state: Mapping[str, Tensor], config: RunConfig, about: Mapping[str, str]) -> None:
     """Writes the state dict of a flow with its configuration (see `save_model`)."""
     path = Path(path)
-    with _replacing(path) as temporary:
-        _write(temporary, state, {**about, "config": json.dumps(to_mapping(config))})
+    with replacing(path) as temporary:
+        _write(temporary, state, {**about, **_fingerprints(config), "config": json.dumps(to_mapping(config))})
 
 
 def read_header(path: str | Path) -> Header:
@@ -156,7 +157,14 @@ def load_model(path: str | Path) -> Loaded:
             (all of them listed).
         ValueError: codec or text encoder cannot be made, such as local weights that are not there.
     """
+    about = read_header(path).about
     flow, config = load_flow(path)
+    for part, found in _fingerprints(config).items():
+        if about.get(part, found) != found:
+            raise CheckpointError(
+                f"checkpoint {path}: config.json of the {part.removesuffix('_sha256')} in its folder is another than "
+                "the one that the model was trained with, expected the same autoencoder and text encoder"
+            )
     return Loaded(flow, config, make_codec(config.codec), make_text_encoder(config.text) if config.text else None)
 
 
@@ -179,6 +187,19 @@ def _header(path: Path, metadata: Mapping[str, str]) -> Header:
     return Header(config, {key: value for key, value in metadata.items() if key not in ("config", "crc32", "format")})
 
 
+def _fingerprints(config: RunConfig) -> dict[str, str]:
+    """What identifies the local weights that a model depends on: the options beside them, statistics included."""
+    found = {}
+    for part, options in (("codec", config.codec), ("text", config.text)):
+        file = Path(options.get("folder", "")) / "config.json"
+        if "folder" in options and file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            # Names with an underscore say which program wrote the file, and from where.
+            kept = {key: value for key, value in content.items() if not key.startswith("_")}
+            found[f"{part}_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return found
+
+
 # -- training states --------------------------------------------------------------------------------------------------
 
 
@@ -199,7 +220,7 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor], about: Ma
     """
     parent = folder / "checkpoints"
     target = parent / f"step-{step:08d}"
-    with _replacing(target) as temporary:
+    with replacing(target) as temporary:
         temporary.mkdir()
         _write(temporary / STATE, tensors, {"state": json.dumps(about)})
     for old in _states(folder)[:-KEPT_STATES]:
@@ -284,10 +305,17 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
+def replacing(target: Path, what: str = "checkpoint") -> Iterator[Path]:
     """A temporary path beside `target` that takes its place when the block ends well and is removed when it does not.
 
     Everything is on the disk before the name changes, and the new name is on the disk before this returns.
+
+    Args:
+        target: file or folder.
+        what: it is called in the error.
+
+    Raises:
+        CheckpointError: something cannot be written; `target` is left as it was.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -304,7 +332,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(
-            f"checkpoint {target} cannot be written: {reason}; what was there before is left as it was"
+            f"{what} {target} cannot be written: {reason}; what was there before is left as it was"
         ) from None
     finally:
         _remove(temporary)

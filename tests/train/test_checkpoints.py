@@ -180,3 +180,21 @@ def test_bfloat16_and_scalars_come_back(tmp_path: Path) -> None:
     for name, tensor in tensors.items():
         assert back[name].dtype == tensor.dtype
         assert torch.equal(back[name], tensor)
+
+
+def test_another_autoencoder_than_the_trained_one_is_refused(tiny, tmp_path: Path, monkeypatch) -> None:
+    from starflow import checkpoints
+
+    torch.manual_seed(0)
+    config = tiny()
+    codec, text = make_parts(config)
+    monkeypatch.setattr(codec, "to_config", lambda: {"kind": "dct", "folder": str(tmp_path)})
+    monkeypatch.setattr(checkpoints, "make_codec", lambda options: codec)
+    statistics = tmp_path / "config.json"
+    statistics.write_text('{"mean": [1.0], "_version": "1"}')
+    save_model(tmp_path / "model.safetensors", Flow(config.flow), config, codec, text)
+    statistics.write_text('{"_version": "2", "mean": [1.0]}')
+    load_model(tmp_path)
+    statistics.write_text('{"mean": [1.5], "_version": "2"}')
+    with pytest.raises(CheckpointError, match=r"config.json of the codec in its folder is another than the one"):
+        load_model(tmp_path)

@@ -175,7 +175,7 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
         (f"{flow}\ntrain: {{noise_std: -1}}", "train.noise_std is -1.0, expected a number >= 0"),
         (f"{flow}\ntrain: {{grad_clip: 0, grad_skip: 1}}", "train.grad_clip is 0.0, expected > 0 together with"),
         (f"{flow}\ndata: {{caption_fps: true}}", "data.fps is None, expected a number with data.caption_fps"),
-        ("train: {}", "lacks a required option"),
+        ("train: {}", "config lacks flow"),
         ("[1]", "is 'list', expected a mapping of options"),
         ("a: [", "is not yaml"),
     ):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from starflow.batches import Batch, Batches, Features
 from starflow.checkpoints import CheckpointError, latest_state, load_model
 from starflow.config import ConfigError, RunConfig
-from starflow.data import Clip, MovingDigits
+from starflow.data import Clip, MovingDigits, write_video
 from starflow.flow import Flow
 from starflow.schedule import cosine_lr
 from starflow.text import ClassEncoder
@@ -367,6 +367,22 @@ def test_samples_while_training_change_nothing(tiny, tmp_path: Path) -> None:
         "step-00000002.png",
     ]
     assert list((tmp_path / "shown" / "log").iterdir())
+
+
+def test_a_folder_of_videos_trains(tiny, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split, files in (("train", 2), ("test", 1)):
+        (tmp_path / "videos" / split).mkdir(parents=True)
+        for index in range(files):
+            frames = torch.randint(0, 256, (6, 24, 32, 3), generator=generator, dtype=torch.uint8)
+            write_video(tmp_path / "videos" / split / f"{index}.mp4", frames, 8.0)
+            (tmp_path / "videos" / split / f"{index}.txt").write_text("a three moving up")
+    config = tiny(data={"kind": "folder", "path": str(tmp_path / "videos")}, steps=2)
+    assert [len(make_dataset(config, split)) for split in ("train", "test")] == [2, 1]
+    assert make_dataset(config).item(0).pixels.shape == (4, 1, 16, 16)
+    losses: list[float] = []
+    train(config, tmp_path / "run", quiet=True, on_step=lambda done: losses.append(done.loss))
+    assert all(math.isfinite(loss) for loss in losses)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
