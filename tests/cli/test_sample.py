@@ -1,0 +1,271 @@
+"""The sampling pipeline: what depends on what, given beginnings, options and their errors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow import Chunks, Sequential, Window
+from starflow.config import RunConfig, TrainConfig
+from starflow.data import enlarge, to_frames, to_pixels, write_video
+from starflow.sample import Pipeline, parse_solver, solver_text
+from starflow.solver import NotFiniteError
+
+PROMPT = "a three moving up"
+# As in conftest.
+FRAMES, SIZE = 4, 16
+
+Configure = Callable[..., RunConfig]
+Build = Callable[[RunConfig], Pipeline]
+
+
+@pytest.mark.parametrize(
+    "text, schedule",
+    [
+        ("sequential", Sequential()),
+        ("chunks", Chunks()),
+        ("chunks:8", Chunks(block=8)),
+        ("chunks:8:1e-5", Chunks(block=8, threshold=1e-5)),
+        ("window", Window()),
+        ("window:auto:0.1", Window(tolerance=0.1)),
+        ("window:16", Window(size=16)),
+        ("window:16:0", Window(size=16, tolerance=0.0)),
+    ],
+)
+def test_solver_text(text: str, schedule: object) -> None:
+    assert parse_solver(text) == schedule
+    assert parse_solver(solver_text(parse_solver(text))) == schedule
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("windows", "solver is 'windows', expected \"sequential\""),
+        ("sequential:3", "solver is 'sequential:3', expected"),
+        ("window:x", "an integer, then a number"),
+        ("window:8:0.1:2", "solver is 'window:8:0.1:2'"),
+        ("window:8:nan", "a number >= 0"),
+        ("window:8:-1", "a number >= 0"),
+        ("window:0", "window size is 0"),
+        ("chunks:0", "block is 0"),
+    ],
+)
+def test_wrong_solver_text(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match="solver") as caught:
+        parse_solver(text)
+    assert message in str(caught.value)
+
+
+def test_certificate_of_chunks_is_refused() -> None:
+    with pytest.raises(ValueError, match='expected "window" or "sequential"'):
+        parse_solver("chunks", certificate=True)
+
+
+def test_same_seed_same_bits(pipeline: Pipeline) -> None:
+    first, second = (pipeline.sample([PROMPT, ""], seed=3, guidance=1.0) for _ in range(2))
+    assert torch.equal(first.pixels, second.pixels)
+    assert not torch.equal(first.pixels, pipeline.sample([PROMPT, ""], seed=5, guidance=1.0).pixels)
+
+
+def test_a_clip_does_not_depend_on_its_batch(pipeline: Pipeline) -> None:
+    prompts = [PROMPT, "an eight standing still", ""]
+    together = pipeline.sample(prompts, seed=7, guidance=1.0, solver="window")
+    assert together.seeds == (7, 8, 9)
+    for row, prompt in enumerate(prompts):
+        alone = pipeline.sample(prompt, seed=7 + row, guidance=1.0, solver="window")
+        assert alone.report.solver == together.report.solver
+        torch.testing.assert_close(alone.pixels[0], together.pixels[row], atol=1e-3, rtol=0)
+
+
+def test_seeds_one_by_one(pipeline: Pipeline) -> None:
+    swapped = pipeline.sample(["", ""], seeds=[4, 3])
+    plain = pipeline.sample(["", ""], seed=3)
+    torch.testing.assert_close(swapped.pixels, plain.pixels.flip(0), atol=1e-3, rtol=0)
+
+
+def test_report(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT, solver="window:4", certificate=True, guidance=1.0)
+    report = sampled.report
+    assert sampled.pixels.shape == (1, FRAMES, 1, SIZE, SIZE)
+    assert float(sampled.pixels.abs().max()) <= 1.0
+    assert report.solver == "window:4:0.01"
+    assert report.window == 4
+    assert [block.block for block in report.blocks] == [2, 1, 0]
+    assert report.backward_error is not None
+    assert 0.0 <= report.backward_error < 0.1
+    assert report.to_mapping()["blocks"][0]["sweeps"] == report.sweeps > 0
+
+
+def test_sequential_certificate_is_rounding(pipeline: Pipeline) -> None:
+    exact = pipeline.sample(PROMPT, solver="sequential", certificate=True)
+    assert exact.report.solver == "sequential"
+    assert exact.report.backward_error is not None
+    assert exact.report.backward_error < 1e-4
+    torch.testing.assert_close(pipeline.sample(PROMPT, solver="sequential").pixels, exact.pixels, atol=1e-5, rtol=0)
+
+
+def test_noisy_latents_decode_the_noise(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT, solver="sequential")
+    z = pipeline.flow.encode(sampled.noisy, pipeline.condition([PROMPT])).z
+    expected = pipeline._noise([0], torch.empty(1, *sampled.noisy.shape[1:]), "sample")
+    torch.testing.assert_close(z, expected, atol=1e-3, rtol=0)
+
+
+def test_given_image_comes_back(pipeline: Pipeline) -> None:
+    picture = torch.rand(1, SIZE, SIZE) * 2 - 1
+    sampled = pipeline.sample([PROMPT, ""], image=picture)
+    assert sampled.given == 1
+    assert torch.equal(sampled.pixels[:, 0], picture.expand(2, -1, -1, -1))
+    free = pipeline.sample([PROMPT, ""])
+    assert not torch.allclose(free.pixels[:, 1], sampled.pixels[:, 1], atol=1e-3)
+
+
+def test_video_is_continued_from_its_end(pipeline: Pipeline, tmp_path: Path) -> None:
+    frames = to_frames(torch.rand(6, 1, SIZE, SIZE) * 2 - 1)
+    path = tmp_path / "start.mp4"
+    write_video(path, frames.expand(-1, -1, -1, 3).contiguous(), 8.0, lossless=True)
+    sampled = pipeline.sample(PROMPT, video=path, given=2)
+    assert sampled.given == 2
+    torch.testing.assert_close(sampled.pixels[0, :2], to_pixels(frames[-2:]), atol=2 / 255, rtol=0)
+    same = pipeline.sample(PROMPT, video=to_pixels(frames), given=2)
+    torch.testing.assert_close(same.pixels, sampled.pixels, atol=0.1, rtol=0)
+    assert pipeline.sample(PROMPT, video=path).given == FRAMES // 2
+
+
+def test_image_file_is_resized_and_cropped(pipeline: Pipeline, tmp_path: Path) -> None:
+    from PIL import Image
+
+    frames = to_frames(torch.rand(1, 1, SIZE, SIZE) * 2 - 1)
+    path = tmp_path / "first.png"
+    Image.fromarray(enlarge(frames, 3)[0, :, :, 0].numpy()).save(path)
+    sampled = pipeline.sample(PROMPT, image=path)
+    assert sampled.pixels.shape[-2:] == (SIZE, SIZE)
+    assert float((sampled.pixels[0, 0] - to_pixels(frames)[0]).abs().mean()) < 0.2
+
+
+def test_denoisers(pipeline: Pipeline) -> None:
+    noisy = pipeline.sample(PROMPT, denoise=False)
+    assert noisy.report.denoised == "none"
+    assert torch.equal(noisy.noisy, noisy.latents)
+    learned, score = pipeline.sample(PROMPT), pipeline.sample(PROMPT, denoise="score")
+    assert (learned.report.denoised, score.report.denoised) == ("learned", "score")
+    assert torch.equal(learned.noisy, score.noisy)
+    assert not torch.equal(learned.latents, score.latents)
+
+
+def test_a_flow_without_denoiser_takes_its_own_score(configure: Configure, build: Build) -> None:
+    plain = build(configure(learnable_self_denoiser=False, conditional_denoiser=False))
+    assert plain.sample(PROMPT).report.denoised == "score"
+    with pytest.raises(ValueError, match="no learned denoiser"):
+        plain.sample(PROMPT, denoise="learned")
+
+
+def test_sampling_leaves_the_flow_trainable(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT)
+    x = sampled.noisy.clone().requires_grad_()
+    pipeline.flow.nll(x, pipeline.condition([PROMPT])).sum().backward()
+    assert x.grad is not None
+
+
+def test_size_and_length_are_free(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT, frames=FRAMES + 2, height=20, width=12)
+    assert sampled.pixels.shape == (1, FRAMES + 2, 1, 20, 12)
+    assert pipeline.sample(PROMPT, frames=1).pixels.shape == (1, 1, 1, SIZE, SIZE)
+
+
+def test_frames_do_not_depend_on_the_length(pipeline: Pipeline) -> None:
+    short, long = (pipeline.sample(PROMPT, frames=frames, denoise=False) for frames in (2, 4))
+    torch.testing.assert_close(short.noisy, long.noisy[:, :2], atol=0.05, rtol=0)
+
+
+def test_captions_are_those_of_training(configure: Configure) -> None:
+    config = configure()
+    told = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, caption_fps=True, fps=12.0),
+        train=TrainConfig(noise_std=0.5, cond_noise_level=True),
+    )
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.config = told
+    assert pipeline.caption("waves") == "Noise Level 500:\nA video with 12 fps:\nwaves\n"
+    assert pipeline.caption("", fps=8.0) == "Noise Level 500:\nA video with 8 fps:\n\n"
+    assert pipeline.caption("waves", image=True) == "Noise Level 500:\nAn image:\nwaves\n"
+    pipeline.config = config
+    assert pipeline.caption("waves") == "waves"
+
+
+def test_unconditional_flow(configure: Configure, build: Build) -> None:
+    plain = build(configure(txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False, top_order="raster"))
+    assert plain.sample("").pixels.shape[1] == FRAMES
+    with pytest.raises(ValueError, match='prompt is "waves", expected ""'):
+        plain.sample("waves")
+    with pytest.raises(ValueError, match="guidance is 2, expected 0"):
+        plain.sample("", guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frames": 0}, "frames is 0, expected at least 1"),
+        ({"height": 18}, "height is 18, expected a positive multiple of 4"),
+        ({"seed": -1}, "seed is -1, expected an integer >= 0"),
+        ({"seeds": [1, 2]}, "seeds has 2 entries, expected 1"),
+        ({"guidance": -1.0}, "weight is -1.0, expected a finite number >= 0"),
+        ({"given": 2}, "given is 2, expected None without a video"),
+        ({"image": torch.zeros(1, 8, 8)}, r"image has shape .* expected 1 clips"),
+        ({"image": "nowhere.png"}, "image is 'nowhere.png', which does not exist"),
+        ({"video": "nowhere.mp4"}, "video is 'nowhere.mp4', which does not exist"),
+        ({"video": torch.zeros(3, 1, 16, 16), "given": 4}, "given is 4, expected at most the 3 frames of video"),
+        ({"video": torch.zeros(4, 1, 16, 16), "given": 4}, "frames is 4, expected more than the 4 frames"),
+        ({"image": torch.zeros(1, 16, 16), "video": torch.zeros(2, 1, 16, 16)}, "both given"),
+        ({"image": torch.full((1, 16, 16), float("nan"))}, "not finite"),
+        ({"denoise": "magic"}, "denoise is 'magic'"),
+    ],
+)
+def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.sample(PROMPT, **options)  # type: ignore[arg-type]
+
+
+def test_wrong_prompts(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match='prompt: WordEncoder: "cat" in "a cat" is not a known word'):
+        pipeline.sample("a cat")
+    with pytest.raises(ValueError, match="4 known words, expected at most 3"):
+        pipeline.sample("three up left up")
+    with pytest.raises(ValueError, match="prompts is empty"):
+        pipeline.sample([])
+
+
+def test_a_beginning_needs_a_causal_flow(configure: Configure, build: Build) -> None:
+    clip = build(
+        configure(temporal_causal=0, shallow_block_local=False, top_order="raster", learnable_self_denoiser=True)
+    )
+    with pytest.raises(ValueError, match="runs forward in time"):
+        clip.sample(PROMPT, image=torch.zeros(1, SIZE, SIZE))
+
+
+def test_codec_that_cannot_hold_the_given_frames(configure: Configure, build: Build) -> None:
+    config = configure(in_channels=32)
+    pair = build(dataclasses.replace(config, codec={"kind": "haar", "patch": 4, "temporal": 2, "channels": 1}))
+    with pytest.raises(ValueError, match="image gives 1 frames, which the codec cannot hold"):
+        pair.sample(PROMPT, image=torch.zeros(1, SIZE, SIZE))
+    with pytest.raises(ValueError, match="frames is 3, expected a positive multiple of 2"):
+        pair.sample(PROMPT, frames=3)
+    assert pair.sample(PROMPT, video=torch.zeros(3, 1, SIZE, SIZE), frames=6).given == 2
+
+
+def test_weights_that_are_not_finite(configure: Configure, build: Build) -> None:
+    broken = build(configure())
+    with torch.no_grad():
+        next(broken.flow.blocks[-1].parameters()).fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="not finite"):
+        broken.sample(PROMPT)
+
+
+def test_parts_that_do_not_fit(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="text is None, expected a text encoder"):
+        Pipeline(pipeline.flow, pipeline.config, pipeline.codec, None)
