@@ -34,19 +34,19 @@ uint64_t saved_states(bool osxsave) {
     uint32_t low = 0;
     uint32_t high = 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (static_cast<uint64_t>(high) << 32) | low;
+    return (static_cast<uint64_t>(high) << 32U) | low;
 }
 
-bool bit(uint32_t word, int index) { return ((word >> index) & 1U) != 0; }
+bool bit(uint32_t word, unsigned index) { return ((word >> index) & 1U) != 0; }
 
 Machine look() {
     const Registers one = cpuid(1, 0);
     const Registers seven = cpuid(7, 0);
     const Registers seven_one = cpuid(7, 1);
     const uint64_t states = saved_states(bit(one.ecx, 27));
-    const bool avx_state = (states & 0x6) == 0x6;
-    const bool avx512_state = (states & 0xe6) == 0xe6;
-    const bool amx_state = (states & 0x60000) == 0x60000;
+    const bool avx_state = (states & 0x6U) == 0x6U;
+    const bool avx512_state = (states & 0xe6U) == 0xe6U;
+    const bool amx_state = (states & 0x60000U) == 0x60000U;
 
     Machine machine;
     const auto add = [&machine](const char* name, bool cpu, bool state) {
@@ -70,10 +70,10 @@ Machine look() {
     const std::string fma = add("fma", bit(one.ecx, 12), avx_state);
     const std::string f16c = add("f16c", bit(one.ecx, 29), avx_state);
     level(Isa::avx2, {avx2, fma, f16c});
-    level(Isa::avx512, {avx2, fma, f16c, add("avx512f", bit(seven.ebx, 16), avx512_state),
-                        add("avx512bw", bit(seven.ebx, 30), avx512_state),
-                        add("avx512vl", bit(seven.ebx, 31), avx512_state),
-                        add("avx512dq", bit(seven.ebx, 17), avx512_state)});
+    level(Isa::avx512,
+          {avx2, fma, f16c, add("avx512f", bit(seven.ebx, 16), avx512_state),
+           add("avx512bw", bit(seven.ebx, 30), avx512_state), add("avx512vl", bit(seven.ebx, 31), avx512_state),
+           add("avx512dq", bit(seven.ebx, 17), avx512_state)});
     add("avx512_bf16", bit(seven_one.eax, 5), avx512_state);
     add("amx_tile", bit(seven.edx, 24), amx_state);
     add("amx_bf16", bit(seven.edx, 22), amx_state);
@@ -104,8 +104,8 @@ Isa parse(const std::string& name, const char* source) {
         if (name != isa_names[level]) continue;
         const std::string& reason = machine().missing[level];
         if (!reason.empty()) {
-            throw std::runtime_error(std::string(source) + " is \"" + name + "\", expected a level of this machine: " +
-                                     reason);
+            throw std::runtime_error(std::string(source) + " is \"" + name +
+                                     "\", expected a level of this machine: " + reason);
         }
         return static_cast<Isa>(level);
     }

@@ -9,13 +9,12 @@ namespace starflow::cpu {
 
 void prefer_large_pages([[maybe_unused]] const Tensor& result) {
 #ifdef __linux__
-    const auto bytes = result.numel() * static_cast<int64_t>(result.element_size());
-    if (bytes < large_bytes || !result.is_cpu()) return;
+    const auto bytes = static_cast<uintptr_t>(result.numel()) * result.element_size();
+    if (!result.is_cpu() || bytes < large_bytes) return;
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t start = reinterpret_cast<uintptr_t>(result.data_ptr());
-    const uintptr_t first = (start + page - 1) / page * page;
-    const uintptr_t last = (start + static_cast<uintptr_t>(bytes)) / page * page;
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+    char* start = static_cast<char*>(result.data_ptr());
+    const uintptr_t skipped = (page - reinterpret_cast<uintptr_t>(start) % page) % page;
+    madvise(start + skipped, (bytes - skipped) / page * page, MADV_HUGEPAGE);
 #endif
 }
 

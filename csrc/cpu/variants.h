@@ -1,8 +1,8 @@
 // An op's kernels by ISA level. Kernel files include this through their op's header: no torch, no std.
 #pragma once
 
-// STARFLOW_DECLARE_VARIANTS(Kernels, op), in namespace starflow: one constant named `op` in each level's namespace, which
-// <op>_cpu.cpp defines. STARFLOW_VARIANTS(op): their table, in rising order.
+// STARFLOW_DECLARE_VARIANTS(Kernels, op), in namespace starflow: one constant named `op` in each level's namespace,
+// which <op>_cpu.cpp defines. STARFLOW_VARIANTS(op): their table, in rising order.
 #if STARFLOW_X86
 #define STARFLOW_DECLARE_VARIANTS(Kernels, op) \
     namespace scalar {                         \

@@ -1,8 +1,8 @@
 // Vec<float>: one register of floats of the ISA that a kernel file is compiled for; Vec<double>: one double, for
 // references and gradient checks, where speed does not matter.
 //
-// Everything here is local to the including file (unnamed namespace): an inline function with external linkage, compiled
-// with AVX-512 flags, could be the copy that the linker keeps for every machine. So no std headers either.
+// Everything here is local to the including file (unnamed namespace): an inline function with external linkage,
+// compiled with AVX-512 flags, could be the copy that the linker keeps for every machine. So no std headers either.
 #pragma once
 #include <cstdint>
 

@@ -76,8 +76,8 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(_mm2
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_sub_ps(a.v, b.v)); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_mul_ps(a.v, b.v)); }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256_div_ps(a.v, b.v)); }
-// 1 / a for normal a with a normal inverse, within 3 units of 2^-24: 12 bits of the instruction, doubled by a Newton step;
-// a third of a division's time.
+// 1 / a for normal a with a normal inverse, within 3 units of 2^-24: 12 bits of the instruction, doubled by a Newton
+// step; a third of a division's time.
 inline Vec<float> reciprocal(Vec<float> a) {
     const __m256 r = _mm256_rcp_ps(a.v);
     return Vec<float>(_mm256_fmadd_ps(r, _mm256_fnmadd_ps(a.v, r, _mm256_set1_ps(1.0F)), r));
@@ -97,8 +97,7 @@ inline Vec<float> keep(Vec<float> a, FirstLanes n, float rest) {
     return Vec<float>(_mm256_blendv_ps(_mm256_set1_ps(rest), a.v, _mm256_castsi256_ps(first_lanes(n))));
 }
 inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {
-    return Vec<float>(
-        _mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v))));
+    return Vec<float>(_mm256_castsi256_ps(_mm256_max_epi32(_mm256_castps_si256(a.v), _mm256_castps_si256(b.v))));
 }
 inline float sum(Vec<float> a) {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));

@@ -67,8 +67,8 @@ inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(_mm5
 inline Vec<float> operator-(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_sub_ps(a.v, b.v)); }
 inline Vec<float> operator*(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_mul_ps(a.v, b.v)); }
 inline Vec<float> operator/(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512_div_ps(a.v, b.v)); }
-// 1 / a for normal a with a normal inverse, within 2 units of 2^-24: 14 bits of the instruction, doubled by a Newton step;
-// a third of a division's time.
+// 1 / a for normal a with a normal inverse, within 2 units of 2^-24: 14 bits of the instruction, doubled by a Newton
+// step; a third of a division's time.
 inline Vec<float> reciprocal(Vec<float> a) {
     const __m512 r = _mm512_rcp14_ps(a.v);
     return Vec<float>(_mm512_fmadd_ps(r, _mm512_fnmadd_ps(a.v, r, _mm512_set1_ps(1.0F)), r));
@@ -88,8 +88,7 @@ inline Vec<float> keep(Vec<float> a, FirstLanes n, float rest) {
     return Vec<float>(_mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(rest), a.v));
 }
 inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {
-    return Vec<float>(
-        _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
+    return Vec<float>(_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
 }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
 inline float largest_magnitude(Vec<float> a) {

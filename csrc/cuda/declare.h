@@ -1,5 +1,5 @@
-// STARFLOW_DECLARE_CUDA(Args, name): the launcher that <op>.cu defines; null in a build without CUDA. It enqueues on the
-// stream and returns the runtime's error code.
+// STARFLOW_DECLARE_CUDA(Args, name): the launcher that <op>.cu defines; null in a build without CUDA. It enqueues on
+// the stream and returns the runtime's error code.
 #pragma once
 
 #if STARFLOW_CUDA

@@ -14,7 +14,9 @@ __device__ inline float widen(Float16 value) { return __half2float(__ushort_as_h
 
 __device__ inline void narrow(float value, float& out) { out = value; }
 __device__ inline void narrow(double value, double& out) { out = value; }
-__device__ inline void narrow(float value, BFloat16& out) { out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value)); }
+__device__ inline void narrow(float value, BFloat16& out) {
+    out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(value));
+}
 __device__ inline void narrow(float value, Float16& out) { out.bits = __half_as_ushort(__float2half_rn(value)); }
 
 // `width` neighbours as one access; the address is a multiple of its size.

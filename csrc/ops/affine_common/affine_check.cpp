@@ -108,8 +108,7 @@ void check_log_det(const char* op, const Tensor& grad_log_det, const Tensor& dat
     expected.pop_back();
     require(
         grad_log_det.scalar_type() == arithmetic_type(shape.data), op, "grad_log_det has dtype",
-        [&] { return dtype_text(grad_log_det); },
-        [&] { return shape.data == Dtype::float64 ? "float64" : "float32"; });
+        [&] { return dtype_text(grad_log_det); }, [&] { return shape.data == Dtype::float64 ? "float64" : "float32"; });
     require(
         shape_of(grad_log_det) == expected, op, "grad_log_det has shape",
         [&] { return shape_text(shape_of(grad_log_det)); }, [&] { return shape_text(expected); });

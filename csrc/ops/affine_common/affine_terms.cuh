@@ -1,5 +1,5 @@
-// raw to shift and scale, and back through the derivative, on the device: what the CUDA kernels of the affine ops share.
-// One warp walks along the channels of a row.
+// raw to shift and scale, and back through the derivative, on the device: what the CUDA kernels of the affine ops
+// share. One warp walks along the channels of a row.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -118,8 +118,8 @@ inline int launch_affine(const AffineShape& shape, const AllAligned& all_aligned
     const auto blocks = static_cast<unsigned>((rows * warp_size + threads - 1) / threads);
     visit_data_and_raw(shape.data, shape.raw, [&](auto data, auto raw) {
         constexpr int width = 16 / sizeof(typename decltype(data)::type);
-        if (shape.channels % width == 0 && all_aligned(width, sizeof(typename decltype(data)::type),
-                                                       sizeof(typename decltype(raw)::type))) {
+        if (shape.channels % width == 0 &&
+            all_aligned(width, sizeof(typename decltype(data)::type), sizeof(typename decltype(raw)::type))) {
             launch(data, raw, Constant<width>{}, blocks, threads);
         } else {
             launch(data, raw, Constant<1>{}, blocks, threads);

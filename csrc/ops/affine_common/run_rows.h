@@ -43,8 +43,8 @@ void run_rows(const char* op, const char* name, const Tensor& data, const Affine
 }  // namespace starflow
 
 // The same entry serves both devices: STARFLOW_IMPLEMENT(m) { m.impl(...); }
-#define STARFLOW_IMPLEMENT(m)                                           \
-    static void implement(torch::stable::detail::StableLibrary& m);     \
-    STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { implement(m); }   \
-    STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CUDA, m) { implement(m); }  \
+#define STARFLOW_IMPLEMENT(m)                                          \
+    static void implement(torch::stable::detail::StableLibrary& m);    \
+    STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { implement(m); }  \
+    STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CUDA, m) { implement(m); } \
     static void implement(torch::stable::detail::StableLibrary& m)

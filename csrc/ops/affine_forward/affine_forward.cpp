@@ -12,8 +12,8 @@ constexpr const char* backward_op = "affine_forward_backward";
 
 const cpu::Variants<AffineForwardKernels> variants{STARFLOW_VARIANTS(affine_forward)};
 
-std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, std::string activation, double soft_clip,
-                                          bool shifted) {
+std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, const std::string& activation, double soft_clip,
+                                       bool shifted) {
     check_data(op, "x", x, false);
     const AffineShape shape = check_raw(op, "x", x, raw, activation, soft_clip, shifted);
     x = with_rows(x);
@@ -21,14 +21,13 @@ std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, std::string activat
     const std::vector<int64_t> sizes = shape_of(x);
     const Tensor z = new_result(x);
     const Tensor log_det = empty_like_shape(x, {sizes.begin(), sizes.end() - 1}, arithmetic_type(shape.data));
-    const AffineForwardArgs args{shape,      rows_of(x),         rows_of(raw),
-                                 rows_of(z), log_det.data_ptr(), worth_streaming(z)};
+    const AffineForwardArgs args{shape, rows_of(x), rows_of(raw), rows_of(z), log_det.data_ptr(), worth_streaming(z)};
     run_rows(op, "x", x, shape, args, variants.pick().forward, affine_forward_cuda);
     return {z, log_det};
 }
 
 std::tuple<Tensor, Tensor> run_backward(Tensor grad_z, Tensor grad_log_det, Tensor x, Tensor raw,
-                                                   std::string activation, double soft_clip, bool shifted) {
+                                        const std::string& activation, double soft_clip, bool shifted) {
     check_data(backward_op, "x", x, false);
     const AffineShape shape = check_raw(backward_op, "x", x, raw, activation, soft_clip, shifted);
     check_like(backward_op, "grad_z", grad_z, "x", x);

@@ -93,11 +93,10 @@ int affine_forward_cuda(const AffineForwardArgs& args, void* stream) {
         return aligned(args.x, width, data_size) && aligned(args.z, width, data_size) &&
                aligned(args.raw, width, raw_size);
     };
-    return launch_affine(args.shape, all_aligned,
-                         [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-                             forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-                                 <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-                         });
+    return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
+        forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
+            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
 }
 
 int affine_forward_backward_cuda(const AffineForwardBackwardArgs& args, void* stream) {
@@ -106,11 +105,10 @@ int affine_forward_backward_cuda(const AffineForwardBackwardArgs& args, void* st
                aligned(args.grad_x, width, data_size) && aligned(args.raw, width, raw_size) &&
                aligned(args.grad_raw, width, raw_size);
     };
-    return launch_affine(args.shape, all_aligned,
-                         [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-                             backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-                                 <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-                         });
+    return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
+        backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
+            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
 }
 
 }  // namespace starflow

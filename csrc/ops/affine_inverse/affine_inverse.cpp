@@ -12,7 +12,7 @@ constexpr const char* backward_op = "affine_inverse_backward";
 
 const cpu::Variants<AffineInverseKernels> variants{STARFLOW_VARIANTS(affine_inverse)};
 
-Tensor run_forward(Tensor z, Tensor raw, std::string activation, double soft_clip, bool shifted) {
+Tensor run_forward(Tensor z, Tensor raw, const std::string& activation, double soft_clip, bool shifted) {
     check_data(op, "z", z, false);
     const AffineShape shape = check_raw(op, "z", z, raw, activation, soft_clip, shifted);
     z = with_rows(z);
@@ -23,8 +23,8 @@ Tensor run_forward(Tensor z, Tensor raw, std::string activation, double soft_cli
     return x;
 }
 
-std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, std::string activation, double soft_clip,
-                                        bool shifted) {
+std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, const std::string& activation,
+                                        double soft_clip, bool shifted) {
     check_data(backward_op, "z", z, false);
     const AffineShape shape = check_raw(backward_op, "z", z, raw, activation, soft_clip, shifted);
     check_like(backward_op, "grad_x", grad_x, "z", z);
@@ -33,8 +33,12 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, std
     grad_x = with_rows(grad_x);
     const Tensor grad_z = new_result(z);
     const Tensor grad_raw = new_result(raw);
-    const AffineInverseBackwardArgs args{shape,           rows_of(z),        rows_of(raw),
-                                         rows_of(grad_x), rows_of(grad_z), rows_of(grad_raw),
+    const AffineInverseBackwardArgs args{shape,
+                                         rows_of(z),
+                                         rows_of(raw),
+                                         rows_of(grad_x),
+                                         rows_of(grad_z),
+                                         rows_of(grad_raw),
                                          worth_streaming(grad_z) && worth_streaming(grad_raw)};
     run_rows(backward_op, "z", z, shape, args, variants.pick().backward, affine_inverse_backward_cuda);
     return {grad_z, grad_raw};

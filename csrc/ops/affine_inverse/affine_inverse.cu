@@ -68,8 +68,7 @@ __global__ void backward_kernel(AffineInverseBackwardArgs args) {
         for (int i = 0; i < width; ++i) {
             const Scale<T>& scale = terms.scale[i];
             grad_shift[i] = gradient[i] * terms.shift_slope[i];
-            grad_log_half[i] =
-                gradient[i] * values[i] * scale.scale * scale.log_slope * terms.log_half_slope[i];
+            grad_log_half[i] = gradient[i] * values[i] * scale.scale * scale.log_slope * terms.log_half_slope[i];
             gradient[i] *= scale.scale;
         }
         store<width>(grad_z + c, gradient);
@@ -85,11 +84,10 @@ int affine_inverse_cuda(const AffineInverseArgs& args, void* stream) {
         return aligned(args.z, width, data_size) && aligned(args.x, width, data_size) &&
                aligned(args.raw, width, raw_size);
     };
-    return launch_affine(args.shape, all_aligned,
-                         [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-                             forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-                                 <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-                         });
+    return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
+        forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
+            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
 }
 
 int affine_inverse_backward_cuda(const AffineInverseBackwardArgs& args, void* stream) {
@@ -98,11 +96,10 @@ int affine_inverse_backward_cuda(const AffineInverseBackwardArgs& args, void* st
                aligned(args.grad_z, width, data_size) && aligned(args.raw, width, raw_size) &&
                aligned(args.grad_raw, width, raw_size);
     };
-    return launch_affine(args.shape, all_aligned,
-                         [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-                             backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-                                 <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-                         });
+    return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
+        backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
+            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
 }
 
 }  // namespace starflow

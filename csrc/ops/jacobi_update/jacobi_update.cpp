@@ -22,7 +22,7 @@ void check_no_overlap(const Tensor& x) {
     }
 }
 
-Tensor run_update(Tensor x, Tensor z, Tensor raw, std::string activation, double soft_clip, double guidance) {
+Tensor run_update(Tensor x, Tensor z, Tensor raw, const std::string& activation, double soft_clip, double guidance) {
     check_data(op, "x", x, true);
     check_like(op, "z", z, "x", x);
     require(

@@ -64,11 +64,10 @@ int jacobi_update_cuda(const JacobiUpdateArgs& args, void* stream) {
         return aligned(args.x, width, data_size) && aligned(args.z, width, data_size) &&
                aligned(args.raw, width, raw_size);
     };
-    return launch_affine(args.shape, all_aligned,
-                         [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-                             update_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-                                 <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-                         });
+    return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
+        update_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
+            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+    });
 }
 
 }  // namespace starflow
