@@ -1,0 +1,265 @@
+"""The command line: files, exit status, one sentence for what goes wrong, nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import starflow.data
+from starflow.cli import main, make_config
+from starflow.config import ConfigError
+from starflow.data import probe, read_video
+from starflow.sample import Pipeline
+
+PROMPT = "a three moving up"
+
+
+def run(*args: object) -> int:
+    """Exit status of a command line, also where argparse ends it."""
+    try:
+        return main([str(arg) for arg in args])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+
+
+def error(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was said on standard error: one line."""
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("starflow: error: ")]
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
+    return lines[0]
+
+
+def test_sample_writes_what_was_promised(
+    model: Path, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("sample", model, PROMPT, "--guidance", 1, "", "--seed", 4, "--certificate", "--out", out) == 0
+    stem = "000-a-three-moving-up-seed4"
+    names = {f"{name}.{kind}" for name in (stem, "001-seed5") for kind in ("mp4", "gif", "json")}
+    assert {path.name for path in out.iterdir()} == names | {"sheet.png"}
+    info = probe(out / f"{stem}.mp4", count=True)
+    assert (info.frames, info.fps, info.height, info.width) == (4, 8.0, 128, 128)
+    said = json.loads((out / f"{stem}.json").read_text())
+    assert said["prompt"] == PROMPT
+    assert said["seed"] == 4
+    assert said["solver"] == "window:8:0.01"
+    assert said["window"] == 8
+    assert said["sweeps"] > 0
+    assert said["evaluations_per_token"] > 0
+    assert said["backward_error"] < 0.1
+    assert said["seconds"] > 0
+    assert said["frames_per_second"] > 0
+    assert "backward error" in capsys.readouterr().out
+    picture = read_video(out / f"{stem}.mp4", channels=1)[0, 4::8, 4::8, 0].float()  # middles of the enlarged pixels
+    expected = pipeline.sample([PROMPT, ""], seed=4, guidance=1.0).pixels[0, 0, 0].add(1).mul(127.5)
+    assert float((picture - expected).abs().mean()) < 5
+
+
+def test_a_clip_made_again_alone(model: Path, tmp_path: Path) -> None:
+    assert run("sample", model, "--clips", 3, "--batch", 2, "--lossless", "--out", tmp_path / "three") == 0
+    assert run("sample", model, "--seed", 2, "--lossless", "--out", tmp_path / "one") == 0
+    one, three = (read_video(tmp_path / name).int() for name in ("one/000-seed2.mp4", "three/002-seed2.mp4"))
+    assert int((one - three).abs().max()) <= 1
+
+
+def test_score_as_table_and_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "clips"
+    assert run("sample", model, PROMPT, "--out", out) == 0
+    scores = tmp_path / "scores.json"
+    clip = next(out.glob("*.mp4"))
+    assert run("score", model, "--order-check", "--per-frame", "--json", scores, clip) == 0
+    said = capsys.readouterr().out
+    assert "in time order better than shuffled" in said
+    assert "less is better" in said
+    values = json.loads(scores.read_text())
+    assert len(values["clips"][0]["frames"]) == 4
+    assert values["noise_std"] == 0.1
+    assert run("score", model, clip, "--json", "-") == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["clips"][0]["bits_per_dim"] == values["clips"][0]["bits_per_dim"]
+
+
+def test_score_of_held_out_digits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("score", model, "--held-out", 2, "--json", "-") == 0
+    names = [clip["name"] for clip in json.loads(capsys.readouterr().out)["clips"]]
+    assert names == ["digits/test/0", "digits/test/1"]
+
+
+def test_info(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("info") == 0
+    said = capsys.readouterr().out
+    for fact in ("torch", "ffmpeg", "threads", "cache", "scalar: supported", "digits"):
+        assert fact in said
+    assert run("info", model.parent, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["data"]["frames"] == 4
+    assert set(facts["parameters"]) == {"block 0", "block 1", "block 2 (deep)", "denoiser", "all"}
+    assert run("info", model) == 0
+    assert "layers_per_block: [1, 1, 2]" in capsys.readouterr().out
+
+
+def test_train_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    args = ["--config", "tiny", "--out", folder, "--quiet", "--set", "train.batch_size=2"]
+    assert run("train", "--steps", 2, *args) == 0
+    assert f"sample {folder}" in capsys.readouterr().out
+    assert run("sample", folder, "--out", tmp_path / "out") == 0
+    assert run("train", "--steps", 2, "--no-resume", *args) == 1
+    assert "expected an empty folder" in error(capsys)
+
+
+def test_settings_reach_the_config() -> None:
+    config = make_config("digits", [(["train", "lr"], "1e-4"), (["codec", "patch"], 8), (["data", "fps"], 5)])
+    assert config.train.lr == 1e-4
+    assert config.codec["patch"] == 8
+    assert config.data.fps == 5.0
+    with pytest.raises(ConfigError, match=r"train\.stepz is not an option; did you mean 'steps'"):
+        make_config("digits", [(["train", "stepz"], 1)])
+    with pytest.raises(ConfigError, match=r"config\.nope is not an option"):
+        make_config("digits", [(["nope", "steps"], 1)])
+    with pytest.raises(ConfigError, match="lr is one option, expected a group"):
+        make_config("digits", [(["train", "lr", "x"], 1)])
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ([], "COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["sample"], "MODEL"),
+        (["sample", "m", "--guidence", "2"], "sample does not know --guidence 2; did you mean --guidance?"),
+        (["sample", "m", "--solver", "windows"], "argument --solver: solver is 'windows', expected"),
+        (["sample", "m", "--solver", "chunks", "--certificate"], "--certificate: solver is 'chunks', expected"),
+        (["sample", "m", "--size", "64"], "argument --size: '64' is given, expected HEIGHTxWIDTH"),
+        (["sample", "m", "--frames", "0"], "argument --frames: '0' is given, expected an integer >= 1"),
+        (["sample", "m", "--frames", "2.5"], "argument --frames: '2.5' is given, expected an integer >= 1"),
+        (["sample", "m", "--guidance", "nan"], "argument --guidance: 'nan' is given, expected a number >= 0"),
+        (["sample", "m", "--fps", "0"], "argument --fps: '0' is given, expected a number > 0"),
+        (["sample", "m", "--given", "2"], "--given is 2, expected --video together with it"),
+        (["sample", "m", "--image", "a", "--video", "b"], "argument --video: not allowed with argument --image"),
+        (["score", "m"], "expected either paths of videos or --held-out"),
+        (["score", "m", "a.mp4", "--held-out", "2"], "expected either paths of videos or --held-out"),
+        (["train", "--set", "train.steps"], "argument --set: 'train.steps' is given, expected KEY=VALUE"),
+        (["train", "--set", "train.steps=abc"], "config.train.steps is 'abc', expected an integer"),
+        (["train", "--config", "nope"], "expected a yaml file or one of"),
+        (["train", "--data", "nowhere"], "--data is 'nowhere', expected a folder of videos"),
+        (["convert", "digits", "in.pth", "out.pth"], "OUT is 'out.pth', expected a file that ends in .safetensors"),
+    ],
+)
+def test_wrong_command_lines(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*args) == 2
+    assert message in error(capsys)
+
+
+def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damaged = tmp_path / "cut.safetensors"
+    damaged.write_bytes(model.read_bytes()[:5000])
+    pickled = tmp_path / "pickle.safetensors"
+    torch.save({"weight": torch.ones(1)}, pickled)
+    out = tmp_path / "out"
+    for args, message in (
+        (["sample", tmp_path / "no"], "does not exist, expected a model file or the folder of a run"),
+        (["sample", damaged], "truncated, damaged or not safetensors"),
+        (["sample", pickled], "is a pickle, expected safetensors"),
+        (["info", pickled], "is a pickle, expected safetensors"),
+        (["sample", model, "a cat"], '"cat" in "a cat" is not a known word, expected words of the vocabulary'),
+        (["sample", model, "three up left up"], "4 known words, expected at most 3"),
+        (["sample", model, "--size", "18x16"], "height is 18, expected a positive multiple of 4"),
+        (["sample", model, "--image", tmp_path / "no.png"], "no.png', which does not exist"),
+        (["sample", model, "--image", damaged], "not an image"),
+        (["score", model, damaged], "cut.safetensors: not a video"),
+        (["convert", "digits", tmp_path / "no.pth", tmp_path / "m.safetensors"], "no.pth does not exist"),
+    ):
+        assert run(*args, *(["--out", out] if args[0] == "sample" else [])) == 1
+        assert message in error(capsys)
+        assert not out.exists()
+
+
+def test_debug_shows_the_traceback(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a known word"):
+        run("sample", model, "a cat", "--debug", "--out", tmp_path / "out")
+
+
+def test_a_full_disk_leaves_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(starflow.data, "write_gif", full)
+    out = tmp_path / "out"
+    assert run("sample", model, "--out", out) == 1
+    assert "No space left on device" in error(capsys)
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("kept")
+    assert run("sample", model, "--out", out) == 1
+    assert [path.name for path in out.iterdir()] == ["mine.txt"]
+
+
+def test_too_little_memory_is_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    monkeypatch.setattr(Pipeline, "sample", greedy)
+    assert run("sample", model, "--out", tmp_path / "out") == 1
+    assert "not enough memory" in error(capsys)
+
+
+def test_a_defect_is_not_hidden(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(Pipeline, "sample", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("sample", model, "--out", tmp_path / "out")
+
+
+def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "starflow", "sample", str(model), "--out", str(out), "--clips", "5000", "--batch"]
+    process = subprocess.Popen([*command, "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not list(out.glob("*.mp4")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "starflow: error: interrupted" in said
+    assert "Traceback" not in said
+    assert not out.exists()
+
+
+def test_threads_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        assert run("info", model, "--threads", 1) == 0
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(before))
+    assert run("info", model) == 0
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("command", ["", "train", "sample", "score", "convert", "info"])
+def test_help_is_a_manual(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*([command] if command else []), "--help") == 0
+    said = capsys.readouterr().out
+    assert "example" in said
+    assert "None" not in said

@@ -1,0 +1,109 @@
+"""Scores: what the bits are, and what they do not depend on."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow import noise
+from starflow.data import Clip, VideoError, to_frames, write_video
+from starflow.evaluate import noise_floor, read_clips, score
+from starflow.sample import Pipeline
+
+FRAMES, SIZE = 4, 16
+
+
+def clip(seed: int, frames: int = FRAMES, caption: str = "a three moving up") -> Clip:
+    generator = torch.Generator().manual_seed(seed)
+    return Clip(torch.rand(frames, 1, SIZE, SIZE, generator=generator) * 2 - 1, caption, f"clip{seed}")
+
+
+def test_bits_are_those_of_the_density(pipeline: Pipeline) -> None:
+    given = clip(0)
+    (got,) = score(pipeline, [given], seed=5)
+    latents = pipeline.codec.encode(given.pixels[None])
+    noisy = latents + pipeline.config.train.noise_std * noise.draw([5], *latents.shape[1:], purpose="train")
+    expected = -float(pipeline.flow.log_prob(noisy, pipeline.condition([given.caption])).detach())
+    dimensions = FRAMES * SIZE * SIZE
+    assert got.bits_per_dim == pytest.approx(expected / dimensions / math.log(2), rel=1e-5)
+    assert len(got.frames) == FRAMES
+    assert sum(got.frames) / FRAMES == pytest.approx(got.bits_per_dim)
+
+
+def test_frames_depend_on_the_past_alone(pipeline: Pipeline) -> None:
+    given = clip(1)
+    (whole,), (start,) = score(pipeline, [given]), score(pipeline, [Clip(given.pixels[:2], given.caption, "start")])
+    assert start.frames == pytest.approx(whole.frames[:2], abs=1e-4)
+
+
+def test_a_clip_does_not_depend_on_its_batch(pipeline: Pipeline) -> None:
+    clips = [clip(0), clip(1), clip(2, frames=2), clip(3)]
+    together = score(pipeline, clips, batch=8)
+    assert [item.name for item in together] == ["clip0", "clip1", "clip2", "clip3"]
+    for place, one in enumerate(clips):
+        (alone,) = score(pipeline, [one], seed=place, batch=1)
+        assert alone.frames == pytest.approx(together[place].frames, abs=1e-4)
+
+
+def test_order_check(pipeline: Pipeline) -> None:
+    given = clip(4)
+    still = Clip(given.pixels[:1].expand(FRAMES, -1, -1, -1), given.caption, "still")
+    moving, same = score(pipeline, [given, still], order_check=True)
+    assert moving.shuffled is not None
+    assert moving.shuffled != moving.bits_per_dim != moving.reversed
+    # A clip that stands still has no order: the noise stays with its frame number.
+    assert same.shuffled == same.reversed == same.bits_per_dim
+    (backwards,) = score(pipeline, [Clip(given.pixels.flip(0), given.caption, "backwards")])
+    assert moving.reversed == pytest.approx(backwards.bits_per_dim, abs=1e-5)
+
+
+def test_noise_floor_is_the_entropy_of_the_noise() -> None:
+    sigma = 0.1
+    draws = sigma * noise.draw([0], 1, 1, 256, 256)
+    density = -torch.distributions.Normal(0.0, sigma).log_prob(draws).mean() / math.log(2)
+    assert float(density) == pytest.approx(noise_floor(sigma), abs=0.02)
+    assert noise_floor(0.0) == -math.inf
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "clips is empty"),
+        ([clip(0, caption="a cat")], 'score: clip0: prompt: WordEncoder: "cat"'),
+        ([Clip(torch.zeros(FRAMES, 1, 18, SIZE), "", "tall")], "score: tall: .*multiple of 4"),
+        ([clip(0), Clip(torch.full((FRAMES, 1, SIZE, SIZE), math.nan), "", "broken")], "score: broken holds values"),
+    ],
+)
+def test_errors_name_the_clip(pipeline: Pipeline, given: list[Clip], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score(pipeline, given)
+
+
+def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path) -> None:
+    frames = to_frames(clip(0, frames=10).pixels)
+    path = tmp_path / "a.mp4"
+    write_video(path, frames, 8.0)
+    (tmp_path / "a.txt").write_text("a three moving up\n")
+    (tmp_path / "b.mp4").write_bytes(b"not a video")
+    (folder,) = read_clips(pipeline, [tmp_path])
+    assert folder.caption == "a three moving up"
+    first, last = read_clips(pipeline, [path], clips_per_file=2)
+    assert (first.name, last.name, first.caption) == ("a.mp4@0", "a.mp4@6", "")
+    (middle,) = read_clips(pipeline, [path], caption="an eight")
+    assert torch.equal(middle.pixels, folder.pixels)
+    assert middle.caption == "an eight"
+    assert read_clips(pipeline, [path], frames=10)[0].pixels.shape[0] == 10
+
+
+def test_files_that_cannot_be_scored(pipeline: Pipeline, tmp_path: Path) -> None:
+    short = tmp_path / "short.mp4"
+    write_video(short, to_frames(clip(0, frames=2).pixels), 8.0)
+    with pytest.raises(VideoError, match=r"short\.mp4: 2 frames at 8 frames per second, expected at least 4"):
+        read_clips(pipeline, [short])
+    with pytest.raises(VideoError, match=r"no\.mp4: no such file"):
+        read_clips(pipeline, [tmp_path / "no.mp4"])
+    with pytest.raises(VideoError, match=r"x\.png: an image is one frame"):
+        read_clips(pipeline, [tmp_path / "x.png"])
