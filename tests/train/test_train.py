@@ -106,7 +106,7 @@ def test_bits_per_dimension_are_those_of_the_density(tiny) -> None:
     trainer, batches = trainer_of(config)
     batch = batches.make(0)
     x, y = noisy(trainer, batch)
-    expected = -float(trainer.flow.log_prob(x, y).mean()) / math.log(2) / x[0].numel()
+    expected = -trainer.flow.log_prob(x, y).mean().item() / math.log(2) / x[0].numel()
     assert trainer.run(batch).bits_per_dim == pytest.approx(expected, abs=1e-5)
 
 
@@ -187,6 +187,18 @@ def test_training_learns(tiny, tmp_path: Path) -> None:
     assert all(math.isfinite(value) for pair in losses for value in pair)
 
 
+def test_a_denoiser_that_learns_less_often_leaves_the_flow_as_it_was(tiny) -> None:
+    flows = []
+    for every in (1, 2):
+        trainer, batches = trainer_of(tiny(denoiser_every=every))
+        done = [trainer.run(batches.make(step)) for step in range(4)]
+        assert [step.denoiser_loss is not None for step in done] == [step % every == 0 for step in range(4)]
+        flows.append(trainer.flow)
+    one, other = (flow.state_dict() for flow in flows)
+    differing = {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])}
+    assert differing == {"denoiser"}
+
+
 def test_large_gradients_are_skipped_after_a_hundred_steps(tiny) -> None:
     trainer, batches = trainer_of(tiny(grad_clip=0.01, grad_skip=1.0))
     trainer.step, trainer.updates = 99, 99
@@ -255,6 +267,8 @@ def test_image_steps_show_single_frames(tiny) -> None:
     assert batch.pixels.shape == (4, 1, 16, 16)
     assert batch.noise.shape == (4, 16, 4, 4)
     assert math.isfinite(trainer.run(batch).loss)
+    larger = trainer_of(tiny(image_prob=1.0, image_batch_size=6))[1].make(0)
+    assert (len(larger.pixels), len(larger.captions), len(larger.noise)) == (6, 6, 6)
 
 
 def test_class_labels_are_integers_with_none_negative(tiny) -> None:
