@@ -45,13 +45,14 @@ def _positional(spec: Spec, sample: Sample) -> tuple[Any, ...]:
 
 
 def _check(spec: Spec, call: Callable[..., Any], sample: Sample) -> None:
-    """Compare the first rows with float64."""
-    rows = Sample("", tuple(tensor[:1, :7].clone() for tensor in sample.args), sample.kwargs)
-    exact = Sample("", tuple(tensor.double() for tensor in rows.args), sample.kwargs)
-    got, want = call(*_positional(spec, rows)), spec.reference(*_positional(spec, exact))
+    """Compare the first rows of a whole call with float64."""
+    rows = Sample("", tuple(tensor[:1, :7].double() for tensor in sample.args), sample.kwargs)
+    want = spec.reference(*_positional(spec, rows))
+    got = call(*_positional(spec, sample))
     for a, b in zip(_tensors(got), _tensors(want), strict=True):
         bound = spec.bounds[a.dtype]
-        assert ((a.double() - b.double()).abs() <= bound.absolute + bound.relative * b.double().abs()).all()
+        distance = (a[:1, :7].double() - b.double()).abs()
+        assert (distance <= bound.absolute + bound.relative * b.double().abs()).all()
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:

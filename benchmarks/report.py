@@ -24,8 +24,9 @@ def table(results: dict[str, Any]) -> str:
     variants = list(dict.fromkeys(name for records in groups.values() for name in records))
     copies = [record["extra_info"]["copy GB/s"] for record in results["benchmarks"]]
     lines = [
-        f"{machine['processor']}, {machine['threads']} threads, Python {machine['python']}; {machine['build']}; commit "
-        f"{(results['commit_info'] or {}).get('id') or 'unknown'}.",
+        f"{machine['processor']}, {machine['threads']} threads; torch {machine['torch']};"
+        f" compiled by {machine['compiler']}; load of the machine when it began {machine['load when it began']};"
+        f" commit {(results['commit_info'] or {}).get('id') or 'unknown'}.",
         "",
         f"Best time of a call; in brackets the share of the bandwidth of a copy, {copies[0]} GB/s in this run.",
         "",
