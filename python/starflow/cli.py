@@ -471,9 +471,9 @@ exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 in
     return parser
 
 
-_DEMO = f"""Train a small flow on moving handwritten digits, sample from it, continue and score clips, and write a report
-with figures and clips. Takes minutes on two CPU cores and downloads nothing. A demo that was interrupted goes on
-when the same command is given again; the trained model is OUT/run.
+_DEMO = f"""Train a small flow on moving handwritten digits, sample from it, continue and score clips, and write a
+report with figures and clips. Takes minutes on two CPU cores and downloads nothing. A demo that was interrupted
+goes on when the same command is given again; the trained model is OUT/run.
 
 examples:
   {_PROG} demo
