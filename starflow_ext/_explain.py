@@ -93,3 +93,24 @@ def _choose(device: torch.device) -> tuple[str, dict[str, str]]:
     if runs != "torch":
         refused["torch"] = "starflow_ext.reference_mode() is off"
     return runs, refused
+
+
+def support_table() -> str:
+    """Write what each op takes as a Markdown table, from the records that its tests read."""
+    levels = ", ".join(native.isa_levels())
+    lines = [
+        "| op | data | CPU | CUDA | gradient | largest error in float32 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in ops.__all__:
+        spec = ops.SPECS.get(name)
+        if spec is None:
+            lines.append(f"| `{name}` | floating | plain torch | plain torch | torch's own | |")
+            continue
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in spec.bounds)
+        relative, absolute = spec.bounds[torch.float32]
+        gradient = "first order" if spec.differentiable else "no"
+        lines.append(
+            f"| `{name}` | {dtypes} | {levels} | sm_80 and later | {gradient} | {relative:g} relative + {absolute:g} |"
+        )
+    return "\n".join(lines)

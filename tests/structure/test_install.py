@@ -151,6 +151,14 @@ def test_info_prints_every_section() -> None:
         assert word in text
 
 
+def test_support_table_names_every_op() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "starflow_ext"], cwd=sys.prefix, capture_output=True, text=True, check=True
+    )
+    rows = [line for line in done.stdout.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == starflow_ext.ops.__all__
+
+
 def test_explain_an_op_that_does_not_exist() -> None:
     with pytest.raises(RuntimeError, match=r'^explain: op is "affine", expected one of affine_forward, affine_inverse'):
         starflow_ext.explain("affine")
