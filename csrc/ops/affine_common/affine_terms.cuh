@@ -53,7 +53,7 @@ __device__ Scale<T> scale_of(Activation activation, T log_half) {
             const T scale = (u > T(0) ? u : T(0)) + log1p(decay);
             const T sigmoid = (u < T(0) ? decay : T(1)) / (T(1) + decay);
             const T inside = biased >= -limit && biased <= top ? T(1) : T(0);
-            return {u != u ? u : scale, log(scale), inside * sigmoid / scale};
+            return {scale, log(scale), inside * sigmoid / scale};
         }
         default:
             return {T(1), T(0), T(0)};
