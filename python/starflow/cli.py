@@ -202,7 +202,7 @@ def _print_report(sampled: Sampled) -> None:
 
 
 class _Output:
-    """A folder that receives files; those of a run that fails are taken back.
+    """A folder that receives files; the new ones of a run that fails are taken back.
 
     Args:
         folder: made where it does not exist.
@@ -210,7 +210,7 @@ class _Output:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._written: list[Path] = []
+        self._new: list[Path] = []
         self._made = False
 
     def __enter__(self) -> _Output:
@@ -222,7 +222,7 @@ class _Output:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            for path in self._written:
+            for path in self._new:
                 path.unlink(missing_ok=True)
             if self._made and not any(self._folder.iterdir()):
                 self._folder.rmdir()
@@ -230,7 +230,8 @@ class _Output:
     def path(self, name: str) -> Path:
         """Where to write a file of this name."""
         path = self._folder / name
-        self._written.append(path)
+        if not path.exists():
+            self._new.append(path)
         return path
 
     def json(self, name: str, values: Any) -> None:
@@ -296,8 +297,8 @@ def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: a
 
 
 def _score(args: argparse.Namespace) -> int:
+    from starflow.batches import make_dataset
     from starflow.evaluate import LEVELS_BITS, noise_floor, read_clips, score
-    from starflow.train import make_dataset
 
     if bool(args.paths) == (args.held_out is not None):
         raise ConfigError("score: expected either paths of videos or --held-out, and not both")

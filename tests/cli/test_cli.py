@@ -206,6 +206,9 @@ def test_a_full_disk_leaves_nothing(
     (out / "mine.txt").write_text("kept")
     assert run("sample", model, "--out", out) == 1
     assert [path.name for path in out.iterdir()] == ["mine.txt"]
+    (out / "000-seed0.mp4").write_text("of an earlier run")
+    assert run("sample", model, "--out", out) == 1
+    assert {path.name for path in out.iterdir()} == {"mine.txt", "000-seed0.mp4"}
 
 
 def test_too_little_memory_is_told(
