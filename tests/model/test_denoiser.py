@@ -1,0 +1,170 @@
+"""What the denoiser sees, how clips are cut into chunks, and what a score step recovers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from starflow import Flow
+from starflow.denoiser import STEP, Denoiser, score_denoise, score_target, tweedie_step
+from starflow_ext.block_attention import FrameMask, block_attention
+
+from .models import VIDEO, condition, latents, make_flow
+
+OPTIONS = VIDEO | {"learnable_self_denoiser": True, "conditional_denoiser": True}
+
+
+def denoiser(**changes: object) -> tuple[Flow, Denoiser]:
+    flow = make_flow(OPTIONS, **changes)
+    assert flow.denoiser is not None
+    return flow, flow.denoiser
+
+
+def frames_seen(network: Denoiser, x: Tensor, y: Tensor | None, frame: int) -> list[int]:
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(network(leaf, y)[:, frame].square().sum(), leaf)
+    return [f for f in range(x.shape[1]) if gradient[:, f].abs().max() > 0]
+
+
+@pytest.mark.parametrize("look_ahead", [1, 2, 3])
+def test_one_layer_sees_the_frames_of_the_mask(look_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starflow.denoiser.DENOISER_LAYERS", 1)
+    for window in (None, 2, 3):
+        flow, network = denoiser(temporal_causal=look_ahead, denoiser_window=window, conditional_denoiser=False)
+        x = latents(flow, batch=1, frames=5)
+        for frame in range(5):
+            furthest = frame + look_ahead - 1
+            expected = [f for f in range(5) if f <= furthest and (window is None or f >= furthest - window)]
+            assert frames_seen(network, x, None, frame) == expected
+
+
+def test_text_is_seen_everywhere_and_time_zero_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starflow.denoiser.DENOISER_LAYERS", 1)
+    flow, network = denoiser()
+    x, y = latents(flow), condition(flow)
+    assert y is not None
+    for frame in range(3):
+        leaf = y.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(network(x, leaf)[:, frame].square().sum(), leaf)
+        assert (gradient.abs().amax((0, 2)) > 0).all()
+    flow, network = denoiser(temporal_causal=0, shallow_block_local=False)
+    assert frames_seen(network, latents(flow, image=False), y, 0) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("prefix", [0, 3, 5])
+@pytest.mark.parametrize("window", [None, 1, 2, 4])
+@pytest.mark.parametrize("look_ahead", [1, 2])
+def test_frame_by_frame_attention_is_masked_attention(prefix: int, window: int | None, look_ahead: int) -> None:
+    mask = FrameMask(prefix, 4, look_ahead, window)
+    tokens = prefix + 5 * 4
+    q, k, v = torch.randn(3, 2, 4, tokens, 8, dtype=torch.float64)
+    k, v = k[:, :2], v[:, :2]
+    index = torch.arange(tokens)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.visible(index, index), enable_gqa=True
+    )
+    torch.testing.assert_close(block_attention(q, k, v, causal=False, frames=mask), expected)
+
+
+def test_masks_and_attention_that_do_not_fit() -> None:
+    q = torch.zeros(1, 2, 7, 4)
+    for call, message in [
+        (lambda: FrameMask(0, 4, 0), "frames.look_ahead is 0, expected at least 1"),
+        (lambda: FrameMask(0, 4, 3, 1), "frames.window is 1, expected at least look_ahead - 1 = 2"),
+        (lambda: block_attention(q, q, q, causal=False, frames=FrameMask(0, 4, 1)), "whole frames of 4"),
+        (lambda: block_attention(q, q, q, frames=FrameMask(0, 7, 1)), "causal is True, expected False together"),
+        (lambda: block_attention(q, q[:, :, :, :3], q), "k has head_dim 3, expected 4 like q"),
+        (lambda: block_attention(q, q[:, :, :5], q), r"v has shape \[1, 2, 7, 4\], expected \[1, 2, 5, 4\] like k"),
+        (lambda: block_attention(q, q.expand(3, 2, 7, 4), q), "k has batch 3, expected 1 like q"),
+        (lambda: block_attention(q, q, q, causal=False, q_start=2), "q_start is given, expected None without causal"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+
+
+def test_chunks() -> None:
+    flow, network = denoiser(local_attn_window=4, denoiser_window=2)
+    x, y = latents(flow, frames=7), condition(flow)
+    with torch.no_grad():
+        for frames in (3, 4):  # fits: one step
+            clip = x[:, :frames]
+            assert torch.equal(network.denoise_video(clip, y), network.denoise(clip, y))
+        before = x.clone()
+        got = network.denoise_video(x, y, step=0.1)
+        assert torch.equal(x, before)
+        expected = x.clone()
+        expected[:, :4] = network.denoise(x[:, :4], y, step=0.1)
+        for start in (2, 4):  # a chunk sees the cleaned frames of the one before
+            expected[:, start + 2 : start + 4] = network.denoise(expected[:, start : start + 4], y, step=0.1)[:, 2:]
+        torch.testing.assert_close(got, expected)
+        image = x[:, 0]
+        torch.testing.assert_close(network.denoise_video(image, y), network.denoise(image[:, None], y)[:, 0])
+
+
+@pytest.mark.parametrize("overlap", [4, 10])
+def test_chunks_that_would_never_end(overlap: int) -> None:
+    flow, network = denoiser(local_attn_window=4, denoiser_window=overlap)
+    with pytest.raises(ValueError, match=rf"denoiser_window is {overlap}, expected less than local_attn_window 4"):
+        network.denoise_video(latents(flow, frames=5), condition(flow))
+    # A clip of one chunk needs no overlap.
+    with torch.no_grad():
+        assert network.denoise_video(latents(flow, frames=4), condition(flow)).isfinite().all()
+
+
+def test_a_conditional_denoiser_insists_on_text() -> None:
+    flow, network = denoiser()
+    with pytest.raises(ValueError, match="denoiser: text is None, expected text features"):
+        network(latents(flow))
+
+
+def test_a_flow_of_one_wide_block_has_a_denoiser_of_its_own_width() -> None:
+    flow, network = denoiser(layers_per_block=(1,), top_block_channels=64)
+    assert network(latents(flow), condition(flow)).shape == latents(flow).shape
+
+
+def test_score_target() -> None:
+    gradient = torch.randn(2, 3, 4)
+    torch.testing.assert_close(score_target(gradient, 0.3), gradient * 24 * 0.3)
+    assert tweedie_step(0.5, weighted=True) == STEP
+    assert tweedie_step(0.5, weighted=False) == 0.5
+
+
+def test_a_score_step_leaves_the_model_alone() -> None:
+    flow = make_flow(VIDEO)
+    x, y = latents(flow), condition(flow)
+    for training in (True, False):
+        flow.train(training)
+        with torch.inference_mode():
+            denoised = score_denoise(flow, x, y, 0.3)
+        assert flow.training == training
+        assert all(p.grad is None for p in flow.parameters())
+        assert not denoised.requires_grad
+    leaf = x.clone().requires_grad_()
+    (score,) = torch.autograd.grad(-flow.log_prob(leaf, y).sum(), leaf)
+    torch.testing.assert_close(denoised, x - 0.3**2 * score, atol=1e-5, rtol=1e-5)
+
+
+def linear_gaussian_flow(mean: float, deviation: float) -> Flow:
+    """The flow whose density is exactly Normal(mean, deviation^2) in every dimension."""
+    flow = make_flow(VIDEO | {"layers_per_block": (1,), "soft_clip": 0.0, "use_softplus": False}, spread=0.0).double()
+    bias = flow._blocks()[0].conditioner.proj_out.bias.data  # type: ignore[union-attr]
+    bias[:2], bias[2:] = torch.tensor(deviation).log(), mean
+    return flow
+
+
+def test_a_perfect_score_recovers_the_posterior_mean() -> None:
+    """Clean data Normal(m, s^2) seen through noise of deviation t: the flow of the noisy data has s^2 + t^2."""
+    mean, clean, noise = 0.7, 1.5, 0.4
+    flow = linear_gaussian_flow(mean, (clean**2 + noise**2) ** 0.5)
+    x, y = latents(flow), condition(flow)
+    posterior = (clean**2 * x + noise**2 * mean) / (clean**2 + noise**2)
+    torch.testing.assert_close(score_denoise(flow, x, y, noise), posterior, atol=1e-6, rtol=1e-6)
+    # A network that has learned its target exactly takes the same step.
+    for weighted in (False, True):
+        leaf = x.clone().requires_grad_()
+        loss = (noise / STEP if weighted else 1.0) * flow.nll(leaf, y).mean()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        prediction = score_target(gradient, noise)
+        step = x - tweedie_step(noise, weighted=weighted) * prediction
+        torch.testing.assert_close(step, posterior, atol=1e-6, rtol=1e-6)
