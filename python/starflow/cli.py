@@ -303,6 +303,8 @@ def _score(args: argparse.Namespace) -> int:
     if bool(args.paths) == (args.held_out is not None):
         raise ConfigError("score: expected either paths of videos or --held-out, and not both")
     pipeline = _load(args)
+    if args.caption and pipeline.text is None:
+        raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
         dataset = make_dataset(pipeline.config, "test")
         clips = [dataset.item(index) for index in range(min(args.held_out, len(dataset)))]

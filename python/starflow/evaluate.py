@@ -42,7 +42,7 @@ class ClipScore:
 
     Args:
         name: of the clip.
-        caption: that the score is conditional on.
+        caption: that the score is conditional on; "" for a flow without text.
         bits_per_dim: of the whole clip.
         frames: of each latent frame given the ones before it.
         shuffled, reversed: bits per dimension of the same frames in a random order and backwards, where asked for.
@@ -90,6 +90,9 @@ def score(
         raise ValueError("score: clips is empty, expected at least one clip")
     if batch < 1:
         raise ValueError(f"score: batch is {batch}, expected at least 1")
+    if pipeline.text is None:
+        # As in training: a flow without text does not see the captions of its data.
+        clips = [replace(clip, caption="") for clip in clips]
     scores: list[ClipScore] = []
     for first, group in _groups(clips, batch):
         seeds = range(seed + first, seed + first + len(group))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from starflow import noise
+from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import noise_floor, read_clips, score
 from starflow.sample import Pipeline
@@ -58,6 +60,14 @@ def test_order_check(pipeline: Pipeline) -> None:
     assert same.shuffled == same.reversed == same.bits_per_dim
     (backwards,) = score(pipeline, [Clip(given.pixels.flip(0), given.caption, "backwards")])
     assert moving.reversed == pytest.approx(backwards.bits_per_dim, abs=1e-5)
+
+
+def test_a_flow_without_text_sees_no_caption(
+    configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]
+) -> None:
+    plain = build(configure(txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False))
+    (told,), (untold,) = score(plain, [clip(0)]), score(plain, [clip(0, caption="")])
+    assert told == untold
 
 
 def test_noise_floor_is_the_entropy_of_the_noise() -> None:
