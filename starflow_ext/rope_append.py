@@ -74,6 +74,7 @@ def rope_append(
     pairing: Pairing = "interleaved",
     cache: Cache | None = None,
     start: int | Tensor = 0,
+    final: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the fused projection into rotated queries, keys and values; with a cache, write keys and values into it.
 
@@ -87,6 +88,7 @@ def rope_append(
         pairing: which elements form a plane.
         cache: buffers that tokens are written to, at slots ``start .. start + tokens``; not differentiable.
         start: first slot, one number or one for each sample (batch,).
+        final: (batch,) slots below it keep what they hold, whatever the tokens are; None writes all.
 
     Returns:
         q (batch, heads, tokens, head_dim), and k, v: (batch, kv_heads, tokens, head_dim) without a cache; with one,
@@ -114,11 +116,15 @@ def rope_append(
         return q, k, v
     end = (int(start.max()) if isinstance(start, Tensor) else start) + tokens
     require(end <= cache.keys.shape[2], "rope_append", "cache holds", f"{cache.keys.shape[2]} slots", f"at least {end}")
-    if isinstance(start, Tensor):
+    if isinstance(start, Tensor) or final is not None:
         rows = torch.arange(batch, device=qkv.device)[:, None]
-        slots = start[:, None] + torch.arange(tokens, device=qkv.device)
-        cache.keys[rows, :, slots] = k.transpose(1, 2).to(cache.keys.dtype)
-        cache.values[rows, :, slots] = v.transpose(1, 2).to(cache.values.dtype)
+        first = start[:, None] if isinstance(start, Tensor) else torch.full_like(rows, start)
+        slots = first + torch.arange(tokens, device=qkv.device)
+        for buffer, new in ((cache.keys, k), (cache.values, v)):
+            written = new.transpose(1, 2).to(buffer.dtype)
+            if final is not None:
+                written = torch.where((slots < final[:, None])[..., None, None], buffer[rows, :, slots], written)
+            buffer[rows, :, slots] = written
     else:
         cache.keys[:, :, start:end] = k
         cache.values[:, :, start:end] = v

@@ -190,19 +190,21 @@ class BlockDecoder:
         where = f"threads{torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device)
         return f"{len(c.layers)}x{c.width}-{dtype}-{self.tokens}-{where}"
 
-    def evaluate(self, previous: Tensor, start: int | Tensor) -> Affine:
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..` given the tokens before each.
 
         Args:
             previous: (batch, tokens, channels), row i is token `start + i - 1`.
             start: one number, or one for each sample (batch,).
+            final: (batch,) tokens of each sample whose keys and values stay as they are; None overwrites all.
         """
         wide_start = start
         if self.guidance is not None:
             previous = torch.cat([previous, previous])
             wide_start = torch.cat([start, start]) if isinstance(start, Tensor) else start
+            final = None if final is None else torch.cat([final, final])
         affine = self.conditioner.window(
-            previous, wide_start, self._context, self.layout, self._state, self._temperature
+            previous, wide_start, self._context, self.layout, self._state, self._temperature, final
         )
         return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
 

@@ -159,10 +159,12 @@ class Conditioner(Transformer):
         layout: Layout,
         state: DecodeState,
         temperature: float | Tensor = 1.0,
+        final: Tensor | None = None,
     ) -> Affine:
         """Affine maps of the tokens `start .. start + tokens - 1` from the tokens before them and the cached prefix.
 
-        Writes the keys and values of the window into `state`; writing a window again overwrites them.
+        Writes the keys and values of the window into `state`, but for the tokens that are final; writing a window again
+        overwrites them.
 
         Args:
             previous: (batch, tokens, channels): row i is token `start + i - 1`; the row before token 0 is ignored.
@@ -171,6 +173,7 @@ class Conditioner(Transformer):
             layout: of the clip.
             state: holds text and accepted tokens.
             temperature: divides the attention logits.
+            final: (batch,) tokens of each sample whose keys and values stay; None writes all.
         """
         slot = start - self.first_token
         count = torch.arange(previous.shape[1], device=previous.device)
@@ -183,6 +186,7 @@ class Conditioner(Transformer):
             _on(layout.key, h, slots),
             caches=state.caches,
             start=slot + state.text_tokens,
+            final=None if final is None else final - self.first_token + state.text_tokens,
             temperature=temperature,
         )
         return self._affine(self.put_out(self.run(h, attending)))

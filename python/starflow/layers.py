@@ -32,6 +32,7 @@ class Attending:
         frames: frame-causal mask.
         caches: K/V buffers by layer; tokens are written at `start` and read what is cached before them.
         start: first cache slot, one number or one for each sample.
+        final: slots of each sample below it are not written.
         temperature: divides the attention logits, one number or one for each row of the batch.
     """
 
@@ -41,6 +42,7 @@ class Attending:
     frames: FrameMask | None = None
     caches: tuple[Cache, ...] | None = None
     start: int | Tensor = 0
+    final: Tensor | None = None
     temperature: float | Tensor = 1.0
 
 
@@ -91,13 +93,19 @@ class Attention(nn.Module):
             pairing="half" if self.half_pairs else "interleaved",
             cache=cache,
             start=attending.start,
+            final=attending.final,
         )
         if isinstance(attending.temperature, Tensor):
             q = q / attending.temperature.to(q.dtype)[:, None, None, None]
         elif attending.temperature != 1.0:
             q = q / attending.temperature
         out = ops.block_attention(
-            q, k, v, causal=attending.causal, q_start=attending.start if cache else None, frames=attending.frames
+            q,
+            k,
+            v,
+            causal=attending.causal,
+            q_start=None if cache is None else attending.start,
+            frames=attending.frames,
         )
         out = out.transpose(1, 2).flatten(2)
         if self.post_norm is None:

@@ -69,8 +69,11 @@ class Autoregressive(Protocol):
     def initial_guess(self, z: Tensor) -> Tensor:
         """Where tokens lie before anything is evaluated, like `z`."""
 
-    def evaluate(self, previous: Tensor, start: int | Tensor) -> Affine:
-        """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`."""
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
+        """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`.
+
+        What is cached of the first `final` tokens of each sample stays.
+        """
 
 
 @dataclass(frozen=True)
@@ -317,7 +320,8 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
     kept: _Kept | None = None
     while int(frontier.min()) < total:
         width = min(size, total - int(frontier.min()))
-        # A sample near its end keeps a full window and computes some accepted tokens again, without effect.
+        # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
+        # cached of them stays, so that a sample does not depend on the batch that it is in.
         start = frontier.clamp(max=total - width)
         tokens = start[:, None] + torch.arange(width, device=z.device)
         if kept is not None:
@@ -328,7 +332,8 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
         wild = (tokens > frontier[:, None])[..., None] & ~(read.abs() < _WILD)
         x[rows, tokens] = torch.where(wild, z[rows, tokens - 1], read)
         together = bool((start == start[0]).all())
-        affine = model.evaluate(x[rows, tokens], int(start[0]) if together else start)
+        again = bool((start < frontier).any())
+        affine = model.evaluate(x[rows, tokens], int(start[0]) if together else start, frontier if again else None)
         moved = x[rows, tokens + 1]
         change = affine.update_(moved, z[rows, tokens])
         done = tokens < frontier[:, None]
@@ -385,6 +390,7 @@ _REPEATS = 5
 _measured: dict[str, int] = {}
 
 
+@torch.inference_mode()
 def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
     """The window at which a call stops being free: the rows whose arithmetic takes as long as a call of one row.
 
