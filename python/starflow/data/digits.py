@@ -39,12 +39,11 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 VOCABULARY = (*DIGITS, "up", "down", "left", "right", "still")
 """The words of the captions that carry meaning, for `starflow.text.WordEncoder`."""
 
-# In pixels of a 32-pixel frame; everything scales with the frame. The digit leaves 32 - GLYPH = 16 pixels of room, four
-# steps. Positions are whole steps, so that a frame is the one before it moved by whole 4x4 patches, to the last bit:
-# that much a flow of a million parameters learns in minutes.
-_FRAME = 32
-_GLYPH = 16
-_STEP = 4
+# The digit takes 7/12 of the frame. It starts on a grid of four steps and moves by whole pixels (one a frame in frames
+# below 48), so that a frame is the one before it, moved a little, to the last bit: that much a small flow learns in
+# minutes, while leaps of a whole patch, or sub-pixel phases, take it far longer.
+_GLYPH = 7 / 12
+_GRID = 4
 # The caption states the initial direction, and the judge reads the first steps; no clip bounces before that.
 _JUDGED = 3
 
@@ -74,7 +73,7 @@ def _draw(image: torch.Tensor, centers: torch.Tensor, size: int) -> torch.Tensor
     Pixel (i, j) covers [i, i + 1) x [j, j + 1). Cubic interpolation of the 8x8 levels followed by a steeper contrast
     gives strokes with an edge of about one pixel; interpolation alone looks like a blur at this size.
     """
-    glyph = _GLYPH * size / _FRAME
+    glyph = _GLYPH * size
     axis = torch.arange(size, dtype=torch.float32) + 0.5
     relative = (axis[None, :, None] - centers.T[:, None, :]) * (2.0 / glyph)  # (2, size, frames)
     rows = relative[0].T[:, :, None].expand(-1, size, size)
@@ -167,16 +166,15 @@ class MovingDigits:
         return Clip(clip, _caption(DIGITS[labels[which]], direction), f"digits/{self.split}/{index}")
 
     def _render(self, image: torch.Tensor, direction: str, rng: np.random.Generator) -> torch.Tensor:
-        unit = self.size / _FRAME
-        pixels = max(round(_STEP * unit), 1)
-        low = unit * _GLYPH / 2.0
+        low = self.size * _GLYPH / 2.0
+        pixels = max(self.size // 24, 1)
         places = int((self.size - 2.0 * low) // pixels)
         heading = np.sign(DIRECTIONS[direction]).astype(int)
-        ahead = np.minimum(min(_JUDGED, self.frames - 1), places)
-        first = np.where(heading < 0, ahead, 0)
-        last = np.where(heading > 0, places - ahead, places)
-        start = low + pixels * rng.integers(first, last + 1)
-        high, step = low + pixels * places, pixels * heading
+        ahead = self.frames - 1 if self.frames - 1 <= places // _GRID * _GRID else _JUDGED
+        starts = [
+            rng.choice([n for n in range(0, places + 1, _GRID) if 0 <= n + ahead * sign <= places]) for sign in heading
+        ]
+        start, high, step = low + pixels * np.array(starts), low + pixels * places, pixels * heading
         path = start + step * np.arange(self.frames)[:, None]
         centers = torch.from_numpy(_bounce(path, low, high).astype(np.float32))
         return _draw(image, centers, self.size)
@@ -252,7 +250,7 @@ class DigitJudge:
         time -= time.mean()
         velocity = (time[:, None] * centers).sum(dim=0) / (time * time).sum()
         speed = float(velocity.norm())
-        if not speed >= 0.5 * _STEP * self.size / _FRAME:
+        if not speed >= 0.5 * (self.size // 24):
             return "standing still"
         return max(DIRECTIONS, key=lambda name: float(velocity @ torch.tensor(DIRECTIONS[name])))
 
@@ -300,7 +298,7 @@ class DigitJudge:
         weights = self._weights(pixels)
         centers = torch.nan_to_num(_center(weights), nan=self.size / 2.0)
         window = 12
-        glyph = _GLYPH * self.size / _FRAME * 1.1
+        glyph = _GLYPH * self.size * 1.1
         offsets = ((torch.arange(window) + 0.5) / window - 0.5) * glyph
         rows = (centers[:, 0, None] + offsets) * (2.0 / self.size) - 1.0
         columns = (centers[:, 1, None] + offsets) * (2.0 / self.size) - 1.0
