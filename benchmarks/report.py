@@ -28,7 +28,7 @@ def table(results: dict[str, Any]) -> str:
         f" compiled by {machine['compiler']}; load of the machine when it began {machine['load when it began']};"
         f" commit {(results['commit_info'] or {}).get('id') or 'unknown'}.",
         "",
-        f"Best time of a call; in brackets the share of the bandwidth of a copy, {copies[0]} GB/s in this run.",
+        f"Best time of a call; in brackets the share of the bandwidth of a copy, {min(copies)} to {max(copies)} GB/s.",
         "",
         "| op | " + " | ".join(variants) + " | best over torch |",
         "|---" * (len(variants) + 2) + "|",
