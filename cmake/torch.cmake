@@ -16,3 +16,5 @@ target_include_directories(starflow_torch SYSTEM INTERFACE ${STARFLOW_TORCH_DIR}
 target_link_libraries(starflow_torch INTERFACE ${STARFLOW_TORCH_DIR}/lib/libtorch_cpu.so)
 # One byte each for major, minor and patch, from the top: torch 2.10. Not 0x0210..., which would be 2.16.
 target_compile_definitions(starflow_torch INTERFACE "TORCH_TARGET_VERSION=((2ULL << 56) | (10ULL << 48))")
+# torch's headers name themselves in their messages; without the folder of the building machine.
+target_compile_options(starflow_torch INTERFACE $<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${STARFLOW_TORCH_DIR}/include/=>)
