@@ -20,6 +20,7 @@ from starflow.layers import Attending, Transformer
 from starflow.rope import concatenate, grid_positions, rotation, text_positions
 from starflow.state import DecodeState
 from starflow.tokens import Order, token_order
+from starflow_ext import ops
 from starflow_ext.rope_append import Rotation
 
 
@@ -109,6 +110,7 @@ class Conditioner(Transformer):
         self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
         table = (config.img_size // config.patch_size) ** 2
         self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
+        self.proj_position = nn.Linear(config.head_dim, self.width, bias=False) if config.position_embed else None
         self.class_embed = (
             nn.Parameter(0.01 * torch.randn(config.num_classes, 1, self.width)) if config.num_classes else None
         )
@@ -203,6 +205,11 @@ class Conditioner(Transformer):
                     "learned position table (rope is off)"
                 )
             h = h + self.pos_embed[layout.order.to(h.device)[slots]]
+        if self.proj_position is not None and layout.query is not None:
+            # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
+            # inferred from its distance to the text, which takes training long to find.
+            waves = torch.cat([table.to(h.device)[slots] for table in layout.query], -1)
+            h = h + ops.linear(waves, self.proj_position.weight)
         if self.class_embed is not None:
             h = h + self._class_rows(context, h.shape[0])
         return h

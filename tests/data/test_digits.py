@@ -45,7 +45,7 @@ def test_pixels_have_the_announced_shape_and_range(frames, size):
 def test_no_digit_image_is_in_both_splits():
     train, test = _split("train"), _split("test")
     assert not set(train) & set(test)
-    assert sorted([*train, *test]) == list(range(len(_load()[1])))
+    assert 400 < len(train) + len(test) < len(_load()[1])
     assert set(_load()[1][test]) == set(range(10))
 
 
