@@ -17,7 +17,7 @@ from starflow.checkpoints import model_file, read_header
 from starflow.config import to_mapping
 from starflow.data import ffmpeg_binary
 from starflow.flow import Flow
-from starflow.solver import _cache_folder
+from starflow.solver import cache_folder
 
 DISTRIBUTION = "starflow-ext"
 _PACKAGES = ("numpy", "safetensors", "ffmpeg-python", "imageio-ffmpeg", "transformers", "diffusers")
@@ -54,7 +54,7 @@ def set_threads(count: int | None = None) -> int:
 def machine() -> dict[str, dict[str, Any]]:
     """Versions, build, processor, threads, ffmpeg and folders: sections of named facts."""
     facts: dict[str, dict[str, Any]] = {
-        "starflow": {DISTRIBUTION: version(), "package": str(Path(__file__).parent), "cache": str(_cache_folder())}
+        "starflow": {DISTRIBUTION: version(), "package": str(Path(__file__).parent), "cache": str(cache_folder())}
     }
     facts.update({section: dict(entries) for section, entries in starflow_ext.info().items()})
     facts["ffmpeg"] = _ffmpeg()

@@ -410,7 +410,7 @@ def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
         return 1
     key = f"{platform.machine()}-{_processor()}-{model.cost_key}"
     if key not in _measured:
-        path = _cache_folder() / "break_even.json"
+        path = cache_folder() / "break_even.json"
         stored = _read_json(path)
         if key not in stored:
             stored[key] = _measure(model, batch, first)
@@ -439,7 +439,8 @@ def _measure(model: Autoregressive, batch: int, first: int) -> int:
     return int(2 ** round(math.log2(max(rows, 1)))) * model.halves
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where measurements of this machine are kept: `STARFLOW_CACHE`, else `XDG_CACHE_HOME`/starflow."""
     explicit = os.environ.get("STARFLOW_CACHE")
     if explicit:
         return Path(explicit)
