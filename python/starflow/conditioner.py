@@ -111,6 +111,8 @@ class Conditioner(Transformer):
         table = (config.img_size // config.patch_size) ** 2
         self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
         self.proj_position = nn.Linear(config.head_dim, self.width, bias=False) if config.position_embed else None
+        text_dim = config.text_width(block) if config.text_embed else 0
+        self.proj_summary = nn.Linear(text_dim, self.width, bias=False) if text_dim else None
         self.class_embed = (
             nn.Parameter(0.01 * torch.randn(config.num_classes, 1, self.width)) if config.num_classes else None
         )
@@ -171,7 +173,7 @@ class Conditioner(Transformer):
         Args:
             previous: (batch, tokens, channels): row i is token `start + i - 1`; the row before token 0 is ignored.
             start: first token, at least `first_token`; one number, or one for each sample (batch,).
-            context: class labels (batch,); text is read from the state.
+            context: text or class labels as for `forward`; the text tokens themselves are read from the state.
             layout: of the clip.
             state: holds text and accepted tokens.
             temperature: divides the attention logits.
@@ -210,6 +212,8 @@ class Conditioner(Transformer):
             # inferred from its distance to the text, which takes training long to find.
             waves = torch.cat([table.to(h.device)[slots] for table in layout.query], -1)
             h = h + ops.linear(waves, self.proj_position.weight)
+        if self.proj_summary is not None and context is not None:
+            h = h + ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight)
         if self.class_embed is not None:
             h = h + self._class_rows(context, h.shape[0])
         return h

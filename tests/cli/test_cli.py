@@ -234,7 +234,14 @@ def test_a_defect_is_not_hidden(model: Path, tmp_path: Path, monkeypatch: pytest
 def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "starflow", "sample", str(model), "--out", str(out), "--clips", "5000", "--batch"]
-    process = subprocess.Popen([*command, "1"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background has them ignore the signal, and their children after them.
+    process = subprocess.Popen(
+        [*command, "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 120
     while not list(out.glob("*.mp4")):
         assert time.monotonic() < deadline
