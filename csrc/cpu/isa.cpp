@@ -7,6 +7,8 @@
 
 #if STARFLOW_X86
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 namespace starflow::cpu {
@@ -70,22 +72,39 @@ Machine look() {
     const std::string fma = add("fma", bit(one.ecx, 12), avx_state);
     const std::string f16c = add("f16c", bit(one.ecx, 29), avx_state);
     level(Isa::avx2, {avx2, fma, f16c});
-    level(Isa::avx512,
-          {avx2, fma, f16c, add("avx512f", bit(seven.ebx, 16), avx512_state),
-           add("avx512bw", bit(seven.ebx, 30), avx512_state), add("avx512vl", bit(seven.ebx, 31), avx512_state),
-           add("avx512dq", bit(seven.ebx, 17), avx512_state)});
-    add("avx512_bf16", bit(seven_one.eax, 5), avx512_state);
-    add("amx_tile", bit(seven.edx, 24), amx_state);
-    add("amx_bf16", bit(seven.edx, 22), amx_state);
+    std::vector<std::string> reasons{avx2,
+                                     fma,
+                                     f16c,
+                                     add("avx512f", bit(seven.ebx, 16), avx512_state),
+                                     add("avx512bw", bit(seven.ebx, 30), avx512_state),
+                                     add("avx512vl", bit(seven.ebx, 31), avx512_state),
+                                     add("avx512dq", bit(seven.ebx, 17), avx512_state)};
+    level(Isa::avx512, reasons);
+    reasons.push_back(add("avx512_bf16", bit(seven_one.eax, 5), avx512_state));
+    level(Isa::avx512_bf16, reasons);
+    reasons.push_back(add("amx_tile", bit(seven.edx, 24), amx_state));
+    reasons.push_back(add("amx_bf16", bit(seven.edx, 22), amx_state));
+    level(Isa::amx, reasons);
     add("amx_int8", bit(seven.edx, 25), amx_state);
     return machine;
+}
+
+// Linux saves the tiles (8 KB) only for processes that asked for them; containers may refuse.
+std::string ask_for_amx() {
+    constexpr long request_permission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+    constexpr long tile_data = 18;               // XFEATURE_XTILEDATA
+    if (syscall(SYS_arch_prctl, request_permission, tile_data) == 0) return "";
+    return "the operating system refuses this process the registers of amx_tile";
 }
 #else
 Machine look() {
     Machine machine;
-    machine.missing = {"", "this build is not for x86-64", "this build is not for x86-64"};
+    machine.missing.fill("this build is not for x86-64");
+    machine.missing[static_cast<int>(Isa::scalar)].clear();
     return machine;
 }
+
+std::string ask_for_amx() { return ""; }
 #endif
 
 const Machine& machine() {
@@ -95,21 +114,31 @@ const Machine& machine() {
 
 Isa best() {
     int level = isa_count - 1;
-    while (!machine().missing[level].empty()) --level;
+    while (!why_not(static_cast<Isa>(level)).empty()) --level;
     return static_cast<Isa>(level);
+}
+
+// "scalar, avx2, ... or amx"
+std::string all_names() {
+    std::string names;
+    for (int level = 0; level < isa_count; ++level) {
+        if (level > 0) names += level == isa_count - 1 ? " or " : ", ";
+        names += isa_names[level];
+    }
+    return names;
 }
 
 Isa parse(const std::string& name, const char* source) {
     for (int level = 0; level < isa_count; ++level) {
         if (name != isa_names[level]) continue;
-        const std::string& reason = machine().missing[level];
+        const std::string& reason = why_not(static_cast<Isa>(level));
         if (!reason.empty()) {
             throw std::runtime_error(std::string(source) + " is \"" + name +
                                      "\", expected a level of this machine: " + reason);
         }
         return static_cast<Isa>(level);
     }
-    throw std::runtime_error(std::string(source) + " is \"" + name + "\", expected scalar, avx2 or avx512");
+    throw std::runtime_error(std::string(source) + " is \"" + name + "\", expected " + all_names());
 }
 
 Isa from_environment() {
@@ -122,7 +151,12 @@ std::atomic<int> override_level{unset};
 
 }  // namespace
 
-const std::string& why_not(Isa isa) { return machine().missing[static_cast<int>(isa)]; }
+const std::string& why_not(Isa isa) {
+    const std::string& missing = machine().missing[static_cast<int>(isa)];
+    if (isa != Isa::amx || !missing.empty()) return missing;
+    static const std::string refused = ask_for_amx();
+    return refused;
+}
 
 const std::vector<Feature>& features() { return machine().features; }
 

@@ -9,9 +9,9 @@
 namespace starflow::cpu {
 
 // In rising order; a variant runs on every machine that has its level.
-enum class Isa : int { scalar, avx2, avx512 };
-inline constexpr int isa_count = 3;
-inline constexpr std::array<const char*, isa_count> isa_names{"scalar", "avx2", "avx512"};
+enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
+inline constexpr int isa_count = 5;
+inline constexpr std::array<const char*, isa_count> isa_names{"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // A feature of this machine, used by a variant yet or not; `reason` is empty where it is present.
 struct Feature {
@@ -20,10 +20,10 @@ struct Feature {
     std::string reason;
 };
 
-// Why a level cannot run here; empty where it can.
+// Why a level cannot run here; empty where it can. Asking for amx asks the kernel, once, to let this process use it.
 STARFLOW_API const std::string& why_not(Isa isa);
 
-// Everything that was looked for. AMX is read off CPUID alone: its permission is asked only by who uses it.
+// Everything that was looked for, read off CPUID and the saved register states alone.
 STARFLOW_API const std::vector<Feature>& features();
 
 // The level that runs: the override (set here, or the environment's STARFLOW_ISA), else the highest supported one.

@@ -69,6 +69,20 @@ inline void stream(Half* p, Vec<float> a) {
     _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(a.v, p));
 }
 
+inline Vec<float> load(const int8_t* p, AllLanes) {
+    return Vec<float>(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+}
+
+// One pair of neighbours in bfloat16 a lane.
+struct Pairs {
+    __m256i v;
+};
+inline Pairs load_pairs(const BFloat16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Vec<float> first_of(Pairs a) { return Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))); }
+inline Vec<float> second_of(Pairs a) {
+    return Vec<float>(_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xffff0000)))));
+}
+
 // Streaming stores are not ordered by the lock that ends a parallel region.
 inline void stream_fence() { _mm_sfence(); }
 

@@ -60,6 +60,31 @@ inline void stream(Half* p, Vec<float> a) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(a.v, p));
 }
 
+inline Vec<float> load(const int8_t* p, AllLanes) {
+    return Vec<float>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+}
+
+// One pair of neighbours in bfloat16 a lane.
+struct Pairs {
+    __m512i v;
+};
+inline Pairs load_pairs(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
+inline Pairs broadcast_pair(const BFloat16* p) {
+    int32_t bits;
+    __builtin_memcpy(&bits, p, sizeof(bits));
+    return {_mm512_set1_epi32(bits)};
+}
+inline Vec<float> first_of(Pairs a) { return Vec<float>(_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))); }
+inline Vec<float> second_of(Pairs a) {
+    return Vec<float>(_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000)))));
+}
+#if defined(__AVX512BF16__)
+// sum + a[0] * b[0] + a[1] * b[1] in each lane. Subnormals count as zero.
+inline Vec<float> multiply_add_pairs(Pairs a, Pairs b, Vec<float> sum) {
+    return Vec<float>(_mm512_dpbf16_ps(sum.v, reinterpret_cast<__m512bh>(a.v), reinterpret_cast<__m512bh>(b.v)));
+}
+#endif
+
 // Streaming stores are not ordered by the lock that ends a parallel region.
 inline void stream_fence() { _mm_sfence(); }
 

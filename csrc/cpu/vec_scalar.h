@@ -67,6 +67,16 @@ inline void stream(Storage* p, Vec<float> a) {
     narrow(a.v, p);
 }
 
+inline Vec<float> load(const int8_t* p, AllLanes) { return Vec<float>(static_cast<float>(*p)); }
+
+// One pair of neighbours in bfloat16.
+struct Pairs {
+    BFloat16 v[2];
+};
+inline Pairs load_pairs(const BFloat16* p) { return {{p[0], p[1]}}; }
+inline Vec<float> first_of(Pairs a) { return Vec<float>(widen(a.v[0])); }
+inline Vec<float> second_of(Pairs a) { return Vec<float>(widen(a.v[1])); }
+
 inline void stream_fence() {}
 
 inline Vec<float> operator+(Vec<float> a, Vec<float> b) { return Vec<float>(a.v + b.v); }

@@ -1,0 +1,284 @@
+// Products x W^T of few rows with packed matrices (csrc/cpu/panels.h), on the registers or the tiles of this level.
+// For kernel files (<op>_dot.cpp).
+//
+// Rows are packed too: groups of at most `most_rows` of them, and inside a group cells of 64 bytes along the depth (16
+// float32 or 32 bfloat16), [depth / cell][rows of the group][cell]. Packing is a copy of whole registers, the product
+// reads each group front to back, and a cell of 16 rows is a tile of AMX.
+//
+// A group's rows times a panel's 32 columns stay in registers while the depth runs by; a row's sum is taken in the same
+// order whatever rows stand beside it, so that a row's result does not depend on them: that is why samples do not
+// depend on their batch, nor on the solver's window.
+#pragma once
+#include "cpu/panels.h"
+#include "cpu/vec.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+#define STARFLOW_UNROLL _Pragma("GCC unroll 16")
+
+inline constexpr int64_t cell_bytes = 64;
+
+#if defined(__AVX512F__)
+inline constexpr int product_vectors = 2;  // registers of columns at a time; sums take product_vectors * rows of 32
+inline constexpr int most_product_rows = 14;
+#elif defined(__AVX2__)
+inline constexpr int product_vectors = 2;
+inline constexpr int most_product_rows = 6;
+#else
+inline constexpr int product_vectors = 4;
+inline constexpr int most_product_rows = 2;
+#endif
+
+// -- how one step reads its operands ----------------------------------------------------------------------------------
+
+// Float32 activations, weights widened to float32 one row of the panel at a time.
+template <class Weight>
+struct WidenedProduct {
+    using Cell = float;
+    static constexpr int cell = 16;  // depth of a cell
+    static constexpr int most_rows = most_product_rows;
+    static constexpr int64_t weight_step = panel_columns * static_cast<int64_t>(sizeof(Weight));  // bytes a depth
+
+    template <int rows>
+    static void step(const float* a, const char* b, int64_t, int column, Vec<float> (&sums)[rows][product_vectors]) {
+        using V = Vec<float>;
+        STARFLOW_UNROLL
+        for (int k = 0; k < cell; ++k) {
+            const Weight* row = reinterpret_cast<const Weight*>(b + k * weight_step) + column;
+            V w[product_vectors];
+            for (int v = 0; v < product_vectors; ++v) w[v] = load(row + v * V::lanes, AllLanes{});
+            STARFLOW_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                const V x(a[r * cell + k]);
+                for (int v = 0; v < product_vectors; ++v) sums[r][v] = multiply_add(x, w[v], sums[r][v]);
+            }
+        }
+    }
+};
+
+// Float32 activations, weights in bfloat16, or as the sum of two of them.
+template <int terms>
+struct WidenedPairsProduct {
+    using Cell = float;
+    static constexpr int cell = 16;
+    static constexpr int most_rows = most_product_rows > 6 ? most_product_rows - 2 : most_product_rows;
+    static constexpr int64_t weight_step = panel_columns * 2;
+
+    template <int rows>
+    static void step(const float* a, const char* b, int64_t other, int column,
+                     Vec<float> (&sums)[rows][product_vectors]) {
+        using V = Vec<float>;
+        STARFLOW_UNROLL
+        for (int k = 0; k < cell; k += 2) {
+            const BFloat16* pairs = reinterpret_cast<const BFloat16*>(b + k * weight_step) + 2 * column;
+            V even[product_vectors];
+            V odd[product_vectors];
+            for (int v = 0; v < product_vectors; ++v) {
+                const Pairs high = load_pairs(pairs + 2 * v * V::lanes);
+                even[v] = first_of(high);
+                odd[v] = second_of(high);
+                if constexpr (terms == 2) {
+                    const Pairs low = load_pairs(pairs + other + 2 * v * V::lanes);
+                    even[v] = even[v] + first_of(low);
+                    odd[v] = odd[v] + second_of(low);
+                }
+            }
+            STARFLOW_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                const V first(a[r * cell + k]);
+                const V second(a[r * cell + k + 1]);
+                for (int v = 0; v < product_vectors; ++v) {
+                    sums[r][v] = multiply_add(second, odd[v], multiply_add(first, even[v], sums[r][v]));
+                }
+            }
+        }
+    }
+};
+
+#if defined(__AVX512BF16__)
+// Both in bfloat16, two products an instruction.
+struct PairsProduct {
+    using Cell = BFloat16;
+    static constexpr int cell = 32;
+    static constexpr int most_rows = most_product_rows;
+    static constexpr int64_t weight_step = panel_columns * 2;
+
+    template <int rows>
+    static void step(const BFloat16* a, const char* b, int64_t, int column, Vec<float> (&sums)[rows][product_vectors]) {
+        using V = Vec<float>;
+        STARFLOW_UNROLL
+        for (int k = 0; k < cell; k += 2) {
+            const BFloat16* pairs = reinterpret_cast<const BFloat16*>(b + k * weight_step) + 2 * column;
+            Pairs w[product_vectors];
+            for (int v = 0; v < product_vectors; ++v) w[v] = load_pairs(pairs + 2 * v * V::lanes);
+            STARFLOW_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                const Pairs x = broadcast_pair(a + r * cell + k);
+                for (int v = 0; v < product_vectors; ++v) sums[r][v] = multiply_add_pairs(x, w[v], sums[r][v]);
+            }
+        }
+    }
+};
+#endif
+
+// -- a group of rows times a panel ------------------------------------------------------------------------------------
+
+// sums (rows, 32) += or = the product over `cells` cells. `other` is the distance of the second term of the weights.
+template <class Product, int rows>
+void multiply_group(const void* cells_of_rows, const char* panel, int64_t other, int64_t cells, float* sums,
+                    bool accumulate) {
+    using V = Vec<float>;
+    using Cell = typename Product::Cell;
+    for (int column = 0; column < panel_columns; column += product_vectors * V::lanes) {
+        V sum[rows][product_vectors];
+        STARFLOW_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            for (int v = 0; v < product_vectors; ++v) {
+                const float* from = sums + r * panel_columns + column + v * V::lanes;
+                sum[r][v] = accumulate ? load(from, AllLanes{}) : V(0.0F);
+            }
+        }
+        const auto* a = static_cast<const Cell*>(cells_of_rows);
+        const char* b = panel;
+        for (int64_t i = 0; i < cells; ++i) {
+            Product::template step<rows>(a, b, other, column, sum);
+            a += rows * Product::cell;
+            b += Product::cell * Product::weight_step;
+        }
+        STARFLOW_UNROLL
+        for (int r = 0; r < rows; ++r) {
+            for (int v = 0; v < product_vectors; ++v) {
+                store(sums + r * panel_columns + column + v * V::lanes, sum[r][v], AllLanes{});
+            }
+        }
+    }
+}
+
+using MultiplyGroup = void (*)(const void*, const char*, int64_t, int64_t, float*, bool);
+
+template <class Product, int rows>
+struct GroupTable {
+    static MultiplyGroup pick(int64_t count) {
+        if (count == rows) return multiply_group<Product, rows>;
+        return GroupTable<Product, rows - 1>::pick(count);
+    }
+};
+template <class Product>
+struct GroupTable<Product, 0> {
+    static MultiplyGroup pick(int64_t) { return nullptr; }
+};
+
+// -- packed rows ------------------------------------------------------------------------------------------------------
+
+// The rows of a product: `rows` of depth `cells * cell`, in groups of `group` (the last may be smaller).
+struct PackedRows {
+    char* data;
+    int64_t rows;
+    int64_t cells;
+    int64_t group;
+
+    int64_t groups() const { return (rows + group - 1) / group; }
+    int64_t rows_in(int64_t g) const { return g * group + group <= rows ? group : rows - g * group; }
+    char* group_data(int64_t g) const { return data + g * group * cells * cell_bytes; }
+    // Cell `index` of a row; the next is `stride(row)` bytes further.
+    char* row(int64_t r) const { return group_data(r / group) + r % group * cell_bytes; }
+    int64_t stride(int64_t r) const { return rows_in(r / group) * cell_bytes; }
+};
+
+// Groups of nearly the same size.
+inline int64_t even_groups(int64_t rows, int64_t most) {
+    const int64_t groups = (rows + most - 1) / most;
+    return groups == 0 ? 1 : (rows + groups - 1) / groups;
+}
+
+template <class Product>
+inline PackedRows packed_rows(void* data, int64_t rows, int64_t depth) {
+    return {static_cast<char*>(data), rows, round_up(depth, depth_multiple) / Product::cell,
+            even_groups(rows, Product::most_rows)};
+}
+
+// Most bytes that packed rows take, in any product of this level.
+inline constexpr int64_t packed_bytes(int64_t rows, int64_t depth) {
+    return rows * round_up(depth, depth_multiple) * static_cast<int64_t>(sizeof(float));
+}
+
+inline void put_cell(float* cell, Vec<float> a) { store(cell, a, AllLanes{}); }
+
+// Row r from `value(channel, lanes)`, a register of 'lanes' channels at a time; zeros behind the depth.
+template <class Product, class Value>
+inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const Value& value) {
+    using V = Vec<float>;
+    using Cell = typename Product::Cell;
+    char* to = packed.row(r);
+    const int64_t stride = packed.stride(r);
+    for (int64_t i = 0; i < packed.cells; ++i, to += stride) {
+        auto* cell = reinterpret_cast<Cell*>(to);
+        for (int k = 0; k < Product::cell; k += V::lanes) {
+            const int64_t c = i * Product::cell + k;
+            if (c + V::lanes <= depth) {
+                store(cell + k, value(c, AllLanes{}), AllLanes{});
+            } else {
+                const int64_t left = depth - c;
+                store(cell + k,
+                      left > 0
+                          ? keep(value(c, FirstLanes{static_cast<int>(left)}), FirstLanes{static_cast<int>(left)}, 0.0F)
+                          : V(0.0F),
+                      AllLanes{});
+            }
+        }
+    }
+}
+
+// -- the whole product ------------------------------------------------------------------------------------------------
+
+// Depth of the part of a panel that all groups of rows pass over before the next part: 16 KB of float32, half of the
+// first-level cache, the other half being the rows'.
+inline constexpr int64_t block_bytes = 16 * 1024;
+
+// Panels [first, last) of `weights`: sums (rows, 32) of each, then epilogue(panel, sums).
+template <class Product, class Epilogue>
+inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64_t first, int64_t last, float* sums,
+                            const Epilogue& epilogue) {
+    constexpr int64_t cell_weight_bytes = Product::cell * Product::weight_step;
+    const int64_t groups = rows.groups();
+    const int64_t block =
+        groups == 1 ? rows.cells : (block_bytes / cell_weight_bytes < 1 ? 1 : block_bytes / cell_weight_bytes);
+    const int64_t other = weights.padded_depth() * panel_columns;
+    for (int64_t p = first; p < last; ++p) {
+        const char* panel = static_cast<const char*>(weights.data) + p * weights.panel_bytes();
+        for (int64_t cell = 0; cell < rows.cells; cell += block) {
+            const int64_t cells = rows.cells - cell < block ? rows.cells - cell : block;
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t count = rows.rows_in(g);
+                GroupTable<Product, Product::most_rows>::pick(count)(rows.group_data(g) + cell * count * cell_bytes,
+                                                                     panel + cell * cell_weight_bytes, other, cells,
+                                                                     sums + g * rows.group * panel_columns, cell > 0);
+            }
+        }
+        epilogue(p, sums);
+    }
+}
+
+// Calls visitor(Product{}) with what multiplies such weights by such activations on this level.
+template <class Visitor>
+inline void visit_product(Storage storage, Activations activations, const Visitor& visitor) {
+    switch (storage) {
+        case Storage::float32:
+            return visitor(WidenedProduct<float>{});
+        case Storage::float16:
+            return visitor(WidenedProduct<Float16>{});
+        case Storage::int8:
+            return visitor(WidenedProduct<int8_t>{});
+        case Storage::two_bfloat16:
+            return visitor(WidenedPairsProduct<2>{});
+        case Storage::bfloat16:
+#if defined(__AVX512BF16__)
+            if (activations == Activations::bfloat16) return visitor(PairsProduct{});
+#endif
+            return visitor(WidenedPairsProduct<1>{});
+    }
+}
+
+}  // namespace
+}  // namespace starflow::STARFLOW_ISA
