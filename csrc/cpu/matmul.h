@@ -262,7 +262,7 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
 
 // Calls visitor(Product{}) with what multiplies such weights by such activations on this level.
 template <class Visitor>
-inline void visit_product(Storage storage, Activations activations, const Visitor& visitor) {
+inline void visit_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
     switch (storage) {
         case Storage::float32:
             return visitor(WidenedProduct<float>{});

@@ -53,6 +53,14 @@ struct Panels {
     int64_t panel_bytes() const { return padded_depth() * panel_columns * storage_bytes(storage); }
 };
 
+// Keys that attention takes at a time; caches hold whole blocks of them.
+inline constexpr int64_t key_block = 64;
+
+// Bytes of the keys, or the values, of one key head.
+static inline constexpr int64_t cache_head_bytes(Storage storage, int64_t slots, int64_t head_dim) {
+    return round_up(slots, key_block) * round_up(head_dim, depth_multiple) * storage_bytes(storage);
+}
+
 // How activations enter a product. Where a level has no instruction for products of bfloat16, activations stay
 // float32, which is more exact.
 enum class Activations : int32_t {

@@ -1,0 +1,266 @@
+#include "ops/jacobi_common/sweep_block.h"
+
+#include <sched.h>
+
+#include <algorithm>
+
+#include "common/check.h"
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+
+namespace starflow {
+namespace {
+
+const cpu::Variants<SweepKernels> variants{STARFLOW_DOT_VARIANTS(jacobi_sweep)};
+
+// Rows that run together at most: their activations stay in the second-level cache.
+constexpr int64_t rows_at_once = 256;
+
+std::optional<Storage> storage_of(const Tensor& panels) {
+    switch (panels.scalar_type()) {
+        case ScalarType::Float:
+            return Storage::float32;
+        case ScalarType::Half:
+            return Storage::float16;
+        case ScalarType::Char:
+            return Storage::int8;
+        case ScalarType::BFloat16:
+            return panels.dim() == 5 ? Storage::two_bfloat16 : Storage::bfloat16;
+        default:
+            return std::nullopt;
+    }
+}
+
+// Takes the tensors of a block one after the other.
+class Reader {
+  public:
+    Reader(const char* op, const std::vector<Tensor>& tensors) : op_(op), tensors_(tensors) {}
+
+    const Tensor& next(const std::string& name) {
+        require(
+            at_ < tensors_.size(), op_, "weights holds", [&] { return std::to_string(tensors_.size()) + " tensors"; },
+            [&] { return name + " as one more"; });
+        const Tensor& tensor = tensors_[at_++];
+        require(
+            tensor.is_cpu() && tensor.is_contiguous(), op_, name + " is", [] { return "strided or not on cpu"; },
+            [] { return "a contiguous tensor on cpu"; });
+        return tensor;
+    }
+
+    // A float32 tensor with `count` elements, or null where it is empty.
+    const float* floats(const std::string& name, int64_t count) {
+        const Tensor& tensor = next(name);
+        if (tensor.numel() == 0) return nullptr;
+        require(
+            tensor.scalar_type() == ScalarType::Float, op_, name + " has dtype", [&] { return dtype_text(tensor); },
+            [] { return "float32"; });
+        require(
+            tensor.numel() == count, op_, name + " has", [&] { return shape_text(shape_of(tensor)); },
+            [&] { return std::to_string(count) + " elements"; });
+        return static_cast<const float*>(tensor.data_ptr());
+    }
+
+    Panels panels(const std::string& name, int64_t columns, int64_t depth, bool optional = false) {
+        const Tensor& tensor = next(name);
+        Panels panels{nullptr, nullptr, nullptr, columns, depth, Storage::float32};
+        if (tensor.numel() > 0 || !optional) {
+            const std::optional<Storage> storage = storage_of(tensor);
+            require(
+                storage.has_value(), op_, name + " has dtype", [&] { return dtype_text(tensor); },
+                [] { return "float32, float16, bfloat16 or int8"; });
+            panels.storage = *storage;
+            const int64_t bytes = panels.count() * panels.panel_bytes();
+            require(
+                tensor.numel() * static_cast<int64_t>(tensor.element_size()) == bytes, op_, name + " has",
+                [&] { return shape_text(shape_of(tensor)); },
+                [&] {
+                    return std::to_string(panels.count()) + " panels of depth " +
+                           std::to_string(panels.padded_depth()) + " for a weight of shape " +
+                           shape_text({columns, depth});
+                });
+            panels.data = tensor.data_ptr();
+        }
+        panels.column_scale = floats(name + ".column_scale", columns);
+        panels.bias = floats(name + ".bias", columns);
+        return panels;
+    }
+
+    RowNorm norm(const std::string& name, NormKind kind, int64_t width, bool with_bias) {
+        RowNorm norm{kind, floats(name + ".weight", width), with_bias ? floats(name + ".bias", width) : nullptr,
+                     kind == NormKind::layer ? 1e-5F : 1e-6F};
+        if (norm.weight == nullptr) norm.kind = NormKind::none;
+        return norm;
+    }
+
+    void finish() const {
+        require(
+            at_ == tensors_.size(), op_, "weights holds", [&] { return std::to_string(tensors_.size()) + " tensors"; },
+            [&] { return std::to_string(at_); });
+    }
+
+  private:
+    const char* op_;
+    const std::vector<Tensor>& tensors_;
+    size_t at_ = 0;
+};
+
+}  // namespace
+
+Block::Block(const char* op, const BlockTensors& tensors) {
+    require(
+        tensors.sizes.size() == 10, op, "sizes holds",
+        [&] { return std::to_string(tensors.sizes.size()) + " numbers"; }, [] { return "10"; });
+    const auto& n = tensors.sizes;
+    for (size_t i = 0; i < 7; ++i) {
+        require(n[i] > 0, op, "sizes holds", [&] { return shape_text(n); }, [] { return "positive numbers"; });
+    }
+    SweepBlock& b = args_;
+    b.channels = n[0];
+    b.width = n[1];
+    b.heads = n[2];
+    b.kv_heads = n[3];
+    b.head_dim = n[4];
+    b.hidden = n[5];
+    const int64_t out = n[6];
+    b.text_tokens = n[7];
+    b.slots = n[8];
+    const auto kind = static_cast<NormKind>(n[9]);
+    require(
+        b.heads % b.kv_heads == 0, op, "kv_heads is", [&] { return std::to_string(b.kv_heads); },
+        [&] { return "a divisor of the " + std::to_string(b.heads) + " heads"; });
+    require(
+        tensors.activations == "float32" || tensors.activations == "bfloat16" || tensors.activations == "two_bfloat16",
+        op, "activations is", [&] { return '"' + tensors.activations + '"'; },
+        [] { return R"("float32", "bfloat16" or "two_bfloat16")"; });
+    b.activations = tensors.activations == "float32"    ? Activations::float32
+                    : tensors.activations == "bfloat16" ? Activations::bfloat16
+                                                        : Activations::two_bfloat16;
+
+    const Tensor& keys = tensors.keys;
+    const Tensor& values = tensors.values;
+    const std::optional<Storage> cache = storage_of(keys);
+    require(
+        keys.dim() == 4 && cache.has_value() && *cache != Storage::int8 && keys.is_cpu() && keys.is_contiguous() &&
+            keys.scalar_type() == values.scalar_type() && shape_of(keys) == shape_of(values) && values.is_cpu() &&
+            values.is_contiguous(),
+        op, "keys has shape", [&] { return shape_text(shape_of(keys)) + " and dtype " + dtype_text(keys); },
+        [] {
+            return "(layers, cache rows, kv_heads, elements of a head) in float32, float16 or bfloat16, like values";
+        });
+    b.cache = *cache;
+    b.layer_count = keys.size(0);
+    b.cache_rows = keys.size(1);
+    const int64_t head_bytes = cache_head_bytes(b.cache, b.slots, b.head_dim);
+    const int64_t elements = head_bytes / storage_bytes(b.cache);
+    require(
+        keys.size(2) == b.kv_heads && keys.size(3) == elements, op, "keys has shape",
+        [&] { return shape_text(shape_of(keys)); },
+        [&] {
+            return shape_text({b.layer_count, b.cache_rows, b.kv_heads, elements}) + " for " + std::to_string(b.slots) +
+                   " slots of head_dim " + std::to_string(b.head_dim);
+        });
+
+    Reader read(op, tensors.weights);
+    const int64_t half = b.head_dim / 2;
+    b.start_token = read.floats("start_token", b.channels);
+    b.position = read.floats("position", (b.slots - b.text_tokens) * b.width);
+    b.condition = read.floats("condition", b.cache_rows * b.width);
+    b.query_cos = read.floats("query_cos", b.slots * half);
+    b.query_sin = read.floats("query_sin", b.slots * half);
+    b.key_cos = read.floats("key_cos", b.slots * half);
+    b.key_sin = read.floats("key_sin", b.slots * half);
+    b.temperature = read.floats("temperature", b.cache_rows);
+    require(
+        b.temperature != nullptr, op, "temperature is", [] { return "empty"; },
+        [] { return "one number a cache row"; });
+    b.final_norm = read.norm("final_norm", NormKind::rms, b.width, false);
+    b.proj_in = read.panels("proj_in", b.width, b.channels);
+    b.proj_out = read.panels("proj_out", out, b.width);
+    layers_.resize(b.layer_count);
+    const int64_t attended = b.heads * b.head_dim;
+    char* layer_keys = static_cast<char*>(keys.data_ptr());
+    char* layer_values = static_cast<char*>(values.data_ptr());
+    for (int64_t l = 0; l < b.layer_count; ++l) {
+        const std::string name = "layers[" + std::to_string(l) + "].";
+        SweepLayer& layer = layers_[l];
+        layer.qkv = read.panels(name + "qkv", attended + 2 * b.kv_heads * b.head_dim, b.width);
+        layer.proj = read.panels(name + "proj", b.width, attended);
+        layer.up = read.panels(name + "up", b.hidden, b.width);
+        layer.gate = read.panels(name + "gate", b.hidden, b.width, true);
+        layer.down = read.panels(name + "down", b.width, b.hidden);
+        layer.attention_norm = read.norm(name + "attention_norm", kind, b.width, true);
+        layer.query_norm = read.norm(name + "query_norm", NormKind::rms, b.head_dim, false);
+        layer.key_norm = read.norm(name + "key_norm", NormKind::rms, b.head_dim, false);
+        layer.attention_post = read.norm(name + "attention_post", NormKind::rms, b.width, false);
+        layer.mlp_norm = read.norm(name + "mlp_norm", kind, b.width, true);
+        layer.mlp_post = read.norm(name + "mlp_post", NormKind::rms, b.width, false);
+        layer.keys = layer_keys + l * b.cache_rows * b.kv_heads * head_bytes;
+        layer.values = layer_values + l * b.cache_rows * b.kv_heads * head_bytes;
+    }
+    read.finish();
+    b.layers = layers_.data();
+}
+
+Sweeper::Sweeper(const Block& block, const Tensor& like, int64_t rows)
+    : block_(block), kernels_(variants.pick()), most_rows_(std::max<int64_t>(1, std::min(rows, rows_at_once))) {
+    members_ = std::max<int64_t>(1, torch::stable::get_num_threads());
+    const auto bytes = [&](int64_t count) { return empty_like_shape(like, {count + 64}, ScalarType::Byte); };
+    shared_ = bytes(kernels_.shared_bytes(block.args(), most_rows_));
+    own_ = bytes(kernels_.own_bytes(block.args(), most_rows_) * members_);
+    window_of_row_.resize(most_rows_);
+}
+
+void Sweeper::sweep(const std::vector<SweepWindow>& windows, const float* previous, const float* embedded, float* raw) {
+    const SweepBlock& b = block_.args();
+    std::vector<SweepWindow> part;
+    int64_t rows = 0;
+    const auto flush = [&] {
+        if (rows == 0) return;
+        run(part, rows, previous, embedded, raw);
+        previous = previous == nullptr ? nullptr : previous + rows * b.channels;
+        embedded = embedded == nullptr ? nullptr : embedded + rows * b.width;
+        raw = raw == nullptr ? nullptr : raw + rows * block_.out_channels();
+        part.clear();
+        rows = 0;
+    };
+    for (SweepWindow window : windows) {
+        // What a window's later rows read of its earlier ones is in the caches: its parts may run one after the other.
+        while (window.count > 0) {
+            SweepWindow piece = window;
+            piece.count = std::min(window.count, most_rows_ - rows);
+            piece.first_row = rows;
+            part.push_back(piece);
+            rows += piece.count;
+            window.slot += piece.count;
+            window.count -= piece.count;
+            if (rows == most_rows_) flush();
+        }
+    }
+    flush();
+}
+
+void Sweeper::run(const std::vector<SweepWindow>& windows, int64_t rows, const float* previous, const float* embedded,
+                  float* raw) {
+    for (size_t w = 0; w < windows.size(); ++w) {
+        std::fill_n(window_of_row_.begin() + windows[w].first_row, windows[w].count, static_cast<int32_t>(w));
+    }
+    const auto aligned = [](const Tensor& buffer) {
+        auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
+        return reinterpret_cast<char*>((address + 63) / 64 * 64);
+    };
+    const SweepArgs args{block_.args(),
+                         windows.data(),
+                         static_cast<int64_t>(windows.size()),
+                         window_of_row_.data(),
+                         rows,
+                         previous,
+                         embedded,
+                         raw,
+                         aligned(shared_),
+                         aligned(own_)};
+    Barrier barrier{.members = members_, .yield = [] { sched_yield(); }};
+    torch::stable::parallel_for(
+        0, members_, 1, [&](int64_t begin, int64_t end) { kernels_.sweep(args, TeamSlice{barrier, begin, end}); });
+}
+
+}  // namespace starflow

@@ -1,0 +1,65 @@
+// A block as jacobi_sweep and jacobi_solve take it: lists of tensors and numbers, read into the kernel's structs.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "common/tensor.h"
+#include "ops/jacobi_sweep/jacobi_sweep.h"
+
+namespace starflow {
+
+// The tensors of a block, in the order in which starflow_ext/jacobi_sweep.py lists them (an empty one is absent):
+//   start token (channels,) · position (grid slots, width) · condition (cache rows, width) · cosines and sines of
+//   queries, then of keys (slots, head_dim / 2) · temperature (cache rows,) · weight of the final norm (width,) ·
+//   input, output projection: panels, column scale, bias ·
+//   each layer: qkv, proj, up, gate, down as panels, column scale, bias; weight and bias of the attention's norm;
+//   weights of query norm, key norm, attention's post-norm; weight and bias of the MLP's norm; weight of the MLP's
+//   post-norm
+// and the numbers: channels, width, heads, kv_heads, head_dim, hidden, out channels, text tokens, slots, kind of the
+// norms (0 none, 1 layer, 2 rms).
+struct BlockTensors {
+    Tensor keys;    // (layers, cache rows, kv_heads, elements of a head)
+    Tensor values;  // like keys
+    std::vector<Tensor> weights;
+    std::vector<int64_t> sizes;
+    std::string activations;
+};
+
+// Checks the tensors against the numbers, and holds what the kernel's struct points to.
+class Block {
+  public:
+    Block(const char* op, const BlockTensors& tensors);
+    Block(const Block&) = delete;
+    Block& operator=(const Block&) = delete;
+
+    const SweepBlock& args() const { return args_; }
+    int64_t out_channels() const { return args_.proj_out.columns; }
+
+  private:
+    std::vector<SweepLayer> layers_;
+    SweepBlock args_{};
+};
+
+// Runs sweeps of a block with buffers for `most_rows` rows, allocated once; longer ones run in parts.
+class Sweeper {
+  public:
+    Sweeper(const Block& block, const Tensor& like, int64_t rows);
+
+    // Rows of the windows lie one behind the other in `previous` (rows, channels) or `embedded` (rows, width), and in
+    // `raw` (rows, out channels), which may be null. A window's `first_row` is set here.
+    void sweep(const std::vector<SweepWindow>& windows, const float* previous, const float* embedded, float* raw);
+
+  private:
+    void run(const std::vector<SweepWindow>& windows, int64_t rows, const float* previous, const float* embedded,
+             float* raw);
+
+    const Block& block_;
+    const SweepKernels& kernels_;
+    int64_t most_rows_;
+    int64_t members_;
+    Tensor shared_;
+    Tensor own_;
+    std::vector<int32_t> window_of_row_;
+};
+
+}  // namespace starflow

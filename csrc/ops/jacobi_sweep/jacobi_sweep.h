@@ -1,0 +1,106 @@
+// jacobi_sweep: one block's network over windows of tokens, all layers in one call of one team of threads.
+//
+//   h = previous W_in^T + b + position[slot] + condition[sample]                   row 0 of a clip reads the start
+//   token each layer: h += post(attention(rope(norm(h) W_qkv^T)) W_proj^T),  h += post(mlp(norm(h))) raw = norm(h)
+//   W_out^T + b
+//
+// Rows are the tokens of all windows, one behind the other; a window is a run of slots of one row of the caches. Keys
+// and values of a window are written at its slots, and a token sees all slots up to its own.
+//
+// Memory: all weights once (width 256: 3 MB a layer in float32), the visible part of the caches once for each 64 rows.
+// Phases of a layer, with a barrier behind each: queries, keys and values (each member its panels) | rotation and cache
+// (its rows and heads) | attention (its samples, heads and tiles of rows) | projection (its panels) | first half of the
+// MLP (its panels) | second half (its panels). Every member packs all rows for itself, normalised: a line that another
+// core wrote costs more than computing it again. No sum is split over members, so that results do not depend on how
+// many there are.
+#pragma once
+#include "cpu/panels.h"
+#include "cpu/row_norm_args.h"
+#include "cpu/team.h"
+#include "cpu/variants.h"
+
+namespace starflow {
+
+struct SweepLayer {
+    RowNorm attention_norm;
+    Panels qkv;
+    RowNorm query_norm;  // over head_dim
+    RowNorm key_norm;
+    Panels proj;
+    RowNorm attention_post;
+    RowNorm mlp_norm;
+    Panels gate;  // data is null: gelu(up), else gelu_tanh(gate) * up
+    Panels up;
+    Panels down;
+    RowNorm mlp_post;
+    char* keys;  // panels (cache rows, kv_heads, head bytes)
+    char* values;
+};
+
+// What does not change while a clip is decoded. Rotary planes pair element k with k + head_dim / 2: whoever packs the
+// weights of an interleaved model orders each head's rows so.
+struct SweepBlock {
+    int64_t channels;  // of a token
+    int64_t width;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_dim;
+    int64_t hidden;
+    int64_t layer_count;
+    const SweepLayer* layers;
+    Panels proj_in;
+    Panels proj_out;
+    RowNorm final_norm;
+    const float* start_token;  // (channels,) or null
+    const float* position;     // (grid slots, width) or null
+    const float* condition;    // (cache rows, width) or null
+    const float* query_cos;    // (slots, head_dim / 2), text first; null without rotary positions
+    const float* query_sin;
+    const float* key_cos;
+    const float* key_sin;
+    const float* temperature;  // (cache rows,) divides the products of queries and keys
+    int64_t cache_rows;
+    int64_t text_tokens;
+    int64_t slots;  // of the caches
+    Storage cache;
+    Activations activations;
+};
+
+// A window: `count` rows from slot `slot` of a row of the caches on; slots below `keep` are not written.
+struct SweepWindow {
+    int64_t cache_row;
+    int64_t slot;
+    int64_t count;
+    int64_t keep;
+    int64_t first_row;  // where its rows begin
+};
+
+struct SweepArgs {
+    const SweepBlock& block;
+    const SweepWindow* windows;
+    int64_t window_count;
+    const int32_t* window_of_row;  // (rows,)
+    int64_t rows;
+    const float* previous;  // (rows, channels), or null:
+    const float* embedded;  // (rows, width), text
+    float* raw;             // (rows, out channels), or null: only keys and values are wanted
+    char* shared;           // sweep_shared_bytes
+    char* own;              // sweep_own_bytes for each member
+};
+
+// Query rows that share a pass over the keys.
+inline constexpr int64_t attend_rows = 64;
+
+// Rows of buffers that members share lie an odd number of cache lines apart: at a power of two they would all fall into
+// the same sets of a cache.
+static inline int64_t row_stride(int64_t width) { return round_up(width, 32) + 16; }
+
+struct SweepKernels {
+    int64_t (*shared_bytes)(const SweepBlock& block, int64_t rows);
+    int64_t (*own_bytes)(const SweepBlock& block, int64_t rows);
+    void (*sweep)(const SweepArgs& args, const TeamSlice& team);
+};
+
+STARFLOW_DECLARE_DOT_VARIANTS(SweepKernels, jacobi_sweep)
+
+}  // namespace starflow
