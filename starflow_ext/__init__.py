@@ -5,7 +5,18 @@ from starflow_ext._explain import Explanation, explain
 from starflow_ext._info import Info, info
 from starflow_ext._load import native
 from starflow_ext._mode import reference_mode
+from starflow_ext.linear_pack import PackedWeight, pack_weight
 
 __version__: str = str(native.build_info()["version"])
 
-__all__ = ["Explanation", "Info", "__version__", "explain", "info", "ops", "reference_mode"]
+__all__ = [
+    "Explanation",
+    "Info",
+    "PackedWeight",
+    "__version__",
+    "explain",
+    "info",
+    "ops",
+    "pack_weight",
+    "reference_mode",
+]

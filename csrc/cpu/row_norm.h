@@ -1,75 +1,90 @@
-// LayerNorm and RMSNorm of one row in float32 (formulas in row_norm_args.h). For kernel files.
+// LayerNorm and RMSNorm of one row, in float32, on its way into packed rows (csrc/cpu/matmul.h) or into memory. For
+// kernel files.
+//
+//   layer  (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * weight + bias
+//   rms    x / sqrt(mean(x^2) + epsilon) * (1 + weight)
 #pragma once
 #include "cpu/matmul.h"
-#include "cpu/row_norm_args.h"
+#include "cpu/norm_kind.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// value = (x - shift) * factor, then weight and bias by channel.
-struct RowStatistics {
-    float shift;
-    float factor;
+// What a row is multiplied by after `mean` is taken off.
+struct RowMoments {
+    float mean;
+    float inverse;
 };
 
-template <class Visitor>
-inline void over_channels_of(int64_t width, const Visitor& visitor) {
+// Four sums side by side, because one would wait for itself at each step. term(c, lanes) of channels that are there.
+template <class Term>
+inline float sum_over_row(int64_t channels, const Term& term) {
+    using V = Vec<float>;
+    V sums[4] = {V(0.0F), V(0.0F), V(0.0F), V(0.0F)};
     int64_t c = 0;
-    for (; c + Vec<float>::lanes <= width; c += Vec<float>::lanes) visitor(c, AllLanes{});
-    if (c < width) visitor(c, FirstLanes{static_cast<int>(width - c)});
+    for (; c + 4 * V::lanes <= channels; c += 4 * V::lanes) {
+        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + term(c + i * V::lanes, AllLanes{});
+    }
+    for (; c + V::lanes <= channels; c += V::lanes) sums[0] = sums[0] + term(c, AllLanes{});
+    if (c < channels) {
+        const FirstLanes left{static_cast<int>(channels - c)};
+        sums[1] = sums[1] + keep(term(c, left), left, 0.0F);
+    }
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// Two passes: the variance is of what the mean left, without cancellation.
-inline RowStatistics statistics_of(const float* x, int64_t width, const RowNorm& norm) {
+template <class T>
+inline RowMoments row_moments(const T* x, int64_t channels, const RowNorm& norm) {
     using V = Vec<float>;
-    const float per_channel = 1.0F / static_cast<float>(width);
-    float mean = 0.0F;
+    const float share = 1.0F / static_cast<float>(channels);
+    RowMoments moments{0.0F, 1.0F};
     if (norm.kind == NormKind::layer) {
-        V total(0.0F);
-        over_channels_of(width, [&](int64_t c, auto lanes) { total = total + keep(load(x + c, lanes), lanes, 0.0F); });
-        mean = sum(total) * per_channel;
+        moments.mean = share * sum_over_row(channels, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
     }
-    V squares(0.0F);
-    over_channels_of(width, [&](int64_t c, auto lanes) {
-        const V left = keep(load(x + c, lanes) - V(mean), lanes, 0.0F);
-        squares = multiply_add(left, left, squares);
+    const V mean(moments.mean);
+    const float squares = sum_over_row(channels, [&](int64_t c, auto lanes) {
+        const V distance = load(x + c, lanes) - mean;
+        return distance * distance;
     });
-    return {mean, 1.0F / __builtin_sqrtf(sum(squares) * per_channel + norm.epsilon)};
+    moments.inverse = 1.0F / __builtin_sqrtf(share * squares + norm.epsilon);
+    return moments;
 }
 
-template <class Lanes>
-inline Vec<float> normalised(Vec<float> x, int64_t c, Lanes lanes, const RowNorm& norm, const RowStatistics& of) {
+// Channels [c, c + lanes) of a normalised row.
+template <class T, class Lanes>
+inline Vec<float> normalised(const T* x, int64_t c, Lanes lanes, const RowMoments& moments, const RowNorm& norm) {
     using V = Vec<float>;
-    const V standard = (x - V(of.shift)) * V(of.factor);
-    if (norm.kind == NormKind::rms) return multiply_add(standard, load(norm.weight + c, lanes), standard);
-    const V weight = load(norm.weight + c, lanes);
-    return norm.bias == nullptr ? standard * weight : multiply_add(standard, weight, load(norm.bias + c, lanes));
+    const V y = (load(x + c, lanes) - V(moments.mean)) * V(moments.inverse);
+    if (norm.kind == NormKind::rms) return y * (V(1.0F) + load(norm.weight + c, lanes));
+    const V weighted = y * load(norm.weight + c, lanes);
+    return norm.bias == nullptr ? weighted : weighted + load(norm.bias + c, lanes);
 }
 
-// out = norm(x), in place too.
-inline void normalise_row(const float* x, float* out, int64_t width, const RowNorm& norm) {
-    if (norm.kind == NormKind::none) {
-        if (x != out)
-            over_channels_of(width, [&](int64_t c, auto lanes) { store(out + c, load(x + c, lanes), lanes); });
-        return;
-    }
-    const RowStatistics of = statistics_of(x, width, norm);
-    over_channels_of(width, [&](int64_t c, auto lanes) {
-        store(out + c, normalised(load(x + c, lanes), c, lanes, norm, of), lanes);
-    });
+template <class Visitor>
+inline void over_channels(int64_t channels, const Visitor& visitor) {
+    int64_t c = 0;
+    for (; c + Vec<float>::lanes <= channels; c += Vec<float>::lanes) visitor(c, AllLanes{});
+    if (c < channels) visitor(c, FirstLanes{static_cast<int>(channels - c)});
 }
 
-// Row r of a product, normalised on its way in.
-template <class Product>
-inline void pack_normalised_row(const PackedRows& packed, int64_t r, const float* x, int64_t width,
-                                const RowNorm& norm) {
+// A row normalised where it lies.
+inline void normalise_row(float* x, int64_t channels, const RowNorm& norm) {
+    if (norm.kind == NormKind::none) return;
+    const RowMoments moments = row_moments(x, channels, norm);
+    over_channels(channels,
+                  [&](int64_t c, auto lanes) { store(x + c, normalised(x, c, lanes, moments, norm), lanes); });
+}
+
+// Row r of `packed` from x (depth,), normalised; as it is for NormKind::none. The moments take the row three times
+// through the first-level cache, which is less than one product with it.
+template <class Product, class T>
+inline void pack_normalised_row(const PackedRows& packed, int64_t r, const T* x, int64_t depth, const RowNorm& norm) {
     if (norm.kind == NormKind::none) {
-        pack_row<Product>(packed, r, width, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
+        pack_row<Product>(packed, r, depth, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
         return;
     }
-    const RowStatistics of = statistics_of(x, width, norm);
-    pack_row<Product>(packed, r, width,
-                      [&](int64_t c, auto lanes) { return normalised(load(x + c, lanes), c, lanes, norm, of); });
+    const RowMoments moments = row_moments(x, depth, norm);
+    pack_row<Product>(packed, r, depth, [&](int64_t c, auto lanes) { return normalised(x, c, lanes, moments, norm); });
 }
 
 }  // namespace

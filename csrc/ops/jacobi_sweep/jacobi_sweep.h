@@ -15,7 +15,7 @@
 // many there are.
 #pragma once
 #include "cpu/panels.h"
-#include "cpu/row_norm_args.h"
+#include "cpu/norm_kind.h"
 #include "cpu/team.h"
 #include "cpu/variants.h"
 

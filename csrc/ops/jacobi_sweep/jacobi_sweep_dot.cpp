@@ -135,7 +135,7 @@ struct Sweep {
     void embed(int64_t member) const {
         if (args.previous == nullptr) {
             for (int64_t r = team.first(member, args.rows); r < team.last(member, args.rows); ++r) {
-                over_channels_of(block.width, [&](int64_t c, auto lanes) {
+                over_channels(block.width, [&](int64_t c, auto lanes) {
                     store(shared.h + r * shared.h_stride + c, load(args.embedded + r * block.width + c, lanes), lanes);
                 });
             }
@@ -165,12 +165,12 @@ struct Sweep {
 
     // Norm (none too) of one head in place, then its rotation by the tables at `slot`.
     void turn(float* head, const RowNorm& norm, const float* cos, const float* sin, int64_t slot) const {
-        normalise_row(head, head, block.head_dim, norm);
+        normalise_row(head, block.head_dim, norm);
         if (cos == nullptr) return;
         const int64_t half = block.head_dim / 2;
         cos += slot * half;
         sin += slot * half;
-        over_channels_of(half, [&](int64_t c, auto lanes) {
+        over_channels(half, [&](int64_t c, auto lanes) {
             const Vec<float> u = load(head + c, lanes);
             const Vec<float> v = load(head + half + c, lanes);
             const Vec<float> cosine = load(cos + c, lanes);
@@ -280,7 +280,7 @@ struct Sweep {
                 float* out = shared.attended + (window.first_row + begin + r / heads) * shared.attended_stride +
                              (head * group + some + r % heads) * block.head_dim;
                 const Vec<float> inverse(attended_scale(scratch, r));
-                over_channels_of(block.head_dim, [&](int64_t c, auto lanes) {
+                over_channels(block.head_dim, [&](int64_t c, auto lanes) {
                     const float* from =
                         scratch.out + (c / panel_columns * rows + r) * panel_columns + c % panel_columns;
                     store(out + c, load(from, lanes) * inverse, lanes);
@@ -308,9 +308,9 @@ struct Sweep {
         team.run([&](int64_t member) {
             for (int64_t r = team.first(member, args.rows); r < team.last(member, args.rows); ++r) {
                 float* row = branch + r * branch_stride;
-                normalise_row(row, row, block.width, post);
+                normalise_row(row, block.width, post);
                 float* at = shared.h + r * shared.h_stride;
-                over_channels_of(block.width, [&](int64_t c, auto lanes) {
+                over_channels(block.width, [&](int64_t c, auto lanes) {
                     store(at + c, load(at + c, lanes) + load(row + c, lanes), lanes);
                 });
             }

@@ -1,0 +1,64 @@
+// Schema, checks and choice of variant; the layout is in csrc/cpu/panels.h.
+#include "ops/linear/linear_pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "cpu/isa.h"
+#include "cpu/pages.h"
+#include "cpu/parallel.h"
+#include "ops/linear/packed_weight.h"
+
+namespace starflow {
+namespace {
+
+constexpr const char* op = "linear_pack";
+
+const cpu::Variants<LinearPackKernels> variants{STARFLOW_VARIANTS(linear_pack)};
+
+void check_finite(const Tensor& column_scale) {
+    const auto* scale = static_cast<const float*>(column_scale.data_ptr());
+    for (int64_t row = 0; row < column_scale.numel(); ++row) {
+        require(
+            std::isfinite(scale[row]), op, "weight has",
+            [&] { return "NaN or infinity in output channel " + std::to_string(row); },
+            [] { return "finite values for storage \"int8\""; });
+    }
+}
+
+std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
+    const std::optional<Dtype> dtype = dtype_of(weight);
+    require(
+        dtype.has_value(), op, "weight has dtype", [&] { return dtype_text(weight); },
+        [] { return "float32, bfloat16, float16 or float64"; });
+    require(
+        weight.dim() == 2, op, "weight has shape", [&] { return shape_text(shape_of(weight)); },
+        [] { return "(out_channels, in_channels)"; });
+    const Storage kind = storage_of(op, storage);
+    if (dtype == Dtype::float64) weight = torch::stable::to(weight, ScalarType::Float);
+    if (weight.size(1) > 1 && weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
+    const int64_t out_channels = weight.size(0);
+    const int64_t in_channels = weight.size(1);
+    const Tensor panels = empty_like_shape(weight, panels_shape(kind, out_channels, in_channels), panels_type(kind));
+    cpu::prefer_large_pages(panels);
+    const Tensor column_scale = empty_like_shape(weight, {kind == Storage::int8 ? out_channels : 0}, ScalarType::Float);
+    const LinearPackArgs args{weight.data_ptr(), *dtype_of(weight),
+                              out_channels,      in_channels,
+                              weight.stride(0),  kind,
+                              panels.data_ptr(), static_cast<float*>(column_scale.data_ptr())};
+    cpu::parallel_rows(panels.size(0), panel_columns * round_up(in_channels, depth_multiple),
+                       [&](int64_t begin, int64_t end) { variants.pick().pack(args, begin, end); });
+    check_finite(column_scale);
+    return {panels, column_scale};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
+    m.def("linear_pack(Tensor weight, str storage) -> (Tensor panels, Tensor column_scale)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }
+
+}  // namespace starflow

@@ -1,0 +1,78 @@
+#include "ops/linear/packed_weight.h"
+
+#include <array>
+#include <utility>
+
+namespace starflow {
+namespace {
+
+constexpr std::array<std::pair<const char*, Storage>, 5> storages{{{"float32", Storage::float32},
+                                                                   {"float16", Storage::float16},
+                                                                   {"bfloat16", Storage::bfloat16},
+                                                                   {"int8", Storage::int8},
+                                                                   {"two_bfloat16", Storage::two_bfloat16}}};
+
+}  // namespace
+
+Storage storage_of(const char* op, const std::string& name) {
+    for (const auto& [known, storage] : storages) {
+        if (name == known) return storage;
+    }
+    require(
+        false, op, "storage is", [&] { return '"' + name + '"'; },
+        [] { return R"("float32", "float16", "bfloat16", "int8" or "two_bfloat16")"; });
+    return Storage::float32;
+}
+
+ScalarType panels_type(Storage storage) {
+    switch (storage) {
+        case Storage::float32:
+            return ScalarType::Float;
+        case Storage::float16:
+            return ScalarType::Half;
+        case Storage::int8:
+            return ScalarType::Char;
+        default:
+            return ScalarType::BFloat16;
+    }
+}
+
+std::vector<int64_t> panels_shape(Storage storage, int64_t out_channels, int64_t in_channels) {
+    const int64_t count = round_up(out_channels, panel_columns) / panel_columns;
+    const int64_t depth = round_up(in_channels, depth_multiple);
+    switch (storage) {
+        case Storage::bfloat16:
+            return {count, depth / 2, panel_columns, 2};
+        case Storage::two_bfloat16:
+            return {count, 2, depth / 2, panel_columns, 2};
+        default:
+            return {count, depth, panel_columns};
+    }
+}
+
+Panels panels_of(const char* op, const Tensor& panels, const std::optional<Tensor>& column_scale, int64_t out_channels,
+                 int64_t in_channels, const std::string& storage) {
+    const Storage kind = storage_of(op, storage);
+    const std::vector<int64_t> expected = panels_shape(kind, out_channels, in_channels);
+    require(panels.is_cpu(), op, "panels is on", [&] { return device_text(panels); }, [] { return "cpu"; });
+    require(
+        panels.scalar_type() == panels_type(kind) && panels.is_contiguous(), op, "panels has dtype",
+        [&] { return dtype_text(panels); }, [&] { return "contiguous panels of storage \"" + storage + '"'; });
+    require(
+        shape_of(panels) == expected, op, "panels has shape", [&] { return shape_text(shape_of(panels)); },
+        [&] { return shape_text(expected) + " for a weight of shape " + shape_text({out_channels, in_channels}); });
+    const float* scale = nullptr;
+    if (kind == Storage::int8) {
+        const bool good = column_scale.has_value() && column_scale->scalar_type() == ScalarType::Float &&
+                          shape_of(*column_scale) == std::vector<int64_t>{out_channels} &&
+                          column_scale->is_contiguous() && column_scale->is_cpu();
+        require(
+            good, op, "column_scale has shape",
+            [&] { return column_scale ? shape_text(shape_of(*column_scale)) : "none"; },
+            [&] { return "contiguous float32 of shape " + shape_text({out_channels}); });
+        scale = static_cast<const float*>(column_scale->data_ptr());
+    }
+    return {panels.data_ptr(), scale, nullptr, out_channels, in_channels, kind};
+}
+
+}  // namespace starflow
