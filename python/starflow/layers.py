@@ -70,7 +70,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: FlowConfig, width: int, heads: int, kv_heads: int) -> None:
         super().__init__()
-        self.heads, self.kv_heads = heads, kv_heads
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, config.head_dim
         self.half_pairs = config.hf_style_rope
         self.norm = _pre_norm(config, width)
         self.qkv = nn.Linear(width, (heads + 2 * kv_heads) * config.head_dim, bias=config.use_bias)
@@ -176,7 +176,8 @@ class Transformer(nn.Module):
         text_dim: int,
     ) -> None:
         super().__init__()
-        self.kv_heads, self.head_dim = kv_heads, config.head_dim
+        self.config = config
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, config.head_dim
         self.checkpoint_every = config.use_checkpoint
         self.proj_in = nn.Linear(config.token_channels, width)
         self.proj_text = nn.Linear(text_dim, width) if text_dim else None

@@ -1,0 +1,113 @@
+"""Packed weights of a block's network, made once and kept while the weights stay as they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from starflow.conditioner import Conditioner
+from starflow.layers import MLP, Attention, Layer, Norm
+from starflow_ext.jacobi_sweep import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
+from starflow_ext.linear_pack import Storage, pack_weight
+from starflow_ext.rope_append import Pairing
+
+
+@dataclass(frozen=True)
+class _Kept:
+    stamp: tuple[tuple[int, int], ...]
+    weights: BlockWeights
+
+
+_kept: WeakKeyDictionary[Conditioner, dict[Storage | None, _Kept]] = WeakKeyDictionary()
+
+
+def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> BlockWeights:
+    """The network of a block as `starflow_ext.ops.jacobi_sweep` reads it.
+
+    Packing reads every weight once, so the result is kept with the module and made again only when a parameter was
+    changed or replaced. What writes to a parameter's `.data` escapes that; call `forget` then.
+
+    Args:
+        conditioner: network on the CPU.
+        storage: of the weights (see `starflow_ext.pack_weight`); None keeps their own dtype.
+    """
+    # Parameters made under inference mode count no versions: there they cannot be changed in place either.
+    stamp = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in conditioner.parameters())
+    by_storage = _kept.setdefault(conditioner, {})
+    kept = by_storage.get(storage)
+    if kept is None or kept.stamp != stamp:
+        kept = by_storage[storage] = _Kept(stamp, _pack(conditioner, storage))
+    return kept.weights
+
+
+def forget(conditioner: Conditioner) -> None:
+    """Drops the packed weights of a network."""
+    _kept.pop(conditioner, None)
+
+
+@torch.no_grad()
+def _pack(conditioner: Conditioner, storage: Storage | None) -> BlockWeights:
+    layers = [layer for layer in conditioner.layers if isinstance(layer, Layer)]
+    config = conditioner.config
+    return BlockWeights(
+        heads=conditioner.heads,
+        kv_heads=conditioner.kv_heads,
+        head_dim=conditioner.head_dim,
+        proj_in=_linear(conditioner.proj_in, storage),
+        proj_out=_linear(conditioner.proj_out, storage),
+        layers=tuple(_layer(layer, storage) for layer in layers),
+        norm=None if config.norm_type == "none" else config.norm_type,
+        start_token=None if conditioner.sos_embed is None else _float(conditioner.sos_embed.flatten()),
+        final_norm=_weight(conditioner.final_norm),
+    )
+
+
+def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
+    attention, mlp = layer.attention, layer.mlp
+    assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+    pairing: Pairing = "half" if attention.half_pairs else "interleaved"
+    order = head_order(attention.head_dim, pairing)
+    query_norm, key_norm = (_weight(norm) for norm in (attention.query_norm, attention.key_norm))
+    return LayerWeights(
+        qkv=pack_qkv(
+            attention.qkv.weight,
+            attention.qkv.bias,
+            heads=attention.heads,
+            kv_heads=attention.kv_heads,
+            pairing=pairing,
+            storage=storage,
+            keep=False,
+        ),
+        proj=_linear(attention.proj, storage),
+        up=_linear(mlp.up, storage),
+        gate=None if mlp.gate is None else _linear(mlp.gate, storage),
+        down=_linear(mlp.down, storage),
+        attention_norm=_affine(attention.norm),
+        mlp_norm=_affine(mlp.norm),
+        query_norm=None if query_norm is None else query_norm[order].contiguous(),
+        key_norm=None if key_norm is None else key_norm[order].contiguous(),
+        attention_post=_weight(attention.post_norm),
+        mlp_post=_weight(mlp.post_norm),
+    )
+
+
+def _linear(linear: nn.Linear, storage: Storage | None) -> PackedLinear:
+    bias = None if linear.bias is None else _float(linear.bias)
+    return PackedLinear(pack_weight(linear.weight, storage, keep=False), bias)
+
+
+def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    if not isinstance(norm, Norm):
+        return None, None
+    return _float(norm.weight), None if norm.bias is None else _float(norm.bias)
+
+
+def _weight(norm: nn.Module | None) -> Tensor | None:
+    return _float(norm.weight) if isinstance(norm, Norm) else None
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()
