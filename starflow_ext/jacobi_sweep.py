@@ -185,15 +185,17 @@ class BlockState:
             RuntimeError: if ``storage`` is none of "float32", "float16", "bfloat16".
         """
         require(
-            storage in _CACHE_DTYPES, "jacobi_sweep", "storage is", f'"{storage}"', " or ".join(map(repr, _CACHE_DTYPES))
+            storage in _CACHE_DTYPES,
+            "jacobi_sweep",
+            "storage is",
+            f'"{storage}"',
+            " or ".join(map(repr, _CACHE_DTYPES)),
         )
         depth = -(-weights.head_dim // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
         shape = (len(weights.layers), rows, weights.kv_heads, -(-slots // KEY_BLOCK) * KEY_BLOCK * depth)
         keys, values = (torch.zeros(shape, dtype=_CACHE_DTYPES[storage]) for _ in range(2))
         temperature = torch.ones(rows) if temperature is None else temperature
-        return cls(
-            keys, values, slots, text_tokens, temperature, position, condition, query_rotation, key_rotation
-        )
+        return cls(keys, values, slots, text_tokens, temperature, position, condition, query_rotation, key_rotation)
 
     @property
     def nbytes(self) -> int:

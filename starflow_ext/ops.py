@@ -10,12 +10,24 @@ from starflow_ext._spec import Spec
 from starflow_ext.affine_forward import affine_forward
 from starflow_ext.affine_inverse import affine_inverse
 from starflow_ext.block_attention import block_attention
+from starflow_ext.jacobi_solve import jacobi_solve
+from starflow_ext.jacobi_sweep import jacobi_sweep
 from starflow_ext.jacobi_update import jacobi_update
 from starflow_ext.linear import linear
 from starflow_ext.norm import norm
 from starflow_ext.rope_append import rope_append
 
-__all__ = ["affine_forward", "affine_inverse", "block_attention", "jacobi_update", "linear", "norm", "rope_append"]
+__all__ = [
+    "affine_forward",
+    "affine_inverse",
+    "block_attention",
+    "jacobi_solve",
+    "jacobi_sweep",
+    "jacobi_update",
+    "linear",
+    "norm",
+    "rope_append",
+]
 
 # The ops with native kernels.
 SPECS: Final[Mapping[str, Spec]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,10 @@ from starflow.affine import Affine
 from starflow.conditioner import Conditioner, Layout, make_layout
 from starflow.config import FlowConfig
 from starflow.guidance import Guidance
+from starflow.network import NativeNetwork, Precision
 from starflow.state import DecodeState
 from starflow.tokens import Order, to_grid, to_sequence
+from starflow_ext.jacobi_solve import SweepCount
 
 
 class FlowBlock(nn.Module):
@@ -97,10 +100,11 @@ class FlowBlock(nn.Module):
         null: Tensor | None = None,
         guidance: Guidance | None = None,
         temperature: float = 1.0,
+        precision: Precision = "float32",
     ) -> BlockDecoder:
         """A fresh decoder of `rows` samples (see `BlockDecoder`)."""
         assert self.conditioner is not None
-        return BlockDecoder(self.conditioner, layout, rows, context, null, guidance, temperature, self.guess)
+        return BlockDecoder(self.conditioner, layout, rows, context, null, guidance, temperature, self.guess, precision)
 
 
 class BlockDecoder:
@@ -117,6 +121,7 @@ class BlockDecoder:
         guidance: None or inactive is none.
         temperature: divides the attention logits.
         guess: (raw_channels,) where tokens lie before anything is known.
+        precision: of native decoding (see `starflow.network.Precision`).
     """
 
     def __init__(
@@ -129,6 +134,7 @@ class BlockDecoder:
         guidance: Guidance | None,
         temperature: float,
         guess: Tensor,
+        precision: Precision,
     ) -> None:
         self.conditioner, self.layout = conditioner, layout
         self.guidance = guidance if guidance is not None and guidance.active else None
@@ -144,6 +150,18 @@ class BlockDecoder:
             if self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
                 self._temperature = torch.full((2 * rows,), temperature, device=self.device)
                 self._temperature[rows:] *= self.guidance.temperature
+        self._native: NativeNetwork | None = None
+        self._state: DecodeState | None = None
+        if NativeNetwork.runs(conditioner):
+            self._native = NativeNetwork(
+                conditioner, layout, self.halves * rows, self._context, self._temperature, precision
+            )
+            return
+        if precision != "float32":
+            raise ValueError(
+                f"decode: precision is {precision!r}, expected 'float32' where plain torch decodes (weights on "
+                f"{self.device} in {str(conditioner.dtype).removeprefix('torch.')})"
+            )
         text = conditioner.text_tokens(self._context)
         self._state = DecodeState.allocate(conditioner, self.halves * rows, layout.tokens, text, device=self.device)
         if text:
@@ -188,7 +206,8 @@ class BlockDecoder:
         dtype = str(c.dtype).removeprefix("torch.")
         cpu = self.device.type == "cpu"
         where = f"threads{torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device)
-        return f"{len(c.layers)}x{c.width}-{dtype}-{self.tokens}-{where}"
+        how = dtype if self._native is None else self._native.cost_key
+        return f"{len(c.layers)}x{c.width}-{how}-{self.tokens}-{where}"
 
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..` given the tokens before each.
@@ -203,10 +222,29 @@ class BlockDecoder:
             previous = torch.cat([previous, previous])
             wide_start = torch.cat([start, start]) if isinstance(start, Tensor) else start
             final = None if final is None else torch.cat([final, final])
-        affine = self.conditioner.window(
-            previous, wide_start, self._context, self.layout, self._state, self._temperature, final
-        )
+        if self._native is not None:
+            affine = self._native.window(previous, wide_start, final)
+        else:
+            assert self._state is not None
+            affine = self.conditioner.window(
+                previous, wide_start, self._context, self.layout, self._state, self._temperature, final
+            )
         return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
+
+    def window_solver(
+        self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
+    ) -> Iterator[SweepCount] | None:
+        """The solver's window schedule in native code, or None where it has to run in plain torch.
+
+        Args:
+            x: (batch, tokens + 1, channels), row n + 1 holding token n; solved in place.
+            z: noise (batch, tokens, channels).
+            first: first token to solve for.
+            size, tolerance: of the window.
+        """
+        if self._native is None or z.dtype != torch.float32:
+            return None
+        return self._native.solve(x, z, first, self.frame_tokens, size, tolerance, self.guidance)
 
 
 @dataclass(frozen=True)

@@ -200,23 +200,34 @@ class Conditioner(Transformer):
 
     def _embed_slots(self, inputs: Tensor, context: Tensor | None, layout: Layout, slots: Tensor | slice) -> Tensor:
         h = self.embed(inputs)
+        position = self.position_rows(layout, slots)
+        if position is not None:
+            h = h + position
+        condition = self.condition_rows(context, h.shape[0])
+        return h if condition is None else h + condition
+
+    def position_rows(self, layout: Layout, slots: Tensor | slice = slice(None)) -> Tensor | None:
+        """What is added to the embedded tokens at `slots` for where they stand, (slots, width); None for nothing."""
+        device = self.proj_in.weight.device
         if self.pos_embed is not None:
             if self.pos_embed.shape[0] != layout.tokens:
                 raise ValueError(
                     f"conditioner: the clip has {layout.tokens} tokens, expected the {self.pos_embed.shape[0]} of the "
                     "learned position table (rope is off)"
                 )
-            h = h + self.pos_embed[layout.order.to(h.device)[slots]]
-        if self.proj_position is not None and layout.query is not None:
-            # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
-            # inferred from its distance to the text, which takes training long to find.
-            waves = torch.cat([table.to(h.device)[slots] for table in layout.query], -1)
-            h = h + ops.linear(waves, self.proj_position.weight)
+            return self.pos_embed[layout.order.to(device)[slots]]
+        if self.proj_position is None or layout.query is None:
+            return None
+        # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
+        # inferred from its distance to the text, which takes training long to find.
+        waves = torch.cat([table.to(device)[slots] for table in layout.query], -1)
+        return ops.linear(waves, self.proj_position.weight)
+
+    def condition_rows(self, context: Tensor | None, batch: int) -> Tensor | None:
+        """What is added to every embedded token of a sample for its text or class, (batch, 1, width); or None."""
         if self.proj_summary is not None and context is not None:
-            h = h + ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight)
-        if self.class_embed is not None:
-            h = h + self._class_rows(context, h.shape[0])
-        return h
+            return ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight)
+        return None if self.class_embed is None else self._class_rows(context, batch)
 
     def _class_rows(self, labels: Tensor | None, batch: int) -> Tensor:
         """(batch, 1, width); a negative label, or none, is the mean over the classes (no condition)."""

@@ -25,6 +25,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from starflow.affine import Affine
+from starflow_ext.jacobi_solve import SweepCount
 
 
 class Autoregressive(Protocol):
@@ -74,6 +76,11 @@ class Autoregressive(Protocol):
 
         What is cached of the first `final` tokens of each sample stays.
         """
+
+    def window_solver(
+        self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
+    ) -> Iterator[SweepCount] | None:
+        """The window schedule in native code (see `starflow.block.BlockDecoder`), or None for the one in plain torch."""
 
 
 @dataclass(frozen=True)
@@ -314,6 +321,14 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
     size = schedule.size if schedule.size is not None else break_even(model, batch, first)
     progress.window = size = min(size, total - first)
     x[:, first + 1 :] = model.initial_guess(z[:, first:])
+    native = model.window_solver(x, z, first, size, schedule.tolerance)
+    if native is not None:
+        for count in native:
+            progress.rows += count.rows // model.halves
+            progress.accepted += count.accepted
+            if count.bad is not None:
+                raise _not_finite("solution", *count.bad)
+        return
     rows = torch.arange(batch, device=z.device)[:, None]
     frontier = torch.full((batch,), first, device=z.device)
     fresh = frontier.clone()  # first token of each sample that has not been evaluated

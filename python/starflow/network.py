@@ -1,0 +1,168 @@
+"""NativeNetwork: a block's network while a clip is decoded by the native kernels, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from torch import Tensor
+
+from starflow.affine import Affine
+from starflow.conditioner import Conditioner, Layout
+from starflow.guidance import Guidance
+from starflow.packed import pack_conditioner
+from starflow.rope import concatenate
+from starflow_ext import ops
+from starflow_ext._load import native
+from starflow_ext._mode import in_reference_mode
+from starflow_ext.jacobi_solve import SolveProgress, SweepCount
+from starflow_ext.jacobi_sweep import Activations, BlockState, CacheStorage
+from starflow_ext.linear_pack import Storage
+
+# How decoding stores weights, keys and values, and what products are taken of. The residual stream, norms, softmax and
+# the affine update are float32 always.
+#   float32   the weights as they are; float32 products (bfloat16 ones for weights in bfloat16)
+#   float16   weights, keys and values rounded to float16, float32 products: half the bytes, nearly float32's accuracy
+#   bfloat16  everything that enters a product rounded to bfloat16: fastest where the machine multiplies bfloat16;
+#             its own noise is some 0.05 in units of the tokens' scale, so tolerances below that buy nothing
+#   int8      weights rounded to 255 steps an output channel, float32 products, float16 keys and values
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
+
+
+@dataclass(frozen=True)
+class _How:
+    weights: Storage | None
+    activations: Activations
+    cache: CacheStorage
+
+
+_HOW: Final[dict[str, _How]] = {
+    "float32": _How(None, "float32", "float32"),
+    "float16": _How("float16", "float32", "float16"),
+    "bfloat16": _How("bfloat16", "bfloat16", "bfloat16"),
+    "int8": _How("int8", "float32", "float16"),
+}
+_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class NativeNetwork:
+    """Packed weights, caches and what is added to every row; text is cached at once.
+
+    Args:
+        conditioner: on the CPU, not in float64.
+        layout: of the clip.
+        rows: of the caches: samples, with guidance those of both halves.
+        context: text or labels of the rows, or None.
+        temperature: divides the attention logits, one number or one for each row.
+        precision: see `Precision`.
+
+    Raises:
+        ValueError: an unknown precision.
+    """
+
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        layout: Layout,
+        rows: int,
+        context: Tensor | None,
+        temperature: float | Tensor,
+        precision: Precision,
+    ) -> None:
+        if precision not in _HOW:
+            raise ValueError(f"decode: precision is {precision!r}, expected one of {', '.join(map(repr, _HOW))}")
+        how = _HOW[precision]
+        if precision == "float32" and conditioner.dtype == torch.bfloat16:
+            how = _HOW["bfloat16"]
+        self._conditioner, self._how = conditioner, how
+        self._weights = pack_conditioner(conditioner, how.weights)
+        text = conditioner.text_tokens(context)
+        query, key = (concatenate(layout.text, table, torch.device("cpu")) for table in (layout.query, layout.key))
+        position = conditioner.position_rows(layout)
+        condition = conditioner.condition_rows(context, rows)
+        slots = text + layout.tokens
+        if query is not None and not text:
+            query, key = layout.query, layout.key
+        self._state = BlockState.allocate(
+            self._weights,
+            rows,
+            slots,
+            text_tokens=text,
+            storage=how.cache,
+            temperature=torch.as_tensor(temperature, dtype=torch.float32).expand(rows).contiguous(),
+            position=None if position is None else position.float().contiguous(),
+            condition=None if condition is None else condition.float().expand(rows, -1, -1).flatten(1).contiguous(),
+            query_rotation=query,
+            key_rotation=key,
+        )
+        if text:
+            assert context is not None
+            embedded = conditioner.embed_text(context).float().contiguous()
+            self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
+
+    @staticmethod
+    def runs(conditioner: Conditioner) -> bool:
+        """Whether a network decodes natively: on the CPU, in float32 or less, outside `starflow_ext.reference_mode`."""
+        weight = conditioner.proj_in.weight
+        return weight.device.type == "cpu" and weight.dtype in _DTYPES and not in_reference_mode()
+
+    @property
+    def cost_key(self) -> str:
+        """Names what the cost of a row depends on."""
+        weights = self._weights.proj_in.weight.storage
+        return f"{native.selected_isa()}-{weights}-{self._how.activations}-{self._how.cache}"
+
+    def window(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
+        """Affine maps of the tokens `start ..`; as `Conditioner.window`."""
+        first = self._conditioner.first_token - self._state.text_tokens
+        slots = torch.as_tensor(start).expand(previous.shape[0]) - first
+        keep = None if final is None else final - first
+        raw = self._sweep(previous.float(), slots.contiguous(), keep=keep)
+        return Affine(raw.to(previous.dtype), self._conditioner.activation, self._conditioner.soft_clip)
+
+    def solve(
+        self,
+        x: Tensor,
+        z: Tensor,
+        first: int,
+        frame_tokens: int,
+        size: int,
+        tolerance: float,
+        guidance: Guidance | None,
+    ) -> Iterator[SweepCount]:
+        """Solves in place, some sweeps at a time; see `starflow_ext.ops.jacobi_solve`."""
+        c = self._conditioner
+        guided, weight = "gaussian", 0.0
+        if guidance is not None:
+            weight = guidance.weight
+            if guidance.kind == "linear":
+                guided = guidance.parts + ("+" if guidance.annealed else "")
+        halves = 1 if guidance is None else 2
+        progress = SolveProgress.begin(x, first, halves=halves, out_channels=self._weights.proj_out.weight.out_channels)
+        while int(progress.frontier.min()) < z.shape[1]:
+            count = ops.jacobi_solve(
+                self._weights,
+                self._state,
+                progress,
+                z,
+                first=first,
+                first_token=c.first_token,
+                frame_tokens=frame_tokens,
+                window=size,
+                tolerance=tolerance,
+                activation=c.activation,
+                soft_clip=c.soft_clip,
+                guidance=weight,
+                guided=guided,
+                activations=self._how.activations,
+            )
+            yield count
+            if count.bad is not None:
+                return
+
+    def _sweep(self, rows: Tensor, start: Tensor, *, keep: Tensor | None = None, text: bool = False) -> Tensor:
+        return ops.jacobi_sweep(
+            self._weights, self._state, rows, start, keep=keep, activations=self._how.activations, text=text
+        )
