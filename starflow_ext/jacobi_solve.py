@@ -66,8 +66,8 @@ def jacobi_solve(
 ) -> SweepCount:
     """Sweep until every token is final, or ``most_sweeps`` times.
 
-    A sweep evaluates, for each sample, the ``window`` tokens from its frontier on. A token becomes final when all tokens
-    before it in the window moved by less than ``tolerance`` in units of their own scale, so at least the first does.
+    A sweep evaluates, for each sample, the ``window`` tokens from its frontier on. A token becomes final when all
+    tokens before it in the window moved by less than ``tolerance`` in units of their own scale; the first always does.
     With tolerance 0 that is token-by-token decoding, to the last bit, for any window; and a sample's result never
     depends on its batch.
 

@@ -386,12 +386,14 @@ class SampleConfig:
     Args:
         guidance: weight of classifier-free guidance.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
+        precision: of the arithmetic on the CPU: "float32", "float16", "bfloat16" or "int8" (see docs/solver.md).
         fps: frames a second of what is written.
         prompts: what training samples from while it runs.
     """
 
     guidance: float = 0.0
     solver: str = "window"
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()
 

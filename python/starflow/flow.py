@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from starflow.block import Encoded, FlowBlock
+from starflow.block import BlockDecoder, Encoded, FlowBlock
 from starflow.config import FlowConfig
 from starflow.denoiser import Denoiser
 from starflow.guidance import Guidance
+from starflow.network import Precision
 from starflow.solver import Schedule, SolveReport, Window, solve
 from starflow.tokens import patchify, to_grid, to_sequence, unpatchify
 
@@ -149,6 +151,7 @@ class Flow(nn.Module):
         prefix: Tensor | None = None,
         window_context: int | None = None,
         temperature: float = 1.0,
+        precision: Precision = "float32",
     ) -> Decoded:
         """Maps noise to data.
 
@@ -163,6 +166,8 @@ class Flow(nn.Module):
             window_context: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
                 from the one before it; the default is three quarters of the window, at least one.
             temperature: divides the attention logits of every block.
+            precision: of the native decoding on the CPU (see `starflow.network.Precision`); a certificate is taken in
+                float32 whatever it is.
 
         Returns:
             Data, reports and latents (see `Decoded`).
@@ -192,7 +197,7 @@ class Flow(nn.Module):
             # A frame-local block sees no frame but its own: it inverts what the deep block made, given frames included.
             given = known[block.index] if known is not None and not block.frame_local else None
             grid, report = self._solve(
-                block, grid, y, null, guide, schedule, given, window_context, temperature, image=image
+                block, grid, y, null, guide, schedule, given, window_context, temperature, precision, image=image
             )
             latents.append(grid)
             reports.append(report)
@@ -209,6 +214,7 @@ class Flow(nn.Module):
         known: Tensor | None,
         window_context: int | None,
         temperature: float,
+        precision: Precision,
         *,
         image: bool,
     ) -> tuple[Tensor, SolveReport | None]:
@@ -224,9 +230,13 @@ class Flow(nn.Module):
 
         def solve_frames(z: Tensor, given: Tensor | None) -> tuple[Tensor, SolveReport]:
             layout = block.layout(z.shape[1], height, width, context, image=image)
-            decoder = block.decoder(layout, rows, context, free, guided, temperature)
+
+            def decoder(precision: Precision) -> BlockDecoder:
+                return block.decoder(layout, rows, context, free, guided, temperature, precision)
+
+            judge = None if precision == "float32" else partial(decoder, "float32")
             first = None if given is None else to_sequence(given, layout.order[: given[0, ..., 0].numel()])
-            x, report = solve(decoder, to_sequence(z, layout.order), schedule, first)
+            x, report = solve(decoder(precision), to_sequence(z, layout.order), schedule, first, judge)
             return to_grid(x, layout.order, z.shape[1], height, width), report
 
         if window == frames:

@@ -67,7 +67,8 @@ def _pack(conditioner: Conditioner, storage: Storage | None) -> BlockWeights:
 
 def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
     attention, mlp = layer.attention, layer.mlp
-    assert isinstance(attention, Attention) and isinstance(mlp, MLP)
+    assert isinstance(attention, Attention)
+    assert isinstance(mlp, MLP)
     pairing: Pairing = "half" if attention.half_pairs else "interleaved"
     order = head_order(attention.head_dim, pairing)
     query_norm, key_norm = (_weight(norm) for norm in (attention.query_norm, attention.key_norm))

@@ -30,6 +30,7 @@ from starflow.data import VideoError, frames_at, probe, read_image, read_video, 
 from starflow.denoiser import score_denoise, tweedie_step
 from starflow.flow import Decoded, Flow
 from starflow.guidance import Guidance
+from starflow.network import Precision
 from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
 from starflow.text import TextEncoder
 
@@ -109,7 +110,8 @@ class SampleReport:
     """What a call of `Pipeline.sample` did.
 
     Args:
-        solver: as it ran, in the words of the option. guidance: weight. denoised: "learned", "score" or "none".
+        solver: as it ran, in the words of the option. precision: of the arithmetic. guidance: weight.
+        denoised: "learned", "score" or "none".
         window, sweeps, evaluations_per_token: of the deep block, which is where the time goes.
         backward_error: largest of all blocks, where it was asked for; None otherwise.
         blocks: of each block that has a network, the deep one first.
@@ -118,6 +120,7 @@ class SampleReport:
     """
 
     solver: str
+    precision: str
     guidance: float
     denoised: str
     window: int
@@ -258,6 +261,7 @@ class Pipeline:
         fps: float | None = None,
         guidance: float | None = None,
         solver: str | Schedule | None = None,
+        precision: Precision | None = None,
         certificate: bool = False,
         image: str | Path | Tensor | None = None,
         video: str | Path | Tensor | None = None,
@@ -276,6 +280,7 @@ class Pipeline:
             fps: frames a second, by default those of the training clips.
             guidance: weight of classifier-free guidance, by default the model's.
             solver: a schedule or its text (see `parse_solver`), by default the model's.
+            precision: of the arithmetic on the CPU (see `starflow.network.Precision`), by default the model's.
             certificate: measure the backward error.
             image: the first frame: a file, or a tensor ([clips,] channels, height, width) in [-1, 1].
             video: a clip to continue: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1]. The
@@ -321,7 +326,8 @@ class Pipeline:
         clean = None if beginning is None else self._encode(beginning)
         prefix = None if clean is None else clean + config.train.noise_std * self._noise(numbers, clean, "train")
         z = self._noise(numbers, torch.empty(len(names), *shape), "sample")
-        schedule = self._sized(schedule, z, y, null, weight)
+        precision = config.sample.precision if precision is None else precision
+        schedule = self._sized(schedule, z, y, null, weight, precision)
         decoded = self.flow.decode(
             z,
             y,
@@ -330,6 +336,7 @@ class Pipeline:
             schedule=schedule,
             prefix=prefix,
             window_context=window_context,
+            precision=precision,
         )
         latents = self._denoised(decoded.x, y, method)
         if clean is not None:
@@ -346,7 +353,7 @@ class Pipeline:
             captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
             seeds=numbers,
             given=0 if beginning is None else beginning.shape[1],
-            report=_report(decoded, schedule, weight, method, seconds, pixels.shape[0] * pixels.shape[1]),
+            report=_report(decoded, schedule, precision, weight, method, seconds, pixels.shape[0] * pixels.shape[1]),
         )
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -472,7 +479,15 @@ class Pipeline:
             return count
         return 1
 
-    def _sized(self, schedule: Schedule, z: Tensor, y: Tensor | None, null: Tensor | None, guidance: float) -> Schedule:
+    def _sized(
+        self,
+        schedule: Schedule,
+        z: Tensor,
+        y: Tensor | None,
+        null: Tensor | None,
+        guidance: float,
+        precision: Precision,
+    ) -> Schedule:
         """Settles a measured window for one clip, so that a clip does not depend on how many are made together."""
         if not isinstance(schedule, Window) or schedule.size is not None:
             return schedule
@@ -483,7 +498,8 @@ class Pipeline:
         context = y[:1] if y is not None and (c.num_classes or c.text_width(block.index)) else None
         layout = block.layout(frames, z.shape[-2] // c.patch_size, z.shape[-1] // c.patch_size, context, image=False)
         free = None if null is None or context is None else null[:1]
-        return replace(schedule, size=break_even(block.decoder(layout, 1, context, free, Guidance(guidance)), 1))
+        decoder = block.decoder(layout, 1, context, free, Guidance(guidance), precision=precision)
+        return replace(schedule, size=break_even(decoder, 1))
 
 
 def _image(image: str | Path | Tensor | None, *, height: int, width: int, channels: int) -> Tensor:
@@ -522,7 +538,13 @@ def _video_end(
 
 
 def _report(
-    decoded: Decoded, schedule: Schedule, guidance: float, denoised: str, seconds: float, frames: int
+    decoded: Decoded,
+    schedule: Schedule,
+    precision: str,
+    guidance: float,
+    denoised: str,
+    seconds: float,
+    frames: int,
 ) -> SampleReport:
     last = len(decoded.reports) - 1
     blocks = tuple(
@@ -532,6 +554,7 @@ def _report(
     )
     return SampleReport(
         solver=solver_text(schedule),
+        precision=precision,
         guidance=guidance,
         denoised=denoised,
         window=blocks[0].window,

@@ -25,7 +25,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -80,7 +80,7 @@ class Autoregressive(Protocol):
     def window_solver(
         self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
     ) -> Iterator[SweepCount] | None:
-        """The window schedule in native code (see `starflow.block.BlockDecoder`), or None for the one in plain torch."""
+        """The window schedule in native code (see `starflow.block.BlockDecoder`), or None for that in plain torch."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,11 @@ class _Progress:
 
 @torch.inference_mode()
 def solve(
-    model: Autoregressive, z: Tensor, schedule: Schedule, known: Tensor | None = None
+    model: Autoregressive,
+    z: Tensor,
+    schedule: Schedule,
+    known: Tensor | None = None,
+    judge: Callable[[], Autoregressive] | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """Finds x with `z = (x - shift(x)) / scale(x)`.
 
@@ -202,6 +206,7 @@ def solve(
         z: noise (batch, tokens, channels), float32 or float64; what stands at known tokens is ignored.
         schedule: how.
         known: first tokens that are given, (batch, known tokens, channels): kept bit for bit.
+        judge: makes the decoder that certifies, where `model` rounds what it computes; None lets it judge itself.
 
     Returns:
         x like `z`, and the report.
@@ -244,7 +249,7 @@ def solve(
         window=progress.window,
     )
     if isinstance(schedule, Window) and schedule.certificate:
-        report = replace(report, backward_error=certify(model, out, z, first))
+        report = replace(report, backward_error=certify(model if judge is None else judge(), out, z, first))
     return out, report
 
 
