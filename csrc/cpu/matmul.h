@@ -245,6 +245,9 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
     const int64_t block =
         groups == 1 ? rows.cells : (block_bytes / cell_weight_bytes < 1 ? 1 : block_bytes / cell_weight_bytes);
     const int64_t other = weights.padded_depth() * panel_columns;
+    if (rows.cells == 0) {
+        for (int64_t i = 0; i < rows.rows * panel_columns; ++i) sums[i] = 0.0F;
+    }
     for (int64_t p = first; p < last; ++p) {
         const char* panel = static_cast<const char*>(weights.data) + p * weights.panel_bytes();
         for (int64_t cell = 0; cell < rows.cells; cell += block) {
