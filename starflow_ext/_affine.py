@@ -7,7 +7,7 @@ section 3 (softplus scale, soft clip, guidance).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow_ext._check import require
-from starflow_ext._spec import Bound, Sample
+from starflow_ext._spec import Bound, Dtypes, Sample
 
 Activation = Literal["softplus", "exp", "none"]
 
@@ -188,14 +188,22 @@ def require_first_order(op: str) -> None:
     )
 
 
+# Data and raw: the same dtype, or raw narrower than float32 data.
+AFFINE_DTYPES: Final[tuple[Dtypes, ...]] = (
+    *((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+)
+
+
 def affine_samples(
-    dtype: torch.dtype, raw_dtype: torch.dtype, generator: torch.Generator, *, shifted: bool = True
+    data_name: str, dtypes: Dtypes, generator: torch.Generator, *, shifted: bool = True
 ) -> Iterator[Sample]:
     """Draw calls of an affine op: every option, and the shapes that go wrong first.
 
     Args:
-        dtype: dtype of the data.
-        raw_dtype: dtype of ``raw``.
+        data_name: name of the argument that is transformed.
+        dtypes: of the data and of ``raw``.
         generator: source of the values.
         shifted: whether the op knows the option ``shifted``.
 
@@ -209,8 +217,8 @@ def affine_samples(
 
     def sample(label: str, shape: tuple[int, ...], **options: Any) -> Sample:
         halves = 1 if options.get("activation") == "none" else 2
-        raw = draw((*shape[:-1], halves * shape[-1]), 1.5, raw_dtype)
-        return Sample(label, (draw(shape, 2.0, dtype), raw), options)
+        raw = draw((*shape[:-1], halves * shape[-1]), 1.5, dtypes[1])
+        return Sample(label, {data_name: draw(shape, 2.0, dtypes[0]), "raw": raw, **options})
 
     yield sample("defaults", (2, 5, 48))
     yield sample("one element", (1, 1, 1))
@@ -220,6 +228,7 @@ def affine_samples(
     for channels in (3, 7, 8, 9, 15, 16, 17, 33):
         yield sample(f"{channels} channels", (2, 3, channels))
     yield sample("more channels than mantissas in a product", (1, 2, 1300))
+    yield sample("large", (6, 301, 48))
     for activation in ("softplus", "exp", "none"):
         for soft_clip in (0.0, 3.0):
             for behind in (False, True) if shifted else (False,):
@@ -227,10 +236,30 @@ def affine_samples(
                 yield sample(" ".join(f"{key}={value}" for key, value in options.items()), (2, 4, 19), **options)
 
 
-def affine_bytes(sample: Sample) -> int:
-    """Bytes that must move: data and raw in, data out."""
-    data, raw = sample.args[0], sample.args[-1]
-    return 2 * data.nbytes + raw.nbytes
+def affine_cases(*data_names: str) -> dict[str, Callable[[torch.Generator], Sample]]:
+    """Calls that the benchmarks time, for an op with these data arguments beside ``raw``."""
+    large = (64, 1024, 256)  # 64 MB of float32
+    frame = (4, 256, 192)  # a frame of a video model, four samples
+    window = (1, 64, 48)  # a window of the solver
+
+    def case(
+        shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Callable[[torch.Generator], Sample]:
+        def draw(generator: torch.Generator) -> Sample:
+            shapes = dict.fromkeys(data_names, shape) | {"raw": (*shape[:-1], 2 * shape[-1])}
+            values = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+            return Sample(str(list(shape)), values | options)
+
+        return draw
+
+    return {
+        "large": case(large),
+        "large exp": case(large, activation="exp"),
+        "large clipped": case(large, soft_clip=3.0),
+        "large bfloat16": case(large, torch.bfloat16),
+        "frame": case(frame),
+        "window": case(window),
+    }
 
 
 def _behind(term: Tensor, first: float) -> Tensor:

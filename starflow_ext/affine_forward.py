@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
+    AFFINE_DTYPES,
     Activation,
-    affine_bytes,
+    affine_cases,
     affine_samples,
     affine_terms,
     arithmetic_dtype,
@@ -111,9 +113,9 @@ SPEC = Spec(
     call=affine_forward,
     reference=affine_forward_reference,
     check=check,
-    samples=affine_samples,
+    dtypes=AFFINE_DTYPES,
+    samples=partial(affine_samples, "x"),
     bounds=AFFINE_BOUNDS,
-    differentiable=True,
-    mutates=(),
-    bytes_moved=affine_bytes,
+    differentiable=("x", "raw"),
+    cases=affine_cases("x"),
 )

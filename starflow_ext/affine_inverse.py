@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
+    AFFINE_DTYPES,
     Activation,
-    affine_bytes,
+    affine_cases,
     affine_samples,
     affine_terms,
     arithmetic_dtype,
@@ -105,9 +107,9 @@ SPEC = Spec(
     call=affine_inverse,
     reference=affine_inverse_reference,
     check=check,
-    samples=affine_samples,
+    dtypes=AFFINE_DTYPES,
+    samples=partial(affine_samples, "z"),
     bounds=AFFINE_BOUNDS,
-    differentiable=True,
-    mutates=(),
-    bytes_moved=affine_bytes,
+    differentiable=("z", "raw"),
+    cases=affine_cases("z"),
 )
