@@ -285,9 +285,10 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
     }
 }
 
-// Calls visitor(Product{}) with what multiplies such weights by such activations on this level.
+// Calls visitor(Product{}) with what multiplies such weights by such activations in the registers of this level: all
+// that multiply_group takes.
 template <class Visitor>
-inline void visit_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
+inline void visit_register_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
     switch (storage) {
         case Storage::float32:
             return visitor(WidenedProduct<float>{});
@@ -296,19 +297,28 @@ inline void visit_product(Storage storage, [[maybe_unused]] Activations activati
         case Storage::int8:
             return visitor(WidenedProduct<int8_t>{});
         case Storage::two_bfloat16:
-#if defined(STARFLOW_TILES)
-            if (activations == Activations::two_bfloat16) return visitor(TileProduct<2, 2>{});
-#endif
             return visitor(WidenedPairsProduct<2>{});
         case Storage::bfloat16:
-#if defined(STARFLOW_TILES)
-            if (activations == Activations::bfloat16) return visitor(TileProduct<1, 1>{});
-            if (activations == Activations::two_bfloat16) return visitor(TileProduct<1, 2>{});
-#elif defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
             if (activations == Activations::bfloat16) return visitor(PairsProduct{});
 #endif
             return visitor(WidenedPairsProduct<1>{});
     }
+}
+
+// The same with the tiles of this level, where it has them.
+template <class Visitor>
+inline void visit_product(Storage storage, Activations activations, const Visitor& visitor) {
+#if defined(STARFLOW_TILES)
+    if (storage == Storage::two_bfloat16 && activations == Activations::two_bfloat16) {
+        return visitor(TileProduct<2, 2>{});
+    }
+    if (storage == Storage::bfloat16) {
+        if (activations == Activations::bfloat16) return visitor(TileProduct<1, 1>{});
+        if (activations == Activations::two_bfloat16) return visitor(TileProduct<1, 2>{});
+    }
+#endif
+    visit_register_product(storage, activations, visitor);
 }
 
 }  // namespace

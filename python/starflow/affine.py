@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from starflow_ext import ops
@@ -41,8 +42,9 @@ class Affine:
     def decode(self, z: Tensor) -> Tensor:
         """Noise to data for known `raw`: `x = shift + scale * z`."""
         if self.guidance > 0.0:
-            terms = self.terms()
-            return terms.shift + terms.scale * z
+            x = torch.zeros_like(z)
+            self.update_(x, z)
+            return x
         return ops.affine_inverse(
             z, self.raw, activation=self.activation, soft_clip=self.soft_clip, shifted=self.shifted
         )

@@ -21,6 +21,7 @@ from starflow.rope import concatenate, grid_positions, rotation, text_positions
 from starflow.state import DecodeState
 from starflow.tokens import Order, token_order
 from starflow_ext import ops
+from starflow_ext.linear_pack import PackedWeight
 from starflow_ext.rope_append import Rotation
 
 
@@ -206,8 +207,13 @@ class Conditioner(Transformer):
         condition = self.condition_rows(context, h.shape[0])
         return h if condition is None else h + condition
 
-    def position_rows(self, layout: Layout, slots: Tensor | slice = slice(None)) -> Tensor | None:
-        """What is added to the embedded tokens at `slots` for where they stand, (slots, width); None for nothing."""
+    def position_rows(
+        self, layout: Layout, slots: Tensor | slice = slice(None), packed: PackedWeight | None = None
+    ) -> Tensor | None:
+        """What is added to the embedded tokens at `slots` for where they stand, (slots, width); None for nothing.
+
+        `packed` is `proj_position.weight`, where it is at hand.
+        """
         device = self.proj_in.weight.device
         if self.pos_embed is not None:
             if self.pos_embed.shape[0] != layout.tokens:
@@ -221,12 +227,15 @@ class Conditioner(Transformer):
         # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
         # inferred from its distance to the text, which takes training long to find.
         waves = torch.cat([table.to(device)[slots] for table in layout.query], -1)
-        return ops.linear(waves, self.proj_position.weight)
+        return ops.linear(waves, self.proj_position.weight if packed is None else packed)
 
-    def condition_rows(self, context: Tensor | None, batch: int) -> Tensor | None:
-        """What is added to every embedded token of a sample for its text or class, (batch, 1, width); or None."""
+    def condition_rows(self, context: Tensor | None, batch: int, packed: PackedWeight | None = None) -> Tensor | None:
+        """What is added to every embedded token of a sample for its text or class, (batch, 1, width); or None.
+
+        `packed` is `proj_summary.weight`, where it is at hand.
+        """
         if self.proj_summary is not None and context is not None:
-            return ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight)
+            return ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight if packed is None else packed)
         return None if self.class_embed is None else self._class_rows(context, batch)
 
     def _class_rows(self, labels: Tensor | None, batch: int) -> Tensor:

@@ -77,11 +77,16 @@ class NativeNetwork:
         if precision == "float32" and conditioner.dtype == torch.bfloat16:
             how = _HOW["bfloat16"]
         self._conditioner, self._how = conditioner, how
-        self._weights = pack_conditioner(conditioner, how.weights)
+        packed = pack_conditioner(conditioner, how.weights)
+        self._weights = packed.block
         text = conditioner.text_tokens(context)
         query, key = (concatenate(layout.text, table, torch.device("cpu")) for table in (layout.query, layout.key))
-        position = conditioner.position_rows(layout)
-        condition = conditioner.condition_rows(context, rows)
+        position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
+        if context is not None and context.is_floating_point():
+            context = context.float()
+        condition = conditioner.condition_rows(
+            context, rows, packed=None if packed.summary is None else packed.summary.weight
+        )
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = layout.query, layout.key
@@ -99,7 +104,8 @@ class NativeNetwork:
         )
         if text:
             assert context is not None
-            embedded = conditioner.embed_text(context).float().contiguous()
+            assert packed.text is not None
+            embedded = ops.linear(context, packed.text.weight, packed.text.bias, activations=how.activations)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
 
     @staticmethod

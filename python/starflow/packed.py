@@ -16,16 +16,31 @@ from starflow_ext.rope_append import Pairing
 
 
 @dataclass(frozen=True)
+class PackedNetwork:
+    """The weights of a conditioner.
+
+    Args:
+        block: what a sweep reads.
+        text, position, summary: what is computed once for a clip; None where the network has none.
+    """
+
+    block: BlockWeights
+    text: PackedLinear | None
+    position: PackedLinear | None
+    summary: PackedLinear | None
+
+
+@dataclass(frozen=True)
 class _Kept:
     stamp: tuple[tuple[int, int], ...]
-    weights: BlockWeights
+    network: PackedNetwork
 
 
 _kept: WeakKeyDictionary[Conditioner, dict[Storage | None, _Kept]] = WeakKeyDictionary()
 
 
-def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> BlockWeights:
-    """The network of a block as `starflow_ext.ops.jacobi_sweep` reads it.
+def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> PackedNetwork:
+    """The network of a block as native decoding reads it.
 
     Packing reads every weight once, so the result is kept with the module and made again only when a parameter was
     changed or replaced. What writes to a parameter's `.data` escapes that; call `forget` then.
@@ -40,7 +55,7 @@ def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -
     kept = by_storage.get(storage)
     if kept is None or kept.stamp != stamp:
         kept = by_storage[storage] = _Kept(stamp, _pack(conditioner, storage))
-    return kept.weights
+    return kept.network
 
 
 def forget(conditioner: Conditioner) -> None:
@@ -49,10 +64,14 @@ def forget(conditioner: Conditioner) -> None:
 
 
 @torch.no_grad()
-def _pack(conditioner: Conditioner, storage: Storage | None) -> BlockWeights:
+def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
     layers = [layer for layer in conditioner.layers if isinstance(layer, Layer)]
     config = conditioner.config
-    return BlockWeights(
+    text, position, summary = (
+        None if linear is None else _linear(linear, storage)
+        for linear in (conditioner.proj_text, conditioner.proj_position, conditioner.proj_summary)
+    )
+    block = BlockWeights(
         heads=conditioner.heads,
         kv_heads=conditioner.kv_heads,
         head_dim=conditioner.head_dim,
@@ -63,6 +82,7 @@ def _pack(conditioner: Conditioner, storage: Storage | None) -> BlockWeights:
         start_token=None if conditioner.sos_embed is None else _float(conditioner.sos_embed.flatten()),
         final_norm=_weight(conditioner.final_norm),
     )
+    return PackedNetwork(block, text, position, summary)
 
 
 def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
