@@ -1,0 +1,126 @@
+// What this processor can do at most, for benchmarks/targets.py, which compiles it with -march=native: prints one JSON
+// line. Peaks are loops over registers, bandwidths read memory front to back; each runs on every thread at once.
+#include <immintrin.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Most work a second over `rounds` tries of all threads together. work(thread) returns what it did.
+template <class Work>
+double most(int threads, int rounds, const Work& work) {
+    double best = 0.0;
+    for (int round = 0; round < rounds; ++round) {
+        std::atomic<int> ready{0};
+        std::vector<double> done(threads);
+        std::vector<std::thread> pool;
+        std::atomic<bool> go{false};
+        for (int t = 0; t < threads; ++t) {
+            pool.emplace_back([&, t] {
+                ++ready;
+                while (!go.load()) _mm_pause();
+                done[t] = work(t);
+            });
+        }
+        while (ready.load() < threads) _mm_pause();
+        const auto begin = Clock::now();
+        go.store(true);
+        double total = 0.0;
+        for (auto& thread : pool) thread.join();
+        for (const double d : done) total += d;
+        const double rate = total / std::chrono::duration<double>(Clock::now() - begin).count();
+        best = rate > best ? rate : best;
+    }
+    return best;
+}
+
+constexpr int chains = 12;
+constexpr int64_t steps = 4'000'000;
+volatile float sink;
+
+#if defined(__AVX512F__)
+double fma_peak(int threads) {
+    return most(threads, 5, [](int) {
+        __m512 sums[chains];
+        for (auto& s : sums) s = _mm512_set1_ps(1.0F);
+        const __m512 a = _mm512_set1_ps(0.9999999F);
+        for (int64_t i = 0; i < steps; ++i) {
+            for (auto& s : sums) s = _mm512_fmadd_ps(s, a, a);
+        }
+        for (auto& s : sums) sink = _mm512_reduce_add_ps(s);
+        return 2.0 * 16 * chains * steps;
+    });
+}
+#else
+double fma_peak(int threads) {
+    return most(threads, 5, [](int) {
+        __m256 sums[chains];
+        for (auto& s : sums) s = _mm256_set1_ps(1.0F);
+        const __m256 a = _mm256_set1_ps(0.9999999F);
+        for (int64_t i = 0; i < steps; ++i) {
+            for (auto& s : sums) s = _mm256_fmadd_ps(s, a, a);
+        }
+        for (auto& s : sums) sink = _mm256_cvtss_f32(s);
+        return 2.0 * 8 * chains * steps;
+    });
+}
+#endif
+
+double bf16_peak([[maybe_unused]] int threads) {
+#if defined(__AVX512BF16__)
+    return most(threads, 5, [](int) {
+        __m512 sums[chains];
+        for (auto& s : sums) s = _mm512_set1_ps(1.0F);
+        const auto a = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3c00));
+        for (int64_t i = 0; i < steps; ++i) {
+            for (auto& s : sums) s = _mm512_dpbf16_ps(s, a, a);
+        }
+        for (auto& s : sums) sink = _mm512_reduce_add_ps(s);
+        return 4.0 * 16 * chains * steps;
+    });
+#else
+    return 0.0;
+#endif
+}
+
+double read_bandwidth(int threads, int64_t bytes) {
+    const int64_t floats = bytes / 4;
+    auto* data = static_cast<float*>(std::aligned_alloc(1 << 21, bytes));
+    for (int64_t i = 0; i < floats; ++i) data[i] = 1.0F;
+    const int64_t share = floats / threads / 64 * 64;
+    const int64_t passes = (int64_t{1} << 30) / bytes + 1;
+    const double rate = most(threads, 7, [&](int t) {
+        const float* from = data + t * share;
+        __m256 sums[8];
+        for (auto& s : sums) s = _mm256_setzero_ps();
+        for (int64_t pass = 0; pass < passes; ++pass) {
+            for (int64_t i = 0; i < share; i += 64) {
+                for (int v = 0; v < 8; ++v) sums[v] = _mm256_add_ps(sums[v], _mm256_load_ps(from + i + 8 * v));
+            }
+        }
+        for (auto& s : sums) sink = _mm256_cvtss_f32(s);
+        return 4.0 * share * passes;
+    });
+    std::free(data);
+    return rate;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+    std::printf("{\"fma\": %.4g, \"bf16\": %.4g, \"read_2MB\": %.4g, \"read_16MB\": %.4g, \"read_64MB\": %.4g, "
+                "\"read_256MB\": %.4g}\n",
+                fma_peak(threads), bf16_peak(threads), read_bandwidth(threads, 2 << 20),
+                read_bandwidth(threads, 16 << 20), read_bandwidth(threads, 64 << 20),
+                read_bandwidth(threads, 256 << 20));
+    return 0;
+}

@@ -1,0 +1,463 @@
+"""The figures that this project promises, measured: one JSON line each.
+
+    python benchmarks/targets.py [NAME ...] [--group cpu|cuda|mission] [--list]
+
+A line has `name`, `value`, `unit`, `goal` (what shall hold), `moonshot`, `holds`, the raw medians in seconds, and what
+else explains it. A ratio is of medians of the competitor and of this project, run in turn in this process; shares are
+of ceilings that are measured first, in the same run (benchmarks/ceilings.cpp). What the machine lacks is skipped by
+name, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import starflow_ext
+from starflow.solver import Chunks, Sequential, Window
+from starflow_ext import ops
+from starflow_ext._load import native
+from starflow_ext.jacobi_sweep import BlockState, jacobi_sweep
+from starflow_ext.rope_append import Cache, Rotation
+
+
+class Skipped(Exception):  # noqa: N818  (not an error: the machine lacks something)
+    """A target that this machine cannot measure; the message says why."""
+
+
+@dataclass
+class Figure:
+    """One line of the output.
+
+    Attributes:
+        name: of the target.
+        value: what was measured. unit: of what.
+        goal, moonshot: what shall hold, and what the ceiling allows.
+        lower: smaller is better.
+        raw: medians in seconds, and other facts.
+    """
+
+    name: str
+    value: float
+    unit: str
+    goal: float
+    moonshot: float
+    lower: bool = False
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def line(self) -> str:
+        """Return the JSON line."""
+        holds = self.value <= self.goal if self.lower else self.value >= self.goal
+        rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in self.raw.items()}
+        return json.dumps(
+            {
+                "name": self.name,
+                "value": float(f"{self.value:.4g}"),
+                "unit": self.unit,
+                "goal": self.goal,
+                "moonshot": self.moonshot,
+                "holds": holds,
+                **rounded,
+            }
+        )
+
+
+Target = Callable[[], Iterator[Figure]]
+TARGETS: dict[str, tuple[str, Target]] = {}
+
+
+def target(group: str) -> Callable[[Target], Target]:
+    """Enter a function of this file under its name."""
+
+    def enter(function: Target) -> Target:
+        TARGETS[function.__name__] = (group, function)
+        return function
+
+    return enter
+
+
+def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02) -> list[float]:
+    """Medians in seconds of calls that take turns; a call shorter than `least` is repeated within its turn."""
+    repeats = []
+    for call in calls:
+        call()
+        begin = time.perf_counter()
+        call()
+        repeats.append(max(1, round(least / max(time.perf_counter() - begin, 1e-7))))
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(rounds):
+        for call, count, taken in zip(calls, repeats, times, strict=True):
+            begin = time.perf_counter()
+            for _ in range(count):
+                call()
+            taken.append((time.perf_counter() - begin) / count)
+    return [statistics.median(taken) for taken in times]
+
+
+@functools.cache
+def ceilings() -> dict[str, float]:
+    """What the processor can do on as many threads as torch uses: FLOP/s and bytes/s."""
+    source = Path(__file__).with_name("ceilings.cpp")
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "ceilings"
+        command = ["g++", "-O3", "-march=native", "-std=c++20", "-pthread", str(source), "-o", str(binary)]
+        subprocess.run(command, check=True)
+        done = subprocess.run([str(binary), str(torch.get_num_threads())], check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def needs_products_of_bfloat16() -> None:
+    """Skip where this machine computes products of bfloat16 in float32."""
+    if native.selected_isa() not in ("avx512_bf16", "amx"):
+        raise Skipped(f"products of bfloat16: {native.isa_levels()['avx512_bf16'] or 'another level is asked for'}")
+
+
+# -- linear -----------------------------------------------------------------------------------------------------------
+
+
+def _weights(out_channels: int, in_channels: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(out_channels + in_channels)
+    weight = torch.randn(out_channels, in_channels, generator=generator) * in_channels**-0.5
+    return weight, torch.randn(out_channels, generator=generator)
+
+
+def _linear(rows: int, out_channels: int, in_channels: int, storage: Any, activations: Any) -> dict[str, float]:
+    """Medians of torch in float32 and bfloat16 and of the packed product, and errors relative to float64."""
+    weight, bias = _weights(out_channels, in_channels)
+    x = torch.randn(rows, in_channels, generator=torch.Generator().manual_seed(rows))
+    packed = starflow_ext.pack_weight(weight, storage, keep=False)
+    half = (x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    with torch.inference_mode():
+        ours = functools.partial(ops.linear, x, packed, bias, activations=activations)
+        seconds = interleaved(lambda: F.linear(x, weight, bias), lambda: F.linear(*half), ours)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        size = exact.abs().max()
+        errors = [float((out - exact).abs().max() / size) for out in (F.linear(x, weight, bias), ours())]
+    keys = ("torch_float32", "torch_bfloat16", "ours", "error_torch_float32", "error")
+    return dict(zip(keys, [*seconds, *errors], strict=True))
+
+
+_SHAPES = ((768, 3072), (3072, 768), (3072, 3072))
+
+
+@target("cpu")
+def linear_bf16() -> Iterator[Figure]:
+    """Products of bfloat16 against torch's, median over three shapes, by rows."""
+    needs_products_of_bfloat16()
+    goals = {16: (2.0, 2.1), 32: (2.1, 2.5), 64: (2.5, 3.0), 128: (1.9, 2.5), 256: (1.4, 2.0)}
+    for rows, (goal, moonshot) in goals.items():
+        runs = [_linear(rows, n, k, "bfloat16", "bfloat16") for n, k in _SHAPES]
+        ratio = statistics.median(run["torch_bfloat16"] / run["ours"] for run in runs)
+        raw = {f"{n}x{k}": [run["torch_bfloat16"], run["ours"]] for (n, k), run in zip(_SHAPES, runs, strict=True)}
+        yield Figure(f"linear_bf16_{rows}", ratio, "x torch bfloat16", goal, moonshot, raw=raw)
+
+
+@target("cpu")
+def linear_bf16_share() -> Iterator[Figure]:
+    """Share of the peak of products of bfloat16."""
+    needs_products_of_bfloat16()
+    for rows, goal, moonshot in ((64, 0.40, 0.50), (128, 0.45, 0.60)):
+        run = _linear(rows, 3072, 3072, "bfloat16", "bfloat16")
+        rate = 2.0 * rows * 3072 * 3072 / run["ours"]
+        raw = {"ours": run["ours"], "FLOP/s": rate, "peak": ceilings()["bf16"]}
+        yield Figure(f"linear_bf16_share_{rows}", rate / ceilings()["bf16"], "of the peak", goal, moonshot, raw=raw)
+
+
+@target("cpu")
+def linear_small() -> Iterator[Figure]:
+    """Small weights in bfloat16 against torch's."""
+    needs_products_of_bfloat16()
+    runs = [_linear(rows, n, k, "bfloat16", "bfloat16") for rows in (16, 64) for n, k in ((1024, 256), (256, 1024))]
+    ratio = statistics.median(run["torch_bfloat16"] / run["ours"] for run in runs)
+    yield Figure("linear_small", ratio, "x torch bfloat16", 3.5, 6.0, raw={"ours": [run["ours"] for run in runs]})
+
+
+@target("cpu")
+def linear_stream() -> Iterator[Figure]:
+    """16 rows over weights of 64 MB: share of the bandwidth of reading 64 MB."""
+    run = _linear(16, 8192, 4096, "bfloat16", "bfloat16")
+    rate = 2.0 * 8192 * 4096 / run["ours"]
+    raw = {"ours": run["ours"], "bytes/s": rate, "read": ceilings()["read_64MB"]}
+    yield Figure("linear_stream", rate / ceilings()["read_64MB"], "of the bandwidth", 0.90, 0.97, raw=raw)
+
+
+@target("cpu")
+def linear_two() -> Iterator[Figure]:
+    """Activations in two terms (below AMX: in float32) times weights in bfloat16, against torch in float32."""
+    runs = [_linear(rows, 3072, 768, "bfloat16", "two_bfloat16") for rows in (16, 64)]
+    ratio = statistics.median(run["torch_float32"] / run["ours"] for run in runs)
+    raw = {"error": runs[0]["error"], "computed": "float32" if native.selected_isa() != "amx" else "two products"}
+    yield Figure("linear_two", ratio, "x torch float32", 4.5, 6.0, raw=raw)
+
+
+@target("cpu")
+def linear_three() -> Iterator[Figure]:
+    """Both in two terms (below AMX: their sums in float32), against torch in float32; error over float32's."""
+    runs = [_linear(rows, 3072, 768, "two_bfloat16", "two_bfloat16") for rows in (16, 64)]
+    ratio = statistics.median(run["torch_float32"] / run["ours"] for run in runs)
+    raw = {"error_over_float32": max(run["error"] / run["error_torch_float32"] for run in runs)}
+    yield Figure("linear_three", ratio, "x torch float32", 2.3, 3.5, raw=raw)
+
+
+@target("cpu")
+def linear_f32() -> Iterator[Figure]:
+    """Float32 against torch's, at the highest level and at AVX2: the smallest median over the shapes."""
+    ratios = {}
+    for level in ("", "avx2"):
+        if level and native.isa_levels()[level]:
+            continue
+        native.set_isa(level)
+        try:
+            for rows in (16, 64, 256):
+                runs = [_linear(rows, n, k, "float32", "float32") for n, k in _SHAPES]
+                key = f"{level or native.selected_isa()}_{rows}"
+                ratios[key] = statistics.median(run["torch_float32"] / run["ours"] for run in runs)
+        finally:
+            native.set_isa("")
+    yield Figure("linear_f32", min(ratios.values()), "x torch float32, worst", 1.1, 1.5, raw=ratios)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+@target("cpu")
+def attention_window() -> Iterator[Figure]:
+    """64 queries, 16 heads of 64, caches of 1k, 4k and 16k, against torch with the mask that it needs."""
+    for dtype, goal, moonshot in ((torch.bfloat16, 3.0, 6.0), (torch.float32, 2.0, 3.0)):
+        raw = {}
+        for keys in (1024, 4096, 16384):
+            q, k, v = (torch.randn(1, 16, n, 64).to(dtype) for n in (64, keys, keys))
+            mask = torch.ones(64, keys, dtype=torch.bool).tril(keys - 64)
+            with torch.inference_mode():
+                theirs, ours = interleaved(
+                    functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask),
+                    functools.partial(ops.block_attention, q, k, v),
+                )
+            raw[str(keys)] = theirs / ours
+        name = str(dtype).removeprefix("torch.")
+        yield Figure(
+            f"attention_window_{name}", statistics.median(raw.values()), f"x torch {name}", goal, moonshot, raw=raw
+        )
+
+
+@target("cpu")
+def attention_frame_causal() -> Iterator[Figure]:
+    """The denoiser's mask over 21 frames of 256 tokens, look-ahead 2, window 10, against torch with a boolean mask."""
+    frames = starflow_ext.block_attention.FrameMask(0, 256, 2, 10)
+    tokens = 21 * 256
+    q, k, v = (torch.randn(1, 8, tokens, 64) for _ in range(3))
+    index = torch.arange(tokens)
+    mask = frames.visible(index, index)
+    with torch.inference_mode():
+        theirs, ours = interleaved(
+            functools.partial(F.scaled_dot_product_attention, q, k, v, attn_mask=mask),
+            functools.partial(ops.block_attention, q, k, v, causal=False, frames=frames),
+            rounds=3,
+        )
+    raw = {"torch": theirs, "ours": ours, "mask_bytes": mask.nbytes}
+    yield Figure("attention_frame_causal", theirs / ours, "x torch float32", 3.0, 5.0, raw=raw)
+
+
+# -- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def _sweep(width: int, positions: int, precision: str) -> dict[str, float]:
+    """A sweep of 8 layers over the last 64 of `positions` tokens, and the same layers in eager torch."""
+    flow = models.flow(width, (8,), frames=positions // 64)
+    conditioner = flow.blocks[-1].conditioner
+    rotation = Rotation(torch.randn(positions, 32).cos(), torch.randn(positions, 32).sin())
+    eager = conditioner.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    shape = (1, conditioner.kv_heads, positions, 64)
+    caches = tuple(Cache(*(torch.zeros(shape, dtype=eager.dtype) for _ in range(2))) for _ in eager.layers)
+    block = models.packed(flow.blocks[-1].conditioner, precision)
+    state = BlockState.allocate(block, 1, positions, storage=precision, query_rotation=rotation, key_rotation=rotation)
+    rows, start = torch.randn(1, 64, flow.config.token_channels), torch.tensor([positions - 64])
+    window = Rotation(*(table[-64:] for table in rotation))
+
+    def torch_layers() -> Tensor:
+        with starflow_ext.reference_mode():
+            return models.eager_window(eager, rows, window, caches, positions - 64)
+
+    with torch.inference_mode():
+        theirs, ours = interleaved(
+            torch_layers, functools.partial(jacobi_sweep, block, state, rows, start, activations=precision)
+        )
+    flops = 2.0 * 64 * 8 * (12 * width * width + 2 * positions * width)
+    return {"torch": theirs, "ours": ours, "FLOP/s": flops / ours}
+
+
+@target("cpu")
+def sweep() -> Iterator[Figure]:
+    """A whole sweep in one call against eager layers with a preallocated cache, at 320 and 2048 positions."""
+    for width, precision, goal, moonshot in (
+        (256, "float32", 10.0, 15.0),
+        (256, "bfloat16", 6.0, 10.0),
+        (768, "float32", 7.0, 11.0),
+        (768, "bfloat16", 3.0, 4.5),
+    ):
+        runs = {positions: _sweep(width, positions, precision) for positions in (320, 2048)}
+        peak = ceilings()["bf16" if precision == "bfloat16" and native.selected_isa() == "avx512_bf16" else "fma"]
+        raw: dict[str, Any] = {str(p): [run["torch"], run["ours"]] for p, run in runs.items()}
+        raw["share of peak"] = runs[320]["FLOP/s"] / peak
+        ratio = statistics.median(run["torch"] / run["ours"] for run in runs.values())
+        yield Figure(f"sweep_{width}_{precision}", ratio, f"x eager {precision}", goal, moonshot, raw=raw)
+
+
+# -- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def _decode(precision: str, schedule: Any, seed: int = 0, *, native_path: bool = True) -> Any:
+    flow, y, _ = models.trained()
+    z = torch.randn(1, *models.LATENTS, generator=torch.Generator().manual_seed(seed))
+    if native_path:
+        return flow.decode(z, y, schedule=schedule, precision=precision)
+    with starflow_ext.reference_mode():
+        return flow.decode(z, y, schedule=schedule)
+
+
+def _sample(name: str, precision: str, window: Window, goal: float, moonshot: float, most: float) -> Iterator[Figure]:
+    published = functools.partial(_decode, "float32", Chunks(), native_path=False)
+    theirs, ours = interleaved(published, functools.partial(_decode, precision, window), rounds=7)
+    certified = Window(window.size, window.tolerance, certificate=True)
+    errors = [_decode(precision, certified, seed).backward_error for seed in range(8)]
+    raw = {
+        "published": theirs,
+        "ours": ours,
+        "backward_error_median": statistics.median(errors),
+        "backward_error_worst": max(errors),
+        "backward_error_goal": most,
+    }
+    yield Figure(name, theirs / ours, "x the published scheme in eager float32", goal, moonshot, raw=raw)
+
+
+@target("cpu")
+def sample_fast() -> Iterator[Figure]:
+    """A whole clip of a trained model in bfloat16 against the published chunks in eager float32."""
+    needs_products_of_bfloat16()
+    yield from _sample("sample_fast", "bfloat16", Window(64, 0.05), 12.0, 25.0, 0.15)
+
+
+@target("cpu")
+def sample_exact() -> Iterator[Figure]:
+    """The same in float32."""
+    yield from _sample("sample_exact", "float32", Window(64, 0.005), 5.0, 10.0, 0.02)
+
+
+@target("cpu")
+def sample_sequential() -> Iterator[Figure]:
+    """The fast mode against token-by-token decoding with a cache in eager float32."""
+    needs_products_of_bfloat16()
+    eager = functools.partial(_decode, "float32", Sequential(), native_path=False)
+    theirs, ours = interleaved(eager, functools.partial(_decode, "bfloat16", Window(64, 0.05)), rounds=3)
+    raw = {"sequential": theirs, "ours": ours}
+    yield Figure("sample_sequential", theirs / ours, "x token by token in eager float32", 50.0, 100.0, raw=raw)
+
+
+@target("cpu")
+def solver() -> Iterator[Figure]:
+    """Calls, evaluations and backward error of the deep block over 12 clips, against the published chunks."""
+    flow, y, null = models.trained()
+    for weight in (0.0, 2.0):
+        counts: dict[str, list[tuple[float, int, float]]] = {}
+        for name, schedule in (
+            ("published", Chunks()),
+            *((f"window_{size}", Window(size, 0.01)) for size in (8, 16, 32, 64, 128)),
+        ):
+            counts[name] = [models.deep_block(flow, y, null, weight, schedule, seed) for seed in range(12)]
+        raw: dict[str, Any] = {
+            name: {
+                "evaluations": statistics.median(row[0] for row in rows),
+                "calls": statistics.median(row[1] for row in rows),
+                "error_worst": max(row[2] for row in rows),
+            }
+            for name, rows in counts.items()
+        }
+        best = min(
+            (name for name in raw if name != "published"),
+            key=lambda n: (raw[n]["calls"] > raw["published"]["calls"], raw[n]["evaluations"]),
+        )
+        fewer = min(raw["published"][k] / raw[best][k] for k in ("evaluations", "calls"))
+        raw["best"] = best
+        raw["error_smaller"] = raw["published"]["error_worst"] / raw[best]["error_worst"]
+        yield Figure(f"solver_guidance_{weight:g}", fewer, "x fewer evaluations and calls", 1.0, 1.2, raw=raw)
+
+
+@target("cpu")
+def train_step() -> Iterator[Figure]:
+    """Forward, backward and optimiser of the sampled model, batch 4, against the eager torch layers."""
+    for precision, goal, moonshot in (("float32", 1.5, 2.5), ("bfloat16", 2.0, 4.0)):
+        step = models.training_step(precision)
+
+        def eager(step: Callable[[], Any] = step) -> None:
+            with starflow_ext.reference_mode():
+                step()
+
+        theirs, ours = interleaved(eager, step, rounds=5)
+        raw = {"torch": theirs, "ours": ours}
+        yield Figure(f"train_step_{precision}", theirs / ours, f"x eager {precision}", goal, moonshot, raw=raw)
+
+
+@target("cpu")
+def long_video() -> Iterator[Figure]:
+    """Seconds a frame around frame 80 over those around frame 20, with a sliding window."""
+    flow = models.flow(128, (2, 4), frames=4, local_attn_window=8)
+
+    def decode(frames: int) -> Callable[[], Any]:
+        z = torch.randn(1, frames, *models.LATENTS[1:], generator=torch.Generator().manual_seed(0))
+        y = torch.randn(1, 16, models.TEXT_DIM, generator=torch.Generator().manual_seed(1))
+        return lambda: flow.decode(z, y, schedule=Window(64, 0.01), window_context=4)
+
+    times = interleaved(*(decode(frames) for frames in (12, 28, 72, 88)), rounds=5)
+    early, late = (times[1] - times[0]) / 16, (times[3] - times[2]) / 16
+    raw = {"frame_20": early, "frame_80": late}
+    yield Figure("long_video", late / early, "seconds a frame, late over early", 1.1, 1.0, lower=True, raw=raw)
+
+
+@target("cpu")
+def big() -> Iterator[Figure]:
+    """The published 7B configuration with random bfloat16 weights: rows a second, memory, share of the roofline."""
+    facts = models.big(ceilings())
+    yield Figure("big", facts.pop("share of the roofline"), "of the roofline", 0.0, 0.70, raw=facts)
+
+
+def main() -> int:
+    """Print the lines that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(TARGETS)} (default: all)")
+    parser.add_argument("--group", choices=("cpu", "cuda", "mission"), help="only those of one group")
+    parser.add_argument("--list", action="store_true", help="print the names and what they measure")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in TARGETS]
+    if unknown:
+        parser.error(f"NAME is {unknown[0]!r}, expected one of {', '.join(TARGETS)}")
+    for name, (group, function) in TARGETS.items():
+        if (args.names and name not in args.names) or (args.group and group != args.group):
+            continue
+        if args.list:
+            print(f"{name} ({group}): {function.__doc__}")
+            continue
+        try:
+            for figure in function():
+                print(figure.line(), flush=True)
+        except Skipped as reason:
+            print(json.dumps({"name": name, "skipped": str(reason)}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
