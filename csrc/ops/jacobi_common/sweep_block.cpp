@@ -1,9 +1,5 @@
 #include "ops/jacobi_common/sweep_block.h"
 
-#include <sched.h>
-
-#include <algorithm>
-
 #include "common/check.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -12,9 +8,6 @@ namespace starflow {
 namespace {
 
 const cpu::Variants<SweepKernels> variants{STARFLOW_DOT_VARIANTS(jacobi_sweep)};
-
-// Rows that run together at most: their activations stay in the second-level cache.
-constexpr int64_t rows_at_once = 256;
 
 std::optional<Storage> storage_of(const Tensor& panels) {
     switch (panels.scalar_type()) {
@@ -201,66 +194,10 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.layers = layers_.data();
 }
 
-Sweeper::Sweeper(const Block& block, const Tensor& like, int64_t rows)
-    : block_(block), kernels_(variants.pick()), most_rows_(std::max<int64_t>(1, std::min(rows, rows_at_once))) {
-    members_ = std::max<int64_t>(1, torch::stable::get_num_threads());
-    const auto bytes = [&](int64_t count) { return empty_like_shape(like, {count + 64}, ScalarType::Byte); };
-    shared_ = bytes(kernels_.shared_bytes(block.args(), most_rows_));
-    own_ = bytes(kernels_.own_bytes(block.args(), most_rows_) * members_);
-    window_of_row_.resize(most_rows_);
-}
+const SweepKernels& sweep_kernels() { return variants.pick(); }
 
-void Sweeper::sweep(const std::vector<SweepWindow>& windows, const float* previous, const float* embedded, float* raw) {
-    const SweepBlock& b = block_.args();
-    std::vector<SweepWindow> part;
-    int64_t rows = 0;
-    const auto flush = [&] {
-        if (rows == 0) return;
-        run(part, rows, previous, embedded, raw);
-        previous = previous == nullptr ? nullptr : previous + rows * b.channels;
-        embedded = embedded == nullptr ? nullptr : embedded + rows * b.width;
-        raw = raw == nullptr ? nullptr : raw + rows * block_.out_channels();
-        part.clear();
-        rows = 0;
-    };
-    for (SweepWindow window : windows) {
-        // What a window's later rows read of its earlier ones is in the caches: its parts may run one after the other.
-        while (window.count > 0) {
-            SweepWindow piece = window;
-            piece.count = std::min(window.count, most_rows_ - rows);
-            piece.first_row = rows;
-            part.push_back(piece);
-            rows += piece.count;
-            window.slot += piece.count;
-            window.count -= piece.count;
-            if (rows == most_rows_) flush();
-        }
-    }
-    flush();
-}
+void run_on_torch_threads(int64_t members, const TeamWork& work) { torch::stable::parallel_for(0, members, 1, work); }
 
-void Sweeper::run(const std::vector<SweepWindow>& windows, int64_t rows, const float* previous, const float* embedded,
-                  float* raw) {
-    for (size_t w = 0; w < windows.size(); ++w) {
-        std::fill_n(window_of_row_.begin() + windows[w].first_row, windows[w].count, static_cast<int32_t>(w));
-    }
-    const auto aligned = [](const Tensor& buffer) {
-        auto address = reinterpret_cast<uintptr_t>(buffer.data_ptr());
-        return reinterpret_cast<char*>((address + 63) / 64 * 64);
-    };
-    const SweepArgs args{block_.args(),
-                         windows.data(),
-                         static_cast<int64_t>(windows.size()),
-                         window_of_row_.data(),
-                         rows,
-                         previous,
-                         embedded,
-                         raw,
-                         aligned(shared_),
-                         aligned(own_)};
-    Barrier barrier{.members = members_, .yield = [] { sched_yield(); }};
-    torch::stable::parallel_for(
-        0, members_, 1, [&](int64_t begin, int64_t end) { kernels_.sweep(args, TeamSlice{barrier, begin, end}); });
-}
+int64_t torch_threads() { return torch::stable::get_num_threads(); }
 
 }  // namespace starflow

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/tensor.h"
-#include "ops/jacobi_sweep/jacobi_sweep.h"
+#include "ops/jacobi_common/sweeper.h"
 
 namespace starflow {
 
@@ -40,26 +40,9 @@ class Block {
     SweepBlock args_{};
 };
 
-// Runs sweeps of a block with buffers for `most_rows` rows, allocated once; longer ones run in parts.
-class Sweeper {
-  public:
-    Sweeper(const Block& block, const Tensor& like, int64_t rows);
-
-    // Rows of the windows lie one behind the other in `previous` (rows, channels) or `embedded` (rows, width), and in
-    // `raw` (rows, out channels), which may be null. A window's `first_row` is set here.
-    void sweep(const std::vector<SweepWindow>& windows, const float* previous, const float* embedded, float* raw);
-
-  private:
-    void run(const std::vector<SweepWindow>& windows, int64_t rows, const float* previous, const float* embedded,
-             float* raw);
-
-    const Block& block_;
-    const SweepKernels& kernels_;
-    int64_t most_rows_;
-    int64_t members_;
-    Tensor shared_;
-    Tensor own_;
-    std::vector<int32_t> window_of_row_;
-};
+// The kernels of the selected level, and a team of torch's own threads, for a Sweeper.
+const SweepKernels& sweep_kernels();
+void run_on_torch_threads(int64_t members, const TeamWork& work);
+int64_t torch_threads();
 
 }  // namespace starflow

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/jacobi_common/sweep_block.h"
+#include "ops/jacobi_common/sweeper.h"
 #include "ops/jacobi_update/jacobi_update.h"
 
 namespace starflow {
@@ -56,5 +56,10 @@ struct SolveCount {
     int64_t bad_sample = -1;
     int64_t bad_token = -1;
 };
+
+// Sweeps until every token is final, `most_sweeps` times, or up to a token that is not finite. No torch: tests run it
+// under sanitizers with threads of their own.
+SolveCount solve(const SweepBlock& block, Sweeper& sweeper, const JacobiUpdateKernels& update,
+                 const SolveOptions& options, const SolveState& state, int64_t most_sweeps);
 
 }  // namespace starflow

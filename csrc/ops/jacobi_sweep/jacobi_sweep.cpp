@@ -49,7 +49,7 @@ Tensor run(Tensor keys, Tensor values, Tensor rows, Tensor start, Tensor keep, s
     }
     const Tensor raw =
         empty_like_shape(rows, {b.cache_rows, text ? 0 : tokens, block.out_channels()}, ScalarType::Float);
-    Sweeper sweeper(block, rows, b.cache_rows * tokens);
+    Sweeper sweeper(b, sweep_kernels(), {torch_threads(), run_on_torch_threads}, b.cache_rows * tokens);
     const auto* data = static_cast<const float*>(rows.data_ptr());
     sweeper.sweep(windows, text ? nullptr : data, text ? data : nullptr,
                   text ? nullptr : static_cast<float*>(raw.data_ptr()));

@@ -14,8 +14,8 @@
 // core wrote costs more than computing it again. No sum is split over members, so that results do not depend on how
 // many there are.
 #pragma once
-#include "cpu/panels.h"
 #include "cpu/norm_kind.h"
+#include "cpu/panels.h"
 #include "cpu/team.h"
 #include "cpu/variants.h"
 
