@@ -10,6 +10,8 @@ from torch import Tensor
 
 from starflow_ext._affine import Activation
 from starflow_ext._load import operators
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._sweep_reference import jacobi_solve_reference
 from starflow_ext.jacobi_sweep import Activations, BlockState, BlockWeights, block_sizes, block_tensors
 
 
@@ -95,6 +97,24 @@ def jacobi_solve(
         Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021); the acceptance
         by token and the guess are this project's (docs/solver.md).
     """
+    if in_reference_mode():
+        done = jacobi_solve_reference(
+            weights,
+            state,
+            progress,
+            z,
+            first=first,
+            first_token=first_token,
+            frame_tokens=frame_tokens,
+            window=window,
+            tolerance=tolerance,
+            activation=activation,
+            soft_clip=soft_clip,
+            guidance=guidance,
+            guided=guided,
+            most_sweeps=most_sweeps,
+        )
+        return SweepCount(*done)
     report: Tensor = _native(
         progress.x,
         progress.frontier,

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from starflow_ext._check import require
 from starflow_ext._load import operators
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._sweep_reference import jacobi_sweep_reference
 from starflow_ext.linear_pack import PackedWeight, Storage, pack_weight
 from starflow_ext.norm import NormKind
 from starflow_ext.rope_append import Pairing, Rotation
@@ -238,6 +240,8 @@ def jacobi_sweep(
         Gu et al., STARFlow-V (2025), parallel Jacobi iteration; the network is that of ``starflow.conditioner``.
     """
     keep = torch.zeros_like(start) if keep is None else keep
+    if in_reference_mode():
+        return jacobi_sweep_reference(weights, state, rows, start, keep, text)
     raw: Tensor = _native(
         state.keys,
         state.values,

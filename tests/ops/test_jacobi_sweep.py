@@ -1,0 +1,206 @@
+"""jacobi_sweep and jacobi_solve against their references in plain torch, on packed blocks of every kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import starflow_ext
+from starflow_ext import ops
+from starflow_ext.jacobi_solve import SolveProgress
+from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
+from starflow_ext.linear_pack import pack_weight
+from starflow_ext.rope_append import Rotation
+
+# Distance from the reference by what is stored and what enters the products; values are of order 1.
+BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 0.1, "int8": 5e-5, "two_bfloat16": 2e-5}
+
+
+def block(options: dict[str, Any], storage: Any = "float32") -> BlockWeights:
+    g = torch.Generator().manual_seed(5)
+    width, heads, kv_heads = options.get("width", 40), options.get("heads", 2), options.get("kv_heads", 1)
+    head_dim, hidden, channels = options.get("head_dim", 12), options.get("hidden", 50), 5
+    normed = options.get("normed", True)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    def linear(out: int, depth: int) -> PackedLinear:
+        weight = pack_weight(draw(out, depth) * depth**-0.5, storage, keep=False)
+        return PackedLinear(weight, 0.1 * draw(out) if options.get("bias", True) else None)
+
+    def layer() -> LayerWeights:
+        return LayerWeights(
+            qkv=linear((heads + 2 * kv_heads) * head_dim, width),
+            proj=linear(width, heads * head_dim),
+            up=linear(hidden, width),
+            gate=linear(hidden, width) if options.get("gated") else None,
+            down=linear(width, hidden),
+            attention_norm=(1 + 0.1 * draw(width), 0.1 * draw(width)) if normed else (None, None),
+            mlp_norm=(1 + 0.1 * draw(width), 0.1 * draw(width)) if normed else (None, None),
+            query_norm=0.1 * draw(head_dim) if options.get("qk") else None,
+            key_norm=0.1 * draw(head_dim) if options.get("qk") else None,
+            attention_post=0.1 * draw(width) if options.get("post") else None,
+            mlp_post=0.1 * draw(width) if options.get("post") else None,
+        )
+
+    return BlockWeights(
+        heads,
+        kv_heads,
+        head_dim,
+        linear(width, channels),
+        linear(2 * channels, width),
+        tuple(layer() for _ in range(2)),
+        options.get("norm", "layer_norm") if normed else None,
+        start_token=draw(channels),
+        final_norm=0.1 * draw(width) if options.get("final", True) else None,
+    )
+
+
+def state_of(weights: BlockWeights, rows: int, slots: int, text: int = 2, **options: Any) -> BlockState:
+    g = torch.Generator().manual_seed(6)
+    angles = torch.rand(slots, weights.head_dim // 2, generator=g) * 6
+    rotation = Rotation(angles.cos(), angles.sin())
+    width = weights.proj_in.weight.out_channels
+    return BlockState.allocate(
+        weights,
+        rows,
+        slots,
+        text_tokens=text,
+        temperature=torch.linspace(0.8, 1.2, rows),
+        position=0.3 * torch.randn(slots - text, width, generator=g),
+        condition=0.3 * torch.randn(rows, width, generator=g),
+        query_rotation=rotation,
+        key_rotation=Rotation(rotation.sin, rotation.cos),
+        **options,
+    )
+
+
+def sweeps(weights: BlockWeights, state: BlockState, activations: Any = "float32") -> list[Tensor]:
+    """Text, a prefix, two windows at other places in each row, and what the caches then hold."""
+    g = torch.Generator().manual_seed(7)
+    rows = state.keys.shape[1]
+    width, channels = weights.proj_in.weight.shape
+    text = torch.randn(rows, state.text_tokens, width, generator=g)
+    out = [ops.jacobi_sweep(weights, state, text, torch.zeros(rows, dtype=torch.int64), text=True)]
+    for start, tokens, keep in ((torch.full((rows,), 2), 70, None), (70 + torch.arange(rows), 9, 72)):
+        x = torch.randn(rows, tokens, channels, generator=g)
+        kept = None if keep is None else torch.full((rows,), keep)
+        out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, activations=activations))
+    return [*out, state.keys.float(), state.values.float()]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gated, post-norms, q/k norms": {"gated": True, "post": True, "qk": True, "norm": "rms_norm", "bias": False},
+    "no norms": {"normed": False, "final": False, "post": True},
+    "whole tiles": {"width": 64, "heads": 4, "kv_heads": 4, "head_dim": 32, "hidden": 128},
+    "one channel more": {"width": 33, "heads": 3, "kv_heads": 3, "head_dim": 34, "hidden": 31},
+    "large heads": {"heads": 2, "kv_heads": 2, "head_dim": 256},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("storage", list(BOUNDS))
+def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) -> None:
+    weights = block(KINDS[kind], storage)
+    cache = storage if storage in ("float16", "bfloat16") else "float32"
+    activations = "bfloat16" if storage == "bfloat16" else "float32"
+    got = sweeps(weights, state_of(weights, 3, 90, storage=cache), activations)
+    with starflow_ext.reference_mode():
+        expected = sweeps(weights, state_of(weights, 3, 90, storage=cache))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    batch=st.integers(1, 3),
+    window=st.integers(1, 30),
+    first=st.integers(1, 4),
+    guidance=st.sampled_from([(0.0, "gaussian"), (0.8, "gaussian"), (0.5, "ab"), (0.5, "b+")]),
+    activation=st.sampled_from(["softplus", "exp"]),
+    shifted=st.integers(0, 1),
+)
+def test_solves_are_those_of_the_reference(
+    batch: int, window: int, first: int, guidance: tuple[float, str], activation: Any, shifted: int
+) -> None:
+    weights = block({})
+    halves, tokens = 2 if guidance[0] else 1, 24
+    g = torch.Generator().manual_seed(8)
+    z, x = torch.randn(batch, tokens, 5, generator=g), torch.randn(batch, tokens + 1, 5, generator=g)
+
+    def run() -> list[Any]:
+        state = state_of(weights, halves * batch, tokens + 2)
+        progress = SolveProgress.begin(x.clone(), first, halves=halves, out_channels=10)
+        counts = []
+        while int(progress.frontier.min()) < tokens:
+            counts.append(
+                ops.jacobi_solve(
+                    weights,
+                    state,
+                    progress,
+                    z,
+                    first=first,
+                    first_token=shifted,
+                    frame_tokens=8,
+                    window=window,
+                    tolerance=0.02,
+                    activation=activation,
+                    soft_clip=3.0,
+                    guidance=guidance[0],
+                    guided=guidance[1],
+                    most_sweeps=5,
+                )
+            )
+        return [progress.x, progress.frontier, progress.fresh, sum(count.rows for count in counts)]
+
+    got = run()
+    with starflow_ext.reference_mode():
+        expected = run()
+    torch.testing.assert_close(got[0][:, 1:], expected[0][:, 1:], atol=1e-2, rtol=1e-2)
+    assert torch.equal(got[1], expected[1])
+    assert torch.equal(got[2], expected[2])
+    # A change next to the tolerance may fall on either side of it.
+    assert abs(got[3] - expected[3]) <= 0.05 * expected[3] + halves * window
+
+
+def test_a_nan_ends_the_solve() -> None:
+    weights = block({})
+    for reference in (False, True):
+        z = torch.randn(2, 8, 5)
+        z[1, 3] = float("nan")
+        progress = SolveProgress.begin(torch.zeros(2, 9, 5), 0, halves=1, out_channels=10)
+        options = {"first": 0, "first_token": 0, "frame_tokens": 4, "window": 4, "tolerance": 0.0}
+        if reference:
+            with starflow_ext.reference_mode():
+                count = ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **options)
+        else:
+            count = ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **options)
+        assert count.bad is not None
+        assert count.bad[0] == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"window": 0}, "numbers holds [0, 0, 4, 0], expected first >= first token >= 0, frame tokens and window > 0"),
+        ({"tolerance": -1.0}, "tolerance is -1, expected a finite number >= 0"),
+        ({"activation": "none"}, 'proj_out has 10 channels, expected 5 for activation "none"'),
+        ({"guidance": 1.0}, "keys has 2 cache rows, expected 4 for 2 samples"),
+        ({"z": torch.zeros(2, 12, 5)}, "keys has 10 slots, expected at least 14"),
+    ],
+)
+def test_errors_of_the_solver(change: dict[str, Any], message: str) -> None:
+    weights = block({})
+    call: dict[str, Any] = {"first": 0, "first_token": 0, "frame_tokens": 4, "window": 4, "tolerance": 0.0}
+    z = change.pop("z", torch.zeros(2, 8, 5))
+    progress = SolveProgress.begin(torch.zeros(2, z.shape[1] + 1, 5), 0, halves=1, out_channels=10)
+    with pytest.raises(RuntimeError) as error:
+        ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **call | change)
+    assert str(error.value).splitlines()[0] == f"jacobi_solve: {message}"
