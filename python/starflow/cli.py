@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from starflow.config import ConfigError, RunConfig, config_names, from_mapping, to_mapping
+from starflow.files import write_text
 
 # The parts of the package are imported by the commands that need them: TensorBoard alone takes seconds.
 if TYPE_CHECKING:
@@ -247,12 +248,7 @@ class _Output:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a json file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: argparse.Namespace) -> list[Any]:

@@ -29,6 +29,7 @@ from starflow.data import (
     write_video,
 )
 from starflow.evaluate import ClipScore, noise_floor, score
+from starflow.files import write_text
 from starflow.report import Report
 from starflow.sample import Pipeline, Sampled
 from starflow.solver import Chunks, Schedule, Sequential, Window, certify, solve
@@ -159,7 +160,7 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
     ]
     for name, made in (("samples", sampled), ("from-image", from_image), ("from-clip", from_clip)):
         write_contact_sheet(folder / f"{name}.png", [to_frames(c) for c in made.pixels[:_SHOWN]], made.prompts[:_SHOWN])
-    (folder / "figures.json").write_text(json.dumps(asdict(figures), indent=1), encoding="utf-8")
+    write_text(folder / "figures.json", json.dumps(asdict(figures), indent=1))
     _write_report(folder / "report.html", figures, history, shown, continued, scores, solver)
     return figures
 

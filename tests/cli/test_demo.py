@@ -47,4 +47,4 @@ def test_clips_play(made: tuple[Path, DemoFigures]) -> None:
     assert {clip.stem.rpartition("-")[0] for clip in clips} == {"sample", "from-image", "from-clip"}
     assert probe(clips[0], count=True).frames == 6
     assert all(clip.with_suffix(".gif").exists() for clip in clips)
-    assert not list(made[0].rglob("*.part"))
+    assert not list(made[0].rglob("*.partial*"))
