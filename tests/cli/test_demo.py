@@ -30,6 +30,7 @@ def test_figures_are_written_and_in_range(made: tuple[Path, DemoFigures]) -> Non
     assert figures.bits_per_dim > figures.noise_floor_bits
     assert figures.sweeps_per_frame > 0.0
     assert 0.0 <= figures.certificate < 0.1
+    assert 0.0 < figures.clip_certificate < 0.1
 
 
 def test_report_stands_alone(made: tuple[Path, DemoFigures]) -> None:
@@ -38,6 +39,7 @@ def test_report_stands_alone(made: tuple[Path, DemoFigures]) -> None:
     assert len(sources) > 20
     assert all(source.startswith("data:image/") for source in sources)
     assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "whole clips, all blocks" in page
     for heading in ("Samples", "Continuations", "Training", "Solving the inverse", "Likelihood"):
         assert f"<h2>{heading}</h2>" in page
 
