@@ -187,7 +187,7 @@ class Batches:
         height, width = (side // codec.spatial for side in pixels.shape[-2:])
         shape: tuple[int, ...] = (len(clips), frames, codec.latent_channels, height, width)
         if image:
-            pixels = pixels[:, int(choose.integers(pixels.shape[1]))]
+            pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
         dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
         return Batch(

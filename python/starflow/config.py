@@ -321,7 +321,8 @@ class TrainConfig:
         drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
             (and the caption says "(extend) "), so that the flow learns to continue.
         image_prob: probability that a step trains on single frames as images, `image_batch_size` of them (default
-            `batch_size`).
+            `batch_size`). image_frame: which frame of a clip: "any", or "first" for data whose clips begin in a way of
+            their own, which single frames from later on would blur.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
         ema: decay of the averaged weights that are sampled from; 0 is off.
@@ -348,6 +349,7 @@ class TrainConfig:
     drop_image: float = 0.0
     image_prob: float = 0.0
     image_batch_size: int | None = None
+    image_frame: Literal["any", "first"] = "any"
     grad_clip: float = 1.0
     grad_skip: float = 0.0
     ema: float = 0.999

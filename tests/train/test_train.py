@@ -271,6 +271,17 @@ def test_image_steps_show_single_frames(tiny) -> None:
     assert (len(larger.pixels), len(larger.captions), len(larger.noise)) == (6, 6, 6)
 
 
+@pytest.mark.parametrize("which", ["any", "first"])
+def test_image_steps_take_any_frame_or_the_first(tiny, which: str) -> None:
+    batches = trainer_of(tiny(image_prob=1.0, image_frame=which))[1]
+    clips = trainer_of(tiny())[1]
+    chosen = set()
+    for step in range(8):
+        whole, frame = clips.make(step).pixels, batches.make(step).pixels
+        chosen |= {t for t in range(whole.shape[1]) if torch.equal(whole[:, t], frame)}
+    assert chosen == ({0} if which == "first" else {0, 1, 2, 3})
+
+
 def test_class_labels_are_integers_with_none_negative(tiny) -> None:
     flow = replace(tiny().flow, txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False, num_classes=3)
     features = Features(flow, ClassEncoder(3, names=["cat", "dog", "fish"]))
