@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, FlowConfig, RunConfig, require
 from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, sample_indices, stack_clips
 from starflow.noise import draw_batch, stream
-from starflow.text import TextEncoder, make_text_encoder
+from starflow.text import STOP_WORDS, TextEncoder, make_text_encoder, split_words
 
 # Captions whose features are kept.
 CAPTION_CACHE = 4096
@@ -30,7 +30,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
     Args:
         config: of the run.
         split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
-            whole folder; clips are cut at random starts for "train" and evenly for "test".
+            whole folder; clips are cut as `data.cut` says for "train" and evenly for "test".
 
     Raises:
         ConfigError: options that the kind of data cannot honour.
@@ -51,8 +51,50 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         width=data.width,
         fps=data.fps,
         channels=data.channels,
-        cut="random" if split == "train" else "even",
+        clips_per_file=data.clips_per_file,
+        cut=data.cut if split == "train" else "even",
+        name_captions=data.name_captions,
         cache_bytes=int(data.cache_gb * 2**30),
+    )
+
+
+def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
+    """The configuration with the words of the data's captions, where it leaves them open.
+
+    `text: {kind: words, vocabulary: null}` is filled with every word of the captions, in the order of the alphabet, and
+    the longest number of words in one; `flow.txt_size` and `flow.txt_dim` follow. Any other text is left alone.
+
+    Args:
+        config: of the run.
+        dataset: that it is trained on.
+
+    Raises:
+        ConfigError: the data does not tell its captions, or they hold no words.
+    """
+    text = config.text
+    if text.get("kind") != "words" or text.get("vocabulary", ()) is not None:
+        return config
+    if not isinstance(dataset, VideoFolder):
+        raise ConfigError("text.vocabulary is None, expected a list of words (only a folder of videos can be searched)")
+    train = config.train
+    kinds = [
+        (extend, image)
+        for extend in {False, train.drop_image > 0}
+        for image in {False, train.image_prob > 0}
+        if not (extend and image)
+    ]
+    found = [
+        split_words(caption_for(config, caption, extend=extend, image=image), text.get("stop_words", STOP_WORDS))
+        for caption in dataset.captions
+        for extend, image in kinds
+    ]
+    vocabulary = sorted({word for words in found for word in words})
+    require(bool(vocabulary), "text.vocabulary", None, "captions with words in the folder, or data.name_captions")
+    size = max(map(len, found))
+    return replace(
+        config,
+        text={**text, "vocabulary": vocabulary, "size": size},
+        flow=replace(config.flow, txt_size=size, txt_dim=len(vocabulary)),
     )
 
 

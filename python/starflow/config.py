@@ -279,6 +279,10 @@ class DataConfig:
         height, width: clips are resized to cover this and centre-cropped.
         fps: frames a second that files are read at; None keeps each file's own.
         channels: 1 (grey) or 3.
+        clips_per_file: clips that an epoch cuts from each file of a folder.
+        cut: where they begin in training: "random", elsewhere in each epoch, or "even", always the same, spread from
+            the first possible start to the last, which a small flow learns sooner.
+        name_captions: a file without caption is captioned by its name.
         caption_fps: captions tell the frame rate, as in the published recipe.
         cache_gb: decoded frames kept in memory.
     """
@@ -290,11 +294,14 @@ class DataConfig:
     width: int = 32
     fps: float | None = None
     channels: int = 1
+    clips_per_file: int = 1
+    cut: Literal["random", "even"] = "random"
+    name_captions: bool = False
     caption_fps: bool = False
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
+        for name in ("frames", "height", "width", "clips_per_file"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or self.fps > 0, "data.fps", self.fps, "a number > 0")
@@ -406,6 +413,7 @@ class RunConfig:
         flow: architecture; data, train, sample: as their names say.
         codec: pixels to latents, e.g. `{kind: dct, patch: 4}` (see `starflow.codecs.make_codec`).
         text: captions to features, e.g. `{kind: words}` (see `starflow.text.make_text_encoder`); empty for none.
+            `{kind: words, vocabulary: null}` takes the words of the data's captions when training begins.
     """
 
     flow: FlowConfig

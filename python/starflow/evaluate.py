@@ -24,7 +24,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.data import Clip, VideoError, VideoFolder, frames_at, probe, read_image, read_video, to_pixels
-from starflow.data.clips import IMAGE_SUFFIXES
+from starflow.data.clips import IMAGE_SUFFIXES, captions_of
 from starflow.sample import Pipeline
 
 # One 8-bit level is 1 / 127.5 of the range [-1, 1].
@@ -175,7 +175,8 @@ def read_clips(
     Args:
         pipeline: of the flow.
         paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
-            be read is skipped with a line in the log, and captions come from the files beside it.
+            be read is skipped with a line in the log. Captions come from the files beside them, or from names where
+            training took them from there.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.
@@ -197,6 +198,7 @@ def read_clips(
                 channels=data.channels,
                 clips_per_file=clips_per_file,
                 cut="even",
+                name_captions=data.name_captions,
             )
             clips += [folder.item(index) for index in range(len(folder))]
         else:
@@ -207,11 +209,12 @@ def read_clips(
 def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> list[Clip]:
     """Clips of one file, from its first possible start to its last."""
     data = pipeline.config.data
+    caption = captions_of(path, by_name=data.name_captions)[0]
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if frames > 1:
             raise VideoError(f"{path}: an image is one frame, expected a video of at least {frames}")
         picture = read_image(path, height=data.height, width=data.width, channels=data.channels)
-        return [Clip(to_pixels(picture), "", path.name)]
+        return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
     last = frames_at(info, fps) - frames
@@ -232,7 +235,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
                     channels=data.channels,
                 )
             ),
-            "",
+            caption,
             f"{path.name}@{spot}",
         )
         for spot in spots

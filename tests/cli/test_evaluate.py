@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,20 @@ def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path
     (folder,) = read_clips(pipeline, [tmp_path])
     assert folder.caption == "a three moving up"
     first, last = read_clips(pipeline, [path], clips_per_file=2)
-    assert (first.name, last.name, first.caption) == ("a.mp4@0", "a.mp4@6", "")
+    assert (first.name, last.name, first.caption) == ("a.mp4@0", "a.mp4@6", "a three moving up")
     (middle,) = read_clips(pipeline, [path], caption="an eight")
     assert torch.equal(middle.pixels, folder.pixels)
     assert middle.caption == "an eight"
     assert read_clips(pipeline, [path], frames=10)[0].pixels.shape[0] == 10
+
+
+def test_names_are_captions_where_they_were_in_training(pipeline: Pipeline, tmp_path: Path) -> None:
+    write_video(tmp_path / "an_eight.mp4", to_frames(clip(0).pixels), 8.0)
+    paths = (tmp_path, tmp_path / "an_eight.mp4")
+    assert [read_clips(pipeline, [path])[0].caption for path in paths] == ["", ""]
+    data = replace(pipeline.config.data, name_captions=True)
+    told = Pipeline(pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
+    assert [read_clips(told, [path])[0].caption for path in paths] == ["an eight", "an eight"]
 
 
 def test_files_that_cannot_be_scored(pipeline: Pipeline, tmp_path: Path) -> None:

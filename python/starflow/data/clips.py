@@ -11,6 +11,7 @@ import functools
 import json
 import logging
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -178,8 +179,19 @@ class _Source:
     info: VideoInfo | None
 
 
-def _captions(path: Path) -> tuple[str, ...]:
-    """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions"."""
+def captions_of(path: Path, *, by_name: bool = False) -> tuple[str, ...]:
+    """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions".
+
+    Args:
+        path: of the video; nothing is read from it.
+        by_name: without such a file take the words of NAME in place of "".
+
+    Returns:
+        at least one caption.
+
+    Raises:
+        ValueError: when the file beside it is malformed.
+    """
     for suffix in SIDECAR_SUFFIXES:
         sidecar = path.with_suffix(suffix)
         if not sidecar.is_file():
@@ -197,7 +209,7 @@ def _captions(path: Path) -> tuple[str, ...]:
                 f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["..."]}}'
             )
         return tuple(caption.strip() for caption in found)
-    return ("",)
+    return (re.sub(r"[\W_]+", " ", path.stem).strip() if by_name else "",)
 
 
 class VideoFolder:
@@ -220,6 +232,7 @@ class VideoFolder:
         clips_per_file: items that each file gives in one epoch.
         cut: "random" cuts each clip at a start drawn from (seed, epoch, index); "even" spreads the starts of a file's
             clips from its first to its last possible one, the same in every epoch.
+        name_captions: a file without caption has the words of its name.
         cache_bytes: memory for decoded files.
 
     Raises:
@@ -238,6 +251,7 @@ class VideoFolder:
         channels: int = 3,
         clips_per_file: int = 1,
         cut: Literal["random", "even"] = "random",
+        name_captions: bool = False,
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.folder = Path(folder)
@@ -265,6 +279,7 @@ class VideoFolder:
         self.channels = channels
         self.clips_per_file = clips_per_file
         self.cut = cut
+        self.name_captions = name_captions
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -273,6 +288,11 @@ class VideoFolder:
 
     def __len__(self) -> int:
         return len(self._sources) * self.clips_per_file
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption that a clip may have, file after file."""
+        return tuple(caption for source in self._sources for caption in source.captions)
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
@@ -351,12 +371,12 @@ class VideoFolder:
         name = str(path.relative_to(self.folder))
         if path.suffix.lower() in IMAGE_SUFFIXES:
             read_image(path, height=self.height, width=self.width, channels=self.channels)
-            return _Source(path, name, 1, _captions(path), None)
+            return _Source(path, name, 1, captions_of(path, by_name=self.name_captions), None)
         info = probe(path, count=True)
         available = frames_at(info, self.fps or info.fps)
         if available < self.frames:
             raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
-        return _Source(path, name, available, _captions(path), info)
+        return _Source(path, name, available, captions_of(path, by_name=self.name_captions), info)
 
     def _read(self, source: _Source, start: int) -> torch.Tensor:
         """uint8 (frames, height, width, channels) from frame `start` on, counted at the wanted rate."""
