@@ -314,11 +314,11 @@ def _score(args: argparse.Namespace) -> int:
     sigma = pipeline.config.train.noise_std
     what = "pixel" if pipeline.codec.log_det_per_dimension is not None else "latent"
     facts = {
-        "definition": f"minus log2 of the density of the clip plus normal noise of deviation {sigma:g}, per {what} "
-        "value in [-1, 1]",
+        "definition": f"minus log2 of the density of the clip with normal noise of deviation {sigma:g} on its latents, "
+        f"per {what} value{' in [-1, 1]' if what == 'pixel' else ''}",
         "noise_std": sigma,
         "noise_seed": args.seed,
-        "noise_floor": noise_floor(sigma) if sigma else None,
+        "noise_floor": noise_floor(sigma, pipeline.codec.log_det_per_dimension) if sigma else None,
         "to_8_bit_levels": LEVELS_BITS,
         "bits_per_dim": sum(item.bits_per_dim for item in scores) / len(scores),
     }

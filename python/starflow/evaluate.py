@@ -2,10 +2,10 @@
 
 What is scored is the density that the flow was trained on: that of the clip's latents plus normal noise of standard
 deviation sigma (`train.noise_std`), the noise being fixed by a seed. Bits per dimension are minus log2 of that density
-over the number of latent values. With an orthonormal codec these are bits per pixel and channel of pictures in
-[-1, 1]; with a learned autoencoder they are bits per latent value and say nothing about pixels. A density is not a
-probability: bits may be negative, and cannot on average fall under the entropy of the noise, `noise_floor`. Adding
-`LEVELS_BITS` expresses the same density in units of 8-bit grey levels.
+over the number of latent values. With a codec that is linear (its log-determinant is added) these are bits per pixel
+and channel of pictures in [-1, 1]; with a learned autoencoder they are bits per latent value and say nothing about
+pixels. A density is not a probability: bits may be negative, and cannot on average fall under the entropy of the noise,
+`noise_floor`. Adding `LEVELS_BITS` expresses the same density in units of 8-bit grey levels.
 
 Reference: Gu et al., STARFlow-V (2025); Theis et al., A Note on the Evaluation of Generative Models (2016).
 """
@@ -31,9 +31,16 @@ from starflow.sample import Pipeline
 LEVELS_BITS = math.log2(127.5)
 
 
-def noise_floor(sigma: float) -> float:
-    """Entropy of the noise in bits per dimension: no model can score less on average. -inf for `sigma` 0."""
-    return 0.5 * math.log2(2 * math.pi * math.e * sigma**2) if sigma > 0.0 else -math.inf
+def noise_floor(sigma: float, log_det_per_dimension: float | None = 0.0) -> float:
+    """Entropy of the noise in bits per dimension: no model can score less on average. -inf for `sigma` 0.
+
+    Args:
+        sigma: standard deviation of the noise on the latents.
+        log_det_per_dimension: of the codec; None where bits are those of latents.
+    """
+    if sigma <= 0.0:
+        return -math.inf
+    return 0.5 * math.log2(2 * math.pi * math.e * sigma**2) - (log_det_per_dimension or 0.0) / math.log(2)
 
 
 @dataclass(frozen=True)

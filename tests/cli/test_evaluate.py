@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from starflow import noise
+from starflow.codecs import make_codec
 from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import noise_floor, read_clips, score
@@ -77,6 +78,20 @@ def test_noise_floor_is_the_entropy_of_the_noise() -> None:
     density = -torch.distributions.Normal(0.0, sigma).log_prob(draws).mean() / math.log(2)
     assert float(density) == pytest.approx(noise_floor(sigma), abs=0.02)
     assert noise_floor(0.0) == -math.inf
+
+
+def test_bits_of_pixels_count_the_constant_of_a_codec_that_stretches(pipeline: Pipeline) -> None:
+    codec = make_codec({**pipeline.config.codec, "equalize": True})
+    stretched = Pipeline(pipeline.flow, pipeline.config, codec, pipeline.text)
+    given = clip(0)
+    latents = codec.encode(given.pixels[None])
+    noisy = latents + pipeline.config.train.noise_std * noise.draw([0], *latents.shape[1:], purpose="train")
+    nats = float(pipeline.flow.log_prob(noisy, pipeline.condition([given.caption])).detach()) / latents.numel()
+    constant = codec.log_det_per_dimension
+    assert constant is not None
+    assert score(stretched, [given])[0].bits_per_dim == pytest.approx(-(nats + constant) / math.log(2), rel=1e-5)
+    assert noise_floor(0.1, constant) == pytest.approx(noise_floor(0.1) - constant / math.log(2))
+    assert noise_floor(0.1, None) == noise_floor(0.1)
 
 
 @pytest.mark.parametrize(
