@@ -54,6 +54,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         clips_per_file=data.clips_per_file,
         cut=data.cut if split == "train" else "even",
         name_captions=data.name_captions,
+        caption_second=data.caption_second,
         cache_bytes=int(data.cache_gb * 2**30),
     )
 

@@ -283,6 +283,8 @@ class DataConfig:
         cut: where they begin in training: "random", elsewhere in each epoch, or "even", always the same, spread from
             the first possible start to the last, which a small flow learns sooner.
         name_captions: a file without caption is captioned by its name.
+        caption_second: captions of a folder end in the second of its file at which the clip begins, as a whole number:
+            a prompt can then ask for that part, and a flow need not learn them all as one.
         caption_fps: captions tell the frame rate, as in the published recipe.
         cache_gb: decoded frames kept in memory.
     """
@@ -297,6 +299,7 @@ class DataConfig:
     clips_per_file: int = 1
     cut: Literal["random", "even"] = "random"
     name_captions: bool = False
+    caption_second: bool = False
     caption_fps: bool = False
     cache_gb: float = 2.0
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.data import Clip, VideoError, VideoFolder, frames_at, probe, read_image, read_video, to_pixels
-from starflow.data.clips import IMAGE_SUFFIXES, captions_of
+from starflow.data.clips import IMAGE_SUFFIXES, caption_at, captions_of
 from starflow.sample import Pipeline
 
 # One 8-bit level is 1 / 127.5 of the range [-1, 1].
@@ -182,8 +182,8 @@ def read_clips(
     Args:
         pipeline: of the flow.
         paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
-            be read is skipped with a line in the log. Captions come from the files beside them, or from names where
-            training took them from there.
+            be read is skipped with a line in the log. Captions come from the files beside them, names and
+            places where training took them from there.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.
@@ -206,6 +206,7 @@ def read_clips(
                 clips_per_file=clips_per_file,
                 cut="even",
                 name_captions=data.name_captions,
+                caption_second=data.caption_second,
             )
             clips += [folder.item(index) for index in range(len(folder))]
         else:
@@ -242,7 +243,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
                     channels=data.channels,
                 )
             ),
-            caption,
+            caption_at(caption, spot / fps) if data.caption_second else caption,
             f"{path.name}@{spot}",
         )
         for spot in spots

@@ -10,6 +10,7 @@ import concurrent.futures
 import functools
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -212,6 +213,11 @@ def captions_of(path: Path, *, by_name: bool = False) -> tuple[str, ...]:
     return (re.sub(r"[\W_]+", " ", path.stem).strip() if by_name else "",)
 
 
+def caption_at(caption: str, start: float) -> str:
+    """The caption of a clip that begins `start` seconds into its file, where captions tell that."""
+    return f"{caption} {math.floor(start + 1e-6)}".strip()
+
+
 class VideoFolder:
     """Clips cut from a folder of video files of any format and size, with captions from the files beside them.
 
@@ -233,6 +239,7 @@ class VideoFolder:
         cut: "random" cuts each clip at a start drawn from (seed, epoch, index); "even" spreads the starts of a file's
             clips from its first to its last possible one, the same in every epoch.
         name_captions: a file without caption has the words of its name.
+        caption_second: captions end in the second of the file at which the clip begins (a whole number; not of images).
         cache_bytes: memory for decoded files.
 
     Raises:
@@ -252,6 +259,7 @@ class VideoFolder:
         clips_per_file: int = 1,
         cut: Literal["random", "even"] = "random",
         name_captions: bool = False,
+        caption_second: bool = False,
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.folder = Path(folder)
@@ -280,6 +288,7 @@ class VideoFolder:
         self.clips_per_file = clips_per_file
         self.cut = cut
         self.name_captions = name_captions
+        self.caption_second = caption_second
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -292,7 +301,14 @@ class VideoFolder:
     @property
     def captions(self) -> tuple[str, ...]:
         """Every caption that a clip may have, file after file."""
-        return tuple(caption for source in self._sources for caption in source.captions)
+        return tuple(
+            dict.fromkeys(
+                self._caption(source, caption, start)
+                for source in self._sources
+                for caption in source.captions
+                for start in range(source.available - self.frames + 1)
+            )
+        )
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
@@ -334,8 +350,14 @@ class VideoFolder:
                 self._broken.add(source.path)
                 logger.warning("skipped: %s", error)
                 continue
-            return Clip(to_pixels(frames), caption, f"{source.name}@{start}")
+            return Clip(to_pixels(frames), self._caption(source, caption, start), f"{source.name}@{start}")
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
+
+    def _caption(self, source: _Source, caption: str, start: int) -> str:
+        """The caption of a clip that begins at frame `start` of its file."""
+        if not self.caption_second or source.info is None:
+            return caption
+        return caption_at(caption, start / (self.fps or source.info.fps))
 
     def _scan(self) -> list[_Source]:
         paths, ignored = [], 0
