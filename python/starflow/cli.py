@@ -126,6 +126,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from starflow.checkpoints import read_header
     from starflow.train import train
 
     settings = list(args.set)
@@ -141,7 +142,11 @@ def _train(args: argparse.Namespace) -> int:
     config = make_config(name, settings)
     folder = Path(args.out or f"runs/{Path(name).stem}")
     train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=_device(args.device))
-    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}")
+    text = read_header(folder).config.text
+    prompt = ' "PROMPT"' if text else ""
+    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{prompt}")
+    if text.get("kind") == "words":
+        print(f"words of a prompt, at most {text['size']}: {', '.join(text['vocabulary'])}")
     return 0
 
 
@@ -482,8 +487,9 @@ examples:
 _TRAIN = f"""Train a flow.
 
 Without --data: on the built-in set of moving handwritten digits, which needs no download. With --data: on a
-folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption. A run
-that was interrupted goes on where its last checkpoint is when the same command is given again.
+folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption (in the
+configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). A run that
+was interrupted goes on where its last checkpoint is when the same command is given again.
 
 examples:
   {_PROG} train --data my_clips --out runs/mine
