@@ -60,43 +60,42 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
 
 
 def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
-    """The configuration with the words of the data's captions, where it leaves them open.
+    """The configuration with the words or the names of the data's captions, where it leaves them open.
 
-    `text: {kind: words, vocabulary: null}` is filled with every word of the captions, in the order of the alphabet, and
-    the longest number of words in one; `flow.txt_size` and `flow.txt_dim` follow. Any other text is left alone.
+    `text: {kind: words, vocabulary: null}` is filled with every word of the captions, and the longest number of words
+    in one; `text: {kind: classes, names: null}` with the captions themselves. Both are in alphabetical order.
+    `flow.txt_size` and `flow.txt_dim` follow. Any other text is left alone.
 
     Args:
         config: of the run.
         dataset: that it is trained on.
 
     Raises:
-        ConfigError: the data does not tell its captions, or they hold no words.
+        ConfigError: the data does not tell its captions, or all are empty.
     """
-    text = config.text
-    if text.get("kind") != "words" or text.get("vocabulary", ()) is not None:
+    text, train = config.text, config.train
+    option = {"words": "vocabulary", "classes": "names"}.get(text.get("kind", ""), "")
+    if text.get(option, ()) is not None:
         return config
     if not isinstance(dataset, VideoFolder):
-        raise ConfigError("text.vocabulary is None, expected a list of words (only a folder of videos can be searched)")
-    train = config.train
-    kinds = [
-        (extend, image)
-        for extend in {False, train.drop_image > 0}
-        for image in {False, train.image_prob > 0}
-        if not (extend and image)
-    ]
-    found = [
-        split_words(caption_for(config, caption, extend=extend, image=image), text.get("stop_words", STOP_WORDS))
+        raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
+    kinds = [(False, False)]
+    kinds += [(True, False)] if train.drop_image else []
+    kinds += [(False, True)] if train.image_prob else []
+    captions = [
+        caption_for(config, caption, extend=extend, image=image)
         for caption in dataset.captions
         for extend, image in kinds
     ]
-    vocabulary = sorted({word for words in found for word in words})
-    require(bool(vocabulary), "text.vocabulary", None, "captions with words in the folder, or data.name_captions")
-    size = max(map(len, found))
-    return replace(
-        config,
-        text={**text, "vocabulary": vocabulary, "size": size},
-        flow=replace(config.flow, txt_size=size, txt_dim=len(vocabulary)),
-    )
+    if option == "names":
+        filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
+        text = {**text, "names": filled, "num_classes": len(filled)}
+    else:
+        words = [split_words(caption, text.get("stop_words", STOP_WORDS)) for caption in captions]
+        filled, size = sorted({word for found in words for word in found}), max(map(len, words))
+        text = {**text, "vocabulary": filled, "size": size}
+    require(bool(filled), f"text.{option}", None, "captions that are not empty in the folder, or data.name_captions")
+    return replace(config, text=text, flow=replace(config.flow, txt_size=size, txt_dim=len(filled)))
 
 
 def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:

@@ -147,6 +147,8 @@ def _train(args: argparse.Namespace) -> int:
     print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{prompt}")
     if text.get("kind") == "words":
         print(f"words of a prompt, at most {text['size']}: {', '.join(text['vocabulary'])}")
+    elif text.get("names"):
+        print(f"prompts: {', '.join(text['names'])}")
     return 0
 
 

@@ -416,7 +416,8 @@ class RunConfig:
         flow: architecture; data, train, sample: as their names say.
         codec: pixels to latents, e.g. `{kind: dct, patch: 4}` (see `starflow.codecs.make_codec`).
         text: captions to features, e.g. `{kind: words}` (see `starflow.text.make_text_encoder`); empty for none.
-            `{kind: words, vocabulary: null}` takes the words of the data's captions when training begins.
+            `{kind: words, vocabulary: null}` takes the words of the data's captions when training begins,
+            `{kind: classes, names: null}` the captions as they are.
     """
 
     flow: FlowConfig
@@ -436,7 +437,7 @@ class RunConfig:
         Raises:
             ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
         """
-        included = str(path) in config_names() and not Path(path).exists()
+        included = str(path) in config_names() and not Path(path).is_file()
         try:
             values = yaml.safe_load((CONFIGS / f"{path}.yaml" if included else Path(path)).read_text(encoding="utf-8"))
         except OSError as error:

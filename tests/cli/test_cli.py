@@ -131,7 +131,7 @@ def test_a_folder_of_real_clips_is_asked_for_by_name_and_second(
     shutil.copy(datasets.bigbuckbunny(), videos / "big_bunny.mp4")
     args = ["--data", videos, "--out", folder, "--quiet", "--set", "train.batch_size=2"]
     assert run("train", "--steps", 1, *args) == 0
-    assert "words of a prompt, at most 3: 0, 1, 2, 3, 4, big, bunny" in capsys.readouterr().out
+    assert "prompts: big bunny 0, big bunny 1, big bunny 2, big bunny 3, big bunny 4" in capsys.readouterr().out
     assert run("sample", folder, "big bunny 3", "--out", out) == 0
     assert probe(out / "000-big-bunny-3-seed0.mp4", count=True).frames == 8
     assert run("score", folder, videos, "--clips-per-file", 3, "--order-check", "--json", out / "scores.json") == 0
@@ -139,7 +139,7 @@ def test_a_folder_of_real_clips_is_asked_for_by_name_and_second(
     assert [score["caption"] for score in scores] == ["big bunny 0", "big bunny 2", "big bunny 4"]
     capsys.readouterr()
     assert run("sample", folder, "bikes", "--out", out) == 1
-    assert '"bikes" in "bikes" is not a known word, expected words of the vocabulary: 0, 1, 2' in error(capsys)
+    assert 'prompt: ClassEncoder: "bikes" is not a class, expected one of big bunny 0, big bunny 1' in error(capsys)
 
 
 def test_settings_reach_the_config() -> None:

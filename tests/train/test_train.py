@@ -430,6 +430,15 @@ def test_the_vocabulary_can_be_that_of_the_captions(tiny, tmp_path: Path) -> Non
     assert filled.text == {"kind": "words", "vocabulary": ["at", "cats", "sea", "two", "waves"], "size": 3}
     assert (filled.flow.txt_size, filled.flow.txt_dim) == (3, 5)
     assert with_vocabulary(filled, make_dataset(filled)) is filled
+    named = replace(config, text={"kind": "classes", "names": None})
+    named = with_vocabulary(named, make_dataset(named))
+    assert named.text == {
+        "kind": "classes",
+        "names": ["Cats!", "the sea", "two cats", "waves at sea"],
+        "num_classes": 4,
+    }
+    assert (named.flow.txt_size, named.flow.txt_dim) == (1, 4)
+    assert make_parts(named)[1].encode(["the sea"]).tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
     extended = _open_vocabulary(tiny, videos, drop_image=0.5)
     assert "extend" in with_vocabulary(extended, make_dataset(extended)).text["vocabulary"]
 
@@ -448,11 +457,11 @@ def test_a_run_keeps_the_vocabulary_it_found(tiny, tmp_path: Path) -> None:
 
 def test_a_vocabulary_that_cannot_be_found_is_an_error(tiny, tmp_path: Path) -> None:
     digits = tiny(text={"kind": "words", "vocabulary": None})
-    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected a list of words \(only a folder"):
+    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected a list \(only a folder"):
         train(digits, tmp_path / "run", quiet=True)
     silent = _open_vocabulary(tiny, _videos(tmp_path / "videos", "cats.mp4"))
     silent = replace(silent, data=replace(silent.data, name_captions=False))
-    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected captions with words in the folder, or"):
+    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected captions that are not empty in"):
         train(silent, tmp_path / "run", quiet=True)
 
 
