@@ -179,6 +179,7 @@ def _sample(args: argparse.Namespace) -> int:
                 width=width,
                 fps=args.fps,
                 guidance=args.guidance,
+                temperature=args.temperature,
                 solver=args.solver,
                 certificate=args.certificate,
                 image=args.image,
@@ -588,6 +589,13 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         type=_number(float, 0),
         metavar="W",
         help="weight of the prompt, 0 for none (default: the model's)",
+    )
+    what.add_argument(
+        "--temperature",
+        type=_number(float, 0),
+        metavar="T",
+        help="factor of the noise that clips are made from: below 1 they vary less and keep together better (default: "
+        "the model's)",
     )
     beginning = parser.add_argument_group("a given beginning")
     either = beginning.add_mutually_exclusive_group()

@@ -397,15 +397,20 @@ class SampleConfig:
 
     Args:
         guidance: weight of classifier-free guidance.
+        temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
         fps: frames a second of what is written.
         prompts: what training samples from while it runs.
     """
 
     guidance: float = 0.0
+    temperature: float = 1.0
     solver: str = "window"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.temperature < float("inf"), "sample.temperature", self.temperature, "a number >= 0")
 
 
 @dataclass(frozen=True)
