@@ -59,6 +59,12 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
     )
 
 
+def open_text(config: RunConfig) -> str:
+    """The option of `text` that the captions of the data shall fill (see `with_vocabulary`); "" where there is none."""
+    option = {"words": "vocabulary", "classes": "names"}.get(config.text.get("kind", ""), "")
+    return option if config.text.get(option, ()) is None else ""
+
+
 def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
     """The configuration with the words or the names of the data's captions, where it leaves them open.
 
@@ -74,8 +80,8 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
         ConfigError: the data does not tell its captions, or all are empty.
     """
     text, train = config.text, config.train
-    option = {"words": "vocabulary", "classes": "names"}.get(text.get("kind", ""), "")
-    if text.get(option, ()) is not None:
+    option = open_text(config)
+    if not option:
         return config
     if not isinstance(dataset, VideoFolder):
         raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")

@@ -514,7 +514,7 @@ examples:
 _SCORE = f"""Score clips: bits per dimension, less is better.
 
 What is scored is the density that the model was trained on: of the clip plus normal noise (fixed by --seed).
-With the built-in codecs, which are orthonormal, the bits are per pixel and channel of pictures in [-1, 1]; they
+With the built-in codecs, which are linear, the bits are per pixel and channel of pictures in [-1, 1]; they
 may be negative. Clips are cut in the size and at the rate of the training clips.
 
 examples:
