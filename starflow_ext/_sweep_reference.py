@@ -22,9 +22,10 @@ _WILD = 1e6  # provisional tokens beyond this are divergence, not data
 def _columns(panels: Tensor, depth: int) -> Tensor:
     """View panels (..., elements) of a cache as (..., columns, depth); writing to it writes to the panels."""
     if panels.dtype == torch.bfloat16:
-        cut = panels.unflatten(-1, (-1, depth // 2, 32, 2))
-        return cut.transpose(-3, -2)  # (..., panel, column, depth / 2, 2)
-    return panels.unflatten(-1, (-1, depth, 32)).transpose(-2, -1)  # (..., panel, column, depth)
+        pairs: Tensor = panels.unflatten(-1, (-1, depth // 2, 32, 2))
+        return pairs.transpose(-3, -2)  # (..., panel, column, depth / 2, 2)
+    cut: Tensor = panels.unflatten(-1, (-1, depth, 32))
+    return cut.transpose(-2, -1)  # (..., panel, column, depth)
 
 
 class _Heads:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, FlowConfig, RunConfig, require
 from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, sample_indices, stack_clips
 from starflow.noise import draw_batch, stream
-from starflow.text import TextEncoder, make_text_encoder
+from starflow.text import STOP_WORDS, TextEncoder, make_text_encoder, split_words
 
 # Captions whose features are kept.
 CAPTION_CACHE = 4096
@@ -30,7 +30,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
     Args:
         config: of the run.
         split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
-            whole folder; clips are cut at random starts for "train" and evenly for "test".
+            whole folder; clips are cut as `data.cut` says for "train" and evenly for "test".
 
     Raises:
         ConfigError: options that the kind of data cannot honour.
@@ -51,9 +51,57 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         width=data.width,
         fps=data.fps,
         channels=data.channels,
-        cut="random" if split == "train" else "even",
+        clips_per_file=data.clips_per_file,
+        cut=data.cut if split == "train" else "even",
+        name_captions=data.name_captions,
+        caption_second=data.caption_second,
         cache_bytes=int(data.cache_gb * 2**30),
     )
+
+
+def open_text(config: RunConfig) -> str:
+    """The option of `text` that the captions of the data shall fill (see `with_vocabulary`); "" where there is none."""
+    option = {"words": "vocabulary", "classes": "names"}.get(config.text.get("kind", ""), "")
+    return option if config.text.get(option, ()) is None else ""
+
+
+def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
+    """The configuration with the words or the names of the data's captions, where it leaves them open.
+
+    `text: {kind: words, vocabulary: null}` is filled with every word of the captions, and the longest number of words
+    in one; `text: {kind: classes, names: null}` with the captions themselves. Both are in alphabetical order.
+    `flow.txt_size` and `flow.txt_dim` follow. Any other text is left alone.
+
+    Args:
+        config: of the run.
+        dataset: that it is trained on.
+
+    Raises:
+        ConfigError: the data does not tell its captions, or all are empty.
+    """
+    text, train = config.text, config.train
+    option = open_text(config)
+    if not option:
+        return config
+    if not isinstance(dataset, VideoFolder):
+        raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
+    kinds = [(False, False)]
+    kinds += [(True, False)] if train.drop_image else []
+    kinds += [(False, True)] if train.image_prob else []
+    captions = [
+        caption_for(config, caption, extend=extend, image=image)
+        for caption in dataset.captions
+        for extend, image in kinds
+    ]
+    if option == "names":
+        filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
+        text = {**text, "names": filled, "num_classes": len(filled)}
+    else:
+        words = [split_words(caption, text.get("stop_words", STOP_WORDS)) for caption in captions]
+        filled, size = sorted({word for found in words for word in found}), max(map(len, words))
+        text = {**text, "vocabulary": filled, "size": size}
+    require(bool(filled), f"text.{option}", None, "captions that are not empty in the folder, or data.name_captions")
+    return replace(config, text=text, flow=replace(config.flow, txt_size=size, txt_dim=len(filled)))
 
 
 def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
@@ -187,7 +235,7 @@ class Batches:
         height, width = (side // codec.spatial for side in pixels.shape[-2:])
         shape: tuple[int, ...] = (len(clips), frames, codec.latent_channels, height, width)
         if image:
-            pixels = pixels[:, int(choose.integers(pixels.shape[1]))]
+            pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
         dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
         return Batch(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
+from starflow.files import remove_leftovers, replacing
 from starflow.flow import Flow
 from starflow.text import TextEncoder, make_text_encoder
 
@@ -102,7 +102,7 @@ def save_model(
 def write_model(path: str | Path, state: Mapping[str, Tensor], config: RunConfig, about: Mapping[str, str]) -> None:
     """Writes the state dict of a flow with its configuration (see `save_model`)."""
     path = Path(path)
-    with replacing(path) as temporary:
+    with saving(path) as temporary:
         _write(temporary, state, {**about, **_fingerprints(config), "config": json.dumps(to_mapping(config))})
 
 
@@ -220,11 +220,12 @@ def save_state(folder: Path, step: int, tensors: Mapping[str, Tensor], about: Ma
     """
     parent = folder / "checkpoints"
     target = parent / f"step-{step:08d}"
-    with replacing(target) as temporary:
+    with saving(target) as temporary:
         temporary.mkdir()
         _write(temporary / STATE, tensors, {"state": json.dumps(about)})
     for old in _states(folder)[:-KEPT_STATES]:
         shutil.rmtree(old)
+    remove_leftovers(parent)
     return target
 
 
@@ -305,10 +306,8 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 @contextmanager
-def replacing(target: Path, what: str = "checkpoint") -> Iterator[Path]:
-    """A temporary path beside `target` that takes its place when the block ends well and is removed when it does not.
-
-    Everything is on the disk before the name changes, and the new name is on the disk before this returns.
+def saving(target: Path, what: str = "checkpoint") -> Iterator[Path]:
+    """`starflow.files.replacing`, in a folder that is made where there is none; one CheckpointError says what failed.
 
     Args:
         target: file or folder.
@@ -317,37 +316,12 @@ def replacing(target: Path, what: str = "checkpoint") -> Iterator[Path]:
     Raises:
         CheckpointError: something cannot be written; `target` is left as it was.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        yield temporary
-        for path in [*temporary.iterdir(), temporary] if temporary.is_dir() else [temporary]:
-            _sync(path)
-        if temporary.is_dir():
-            # A folder cannot be renamed over another that is not empty.
-            _remove(target)
-        os.replace(temporary, target)
-        _sync(target.parent)
+        with replacing(target) as temporary:
+            yield temporary
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise CheckpointError(
             f"{what} {target} cannot be written: {reason}; what was there before is left as it was"
         ) from None
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from starflow.config import ConfigError, RunConfig, config_names, from_mapping, to_mapping
+from starflow.files import write_text
 
 # The parts of the package are imported by the commands that need them: TensorBoard alone takes seconds.
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from starflow.checkpoints import read_header
     from starflow.train import train
 
     settings = list(args.set)
@@ -140,7 +142,13 @@ def _train(args: argparse.Namespace) -> int:
     config = make_config(name, settings)
     folder = Path(args.out or f"runs/{Path(name).stem}")
     train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=_device(args.device))
-    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}")
+    text = read_header(folder).config.text
+    prompt = ' "PROMPT"' if text else ""
+    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{prompt}")
+    if text.get("kind") == "words":
+        print(f"words of a prompt, at most {text['size']}: {', '.join(text['vocabulary'])}")
+    elif text.get("names"):
+        print(f"prompts: {', '.join(text['names'])}")
     return 0
 
 
@@ -171,6 +179,7 @@ def _sample(args: argparse.Namespace) -> int:
                 width=width,
                 fps=args.fps,
                 guidance=args.guidance,
+                temperature=args.temperature,
                 solver=args.solver,
                 precision=args.precision,
                 certificate=args.certificate,
@@ -248,12 +257,7 @@ class _Output:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a json file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: argparse.Namespace) -> list[Any]:
@@ -319,11 +323,11 @@ def _score(args: argparse.Namespace) -> int:
     sigma = pipeline.config.train.noise_std
     what = "pixel" if pipeline.codec.log_det_per_dimension is not None else "latent"
     facts = {
-        "definition": f"minus log2 of the density of the clip plus normal noise of deviation {sigma:g}, per {what} "
-        "value in [-1, 1]",
+        "definition": f"minus log2 of the density of the clip with normal noise of deviation {sigma:g} on its latents, "
+        f"per {what} value{' in [-1, 1]' if what == 'pixel' else ''}",
         "noise_std": sigma,
         "noise_seed": args.seed,
-        "noise_floor": noise_floor(sigma) if sigma else None,
+        "noise_floor": noise_floor(sigma, pipeline.codec.log_det_per_dimension) if sigma else None,
         "to_8_bit_levels": LEVELS_BITS,
         "bits_per_dim": sum(item.bits_per_dim for item in scores) / len(scores),
     }
@@ -487,8 +491,9 @@ examples:
 _TRAIN = f"""Train a flow.
 
 Without --data: on the built-in set of moving handwritten digits, which needs no download. With --data: on a
-folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption. A run
-that was interrupted goes on where its last checkpoint is when the same command is given again.
+folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption (in the
+configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). A run that
+was interrupted goes on where its last checkpoint is when the same command is given again.
 
 examples:
   {_PROG} train --data my_clips --out runs/mine
@@ -510,7 +515,7 @@ examples:
 _SCORE = f"""Score clips: bits per dimension, less is better.
 
 What is scored is the density that the model was trained on: of the clip plus normal noise (fixed by --seed).
-With the built-in codecs, which are orthonormal, the bits are per pixel and channel of pictures in [-1, 1]; they
+With the built-in codecs, which are linear, the bits are per pixel and channel of pictures in [-1, 1]; they
 may be negative. Clips are cut in the size and at the rate of the training clips.
 
 examples:
@@ -585,6 +590,13 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         type=_number(float, 0),
         metavar="W",
         help="weight of the prompt, 0 for none (default: the model's)",
+    )
+    what.add_argument(
+        "--temperature",
+        type=_number(float, 0),
+        metavar="T",
+        help="factor of the noise that clips are made from: below 1 they vary less and keep together better (default: "
+        "the model's)",
     )
     beginning = parser.add_argument_group("a given beginning")
     either = beginning.add_mutually_exclusive_group()

@@ -279,6 +279,12 @@ class DataConfig:
         height, width: clips are resized to cover this and centre-cropped.
         fps: frames a second that files are read at; None keeps each file's own.
         channels: 1 (grey) or 3.
+        clips_per_file: clips that an epoch cuts from each file of a folder.
+        cut: where they begin in training: "random", elsewhere in each epoch, or "even", always the same, spread from
+            the first possible start to the last, which a small flow learns sooner.
+        name_captions: a file without caption is captioned by its name.
+        caption_second: captions of a folder end in the second of its file at which the clip begins, as a whole number:
+            a prompt can then ask for that part, and a flow need not learn them all as one.
         caption_fps: captions tell the frame rate, as in the published recipe.
         cache_gb: decoded frames kept in memory.
     """
@@ -290,11 +296,15 @@ class DataConfig:
     width: int = 32
     fps: float | None = None
     channels: int = 1
+    clips_per_file: int = 1
+    cut: Literal["random", "even"] = "random"
+    name_captions: bool = False
+    caption_second: bool = False
     caption_fps: bool = False
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:
-        for name in ("frames", "height", "width"):
+        for name in ("frames", "height", "width", "clips_per_file"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or self.fps > 0, "data.fps", self.fps, "a number > 0")
@@ -321,7 +331,8 @@ class TrainConfig:
         drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
             (and the caption says "(extend) "), so that the flow learns to continue.
         image_prob: probability that a step trains on single frames as images, `image_batch_size` of them (default
-            `batch_size`).
+            `batch_size`). image_frame: which frame of a clip: "any", or "first" for data whose clips begin in a way of
+            their own, which single frames from later on would blur.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
         ema: decay of the averaged weights that are sampled from; 0 is off.
@@ -348,6 +359,7 @@ class TrainConfig:
     drop_image: float = 0.0
     image_prob: float = 0.0
     image_batch_size: int | None = None
+    image_frame: Literal["any", "first"] = "any"
     grad_clip: float = 1.0
     grad_skip: float = 0.0
     ema: float = 0.999
@@ -385,6 +397,7 @@ class SampleConfig:
 
     Args:
         guidance: weight of classifier-free guidance.
+        temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
         precision: of the arithmetic on the CPU: "float32", "float16", "bfloat16" or "int8" (see docs/solver.md).
         fps: frames a second of what is written.
@@ -392,10 +405,14 @@ class SampleConfig:
     """
 
     guidance: float = 0.0
+    temperature: float = 1.0
     solver: str = "window"
     precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(0.0 <= self.temperature < float("inf"), "sample.temperature", self.temperature, "a number >= 0")
 
 
 @dataclass(frozen=True)
@@ -406,6 +423,8 @@ class RunConfig:
         flow: architecture; data, train, sample: as their names say.
         codec: pixels to latents, e.g. `{kind: dct, patch: 4}` (see `starflow.codecs.make_codec`).
         text: captions to features, e.g. `{kind: words}` (see `starflow.text.make_text_encoder`); empty for none.
+            `{kind: words, vocabulary: null}` takes the words of the data's captions when training begins,
+            `{kind: classes, names: null}` the captions as they are.
     """
 
     flow: FlowConfig
@@ -425,7 +444,7 @@ class RunConfig:
         Raises:
             ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
         """
-        included = str(path) in config_names() and not Path(path).exists()
+        included = str(path) in config_names() and not Path(path).is_file()
         try:
             values = yaml.safe_load((CONFIGS / f"{path}.yaml" if included else Path(path)).read_text(encoding="utf-8"))
         except OSError as error:

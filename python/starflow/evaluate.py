@@ -2,10 +2,10 @@
 
 What is scored is the density that the flow was trained on: that of the clip's latents plus normal noise of standard
 deviation sigma (`train.noise_std`), the noise being fixed by a seed. Bits per dimension are minus log2 of that density
-over the number of latent values. With an orthonormal codec these are bits per pixel and channel of pictures in
-[-1, 1]; with a learned autoencoder they are bits per latent value and say nothing about pixels. A density is not a
-probability: bits may be negative, and cannot on average fall under the entropy of the noise, `noise_floor`. Adding
-`LEVELS_BITS` expresses the same density in units of 8-bit grey levels.
+over the number of latent values. With a codec that is linear (its log-determinant is added) these are bits per pixel
+and channel of pictures in [-1, 1]; with a learned autoencoder they are bits per latent value and say nothing about
+pixels. A density is not a probability: bits may be negative, and cannot on average fall under the entropy of the noise,
+`noise_floor`. Adding `LEVELS_BITS` expresses the same density in units of 8-bit grey levels.
 
 Reference: Gu et al., STARFlow-V (2025); Theis et al., A Note on the Evaluation of Generative Models (2016).
 """
@@ -24,16 +24,23 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.data import Clip, VideoError, VideoFolder, frames_at, probe, read_image, read_video, to_pixels
-from starflow.data.clips import IMAGE_SUFFIXES
+from starflow.data.clips import IMAGE_SUFFIXES, caption_at, captions_of
 from starflow.sample import Pipeline
 
 # One 8-bit level is 1 / 127.5 of the range [-1, 1].
 LEVELS_BITS = math.log2(127.5)
 
 
-def noise_floor(sigma: float) -> float:
-    """Entropy of the noise in bits per dimension: no model can score less on average. -inf for `sigma` 0."""
-    return 0.5 * math.log2(2 * math.pi * math.e * sigma**2) if sigma > 0.0 else -math.inf
+def noise_floor(sigma: float, log_det_per_dimension: float | None = 0.0) -> float:
+    """Entropy of the noise in bits per dimension: no model can score less on average. -inf for `sigma` 0.
+
+    Args:
+        sigma: standard deviation of the noise on the latents.
+        log_det_per_dimension: of the codec; None where bits are those of latents.
+    """
+    if sigma <= 0.0:
+        return -math.inf
+    return 0.5 * math.log2(2 * math.pi * math.e * sigma**2) - (log_det_per_dimension or 0.0) / math.log(2)
 
 
 @dataclass(frozen=True)
@@ -175,7 +182,8 @@ def read_clips(
     Args:
         pipeline: of the flow.
         paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
-            be read is skipped with a line in the log, and captions come from the files beside it.
+            be read is skipped with a line in the log. Captions come from the files beside them, names and
+            places where training took them from there.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.
@@ -197,6 +205,8 @@ def read_clips(
                 channels=data.channels,
                 clips_per_file=clips_per_file,
                 cut="even",
+                name_captions=data.name_captions,
+                caption_second=data.caption_second,
             )
             clips += [folder.item(index) for index in range(len(folder))]
         else:
@@ -207,11 +217,12 @@ def read_clips(
 def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> list[Clip]:
     """Clips of one file, from its first possible start to its last."""
     data = pipeline.config.data
+    caption = captions_of(path, by_name=data.name_captions)[0]
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if frames > 1:
             raise VideoError(f"{path}: an image is one frame, expected a video of at least {frames}")
         picture = read_image(path, height=data.height, width=data.width, channels=data.channels)
-        return [Clip(to_pixels(picture), "", path.name)]
+        return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
     last = frames_at(info, fps) - frames
@@ -232,7 +243,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
                     channels=data.channels,
                 )
             ),
-            "",
+            caption_at(caption, spot / fps) if data.caption_second else caption,
             f"{path.name}@{spot}",
         )
         for spot in spots

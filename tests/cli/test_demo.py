@@ -30,6 +30,7 @@ def test_figures_are_written_and_in_range(made: tuple[Path, DemoFigures]) -> Non
     assert figures.bits_per_dim > figures.noise_floor_bits
     assert figures.sweeps_per_frame > 0.0
     assert 0.0 <= figures.certificate < 0.1
+    assert 0.0 < figures.clip_certificate < 0.1
 
 
 def test_report_stands_alone(made: tuple[Path, DemoFigures]) -> None:
@@ -38,6 +39,7 @@ def test_report_stands_alone(made: tuple[Path, DemoFigures]) -> None:
     assert len(sources) > 20
     assert all(source.startswith("data:image/") for source in sources)
     assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "whole clips, all blocks" in page
     for heading in ("Samples", "Continuations", "Training", "Solving the inverse", "Likelihood"):
         assert f"<h2>{heading}</h2>" in page
 
@@ -47,4 +49,4 @@ def test_clips_play(made: tuple[Path, DemoFigures]) -> None:
     assert {clip.stem.rpartition("-")[0] for clip in clips} == {"sample", "from-image", "from-clip"}
     assert probe(clips[0], count=True).frames == 6
     assert all(clip.with_suffix(".gif").exists() for clip in clips)
-    assert not list(made[0].rglob("*.part"))
+    assert not list(made[0].rglob("*.partial*"))

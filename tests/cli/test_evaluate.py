@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from starflow import noise
+from starflow.codecs import make_codec
 from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import noise_floor, read_clips, score
@@ -78,6 +80,20 @@ def test_noise_floor_is_the_entropy_of_the_noise() -> None:
     assert noise_floor(0.0) == -math.inf
 
 
+def test_bits_of_pixels_count_the_constant_of_a_codec_that_stretches(pipeline: Pipeline) -> None:
+    codec = make_codec({**pipeline.config.codec, "equalize": True})
+    stretched = Pipeline(pipeline.flow, pipeline.config, codec, pipeline.text)
+    given = clip(0)
+    latents = codec.encode(given.pixels[None])
+    noisy = latents + pipeline.config.train.noise_std * noise.draw([0], *latents.shape[1:], purpose="train")
+    nats = float(pipeline.flow.log_prob(noisy, pipeline.condition([given.caption])).detach()) / latents.numel()
+    constant = codec.log_det_per_dimension
+    assert constant is not None
+    assert score(stretched, [given])[0].bits_per_dim == pytest.approx(-(nats + constant) / math.log(2), rel=1e-5)
+    assert noise_floor(0.1, constant) == pytest.approx(noise_floor(0.1) - constant / math.log(2))
+    assert noise_floor(0.1, None) == noise_floor(0.1)
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
@@ -101,11 +117,20 @@ def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path
     (folder,) = read_clips(pipeline, [tmp_path])
     assert folder.caption == "a three moving up"
     first, last = read_clips(pipeline, [path], clips_per_file=2)
-    assert (first.name, last.name, first.caption) == ("a.mp4@0", "a.mp4@6", "")
+    assert (first.name, last.name, first.caption) == ("a.mp4@0", "a.mp4@6", "a three moving up")
     (middle,) = read_clips(pipeline, [path], caption="an eight")
     assert torch.equal(middle.pixels, folder.pixels)
     assert middle.caption == "an eight"
     assert read_clips(pipeline, [path], frames=10)[0].pixels.shape[0] == 10
+
+
+def test_names_are_captions_where_they_were_in_training(pipeline: Pipeline, tmp_path: Path) -> None:
+    write_video(tmp_path / "an_eight.mp4", to_frames(clip(0).pixels), 8.0)
+    paths = (tmp_path, tmp_path / "an_eight.mp4")
+    assert [read_clips(pipeline, [path])[0].caption for path in paths] == ["", ""]
+    data = replace(pipeline.config.data, name_captions=True)
+    told = Pipeline(pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
+    assert [read_clips(told, [path])[0].caption for path in paths] == ["an eight", "an eight"]
 
 
 def test_files_that_cannot_be_scored(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from starflow import Chunks, Sequential, Window
+from starflow import Chunks, Sequential, Window, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import enlarge, to_frames, to_pixels, write_video
 from starflow.sample import Pipeline, parse_solver, solver_text
@@ -115,6 +116,19 @@ def test_noisy_latents_decode_the_noise(pipeline: Pipeline) -> None:
     torch.testing.assert_close(z, expected, atol=1e-3, rtol=0)
 
 
+def test_temperature_scales_the_noise(configure: Configure, build: Build) -> None:
+    config = configure()
+    cool = dataclasses.replace(config, sample=dataclasses.replace(config.sample, temperature=0.5))
+    own, asked = build(cool).sample(PROMPT, seed=2), build(config).sample(PROMPT, seed=2, temperature=0.5)
+    assert torch.equal(own.pixels, asked.pixels)
+    assert (own.report.temperature, asked.report.temperature) == (0.5, 0.5)
+    flow, y = build(config).flow, build(config).condition([PROMPT])
+    drawn = noise.draw([2], *asked.noisy.shape[1:], purpose="sample")
+    with torch.no_grad():
+        back = flow.encode(asked.noisy, y).z
+    assert float((back - 0.5 * drawn).abs().max()) < 0.1
+
+
 def test_given_image_comes_back(pipeline: Pipeline) -> None:
     picture = torch.rand(1, SIZE, SIZE) * 2 - 1
     sampled = pipeline.sample([PROMPT, ""], image=picture)
@@ -214,6 +228,8 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"height": 18}, "height is 18, expected a positive multiple of 4"),
         ({"seed": -1}, "seed is -1, expected an integer >= 0"),
         ({"seeds": [1, 2]}, "seeds has 2 entries, expected 1"),
+        ({"temperature": -0.5}, "temperature is -0.5, expected a number >= 0"),
+        ({"temperature": math.nan}, "temperature is nan, expected a number >= 0"),
         ({"guidance": -1.0}, "weight is -1.0, expected a finite number >= 0"),
         ({"given": 2}, "given is 2, expected None without a video"),
         ({"image": torch.zeros(1, 8, 8)}, r"image has shape .* expected 1 clips"),

@@ -115,6 +115,25 @@ def test_random_cuts_depend_on_index_epoch_and_seed_alone(folder):
     assert len({clip.name for clip in first}) > 8
 
 
+def test_a_file_without_caption_may_have_its_name(folder):
+    (folder / "a.txt").unlink()
+    (folder / "a.mp4").rename(folder / "Two_red-balls, 07.mp4")
+    plain, named = open_folder(folder), open_folder(folder, name_captions=True)
+    assert plain.captions == ("", "more counting", "still counting")
+    assert named.captions == ("Two red balls 07", "more counting", "still counting")
+    assert named.item(0).caption == "Two red balls 07"
+
+
+def test_captions_may_tell_where_a_clip_begins(folder):
+    (folder / "a.txt").unlink()
+    dataset = open_folder(folder, caption_second=True, fps=12.5, clips_per_file=2, cut="even")
+    assert dataset.captions == ("0", "more counting 0", "still counting 0")
+    dataset = open_folder(folder, caption_second=True, name_captions=True, clips_per_file=2, cut="even")
+    assert dataset.captions == ("a 0", "a 1", "more counting 0", "still counting 0")
+    assert [dataset.item(index).caption for index in range(2)] == ["a 0", "a 1"]
+    assert dataset.item(1).name == "a.mp4@26"
+
+
 def test_even_cuts_spread_over_the_file_in_every_epoch(folder):
     dataset = open_folder(folder, clips_per_file=3, cut="even")
     for epoch in range(2):

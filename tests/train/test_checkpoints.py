@@ -164,12 +164,13 @@ def test_a_full_disk_leaves_the_old_state(tmp_path: Path, full_disk) -> None:
     assert (about, float(tensors["a"].sum())) == ({"step": 1}, 10.0)
 
 
-def test_the_last_two_states_are_kept_and_leftovers_ignored(tmp_path: Path) -> None:
+def test_the_last_two_states_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
     assert latest_state(tmp_path) is None
-    (tmp_path / "checkpoints" / ".step-00000099.tmp").mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".step-00000099.0a1b2c3d.partial").mkdir(parents=True)
+    assert latest_state(tmp_path) is None
     for step in (1, 2, 3, 10):
         save_state(tmp_path, step, {"a": torch.tensor(step)}, {})
-    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert names == ["step-00000003", "step-00000010"]
     assert latest_state(tmp_path).name == "step-00000010"
 

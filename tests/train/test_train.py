@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.batches import Batch, Batches, Features
+from starflow.batches import Batch, Batches, Features, with_vocabulary
 from starflow.checkpoints import CheckpointError, latest_state, load_model
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, write_video
@@ -271,6 +271,17 @@ def test_image_steps_show_single_frames(tiny) -> None:
     assert (len(larger.pixels), len(larger.captions), len(larger.noise)) == (6, 6, 6)
 
 
+@pytest.mark.parametrize("which", ["any", "first"])
+def test_image_steps_take_any_frame_or_the_first(tiny, which: str) -> None:
+    batches = trainer_of(tiny(image_prob=1.0, image_frame=which))[1]
+    clips = trainer_of(tiny())[1]
+    chosen = set()
+    for step in range(8):
+        whole, frame = clips.make(step).pixels, batches.make(step).pixels
+        chosen |= {t for t in range(whole.shape[1]) if torch.equal(whole[:, t], frame)}
+    assert chosen == ({0} if which == "first" else {0, 1, 2, 3})
+
+
 def test_class_labels_are_integers_with_none_negative(tiny) -> None:
     flow = replace(tiny().flow, txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False, num_classes=3)
     features = Features(flow, ClassEncoder(3, names=["cat", "dog", "fish"]))
@@ -397,6 +408,68 @@ def test_a_folder_of_videos_trains(tiny, tmp_path: Path) -> None:
     losses: list[float] = []
     train(config, tmp_path / "run", quiet=True, on_step=lambda done: losses.append(done.loss))
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def _videos(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        write_video(folder / name, torch.zeros(6, 16, 16, 1, dtype=torch.uint8), 8.0)
+    return folder
+
+
+def _open_vocabulary(tiny, path: Path, **train: object) -> RunConfig:
+    data = {"kind": "folder", "path": str(path), "name_captions": True}
+    return tiny(data=data, text={"kind": "words", "vocabulary": None}, **train)
+
+
+def test_the_vocabulary_can_be_that_of_the_captions(tiny, tmp_path: Path) -> None:
+    videos = _videos(tmp_path / "videos", "two_cats.mp4", "the-sea.mp4", "b.mp4")
+    (videos / "b.json").write_text('{"captions": ["waves at sea", "Cats!"]}')
+    config = _open_vocabulary(tiny, videos)
+    filled = with_vocabulary(config, make_dataset(config))
+    assert filled.text == {"kind": "words", "vocabulary": ["at", "cats", "sea", "two", "waves"], "size": 3}
+    assert (filled.flow.txt_size, filled.flow.txt_dim) == (3, 5)
+    assert with_vocabulary(filled, make_dataset(filled)) is filled
+    named = replace(config, text={"kind": "classes", "names": None})
+    named = with_vocabulary(named, make_dataset(named))
+    assert named.text == {
+        "kind": "classes",
+        "names": ["Cats!", "the sea", "two cats", "waves at sea"],
+        "num_classes": 4,
+    }
+    assert (named.flow.txt_size, named.flow.txt_dim) == (1, 4)
+    assert make_parts(named)[1].encode(["the sea"]).tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
+    extended = _open_vocabulary(tiny, videos, drop_image=0.5)
+    assert "extend" in with_vocabulary(extended, make_dataset(extended)).text["vocabulary"]
+
+
+def test_a_run_keeps_the_vocabulary_it_found(tiny, tmp_path: Path) -> None:
+    config = _open_vocabulary(tiny, _videos(tmp_path / "videos", "cats.mp4", "sea.mp4"), steps=2)
+    train(config, tmp_path / "run", quiet=True)
+    loaded = load_model(tmp_path / "run")
+    assert loaded.config.text["vocabulary"] == ["cats", "sea"]
+    assert loaded.text.encode(["sea"]).tolist() == [[[0.0, 1.0]]]
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").text["vocabulary"] == ["cats", "sea"]
+    # The same command goes on.
+    train(replace(config, train=replace(config.train, steps=3)), tmp_path / "run", quiet=True)
+    assert latest_state(tmp_path / "run").name == "step-00000003"
+
+
+def test_a_vocabulary_that_cannot_be_found_is_an_error(tiny, tmp_path: Path) -> None:
+    digits = tiny(text={"kind": "words", "vocabulary": None})
+    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected a list \(only a folder"):
+        train(digits, tmp_path / "run", quiet=True)
+    silent = _open_vocabulary(tiny, _videos(tmp_path / "videos", "cats.mp4"))
+    silent = replace(silent, data=replace(silent.data, name_captions=False))
+    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected captions that are not empty in"):
+        train(silent, tmp_path / "run", quiet=True)
+
+
+def test_clips_of_a_file_can_be_cut_evenly_in_training(tiny, tmp_path: Path) -> None:
+    data = {"kind": "folder", "path": str(_videos(tmp_path / "videos", "a.mp4")), "clips_per_file": 3, "cut": "even"}
+    dataset = make_dataset(tiny(data=data))
+    names = [[dataset.item(index, epoch=epoch).name for index in range(len(dataset))] for epoch in range(3)]
+    assert names == [["a.mp4@0", "a.mp4@1", "a.mp4@2"]] * 3
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Pixels to latents by an orthonormal transform of space-time blocks: exact, invertible, nothing to learn."""
+"""Pixels to latents by a linear transform of space-time blocks: exact, invertible, nothing to learn."""
 
 from __future__ import annotations
 
@@ -38,6 +38,20 @@ def _haar(size: int) -> torch.Tensor:
     return matrix
 
 
+def _gain(t: int, i: int, j: int, colour: int, *, patch: int, temporal: int) -> float:
+    """One over the typical deviation of a DCT coefficient of filmed scenes.
+
+    Fitted to blocks of 6, 8 and 12 pixels by 2 frames of small clips (48 pixels high, 8 frames a second), to within a
+    factor of 1.3 on average: falls with frequency in space and in time, and colour is weaker than luminance.
+
+    Args:
+        t, i, j: frequencies in time and space. colour: 0 for luminance or plain RGB, else opponent colours.
+        patch, temporal: size of the block.
+    """
+    size = 0.6 * patch * math.sqrt(temporal)
+    return math.pow(1 + math.hypot(i, j), 1.75) * math.pow(1 + t, 1.5) * (1.0, 5.5, 8.0)[colour] / size
+
+
 def _coarseness(kind: str, index: int) -> int:
     """How fine a row of the one-dimensional transform is: its frequency (DCT), or its level (Haar)."""
     return index if kind == "dct" else index.bit_length()
@@ -50,12 +64,18 @@ class BlockTransform:
     from coarse to fine (all colours of a coefficient together, luminance first). The transform is orthonormal, so its
     log-determinant is 0, a likelihood of latents is one of pixels, and white noise stays white.
 
+    In filmed scenes a few coarse values of a block are then large and most are tiny, smaller than the noise of
+    training: the gradient of the loss comes from noise for the most part, and a flow learns the scene slowly.
+    `equalize` multiplies every value by a constant so that all are of about the same size, near 1. The log-determinant
+    is then another constant, and noise on the latents hides a share of every frequency in place of the fine ones alone.
+
     Args:
         kind: "dct" or "haar" (sizes must be powers of two).
         patch: side of a block in pixels.
         temporal: frames in a block.
         channels: 1 (grey) or 3 (RGB, rotated to opponent colours when `opponent`).
         opponent: whether colours are rotated; it has no effect on grey.
+        equalize: see above; only with "dct".
 
     Raises:
         ValueError: when an argument is out of range.
@@ -64,7 +84,6 @@ class BlockTransform:
     """
 
     exact = True
-    log_det_per_dimension = 0.0
 
     def __init__(
         self,
@@ -73,6 +92,7 @@ class BlockTransform:
         temporal: int = 1,
         channels: int = 3,
         opponent: bool = True,
+        equalize: bool = False,
     ) -> None:
         if kind not in ("dct", "haar"):
             raise ValueError(f'BlockTransform: kind is "{kind}", expected "dct" or "haar"')
@@ -83,17 +103,26 @@ class BlockTransform:
                 raise ValueError(f"BlockTransform: {name} is {value}, expected a power of two for the Haar transform")
         if channels not in (1, 3):
             raise ValueError(f"BlockTransform: channels is {channels}, expected 1 (grey) or 3 (RGB)")
+        if equalize and kind != "dct":
+            raise ValueError(f'BlockTransform: equalize is on with kind "{kind}", expected "dct"')
         self.kind = kind
         self.patch = patch
         self.spatial = patch
         self.temporal = temporal
         self.channels = channels
         self.opponent = opponent
+        self.equalize = equalize
         self.latent_channels = temporal * patch * patch * channels
-        self._basis = self._make_basis()
+        basis, gains = self._make_basis()
+        self._encoder = gains[:, None] * basis
+        self._decoder = basis / gains[:, None]
+        self.log_det_per_dimension = float(gains.log().mean())
 
-    def _make_basis(self) -> torch.Tensor:
-        """Rows are latent channels, columns pixels of a block as (temporal, channels, patch, patch); float64."""
+    def _make_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Orthonormal rows and what each is multiplied by; float64.
+
+        Rows are latent channels, columns pixels of a block as (temporal, channels, patch, patch).
+        """
         transform = _dct if self.kind == "dct" else _haar
         space, time = transform(self.patch), transform(self.temporal)
         rotate = self.channels == 3 and self.opponent
@@ -108,7 +137,12 @@ class BlockTransform:
                         steps = [_coarseness(self.kind, index) for index in (t, i, j)]
                         order.append((sum(steps), max(steps), t, i, j, c))
         rows = sorted(range(len(order)), key=order.__getitem__)
-        return basis[rows]
+        gains = torch.ones(len(rows), dtype=torch.float64)
+        if self.equalize:
+            size = {"patch": self.patch, "temporal": self.temporal}
+            for row, (_, _, t, i, j, c) in enumerate(sorted(order)):
+                gains[row] = _gain(t, i, j, c if rotate else 0, **size)
+        return basis[rows], gains
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of so many pixel frames.
@@ -153,7 +187,7 @@ class BlockTransform:
             batch, latent_frames, self.temporal, channels, rows, self.patch, columns, self.patch
         ).permute(0, 1, 4, 6, 2, 3, 5, 7)
         blocks = blocks.reshape(batch, latent_frames, rows, columns, self.latent_channels)
-        return (blocks @ self._basis.to(pixels).T).movedim(-1, 2).contiguous()
+        return (blocks @ self._encoder.to(pixels).T).movedim(-1, 2).contiguous()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Transform latents to pixels; the inverse of `encode`.
@@ -172,7 +206,7 @@ class BlockTransform:
             self.latent_frames(1)
             return self.decode(latents[:, None])[:, 0]
         batch, latent_frames, _, rows, columns = latents.shape
-        blocks = latents.movedim(2, -1) @ self._basis.to(latents)
+        blocks = latents.movedim(2, -1) @ self._decoder.to(latents)
         blocks = blocks.reshape(
             batch, latent_frames, rows, columns, self.temporal, self.channels, self.patch, self.patch
         ).permute(0, 1, 4, 5, 2, 6, 3, 7)
@@ -188,4 +222,5 @@ class BlockTransform:
             "temporal": self.temporal,
             "channels": self.channels,
             "opponent": self.opponent,
+            "equalize": self.equalize,
         }

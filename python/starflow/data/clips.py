@@ -10,7 +10,9 @@ import concurrent.futures
 import functools
 import json
 import logging
+import math
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -178,8 +180,19 @@ class _Source:
     info: VideoInfo | None
 
 
-def _captions(path: Path) -> tuple[str, ...]:
-    """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions"."""
+def captions_of(path: Path, *, by_name: bool = False) -> tuple[str, ...]:
+    """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions".
+
+    Args:
+        path: of the video; nothing is read from it.
+        by_name: without such a file take the words of NAME in place of "".
+
+    Returns:
+        at least one caption.
+
+    Raises:
+        ValueError: when the file beside it is malformed.
+    """
     for suffix in SIDECAR_SUFFIXES:
         sidecar = path.with_suffix(suffix)
         if not sidecar.is_file():
@@ -197,7 +210,12 @@ def _captions(path: Path) -> tuple[str, ...]:
                 f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["..."]}}'
             )
         return tuple(caption.strip() for caption in found)
-    return ("",)
+    return (re.sub(r"[\W_]+", " ", path.stem).strip() if by_name else "",)
+
+
+def caption_at(caption: str, start: float) -> str:
+    """The caption of a clip that begins `start` seconds into its file, where captions tell that."""
+    return f"{caption} {math.floor(start + 1e-6)}".strip()
 
 
 class VideoFolder:
@@ -220,6 +238,8 @@ class VideoFolder:
         clips_per_file: items that each file gives in one epoch.
         cut: "random" cuts each clip at a start drawn from (seed, epoch, index); "even" spreads the starts of a file's
             clips from its first to its last possible one, the same in every epoch.
+        name_captions: a file without caption has the words of its name.
+        caption_second: captions end in the second of the file at which the clip begins (a whole number; not of images).
         cache_bytes: memory for decoded files.
 
     Raises:
@@ -238,6 +258,8 @@ class VideoFolder:
         channels: int = 3,
         clips_per_file: int = 1,
         cut: Literal["random", "even"] = "random",
+        name_captions: bool = False,
+        caption_second: bool = False,
         cache_bytes: int = 1 << 30,
     ) -> None:
         self.folder = Path(folder)
@@ -265,6 +287,8 @@ class VideoFolder:
         self.channels = channels
         self.clips_per_file = clips_per_file
         self.cut = cut
+        self.name_captions = name_captions
+        self.caption_second = caption_second
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -273,6 +297,18 @@ class VideoFolder:
 
     def __len__(self) -> int:
         return len(self._sources) * self.clips_per_file
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption that a clip may have, file after file."""
+        return tuple(
+            dict.fromkeys(
+                self._caption(source, caption, start)
+                for source in self._sources
+                for caption in source.captions
+                for start in range(source.available - self.frames + 1)
+            )
+        )
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
@@ -314,8 +350,14 @@ class VideoFolder:
                 self._broken.add(source.path)
                 logger.warning("skipped: %s", error)
                 continue
-            return Clip(to_pixels(frames), caption, f"{source.name}@{start}")
+            return Clip(to_pixels(frames), self._caption(source, caption, start), f"{source.name}@{start}")
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
+
+    def _caption(self, source: _Source, caption: str, start: int) -> str:
+        """The caption of a clip that begins at frame `start` of its file."""
+        if not self.caption_second or source.info is None:
+            return caption
+        return caption_at(caption, start / (self.fps or source.info.fps))
 
     def _scan(self) -> list[_Source]:
         paths, ignored = [], 0
@@ -351,12 +393,12 @@ class VideoFolder:
         name = str(path.relative_to(self.folder))
         if path.suffix.lower() in IMAGE_SUFFIXES:
             read_image(path, height=self.height, width=self.width, channels=self.channels)
-            return _Source(path, name, 1, _captions(path), None)
+            return _Source(path, name, 1, captions_of(path, by_name=self.name_captions), None)
         info = probe(path, count=True)
         available = frames_at(info, self.fps or info.fps)
         if available < self.frames:
             raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
-        return _Source(path, name, available, _captions(path), info)
+        return _Source(path, name, available, captions_of(path, by_name=self.name_captions), info)
 
     def _read(self, source: _Source, start: int) -> torch.Tensor:
         """uint8 (frames, height, width, channels) from frame `start` on, counted at the wanted rate."""

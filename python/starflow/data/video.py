@@ -14,11 +14,10 @@ import errno
 import math
 import os
 import re
-import secrets
 import shutil
 import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from starflow.files import replacing
 
 __all__ = [
     "VideoError",
@@ -358,24 +359,6 @@ def _fraction(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(100_000)
 
 
-def _temporary(path: Path) -> Path:
-    """A new name beside `path`, on the same file system, so that one rename publishes the file."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: folder {path.parent} does not exist")
-    return path.with_name(f".{path.stem}.{secrets.token_hex(4)}.partial{path.suffix}")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Lend a temporary name for `path`; the file is renamed on success and removed on failure."""
-    temporary = _temporary(path)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _check_frames(function: str, frames: torch.Tensor) -> None:
     if frames.dtype != torch.uint8:
         raise ValueError(
@@ -478,11 +461,20 @@ class VideoWriter:
         self.width = width
         self.channels = channels
         self.lossless = lossless
-        self._temporary = _temporary(self.path)
         self._encoder: _Encoder | None = None
         self._written = 0
+        self._ending = contextlib.ExitStack()
 
     def __enter__(self) -> VideoWriter:
+        with contextlib.ExitStack() as ending:
+            temporary = ending.enter_context(replacing(self.path))
+            self._encoder = self._start(temporary)
+            # Before the file takes its place: the last to be pushed is the first to run.
+            ending.push(self._finish)
+            self._ending = ending.pop_all()
+        return self
+
+    def _start(self, temporary: Path) -> _Encoder:
         height, width = self._padded_size()
         video = ffmpeg.input(
             "pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(_fraction(self.fps))
@@ -501,8 +493,7 @@ class VideoWriter:
             options |= {"vcodec": "libx264", "crf": 17}
         if self.path.suffix.lower() != ".mkv":
             options["movflags"] = "+faststart"
-        self._encoder = _Encoder(self.path, video.output(f"file:{self._temporary}", **options))
-        return self
+        return _Encoder(self.path, video.output(f"file:{temporary}", **options))
 
     def _padded_size(self) -> tuple[int, int]:
         if self.lossless:
@@ -536,6 +527,9 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ending.__exit__(kind, error, trace)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         encoder, self._encoder = self._encoder, None
         assert encoder is not None
         try:
@@ -543,10 +537,8 @@ class VideoWriter:
                 if not self._written:
                     raise ValueError(f"VideoWriter: no frame was written to {self.path}, expected at least one")
                 encoder.finish()
-                os.replace(self._temporary, self.path)
         finally:
             encoder.abort()
-            self._temporary.unlink(missing_ok=True)
 
 
 def write_video(path: str | os.PathLike[str], frames: torch.Tensor, fps: float, lossless: bool = False) -> None:
@@ -588,7 +580,7 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(_fraction(fps)))
     halves = video.filter_multi_output("split")
     pictures = ffmpeg.filter([halves[0], halves[1].filter("palettegen")], "paletteuse", dither="sierra2_4a")
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         encoder = _Encoder(path, pictures.output(f"file:{temporary}", format="gif", loop=0))
         try:
             encoder.write(frames)
@@ -665,7 +657,7 @@ def write_contact_sheet(
             sheet.paste(picture, (left, top + header))
             left += picture.width + gap
         top += row[0].height + gap + header
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         try:
             sheet.save(temporary, format="PNG")
         except OSError as error:

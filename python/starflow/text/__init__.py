@@ -7,7 +7,7 @@ from typing import Any
 
 from starflow.text.encoder import TextEncoder
 from starflow.text.pretrained import MiniLMEncoder, T5Encoder
-from starflow.text.words import STOP_WORDS, ClassEncoder, WordEncoder
+from starflow.text.words import STOP_WORDS, ClassEncoder, WordEncoder, split_words
 
 __all__ = [
     "STOP_WORDS",
@@ -17,6 +17,7 @@ __all__ = [
     "TextEncoder",
     "WordEncoder",
     "make_text_encoder",
+    "split_words",
 ]
 
 _KINDS: dict[str, Callable[..., TextEncoder]] = {

@@ -10,10 +10,16 @@ import torch
 
 from starflow.data.digits import VOCABULARY
 
-__all__ = ["STOP_WORDS", "ClassEncoder", "WordEncoder"]
+__all__ = ["STOP_WORDS", "ClassEncoder", "WordEncoder", "split_words"]
 
 STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
 """Words that `WordEncoder` drops by default."""
+
+
+def split_words(text: str, stop_words: Sequence[str] = ()) -> list[str]:
+    """The words of a caption in lower case, without punctuation and stop words."""
+    words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
+    return [word for word in words if word not in stop_words]
 
 
 class WordEncoder:
@@ -43,7 +49,7 @@ class WordEncoder:
         self.stop_words = tuple(stop_words)
         self._index = {word: index for index, word in enumerate(self.vocabulary)}
         for word in self.vocabulary:
-            if self.vocabulary.count(word) > 1 or word in self.stop_words or self._words(word) != [word]:
+            if self.vocabulary.count(word) > 1 or word in self.stop_words or split_words(word) != [word]:
                 raise ValueError(
                     f'WordEncoder: vocabulary holds "{word}", '
                     "expected single words in lower case, each once, none of them a stop word"
@@ -63,7 +69,7 @@ class WordEncoder:
         """
         features = torch.zeros(len(texts), self.size, self.dim)
         for row, text in enumerate(texts):
-            words = [word for word in self._words(text) if word not in self.stop_words]
+            words = split_words(text, self.stop_words)
             for word in words:
                 if word not in self._index:
                     raise ValueError(
@@ -75,10 +81,6 @@ class WordEncoder:
             for column, word in enumerate(words):
                 features[row, column, self._index[word]] = 1.0
         return features
-
-    @staticmethod
-    def _words(text: str) -> list[str]:
-        return re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
 
     def to_config(self) -> dict[str, Any]:
         """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
