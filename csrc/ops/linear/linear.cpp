@@ -44,29 +44,20 @@ void check_matrix(const std::string& name, const Tensor& tensor, const std::vect
         [&] { return shape_text(expected); });
 }
 
-// All dimensions but the last as one, if one stride steps through them.
-std::optional<int64_t> row_stride(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    if (tensor.numel() == 0) return 0;
-    if (tensor.size(last) > 1 && tensor.stride(last) != 1) return std::nullopt;
-    int64_t stride = 0;
-    int64_t rows = 1;
-    for (int64_t d = last - 1; d >= 0; --d) {
-        if (tensor.size(d) == 1) continue;
-        if (rows == 1) {
-            stride = tensor.stride(d);
-        } else if (tensor.stride(d) != stride * rows) {
-            return std::nullopt;
-        }
-        rows *= tensor.size(d);
-    }
-    return stride;
-}
-
 // The kernels' view; `tensor` becomes a copy where its rows are not one stride apart.
 Matrix matrix_of(Tensor& tensor) {
-    if (!row_stride(tensor)) tensor = torch::stable::contiguous(tensor);
-    return {tensor.data_ptr(), *row_stride(tensor), *dtype_of(tensor)};
+    if (tensor.dim() == 1) tensor = torch::stable::unsqueeze(tensor, 0);
+    tensor = with_rows(tensor);
+    const int64_t tokens = tensor.size(tensor.dim() - 2);
+    Rows rows = rows_of(tensor);
+    if (tokens == 1) {
+        rows.token_stride = rows.batch_stride;
+    } else if (rows.batch_stride != tokens * rows.token_stride &&
+               tensor.numel() > tokens * tensor.size(tensor.dim() - 1)) {
+        tensor = torch::stable::contiguous(tensor);
+        rows = rows_of(tensor);
+    }
+    return {tensor.data_ptr(), rows.token_stride, *dtype_of(tensor)};
 }
 
 Matrix matrix_of(Optional& tensor) { return tensor ? matrix_of(*tensor) : Matrix{nullptr, 0, Dtype::float32}; }
@@ -143,9 +134,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
 
     const ScalarType type = type_of(out_dtype);
-    Tensor out = empty_like_shape(x, shape, type);
-    cpu::prefer_large_pages(out);
-    Tensor product = empty_like_shape(x, keep_product ? shape : std::vector<int64_t>{0}, type);
+    const Tensor out = new_result(x, shape, type);
+    const Tensor product = new_result(x, keep_product ? shape : std::vector<int64_t>{0}, type);
     const LinearKernels& kernels = variants.pick();
     LinearArgs args{};
     args.weights = panels_of(op, panels, column_scale, out_channels, in_channels, storage);
@@ -157,8 +147,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     args.epilogue = epilogue_of(epilogue);
     args.multiply = matrix_of(multiply);
     args.residual = matrix_of(residual);
-    args.out = matrix_of(out);
-    args.product = keep_product ? matrix_of(product) : Matrix{nullptr, 0, Dtype::float32};
+    args.out = {out.data_ptr(), out_channels, *dtype_of(out)};
+    args.product = {keep_product ? product.data_ptr() : nullptr, out_channels, *dtype_of(out)};
     args.row_block = row_block_of(rows, in_channels, kernels.row_multiple);
     if (rows > 0) run_items(args, kernels);
     return {out, product};
