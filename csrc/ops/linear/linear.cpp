@@ -34,7 +34,9 @@ Activations activations_of(const std::string& name) {
 }
 
 void check_matrix(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& expected) {
-    require(tensor.is_cpu(), op, name + " is on", [&] { return device_text(tensor); }, [] { return "cpu"; });
+    require(
+        tensor.is_cpu(), op, name + " is on", [&] { return device_text(tensor); },
+        [] { return "cpu for a packed weight"; });
     const std::optional<Dtype> dtype = dtype_of(tensor);
     require(
         dtype.has_value() && dtype != Dtype::float64, op, name + " has dtype", [&] { return dtype_text(tensor); },
@@ -72,15 +74,14 @@ const float* vector_of(const std::string& name, Optional& tensor, int64_t size) 
 }
 
 RowNorm norm_of(const std::string& kind, Optional& weight, Optional& bias, double epsilon, int64_t channels) {
-    require(
-        kind == "none" || kind == "layer_norm" || kind == "rms_norm", op, "norm is", [&] { return '"' + kind + '"'; },
-        [] { return R"("none", "layer_norm" or "rms_norm")"; });
     if (kind == "none") return {NormKind::none, nullptr, nullptr, 0.0F};
+    require(
+        kind == "layer_norm" || kind == "rms_norm", op, "norm is", [&] { return '"' + kind + '"'; },
+        [] { return R"("layer_norm" or "rms_norm")"; });
     require(
         weight.has_value(), op, "norm_weight is", [] { return "missing"; }, [&] { return "given for norm " + kind; });
     require(
-        kind == "layer_norm" || !bias, op, "norm_bias is", [] { return "given"; },
-        [] { return "None for norm rms_norm"; });
+        kind == "layer_norm" || !bias, op, "norm_bias is", [] { return "given"; }, [] { return "None for rms_norm"; });
     return {kind == "layer_norm" ? NormKind::layer : NormKind::rms, vector_of("norm_weight", weight, channels),
             vector_of("norm_bias", bias, channels), static_cast<float>(epsilon)};
 }
@@ -122,10 +123,13 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
                                       const std::string& norm, Optional norm_weight, Optional norm_bias,
                                       double norm_epsilon, const std::string& out_dtype, bool keep_product) {
     (void)weight;
-    require(
-        x.dim() >= 1, op, "x has shape", [&] { return shape_text(shape_of(x)); }, [] { return "(..., in_channels)"; });
     std::vector<int64_t> shape = shape_of(x);
-    shape.back() = in_channels;
+    require(
+        !shape.empty() && shape.back() == in_channels, op, "x has shape", [&] { return shape_text(shape); },
+        [&] {
+            return "[..., " + std::to_string(in_channels) + "] for weight of shape " +
+                   shape_text({out_channels, in_channels});
+        });
     check_matrix("x", x, shape);
     shape.back() = out_channels;
     if (multiply) check_matrix("multiply", *multiply, shape);
