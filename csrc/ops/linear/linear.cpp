@@ -97,7 +97,7 @@ ScalarType type_of(const std::string& name) {
 
 // Rows that pass over the panels together: few enough that they stay in the second-level cache beside a panel.
 int64_t row_block_of(int64_t rows, int64_t depth, int64_t multiple) {
-    constexpr int64_t cached_bytes = 512 * 1024;
+    constexpr int64_t cached_bytes = int64_t{512} * 1024;
     constexpr int64_t most = 168;
     const int64_t row_bytes = std::max<int64_t>(1, depth) * static_cast<int64_t>(sizeof(float));
     const int64_t fitting = std::clamp<int64_t>(cached_bytes / row_bytes, 4 * multiple, most);
