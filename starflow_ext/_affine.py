@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow_ext._check import require
+from starflow_ext._check import arithmetic_dtype, check_device, check_floating, dtype_text, require, shape_text
 from starflow_ext._spec import Bound, Dtypes, Sample
 
 Activation = Literal["softplus", "exp", "none"]
@@ -38,8 +38,6 @@ AFFINE_BOUNDS: Final[Mapping[torch.dtype, Bound]] = {
     torch.bfloat16: Bound(8e-3, 4e-6),
 }
 
-FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 class Terms(NamedTuple):
     """Shift, scale and log-scale, each (..., tokens, channels), in the dtype of the arithmetic."""
@@ -49,25 +47,9 @@ class Terms(NamedTuple):
     log_scale: Tensor
 
 
-def shape_text(shape: torch.Size | list[int]) -> str:
-    """Write a shape as ``[2, 7]``."""
-    return str(list(shape))
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 stays; every other storage dtype is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_data(op: str, name: str, data: Tensor, *, dim: int | None = None) -> None:
     """Check the tensor that is transformed: dtype and number of dimensions."""
-    require(
-        data.dtype in FLOATING,
-        op,
-        f"{name} has dtype",
-        _dtype_text(data.dtype),
-        "float32, bfloat16, float16 or float64",
-    )
+    check_floating(op, name, data)
     if dim is None:
         require(data.dim() >= 2, op, f"{name} has shape", shape_text(data.shape), "(..., tokens, channels)")
     else:
@@ -81,15 +63,15 @@ def check_raw(
     require(activation in ACTIVATIONS, op, "activation is", f'"{activation}"', '"softplus", "exp" or "none"')
     require(0.0 <= soft_clip < float("inf"), op, "soft_clip is", f"{soft_clip:g}", "a finite number >= 0")
     mixed = data.dtype == torch.float32 and raw.dtype in (torch.bfloat16, torch.float16)
-    expected_dtype = _dtype_text(data.dtype) + (", bfloat16 or float16" if data.dtype == torch.float32 else "")
+    expected_dtype = dtype_text(data.dtype) + (", bfloat16 or float16" if data.dtype == torch.float32 else "")
     require(
         raw.dtype == data.dtype or mixed,
         op,
         "raw has dtype",
-        _dtype_text(raw.dtype),
-        f"{expected_dtype} for {name} of {_dtype_text(data.dtype)}",
+        dtype_text(raw.dtype),
+        f"{expected_dtype} for {name} of {dtype_text(data.dtype)}",
     )
-    require(raw.device == data.device, op, "raw is on", raw.device, f"{data.device} like {name}")
+    check_device(op, "raw", raw, name, data)
     expected = list(data.shape)
     expected[-1] *= 1 if activation == "none" else 2
     expected[0] *= halves
@@ -162,30 +144,10 @@ def check_log_det(op: str, grad_log_det: Tensor, data: Tensor) -> None:
     """Check the gradient of the log-determinant: (..., tokens) in the dtype of the arithmetic."""
     expected = arithmetic_dtype(data.dtype)
     got = grad_log_det.dtype
-    require(got == expected, op, "grad_log_det has dtype", _dtype_text(got), _dtype_text(expected))
+    require(got == expected, op, "grad_log_det has dtype", dtype_text(got), dtype_text(expected))
     shape = list(data.shape[:-1])
     got_shape = list(grad_log_det.shape)
     require(got_shape == shape, op, "grad_log_det has shape", shape_text(got_shape), shape_text(shape))
-
-
-def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Check that a second tensor has the dtype, shape and device of the first."""
-    got, expected = _dtype_text(tensor.dtype), _dtype_text(like.dtype)
-    require(got == expected, op, f"{name} has dtype", got, f"{expected} like {like_name}")
-    shape = shape_text(like.shape)
-    require(tensor.shape == like.shape, op, f"{name} has shape", shape_text(tensor.shape), f"{shape} like {like_name}")
-    require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
-
-
-def require_first_order(op: str) -> None:
-    """Refuse a gradient of the native gradient, which would silently be missing."""
-    require(
-        not torch.is_grad_enabled(),
-        op,
-        "create_graph is",
-        "True",
-        "False: second-order gradients exist in starflow_ext.reference_mode() only",
-    )
 
 
 # Data and raw: the same dtype, or raw narrower than float32 data.
@@ -264,7 +226,3 @@ def affine_cases(*data_names: str) -> dict[str, Callable[[torch.Generator], Samp
 
 def _behind(term: Tensor, first: float) -> Tensor:
     return torch.cat([torch.full_like(term[..., :1, :], first), term[..., :-1, :]], dim=-2)
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

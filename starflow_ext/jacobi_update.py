@@ -15,13 +15,11 @@ from starflow_ext._affine import (
     affine_cases,
     affine_samples,
     affine_terms,
-    arithmetic_dtype,
     check_data,
-    check_like,
     check_raw,
     guided_terms,
 )
-from starflow_ext._check import require
+from starflow_ext._check import arithmetic_dtype, check_like, require
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Dtypes, Sample, Spec

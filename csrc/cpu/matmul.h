@@ -125,10 +125,11 @@ struct PairsProduct {
 
 // -- a group of rows times a panel ------------------------------------------------------------------------------------
 
-// sums (rows, 32) += or = the product over `cells` cells. `other` is the distance of the second term of the weights.
+// sums (rows, 32) += or = the product over `cells` cells. `other` is the distance of the second term of the weights,
+// `ahead` that of the weights to fetch meanwhile, or 0.
 template <class Product, int rows>
-void multiply_group(const void* cells_of_rows, const char* panel, int64_t other, int64_t cells, float* sums,
-                    bool accumulate) {
+void multiply_group(const void* cells_of_rows, const char* panel, int64_t other, int64_t ahead, int64_t cells,
+                    float* sums, bool accumulate) {
     using V = Vec<float>;
     using Cell = typename Product::Cell;
     for (int column = 0; column < panel_columns; column += product_vectors * V::lanes) {
@@ -143,6 +144,11 @@ void multiply_group(const void* cells_of_rows, const char* panel, int64_t other,
         const auto* a = static_cast<const Cell*>(cells_of_rows);
         const char* b = panel;
         for (int64_t i = 0; i < cells; ++i) {
+            if (ahead != 0) {
+                for (int64_t line = 0; line < Product::cell * Product::weight_step; line += 64) {
+                    __builtin_prefetch(b + ahead + line, 0, 2);
+                }
+            }
             Product::template step<rows>(a, b, other, column, sum);
             a += rows * Product::cell;
             b += Product::cell * Product::weight_step;
@@ -156,7 +162,7 @@ void multiply_group(const void* cells_of_rows, const char* panel, int64_t other,
     }
 }
 
-using MultiplyGroup = void (*)(const void*, const char*, int64_t, int64_t, float*, bool);
+using MultiplyGroup = void (*)(const void*, const char*, int64_t, int64_t, int64_t, float*, bool);
 
 template <class Product, int rows>
 struct GroupTable {
@@ -275,9 +281,13 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
                 const int64_t cells = rows.cells - cell < block ? rows.cells - cell : block;
                 for (int64_t g = 0; g < groups; ++g) {
                     const int64_t count = rows.rows_in(g);
+                    // The first group streams this part of the panel, the others find it in the cache: without a fetch
+                    // of the next part meanwhile, memory would idle. Into the second level, because the first is full
+                    // (80 to 105 GFLOP/s with 16 rows times 3072 x 3072 of float32 on a Zen 4; into the first: 70).
+                    const int64_t ahead = groups > 1 && g == groups - 1 ? block * cell_weight_bytes : 0;
                     GroupTable<Product, Product::most_rows>::pick(count)(
-                        rows.group_data(g) + cell * count * cell_bytes, panel + cell * cell_weight_bytes, other, cells,
-                        sums + g * rows.group * panel_columns, cell > 0);
+                        rows.group_data(g) + cell * count * cell_bytes, panel + cell * cell_weight_bytes, other, ahead,
+                        cells, sums + g * rows.group * panel_columns, cell > 0);
                 }
             }
             epilogue(p, sums);

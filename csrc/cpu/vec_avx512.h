@@ -23,6 +23,10 @@ inline __m512 widen(__m256i bits, const BFloat16*) {
 }
 inline __m512 widen(__m256i bits, const Float16*) { return _mm512_cvtph_ps(bits); }
 
+#if defined(__AVX512BF16__)
+// Subnormals become zero.
+inline __m256i narrow(__m512 a, const BFloat16*) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)); }
+#else
 inline __m256i narrow(__m512 a, const BFloat16*) {
     const __m512i bits = _mm512_castps_si512(a);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -31,6 +35,7 @@ inline __m256i narrow(__m512 a, const BFloat16*) {
     const __m512i chosen = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(chosen, 16));
 }
+#endif
 inline __m256i narrow(__m512 a, const Float16*) { return _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT); }
 
 inline Vec<float> load(const float* p, AllLanes) { return Vec<float>(_mm512_loadu_ps(p)); }

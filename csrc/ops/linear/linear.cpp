@@ -34,7 +34,9 @@ Activations activations_of(const std::string& name) {
 }
 
 void check_matrix(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& expected) {
-    require(tensor.is_cpu(), op, name + " is on", [&] { return device_text(tensor); }, [] { return "cpu"; });
+    require(
+        tensor.is_cpu(), op, name + " is on", [&] { return device_text(tensor); },
+        [] { return "cpu for a packed weight"; });
     const std::optional<Dtype> dtype = dtype_of(tensor);
     require(
         dtype.has_value() && dtype != Dtype::float64, op, name + " has dtype", [&] { return dtype_text(tensor); },
@@ -44,29 +46,20 @@ void check_matrix(const std::string& name, const Tensor& tensor, const std::vect
         [&] { return shape_text(expected); });
 }
 
-// All dimensions but the last as one, if one stride steps through them.
-std::optional<int64_t> row_stride(const Tensor& tensor) {
-    const int64_t last = tensor.dim() - 1;
-    if (tensor.numel() == 0) return 0;
-    if (tensor.size(last) > 1 && tensor.stride(last) != 1) return std::nullopt;
-    int64_t stride = 0;
-    int64_t rows = 1;
-    for (int64_t d = last - 1; d >= 0; --d) {
-        if (tensor.size(d) == 1) continue;
-        if (rows == 1) {
-            stride = tensor.stride(d);
-        } else if (tensor.stride(d) != stride * rows) {
-            return std::nullopt;
-        }
-        rows *= tensor.size(d);
-    }
-    return stride;
-}
-
 // The kernels' view; `tensor` becomes a copy where its rows are not one stride apart.
 Matrix matrix_of(Tensor& tensor) {
-    if (!row_stride(tensor)) tensor = torch::stable::contiguous(tensor);
-    return {tensor.data_ptr(), *row_stride(tensor), *dtype_of(tensor)};
+    if (tensor.dim() == 1) tensor = torch::stable::unsqueeze(tensor, 0);
+    tensor = with_rows(tensor);
+    const int64_t tokens = tensor.size(tensor.dim() - 2);
+    Rows rows = rows_of(tensor);
+    if (tokens == 1) {
+        rows.token_stride = rows.batch_stride;
+    } else if (rows.batch_stride != tokens * rows.token_stride &&
+               tensor.numel() > tokens * tensor.size(tensor.dim() - 1)) {
+        tensor = torch::stable::contiguous(tensor);
+        rows = rows_of(tensor);
+    }
+    return {tensor.data_ptr(), rows.token_stride, *dtype_of(tensor)};
 }
 
 Matrix matrix_of(Optional& tensor) { return tensor ? matrix_of(*tensor) : Matrix{nullptr, 0, Dtype::float32}; }
@@ -81,15 +74,14 @@ const float* vector_of(const std::string& name, Optional& tensor, int64_t size) 
 }
 
 RowNorm norm_of(const std::string& kind, Optional& weight, Optional& bias, double epsilon, int64_t channels) {
-    require(
-        kind == "none" || kind == "layer_norm" || kind == "rms_norm", op, "norm is", [&] { return '"' + kind + '"'; },
-        [] { return R"("none", "layer_norm" or "rms_norm")"; });
     if (kind == "none") return {NormKind::none, nullptr, nullptr, 0.0F};
+    require(
+        kind == "layer_norm" || kind == "rms_norm", op, "norm is", [&] { return '"' + kind + '"'; },
+        [] { return R"("layer_norm" or "rms_norm")"; });
     require(
         weight.has_value(), op, "norm_weight is", [] { return "missing"; }, [&] { return "given for norm " + kind; });
     require(
-        kind == "layer_norm" || !bias, op, "norm_bias is", [] { return "given"; },
-        [] { return "None for norm rms_norm"; });
+        kind == "layer_norm" || !bias, op, "norm_bias is", [] { return "given"; }, [] { return "None for rms_norm"; });
     return {kind == "layer_norm" ? NormKind::layer : NormKind::rms, vector_of("norm_weight", weight, channels),
             vector_of("norm_bias", bias, channels), static_cast<float>(epsilon)};
 }
@@ -105,7 +97,7 @@ ScalarType type_of(const std::string& name) {
 
 // Rows that pass over the panels together: few enough that they stay in the second-level cache beside a panel.
 int64_t row_block_of(int64_t rows, int64_t depth, int64_t multiple) {
-    constexpr int64_t cached_bytes = 512 * 1024;
+    constexpr int64_t cached_bytes = int64_t{512} * 1024;
     constexpr int64_t most = 168;
     const int64_t row_bytes = std::max<int64_t>(1, depth) * static_cast<int64_t>(sizeof(float));
     const int64_t fitting = std::clamp<int64_t>(cached_bytes / row_bytes, 4 * multiple, most);
@@ -131,10 +123,13 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
                                       const std::string& norm, Optional norm_weight, Optional norm_bias,
                                       double norm_epsilon, const std::string& out_dtype, bool keep_product) {
     (void)weight;
-    require(
-        x.dim() >= 1, op, "x has shape", [&] { return shape_text(shape_of(x)); }, [] { return "(..., in_channels)"; });
     std::vector<int64_t> shape = shape_of(x);
-    shape.back() = in_channels;
+    require(
+        !shape.empty() && shape.back() == in_channels, op, "x has shape", [&] { return shape_text(shape); },
+        [&] {
+            return "[..., " + std::to_string(in_channels) + "] for weight of shape " +
+                   shape_text({out_channels, in_channels});
+        });
     check_matrix("x", x, shape);
     shape.back() = out_channels;
     if (multiply) check_matrix("multiply", *multiply, shape);
@@ -143,9 +138,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
 
     const ScalarType type = type_of(out_dtype);
-    Tensor out = empty_like_shape(x, shape, type);
-    cpu::prefer_large_pages(out);
-    Tensor product = empty_like_shape(x, keep_product ? shape : std::vector<int64_t>{0}, type);
+    const Tensor out = new_result(x, shape, type);
+    const Tensor product = new_result(x, keep_product ? shape : std::vector<int64_t>{0}, type);
     const LinearKernels& kernels = variants.pick();
     LinearArgs args{};
     args.weights = panels_of(op, panels, column_scale, out_channels, in_channels, storage);
@@ -157,8 +151,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     args.epilogue = epilogue_of(epilogue);
     args.multiply = matrix_of(multiply);
     args.residual = matrix_of(residual);
-    args.out = matrix_of(out);
-    args.product = keep_product ? matrix_of(product) : Matrix{nullptr, 0, Dtype::float32};
+    args.out = {out.data_ptr(), out_channels, *dtype_of(out)};
+    args.product = {keep_product ? product.data_ptr() : nullptr, out_channels, *dtype_of(out)};
     args.row_block = row_block_of(rows, in_channels, kernels.row_multiple);
     if (rows > 0) run_items(args, kernels);
     return {out, product};

@@ -111,6 +111,11 @@ void multiply(const LinearArgs& args, int64_t begin, int64_t end, void* scratch)
 
 }  // namespace
 
+// Two groups of tiles, or one of registers.
+#if defined(STARFLOW_TILES)
+const LinearKernels linear{2 * tile_rows, scratch_bytes, multiply};
+#else
 const LinearKernels linear{most_product_rows, scratch_bytes, multiply};
+#endif
 
 }  // namespace starflow::STARFLOW_ISA
