@@ -7,15 +7,15 @@ section 3 (softplus scale, soft clip, guidance).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow_ext._check import require
-from starflow_ext._spec import Bound, Sample
+from starflow_ext._check import arithmetic_dtype, check_device, check_floating, dtype_text, require, shape_text
+from starflow_ext._spec import Bound, Dtypes, Sample
 
 Activation = Literal["softplus", "exp", "none"]
 
@@ -38,8 +38,6 @@ AFFINE_BOUNDS: Final[Mapping[torch.dtype, Bound]] = {
     torch.bfloat16: Bound(8e-3, 4e-6),
 }
 
-FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
 
 class Terms(NamedTuple):
     """Shift, scale and log-scale, each (..., tokens, channels), in the dtype of the arithmetic."""
@@ -49,25 +47,9 @@ class Terms(NamedTuple):
     log_scale: Tensor
 
 
-def shape_text(shape: torch.Size | list[int]) -> str:
-    """Write a shape as ``[2, 7]``."""
-    return str(list(shape))
-
-
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Float64 stays; every other storage dtype is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_data(op: str, name: str, data: Tensor, *, dim: int | None = None) -> None:
     """Check the tensor that is transformed: dtype and number of dimensions."""
-    require(
-        data.dtype in FLOATING,
-        op,
-        f"{name} has dtype",
-        _dtype_text(data.dtype),
-        "float32, bfloat16, float16 or float64",
-    )
+    check_floating(op, name, data)
     if dim is None:
         require(data.dim() >= 2, op, f"{name} has shape", shape_text(data.shape), "(..., tokens, channels)")
     else:
@@ -81,15 +63,15 @@ def check_raw(
     require(activation in ACTIVATIONS, op, "activation is", f'"{activation}"', '"softplus", "exp" or "none"')
     require(0.0 <= soft_clip < float("inf"), op, "soft_clip is", f"{soft_clip:g}", "a finite number >= 0")
     mixed = data.dtype == torch.float32 and raw.dtype in (torch.bfloat16, torch.float16)
-    expected_dtype = _dtype_text(data.dtype) + (", bfloat16 or float16" if data.dtype == torch.float32 else "")
+    expected_dtype = dtype_text(data.dtype) + (", bfloat16 or float16" if data.dtype == torch.float32 else "")
     require(
         raw.dtype == data.dtype or mixed,
         op,
         "raw has dtype",
-        _dtype_text(raw.dtype),
-        f"{expected_dtype} for {name} of {_dtype_text(data.dtype)}",
+        dtype_text(raw.dtype),
+        f"{expected_dtype} for {name} of {dtype_text(data.dtype)}",
     )
-    require(raw.device == data.device, op, "raw is on", raw.device, f"{data.device} like {name}")
+    check_device(op, "raw", raw, name, data)
     expected = list(data.shape)
     expected[-1] *= 1 if activation == "none" else 2
     expected[0] *= halves
@@ -162,40 +144,28 @@ def check_log_det(op: str, grad_log_det: Tensor, data: Tensor) -> None:
     """Check the gradient of the log-determinant: (..., tokens) in the dtype of the arithmetic."""
     expected = arithmetic_dtype(data.dtype)
     got = grad_log_det.dtype
-    require(got == expected, op, "grad_log_det has dtype", _dtype_text(got), _dtype_text(expected))
+    require(got == expected, op, "grad_log_det has dtype", dtype_text(got), dtype_text(expected))
     shape = list(data.shape[:-1])
     got_shape = list(grad_log_det.shape)
     require(got_shape == shape, op, "grad_log_det has shape", shape_text(got_shape), shape_text(shape))
 
 
-def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Check that a second tensor has the dtype, shape and device of the first."""
-    got, expected = _dtype_text(tensor.dtype), _dtype_text(like.dtype)
-    require(got == expected, op, f"{name} has dtype", got, f"{expected} like {like_name}")
-    shape = shape_text(like.shape)
-    require(tensor.shape == like.shape, op, f"{name} has shape", shape_text(tensor.shape), f"{shape} like {like_name}")
-    require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
-
-
-def require_first_order(op: str) -> None:
-    """Refuse a gradient of the native gradient, which would silently be missing."""
-    require(
-        not torch.is_grad_enabled(),
-        op,
-        "create_graph is",
-        "True",
-        "False: second-order gradients exist in starflow_ext.reference_mode() only",
-    )
+# Data and raw: the same dtype, or raw narrower than float32 data.
+AFFINE_DTYPES: Final[tuple[Dtypes, ...]] = (
+    *((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
+    (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
+)
 
 
 def affine_samples(
-    dtype: torch.dtype, raw_dtype: torch.dtype, generator: torch.Generator, *, shifted: bool = True
+    data_name: str, dtypes: Dtypes, generator: torch.Generator, *, shifted: bool = True
 ) -> Iterator[Sample]:
     """Draw calls of an affine op: every option, and the shapes that go wrong first.
 
     Args:
-        dtype: dtype of the data.
-        raw_dtype: dtype of ``raw``.
+        data_name: name of the argument that is transformed.
+        dtypes: of the data and of ``raw``.
         generator: source of the values.
         shifted: whether the op knows the option ``shifted``.
 
@@ -209,8 +179,8 @@ def affine_samples(
 
     def sample(label: str, shape: tuple[int, ...], **options: Any) -> Sample:
         halves = 1 if options.get("activation") == "none" else 2
-        raw = draw((*shape[:-1], halves * shape[-1]), 1.5, raw_dtype)
-        return Sample(label, (draw(shape, 2.0, dtype), raw), options)
+        raw = draw((*shape[:-1], halves * shape[-1]), 1.5, dtypes[1])
+        return Sample(label, {data_name: draw(shape, 2.0, dtypes[0]), "raw": raw, **options})
 
     yield sample("defaults", (2, 5, 48))
     yield sample("one element", (1, 1, 1))
@@ -220,6 +190,7 @@ def affine_samples(
     for channels in (3, 7, 8, 9, 15, 16, 17, 33):
         yield sample(f"{channels} channels", (2, 3, channels))
     yield sample("more channels than mantissas in a product", (1, 2, 1300))
+    yield sample("large", (6, 301, 48))
     for activation in ("softplus", "exp", "none"):
         for soft_clip in (0.0, 3.0):
             for behind in (False, True) if shifted else (False,):
@@ -227,15 +198,31 @@ def affine_samples(
                 yield sample(" ".join(f"{key}={value}" for key, value in options.items()), (2, 4, 19), **options)
 
 
-def affine_bytes(sample: Sample) -> int:
-    """Bytes that must move: data and raw in, data out."""
-    data, raw = sample.args[0], sample.args[-1]
-    return 2 * data.nbytes + raw.nbytes
+def affine_cases(*data_names: str) -> dict[str, Callable[[torch.Generator], Sample]]:
+    """Calls that the benchmarks time, for an op with these data arguments beside ``raw``."""
+    large = (64, 1024, 256)  # 64 MB of float32
+    frame = (4, 256, 192)  # a frame of a video model, four samples
+    window = (1, 64, 48)  # a window of the solver
+
+    def case(
+        shape: tuple[int, ...], dtype: torch.dtype = torch.float32, **options: Any
+    ) -> Callable[[torch.Generator], Sample]:
+        def draw(generator: torch.Generator) -> Sample:
+            shapes = dict.fromkeys(data_names, shape) | {"raw": (*shape[:-1], 2 * shape[-1])}
+            values = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+            return Sample(str(list(shape)), values | options)
+
+        return draw
+
+    return {
+        "large": case(large),
+        "large exp": case(large, activation="exp"),
+        "large clipped": case(large, soft_clip=3.0),
+        "large bfloat16": case(large, torch.bfloat16),
+        "frame": case(frame),
+        "window": case(window),
+    }
 
 
 def _behind(term: Tensor, first: float) -> Tensor:
     return torch.cat([torch.full_like(term[..., :1, :], first), term[..., :-1, :]], dim=-2)
-
-
-def _dtype_text(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+import torch
+from torch import Tensor
+
+# What kernels compute with.
+FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def require(condition: bool, op: str, argument: str, got: object, expected: object) -> None:
     """Raise the one sentence that the native library raises for the same mistake.
@@ -18,3 +26,49 @@ def require(condition: bool, op: str, argument: str, got: object, expected: obje
     """
     if not condition:
         raise RuntimeError(f"{op}: {argument} {got}, expected {expected}")
+
+
+def shape_text(shape: torch.Size | list[int]) -> str:
+    """Write a shape as ``[2, 7]``."""
+    return str(list(shape))
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    """Write a dtype as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Float64 stays; every other storage dtype is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Check for a dtype that kernels compute with."""
+    known = "float32, bfloat16, float16 or float64"
+    require(tensor.dtype in FLOATING, op, f"{name} has dtype", dtype_text(tensor.dtype), known)
+
+
+def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a second tensor is where the first is."""
+    require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
+    """Check that a second tensor has the dtype, shape and device of the first."""
+    got, expected = dtype_text(tensor.dtype), dtype_text(like.dtype)
+    require(got == expected, op, f"{name} has dtype", got, f"{expected} like {like_name}")
+    shape = shape_text(like.shape)
+    require(tensor.shape == like.shape, op, f"{name} has shape", shape_text(tensor.shape), f"{shape} like {like_name}")
+    check_device(op, name, tensor, like_name, like)
+
+
+def require_first_order(op: str) -> None:
+    """Refuse a gradient of the native gradient, which would silently be missing."""
+    require(
+        not torch.is_grad_enabled(),
+        op,
+        "create_graph is",
+        "True",
+        "False: second-order gradients exist in starflow_ext.reference_mode() only",
+    )

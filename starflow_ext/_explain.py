@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from starflow_ext import ops
 from starflow_ext._check import require
 from starflow_ext._load import native
 from starflow_ext._mode import in_reference_mode
+from starflow_ext._spec import Spec, tensors
 
 
 @dataclass(frozen=True)
@@ -57,47 +57,51 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         ('affine_inverse', True)
     """
     require(op in ops.__all__, "explain", "op is", f'"{op}"', f"one of {', '.join(ops.__all__)}")
-    bound = inspect.signature(getattr(ops, op)).bind(*args, **kwargs)
-    bound.apply_defaults()
     spec = ops.SPECS.get(op)
     if spec is None:
+        inspect.signature(getattr(ops, op)).bind(*args, **kwargs)
         return Explanation(op, "torch", {"native": "this op has no native kernel yet"})
-    values = tuple(bound.arguments.values())
-    spec.check(*values)
-    device = next(value.device for value in values if isinstance(value, Tensor))
-    runs, refused = _choose(device)
+    arguments = spec.arguments(*args, **kwargs)
+    spec.check(**arguments)
+    runs, refused = _choose(spec, arguments)
     return Explanation(op, runs, refused)
 
 
-def _choose(device: torch.device) -> tuple[str, dict[str, str]]:
+def _choose(spec: Spec, arguments: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
+    device = tensors(tuple(arguments.values()))[0].device
+    require(device.type in ("cpu", "cuda"), "explain", "data is on", device, "cpu or cuda")
+    with_cuda = bool(native.build_info()["cuda"])
     selected = native.selected_isa()
-    built_with_cuda = bool(native.build_info()["cuda"])
-    levels: Mapping[str, str] = native.isa_levels()
+    order = list(native.isa_levels())
     refused: dict[str, str] = {}
-    if in_reference_mode():
-        runs = "torch"
-        refused = dict.fromkeys(("cuda", *levels), "starflow_ext.reference_mode() is on")
-    elif device.type == "cuda":
-        require(built_with_cuda, "explain", "data is on", device, "cpu: this build has no CUDA kernels")
-        runs = "cuda"
-        refused = dict.fromkeys(levels, f"data is on {device}")
-    else:
-        require(device.type == "cpu", "explain", "data is on", device, "cpu or cuda")
-        runs = selected
-        refused["cuda"] = "data is on cpu" if built_with_cuda else "this build has no CUDA kernels"
-        order = list(levels)
-        for level, reason in levels.items():
-            if level != selected:
-                above = order.index(level) > order.index(selected)
-                refused[level] = reason or (f"{selected} is asked for" if above else f"{selected} is faster")
-    if runs != "torch":
-        refused["torch"] = "starflow_ext.reference_mode() is off"
-    return runs, refused
+    candidates = []  # in rising order: the last one runs
+    for variant, missing in {"cuda": "", **native.isa_levels()}.items():
+        reason = missing
+        if in_reference_mode():
+            reason = "starflow_ext.reference_mode() is on"
+        elif variant not in spec.variants:
+            reason = f"this op has no {'CUDA kernel' if variant == 'cuda' else f'{variant} variant'} yet"
+        elif (variant == "cuda") != (device.type == "cuda"):
+            reason = f"data is on {device}" if with_cuda or variant != "cuda" else "this build has no CUDA kernels"
+        elif variant == "cuda":
+            require(with_cuda, "explain", "data is on", device, "cpu: this build has no CUDA kernels")
+        elif not reason and order.index(variant) > order.index(selected):
+            reason = f"{selected} is asked for"
+        reason = reason or spec.refuses(variant, **arguments)
+        if reason:
+            refused[variant] = reason
+        else:
+            candidates.append(variant)
+    if not candidates:
+        return "torch", refused
+    runs = candidates[-1]
+    refused |= dict.fromkeys(candidates[:-1], f"{runs} is faster")
+    why = "starflow_ext.reference_mode() is off"
+    return runs, {name: refused[name] for name in ("cuda", *order) if name != runs} | {"torch": why}
 
 
 def support_table() -> str:
     """Write what each op takes as a Markdown table, from the records that its tests read."""
-    levels = ", ".join(native.isa_levels())
     lines = [
         "| op | data | CPU | CUDA | gradient | largest error in float32 |",
         "|---|---|---|---|---|---|",
@@ -107,10 +111,10 @@ def support_table() -> str:
         if spec is None:
             lines.append(f"| `{name}` | floating | plain torch | plain torch | torch's own | |")
             continue
-        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in spec.bounds)
-        relative, absolute = spec.bounds[torch.float32]
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(d[0] for d in spec.dtypes))
+        levels = ", ".join(variant for variant in spec.variants if variant != "cuda")
+        cuda = "sm_80 and later" if "cuda" in spec.variants else "plain torch"
         gradient = "first order" if spec.differentiable else "no"
-        lines.append(
-            f"| `{name}` | {dtypes} | {levels} | sm_80 and later | {gradient} | {relative:g} relative + {absolute:g} |"
-        )
+        relative, absolute = spec.bounds[torch.float32]
+        lines.append(f"| `{name}` | {dtypes} | {levels} | {cuda} | {gradient} | {relative:g} relative + {absolute:g} |")
     return "\n".join(lines)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
+
 
 class _Mode:
     reference = False
@@ -31,3 +33,8 @@ def reference_mode() -> Iterator[None]:
 def in_reference_mode() -> bool:
     """Tell whether ops run their references now."""
     return _mode.reference
+
+
+def runs_in_torch(data: Tensor) -> bool:
+    """Tell whether an op without a CUDA kernel runs its reference on this tensor."""
+    return _mode.reference or data.is_cuda

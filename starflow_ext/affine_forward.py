@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,17 +10,16 @@ from torch import Tensor
 
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
+    AFFINE_DTYPES,
     Activation,
-    affine_bytes,
+    affine_cases,
     affine_samples,
     affine_terms,
-    arithmetic_dtype,
     check_data,
-    check_like,
     check_log_det,
     check_raw,
-    require_first_order,
 )
+from starflow_ext._check import arithmetic_dtype, check_like, require_first_order
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Spec
@@ -111,9 +111,9 @@ SPEC = Spec(
     call=affine_forward,
     reference=affine_forward_reference,
     check=check,
-    samples=affine_samples,
+    dtypes=AFFINE_DTYPES,
+    samples=partial(affine_samples, "x"),
     bounds=AFFINE_BOUNDS,
-    differentiable=True,
-    mutates=(),
-    bytes_moved=affine_bytes,
+    differentiable=("x", "raw"),
+    cases=affine_cases("x"),
 )

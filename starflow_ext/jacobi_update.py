@@ -9,20 +9,20 @@ from torch import Tensor
 
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
+    AFFINE_DTYPES,
     Activation,
     Terms,
+    affine_cases,
     affine_samples,
     affine_terms,
-    arithmetic_dtype,
     check_data,
-    check_like,
     check_raw,
     guided_terms,
 )
-from starflow_ext._check import require
+from starflow_ext._check import arithmetic_dtype, check_like, require
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
-from starflow_ext._spec import Sample, Spec
+from starflow_ext._spec import Dtypes, Sample, Spec
 
 
 def jacobi_update(
@@ -113,19 +113,14 @@ def _fake(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, 
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
-def _samples(dtype: torch.dtype, raw_dtype: torch.dtype, generator: torch.Generator) -> Iterator[Sample]:
-    for sample in affine_samples(dtype, raw_dtype, generator, shifted=False):
-        x, raw = sample.args
-        z = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype)
-        yield Sample(sample.label, (x, z, raw), sample.kwargs)
-        unconditional = torch.randn(raw.shape, generator=generator, dtype=torch.float64).to(raw_dtype)
-        both = torch.cat([raw, unconditional])
-        yield Sample(f"{sample.label}, guidance=1.5", (x.clone(), z, both), {**sample.kwargs, "guidance": 1.5})
-
-
-def _bytes(sample: Sample) -> int:
-    x, z, raw = sample.args
-    return 2 * x.nbytes + z.nbytes + raw.nbytes
+def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
+    for sample in affine_samples("x", dtypes, generator, shifted=False):
+        x, raw = sample.arguments["x"], sample.arguments["raw"]
+        z = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+        yield Sample(sample.label, {**sample.arguments, "z": z})
+        unconditional = torch.randn(raw.shape, generator=generator, dtype=torch.float64).to(raw.dtype)
+        guided = {"x": x.clone(), "z": z, "raw": torch.cat([raw, unconditional]), "guidance": 1.5}
+        yield Sample(f"{sample.label}, guidance=1.5", {**sample.arguments, **guided})
 
 
 torch.library.register_fake("starflow_ext::jacobi_update", _fake)
@@ -135,9 +130,9 @@ SPEC = Spec(
     call=jacobi_update,
     reference=jacobi_update_reference,
     check=check,
+    dtypes=AFFINE_DTYPES,
     samples=_samples,
     bounds=AFFINE_BOUNDS,
-    differentiable=False,
-    mutates=(0,),
-    bytes_moved=_bytes,
+    mutates=("x",),
+    cases=affine_cases("x", "z"),
 )

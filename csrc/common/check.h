@@ -18,4 +18,13 @@ void require(bool condition, const char* op, const std::string& argument, const 
     throw std::runtime_error(sentence.str());
 }
 
+// A dtype that kernels compute with.
+void check_floating(const char* op, const char* name, const Tensor& tensor);
+
+// A second tensor that must look like the first.
+void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
+
+// The same device as the first tensor's.
+void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
+
 }  // namespace starflow

@@ -3,6 +3,26 @@
 #include <sstream>
 
 namespace starflow {
+namespace {
+
+// Leading dimensions (all but the last two) as one: their common innermost stride, or nothing.
+std::optional<int64_t> leading_stride(const Tensor& tensor) {
+    if (tensor.numel() == 0) return 0;
+    int64_t stride = 0;
+    int64_t extent = 1;  // elements of the dimensions seen so far
+    for (int64_t d = tensor.dim() - 3; d >= 0; --d) {
+        if (tensor.size(d) == 1) continue;
+        if (extent == 1) {
+            stride = tensor.stride(d);
+        } else if (tensor.stride(d) != stride * extent) {
+            return std::nullopt;
+        }
+        extent *= tensor.size(d);
+    }
+    return stride;
+}
+
+}  // namespace
 
 std::optional<Dtype> dtype_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
@@ -69,6 +89,17 @@ ScalarType arithmetic_type(Dtype dtype) { return dtype == Dtype::float64 ? Scala
 
 Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
     return torch::stable::new_empty(like, shape, type);
+}
+
+bool has_rows(const Tensor& tensor) {
+    const int64_t last = tensor.dim() - 1;
+    return (tensor.size(last) <= 1 || tensor.stride(last) == 1) && leading_stride(tensor).has_value();
+}
+
+Tensor with_rows(const Tensor& tensor) { return has_rows(tensor) ? tensor : torch::stable::contiguous(tensor); }
+
+Rows rows_of(const Tensor& tensor) {
+    return {tensor.data_ptr(), *leading_stride(tensor), tensor.stride(tensor.dim() - 2)};
 }
 
 }  // namespace starflow

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "common/rows.h"
 
 namespace starflow {
 
@@ -23,5 +24,10 @@ std::string shape_text(const std::vector<int64_t>& shape);
 std::vector<int64_t> shape_of(const Tensor& tensor);
 ScalarType arithmetic_type(Dtype dtype);
 Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type);
+
+// The tensor itself where its channels lie side by side and its leading dimensions are one stride, else a copy.
+Tensor with_rows(const Tensor& tensor);
+bool has_rows(const Tensor& tensor);
+Rows rows_of(const Tensor& tensor);
 
 }  // namespace starflow

@@ -14,6 +14,20 @@ struct Constant {
     static constexpr auto get() { return value; }
 };
 
+template <class Visitor>
+static inline void visit_dtype(Dtype dtype, const Visitor& visitor) {
+    switch (dtype) {
+        case Dtype::float64:
+            return visitor(Type<double>{});
+        case Dtype::bfloat16:
+            return visitor(Type<BFloat16>{});
+        case Dtype::float16:
+            return visitor(Type<Float16>{});
+        case Dtype::float32:
+            return visitor(Type<float>{});
+    }
+}
+
 // The combinations that the affine ops take: raw in the dtype of the data, or narrower than float32 data.
 template <class Visitor>
 static inline void visit_data_and_raw(Dtype data, Dtype raw, const Visitor& visitor) {

@@ -19,3 +19,22 @@ void prefer_large_pages([[maybe_unused]] const Tensor& result) {
 }
 
 }  // namespace starflow::cpu
+
+namespace starflow {
+
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
+    const Tensor result = empty_like_shape(like, shape, type);
+    cpu::prefer_large_pages(result);
+    return result;
+}
+
+Tensor new_result(const Tensor& like) { return new_result(like, shape_of(like), like.scalar_type()); }
+
+bool worth_streaming(const Tensor& result) {
+    constexpr int64_t cache_line = 64;
+    const auto width = static_cast<int64_t>(result.element_size());
+    return result.numel() * width >= cpu::large_bytes && result.size(result.dim() - 1) * width % cache_line == 0 &&
+           reinterpret_cast<uintptr_t>(result.data_ptr()) % cache_line == 0;
+}
+
+}  // namespace starflow

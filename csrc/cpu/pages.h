@@ -1,5 +1,7 @@
 // Large results on large pages. Not for kernel files.
 #pragma once
+#include <vector>
+
 #include "common/tensor.h"
 
 namespace starflow::cpu {
@@ -12,3 +14,15 @@ inline constexpr int64_t large_bytes = int64_t{8} * 1024 * 1024;
 void prefer_large_pages(const Tensor& result);
 
 }  // namespace starflow::cpu
+
+namespace starflow {
+
+// A new tensor for a result, on large pages where it is large; with the shape and dtype of another one, or its own.
+Tensor new_result(const Tensor& like);
+Tensor new_result(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type);
+
+// Whether a result is better written past the caches: it would not stay in them, and each line would be read before it
+// is written. Its rows must be whole cache lines, so that no line is written in two parts.
+bool worth_streaming(const Tensor& result);
+
+}  // namespace starflow

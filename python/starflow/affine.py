@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from starflow_ext import ops
-from starflow_ext._affine import Activation, Terms, affine_terms, arithmetic_dtype, guided_terms
+from starflow_ext._affine import Activation, Terms, affine_terms, guided_terms
+from starflow_ext._check import arithmetic_dtype
 
 
 @dataclass(frozen=True)

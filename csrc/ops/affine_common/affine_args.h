@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/rows.h"
 
 namespace starflow {
 
@@ -22,13 +23,6 @@ struct AffineOptions {
     bool shifted;      // row n of raw belongs to token n + 1; token 0 has shift 0 and scale 1
 };
 
-// A tensor (batch, tokens, channels) whose channels lie side by side; strides in elements. Constness is by use.
-struct Rows {
-    void* data;
-    int64_t batch_stride;
-    int64_t token_stride;
-};
-
 struct AffineShape {
     int64_t batch;
     int64_t tokens;
@@ -37,11 +31,5 @@ struct AffineShape {
     Dtype raw;
     AffineOptions options;
 };
-
-// Where token t of sample b starts. Device code uses it too.
-template <class T>
-STARFLOW_HOST_DEVICE static inline T* row_of(const Rows& rows, int64_t b, int64_t t) {
-    return static_cast<T*>(rows.data) + b * rows.batch_stride + t * rows.token_stride;
-}
 
 }  // namespace starflow

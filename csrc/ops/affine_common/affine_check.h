@@ -15,14 +15,6 @@ void check_data(const char* op, const char* name, const Tensor& data, bool three
 AffineShape check_raw(const char* op, const char* name, const Tensor& data, const Tensor& raw,
                       const std::string& activation, double soft_clip, bool shifted, int64_t halves = 1);
 
-// A second tensor that must look like the first.
-void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
-
-// The tensor itself where its channels lie side by side and its leading dimensions are one stride, else a copy.
-Tensor with_rows(const Tensor& tensor);
-bool has_rows(const Tensor& tensor);
-Rows rows_of(const Tensor& tensor);
-
 // The gradient of log_det: (..., tokens) in the type of the arithmetic.
 void check_log_det(const char* op, const Tensor& grad_log_det, const Tensor& data, const AffineShape& shape);
 

@@ -1,6 +1,7 @@
 // raw to shift and scale, and back through the derivative, over Vec: what the CPU kernels of the affine ops share.
 #pragma once
 #include "common/visit.h"
+#include "cpu/rows.h"
 #include "cpu/vec.h"
 #include "ops/affine_common/affine_args.h"
 
@@ -112,38 +113,6 @@ class LogSum {
     V logs_ = V(T(0));
     int count_ = 0;
 };
-
-// A whole register goes past the caches where the caller asks for it; the end of a row never does.
-template <class Storage, class V>
-inline void put(Storage* p, V value, AllLanes lanes, bool past_caches) {
-    if (past_caches) {
-        stream(p, value);
-    } else {
-        store(p, value, lanes);
-    }
-}
-template <class Storage, class V>
-inline void put(Storage* p, V value, FirstLanes lanes, bool) {
-    store(p, value, lanes);
-}
-
-// Call step(c, lanes) over a row: whole registers, then what is left.
-template <class V, class Step>
-inline void over_channels(int64_t channels, const Step& step) {
-    int64_t c = 0;
-    for (; c + V::lanes <= channels; c += V::lanes) step(c, AllLanes{});
-    if (c < channels) step(c, FirstLanes{static_cast<int>(channels - c)});
-}
-
-template <class V, class Storage>
-inline void copy_row(const Storage* from, Storage* to, int64_t channels) {
-    over_channels<V>(channels, [&](int64_t c, auto lanes) { store(to + c, load(from + c, lanes), lanes); });
-}
-
-template <class V, class Storage>
-inline void zero_row(Storage* to, int64_t channels) {
-    over_channels<V>(channels, [&](int64_t c, auto lanes) { store(to + c, V(0), lanes); });
-}
 
 // Call visitor(data type, raw type, activation) with the three as template arguments.
 template <class Visitor>

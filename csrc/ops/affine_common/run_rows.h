@@ -10,22 +10,6 @@
 
 namespace starflow {
 
-// A new tensor with the shape and dtype of another.
-inline Tensor new_result(const Tensor& like) {
-    const Tensor result = empty_like_shape(like, shape_of(like), like.scalar_type());
-    cpu::prefer_large_pages(result);
-    return result;
-}
-
-// Whether a result is better written past the caches: it would not stay in them, and each line would be read before it
-// is written. Its rows must be whole cache lines, so that no line is written in two parts.
-inline bool worth_streaming(const Tensor& result) {
-    constexpr int64_t cache_line = 64;
-    const auto width = static_cast<int64_t>(result.element_size());
-    return result.numel() * width >= cpu::large_bytes && result.size(result.dim() - 1) * width % cache_line == 0 &&
-           reinterpret_cast<uintptr_t>(result.data_ptr()) % cache_line == 0;
-}
-
 template <class Args>
 void run_rows(const char* op, const char* name, const Tensor& data, const AffineShape& shape, const Args& args,
               void (*kernel)(const Args&, int64_t, int64_t), int (*cuda_launcher)(const Args&, void*)) {

@@ -1,0 +1,28 @@
+#include "common/check.h"
+
+namespace starflow {
+
+void check_floating(const char* op, const char* name, const Tensor& tensor) {
+    require(
+        dtype_of(tensor).has_value(), op, std::string(name) + " has dtype", [&] { return dtype_text(tensor); },
+        [] { return "float32, bfloat16, float16 or float64"; });
+}
+
+void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
+    require(
+        tensor.scalar_type() == like.scalar_type(), op, std::string(name) + " has dtype",
+        [&] { return dtype_text(tensor); }, [&] { return dtype_text(like) + " like " + like_name; });
+    require(
+        shape_of(tensor) == shape_of(like), op, std::string(name) + " has shape",
+        [&] { return shape_text(shape_of(tensor)); },
+        [&] { return shape_text(shape_of(like)) + " like " + like_name; });
+    check_device(op, name, tensor, like_name, like);
+}
+
+void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
+    require(
+        device_text(tensor) == device_text(like), op, std::string(name) + " is on", [&] { return device_text(tensor); },
+        [&] { return device_text(like) + " like " + like_name; });
+}
+
+}  // namespace starflow
