@@ -101,6 +101,8 @@ inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {
     return Vec<float>(bits_as<float>(x > y ? x : y));
 }
 inline float sum(Vec<float> a) { return a.v; }
+inline float largest(Vec<float> a) { return a.v; }
+inline void transpose(Vec<float> (&)[1]) {}
 inline float largest_magnitude(Vec<float> a) { return a.v; }
 
 // 1.5 * 2^23 pushes the fraction out of the mantissa: rounds to nearest, and leaves the integer in the low bits.
