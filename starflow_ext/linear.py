@@ -1,71 +1,454 @@
-"""linear: a matrix product with what follows it: bias, activation, gate, residual."""
+"""linear: a matrix product with what comes before it (a norm) and after it: bias, activation, gate, residual."""
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow_ext._check import require
+from starflow_ext._check import check_floating, dtype_text, require, require_first_order
+from starflow_ext._load import operators
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._spec import Bound, Dtypes, Sample, Spec
+from starflow_ext.linear_pack import PackedWeight, pack_weight, unpack
+from starflow_ext.norm import EPSILON, NormKind
+from starflow_ext.norm import norm as normalise
 
 Epilogue = Literal["none", "gelu", "gelu_tanh"]
+Activations = Literal["float32", "bfloat16", "two_bfloat16"]
+
+EPILOGUES: Final = ("none", "gelu", "gelu_tanh")
+ACTIVATIONS: Final = ("float32", "bfloat16", "two_bfloat16")
+_NATIVE: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class InputNorm(NamedTuple):
+    """A norm of ``x`` on its way into the product; arguments as of ``norm``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    kind: NormKind = "layer_norm"
 
 
 def linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedWeight,
     bias: Tensor | None = None,
     *,
     epilogue: Epilogue = "none",
     multiply: Tensor | None = None,
     residual: Tensor | None = None,
+    activations: Activations | None = None,
+    norm: InputNorm | None = None,
 ) -> Tensor:
-    """Compute ``residual + epilogue(x @ weight.T + bias) * multiply``.
+    """Compute ``residual + epilogue(norm(x) @ weight.T + bias) * multiply``.
 
-    Plain torch on every device; there is no native kernel yet.
+    A packed weight runs the native kernels of this CPU, with sums, norm and epilogue in float32; a row's bits depend
+    neither on the other rows nor on the number of threads. A plain tensor runs torch's own product, unless
+    ``activations`` is given: packing for one call takes longer than it saves. float64 and CUDA tensors run torch's too.
 
     Args:
-        x: (..., in_channels); rounded to the dtype of ``weight`` for the product.
-        weight: (out_channels, in_channels).
+        x: (..., in_channels); float32, bfloat16, float16, or float64 with a plain weight of float64.
+        weight: (out_channels, in_channels), or what ``pack_weight`` made of it. ``x`` is rounded to the dtype of a
+            plain weight; under autocast both are rounded to its dtype.
         bias: (out_channels,).
         epilogue: "none", "gelu" (exact, erf) or "gelu_tanh".
         multiply: (..., out_channels), the other factor of a gated unit.
-        residual: (..., out_channels); the sum keeps its dtype, so a float32 residual stream stays float32.
+        residual: (..., out_channels); the sum has its dtype, so a float32 residual stream stays float32.
+        activations: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum of
+            two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A level
+            without an instruction for products of bfloat16 computes in float32, which is more exact.
+        norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it.
 
     Returns:
-        (..., out_channels), in the dtype of ``residual`` if given, else of the product.
+        (..., out_channels), in the dtype of ``residual`` if given, else of a plain ``weight``, else of ``x``.
 
     Raises:
-        RuntimeError: if ``epilogue`` is unknown or a shape does not agree.
+        RuntimeError: if an option, a dtype or a device is wrong, or a shape does not agree.
 
     Reference:
         Hendrycks and Gimpel, Gaussian Error Linear Units (2016); Shazeer, GLU Variants Improve Transformer (2020).
     """
-    require(
-        epilogue in ("none", "gelu", "gelu_tanh"), "linear", "epilogue is", f'"{epilogue}"', "none, gelu, gelu_tanh"
-    )
-    require(
-        x.shape[-1] == weight.shape[1],
-        "linear",
-        "x has shape",
-        list(x.shape),
-        f"[..., {weight.shape[1]}] for weight of shape {list(weight.shape)}",
-    )
-    shape = [*x.shape[:-1], weight.shape[0]]
-    for name, tensor, expected in (
-        ("bias", bias, shape[-1:]),
-        ("multiply", multiply, shape),
-        ("residual", residual, shape),
-    ):
-        if tensor is not None:
-            require(list(tensor.shape) == expected, "linear", f"{name} has shape", list(tensor.shape), expected)
-    out = F.linear(x.to(weight.dtype), weight, bias)
+    if in_reference_mode() or _why_torch(x, weight, bias, epilogue, multiply, residual, activations, norm):
+        return linear_reference(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    # The native op checks the rest, with the words of check().
+    operator, arguments = _lower(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    out: Tensor = operator(*arguments)[0]
+    return out
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    activations: str | None,
+    norm: InputNorm | None,
+) -> Tensor:
+    """Compute ``linear`` in plain torch, a packed weight by its rounded values; arguments as there."""
+    check(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    if isinstance(weight, Tensor):
+        x, weight, norm = _rounded(x, weight, norm)
+        return _torch(x, weight, bias, epilogue, multiply, residual, norm, weight.dtype)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return _torch(x, _values(weight).to(exact), bias, epilogue, multiply, residual, norm, x.dtype)
+
+
+def _values(packed: PackedWeight) -> Tensor:
+    """The weight as it is multiplied by, with a gradient where the original is kept."""
+    original = packed.weight
+    if original is None:
+        return packed.unpack()
+    if dtype_text(original.dtype) == packed.storage:
+        return original
+    return packed.unpack() + (original - original.detach())
+
+
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    norm: InputNorm | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """In the dtype of ``weight``; the result in that of ``residual``, else in ``dtype``."""
+    # Side by side, so that the bits do not depend on strides.
+    x, weight = x.contiguous(), weight.contiguous()
+    if norm is not None:
+        x = normalise(x, norm.weight, norm.bias, kind=norm.kind)
+    out = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     if epilogue != "none":
         out = F.gelu(out, approximate="tanh" if epilogue == "gelu_tanh" else "none")
     if multiply is not None:
         out = out * multiply
-    if residual is not None:
-        out = residual + out.to(torch.promote_types(out.dtype, residual.dtype))
-    return out
+    if residual is None:
+        return out.to(dtype)
+    return (residual + out.to(torch.promote_types(out.dtype, residual.dtype))).to(residual.dtype)
+
+
+def _rounded(x: Tensor, weight: Tensor, norm: InputNorm | None) -> tuple[Tensor, Tensor, InputNorm | None]:
+    """The operands of a product with a plain weight in the dtype that torch would multiply in."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        weight = weight.to(torch.get_autocast_dtype(device))
+    if norm is not None:
+        x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
+    return x.to(weight.dtype), weight, norm
+
+
+def _why_torch(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    activations: str | None,
+    norm: InputNorm | None,
+) -> str:
+    """Why a call is left to torch, or nothing."""
+    if x.device.type != "cpu":
+        return "there is no kernel for it yet"
+    named = (("x", x), ("weight", weight), ("bias", bias), ("multiply", multiply), ("residual", residual))
+    for name, tensor in named:
+        if isinstance(tensor, Tensor) and tensor.dtype not in _NATIVE:
+            return f"{name} is {dtype_text(tensor.dtype)}"
+    if isinstance(weight, PackedWeight) or activations is not None:
+        return ""
+    # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save,
+    # 1.2 to 2 times the whole call up to 256 rows and a few per cent above.
+    return "the weight is not packed, and packing it for one call takes longer than it saves (see pack_weight)"
+
+
+def _lower(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    activations: str | None,
+    norm: InputNorm | None,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The native operator of a call and its arguments."""
+    if isinstance(weight, Tensor):
+        x, weight, norm = _rounded(x, weight, norm)
+        packed = pack_weight(weight)
+        dtype = weight.dtype
+    else:
+        packed, dtype = weight, x.dtype
+    if activations is None:
+        activations = "bfloat16" if packed.storage == "bfloat16" else "float32"
+    gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (x, packed.weight, bias, multiply, residual, *(norm or ())[:2])
+    )
+    if norm is not None and gradient:
+        # The op norm has the gradient.
+        x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
+    kind = "none" if norm is None else norm.kind
+    return _native, (
+        x,
+        packed.weight if gradient else None,
+        packed.panels,
+        packed.column_scale,
+        packed.out_channels,
+        packed.in_channels,
+        packed.storage,
+        bias,
+        epilogue,
+        multiply,
+        residual,
+        activations,
+        kind,
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        EPSILON.get(kind, 0.0),
+        dtype_text(dtype if residual is None else residual.dtype),
+        gradient and (epilogue != "none" or multiply is not None),
+    )
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    activations: str | None,
+    norm: InputNorm | None,
+) -> None:
+    """Raise what ``linear`` raises for wrong arguments; arguments as there."""
+    op = "linear"
+    require(epilogue in EPILOGUES, op, "epilogue is", f'"{epilogue}"', '"none", "gelu" or "gelu_tanh"')
+    require(
+        activations is None or activations in ACTIVATIONS,
+        op,
+        "activations is",
+        f'"{activations}"',
+        '"float32", "bfloat16" or "two_bfloat16"',
+    )
+    out_channels, in_channels = weight.shape if len(weight.shape) == 2 else (-1, -1)
+    require(out_channels >= 0, op, "weight has shape", list(weight.shape), "(out_channels, in_channels)")
+    require(
+        x.dim() >= 1 and x.shape[-1] == in_channels,
+        op,
+        "x has shape",
+        list(x.shape),
+        f"[..., {in_channels}] for weight of shape {list(weight.shape)}",
+    )
+    shape = [*x.shape[:-1], out_channels]
+    norm_weight, norm_bias, kind = (None, None, "layer_norm") if norm is None else norm
+    require(kind in EPSILON, op, "norm is", f'"{kind}"', '"layer_norm" or "rms_norm"')
+    require(kind == "layer_norm" or norm_bias is None, op, "norm_bias is", "given", "None for rms_norm")
+    named = (
+        ("x", x, None),
+        ("bias", bias, shape[-1:]),
+        ("multiply", multiply, shape),
+        ("residual", residual, shape),
+        ("norm_weight", norm_weight, [in_channels]),
+        ("norm_bias", norm_bias, [in_channels]),
+    )
+    for name, tensor, expected in named:
+        if tensor is None:
+            continue
+        if expected is not None:
+            require(list(tensor.shape) == expected, op, f"{name} has shape", list(tensor.shape), expected)
+        if isinstance(weight, Tensor):
+            require(tensor.device == weight.device, op, f"{name} is on", tensor.device, f"{weight.device} like weight")
+        else:
+            require(tensor.device.type == "cpu", op, f"{name} is on", tensor.device, "cpu for a packed weight")
+        check_floating(op, name, tensor)
+    if isinstance(weight, Tensor):
+        check_floating(op, "weight", weight)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., channels) to (rows, channels), empty ones too."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+
+
+_native = operators().linear.default
+
+
+def _fake(x: Tensor, weight: Tensor | None, panels: Tensor, column_scale: Tensor, out_channels: int, *rest: Any) -> Any:
+    out_dtype, keep_product = rest[-2:]
+    out = x.new_empty([*x.shape[:-1], out_channels], dtype=getattr(torch, out_dtype))
+    return out, torch.empty_like(out) if keep_product else out.new_empty([0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, panels, column_scale, out_channels, in_channels, storage, bias, epilogue, multiply, residual = inputs[
+        :11
+    ]
+    ctx.save_for_backward(x, weight, panels, column_scale, multiply, output[1])
+    ctx.options = out_channels, in_channels, storage, epilogue
+    ctx.dtypes = None if bias is None else bias.dtype, None if residual is None else residual.dtype
+    ctx.normalised = inputs[12] != "none"
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    require_first_order("linear")
+    require(not ctx.normalised, "linear", "norm is", "given", "none where a gradient is needed: the op norm has one")
+    grads: list[Tensor | None] = [None] * 18
+    if grad is None:
+        return tuple(grads)
+    x, weight, panels, column_scale, multiply, product = ctx.saved_tensors
+    out_channels, in_channels, storage, epilogue = ctx.options
+    approximate = "tanh" if epilogue == "gelu_tanh" else "none"
+    grads[10] = grad if ctx.needs_input_grad[10] else None
+    if multiply is not None:
+        if ctx.needs_input_grad[9]:
+            factor = product if epilogue == "none" else F.gelu(product, approximate=approximate)
+            grads[9] = (grad * factor).to(multiply.dtype)
+        grad = grad * multiply
+    if epilogue != "none":
+        grad = torch.ops.aten.gelu_backward(grad, product.to(grad.dtype), approximate=approximate)
+    # Of what was multiplied: the rounded weight, which is the weight itself where it is stored in its own dtype.
+    if weight is not None and dtype_text(weight.dtype) == storage:
+        values = weight
+    else:
+        values = unpack(panels, column_scale, out_channels, in_channels, storage)
+    rows = _rows(grad).to(values.dtype)
+    if ctx.needs_input_grad[0]:
+        grads[0] = (rows @ values).reshape(x.shape).to(x.dtype)
+    if ctx.needs_input_grad[1]:
+        grads[1] = (rows.t() @ _rows(x).to(values.dtype)).to(weight.dtype)
+    if ctx.needs_input_grad[7]:
+        grads[7] = rows.sum(0, dtype=torch.float32).to(ctx.dtypes[0])
+    return tuple(grads)
+
+
+torch.library.register_fake("starflow_ext::linear", _fake)
+torch.library.register_autograd("starflow_ext::linear", _backward, setup_context=_save)
+
+# Of float32: rounding of the sums, and 40 units of GELU; half types add the rounding of what they store. Activations
+# rounded to bfloat16 are off by 2^-9 each; the two terms of a split one by 2^-17.
+_BOUNDS: Final = {
+    torch.float64: Bound(1e-13, 1e-13),
+    torch.float32: Bound(4e-6, 4e-6),
+    torch.float16: Bound(1e-3, 8e-6),
+    torch.bfloat16: Bound(8e-3, 8e-6),
+}
+_ROUNDED: Final = {dtype: Bound(2e-2, 2e-2) for dtype in _NATIVE}
+_SPLIT: Final = {dtype: Bound(bound.relative + 2e-5, 2e-5) for dtype, bound in _BOUNDS.items()}
+
+
+def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
+    dtype, weight_dtype = dtypes
+    # float64 is not packed.
+    exact = dtype == torch.float64
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+
+    def sample(
+        label: str, shape: tuple[int, int, int], out: int, *, storage: Any = None, plain: bool = exact, **options: Any
+    ) -> Sample:
+        weight = (draw(out, shape[-1], kind=torch.float64) / max(1, shape[-1]) ** 0.5).to(weight_dtype)
+        given = {"bias": 0.1 * draw(out), **options}
+        for name in ("multiply", "residual"):
+            if given.get(name) is True:
+                given[name] = draw(*shape[:-1], out)
+        if given.get("norm") == "layer_norm":
+            given["norm"] = InputNorm(draw(shape[-1]), draw(shape[-1]))
+        if given.get("norm") == "rms_norm":
+            given["norm"] = InputNorm(0.2 * draw(shape[-1]), kind="rms_norm")
+        bounds = None
+        stored = storage or dtype_text(weight_dtype)
+        activations = given.get("activations") or ("bfloat16" if stored == "bfloat16" else "float32")
+        if exact:
+            pass
+        elif (activations == "bfloat16" and dtype != torch.bfloat16) or (plain and weight_dtype != torch.float32):
+            # torch rounds after each step.
+            bounds = _ROUNDED
+        elif activations == "bfloat16" and given.get("norm"):
+            bounds = _ROUNDED
+        elif activations == "two_bfloat16":
+            bounds = _SPLIT
+        return Sample(
+            f"{label} {list(shape)} to {out}",
+            {"x": draw(*shape), "weight": weight if plain else pack_weight(weight, storage), **given},
+            bounds,
+        )
+
+    yield sample("defaults", (2, 5, 48), 40)
+    large = sample("", (6, 301, 48), 40, epilogue="gelu", residual=True)
+    yield Sample("large", large.arguments, large.bounds)
+    yield sample("one element", (1, 1, 1), 1)
+    yield sample("no samples", (0, 5, 7), 9)
+    yield sample("no tokens", (2, 0, 7), 9)
+    yield sample("nothing in", (2, 5, 0), 9)
+    yield sample("nothing out", (2, 5, 7), 0)
+    for rows, channels, out in ((1, 33, 31), (7, 31, 33), (8, 64, 64), (15, 130, 1), (17, 1, 70), (29, 96, 97)):
+        yield sample("rows", (2, rows, channels), out, bias=None)
+    for epilogue in EPILOGUES:
+        for multiply, residual in ((None, None), (True, None), (None, True), (True, True)):
+            yield sample(f"{epilogue}", (2, 4, 19), 37, epilogue=epilogue, multiply=multiply, residual=residual)
+    for kind in ("layer_norm", "rms_norm"):
+        yield sample(kind, (2, 5, 50), 35, norm=kind)
+        yield sample(f"plain weight, {kind}", (2, 5, 50), 35, norm=kind, plain=True)
+    yield sample("plain weight", (2, 5, 48), 40, plain=True)
+    if not exact:
+        options = {"epilogue": "gelu", "multiply": True, "residual": True, "activations": "float32"}
+        yield sample("plain weight, packed for the call", (2, 15, 48), 40, plain=True, **options)
+    if dtype == weight_dtype == torch.float32:
+        for storage in ("float16", "bfloat16", "int8", "two_bfloat16"):
+            for activations in ACTIVATIONS:
+                yield sample(f"{storage}, {activations}", (2, 9, 70), 45, storage=storage, activations=activations)
+
+
+def _case(rows: int, out: int, channels: int) -> Any:
+    def draw(generator: torch.Generator) -> Sample:
+        weight = torch.randn((out, channels), generator=generator) / channels**0.5
+        x = torch.randn((rows, channels), generator=generator)
+        return Sample(f"[{rows}, {channels}] to {out}", {"x": x, "weight": pack_weight(weight)})
+
+    return draw
+
+
+def _operations(sample: Sample) -> int:
+    x, weight = sample.arguments["x"], sample.arguments["weight"]
+    return 2 * int(x.numel()) * int(weight.shape[0])
+
+
+def _bytes(sample: Sample) -> int:
+    x, weight = sample.arguments["x"], sample.arguments["weight"]
+    return int(x.nbytes + weight.nbytes + x.nbytes // max(1, x.shape[-1]) * weight.shape[0])
+
+
+SPEC = Spec(
+    name="linear",
+    call=linear,
+    reference=linear_reference,
+    check=check,
+    dtypes=(
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ),
+    samples=_samples,
+    bounds=_BOUNDS,
+    differentiable=("x", "weight", "bias", "multiply", "residual"),
+    shared=("weight", "bias", "norm"),
+    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+    refuses=lambda variant, **arguments: _why_torch(**arguments),
+    lower=_lower,
+    cases={f"{rows} rows": _case(rows, out, channels) for rows, out, channels in ((16, 3072, 768), (64, 768, 3072))},
+    bytes_moved=_bytes,
+    operations=_operations,
+)

@@ -19,13 +19,14 @@ enum class Storage : int32_t { float32, float16, bfloat16, int8, two_bfloat16 };
 
 inline constexpr int64_t panel_columns = 32;
 inline constexpr int64_t depth_multiple = 32;
+inline constexpr int64_t cell_bytes = 64;  // of packed rows: 16 float32 or 32 bfloat16 of a row
 
-static inline constexpr int64_t round_up(int64_t value, int64_t multiple) {
+static constexpr int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
 
 // Bytes of one element of a matrix stored so.
-static inline constexpr int64_t storage_bytes(Storage storage) {
+static constexpr int64_t storage_bytes(Storage storage) {
     switch (storage) {
         case Storage::float32:
         case Storage::two_bfloat16:

@@ -6,6 +6,7 @@
 #pragma once
 #include "cpu/matmul.h"
 #include "cpu/norm_kind.h"
+#include "cpu/rows.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
@@ -16,33 +17,16 @@ struct RowMoments {
     float inverse;
 };
 
-// Four sums side by side, because one would wait for itself at each step. term(c, lanes) of channels that are there.
-template <class Term>
-inline float sum_over_row(int64_t channels, const Term& term) {
-    using V = Vec<float>;
-    V sums[4] = {V(0.0F), V(0.0F), V(0.0F), V(0.0F)};
-    int64_t c = 0;
-    for (; c + 4 * V::lanes <= channels; c += 4 * V::lanes) {
-        for (int i = 0; i < 4; ++i) sums[i] = sums[i] + term(c + i * V::lanes, AllLanes{});
-    }
-    for (; c + V::lanes <= channels; c += V::lanes) sums[0] = sums[0] + term(c, AllLanes{});
-    if (c < channels) {
-        const FirstLanes left{static_cast<int>(channels - c)};
-        sums[1] = sums[1] + keep(term(c, left), left, 0.0F);
-    }
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-}
-
 template <class T>
 inline RowMoments row_moments(const T* x, int64_t channels, const RowNorm& norm) {
     using V = Vec<float>;
     const float share = 1.0F / static_cast<float>(channels);
     RowMoments moments{0.0F, 1.0F};
     if (norm.kind == NormKind::layer) {
-        moments.mean = share * sum_over_row(channels, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
+        moments.mean = share * sum_over<V>(channels, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
     }
     const V mean(moments.mean);
-    const float squares = sum_over_row(channels, [&](int64_t c, auto lanes) {
+    const float squares = sum_over<V>(channels, [&](int64_t c, auto lanes) {
         const V distance = load(x + c, lanes) - mean;
         return distance * distance;
     });

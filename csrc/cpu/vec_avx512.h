@@ -24,7 +24,7 @@ inline __m512 widen(__m256i bits, const BFloat16*) {
 inline __m512 widen(__m256i bits, const Float16*) { return _mm512_cvtph_ps(bits); }
 
 #if defined(__AVX512BF16__)
-// One instruction where the other levels take eight. Subnormals become zero, as they count in the products.
+// Subnormals become zero.
 inline __m256i narrow(__m512 a, const BFloat16*) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)); }
 #else
 inline __m256i narrow(__m512 a, const BFloat16*) {

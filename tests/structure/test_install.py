@@ -137,11 +137,15 @@ def test_environment_chooses_the_level(level: str) -> None:
 
 def test_environment_with_an_unknown_level() -> None:
     done = _python(CALL, STARFLOW_ISA="sse9")
-    assert done.stderr.strip().endswith('RuntimeError: STARFLOW_ISA is "sse9", expected scalar, avx2 or avx512')
+    assert done.stderr.strip().endswith(
+        'RuntimeError: STARFLOW_ISA is "sse9", expected scalar, avx2, avx512, avx512_bf16 or amx'
+    )
 
 
 def test_a_level_that_is_not_there_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r'^the ISA override is "neon", expected scalar, avx2 or avx512$'):
+    with pytest.raises(
+        RuntimeError, match=r'^the ISA override is "neon", expected scalar, avx2, avx512, avx512_bf16 or amx$'
+    ):
         native.set_isa("neon")
 
 

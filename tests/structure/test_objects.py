@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+# What only levels from one on may hold: registers, products of bfloat16, tiles.
+FIRST_WITH = {"%ymm": "avx2", "%zmm": "avx512", "vdpbf16ps": "avx512_bf16", "tdpbf16ps": "amx", "%tmm": "amx"}
 Tool = Callable[..., list[str]]
 
 # What a kernel may call: libm for float64, and what the compiler itself makes of loops.
@@ -16,9 +18,13 @@ CALLED = {"exp", "log", "log1p", "tanh", "memcpy", "memset", "memmove", "_GLOBAL
 
 
 def _kernels(objects: Path, level: str) -> list[Path]:
-    found = sorted((objects / f"starflow_{level}.dir").rglob("*_cpu.cpp.o"))
+    found = sorted((objects / f"starflow_{level}.dir").rglob("*_*.cpp.o"))
     assert found, level
     return found
+
+
+def _op(path: Path) -> str:
+    return re.sub(r"_(cpu|dot)\.cpp\.o$", "", path.name)
 
 
 def _instructions(tool: Tool, path: Path) -> list[str]:
@@ -30,7 +36,6 @@ def _instructions(tool: Tool, path: Path) -> list[str]:
 def test_kernels_define_their_table_and_nothing_else(objects: Path, tool: Tool, level: str) -> None:
     """A weak symbol (an inline function of a header) could be the copy that the linker keeps for every machine."""
     for path in _kernels(objects, level):
-        op = path.name.removesuffix("_cpu.cpp.o")
         shared, undefined = [], set()
         for line in tool("nm", "-C", path):
             kind, name = line[17], line[19:]
@@ -38,7 +43,7 @@ def test_kernels_define_their_table_and_nothing_else(objects: Path, tool: Tool, 
                 undefined.add(name)
             elif kind not in "tdrb":
                 shared.append(name)
-        assert shared == [f"starflow::{level}::{op}"]
+        assert shared == [f"starflow::{level}::{_op(path)}"]
         assert undefined <= CALLED, path.name
 
 
@@ -50,19 +55,48 @@ def test_baseline_has_no_vector_extensions(objects: Path, tool: Tool) -> None:
             assert not re.search(r"%[yz]mm|%k[1-7]|^v[a-z]+ps|^v[a-z]+[sp]d", instruction), (path.name, instruction)
 
 
-@pytest.mark.parametrize("level, register", [("avx2", "%ymm"), ("avx512", "%zmm")])
-def test_each_level_uses_its_registers(objects: Path, tool: Tool, level: str, register: str) -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_no_level_uses_instructions_of_a_higher_one(objects: Path, tool: Tool, level: str) -> None:
     for path in _kernels(objects, level):
         text = "\n".join(_instructions(tool, path))
-        assert text.count(register) > 500, path.name
-        assert "vfmadd" in text
-        assert level == "avx512" or "%zmm" not in text
+        for word, first in FIRST_WITH.items():
+            assert LEVELS.index(level) >= LEVELS.index(first) or word not in text, (path.name, word)
+
+
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_each_level_uses_its_registers(objects: Path, tool: Tool, level: str) -> None:
+    register = "%ymm" if level == "avx2" else "%zmm"
+    for path in _kernels(objects, level):
+        # Packing a weight has no arithmetic.
+        assert "\n".join(_instructions(tool, path)).count(register) > (50 if _op(path) == "linear_pack" else 500), (
+            path.name
+        )
+
+
+def test_products_use_the_instructions_that_were_made_for_them(objects: Path, tool: Tool) -> None:
+    for level, product in (
+        ("avx2", "vfmadd"),
+        ("avx512", "vfmadd"),
+        ("avx512_bf16", "vdpbf16ps"),
+        ("amx", "tdpbf16ps"),
+    ):
+        for path in (objects / f"starflow_{level}.dir").rglob("*_dot.cpp.o"):
+            assert "\n".join(_instructions(tool, path)).count(product) > 10, (path.name, level)
+
+
+def test_every_level_has_the_kernels_of_its_sources(root: Path, objects: Path) -> None:
+    sources = [path.name for path in (root / "csrc/ops").rglob("*_*.cpp")]
+    for level in LEVELS:
+        suffixes = ("_cpu.cpp", "_dot.cpp") if LEVELS.index(level) <= LEVELS.index("avx512") else ("_dot.cpp",)
+        expected = {f"{name}.o" for name in sources if name.endswith(suffixes)}
+        assert {path.name for path in _kernels(objects, level)} == expected, level
 
 
 def test_kernel_files_include_neither_torch_nor_std(root: Path) -> None:
     """Followed through the project's own headers, kernel files reach only <cstdint> and intrinsics."""
     allowed = {"cstdint", "immintrin.h"}
-    for kernel in sorted((root / "csrc").rglob("*_cpu.cpp")):
+    kernels = [path for suffix in ("_cpu.cpp", "_dot.cpp") for path in sorted((root / "csrc").rglob(f"*{suffix}"))]
+    for kernel in kernels:
         seen, queue = set(), [kernel]
         while queue:
             for mark, name in re.findall(r'^#include ([<"])([^>"]+)', queue.pop().read_text(), re.M):

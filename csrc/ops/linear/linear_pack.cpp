@@ -40,8 +40,7 @@ std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
     if (weight.size(1) > 1 && weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
     const int64_t out_channels = weight.size(0);
     const int64_t in_channels = weight.size(1);
-    const Tensor panels = empty_like_shape(weight, panels_shape(kind, out_channels, in_channels), panels_type(kind));
-    cpu::prefer_large_pages(panels);
+    const Tensor panels = new_result(weight, panels_shape(kind, out_channels, in_channels), panels_type(kind));
     const Tensor column_scale = empty_like_shape(weight, {kind == Storage::int8 ? out_channels : 0}, ScalarType::Float);
     const LinearPackArgs args{weight.data_ptr(), *dtype_of(weight),
                               out_channels,      in_channels,

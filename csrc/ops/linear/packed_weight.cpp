@@ -50,7 +50,7 @@ std::vector<int64_t> panels_shape(Storage storage, int64_t out_channels, int64_t
     }
 }
 
-Panels panels_of(const char* op, const Tensor& panels, const std::optional<Tensor>& column_scale, int64_t out_channels,
+Panels panels_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
                  int64_t in_channels, const std::string& storage) {
     const Storage kind = storage_of(op, storage);
     const std::vector<int64_t> expected = panels_shape(kind, out_channels, in_channels);
@@ -61,17 +61,15 @@ Panels panels_of(const char* op, const Tensor& panels, const std::optional<Tenso
     require(
         shape_of(panels) == expected, op, "panels has shape", [&] { return shape_text(shape_of(panels)); },
         [&] { return shape_text(expected) + " for a weight of shape " + shape_text({out_channels, in_channels}); });
-    const float* scale = nullptr;
-    if (kind == Storage::int8) {
-        const bool good = column_scale.has_value() && column_scale->scalar_type() == ScalarType::Float &&
-                          shape_of(*column_scale) == std::vector<int64_t>{out_channels} &&
-                          column_scale->is_contiguous() && column_scale->is_cpu();
-        require(
-            good, op, "column_scale has shape",
-            [&] { return column_scale ? shape_text(shape_of(*column_scale)) : "none"; },
-            [&] { return "contiguous float32 of shape " + shape_text({out_channels}); });
-        scale = static_cast<const float*>(column_scale->data_ptr());
-    }
+    const bool scaled = kind == Storage::int8;
+    const std::vector<int64_t> scales{scaled ? out_channels : 0};
+    require(
+        column_scale.is_cpu() && column_scale.scalar_type() == ScalarType::Float && column_scale.is_contiguous(), op,
+        "column_scale has dtype", [&] { return dtype_text(column_scale); }, [] { return "contiguous float32"; });
+    require(
+        shape_of(column_scale) == scales, op, "column_scale has shape",
+        [&] { return shape_text(shape_of(column_scale)); }, [&] { return shape_text(scales); });
+    const float* scale = scaled ? static_cast<const float*>(column_scale.data_ptr()) : nullptr;
     return {panels.data_ptr(), scale, nullptr, out_channels, in_channels, kind};
 }
 

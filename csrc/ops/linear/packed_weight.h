@@ -1,6 +1,5 @@
 // A packed weight (starflow_ext.PackedWeight) as the entries of ops see it: its tensors checked, and the kernels' view.
 #pragma once
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,7 +16,7 @@ ScalarType panels_type(Storage storage);
 std::vector<int64_t> panels_shape(Storage storage, int64_t out_channels, int64_t in_channels);
 
 // Without a bias. The tensors must live as long as the view.
-Panels panels_of(const char* op, const Tensor& panels, const std::optional<Tensor>& column_scale, int64_t out_channels,
+Panels panels_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
                  int64_t in_channels, const std::string& storage);
 
 }  // namespace starflow

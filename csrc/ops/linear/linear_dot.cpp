@@ -1,0 +1,121 @@
+// Products of rows with packed panels and what follows them; the formula and the bytes are in linear.h, the products in
+// csrc/cpu/matmul.h. Compiled once for each ISA.
+#include "ops/linear/linear.h"
+
+#include "cpu/row_norm.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+template <class Lanes>
+Vec<float> load_from(const Matrix& matrix, int64_t row, int64_t c, Lanes lanes) {
+    const int64_t at = row * matrix.row_stride + c;
+    switch (matrix.dtype) {
+        case Dtype::bfloat16:
+            return load(static_cast<const BFloat16*>(matrix.data) + at, lanes);
+        case Dtype::float16:
+            return load(static_cast<const Float16*>(matrix.data) + at, lanes);
+        default:
+            return load(static_cast<const float*>(matrix.data) + at, lanes);
+    }
+}
+
+template <class Lanes>
+void store_to(const Matrix& matrix, int64_t row, int64_t c, Vec<float> value, Lanes lanes) {
+    const int64_t at = row * matrix.row_stride + c;
+    switch (matrix.dtype) {
+        case Dtype::bfloat16:
+            return store(static_cast<BFloat16*>(matrix.data) + at, value, lanes);
+        case Dtype::float16:
+            return store(static_cast<Float16*>(matrix.data) + at, value, lanes);
+        default:
+            return store(static_cast<float*>(matrix.data) + at, value, lanes);
+    }
+}
+
+// What follows the product, for some columns [c, c + lanes) of a row.
+template <class Lanes>
+void finish(const LinearArgs& args, int64_t row, int64_t c, Vec<float> sum, Lanes lanes) {
+    if (args.weights.column_scale != nullptr) sum = sum * load(args.weights.column_scale + c, lanes);
+    if (args.weights.bias != nullptr) sum = sum + load(args.weights.bias + c, lanes);
+    if (args.product.data != nullptr) store_to(args.product, row, c, sum, lanes);
+    if (args.epilogue == Epilogue::gelu) sum = gelu(sum);
+    if (args.epilogue == Epilogue::gelu_tanh) sum = gelu_tanh(sum);
+    if (args.multiply.data != nullptr) sum = sum * load_from(args.multiply, row, c, lanes);
+    if (args.residual.data != nullptr) sum = sum + load_from(args.residual, row, c, lanes);
+    store_to(args.out, row, c, sum, lanes);
+}
+
+// Rows [first, first + count) from the sums of a panel.
+void finish_panel(const LinearArgs& args, int64_t first, int64_t count, int64_t panel, const float* sums) {
+    using V = Vec<float>;
+    const int64_t begin = panel * panel_columns;
+    for (int64_t r = 0; r < count; ++r) {
+        for (int64_t c = 0; c < panel_columns; c += V::lanes) {
+            const int64_t left = args.weights.columns - begin - c;
+            if (left <= 0) break;
+            const V sum = load(sums + r * panel_columns + c, AllLanes{});
+            if (left >= V::lanes) {
+                finish(args, first + r, begin + c, sum, AllLanes{});
+            } else {
+                finish(args, first + r, begin + c, sum, FirstLanes{static_cast<int>(left)});
+            }
+        }
+    }
+}
+
+template <class Product, class T>
+void pack_rows(const PackedRows& packed, const LinearArgs& args, int64_t first) {
+    const T* x = static_cast<const T*>(args.x.data);
+    for (int64_t r = 0; r < packed.rows; ++r) {
+        pack_normalised_row<Product>(packed, r, x + (first + r) * args.x.row_stride, args.weights.depth, args.norm);
+    }
+}
+
+int64_t sums_bytes(int64_t rows) { return rows * panel_columns * static_cast<int64_t>(sizeof(float)); }
+
+int64_t scratch_bytes(const LinearArgs& args) {
+    return sums_bytes(args.row_block) + packed_bytes(args.row_block, args.weights.depth);
+}
+
+void multiply(const LinearArgs& args, int64_t begin, int64_t end, void* scratch) {
+    auto* sums = static_cast<float*>(scratch);
+    char* rows = static_cast<char*>(scratch) + sums_bytes(args.row_block);
+    const int64_t panels = args.weights.count();
+    visit_product(args.weights.storage, args.activations, [&](auto product) {
+        using Product = decltype(product);
+        while (begin < end) {
+            const int64_t first_row = begin / panels * args.row_block;
+            const int64_t left = args.rows - first_row;
+            const int64_t count = left < args.row_block ? left : args.row_block;
+            const PackedRows packed = packed_rows<Product>(rows, count, args.weights.depth);
+            switch (args.x.dtype) {
+                case Dtype::bfloat16:
+                    pack_rows<Product, BFloat16>(packed, args, first_row);
+                    break;
+                case Dtype::float16:
+                    pack_rows<Product, Float16>(packed, args, first_row);
+                    break;
+                default:
+                    pack_rows<Product, float>(packed, args, first_row);
+            }
+            const int64_t first = begin % panels;
+            const int64_t last = first + end - begin < panels ? first + end - begin : panels;
+            multiply_panels<Product>(packed, args.weights, first, last, sums, [&](int64_t panel, const float* sum) {
+                finish_panel(args, first_row, count, panel, sum);
+            });
+            begin += last - first;
+        }
+    });
+}
+
+}  // namespace
+
+// Two groups of tiles, or one of registers.
+#if defined(STARFLOW_TILES)
+const LinearKernels linear{2 * tile_rows, scratch_bytes, multiply};
+#else
+const LinearKernels linear{most_product_rows, scratch_bytes, multiply};
+#endif
+
+}  // namespace starflow::STARFLOW_ISA
