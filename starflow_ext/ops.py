@@ -7,6 +7,7 @@ from starflow_ext import affine_forward as _affine_forward
 from starflow_ext import affine_inverse as _affine_inverse
 from starflow_ext import jacobi_update as _jacobi_update
 from starflow_ext import norm as _norm
+from starflow_ext import rope_append as _rope_append
 from starflow_ext._spec import Spec
 from starflow_ext.affine_forward import affine_forward
 from starflow_ext.affine_inverse import affine_inverse
@@ -20,5 +21,5 @@ __all__ = ["affine_forward", "affine_inverse", "block_attention", "jacobi_update
 
 # The ops with native kernels.
 SPECS: Final[Mapping[str, Spec]] = {
-    module.SPEC.name: module.SPEC for module in (_affine_forward, _affine_inverse, _jacobi_update, _norm)
+    module.SPEC.name: module.SPEC for module in (_affine_forward, _affine_inverse, _jacobi_update, _norm, _rope_append)
 }
