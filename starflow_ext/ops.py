@@ -9,6 +9,7 @@ from starflow_ext import block_attention as _block_attention
 from starflow_ext import jacobi_update as _jacobi_update
 from starflow_ext import linear as _linear
 from starflow_ext import norm as _norm
+from starflow_ext import rope_append as _rope_append
 from starflow_ext._spec import Spec
 from starflow_ext.affine_forward import affine_forward
 from starflow_ext.affine_inverse import affine_inverse
@@ -35,5 +36,13 @@ __all__ = [
 # The ops with native kernels.
 SPECS: Final[Mapping[str, Spec]] = {
     module.SPEC.name: module.SPEC
-    for module in (_affine_forward, _affine_inverse, _block_attention, _jacobi_update, _linear, _norm)
+    for module in (
+        _affine_forward,
+        _affine_inverse,
+        _block_attention,
+        _jacobi_update,
+        _linear,
+        _norm,
+        _rope_append,
+    )
 }

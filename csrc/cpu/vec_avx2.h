@@ -150,6 +150,19 @@ inline void transpose(Vec<float> (&rows)[8]) {
     }
 }
 
+// Neighbours apart: (a, b) = u0 v0 u1 v1 ... to u and v; and together again.
+inline __m256 across_halves(__m256 a) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8)); }
+inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
+    u = Vec<float>(across_halves(_mm256_shuffle_ps(a.v, b.v, 0x88)));
+    v = Vec<float>(across_halves(_mm256_shuffle_ps(a.v, b.v, 0xdd)));
+}
+inline void interleave(Vec<float> u, Vec<float> v, Vec<float>& a, Vec<float>& b) {
+    const __m256 low = _mm256_unpacklo_ps(u.v, v.v);
+    const __m256 high = _mm256_unpackhi_ps(u.v, v.v);
+    a = Vec<float>(_mm256_permute2f128_ps(low, high, 0x20));
+    b = Vec<float>(_mm256_permute2f128_ps(low, high, 0x31));
+}
+
 inline Vec<float> round_to_integer(Vec<float> a) {
     return Vec<float>(_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

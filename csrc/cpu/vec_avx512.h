@@ -170,6 +170,18 @@ inline void transpose(Vec<float> (&rows)[16]) {
     }
 }
 
+// Neighbours apart: (a, b) = u0 v0 u1 v1 ... to u and v; and together again.
+inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    u = Vec<float>(_mm512_permutex2var_ps(a.v, even, b.v));
+    v = Vec<float>(_mm512_permutex2var_ps(a.v, _mm512_or_si512(even, _mm512_set1_epi32(1)), b.v));
+}
+inline void interleave(Vec<float> u, Vec<float> v, Vec<float>& a, Vec<float>& b) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a = Vec<float>(_mm512_permutex2var_ps(u.v, first, v.v));
+    b = Vec<float>(_mm512_permutex2var_ps(u.v, _mm512_or_si512(first, _mm512_set1_epi32(8)), v.v));
+}
+
 inline Vec<float> round_to_integer(Vec<float> a) {
     return Vec<float>(_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
