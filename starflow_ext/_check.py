@@ -63,6 +63,13 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
     check_device(op, name, tensor, like_name, like)
 
 
+def check_own_memory(op: str, name: str, tensor: Tensor) -> None:
+    """Check that a tensor can be written: no two of its places are one in memory."""
+    own = "a tensor of its own (an expanded one cannot be written; use .clone())"
+    shared = any(stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    require(not shared, op, f"{name} has", "elements that share memory", own)
+
+
 def require_first_order(op: str) -> None:
     """Refuse a gradient of the native gradient, which would silently be missing."""
     require(

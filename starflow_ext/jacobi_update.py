@@ -19,7 +19,7 @@ from starflow_ext._affine import (
     check_raw,
     guided_terms,
 )
-from starflow_ext._check import arithmetic_dtype, check_like, require
+from starflow_ext._check import arithmetic_dtype, check_like, check_own_memory, require
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Dtypes, Sample, Spec
@@ -96,13 +96,7 @@ def check(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, 
     check_like(op, "z", z, "x", x)
     require(0.0 <= guidance < float("inf"), op, "guidance is", f"{guidance:g}", "a finite number >= 0")
     check_raw(op, "x", x, raw, activation, soft_clip, halves=2 if guidance > 0.0 else 1)
-    require(
-        all(stride != 0 for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1),
-        op,
-        "x has",
-        "elements that share memory",
-        "a tensor of its own (an expanded one cannot be written; use .clone())",
-    )
+    check_own_memory(op, "x", x)
 
 
 _native = operators().jacobi_update.default

@@ -5,9 +5,11 @@ from typing import Final
 
 from starflow_ext import affine_forward as _affine_forward
 from starflow_ext import affine_inverse as _affine_inverse
+from starflow_ext import block_attention as _block_attention
 from starflow_ext import jacobi_update as _jacobi_update
 from starflow_ext import linear as _linear
 from starflow_ext import norm as _norm
+from starflow_ext import rope_append as _rope_append
 from starflow_ext._spec import Spec
 from starflow_ext.affine_forward import affine_forward
 from starflow_ext.affine_inverse import affine_inverse
@@ -33,5 +35,14 @@ __all__ = [
 
 # The ops with native kernels.
 SPECS: Final[Mapping[str, Spec]] = {
-    module.SPEC.name: module.SPEC for module in (_affine_forward, _affine_inverse, _jacobi_update, _linear, _norm)
+    module.SPEC.name: module.SPEC
+    for module in (
+        _affine_forward,
+        _affine_inverse,
+        _block_attention,
+        _jacobi_update,
+        _linear,
+        _norm,
+        _rope_append,
+    )
 }

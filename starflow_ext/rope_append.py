@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from starflow_ext._check import require
-from starflow_ext.norm import norm
+from starflow_ext._check import (
+    check_device,
+    check_floating,
+    check_like,
+    check_own_memory,
+    dtype_text,
+    require,
+    require_first_order,
+    shape_text,
+)
+from starflow_ext._load import operators
+from starflow_ext._mode import runs_in_torch
+from starflow_ext._spec import VARIANTS, Bound, Dtypes, Sample, Spec, tensors
+from starflow_ext.norm import norm_reference
 
 Pairing = Literal["interleaved", "half"]
 
@@ -45,15 +58,8 @@ def rotate(x: Tensor, rotation: Rotation, pairing: Pairing) -> Tensor:
     Reference:
         Su et al., RoFormer (2021), section 3.4.
     """
-    require(pairing in ("interleaved", "half"), "rope_append", "pairing is", f'"{pairing}"', '"interleaved" or "half"')
-    table = [x.shape[2], x.shape[3] // 2]
-    require(
-        list(rotation.cos.shape[-2:]) == table,
-        "rope_append",
-        "rotation has shape",
-        list(rotation.cos.shape),
-        f"[..., {table[0]}, {table[1]}] for {table[0]} tokens of head_dim {x.shape[3]}",
-    )
+    _check_pairing(pairing)
+    _check_rotation("rotation", rotation, x.shape[0], x.shape[2], x.shape[3])
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(dtype).unsqueeze(-3) for t in rotation)
     pairs = x.to(dtype).unflatten(-1, (-1, 2) if pairing == "interleaved" else (2, -1))
@@ -78,44 +84,80 @@ def rope_append(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the fused projection into rotated queries, keys and values; with a cache, write keys and values into it.
 
-    Plain torch on every device; there is no native kernel yet.
+    Native on the CPU, in one pass over ``qkv``; plain torch on CUDA devices.
 
     Args:
-        qkv: (batch, tokens, (heads + 2 * kv_heads) * head_dim): queries, keys, values, head-major.
+        qkv: (batch, tokens, (heads + 2 * kv_heads) * head_dim): queries, keys, values, head-major; float32, bfloat16,
+            float16 or float64.
         heads, kv_heads: numbers of heads.
         query_rotation, key_rotation: angles of the tokens; None leaves them unrotated (learned positions).
         query_norm, key_norm: RMSNorm weights (head_dim,), offsets from one; applied before the rotation.
         pairing: which elements form a plane.
-        cache: buffers that tokens are written to, at slots ``start .. start + tokens``; not differentiable.
-        start: first slot, one number or one for each sample (batch,).
-        final: (batch,) slots below it keep what they hold, whatever the tokens are; None writes all.
+        cache: buffers that tokens are written to, at slots ``start .. start + tokens``; float32, bfloat16 or float16
+            (float64 for float64 ``qkv``). No gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``.
+        start: first slot, one number or one for each sample (batch,) int64.
+        final: (batch,) int64; slots below it keep what they hold, whatever the tokens are; None writes all.
 
     Returns:
         q (batch, heads, tokens, head_dim), and k, v: (batch, kv_heads, tokens, head_dim) without a cache; with one,
         its first ``max(start) + tokens`` slots.
 
     Raises:
-        RuntimeError: if the channels do not split into the heads, or the cache is too short.
+        RuntimeError: if a shape, a dtype, a device or an option is wrong, the channels do not split into the heads, the
+            cache is too short, or a gradient through the cache is asked for.
 
     Reference:
         Su et al., RoFormer (2021); Henry et al., Query-Key Normalization for Transformers (2020).
     """
-    batch, tokens, width = qkv.shape
+    arguments = (qkv, heads, kv_heads, query_rotation, key_rotation, query_norm, key_norm, pairing, cache, start, final)
+    if cache is not None:
+        require(
+            not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors(arguments))),
+            "rope_append",
+            "gradient mode is",
+            "on for a tensor that requires a gradient",
+            "a call with a cache under torch.no_grad() or torch.inference_mode()",
+        )
+    if runs_in_torch(qkv):
+        return rope_append_reference(*arguments)
+    operator, lowered = _lower(*arguments)
+    if cache is None:
+        q, k, v = operator(*lowered)
+        return q, k, v
+    q = operator(*lowered)
+    end = _end(start, qkv.shape[1])
+    return q, cache.keys[:, :, :end], cache.values[:, :, :end]
+
+
+def rope_append_reference(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    query_rotation: Rotation | None,
+    key_rotation: Rotation | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    pairing: Pairing,
+    cache: Cache | None,
+    start: int | Tensor,
+    final: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ``rope_append`` in plain torch; arguments as there."""
+    check(qkv, heads, kv_heads, query_rotation, key_rotation, query_norm, key_norm, pairing, cache, start, final)
+    batch, tokens, _ = qkv.shape
     parts = heads + 2 * kv_heads
-    require(width % parts == 0, "rope_append", "qkv has channels", width, f"a multiple of {parts} (heads + 2 kv_heads)")
     q, k, v = qkv.unflatten(-1, (parts, -1)).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
     if query_norm is not None:
-        q = norm(q, query_norm, kind="rms_norm").to(v.dtype)
+        q = _normed(q, query_norm)
     if key_norm is not None:
-        k = norm(k, key_norm, kind="rms_norm").to(v.dtype)
+        k = _normed(k, key_norm)
     if query_rotation is not None:
         q = rotate(q, query_rotation, pairing)
     if key_rotation is not None:
         k = rotate(k, key_rotation, pairing)
     if cache is None:
         return q, k, v
-    end = (int(start.max()) if isinstance(start, Tensor) else start) + tokens
-    require(end <= cache.keys.shape[2], "rope_append", "cache holds", f"{cache.keys.shape[2]} slots", f"at least {end}")
+    end = _end(start, tokens)
     if isinstance(start, Tensor) or final is not None:
         rows = torch.arange(batch, device=qkv.device)[:, None]
         first = start[:, None] if isinstance(start, Tensor) else torch.full_like(rows, start)
@@ -129,3 +171,354 @@ def rope_append(
         cache.keys[:, :, start:end] = k
         cache.values[:, :, start:end] = v
     return q, cache.keys[:, :, :end], cache.values[:, :, :end]
+
+
+def _normed(x: Tensor, weight: Tensor) -> Tensor:
+    out = norm_reference(x, weight, None, "rms_norm", None)
+    assert isinstance(out, Tensor)
+    return out.to(x.dtype)
+
+
+def _end(start: int | Tensor, tokens: int) -> int:
+    if isinstance(start, Tensor):
+        start = int(start.max()) if start.numel() else 0
+    return start + tokens
+
+
+def check(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    query_rotation: Rotation | None,
+    key_rotation: Rotation | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    pairing: str,
+    cache: Cache | None,
+    start: int | Tensor,
+    final: Tensor | None,
+) -> None:
+    """Raise what the native op raises for the same mistake; arguments as of the reference."""
+    op = "rope_append"
+    head_dim = _check_heads(qkv, heads, kv_heads, query_rotation, key_rotation, query_norm, key_norm, pairing)
+    if cache is None:
+        return
+    _check_cache(qkv, kv_heads, head_dim, cache, start, final)
+    first, end = start, _end(start, qkv.shape[1])
+    if isinstance(first, Tensor):
+        first = int(first.min()) if first.numel() else 0
+    require(first >= 0, op, "start is", first, "a slot, at least 0")
+    require(end <= cache.keys.shape[2], op, "cache holds", f"{cache.keys.shape[2]} slots", f"at least {end}")
+
+
+def _check_heads(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    query_rotation: Rotation | None,
+    key_rotation: Rotation | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    pairing: str,
+) -> int:
+    op = "rope_append"
+    check_floating(op, "qkv", qkv)
+    require(qkv.dim() == 3, op, "qkv has shape", shape_text(qkv.shape), "(batch, tokens, channels)")
+    for name, count in (("heads", heads), ("kv_heads", kv_heads)):
+        require(count >= 1, op, f"{name} is", count, "at least 1")
+    batch, tokens, width = qkv.shape
+    parts = heads + 2 * kv_heads
+    require(width % parts == 0, op, "qkv has channels", width, f"a multiple of {parts} (heads + 2 kv_heads)")
+    _check_pairing(pairing)
+    head_dim = width // parts
+    for name, weight in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if weight is not None:
+            check_floating(op, name, weight)
+            shapes = shape_text(weight.shape), f"[{head_dim}] for head_dim of qkv"
+            require(list(weight.shape) == [head_dim], op, f"{name} has shape", *shapes)
+            check_device(op, name, weight, "qkv", qkv)
+    for name, rotation in (("query_rotation", query_rotation), ("key_rotation", key_rotation)):
+        if rotation is not None:
+            _check_rotation(name, rotation, batch, tokens, head_dim)
+            check_device(op, "rotation", rotation.cos, "qkv", qkv)
+    return head_dim
+
+
+def _check_pairing(pairing: str) -> None:
+    known = '"interleaved" or "half"'
+    require(pairing in ("interleaved", "half"), "rope_append", "pairing is", f'"{pairing}"', known)
+
+
+def _check_rotation(name: str, rotation: Rotation, batch: int, tokens: int, head_dim: int) -> None:
+    op = "rope_append"
+    require(head_dim % 2 == 0, op, "head_dim is", head_dim, "an even number for a rotation")
+    check_floating(op, "rotation", rotation.cos)
+    shape, table = list(rotation.cos.shape), [tokens, head_dim // 2]
+    expected = f"[..., {table[0]}, {table[1]}] for {tokens} tokens of head_dim {head_dim}"
+    require(shape in (table, [1, *table], [batch, *table]), op, "rotation has shape", shape, expected)
+    check_like(op, f"{name}.sin", rotation.sin, f"{name}.cos", rotation.cos)
+
+
+def _check_cache(
+    qkv: Tensor, kv_heads: int, head_dim: int, cache: Cache, start: int | Tensor | None, final: Tensor | None
+) -> None:
+    op = "rope_append"
+    keys, batch = cache.keys, qkv.shape[0]
+    wide = qkv.dtype == torch.float64
+    kept = (torch.float64,) if wide else (torch.float32, torch.bfloat16, torch.float16)
+    expected = f"{'float64' if wide else 'float32, bfloat16 or float16'} for qkv of {dtype_text(qkv.dtype)}"
+    require(keys.dtype in kept, op, "cache.keys has dtype", dtype_text(keys.dtype), expected)
+    fits = keys.dim() == 4 and (keys.shape[0], keys.shape[1], keys.shape[3]) == (batch, kv_heads, head_dim)
+    expected = f"[{batch}, {kv_heads}, capacity, {head_dim}]"
+    require(fits, op, "cache.keys has shape", shape_text(keys.shape), expected)
+    check_device(op, "cache.keys", keys, "qkv", qkv)
+    check_own_memory(op, "cache.keys", keys)
+    check_like(op, "cache.values", cache.values, "cache.keys", keys)
+    check_own_memory(op, "cache.values", cache.values)
+    for name, numbers in (("start", start), ("final", final)):
+        if isinstance(numbers, Tensor):
+            require(numbers.dtype == torch.int64, op, f"{name} has dtype", dtype_text(numbers.dtype), "int64")
+            shapes = shape_text(numbers.shape), f"[{batch}], one a sample"
+            require(list(numbers.shape) == [batch], op, f"{name} has shape", *shapes)
+            check_device(op, name, numbers, "qkv", qkv)
+
+
+_native = operators().rope_append.default
+_native_cached = operators().rope_append_cached.default
+_native_backward = operators().rope_append_backward.default
+
+
+def _lower(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    query_rotation: Rotation | None,
+    key_rotation: Rotation | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    pairing: Pairing,
+    cache: Cache | None,
+    start: int | Tensor,
+    final: Tensor | None,
+) -> tuple[Any, tuple[Any, ...]]:
+    tables = (*(query_rotation or (None, None)), *(key_rotation or (None, None)))
+    options = (qkv, heads, kv_heads, *tables, query_norm, key_norm, pairing)
+    if cache is None:
+        return _native, options
+    one, each = (0, start) if isinstance(start, Tensor) else (start, None)
+    return _native_cached, (*options, *cache, one, each, final)
+
+
+def _options(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    query_cos: Tensor | None,
+    query_sin: Tensor | None,
+    key_cos: Tensor | None,
+    key_sin: Tensor | None,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    pairing: str,
+) -> int:
+    """Check what the native operators share; their arguments. Returns head_dim."""
+    query = Rotation(query_cos, query_sin) if query_cos is not None and query_sin is not None else None
+    key = Rotation(key_cos, key_sin) if key_cos is not None and key_sin is not None else None
+    return _check_heads(qkv, heads, kv_heads, query, key, query_norm, key_norm, pairing)
+
+
+def _fake(qkv: Tensor, heads: int, kv_heads: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    head_dim = _options(qkv, heads, kv_heads, *options)
+    batch, tokens, _ = qkv.shape
+    q, k, v = (qkv.new_empty(batch, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+def _fake_cached(qkv: Tensor, heads: int, kv_heads: int, *rest: Any) -> Tensor:
+    *options, keys, values, _, starts, final = rest
+    head_dim = _options(qkv, heads, kv_heads, *options)
+    _check_cache(qkv, kv_heads, head_dim, Cache(keys, values), starts, final)
+    return qkv.new_empty(qkv.shape[0], heads, qkv.shape[1], head_dim)
+
+
+def _fake_backward(
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, heads: int, kv_heads: int, *options: Any
+) -> tuple[Tensor, Tensor]:
+    head_dim = _options(qkv, heads, kv_heads, *options)
+    *_, query_norm, key_norm, _ = options
+    normed = query_norm is not None or key_norm is not None
+    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
+    return qkv.new_empty(qkv.shape), qkv.new_empty(2 if normed else 0, head_dim, dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, *ctx.heads, query_cos, query_sin, key_cos, key_sin, query_norm, key_norm, ctx.pairing = inputs
+    tables = (query_cos, query_sin, key_cos, key_sin)
+    require(
+        not any(table is not None and table.requires_grad for table in tables),
+        "rope_append",
+        "rotation has",
+        "tables that require a gradient",
+        "tables without: their gradient exists in starflow_ext.reference_mode() only",
+    )
+    ctx.save_for_backward(qkv, *tables, query_norm, key_norm)
+
+
+def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
+    require_first_order("rope_append")
+    qkv, *options = ctx.saved_tensors
+    grad_qkv, weights = _native_backward(grad_q, grad_k, grad_v, qkv, *ctx.heads, *options, ctx.pairing)
+    grad_query, grad_key = (
+        None if norm is None else weights[index].to(norm.dtype) for index, norm in enumerate(options[-2:])
+    )
+    return grad_qkv, None, None, None, None, None, None, grad_query, grad_key, None
+
+
+torch.library.register_fake("starflow_ext::rope_append", _fake)
+torch.library.register_fake("starflow_ext::rope_append_cached", _fake_cached)
+torch.library.register_fake("starflow_ext::rope_append_backward", _fake_backward)
+torch.library.register_autograd("starflow_ext::rope_append", _backward, setup_context=_save)
+
+
+def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
+    data, kept = dtypes
+    exact = data == torch.float64
+
+    def draw(*shape: int, dtype: torch.dtype = data) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def angles(*shape: int) -> Rotation:
+        table = draw(*shape, dtype=torch.float64 if exact else torch.float32)
+        return Rotation(table.cos(), table.sin())
+
+    def sample(
+        label: str,
+        batch: int,
+        tokens: int,
+        head_dim: int,
+        heads: tuple[int, int] = (2, 1),
+        *,
+        rotations: str = "qk",
+        norms: str = "qk",
+        each: bool = False,
+        slots: int = 0,
+        **options: Any,
+    ) -> Sample:
+        arguments: dict[str, Any] = {
+            "qkv": draw(batch, tokens, (heads[0] + 2 * heads[1]) * head_dim),
+            "heads": heads[0],
+            "kv_heads": heads[1],
+        }
+        table = (*((batch,) if each else ()), tokens, head_dim // 2)
+        for short, name in (("q", "query"), ("k", "key")):
+            if short in rotations:
+                arguments[f"{name}_rotation"] = angles(*table)
+            if short in norms:
+                arguments[f"{name}_norm"] = draw(head_dim)
+        if slots:
+            shape = (batch, heads[1], slots, head_dim)
+            arguments["cache"] = Cache(draw(*shape, dtype=kept), draw(*shape, dtype=kept))
+        return Sample(label, arguments | options)
+
+    yield sample("defaults", 2, 5, 16, (4, 2))
+    yield sample("large", 6, 65, 64, (4, 2))
+    yield sample("one plane", 1, 1, 2)
+    yield sample("no samples", 0, 5, 8)
+    yield sample("no tokens", 2, 0, 8)
+    yield sample("no rotation, odd head_dim", 2, 3, 7, rotations="")
+    yield sample("nothing but the split", 2, 3, 9, rotations="", norms="")
+    yield sample("queries rotated", 2, 3, 8, rotations="q", norms="k")
+    yield sample("keys rotated, angles by sample", 2, 3, 8, rotations="k", norms="q", each=True)
+    yield sample("values in a cache", 2, 5, 16, (4, 2), slots=9, start=3)
+    yield sample("cache to its end", 2, 5, 8, slots=5)
+    yield sample("no tokens in a cache", 2, 0, 8, slots=5, start=2)
+    yield sample("final slots", 3, 4, 8, slots=9, start=2, final=torch.tensor([0, 4, 9]))
+    yield sample(
+        "starts by sample", 3, 4, 8, slots=9, each=True, start=torch.tensor([5, 0, 2]), final=torch.tensor([6, 0, 9])
+    )
+    for pairing in ("interleaved", "half"):
+        for head_dim in (6, 8, 16, 30, 32, 34, 48, 64, 66):
+            yield sample(f"{pairing}, head_dim {head_dim}", 1, 3, head_dim, pairing=pairing)
+        yield sample(f"{pairing}, cached", 1, 3, 34, pairing=pairing, slots=4, start=1, norms="")
+
+
+def _moved(sample: Sample) -> int:
+    """Bytes of qkv read; of q, k and v written; and of the tables."""
+    arguments = sample.arguments
+    qkv, cache = arguments["qkv"], arguments.get("cache")
+    kept = qkv.element_size() if cache is None else cache.keys.element_size()
+    elements = qkv.numel() // (arguments["heads"] + 2 * arguments["kv_heads"])
+    tables = tensors((arguments.get("query_rotation"), arguments.get("key_rotation")))
+    written = elements * (arguments["heads"] * qkv.element_size() + 2 * arguments["kv_heads"] * kept)
+    return int(qkv.nbytes + written + sum(table.nbytes for table in tables))
+
+
+def _case(
+    batch: int,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    *,
+    slots: int = 0,
+    norms: bool = False,
+    pairing: str = "interleaved",
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[torch.Generator], Sample]:
+    head_dim = 64
+
+    def draw(generator: torch.Generator) -> Sample:
+        qkv = torch.randn(batch, tokens, (heads + 2 * kv_heads) * head_dim, generator=generator).to(dtype)
+        table = torch.randn(tokens, head_dim // 2, generator=generator)
+        rotation = Rotation(table.cos(), table.sin())
+        arguments: dict[str, Any] = {"qkv": qkv, "heads": heads, "kv_heads": kv_heads, "pairing": pairing}
+        arguments |= {"query_rotation": rotation, "key_rotation": rotation}
+        if norms:
+            weight = torch.randn(head_dim, generator=generator)
+            arguments |= {"query_norm": weight, "key_norm": weight}
+        if slots:
+            shape = (batch, kv_heads, slots, head_dim)
+            arguments |= {"cache": Cache(*(torch.zeros(shape, dtype=dtype) for _ in "kv")), "start": slots - tokens}
+        return Sample(str(list(qkv.shape)), arguments)
+
+    return draw
+
+
+SPEC = Spec(
+    name="rope_append",
+    call=rope_append,
+    reference=rope_append_reference,
+    check=check,
+    # Of qkv and of the cache.
+    dtypes=(
+        *((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
+        (torch.float32, torch.bfloat16),
+        (torch.float32, torch.float16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+    ),
+    samples=_samples,
+    # Float32: 16 units of rounding, for a sum, a root, four products and a difference that may cancel. Half types add
+    # the rounding of what they store: nothing is rounded between norm, rotation and cache.
+    bounds={
+        torch.float64: Bound(1e-13, 1e-13),
+        torch.float32: Bound(2e-6, 4e-6),
+        torch.float16: Bound(1e-3, 4e-6),
+        torch.bfloat16: Bound(8e-3, 4e-6),
+    },
+    differentiable=("qkv", "query_norm", "key_norm"),
+    mutates=("cache",),
+    shared=("query_rotation", "key_rotation", "query_norm", "key_norm", "heads", "kv_heads"),
+    variants=VARIANTS[:-1],
+    lower=_lower,
+    cases={
+        "window": _case(1, 64, 4, 4, slots=320),
+        "window norms": _case(1, 64, 4, 4, slots=320, norms=True),
+        "window half": _case(1, 64, 4, 4, slots=320, pairing="half"),
+        "window bfloat16": _case(1, 64, 4, 4, slots=320, dtype=torch.bfloat16),
+        "wide window": _case(1, 64, 24, 8, slots=4096, norms=True),
+        "large": _case(8, 1024, 16, 16),
+        "large norms": _case(8, 1024, 16, 16, norms=True),
+        "large bfloat16": _case(8, 1024, 16, 16, norms=True, dtype=torch.bfloat16),
+    },
+    bytes_moved=_moved,
+)

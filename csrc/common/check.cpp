@@ -19,6 +19,15 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const ch
     check_device(op, name, tensor, like_name, like);
 }
 
+void check_own_memory(const char* op, const char* name, const Tensor& tensor) {
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+        require(
+            tensor.size(d) <= 1 || tensor.stride(d) != 0, op, std::string(name) + " has",
+            [] { return "elements that share memory"; },
+            [] { return "a tensor of its own (an expanded one cannot be written; use .clone())"; });
+    }
+}
+
 void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like) {
     require(
         device_text(tensor) == device_text(like), op, std::string(name) + " is on", [&] { return device_text(tensor); },

@@ -24,6 +24,10 @@ void check_floating(const char* op, const char* name, const Tensor& tensor);
 // A second tensor that must look like the first.
 void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 
+// A tensor that is written: two places of it that are one place in memory would be written twice, in an order that
+// nobody promises.
+void check_own_memory(const char* op, const char* name, const Tensor& tensor);
+
 // The same device as the first tensor's.
 void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 

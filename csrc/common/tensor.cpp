@@ -102,4 +102,8 @@ Rows rows_of(const Tensor& tensor) {
     return {tensor.data_ptr(), *leading_stride(tensor), tensor.stride(tensor.dim() - 2)};
 }
 
+Tensor as_parameter(const Tensor& tensor, ScalarType type) {
+    return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
 }  // namespace starflow

@@ -27,6 +27,8 @@ Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, S
 
 // The tensor itself where its channels lie side by side and its leading dimensions are one stride, else a copy.
 Tensor with_rows(const Tensor& tensor);
+// A small tensor (weights, tables) side by side and in another type, copied where it must be.
+Tensor as_parameter(const Tensor& tensor, ScalarType type);
 bool has_rows(const Tensor& tensor);
 Rows rows_of(const Tensor& tensor);
 

@@ -1,16 +1,46 @@
 // Softmax attention of a few query rows over keys and values stored as panels, for one key head. For kernel files.
 //
-//   out[r] = sum_k p[r, k] v[k] / sum_k p[r, k],   p[r, k] = exp(q[r] . k - m[r]) for the visible k,
+//   out[r] = sum_k p[r, k] v[k] / sum_k p[r, k],   p[r, k] = exp(scale * (q[r] . k - m[r])) for the visible k,
 //   m[r] the largest product so far: the sums are rescaled where it grows (online softmax), so that no row of products
 //   longer than a block of 64 keys exists.
 //
-// Row r sees the keys [0, prefix) and [first[r], last[r]); queries come scaled by 1 / sqrt(head_dim). Blocks of keys
-// begin at multiples of 64 whatever the queries are, so that a row's result does not depend on the rows beside it.
+// Blocks of keys begin at multiples of 64 whatever the queries are, so that a row's result does not depend on the rows
+// beside it. A block that no row of a group sees is not touched.
 #pragma once
 #include "cpu/matmul.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
+
+// What a query row sees: the keys [0, prefix) and [first, last).
+struct VisibleKeys {
+    int64_t prefix;
+    int64_t first;
+    int64_t last;
+
+    bool any_in(int64_t begin, int64_t end) const {
+        return begin < prefix || (first < end && last > begin && first < last);
+    }
+    bool all_in(int64_t begin, int64_t end) const {
+        return end <= prefix || (first <= (begin > prefix ? begin : prefix) && last >= end);
+    }
+};
+
+// Reads a byte of each line, so that it is in the caches later. Not prefetches: processors drop those when many wait
+// for memory already (measured on a Zen 4: a prefetch of everything changed nothing, these reads took a sixth off).
+inline void touch(const void* from, int64_t bytes) {
+    for (int64_t line = 0; line < bytes; line += 64) {
+        (void)static_cast<const volatile char*>(from)[line];
+    }
+}
+
+// Keys and values of one block of keys: panels of a (64, head_dim) matrix and of a (head_dim, 64) one.
+struct BlockPanels {
+    const char* keys;
+    int64_t key_panel_bytes;
+    const char* values;
+    int64_t value_panel_bytes;
+};
 
 // Keys and values of one key head: panels of a (slots, head_dim) matrix and of a (head_dim, slots) one.
 template <class Product>
@@ -20,13 +50,25 @@ struct PanelCache {
     int64_t head_depth;  // head_dim, padded
     int64_t slots;       // padded to key_block
 
-    static constexpr int64_t element_bytes = Product::weight_step / panel_columns;
-    const char* key_panel(int64_t key) const { return keys + key * head_depth * element_bytes; }
-    const char* value_panel(int64_t p, int64_t key) const {
-        return values + (p * slots + key) * panel_columns * element_bytes;
+    BlockPanels block(int64_t begin) const {
+        constexpr int64_t element_bytes = Product::weight_step / panel_columns;
+        constexpr int64_t row_bytes = panel_columns * element_bytes;
+        return {keys + begin * head_depth * element_bytes, head_depth * row_bytes, values + begin * row_bytes,
+                slots * row_bytes};
     }
-    // The whole of a block in this layout; caches are.
-    const PanelCache& block(int64_t) const { return *this; }
+
+    // A share of a block, into the second-level cache.
+    void touch_part(int64_t begin, int64_t part, int64_t parts) const {
+        if (begin >= slots) return;
+        const BlockPanels ahead = block(begin);
+        for (int64_t panel = part; panel < key_block / panel_columns; panel += parts) {
+            touch(ahead.keys + panel * ahead.key_panel_bytes, ahead.key_panel_bytes);
+        }
+        const int64_t value_bytes = key_block * Product::weight_step;
+        for (int64_t panel = part; panel < head_depth / panel_columns; panel += parts) {
+            touch(ahead.values + panel * ahead.value_panel_bytes, value_bytes);
+        }
+    }
 };
 
 // Store element (column c of panel `panel`, depth k), whatever the layout of the storage.
@@ -60,16 +102,17 @@ inline void put_value(char* values, int64_t slot, int64_t slots, int64_t head_di
     }
 }
 
-// What a tile of query rows needs while it runs, in floats: products, probabilities and what the row sums to so far.
+// What a tile of query rows needs while it runs.
 struct AttendScratch {
-    float* products;  // (most_rows, 64), as two panels
+    float* products;  // (group rows, 64), as two panels
     char* weights;    // packed rows of 64
     float* out;       // (value panels, rows, 32)
     float* largest;   // (rows,)
-    float* total;     // (rows,)
+    float* total;     // (rows, lanes): what a row's weights sum to so far, by lane
 
+    static constexpr int64_t lanes = Vec<float>::lanes;
     static constexpr int64_t bytes(int64_t rows, int64_t head_dim) {
-        return most_product_rows * key_block * 8 + rows * (round_up(head_dim, depth_multiple) + 2) * 4 + 5 * 64;
+        return most_product_rows * key_block * 8 + rows * (round_up(head_dim, depth_multiple) + lanes + 1) * 4 + 5 * 64;
     }
     static AttendScratch in(char* memory, int64_t rows, int64_t head_dim) {
         AttendScratch s;
@@ -82,117 +125,156 @@ struct AttendScratch {
         s.weights = take(most_product_rows * key_block * 4);
         s.out = reinterpret_cast<float*>(take(rows * round_up(head_dim, depth_multiple) * 4));
         s.largest = reinterpret_cast<float*>(take(rows * 4));
-        s.total = reinterpret_cast<float*>(take(rows * 4));
+        s.total = reinterpret_cast<float*>(take(rows * lanes * 4));
         return s;
     }
 };
 
 inline constexpr float no_product = -3.0e38F;  // below every product; what a hidden key counts as
+inline constexpr float log2_of_e = 1.44269504F;
+inline constexpr float least_power = -125.0F;  // 2 to it is nothing beside the largest weight, which is 1
 
-// A register at a time of one row's products with a block of keys: (group row, key).
-inline float* products_at(const AttendScratch& s, int64_t rows, int64_t row, int64_t key) {
-    return s.products + (key / panel_columns * rows + row) * panel_columns + key % panel_columns;
-}
-
-// Softmax weights of one row over one block, packed; `scale` by which its earlier sums shrink.
+// Softmax weights of a group's rows [begin, begin + count) over the block of keys at `block`, packed, from its
+// products. `shrink` becomes by what each row's earlier sums are to be multiplied; false where nothing changes.
 template <class Product>
-inline float weigh(const AttendScratch& s, int64_t rows, int64_t row, int64_t index, int64_t block, int64_t prefix,
-                   int64_t first, int64_t last) {
+inline bool weigh(const AttendScratch& s, int64_t count, int64_t begin, int64_t block, const VisibleKeys* visible,
+                  float scale, float (&shrink)[round_up(most_product_rows, Vec<float>::lanes)]) {
     using V = Vec<float>;
-    const int64_t end = block + key_block;
-    const auto hide = [&](int64_t from, int64_t to) {
-        for (int64_t k = from; k < to; ++k) *products_at(s, rows, row, k) = no_product;
+    using Cell = typename Product::Cell;
+    constexpr int registers = key_block / V::lanes;
+    const V slope(scale * log2_of_e);
+    const auto products = [&](int64_t row, int64_t key) {
+        return s.products + (key / panel_columns * count + row) * panel_columns + key % panel_columns;
     };
-    if (prefix < end) {
-        const int64_t shown = prefix > block ? prefix - block : 0;
-        const int64_t low = first > block ? (first < end ? first - block : key_block) : 0;
-        const int64_t high = last < end ? (last > block ? last - block : 0) : key_block;
-        if (low > shown) hide(shown, low);
-        if (high < key_block) hide(high > shown ? high : shown, key_block);
+    bool grows = false;
+    for (int64_t r = 0; r < count; ++r) {
+        const VisibleKeys& seen = visible[begin + r];
+        if (!seen.all_in(block, block + key_block)) {
+            const auto within = [block](int64_t key) {
+                return key < block ? 0 : key > block + key_block ? key_block : key - block;
+            };
+            const int64_t low = within(seen.first);
+            for (int64_t k = within(seen.prefix); k < low; ++k) *products(r, k) = no_product;
+            const int64_t high = within(seen.last > seen.prefix ? seen.last : seen.prefix);
+            for (int64_t k = high; k < key_block; ++k) *products(r, k) = no_product;
+        }
+        V most = load(products(r, 0), AllLanes{});
+        for (int64_t k = V::lanes; k < key_block; k += V::lanes) most = maximum(load(products(r, k), AllLanes{}), most);
+        const float before = s.largest[begin + r];
+        const float found = largest(most);
+        const float now = found > before ? found : before;
+        s.largest[begin + r] = now;
+        shrink[r] = before - now;
+        grows |= now != before;
     }
-    V largest(no_product);
-    for (int64_t k = 0; k < key_block; k += V::lanes) {
-        largest = maximum(load(products_at(s, rows, row, k), AllLanes{}), largest);
+    if (grows) {
+        for (int64_t r = 0; r < count; r += V::lanes) {
+            store(shrink + r, power_of_two(maximum(V(least_power), load(shrink + r, AllLanes{}) * slope)), AllLanes{});
+        }
     }
-    const float before = s.largest[index];
-    float now = before;
-    alignas(64) float lanes[V::lanes];
-    store(lanes, largest, AllLanes{});
-    for (int i = 0; i < V::lanes; ++i) now = now > lanes[i] ? now : lanes[i];
-    s.largest[index] = now;
-    V total(0.0F);
-    const PackedRows packed{s.weights, rows, key_block / Product::cell, rows};
-    pack_row<Product>(packed, row, key_block, [&](int64_t k, auto) {
-        const V product = load(products_at(s, rows, row, k), AllLanes{});
-        // A hidden key weighs nothing; NaN is no hidden key and stays.
-        const V weight =
-            select_greater(V(0.5F * no_product), product, V(0.0F), exponential(maximum(V(-87.0F), product - V(now))));
-        total = total + weight;
-        return weight;
-    });
-    const V shrink = exponential(maximum(V(-87.0F), V(before - now)));
-    store(lanes, shrink, AllLanes{});
-    const float scale = before <= 0.5F * no_product ? 0.0F : lanes[0];
-    s.total[index] = s.total[index] * scale + sum(total);
-    return scale;
+    for (int64_t r = 0; r < count; ++r) {
+        const V offset(0.0F - s.largest[begin + r]);
+        V total(0.0F);
+        const auto weigh_row = [&](const auto& hide) {
+            STARFLOW_UNROLL
+            for (int i = 0; i < registers; ++i) {
+                const int64_t k = i * V::lanes;
+                const V product = load(products(r, k), AllLanes{});
+                const V weight = hide(product, power_of_two(maximum(V(least_power), (product + offset) * slope)));
+                total = total + weight;
+                auto* cell = reinterpret_cast<Cell*>(s.weights + (k / Product::cell * count + r) * cell_bytes);
+                store(cell + k % Product::cell, weight, AllLanes{});
+            }
+        };
+        if (visible[begin + r].all_in(block, block + key_block)) {
+            weigh_row([](V, V weight) { return weight; });
+        } else {
+            // A hidden key weighs nothing; NaN is no hidden key and stays.
+            weigh_row(
+                [](V product, V weight) { return select_greater(V(0.5F * no_product), product, V(0.0F), weight); });
+        }
+        float* sum = s.total + (begin + r) * V::lanes;
+        const V earlier = load(sum, AllLanes{});
+        store(sum, total + (grows ? earlier * V(shrink[r]) : earlier), AllLanes{});
+    }
+    return grows;
 }
 
-// One tile of query rows. `cache.block(b)` gives a PanelCache that holds the block of keys from b on.
-// Leaves out (value panels, rows, 32), not yet divided by total, largest and total in the scratch.
+// One tile of query rows. `cache.block(b)` gives the BlockPanels of the keys from b on, a multiple of 64.
+// Leaves out (value panels, rows, 32), not yet divided by the total, largest and total in the scratch.
 template <class Product, class Cache>
-inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_dim, int64_t prefix,
-                   const int64_t* first, const int64_t* last, const AttendScratch& s) {
+inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_dim, const VisibleKeys* visible,
+                   float scale, const AttendScratch& s) {
     using V = Vec<float>;
     const int64_t rows = queries.rows;
     const int64_t panels = round_up(head_dim, panel_columns) / panel_columns;
-    const int64_t cells = queries.cells;
-    int64_t lowest = rows > 0 ? first[0] : 0;
-    int64_t highest = prefix;
+    int64_t highest = 0;
     for (int64_t r = 0; r < rows; ++r) {
-        lowest = first[r] < lowest ? first[r] : lowest;
-        highest = last[r] > highest ? last[r] : highest;
+        const int64_t last = visible[r].last > visible[r].prefix ? visible[r].last : visible[r].prefix;
+        highest = last > highest ? last : highest;
         s.largest[r] = no_product;
-        s.total[r] = 0.0F;
+        store(s.total + r * V::lanes, V(0.0F), AllLanes{});
     }
     for (int64_t i = 0; i < panels * rows * panel_columns; i += V::lanes) store(s.out + i, V(0.0F), AllLanes{});
     for (int64_t block = 0; block < highest; block += key_block) {
-        if (block >= prefix && block + key_block <= lowest) continue;
-        const auto& held = cache.block(block);
+        const auto seen_by = [&](int64_t begin, int64_t end) {
+            for (int64_t r = begin; r < end; ++r) {
+                if (visible[r].any_in(block, block + key_block)) return true;
+            }
+            return false;
+        };
+        if (!seen_by(0, rows)) continue;
+        const BlockPanels held = cache.block(block);
         for (int64_t g = 0; g < queries.groups(); ++g) {
             const int64_t count = queries.rows_in(g);
             const int64_t begin = g * queries.group;
-            bool any = block < prefix;
-            for (int64_t r = begin; r < begin + count; ++r) any |= first[r] < block + key_block && last[r] > block;
-            if (!any) continue;
+            // While this block is computed with, the next one comes: a core alone waits for memory as long as it
+            // computes with 64 rows.
+            const auto fetch = [&](int64_t part) {
+                cache.touch_part(block + key_block, 4 * g + part, 4 * queries.groups());
+            };
+            if (!seen_by(begin, begin + count)) continue;
             const MultiplyGroup multiply = GroupTable<Product, Product::most_rows>::pick(count);
-            for (int64_t half = 0; half < key_block; half += panel_columns) {
-                multiply(queries.group_data(g), held.key_panel(block + half), 0, cells, s.products + half * count,
-                         false);
+            for (int64_t half = 0; half < key_block / panel_columns; ++half) {
+                fetch(half);
+                multiply(queries.group_data(g), held.keys + half * held.key_panel_bytes, 0, queries.cells,
+                         s.products + half * panel_columns * count, false);
             }
-            float scale[most_product_rows];
-            bool shrinks = false;
-            for (int64_t r = 0; r < count; ++r) {
-                scale[r] = weigh<Product>(s, count, r, begin + r, block, prefix, first[begin + r], last[begin + r]);
-                shrinks |= scale[r] != 1.0F;
-            }
+            float shrink[round_up(most_product_rows, V::lanes)] = {};
+            const bool shrinks = weigh<Product>(s, count, begin, block, visible, scale, shrink);
             for (int64_t p = 0; p < panels; ++p) {
                 float* out = s.out + (p * rows + begin) * panel_columns;
                 if (shrinks) {
                     for (int64_t r = 0; r < count; ++r) {
                         for (int64_t c = 0; c < panel_columns; c += V::lanes) {
                             float* at = out + r * panel_columns + c;
-                            store(at, load(at, AllLanes{}) * V(scale[r]), AllLanes{});
+                            store(at, load(at, AllLanes{}) * V(shrink[r]), AllLanes{});
                         }
                     }
                 }
-                multiply(s.weights, held.value_panel(p, block), 0, key_block / Product::cell, out, true);
+                if (p < 2) fetch(2 + p);
+                multiply(s.weights, held.values + p * held.value_panel_bytes, 0, key_block / Product::cell, out, true);
             }
         }
     }
 }
 
-// 1 / total of a row, zero where it saw no key.
-inline float attended_scale(const AttendScratch& s, int64_t r) { return s.total[r] > 0.0F ? 1.0F / s.total[r] : 0.0F; }
+// What a row's weights sum to, and its inverse: zero where it saw no key.
+inline float attended_total(const AttendScratch& s, int64_t r) {
+    return sum(load(s.total + r * Vec<float>::lanes, AllLanes{}));
+}
+inline float attended_scale(const AttendScratch& s, int64_t r) {
+    const float total = attended_total(s, r);
+    return total > 0.0F ? 1.0F / total : 0.0F;
+}
+// log of the sum of exp(scale * product) over the visible keys; minus infinity where there are none.
+inline float attended_log(const AttendScratch& s, int64_t r, float scale) {
+    const float total = attended_total(s, r);
+    if (total == 0.0F) return -__builtin_inff();
+    float lanes[Vec<float>::lanes];
+    store(lanes, logarithm(Vec<float>(total)), AllLanes{});
+    return s.largest[r] * scale + (total > 0.0F ? lanes[0] : total);
+}
 
 }  // namespace
 }  // namespace starflow::STARFLOW_ISA

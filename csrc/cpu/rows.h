@@ -37,6 +37,16 @@ inline void zero_row(Storage* to, int64_t channels) {
     over_channels<V>(channels, [&](int64_t c, auto lanes) { store(to + c, V(0), lanes); });
 }
 
+// out[c] = sum over rows of in[row, c], for c in [begin, end): in (rows, channels).
+template <class V, class T>
+inline void sum_rows(const T* in, T* out, int64_t rows, int64_t channels, int64_t begin, int64_t end) {
+    over_channels<V>(end - begin, [&](int64_t c, auto lanes) {
+        V total(0);
+        for (int64_t row = 0; row < rows; ++row) total = total + load(in + row * channels + begin + c, lanes);
+        store(out + begin + c, total, lanes);
+    });
+}
+
 // The sum of term(c, lanes) over a row, in an order that depends on the number of channels alone. Four sums at a time:
 // one would wait four cycles for each addition.
 template <class V, class Term>

@@ -68,6 +68,14 @@ inline Vec<double> maximum_magnitude(Vec<double> a, Vec<double> b) {
 }
 inline double sum(Vec<double> a) { return a.v; }
 inline double largest_magnitude(Vec<double> a) { return a.v; }
+inline void deinterleave(Vec<double> a, Vec<double> b, Vec<double>& u, Vec<double>& v) {
+    u = a;
+    v = b;
+}
+inline void interleave(Vec<double> u, Vec<double> v, Vec<double>& a, Vec<double>& b) {
+    a = u;
+    b = v;
+}
 inline Vec<double> exponential(Vec<double> a) { return Vec<double>(__builtin_exp(a.v)); }
 inline Vec<double> logarithm(Vec<double> a) { return Vec<double>(__builtin_log(a.v)); }
 inline Vec<double> log1p_of_unit(Vec<double> a) { return Vec<double>(__builtin_log1p(a.v)); }

@@ -118,11 +118,49 @@ inline float sum(Vec<float> a) {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
+inline float largest(Vec<float> a) {
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
 inline float largest_magnitude(Vec<float> a) {
     const __m256i bits = _mm256_castps_si256(a.v);
     const __m128i four = _mm_max_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
     const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xb1))));
+}
+
+// Lane j of row i becomes lane i of row j.
+inline void transpose(Vec<float> (&rows)[8]) {
+    __m256 t[8];
+    __m256 u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+        t[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        for (int c = 0; c < 2; ++c) {
+            u[i + 2 * c] = _mm256_shuffle_ps(t[i + c], t[i + c + 2], 0x44);
+            u[i + 2 * c + 1] = _mm256_shuffle_ps(t[i + c], t[i + c + 2], 0xee);
+        }
+    }
+    for (int c = 0; c < 4; ++c) {
+        rows[c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x20);
+        rows[4 + c].v = _mm256_permute2f128_ps(u[c], u[4 + c], 0x31);
+    }
+}
+
+// Neighbours apart: (a, b) = u0 v0 u1 v1 ... to u and v; and together again.
+inline __m256 across_halves(__m256 a) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8)); }
+inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
+    u = Vec<float>(across_halves(_mm256_shuffle_ps(a.v, b.v, 0x88)));
+    v = Vec<float>(across_halves(_mm256_shuffle_ps(a.v, b.v, 0xdd)));
+}
+inline void interleave(Vec<float> u, Vec<float> v, Vec<float>& a, Vec<float>& b) {
+    const __m256 low = _mm256_unpacklo_ps(u.v, v.v);
+    const __m256 high = _mm256_unpackhi_ps(u.v, v.v);
+    a = Vec<float>(_mm256_permute2f128_ps(low, high, 0x20));
+    b = Vec<float>(_mm256_permute2f128_ps(low, high, 0x31));
 }
 
 inline Vec<float> round_to_integer(Vec<float> a) {

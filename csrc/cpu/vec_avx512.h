@@ -74,6 +74,21 @@ struct Pairs {
     __m512i v;
 };
 inline Pairs load_pairs(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
+// The first `count` values of 32, then zeros.
+inline Pairs load_pairs(const BFloat16* p, int count) {
+    return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p)};
+}
+inline Vec<float> as_floats(Pairs a) { return Vec<float>(_mm512_castsi512_ps(a.v)); }
+inline void store_pairs(BFloat16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
+// Two rows of 32 values as pairs of one value of each: those of the first 16, those of the last.
+inline void interleave(Pairs a, Pairs b, Pairs& first, Pairs& last) {
+    const __m512i low = _mm512_unpacklo_epi16(a.v, b.v);
+    const __m512i high = _mm512_unpackhi_epi16(a.v, b.v);
+    const __m512i from_low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i from_high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    first = {_mm512_permutex2var_epi64(low, from_low, high)};
+    last = {_mm512_permutex2var_epi64(low, from_high, high)};
+}
 inline Pairs broadcast_pair(const BFloat16* p) {
     int32_t bits;
     __builtin_memcpy(&bits, p, sizeof(bits));
@@ -121,8 +136,50 @@ inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {
     return Vec<float>(_mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v))));
 }
 inline float sum(Vec<float> a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest(Vec<float> a) { return _mm512_reduce_max_ps(a.v); }
 inline float largest_magnitude(Vec<float> a) {
     return bits_as<float>(_mm512_reduce_max_epi32(_mm512_castps_si512(a.v)));
+}
+
+// Lane j of row i becomes lane i of row j: 64 shuffles, each in one of four stages that double what lies together.
+inline void transpose(Vec<float> (&rows)[16]) {
+    __m512 t[16];
+    __m512 u[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+        t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+    }
+    const auto pairs = [](__m512 a, __m512 b, bool high) {
+        const __m512d x = _mm512_castps_pd(a);
+        const __m512d y = _mm512_castps_pd(b);
+        return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(x, y) : _mm512_unpacklo_pd(x, y));
+    };
+    for (int i = 0; i < 16; i += 4) {
+        for (int c = 0; c < 4; ++c) u[i + c] = pairs(t[i + c / 2], t[i + c / 2 + 2], c % 2 != 0);
+    }
+    // u[4 g + c] holds column 4 l + c of rows 4 g to 4 g + 3 in its quarter l.
+    for (int c = 0; c < 4; ++c) {
+        const __m512 even_top = _mm512_shuffle_f32x4(u[c], u[4 + c], 0x88);
+        const __m512 odd_top = _mm512_shuffle_f32x4(u[c], u[4 + c], 0xdd);
+        const __m512 even_bottom = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0x88);
+        const __m512 odd_bottom = _mm512_shuffle_f32x4(u[8 + c], u[12 + c], 0xdd);
+        rows[c].v = _mm512_shuffle_f32x4(even_top, even_bottom, 0x88);
+        rows[4 + c].v = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0x88);
+        rows[8 + c].v = _mm512_shuffle_f32x4(even_top, even_bottom, 0xdd);
+        rows[12 + c].v = _mm512_shuffle_f32x4(odd_top, odd_bottom, 0xdd);
+    }
+}
+
+// Neighbours apart: (a, b) = u0 v0 u1 v1 ... to u and v; and together again.
+inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    u = Vec<float>(_mm512_permutex2var_ps(a.v, even, b.v));
+    v = Vec<float>(_mm512_permutex2var_ps(a.v, _mm512_or_si512(even, _mm512_set1_epi32(1)), b.v));
+}
+inline void interleave(Vec<float> u, Vec<float> v, Vec<float>& a, Vec<float>& b) {
+    const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    a = Vec<float>(_mm512_permutex2var_ps(u.v, first, v.v));
+    b = Vec<float>(_mm512_permutex2var_ps(u.v, _mm512_or_si512(first, _mm512_set1_epi32(8)), v.v));
 }
 
 inline Vec<float> round_to_integer(Vec<float> a) {

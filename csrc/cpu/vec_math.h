@@ -22,6 +22,19 @@ inline Vec<float> exponential(Vec<float> x) {
     return times_power_of_two(multiply_add(r * r, q, r) + V(1.0F), n);
 }
 
+// 2^x for |x| <= 125; NaN stays. Error below 2.
+inline Vec<float> power_of_two(Vec<float> x) {
+    using V = Vec<float>;
+    const V n = round_to_integer(x);
+    const V r = x - n;
+    V q = multiply_add(V(0.00015453162942F), r, V(0.00133908633642F));
+    q = multiply_add(q, r, V(0.00961808255728F));
+    q = multiply_add(q, r, V(0.0555035711422F));
+    q = multiply_add(q, r, V(0.240226507606F));
+    q = multiply_add(q, r, V(0.693147188026F));
+    return times_power_of_two(multiply_add(q, r, V(1.0F)), n);
+}
+
 // 2 * atanh(s) for |s| <= 1/3: the odd series that both logarithms end in.
 inline Vec<float> twice_atanh(Vec<float> s) {
     using V = Vec<float>;

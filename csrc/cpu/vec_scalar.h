@@ -101,7 +101,18 @@ inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {
     return Vec<float>(bits_as<float>(x > y ? x : y));
 }
 inline float sum(Vec<float> a) { return a.v; }
+inline float largest(Vec<float> a) { return a.v; }
+inline void transpose(Vec<float> (&)[1]) {}
 inline float largest_magnitude(Vec<float> a) { return a.v; }
+// Neighbours apart, and together again: one lane has no neighbours.
+inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
+    u = a;
+    v = b;
+}
+inline void interleave(Vec<float> u, Vec<float> v, Vec<float>& a, Vec<float>& b) {
+    a = u;
+    b = v;
+}
 
 // 1.5 * 2^23 pushes the fraction out of the mantissa: rounds to nearest, and leaves the integer in the low bits.
 inline Vec<float> round_to_integer(Vec<float> a) { return Vec<float>((a.v + 0x1.8p23F) - 0x1.8p23F); }

@@ -151,6 +151,8 @@ class Conditioner(Transformer):
         stream = h[:, :text] if text else None
         return self._affine(self.put_out(h[:, text:]), shifted=self.sos_embed is None), stream
 
+    # What is cached has no gradient.
+    @torch.no_grad()
     def prefill_text(self, context: Tensor, layout: Layout, state: DecodeState, temperature: float | Tensor) -> None:
         """Writes keys and values of the text into the first slots of `state`."""
         text = _on(layout.text, context)

@@ -95,10 +95,6 @@ class Attention(nn.Module):
             start=attending.start,
             final=attending.final,
         )
-        if isinstance(attending.temperature, Tensor):
-            q = q / attending.temperature.to(q.dtype)[:, None, None, None]
-        elif attending.temperature != 1.0:
-            q = q / attending.temperature
         out = ops.block_attention(
             q,
             k,
@@ -106,6 +102,7 @@ class Attention(nn.Module):
             causal=attending.causal,
             q_start=None if cache is None else attending.start,
             frames=attending.frames,
+            temperature=attending.temperature,
         )
         out = out.transpose(1, 2).flatten(2)
         if self.post_norm is None:

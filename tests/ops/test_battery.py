@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import starflow_ext
+from starflow_ext._load import native
 from starflow_ext._spec import Sample, Spec, tensors
 
 from . import battery
@@ -204,6 +206,25 @@ def test_explain_names_a_variant_of_the_op(spec: Spec, isa: str) -> None:
     explanation = starflow_ext.explain(spec.name, **plain(spec).arguments)
     assert explanation.runs in spec.variants
     assert {explanation.runs, *explanation.refused} >= {*spec.variants, "torch"}
+
+
+@every_op
+def test_explain_on_a_cuda_device(spec: Spec) -> None:
+    """Tensors of the device without memory: no device is needed to ask."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        sample = plain(spec).map(lambda tensor: torch.empty_like(tensor, device="cuda"))
+        if "cuda" in spec.variants and not native.build_info()["cuda"]:
+            with pytest.raises(
+                RuntimeError, match=r"^explain: data is on cuda:0, expected cpu: this build has no CUDA"
+            ):
+                starflow_ext.explain(spec.name, **sample.arguments)
+            return
+        explanation = starflow_ext.explain(spec.name, **sample.arguments)
+    if "cuda" in spec.variants:
+        assert explanation.runs == "cuda"
+    else:
+        assert explanation.runs == "torch"
+        assert explanation.refused["cuda"] == "this op has no CUDA kernel yet"
 
 
 @with_dtypes(SPECS)

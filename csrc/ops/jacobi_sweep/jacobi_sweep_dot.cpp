@@ -258,8 +258,7 @@ struct Sweep {
             const int64_t heads = group - some < attend_rows ? group - some : attend_rows;
             const int64_t rows = tokens * heads;
             const PackedRows queries = packed_rows<Product>(mine.queries, rows, block.head_dim);
-            int64_t first[attend_rows];
-            int64_t last[attend_rows];
+            VisibleKeys visible[attend_rows];
             const float scale =
                 1.0F / (__builtin_sqrtf(static_cast<float>(block.head_dim)) * block.temperature[window.cache_row]);
             for (int64_t r = 0; r < rows; ++r) {
@@ -267,15 +266,14 @@ struct Sweep {
                 const float* query = shared.qkv + (window.first_row + token) * shared.qkv_stride +
                                      (head * group + some + r % heads) * block.head_dim;
                 pack_row<Product>(queries, r, block.head_dim,
-                                  [&](int64_t c, auto lanes) { return load(query + c, lanes) * Vec<float>(scale); });
-                first[r] = 0;
-                last[r] = window.slot + token + 1;
+                                  [&](int64_t c, auto lanes) { return load(query + c, lanes); });
+                visible[r] = {0, 0, window.slot + token + 1};
             }
             const int64_t offset = (window.cache_row * block.kv_heads + head) * head_size();
             const PanelCache<Product> cache{layer.keys + offset, layer.values + offset,
                                             round_up(block.head_dim, depth_multiple), round_up(block.slots, key_block)};
             const AttendScratch scratch = AttendScratch::in(mine.scratch, rows, block.head_dim);
-            attend<Product>(queries, cache, block.head_dim, 0, first, last, scratch);
+            attend<Product>(queries, cache, block.head_dim, visible, scale, scratch);
             for (int64_t r = 0; r < rows; ++r) {
                 float* out = shared.attended + (window.first_row + begin + r / heads) * shared.attended_stride +
                              (head * group + some + r % heads) * block.head_dim;

@@ -13,15 +13,6 @@ constexpr const char* op = "jacobi_update";
 
 const cpu::Variants<JacobiUpdateKernels> variants{STARFLOW_VARIANTS(jacobi_update)};
 
-// Two places of x that are one place in memory would be written twice, in an order that nobody promises.
-void check_no_overlap(const Tensor& x) {
-    for (int64_t d = 0; d < x.dim(); ++d) {
-        require(
-            x.size(d) <= 1 || x.stride(d) != 0, op, "x has", [] { return "elements that share memory"; },
-            [] { return "a tensor of its own (an expanded one cannot be written; use .clone())"; });
-    }
-}
-
 Tensor run_update(Tensor x, Tensor z, Tensor raw, const std::string& activation, double soft_clip, double guidance) {
     check_data(op, "x", x, true);
     check_like(op, "z", z, "x", x);
@@ -29,7 +20,7 @@ Tensor run_update(Tensor x, Tensor z, Tensor raw, const std::string& activation,
         guidance >= 0.0 && std::isfinite(guidance), op, "guidance is", [&] { return number_text(guidance); },
         [] { return "a finite number >= 0"; });
     const AffineShape shape = check_raw(op, "x", x, raw, activation, soft_clip, false, guidance > 0.0 ? 2 : 1);
-    check_no_overlap(x);
+    check_own_memory(op, "x", x);
     const Tensor target = with_rows(x);
     z = with_rows(z);
     raw = with_rows(raw);

@@ -1,7 +1,6 @@
 // Schema, checks and choice of variant; the formula is in norm.h.
 #include "ops/norm/norm.h"
 
-#include <algorithm>
 #include <tuple>
 
 #include "common/check.h"
@@ -55,11 +54,6 @@ Tensor as_rows(const Tensor& tensor) {
     return with_rows(tensor.dim() >= 2 ? tensor : torch::stable::unsqueeze(tensor, 0));
 }
 
-// A parameter as the kernels take it.
-Tensor as_parameter(const Tensor& tensor, ScalarType type) {
-    return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
 std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                               const std::string& kind, const std::optional<Tensor>& residual) {
     const NormShape shape = check(x, weight, bias, kind, residual);
@@ -81,23 +75,24 @@ std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& wei
         args.residual = rows_of(*added);
         args.sum = sum->data_ptr();
     }
-    cpu::parallel_rows(shape.batch * shape.tokens, shape.channels,
-                       [&](int64_t begin, int64_t end) { variants.pick().forward(args, begin, end); });
+    cpu::parallel_rows(
+        shape.batch * shape.tokens, shape.channels,
+        [&](int64_t begin, int64_t end) { variants.pick().forward(args, begin, end); }, cpu::light_grain_elements);
     return {out, sum};
 }
 
-Tensor run_forward(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string kind) {
+Tensor run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& kind) {
     return std::get<0>(run(x, weight, bias, kind, std::nullopt));
 }
 
-std::tuple<Tensor, Tensor> run_residual(Tensor x, Tensor weight, std::optional<Tensor> bias, std::string kind,
-                                        Tensor residual) {
+std::tuple<Tensor, Tensor> run_residual(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                        const std::string& kind, const Tensor& residual) {
     const auto [out, sum] = run(x, weight, bias, kind, residual);
     return {out, *sum};
 }
 
-std::tuple<Tensor, Tensor> run_backward(Tensor grad_out, std::optional<Tensor> grad_sum, Tensor x, Tensor weight,
-                                        std::string kind, bool with_bias) {
+std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_sum, const Tensor& x,
+                                        const Tensor& weight, const std::string& kind, bool with_bias) {
     const NormShape shape = check(x, weight, std::nullopt, kind, std::nullopt);
     const ScalarType type = arithmetic_type(shape.data);
     const Tensor values = as_rows(x);
@@ -105,12 +100,10 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_out, std::optional<Tensor> g
     const Tensor scale = as_parameter(weight, type);
     std::optional<Tensor> added;
     if (grad_sum.has_value()) added = as_rows(*grad_sum);
-    const int64_t rows = shape.batch * shape.tokens;
-    const int64_t rows_per_block = std::max(norm_block_rows, (rows + norm_blocks - 1) / norm_blocks);
-    const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block;
+    const RowBlocks blocks = blocks_of(shape.batch * shape.tokens);
     const int64_t width = shape.channels * (with_bias ? 2 : 1);
     const Tensor grad_x = new_result(x);
-    const Tensor partial = empty_like_shape(x, {blocks, width}, type);
+    const Tensor partial = empty_like_shape(x, {blocks.count, width}, type);
     const Tensor parameters = empty_like_shape(x, {with_bias ? 2 : 1, shape.channels}, type);
     const NormBackwardArgs args{shape,
                                 rows_of(upstream),
@@ -120,14 +113,16 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_out, std::optional<Tensor> g
                                 grad_x.data_ptr(),
                                 partial.data_ptr(),
                                 parameters.data_ptr(),
-                                rows_per_block,
                                 blocks,
                                 with_bias,
                                 worth_streaming(grad_x)};
     const NormKernels& kernels = variants.pick();
-    cpu::parallel_rows(blocks, rows_per_block * shape.channels,
-                       [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); });
-    cpu::parallel_rows(width, blocks, [&](int64_t begin, int64_t end) { kernels.sum_blocks(args, begin, end); });
+    cpu::parallel_rows(
+        blocks.count, blocks.per_block * shape.channels,
+        [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); }, cpu::light_grain_elements);
+    cpu::parallel_rows(
+        width, blocks.count, [&](int64_t begin, int64_t end) { kernels.sum_blocks(args, begin, end); },
+        cpu::light_grain_elements);
     return {grad_x, parameters};
 }
 

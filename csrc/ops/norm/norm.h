@@ -5,8 +5,7 @@
 // Gradient, with n = (s - mean) * inverse, g = grad_out * (offset + weight):
 //   grad_s = inverse * (g - sum(g) / C - n * sum(g * n) / C) + grad_sum    (rms_norm: without sum(g))
 //   grad_weight = sum over rows of grad_out * n,  grad_bias = sum over rows of grad_out
-// The sums over rows are taken within blocks of rows, then over the blocks; the blocks depend on the number of rows
-// alone, so that no gradient depends on the number of threads.
+// The sums over rows are taken within blocks of rows, then over the blocks (RowBlocks).
 //
 // x (batch, tokens, channels); weight, bias (channels,); out, residual and sum like x in the type of the arithmetic.
 // Memory: x is read once and out written once, float32 8 bytes an element, 16 with a residual; a row is read two or
@@ -16,10 +15,6 @@
 #include "cpu/variants.h"
 
 namespace starflow {
-
-// A row of sums for each parameter and block of rows.
-inline constexpr int64_t norm_block_rows = 32;
-inline constexpr int64_t norm_blocks = 256;
 
 struct NormShape {
     int64_t batch;
@@ -51,8 +46,7 @@ struct NormBackwardArgs {
     void* grad_x;      // contiguous
     void* partial;     // (blocks, parameters, channels) in the type of the arithmetic
     void* parameters;  // (parameters, channels): the sum of partial over the blocks
-    int64_t rows_per_block;
-    int64_t blocks;
+    RowBlocks blocks;
     bool with_bias;  // two parameters, else one
     bool stream;     // grad_x past the caches
 };

@@ -75,16 +75,13 @@ void backward_blocks(const NormBackwardArgs& args, int64_t begin, int64_t end) {
     using V = Vec<T>;
     const NormShape& shape = args.shape;
     const int64_t channels = shape.channels;
-    const int64_t rows = shape.batch * shape.tokens;
     const T* weight = static_cast<const T*>(args.weight);
     const V offset(static_cast<T>(shape.offset));
     for (int64_t block = begin; block < end; ++block) {
         T* weight_sum = static_cast<T*>(args.partial) + block * channels * (args.with_bias ? 2 : 1);
         T* bias_sum = args.with_bias ? weight_sum + channels : nullptr;
         zero_row<V>(weight_sum, channels * (args.with_bias ? 2 : 1));
-        const int64_t first = block * args.rows_per_block;
-        const int64_t last = first + args.rows_per_block < rows ? first + args.rows_per_block : rows;
-        for (int64_t row = first; row < last; ++row) {
+        for (int64_t row = args.blocks.begin(block); row < args.blocks.end(block); ++row) {
             const int64_t b = row / shape.tokens;
             const int64_t t = row % shape.tokens;
             const Data* x = row_of<const Data>(args.x, b, t);
@@ -122,21 +119,6 @@ void backward_blocks(const NormBackwardArgs& args, int64_t begin, int64_t end) {
     stream_fence();
 }
 
-template <class T>
-void sum_block_values(const NormBackwardArgs& args, int64_t begin, int64_t end) {
-    using V = Vec<T>;
-    const int64_t width = args.shape.channels * (args.with_bias ? 2 : 1);
-    const T* partial = static_cast<const T*>(args.partial) + begin;
-    T* parameters = static_cast<T*>(args.parameters) + begin;
-    over_channels<V>(end - begin, [&](int64_t c, auto lanes) {
-        V total(0);
-        for (int64_t block = 0; block < args.blocks; ++block) {
-            total = total + load(partial + block * width + c, lanes);
-        }
-        store(parameters + c, total, lanes);
-    });
-}
-
 void forward(const NormArgs& args, int64_t begin, int64_t end) {
     visit_dtype(args.shape.data, [&](auto data) {
         using Data = typename decltype(data)::type;
@@ -152,11 +134,18 @@ void backward(const NormBackwardArgs& args, int64_t begin, int64_t end) {
     visit_dtype(args.shape.data, [&](auto data) { backward_blocks<typename decltype(data)::type>(args, begin, end); });
 }
 
+template <class T>
+void sum_blocks_as(const NormBackwardArgs& args, int64_t begin, int64_t end) {
+    const int64_t width = args.shape.channels * (args.with_bias ? 2 : 1);
+    sum_rows<Vec<T>>(static_cast<const T*>(args.partial), static_cast<T*>(args.parameters), args.blocks.count, width,
+                     begin, end);
+}
+
 void sum_blocks(const NormBackwardArgs& args, int64_t begin, int64_t end) {
     if (args.shape.data == Dtype::float64) {
-        sum_block_values<double>(args, begin, end);
+        sum_blocks_as<double>(args, begin, end);
     } else {
-        sum_block_values<float>(args, begin, end);
+        sum_blocks_as<float>(args, begin, end);
     }
 }
 

@@ -1,0 +1,248 @@
+// Schema, checks and choice of variant; formula and mask are in block_attention.h.
+#include "ops/block_attention/block_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "common/check.h"
+#include "cpu/isa.h"
+#include "cpu/pages.h"
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+
+namespace starflow {
+namespace {
+
+constexpr const char* op = "block_attention";
+
+const cpu::Variants<AttentionKernels> variants{STARFLOW_DOT_VARIANTS(block_attention)};
+const cpu::Variants<AttentionBackwardKernels> backward_variants{STARFLOW_DOT_VARIANTS(block_attention_backward)};
+
+using Optional = std::optional<Tensor>;
+using OptionalInt = std::optional<int64_t>;
+
+// The mask and the scale as the operators take them.
+struct Options {
+    bool causal;
+    OptionalInt q_start;
+    Optional q_starts;
+    OptionalInt k_length;
+    Optional k_lengths;
+    int64_t prefix;
+    int64_t frame_tokens;  // 0: no frames
+    int64_t look_ahead;
+    int64_t window;  // -1: all
+    double temperature;
+    Optional temperatures;
+};
+
+void require_same(bool same, const char* argument, int64_t got, int64_t expected) {
+    require(same, op, argument, [&] { return got; }, [&] { return std::to_string(expected) + " like q"; });
+}
+
+AttentionShape check(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+    const auto check_dims = [](const char* name, const Tensor& tensor, const char* expected) {
+        require(
+            tensor.dim() == 4, op, std::string(name) + " has shape", [&] { return shape_text(shape_of(tensor)); },
+            [&] { return expected; });
+    };
+    check_dims("q", q, "(batch, heads, queries, head_dim)");
+    check_dims("k", k, "(batch, kv_heads, keys, head_dim)");
+    require_same(q.size(3) == k.size(3), "k has head_dim", k.size(3), q.size(3));
+    require(q.size(3) > 0, op, "q has head_dim", [] { return 0; }, [] { return "at least 1"; });
+    require_same(q.size(0) == k.size(0), "k has batch", k.size(0), q.size(0));
+    require(
+        shape_of(v) == shape_of(k), op, "v has shape", [&] { return shape_text(shape_of(v)); },
+        [&] { return shape_text(shape_of(k)) + " like k"; });
+    require(
+        k.size(1) > 0 && q.size(1) % k.size(1) == 0, op, "k has heads", [&] { return k.size(1); },
+        [&] { return "a divisor of the " + std::to_string(q.size(1)) + " heads of q"; });
+    const auto dtype = dtype_of(q);
+    require(
+        dtype.has_value() && dtype != Dtype::float64, op, "q has dtype", [&] { return dtype_text(q); },
+        [] { return "float32, bfloat16 or float16 (float64 in plain torch)"; });
+    for (const auto& [name, tensor] : {std::pair{"k", &k}, std::pair{"v", &v}}) {
+        require(
+            tensor->scalar_type() == q.scalar_type(), op, std::string(name) + " has dtype",
+            [&] { return dtype_text(*tensor); }, [&] { return dtype_text(q) + " like q"; });
+        check_device(op, name, *tensor, "q", q);
+    }
+    const auto check_batch = [&](const char* name, const Optional& values) {
+        if (!values.has_value()) return;
+        require(
+            shape_of(*values) == std::vector<int64_t>{q.size(0)}, op, std::string(name) + " has shape",
+            [&] { return shape_text(shape_of(*values)); }, [&] { return shape_text({q.size(0)}) + " for batch of q"; });
+        check_device(op, name, *values, "q", q);
+    };
+    check_batch("q_start", options.q_starts);
+    check_batch("k_length", options.k_lengths);
+    check_batch("temperature", options.temperatures);
+    return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), *dtype};
+}
+
+Tensor with_channels(const Tensor& tensor) {
+    return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+HeadRows rows_of(const Tensor& tensor) {
+    return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// Values of one tensor for each sample, in the type that kernels read; the tensors live as long as this.
+struct Prepared {
+    AttentionMask mask{};
+    float scale = 1.0F;
+    std::vector<float> scales;
+    Optional starts;
+    Optional lengths;
+
+    Prepared(const Options& options, const AttentionShape& shape) {
+        const auto as_integers = [](const Optional& values) -> Optional {
+            if (!values.has_value()) return std::nullopt;
+            return torch::stable::contiguous(
+                values->scalar_type() == ScalarType::Long ? *values : torch::stable::to(*values, ScalarType::Long));
+        };
+        starts = as_integers(options.q_starts);
+        lengths = as_integers(options.k_lengths);
+        mask.causal = options.causal;
+        mask.frames = options.frame_tokens > 0;
+        mask.prefix = options.prefix;
+        mask.frame_tokens = std::max<int64_t>(1, options.frame_tokens);
+        mask.look_ahead = options.look_ahead;
+        mask.window = options.window;
+        mask.start = options.q_start.value_or(shape.keys - shape.queries);
+        mask.length = options.k_length.value_or(shape.keys);
+        if (starts.has_value()) mask.starts = static_cast<const int64_t*>(starts->data_ptr());
+        if (lengths.has_value()) mask.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+        const double root = std::sqrt(static_cast<double>(shape.head_dim));
+        scale = static_cast<float>(1.0 / (root * options.temperature));
+        if (options.temperatures.has_value()) {
+            const Tensor values =
+                torch::stable::contiguous(torch::stable::to(*options.temperatures, ScalarType::Double));
+            const auto* data = static_cast<const double*>(values.data_ptr());
+            for (int64_t b = 0; b < shape.batch; ++b) scales.push_back(static_cast<float>(1.0 / (root * data[b])));
+        }
+    }
+    const float* scales_data() const { return scales.empty() ? nullptr : scales.data(); }
+};
+
+// Rows of a tile: enough to pack keys and values seldom, few enough that every thread has several tiles.
+int64_t tile_rows(const AttentionShape& shape, int64_t multiple) {
+    constexpr int64_t most = 126;  // whole groups of rows on every level
+    constexpr int64_t least = 56;  // packing takes a tenth of the time
+    const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
+    const int64_t heads = shape.batch * shape.kv_heads;
+    const int64_t wanted = (4 * torch::stable::get_num_threads() + heads - 1) / heads;
+    const int64_t tiles = std::max((rows + most - 1) / most, std::min(wanted, rows / least));
+    return round_up((rows + std::max<int64_t>(1, tiles) - 1) / std::max<int64_t>(1, tiles), multiple);
+}
+
+// Elements of a pass over memory that take as long as the products of one row with all keys.
+int64_t work_of_row(const AttentionShape& shape) { return std::max<int64_t>(1, shape.keys * shape.head_dim / 8); }
+
+// (batch, heads, queries, head_dim) whose heads of a token lie side by side: what follows reads whole tokens.
+Tensor new_by_token(const Tensor& like, const AttentionShape& shape, int64_t heads, int64_t rows) {
+    return torch::stable::transpose(new_result(like, {shape.batch, rows, heads, shape.head_dim}, like.scalar_type()), 1,
+                                    2);
+}
+
+std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
+    const AttentionShape shape = check(q, k, v, options);
+    const Tensor queries = with_channels(q);
+    const Tensor keys = with_channels(k);
+    const Tensor values = with_channels(v);
+    const Prepared prepared(options, shape);
+    const Tensor out = new_by_token(q, shape, shape.heads, shape.queries);
+    const Tensor lse = empty_like_shape(q, {shape.batch, shape.heads, shape.queries}, ScalarType::Float);
+    if (lse.numel() == 0) return {out, lse};
+    const AttentionKernels& kernels = variants.pick();
+    const AttentionArgs args{shape,
+                             prepared.mask,
+                             prepared.scale,
+                             prepared.scales_data(),
+                             rows_of(queries),
+                             rows_of(keys),
+                             rows_of(values),
+                             rows_of(out),
+                             static_cast<float*>(lse.data_ptr()),
+                             tile_rows(shape, kernels.row_multiple)};
+    const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
+    const int64_t tiles = (rows + args.tile_rows - 1) / args.tile_rows;
+    cpu::parallel_rows(shape.batch * shape.kv_heads * tiles, args.tile_rows * work_of_row(shape),
+                       [&](int64_t begin, int64_t end) {
+                           kernels.forward(args, begin, end, cpu::scratch(kernels.forward_scratch(args)));
+                       });
+    return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, bool causal, OptionalInt q_start, Optional q_starts,
+                                   OptionalInt k_length, Optional k_lengths, int64_t prefix, int64_t frame_tokens,
+                                   int64_t look_ahead, int64_t window, double temperature, Optional temperatures) {
+    return run_forward(q, k, v,
+                       {causal, q_start, q_starts, k_length, k_lengths, prefix, frame_tokens, look_ahead, window,
+                        temperature, temperatures});
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Optional grad_lse, Tensor q, Tensor k, Tensor v,
+                                            Tensor out, Tensor lse, bool causal, OptionalInt q_start, Optional q_starts,
+                                            OptionalInt k_length, Optional k_lengths, int64_t prefix,
+                                            int64_t frame_tokens, int64_t look_ahead, int64_t window,
+                                            double temperature, Optional temperatures) {
+    const Options options{causal,       q_start,    q_starts, k_length,    k_lengths,   prefix,
+                          frame_tokens, look_ahead, window,   temperature, temperatures};
+    const AttentionShape shape = check(q, k, v, options);
+    const Prepared prepared(options, shape);
+    const Tensor queries = with_channels(q);
+    const Tensor keys = with_channels(k);
+    const Tensor values = with_channels(v);
+    const Tensor results = with_channels(out);
+    const Tensor upstream = with_channels(grad_out);
+    const Tensor logs = torch::stable::contiguous(lse);
+    Optional upstream_logs;
+    if (grad_lse.has_value()) upstream_logs = torch::stable::contiguous(*grad_lse);
+    const Tensor grad_q = new_by_token(q, shape, shape.heads, shape.queries);
+    const Tensor grad_k = new_by_token(k, shape, shape.kv_heads, shape.keys);
+    const Tensor grad_v = new_by_token(v, shape, shape.kv_heads, shape.keys);
+    const AttentionBackwardArgs args{
+        shape,
+        prepared.mask,
+        prepared.scale,
+        prepared.scales_data(),
+        rows_of(queries),
+        rows_of(keys),
+        rows_of(values),
+        rows_of(results),
+        rows_of(upstream),
+        static_cast<const float*>(logs.data_ptr()),
+        upstream_logs.has_value() ? static_cast<const float*>(upstream_logs->data_ptr()) : nullptr,
+        rows_of(grad_q),
+        rows_of(grad_k),
+        rows_of(grad_v)};
+    const AttentionBackwardKernels& kernels = backward_variants.pick();
+    cpu::parallel_rows(
+        shape.batch * shape.kv_heads, (shape.queries + 1) * work_of_row(shape),
+        [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end, cpu::scratch(kernels.scratch(args))); });
+    return {grad_q, grad_k, grad_v};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
+    m.def(
+        "block_attention(Tensor q, Tensor k, Tensor v, bool causal, int? q_start, Tensor? q_starts, int? k_length, "
+        "Tensor? k_lengths, int prefix, int frame_tokens, int look_ahead, int window, float temperature, "
+        "Tensor? temperatures) -> (Tensor out, Tensor lse)");
+    m.def(
+        "block_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
+        "Tensor lse, bool causal, int? q_start, Tensor? q_starts, int? k_length, Tensor? k_lengths, int prefix, "
+        "int frame_tokens, int look_ahead, int window, float temperature, Tensor? temperatures) "
+        "-> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) {
+    m.impl("block_attention", TORCH_BOX(&forward));
+    m.impl("block_attention_backward", TORCH_BOX(&backward));
+}
+
+}  // namespace starflow

@@ -1,0 +1,131 @@
+// Online-softmax attention; formula, mask and bytes are in block_attention.h, the loop over keys in csrc/cpu/attend.h.
+// Compiled once for each ISA.
+#include "ops/block_attention/block_attention.h"
+
+#include "ops/block_attention/block_attention_rows.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+struct Scratch {
+    char* queries;
+    char* keys;
+    char* values;
+    VisibleKeys* visible;
+    char* attend;
+    int64_t bytes;
+
+    Scratch(const AttentionArgs& args, char* memory) {
+        int64_t offset = 0;
+        const auto take = [&](int64_t size) {
+            char* taken = memory + offset;
+            // Whole lines, an odd number of them: buffers of the same size would fall into the same sets of a cache.
+            offset += round_up(size, 128) + 64;
+            return taken;
+        };
+        const int64_t head_dim = args.shape.head_dim;
+        queries = take(packed_bytes(args.tile_rows, head_dim));
+        keys = take(panels_bytes(key_block, head_dim));
+        values = take(panels_bytes(key_block, head_dim));
+        visible = reinterpret_cast<VisibleKeys*>(take(args.tile_rows * static_cast<int64_t>(sizeof(VisibleKeys))));
+        attend = take(AttendScratch::bytes(args.tile_rows, head_dim));
+        bytes = offset;
+    }
+};
+
+// Keys and values of one key head, packed block by block as the tile comes to them.
+template <class Product, class T>
+struct PackedWhenUsed {
+    const T* keys;
+    int64_t key_stride;
+    const T* values;
+    int64_t value_stride;
+    int64_t end;  // keys from here on are seen by no row, and not read
+    int64_t head_dim;
+    char* key_panels;
+    char* value_panels;
+
+    BlockPanels block(int64_t begin) const {
+        constexpr int64_t row_bytes = Product::weight_step;
+        const int64_t left = end - begin;
+        const int64_t count = left < key_block ? left : key_block;
+        const int64_t depth = round_up(head_dim, depth_multiple);
+        pack_columns<Product>(BlockRows<T>{keys + begin * key_stride, key_stride, count, head_dim}, key_block, depth,
+                              key_panels);
+        pack_depth<Product>(BlockRows<T>{values + begin * value_stride, value_stride, count, head_dim}, key_block,
+                            key_block, value_panels);
+        return {key_panels, depth * row_bytes, value_panels, key_block * row_bytes};
+    }
+
+    void touch_part(int64_t begin, int64_t part, int64_t parts) const {
+        const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(T));
+        for (int64_t row = begin + part; row < begin + key_block && row < end; row += parts) {
+            touch(keys + row * key_stride, bytes);
+            touch(values + row * value_stride, bytes);
+        }
+    }
+};
+
+template <class Product, class T>
+void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t first, int64_t rows,
+                 const Scratch& scratch) {
+    const AttentionShape& shape = args.shape;
+    const int64_t head_dim = shape.head_dim;
+    const float scale = scale_of(args.scales, args.scale, b);
+    const PackedRows queries = packed_rows<Product>(scratch.queries, rows, head_dim);
+    int64_t end = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+        const T* query = row_at<const T>(args.q, shape, b, kv_head, first + r);
+        pack_row<Product>(queries, r, head_dim, [&](int64_t c, auto lanes) { return load(query + c, lanes); });
+        const VisibleKeys seen = visible_keys(args.mask, shape, b, (first + r) / group_of(shape));
+        scratch.visible[r] = seen;
+        end = seen.prefix > end ? seen.prefix : end;
+        end = seen.last > end ? seen.last : end;
+    }
+    const PackedWhenUsed<Product, T> cache{head_at<const T>(args.k, b, kv_head),
+                                           args.k.row_stride,
+                                           head_at<const T>(args.v, b, kv_head),
+                                           args.v.row_stride,
+                                           end,
+                                           head_dim,
+                                           scratch.keys,
+                                           scratch.values};
+    const AttendScratch attended = AttendScratch::in(scratch.attend, rows, head_dim);
+    attend<Product>(queries, cache, head_dim, scratch.visible, scale, attended);
+    for (int64_t r = 0; r < rows; ++r) {
+        T* out = row_at<T>(args.out, shape, b, kv_head, first + r);
+        const Vec<float> inverse(attended_scale(attended, r));
+        over_channels<Vec<float>>(head_dim, [&](int64_t c, auto lanes) {
+            const float* from = attended.out + (c / panel_columns * rows + r) * panel_columns + c % panel_columns;
+            store(out + c, load(from, lanes) * inverse, lanes);
+        });
+        args.lse[index_of(shape, b, kv_head, first + r)] = attended_log(attended, r, scale);
+    }
+}
+
+int64_t forward_scratch(const AttentionArgs& args) { return Scratch(args, nullptr).bytes; }
+
+void forward(const AttentionArgs& args, int64_t begin, int64_t end, void* memory) {
+    const Scratch scratch(args, static_cast<char*>(memory));
+    const int64_t rows = rows_of(args.shape);
+    const int64_t tiles = (rows + args.tile_rows - 1) / args.tile_rows;
+    visit_attention(args.shape.data, [&](auto element, auto product) {
+        for (int64_t item = begin; item < end; ++item) {
+            const int64_t head = item / tiles;
+            // A first tile and a last one in turn: with a causal mask later tiles have more to do, and threads take
+            // neighbouring items.
+            const int64_t turn = item % tiles;
+            const int64_t first = (turn % 2 == 0 ? turn / 2 : tiles - 1 - turn / 2) * args.tile_rows;
+            const int64_t left = rows - first;
+            attend_tile<decltype(product), decltype(element)>(args, head / args.shape.kv_heads,
+                                                              head % args.shape.kv_heads, first,
+                                                              left < args.tile_rows ? left : args.tile_rows, scratch);
+        }
+    });
+}
+
+}  // namespace
+
+const AttentionKernels block_attention{forward_scratch, forward, most_product_rows};
+
+}  // namespace starflow::STARFLOW_ISA
