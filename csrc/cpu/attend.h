@@ -237,7 +237,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
             const MultiplyGroup multiply = GroupTable<Product, Product::most_rows>::pick(count);
             for (int64_t half = 0; half < key_block / panel_columns; ++half) {
                 fetch(half);
-                multiply(queries.group_data(g), held.keys + half * held.key_panel_bytes, 0, queries.cells,
+                multiply(queries.group_data(g), held.keys + half * held.key_panel_bytes, 0, 0, queries.cells,
                          s.products + half * panel_columns * count, false);
             }
             float shrink[round_up(most_product_rows, V::lanes)] = {};
@@ -253,7 +253,8 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
                     }
                 }
                 if (p < 2) fetch(2 + p);
-                multiply(s.weights, held.values + p * held.value_panel_bytes, 0, key_block / Product::cell, out, true);
+                multiply(s.weights, held.values + p * held.value_panel_bytes, 0, 0, key_block / Product::cell, out,
+                         true);
             }
         }
     }
