@@ -95,14 +95,12 @@ ScalarType type_of(const std::string& name) {
     return ScalarType::Float;
 }
 
-// Rows that pass over the panels together: few enough that they stay in the second-level cache beside a panel.
-int64_t row_block_of(int64_t rows, int64_t depth, int64_t multiple) {
-    constexpr int64_t cached_bytes = int64_t{512} * 1024;
-    constexpr int64_t most = 168;
-    const int64_t row_bytes = std::max<int64_t>(1, depth) * static_cast<int64_t>(sizeof(float));
-    const int64_t fitting = std::clamp<int64_t>(cached_bytes / row_bytes, 4 * multiple, most);
-    const int64_t blocks = std::max<int64_t>(1, (rows + fitting - 1) / fitting);
-    return std::max<int64_t>(1, std::min(rows, round_up((rows + blocks - 1) / blocks, multiple)));
+// Rows that pass over the panels together: as many as stay in the second-level cache (128 of 3072 channels), in blocks
+// of the same size, so that no thread gets the small one. Half or three times as many are as fast.
+int64_t row_block_of(int64_t rows) {
+    constexpr int64_t most = 128;
+    const int64_t blocks = std::max<int64_t>(1, (rows + most - 1) / most);
+    return std::max<int64_t>(1, (rows + blocks - 1) / blocks);
 }
 
 void run_items(const LinearArgs& args, const LinearKernels& kernels) {
@@ -153,7 +151,7 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     args.residual = matrix_of(residual);
     args.out = {out.data_ptr(), out_channels, *dtype_of(out)};
     args.product = {keep_product ? product.data_ptr() : nullptr, out_channels, *dtype_of(out)};
-    args.row_block = row_block_of(rows, in_channels, kernels.row_multiple);
+    args.row_block = row_block_of(rows);
     if (rows > 0) run_items(args, kernels);
     return {out, product};
 }

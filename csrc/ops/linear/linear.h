@@ -37,7 +37,6 @@ struct LinearArgs {
 
 // Items [begin, end): a block of rows times a panel, panels running fastest.
 struct LinearKernels {
-    int64_t row_multiple;  // a good block of rows is a multiple
     int64_t (*scratch_bytes)(const LinearArgs& args);
     void (*multiply)(const LinearArgs& args, int64_t begin, int64_t end, void* scratch);
 };

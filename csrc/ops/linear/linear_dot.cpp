@@ -2,6 +2,7 @@
 // csrc/cpu/matmul.h. Compiled once for each ISA.
 #include "ops/linear/linear.h"
 
+#include "common/visit.h"
 #include "cpu/row_norm.h"
 
 namespace starflow::STARFLOW_ISA {
@@ -33,34 +34,52 @@ void store_to(const Matrix& matrix, int64_t row, int64_t c, Vec<float> value, La
     }
 }
 
-// What follows the product, for some columns [c, c + lanes) of a row.
-template <class Lanes>
-void finish(const LinearArgs& args, int64_t row, int64_t c, Vec<float> sum, Lanes lanes) {
-    if (args.weights.column_scale != nullptr) sum = sum * load(args.weights.column_scale + c, lanes);
+// What follows the product, for columns [c, c + lanes) of a row; `plain` is a bias alone.
+template <bool plain, class Lanes>
+inline Vec<float> finished(const LinearArgs& args, int64_t row, int64_t c, Vec<float> sum, Lanes lanes) {
+    if (!plain && args.weights.column_scale != nullptr) sum = sum * load(args.weights.column_scale + c, lanes);
     if (args.weights.bias != nullptr) sum = sum + load(args.weights.bias + c, lanes);
+    if constexpr (plain) return sum;
     if (args.product.data != nullptr) store_to(args.product, row, c, sum, lanes);
     if (args.epilogue == Epilogue::gelu) sum = gelu(sum);
     if (args.epilogue == Epilogue::gelu_tanh) sum = gelu_tanh(sum);
     if (args.multiply.data != nullptr) sum = sum * load_from(args.multiply, row, c, lanes);
     if (args.residual.data != nullptr) sum = sum + load_from(args.residual, row, c, lanes);
-    store_to(args.out, row, c, sum, lanes);
+    return sum;
 }
 
 // Rows [first, first + count) from the sums of a panel.
-void finish_panel(const LinearArgs& args, int64_t first, int64_t count, int64_t panel, const float* sums) {
+template <class Out, bool plain>
+void finish_rows(const LinearArgs& args, int64_t first, int64_t count, int64_t panel, const float* sums) {
     using V = Vec<float>;
     const int64_t begin = panel * panel_columns;
+    const int64_t width = args.weights.columns - begin < panel_columns ? args.weights.columns - begin : panel_columns;
     for (int64_t r = 0; r < count; ++r) {
-        for (int64_t c = 0; c < panel_columns; c += V::lanes) {
-            const int64_t left = args.weights.columns - begin - c;
-            if (left <= 0) break;
-            const V sum = load(sums + r * panel_columns + c, AllLanes{});
-            if (left >= V::lanes) {
-                finish(args, first + r, begin + c, sum, AllLanes{});
-            } else {
-                finish(args, first + r, begin + c, sum, FirstLanes{static_cast<int>(left)});
-            }
-        }
+        const float* sum = sums + r * panel_columns;
+        Out* out = static_cast<Out*>(args.out.data) + (first + r) * args.out.row_stride + begin;
+        over_channels<V>(width, [&](int64_t c, auto lanes) {
+            store(out + c, finished<plain>(args, first + r, begin + c, load(sum + c, AllLanes{}), lanes), lanes);
+        });
+    }
+}
+
+void finish_panel(const LinearArgs& args, int64_t first, int64_t count, int64_t panel, const float* sums) {
+    // A twelfth of the whole call, where the depth is 256.
+    const bool plain = args.weights.column_scale == nullptr && args.product.data == nullptr &&
+                       args.epilogue == Epilogue::none && args.multiply.data == nullptr &&
+                       args.residual.data == nullptr;
+    const auto run = [&](auto out) {
+        using Out = typename decltype(out)::type;
+        plain ? finish_rows<Out, true>(args, first, count, panel, sums)
+              : finish_rows<Out, false>(args, first, count, panel, sums);
+    };
+    switch (args.out.dtype) {
+        case Dtype::bfloat16:
+            return run(Type<BFloat16>{});
+        case Dtype::float16:
+            return run(Type<Float16>{});
+        default:
+            return run(Type<float>{});
     }
 }
 
@@ -111,11 +130,6 @@ void multiply(const LinearArgs& args, int64_t begin, int64_t end, void* scratch)
 
 }  // namespace
 
-// Two groups of tiles, or one of registers.
-#if defined(STARFLOW_TILES)
-const LinearKernels linear{2 * tile_rows, scratch_bytes, multiply};
-#else
-const LinearKernels linear{most_product_rows, scratch_bytes, multiply};
-#endif
+const LinearKernels linear{scratch_bytes, multiply};
 
 }  // namespace starflow::STARFLOW_ISA
