@@ -91,21 +91,18 @@ void backward_blocks(const NormBackwardArgs& args, int64_t begin, int64_t end) {
             const Statistics<T> found = statistics<V, T>(shape, x);
             const V mean(found.mean);
             const V inverse(found.inverse);
-            T along_one = 0;
-            if (shape.centred) {
-                along_one = sum_over<V>(channels, [&](int64_t c, auto lanes) {
-                    return load(grad_out + c, lanes) * (offset + load(weight + c, lanes));
-                });
-            }
+            V along_one(0);
             const T along_normed = sum_over<V>(channels, [&](int64_t c, auto lanes) {
                 const V normed = (load(x + c, lanes) - mean) * inverse;
                 const V upstream = load(grad_out + c, lanes);
                 // The sums over rows ride along: this row is in registers now.
                 store(weight_sum + c, multiply_add(upstream, normed, load(weight_sum + c, lanes)), lanes);
                 if (bias_sum != nullptr) store(bias_sum + c, upstream + load(bias_sum + c, lanes), lanes);
-                return upstream * (offset + load(weight + c, lanes)) * normed;
+                const V gradient = upstream * (offset + load(weight + c, lanes));
+                along_one = along_one + gradient;
+                return gradient * normed;
             });
-            const V one_part(along_one / static_cast<T>(channels));
+            const V one_part(shape.centred ? sum(along_one) / static_cast<T>(channels) : T(0));
             const V normed_part(along_normed / static_cast<T>(channels));
             over_channels<V>(channels, [&](int64_t c, auto lanes) {
                 const V normed = (load(x + c, lanes) - mean) * inverse;
