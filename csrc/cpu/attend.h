@@ -71,6 +71,23 @@ struct PanelCache {
     }
 };
 
+// Calls visitor(Product{}) with what attention multiplies by, for keys and values stored so: registers on every level.
+// A block of 64 keys is two cells deep, which leaves tiles of AMX little to do for each time they are filled.
+template <class Visitor>
+inline void visit_attention_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
+    switch (storage) {
+        case Storage::bfloat16:
+#if defined(__AVX512BF16__)
+            if (activations == Activations::bfloat16) return visitor(PairsProduct{});
+#endif
+            return visitor(WidenedPairsProduct<1>{});
+        case Storage::float16:
+            return visitor(WidenedProduct<Float16>{});
+        default:
+            return visitor(WidenedProduct<float>{});
+    }
+}
+
 // Store element (column c of panel `panel`, depth k), whatever the layout of the storage.
 inline void put_element(float* panel, int64_t k, int64_t c, float value) { panel[k * panel_columns + c] = value; }
 template <class Half>
@@ -237,7 +254,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
             const MultiplyGroup multiply = GroupTable<Product, Product::most_rows>::pick(count);
             for (int64_t half = 0; half < key_block / panel_columns; ++half) {
                 fetch(half);
-                multiply(queries.group_data(g), held.keys + half * held.key_panel_bytes, 0, queries.cells,
+                multiply(queries.group_data(g), held.keys + half * held.key_panel_bytes, 0, 0, queries.cells,
                          s.products + half * panel_columns * count, false);
             }
             float shrink[round_up(most_product_rows, V::lanes)] = {};
@@ -253,7 +270,8 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
                     }
                 }
                 if (p < 2) fetch(2 + p);
-                multiply(s.weights, held.values + p * held.value_panel_bytes, 0, key_block / Product::cell, out, true);
+                multiply(s.weights, held.values + p * held.value_panel_bytes, 0, 0, key_block / Product::cell, out,
+                         true);
             }
         }
     }

@@ -83,7 +83,7 @@ template <class Product>
 inline void multiply_rows(const PackedRows& rows, const char* panel, float* sums, bool accumulate) {
     for (int64_t g = 0; g < rows.groups(); ++g) {
         GroupTable<Product, Product::most_rows>::pick(rows.rows_in(g))(
-            rows.group_data(g), panel, 0, rows.cells, sums + g * rows.group * panel_columns, accumulate);
+            rows.group_data(g), panel, 0, 0, rows.cells, sums + g * rows.group * panel_columns, accumulate);
     }
 }
 
