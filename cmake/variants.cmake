@@ -33,9 +33,10 @@ function(starflow_add_cpu_variants target)
     target_include_directories(starflow_${isa} PRIVATE csrc)
     target_compile_definitions(starflow_${isa} PRIVATE STARFLOW_ISA=${isa} STARFLOW_X86=${STARFLOW_X86}
                                STARFLOW_CUDA=${STARFLOW_WITH_CUDA})
-    # The same bits wherever the compiler could fuse a product and a sum or not; and no errno, so that square roots are
-    # one instruction.
-    target_compile_options(starflow_${isa} PRIVATE ${STARFLOW_FLAGS_${isa}} -ffp-contract=off -fno-math-errno)
+    # The same bits wherever the compiler could fuse a product and a sum or not; no errno, so that square roots are one
+    # instruction; no exceptions, whose tables would be symbols that a level shares with all.
+    target_compile_options(starflow_${isa} PRIVATE ${STARFLOW_FLAGS_${isa}} -ffp-contract=off -fno-math-errno
+                           -fno-exceptions)
     target_sources(${target} PRIVATE $<TARGET_OBJECTS:starflow_${isa}>)
   endforeach()
 endfunction()

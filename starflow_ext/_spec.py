@@ -75,6 +75,7 @@ class Spec:
             is mostly called; one is labelled "large": several grains of work, batch (at least 6) in front.
         bounds: of results and gradients, by the dtype that they are stored in; dtypes without a bound are exact.
         differentiable: arguments that have first-order gradients, in calls that overwrite nothing.
+        autocast: under autocast the operands are rounded to its dtype, as by torch's own op; else nothing is.
         mutates: arguments that are overwritten.
         shared: arguments whose tensors do not have the batch in front.
         variants: those that the op has, of ``VARIANTS`` or further CPU levels in rising order. Without "cuda", tensors
@@ -95,6 +96,7 @@ class Spec:
     samples: Callable[[Dtypes, torch.Generator], Iterator[Sample]]
     bounds: Mapping[torch.dtype, Bound]
     differentiable: tuple[str, ...] = ()
+    autocast: bool = False
     mutates: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     variants: tuple[str, ...] = VARIANTS

@@ -494,6 +494,7 @@ SPEC = Spec(
         torch.bfloat16: Bound(8e-3, 8e-3),
     },
     differentiable=("q", "k", "v"),
+    autocast=True,
     variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx"),
     refuses=lambda variant, q, **arguments: _why_torch(q),
     lower=_lower,

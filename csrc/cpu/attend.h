@@ -71,6 +71,23 @@ struct PanelCache {
     }
 };
 
+// Calls visitor(Product{}) with what attention multiplies by, for keys and values stored so: registers on every level.
+// A block of 64 keys is two cells deep, which leaves tiles of AMX little to do for each time they are filled.
+template <class Visitor>
+inline void visit_attention_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
+    switch (storage) {
+        case Storage::bfloat16:
+#if defined(__AVX512BF16__)
+            if (activations == Activations::bfloat16) return visitor(PairsProduct{});
+#endif
+            return visitor(WidenedPairsProduct<1>{});
+        case Storage::float16:
+            return visitor(WidenedProduct<Float16>{});
+        default:
+            return visitor(WidenedProduct<float>{});
+    }
+}
+
 // Store element (column c of panel `panel`, depth k), whatever the layout of the storage.
 inline void put_element(float* panel, int64_t k, int64_t c, float value) { panel[k * panel_columns + c] = value; }
 template <class Half>

@@ -231,7 +231,7 @@ struct Sweep {
     }
 
     void attend_all(int64_t member, const SweepLayer& layer) const {
-        visit_register_product(block.cache, block.activations, [&](auto product) {
+        visit_attention_product(block.cache, block.activations, [&](auto product) {
             using Product = decltype(product);
             int64_t item = 0;
             const int64_t tokens = tile_tokens();

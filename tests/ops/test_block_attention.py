@@ -1,0 +1,241 @@
+"""What is special to block_attention: the mask as a rule, rows that see nothing, and rows that stand alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import starflow_ext
+from starflow_ext import ops
+from starflow_ext._load import native
+from starflow_ext.block_attention import SPEC, FrameMask
+
+from .battery import assert_refused, plain
+
+# Of results, relative to the largest value, and of gradients: bfloat16 rounds weights to 8 bits before each product.
+BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+LEVELS = [level for level, missing in native.isa_levels().items() if not missing]
+
+
+def _draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def _exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """By the definition, in float64, with a dense mask (batch, queries, keys)."""
+    q, k, v = (x.double() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    products = q @ k.transpose(-1, -2) / (q.shape[-1] ** 0.5 * temperature)
+    mask = mask[:, None].expand_as(products)
+    weights = torch.where(mask, products, -1e300).softmax(-1) if k.shape[2] else products
+    lse = torch.where(mask, products, -torch.inf).logsumexp(-1)
+    return torch.where(mask, weights, 0.0) @ v, lse
+
+
+def _dense(
+    batch: int,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    start: Tensor,
+    length: Tensor,
+    frames: FrameMask | None,
+) -> Tensor:
+    position, key = start[:, None] + torch.arange(queries), torch.arange(keys)
+    mask = (key < length[:, None, None]).expand(batch, queries, keys).clone()
+    if causal:
+        mask &= key <= position[..., None]
+    if frames is not None:
+        for b in range(batch):
+            mask[b] &= frames.visible(position[b], key)
+    return mask
+
+
+@st.composite
+def _calls(draw: Any) -> dict[str, Any]:
+    """Any shape and any mask."""
+    queries, keys = draw(st.integers(0, 140)), draw(st.integers(0, 140))
+    batch, kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.sampled_from([1, 1, 2, 5]))
+    frames = None
+    if draw(st.booleans()):
+        look_ahead = draw(st.integers(1, 3))
+        window = draw(st.sampled_from([None, look_ahead - 1, look_ahead, 4]))
+        frames = FrameMask(draw(st.integers(0, 70)), draw(st.integers(1, 40)), look_ahead, window)
+    causal = draw(st.booleans())
+    given_start = frames is not None or (causal and draw(st.booleans()))
+    number = st.integers(-5, 150)
+    return {
+        "level": draw(st.sampled_from(LEVELS)),
+        "dtype": draw(st.sampled_from(list(BOUNDS))),
+        "shape": (batch, kv_heads, group, queries, keys, draw(st.integers(1, 70))),
+        "causal": causal,
+        "frames": frames,
+        "start": [draw(number) for _ in range(batch)] if given_start else None,
+        "length": [draw(number) for _ in range(batch)] if draw(st.booleans()) else None,
+        "each": draw(st.booleans()),
+        "temperature": draw(st.sampled_from([1.0, 0.6])),
+    }
+
+
+@settings(max_examples=200, deadline=None)
+@given(_calls())
+def test_any_shape_and_mask(call: dict[str, Any]) -> None:
+    batch, kv_heads, group, queries, keys, head_dim = call["shape"]
+    dtype, each = call["dtype"], call["each"]
+    q = _draw(batch, kv_heads * group, queries, head_dim, dtype=dtype).requires_grad_()
+    k, v = (_draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=seed).requires_grad_() for seed in (6, 7))
+
+    def numbers(values: list[int] | None, default: int) -> tuple[Tensor, int | Tensor | None]:
+        if values is None:
+            return torch.full((batch,), default), None
+        values = values if each else values[:1] * batch
+        return torch.tensor(values), torch.tensor(values) if each else values[0]
+
+    start, q_start = numbers(call["start"], keys - queries)
+    length, k_length = numbers(call["length"], keys)
+    mask = _dense(batch, queries, keys, causal=call["causal"], start=start, length=length, frames=call["frames"])
+    native.set_isa(call["level"])
+    try:
+        got = ops.block_attention(
+            q,
+            k,
+            v,
+            causal=call["causal"],
+            q_start=q_start,
+            k_length=k_length,
+            frames=call["frames"],
+            temperature=call["temperature"],
+            return_lse=True,
+        )
+        seen = torch.where(got[1].isfinite(), got[1], 0.0)
+        loss = (got[0].double() * _draw(*got[0].shape, dtype=torch.float64, seed=8)).sum() + seen.sum()
+        grads = torch.autograd.grad(loss, (q, k, v))
+    finally:
+        native.set_isa("")
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    want = _exact(*doubles, mask, call["temperature"])
+    seen = torch.where(want[1].isfinite(), want[1], 0.0)
+    # What comes from above is rounded to the dtype of the result.
+    above = _draw(*want[0].shape, dtype=torch.float64, seed=8).to(dtype).double()
+    exact = torch.autograd.grad((want[0] * above).sum() + seen.sum(), doubles)
+    assert torch.equal(got[1].isinf(), ~mask.any(-1)[:, None].expand(got[1].shape))
+    assert (got[0][~mask.any(-1)[:, None].expand(got[1].shape)] == 0).all()
+    for a, b in zip((got[0], *grads), (want[0], *exact), strict=True):
+        if b.numel():
+            torch.testing.assert_close(a.double(), b, rtol=0, atol=BOUNDS[dtype] * max(1.0, 4 * b.abs().max().item()))
+    finite = want[1].isfinite()
+    torch.testing.assert_close(got[1].double()[finite], want[1][finite], rtol=4e-6, atol=4e-6)
+
+
+def test_rows_stand_alone(isa: str) -> None:
+    """A query's bits are those that it has alone, in any tile, beside any other query and for any number of threads."""
+    q, k, v = _draw(1, 4, 200, 24), _draw(1, 2, 300, 24, seed=6), _draw(1, 2, 300, 24, seed=7)
+    for dtype in (torch.float32, torch.bfloat16):
+        x = [t.to(dtype) for t in (q, k, v)]
+        together = ops.block_attention(*x, q_start=60)
+        for i in (0, 1, 77, 199):
+            alone = ops.block_attention(x[0][:, :, i : i + 1], x[1], x[2], q_start=60 + i)
+            assert torch.equal(alone, together[:, :, i : i + 1])
+
+
+def test_hidden_keys_are_not_read(isa: str) -> None:
+    """What lies in a cache behind the last visible key may be anything."""
+    q, k, v = _draw(2, 2, 5, 24), _draw(2, 2, 200, 24, seed=6), _draw(2, 2, 200, 24, seed=7)
+    length = torch.tensor([3, 131])
+    expected = ops.block_attention(q, k, v, causal=False, k_length=length)
+    for b in range(2):
+        k[b, :, length[b] :] = torch.nan
+        v[b, :, length[b] :] = torch.inf
+    assert torch.equal(ops.block_attention(q, k, v, causal=False, k_length=length), expected)
+
+
+def test_gradients_do_not_depend_on_threads_nor_on_the_run(isa: str) -> None:
+    q, k, v = (_draw(2, heads, 150, 40, seed=heads) for heads in (6, 2, 2))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, *[2] * 30):
+            torch.set_num_threads(threads)
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out, lse = ops.block_attention(*leaves, return_lse=True)
+            found.append(torch.autograd.grad(out.square().sum() + lse.sum(), leaves))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_large_products_do_not_overflow(isa: str) -> None:
+    q, k, v = 60 * _draw(1, 1, 40, 32), 60 * _draw(1, 1, 200, 32, seed=6), _draw(1, 1, 200, 32, seed=7)
+    out, lse = ops.block_attention(q, k, v, return_lse=True)
+    want = _exact(q, k, v, torch.arange(200) <= torch.arange(160, 200)[None, :, None])
+    torch.testing.assert_close(out.double(), want[0], rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse.double(), want[1], rtol=1e-5, atol=0)
+
+
+def test_nan_stays_in_its_row(isa: str) -> None:
+    q, k, v = _draw(1, 1, 70, 16), _draw(1, 1, 70, 16, seed=6), _draw(1, 1, 70, 16, seed=7)
+    q[0, 0, 13, 5] = torch.nan
+    out, lse = ops.block_attention(q, k, v, return_lse=True)
+    assert out[0, 0, 13].isnan().all()
+    assert lse[0, 0, 13].isnan()
+    others = torch.arange(70) != 13
+    assert out[0, 0, others].isfinite().all()
+    assert lse[0, 0, others].isfinite().all()
+
+
+def test_heads_of_a_token_lie_side_by_side() -> None:
+    q = _draw(2, 3, 5, 8)
+    out = ops.block_attention(q, q, q)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_temperature_divides_the_products(isa: str) -> None:
+    q, k, v = _draw(3, 2, 5, 24), _draw(3, 2, 9, 24, seed=6), _draw(3, 2, 9, 24, seed=7)
+    each = torch.tensor([0.5, 1.0, 2.0])
+    together = ops.block_attention(q, k, v, temperature=each)
+    for b, temperature in enumerate(each.tolist()):
+        one = [x[b : b + 1] for x in (q, k, v)]
+        assert torch.equal(ops.block_attention(*one, temperature=temperature), together[b : b + 1])
+        # Halving is exact.
+        assert torch.equal(ops.block_attention(one[0] / temperature, *one[1:]), together[b : b + 1])
+
+
+def test_keys_of_another_dtype_are_rounded_to_that_of_the_queries() -> None:
+    q, k, v = _draw(1, 2, 5, 24), _draw(1, 2, 9, 24, seed=6).bfloat16(), _draw(1, 2, 9, 24, seed=7).half()
+    assert torch.equal(ops.block_attention(q, k, v), ops.block_attention(q, k.float(), v.float()))
+
+
+def test_float64_runs_plain_torch() -> None:
+    explanation = starflow_ext.explain("block_attention", *(_draw(1, 1, 2, 4, dtype=torch.float64),) * 3)
+    assert explanation.runs == "torch"
+    assert explanation.refused["scalar"] == "q is float64"
+
+
+def test_wrong_arguments() -> None:
+    good = plain(SPEC).arguments
+    q, k, v = good["q"], good["k"], good["v"]
+    mask = FrameMask(0, 4, 1)
+    for changed, sentence in (
+        ({"q": q[0]}, "q has shape [2, 7, 16], expected (batch, heads, queries, head_dim)"),
+        ({"k": k[0]}, "k has shape [2, 7, 16], expected (batch, kv_heads, keys, head_dim)"),
+        ({"k": k[..., :5]}, "k has head_dim 5, expected 16 like q"),
+        ({"k": k[:1]}, "k has batch 1, expected 2 like q"),
+        ({"v": v[:, :, :5]}, "v has shape [2, 2, 5, 16], expected [2, 2, 7, 16] like k"),
+        ({"q": q[:, :1]}, "k has heads 2, expected a divisor of the 1 heads of q"),
+        ({"q": q[..., :0], "k": k[..., :0], "v": v[..., :0]}, "q has head_dim 0, expected at least 1"),
+        ({"q": q.int()}, "q has dtype int32, expected float32, bfloat16, float16 or float64"),
+        ({"causal": False, "q_start": 2}, "q_start is given, expected None without causal"),
+        ({"frames": mask}, "k has tokens 7, expected 7 like q: 0 of the prefix and whole frames of 4"),
+        ({"q_start": torch.tensor([1])}, "q_start has shape [1], expected [2] for batch of q"),
+        ({"k_length": torch.tensor([1.0, 2.0])}, "k_length has dtype float32, expected an integer one"),
+        ({"temperature": torch.ones(3)}, "temperature has shape [3], expected [2] for batch of q"),
+        ({"temperature": 0.0}, "temperature is 0, expected a finite number > 0"),
+    ):
+        assert_refused(SPEC, {**good, **changed}, sentence)
