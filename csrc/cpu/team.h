@@ -21,7 +21,7 @@ struct Barrier {
             __atomic_store_n(&generation, now + 1, __ATOMIC_RELEASE);
             return;
         }
-        constexpr int spins = 20000;
+        constexpr int spins = 2000;  // some 50 us
         for (int i = 0; __atomic_load_n(&generation, __ATOMIC_ACQUIRE) == now; ++i) {
             if (i >= spins) yield();
 #if defined(__x86_64__)

@@ -214,7 +214,7 @@ class Flow(nn.Module):
         known: Tensor | None,
         window_context: int | None,
         temperature: float,
-        precision: Precision,
+        precision: Precision = "float32",
         *,
         image: bool,
     ) -> tuple[Tensor, SolveReport | None]:
