@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from starflow_ext import ops
 from starflow_ext._check import require
 from starflow_ext._load import native
 from starflow_ext._mode import in_reference_mode
-from starflow_ext._spec import Spec, tensors
+from starflow_ext._spec import tensors
 
 
 @dataclass(frozen=True)
@@ -60,15 +61,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     spec = ops.SPECS.get(op)
     if spec is None:
         inspect.signature(getattr(ops, op)).bind(*args, **kwargs)
-        return Explanation(op, "torch", {"native": "this op has no native kernel yet"})
+        return Explanation(op, *_choose(ops.LOOPS[op], torch.device("cpu"), lambda variant: ""))
     arguments = spec.arguments(*args, **kwargs)
     spec.check(**arguments)
-    runs, refused = _choose(spec, arguments)
-    return Explanation(op, runs, refused)
-
-
-def _choose(spec: Spec, arguments: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     device = tensors(tuple(arguments.values()))[0].device
+    return Explanation(op, *_choose(spec.variants, device, partial(spec.refuses, **arguments)))
+
+
+def _choose(
+    variants: tuple[str, ...], device: torch.device, refuses: Callable[[str], str]
+) -> tuple[str, dict[str, str]]:
     require(device.type in ("cpu", "cuda"), "explain", "data is on", device, "cpu or cuda")
     with_cuda = bool(native.build_info()["cuda"])
     selected = native.selected_isa()
@@ -79,7 +81,7 @@ def _choose(spec: Spec, arguments: Mapping[str, Any]) -> tuple[str, dict[str, st
         reason = missing
         if in_reference_mode():
             reason = "starflow_ext.reference_mode() is on"
-        elif variant not in spec.variants:
+        elif variant not in variants:
             reason = f"this op has no {'CUDA kernel' if variant == 'cuda' else f'{variant} variant'} yet"
         elif (variant == "cuda") != (device.type == "cuda"):
             reason = f"data is on {device}" if with_cuda or variant != "cuda" else "this build has no CUDA kernels"
@@ -87,7 +89,7 @@ def _choose(spec: Spec, arguments: Mapping[str, Any]) -> tuple[str, dict[str, st
             require(with_cuda, "explain", "data is on", device, "cpu: this build has no CUDA kernels")
         elif not reason and order.index(variant) > order.index(selected):
             reason = f"{selected} is asked for"
-        reason = reason or spec.refuses(variant, **arguments)
+        reason = reason or refuses(variant)
         if reason:
             refused[variant] = reason
         else:
@@ -109,7 +111,10 @@ def support_table() -> str:
     for name in ops.__all__:
         spec = ops.SPECS.get(name)
         if spec is None:
-            lines.append(f"| `{name}` | floating | plain torch | plain torch | torch's own | |")
+            levels = ", ".join(ops.LOOPS[name])
+            lines.append(
+                f"| `{name}` | float32 | {levels} | no | no | by storage, see tests/ops/test_jacobi_sweep.py |"
+            )
             continue
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(d[0] for d in spec.dtypes))
         levels = ", ".join(variant for variant in spec.variants if variant != "cuda")

@@ -33,7 +33,10 @@ __all__ = [
     "rope_append",
 ]
 
-# The ops with native kernels.
+# What the solver runs on packed weights and caches of its own, on the CPU: too much state for a Spec. Their levels.
+LOOPS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("jacobi_solve", "jacobi_sweep"), _linear.SPEC.variants)
+
+# The ops that are functions of their tensors.
 SPECS: Final[Mapping[str, Spec]] = {
     module.SPEC.name: module.SPEC
     for module in (

@@ -204,3 +204,11 @@ def test_errors_of_the_solver(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **call | change)
     assert str(error.value).splitlines()[0] == f"jacobi_solve: {message}"
+
+
+def test_explain_names_the_level(isa: str) -> None:
+    weights = block({})
+    call = (weights, state_of(weights, 1, 8), torch.zeros(1, 1, 5), torch.zeros(1, dtype=torch.int64))
+    assert starflow_ext.explain("jacobi_sweep", *call).runs == isa
+    with starflow_ext.reference_mode():
+        assert starflow_ext.explain("jacobi_sweep", *call).runs == "torch"
