@@ -163,7 +163,13 @@ def linear_bf16() -> Iterator[Figure]:
     for rows, (goal, moonshot) in goals.items():
         runs = [_linear(rows, n, k, "bfloat16", "bfloat16") for n, k in _SHAPES]
         ratio = statistics.median(run["torch_bfloat16"] / run["ours"] for run in runs)
-        raw = {f"{n}x{k}": [run["torch_bfloat16"], run["ours"]] for (n, k), run in zip(_SHAPES, runs, strict=True)}
+        raw: dict[str, Any] = {
+            f"{n}x{k}": [run["torch_bfloat16"], run["ours"]] for (n, k), run in zip(_SHAPES, runs, strict=True)
+        }
+        raw["points"] = [
+            [f"linear {rows} rows, {n}x{k}, bfloat16", 2.0 * rows * n * k, 2.0 * n * k, run["ours"]]
+            for (n, k), run in zip(_SHAPES, runs, strict=True)
+        ]
         yield Figure(f"linear_bf16_{rows}", ratio, "x torch bfloat16", goal, moonshot, raw=raw)
 
 
@@ -217,7 +223,8 @@ def linear_three() -> Iterator[Figure]:
 @target("cpu")
 def linear_f32() -> Iterator[Figure]:
     """Float32 against torch's, at the highest level and at AVX2: the smallest median over the shapes."""
-    ratios = {}
+    ratios: dict[str, Any] = {}
+    points = []
     for level in ("", "avx2"):
         if level and native.isa_levels()[level]:
             continue
@@ -227,9 +234,15 @@ def linear_f32() -> Iterator[Figure]:
                 runs = [_linear(rows, n, k, "float32", "float32") for n, k in _SHAPES]
                 key = f"{level or native.selected_isa()}_{rows}"
                 ratios[key] = statistics.median(run["torch_float32"] / run["ours"] for run in runs)
+                if not level:
+                    points += [
+                        [f"linear {rows} rows, {n}x{k}, float32", 2.0 * rows * n * k, 4.0 * n * k, run["ours"]]
+                        for (n, k), run in zip(_SHAPES, runs, strict=True)
+                    ]
         finally:
             native.set_isa("")
-    yield Figure("linear_f32", min(ratios.values()), "x torch float32, worst", 1.1, 1.5, raw=ratios)
+    raw = ratios | {"points": points}
+    yield Figure("linear_f32", min(ratios.values()), "x torch float32, worst", 1.1, 1.5, raw=raw)
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
@@ -298,7 +311,7 @@ def _sweep(width: int, positions: int, precision: str) -> dict[str, float]:
             torch_layers, functools.partial(jacobi_sweep, block, state, rows, start, activations=precision)
         )
     flops = 2.0 * 64 * 8 * (12 * width * width + 2 * positions * width)
-    return {"torch": theirs, "ours": ours, "FLOP/s": flops / ours}
+    return {"torch": theirs, "ours": ours, "flops": flops, "bytes": block.nbytes + state.nbytes}
 
 
 @target("cpu")
@@ -313,7 +326,11 @@ def sweep() -> Iterator[Figure]:
         runs = {positions: _sweep(width, positions, precision) for positions in (320, 2048)}
         peak = ceilings()["bf16" if precision == "bfloat16" and native.selected_isa() == "avx512_bf16" else "fma"]
         raw: dict[str, Any] = {str(p): [run["torch"], run["ours"]] for p, run in runs.items()}
-        raw["share of peak"] = runs[320]["FLOP/s"] / peak
+        raw["share of peak"] = runs[320]["flops"] / runs[320]["ours"] / peak
+        raw["points"] = [
+            [f"sweep, width {width}, {positions} positions, {precision}", run["flops"], run["bytes"], run["ours"]]
+            for positions, run in runs.items()
+        ]
         ratio = statistics.median(run["torch"] / run["ours"] for run in runs.values())
         yield Figure(f"sweep_{width}_{precision}", ratio, f"x eager {precision}", goal, moonshot, raw=raw)
 
@@ -445,9 +462,13 @@ def main() -> int:
     unknown = [name for name in args.names if name not in TARGETS]
     if unknown:
         parser.error(f"NAME is {unknown[0]!r}, expected one of {', '.join(TARGETS)}")
+    started = False
     for name, (group, function) in TARGETS.items():
         if (args.names and name not in args.names) or (args.group and group != args.group):
             continue
+        if not args.list and not started:
+            print(json.dumps({"name": "ceilings", "isa": native.selected_isa(), **ceilings()}), flush=True)
+            started = True
         if args.list:
             print(f"{name} ({group}): {function.__doc__}")
             continue

@@ -58,7 +58,7 @@ struct Panels {
 inline constexpr int64_t key_block = 64;
 
 // Bytes of the keys, or the values, of one key head.
-static inline constexpr int64_t cache_head_bytes(Storage storage, int64_t slots, int64_t head_dim) {
+static constexpr int64_t cache_head_bytes(Storage storage, int64_t slots, int64_t head_dim) {
     return round_up(slots, key_block) * round_up(head_dim, depth_multiple) * storage_bytes(storage);
 }
 

@@ -133,7 +133,7 @@ int64_t tile_rows(const AttentionShape& shape, int64_t multiple) {
     constexpr int64_t least = 56;  // packing takes a tenth of the time
     const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
     const int64_t heads = shape.batch * shape.kv_heads;
-    const int64_t wanted = (4 * torch::stable::get_num_threads() + heads - 1) / heads;
+    const int64_t wanted = (int64_t{4} * torch::stable::get_num_threads() + heads - 1) / heads;
     const int64_t tiles = std::max((rows + most - 1) / most, std::min(wanted, rows / least));
     return round_up((rows + std::max<int64_t>(1, tiles) - 1) / std::max<int64_t>(1, tiles), multiple);
 }
@@ -176,19 +176,21 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
     return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> forward(Tensor q, Tensor k, Tensor v, bool causal, OptionalInt q_start, Optional q_starts,
-                                   OptionalInt k_length, Optional k_lengths, int64_t prefix, int64_t frame_tokens,
-                                   int64_t look_ahead, int64_t window, double temperature, Optional temperatures) {
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, OptionalInt q_start,
+                                   const Optional& q_starts, OptionalInt k_length, const Optional& k_lengths,
+                                   int64_t prefix, int64_t frame_tokens, int64_t look_ahead, int64_t window,
+                                   double temperature, const Optional& temperatures) {
     return run_forward(q, k, v,
                        {causal, q_start, q_starts, k_length, k_lengths, prefix, frame_tokens, look_ahead, window,
                         temperature, temperatures});
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_out, Optional grad_lse, Tensor q, Tensor k, Tensor v,
-                                            Tensor out, Tensor lse, bool causal, OptionalInt q_start, Optional q_starts,
-                                            OptionalInt k_length, Optional k_lengths, int64_t prefix,
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Optional& grad_lse, const Tensor& q,
+                                            const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+                                            bool causal, OptionalInt q_start, const Optional& q_starts,
+                                            OptionalInt k_length, const Optional& k_lengths, int64_t prefix,
                                             int64_t frame_tokens, int64_t look_ahead, int64_t window,
-                                            double temperature, Optional temperatures) {
+                                            double temperature, const Optional& temperatures) {
     const Options options{causal,       q_start,    q_starts, k_length,    k_lengths,   prefix,
                           frame_tokens, look_ahead, window,   temperature, temperatures};
     const AttentionShape shape = check(q, k, v, options);

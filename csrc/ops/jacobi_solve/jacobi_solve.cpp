@@ -63,10 +63,11 @@ SolveOptions options_of(const Block& block, const std::vector<int64_t>& numbers,
             {guidance, guided != "gaussian", has('a'), has('b'), has('+')}};
 }
 
-Tensor run(Tensor x, Tensor frontier, Tensor fresh, Tensor kept, Tensor keys, Tensor values, Tensor z,
-           std::vector<Tensor> weights, std::vector<int64_t> sizes, std::string activations,
-           std::vector<int64_t> numbers, double tolerance, std::string activation, double soft_clip, double guidance,
-           std::string guided, int64_t most_sweeps) {
+Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const Tensor& kept, const Tensor& keys,
+           const Tensor& values, const Tensor& z, const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes,
+           const std::string& activations, const std::vector<int64_t>& numbers, double tolerance,
+           const std::string& activation, double soft_clip, double guidance, const std::string& guided,
+           int64_t most_sweeps) {
     const Block block(op, {keys, values, weights, sizes, activations});
     const SolveOptions options = options_of(block, numbers, tolerance, activation, soft_clip, guidance, guided);
     require(

@@ -19,8 +19,9 @@ const int64_t* numbers(const char* name, const Tensor& tensor, int64_t count) {
     return static_cast<const int64_t*>(tensor.data_ptr());
 }
 
-Tensor run(Tensor keys, Tensor values, Tensor rows, Tensor start, Tensor keep, std::vector<Tensor> weights,
-           std::vector<int64_t> sizes, std::string activations, bool text) {
+Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& start, const Tensor& keep,
+           const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes, const std::string& activations,
+           bool text) {
     const Block block(op, {keys, values, weights, sizes, activations});
     const SweepBlock& b = block.args();
     const int64_t depth = text ? b.width : b.channels;
