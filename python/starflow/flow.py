@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -225,6 +225,9 @@ class Flow(nn.Module):
         context, free = (block.fold_labels(self._context(block, c), grid.shape[1]) for c in (y, null))
         folded = block.fold(grid)
         rows, frames, height, width, _ = folded.shape
+        if block.frame_local and isinstance(schedule, Window) and schedule.size is not None:
+            # All frames of a clip go through one call: they share its rows.
+            schedule = replace(schedule, size=-(-schedule.size // grid.shape[1]))
         limit = self.config.local_attn_window if block.top else None
         window = frames if limit is None else min(limit, frames)
 

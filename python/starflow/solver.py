@@ -117,8 +117,8 @@ class Window:
     """The sliding window with acceptance token by token (see the module).
 
     Args:
-        size: rows of a sample in a call; None takes the break-even of a call on this machine (see `break_even`),
-            divided by the batch and by 2 with guidance.
+        size: rows of a clip in a call, which a frame-local block shares out to its frames; None takes the break-even
+            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance.
         tolerance: of the change of a token in units of its scale. 0 is token by token for any size.
         certificate: also measure the backward error.
     """
