@@ -26,7 +26,7 @@ from starflow.tokens import to_grid, to_sequence
 if TYPE_CHECKING:
     from starflow.flow import Flow
 
-# Makes the context of a new window: number of frames to what the deep block puts out at as many last frames of the clip.
+# Makes the context of a new window: a number of last frames to what the deep block puts out at them.
 Renew = Callable[[int], Tensor]
 
 
@@ -136,8 +136,13 @@ class Decoding:
 
     @property
     def room(self) -> int:
-        """Frames of noise that the window has room for; where there is none, the next one's."""
+        """Frames of noise that the window has room for; of one whose frames were all pulled, the next one."""
         return self._deep.room
+
+    @property
+    def done(self) -> bool:
+        """Whether every frame was pulled and none may come."""
+        return self._deep.done
 
     def push(self, z: Tensor, *, more: bool) -> None:
         """Takes noise.
@@ -172,7 +177,7 @@ class Decoding:
         return grids
 
     def change(self, y: Tensor | None) -> None:
-        """Changes the text from the next frame on that was not pulled yet; what was solved beyond it is solved again."""
+        """Changes the text from the next frame on that was not pulled; what was solved beyond it is solved again."""
         for stage in (self._deep, *self._shallow):
             if stage is not None:
                 stage.change(y)
@@ -277,16 +282,20 @@ class _Causal(_Stage):
     @property
     def done(self) -> bool:
         """Whether every frame was pulled and none may come."""
-        return not self._more and self._queue is None and (self._open is None or self._in_window == self._out)
+        return not self._more and self._queue is None and self._open_is_pulled
+
+    @property
+    def _open_is_pulled(self) -> bool:
+        return self._open is None or self._in_window == self._out
 
     @property
     def room(self) -> int:
-        """Frames that the window, or else the next one, has room for beyond the noise that waits."""
+        """Frames that the window has room for beyond the noise that waits; of one that was pulled, the next one."""
         waiting = 0 if self._queue is None else self._queue.shape[1]
         taken = (0 if self._known is None else self._known.shape[1]) if self._open is None else self._in_window
-        if taken + waiting >= self._span.window and self._span.context is not None:
+        if taken == self._span.window and self._span.context is not None and self._open_is_pulled:
             taken = self._span.context
-        return self._span.window - taken - waiting
+        return max(self._span.window - taken - waiting, 0)
 
     def push(self, z: Tensor, *, more: bool) -> None:
         """Takes noise."""
@@ -331,8 +340,8 @@ class _Causal(_Stage):
         if self._open is None:
             return
         solve, order = self._open
-        waiting = self._grid(solve.z, order, self._out, self._in_window)
-        if waiting.shape[1]:
+        if self._out < self._in_window:
+            waiting = self._grid(solve.z, order, self._out, self._in_window)
             self._queue = waiting if self._queue is None else torch.cat([waiting, self._queue], 1)
         self._close(self._out if self._span.context is None else min(self._span.context, self._out))
 
@@ -347,10 +356,22 @@ class _Causal(_Stage):
 
     def _fill(self) -> None:
         """Puts noise that waits into the window; a window that is full and was pulled makes room for the next."""
-        if self._queue is None:
-            return
-        if self._open is not None and self._in_window == self._span.window:
-            if self._out < self._span.window:
+        while self._queue is not None:
+            if self._open is None:
+                known = self._queue[:, :0] if self._known is None else self._known
+                _, height, width = self._size
+                texts = self._texts()
+                self._open = self._solve(self.conditions.schedule, known, self._span.window, (height, width), texts)
+                self._out, self._known = known.shape[1], None
+            begin = self._in_window
+            if room := self._span.window - begin:
+                noise, rest = self._queue[:, :room], self._queue[:, room:]
+                self._queue = rest if rest.shape[1] else None
+                solve, order = self._open
+                tokens = noise[0, ..., 0].numel()
+                more = begin + noise.shape[1] < self._span.window and self._more
+                solve.extend(to_sequence(noise, order[:tokens]), more=more)
+            if self._out < self._in_window or self._queue is None:
                 return
             if self._span.context is None:
                 raise ValueError(
@@ -358,23 +379,6 @@ class _Causal(_Stage):
                     "flow has no sliding window (local_attn_window)"
                 )
             self._close(self._span.context)
-        if self._open is None:
-            batch, height, width = self._size
-            empty = self._queue[:, :0]
-            known = empty if self._known is None else self._known
-            schedule, texts = self.conditions.schedule, self._texts()
-            self._open = self._solve(schedule, known, self._span.window, (height, width), texts)
-            self._out, self._known = known.shape[1], None
-        solve, order = self._open
-        begin = self._in_window
-        take = min(self._span.window - begin, self._queue.shape[1])
-        if take == 0:
-            return self._fill()
-        noise, rest = self._queue[:, :take], self._queue[:, take:]
-        self._queue = rest if rest.shape[1] else None
-        area = order.shape[0] // self._span.window
-        more = begin + take < self._span.window and self._more
-        solve.extend(to_sequence(noise, order[: take * area]), more=more)
 
     def _close(self, carried: int) -> None:
         """Ends the window; the next one begins with `carried` frames of it."""

@@ -185,8 +185,8 @@ class Flow(nn.Module):
         window, frames = self.config.local_attn_window, z.shape[1]
         if prefix is not None and (prefix.dim() != 5 or prefix.shape[1] >= frames or prefix.shape[0] != z.shape[0]):
             raise ValueError(
-                f"flow: prefix has shape {list(prefix.shape)}, expected (batch {z.shape[0]}, fewer than {frames} frames, "
-                "channels, height, width)"
+                f"flow: prefix has shape {list(prefix.shape)}, expected (batch {z.shape[0]}, fewer than {frames} "
+                "frames, channels, height, width)"
             )
         span = Span(frames)
         if window is not None and frames > window:
