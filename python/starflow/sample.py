@@ -273,6 +273,7 @@ class Pipeline:
         video: str | Path | Tensor | None = None,
         given: int | None = None,
         denoise: Denoise = True,
+        look_ahead: int | None = None,
         window: int | None = None,
         window_context: int | None = None,
     ) -> Sampled:
@@ -297,6 +298,8 @@ class Pipeline:
             given: frames taken from `video`; by default as many as it has, at most half of `frames`.
             denoise: True takes the learned denoiser where the flow has one and otherwise a step along the flow's own
                 score; "learned" and "score" insist on one; False returns the noisy clips.
+            look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
+                trained to see. 0 shows a frame sooner, cleaned a little worse.
             window: latent frames that the deep block sees of a long clip, by default those of the model's own window
                 (`flow.local_attn_window`), or else of the training clips. Shallow blocks that look over time see all.
             window_context: of these, the ones that a window takes over from the one before; by default three quarters.
@@ -329,6 +332,7 @@ class Pipeline:
             video=video,
             given=given,
             denoise=denoise,
+            look_ahead=look_ahead,
             window=window,
             window_context=window_context,
         )
@@ -379,8 +383,6 @@ class Pipeline:
         Args:
             frames: pixel frames of the clips, where they are known: what the flow attends to at most, if it has no
                 sliding window. By default those of the training clips.
-            look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
-                trained to see. 0 shows a frame sooner, cleaned a little worse.
 
         Raises:
             ValueError: an argument that does not fit the model; the message names it.

@@ -113,7 +113,7 @@ class Session:
         read: Reader | None = None,
         renew: bool = False,
     ) -> None:
-        self._flow, self._codec, self._shape, self.seeds = flow, codec, shape, seeds
+        self._flow, self._codec, self.shape, self.seeds = flow, codec, shape, seeds
         self._device = next(flow.parameters()).device
         self.conditions = self._checked(conditions)
         self._span, self.denoising, self.temperature = span, denoising, temperature
@@ -161,9 +161,9 @@ class Session:
         """
         if self._decoding is not None or self.beginning is not None:
             raise ValueError("session: prefill comes after frames, expected it before the first one, and once")
-        if frames.dim() != 5 or frames.shape[0] != self._shape[0] or frames.shape[1] < 1:
+        if frames.dim() != 5 or frames.shape[0] != self.shape[0] or frames.shape[1] < 1:
             raise ValueError(
-                f"session: frames has shape {list(frames.shape)}, expected ({self._shape[0]} clips, at least 1 frame, "
+                f"session: frames has shape {list(frames.shape)}, expected ({self.shape[0]} clips, at least 1 frame, "
                 "channels, height, width)"
             )
         if text is not None:
@@ -175,13 +175,13 @@ class Session:
         most = self._span.window - (self._span.context is None)
         if given > most:
             raise ValueError(f"session: {given} latent frames are given, expected at most {most} (the window)")
-        if tuple(clean.shape[2:]) != self._shape[1:]:
+        if tuple(clean.shape[2:]) != self.shape[1:]:
             raise ValueError(
-                f"session: frames have latents of {list(clean.shape[2:])}, expected {list(self._shape[1:])} (channels, "
+                f"session: frames have latents of {list(clean.shape[2:])}, expected {list(self.shape[1:])} (channels, "
                 "height, width)"
             )
         noisy = clean + self.denoising.sigma * self._draw(0, given, "train")
-        self._known = self._flow.known(noisy, self.conditions.y, self._shape[1:])
+        self._known = self._flow.known(noisy, self.conditions.y, self.shape[1:])
         self._decode(clean)
         self._noisy, self._clean = noisy, clean
         self._next = self._drawn = given
@@ -206,9 +206,9 @@ class Session:
         elif self._read is None:
             raise ValueError(f"session: text is {text!r}, expected features (the session has no text encoder)")
         else:
-            prompts = [text] * self._shape[0] if isinstance(text, str) else list(text)
-            if len(prompts) != self._shape[0]:
-                raise ValueError(f"session: text has {len(prompts)} prompts, expected {self._shape[0]} like the clips")
+            prompts = [text] * self.shape[0] if isinstance(text, str) else list(text)
+            if len(prompts) != self.shape[0]:
+                raise ValueError(f"session: text has {len(prompts)} prompts, expected {self.shape[0]} like the clips")
             y = self._read(prompts)
         conditions = self._checked(replace(self.conditions, y=y))
         config = self._flow.config
@@ -220,7 +220,7 @@ class Session:
                 )
             self._decoding.change(conditions.y)
         elif self._known is not None:
-            self._known = self._flow.known(self._noisy, conditions.y, self._shape[1:])
+            self._known = self._flow.known(self._noisy, conditions.y, self.shape[1:])
         self.conditions = conditions
         have = self._begin + self._noisy.shape[1]
         self._texts.append((have, self.conditions.y))
@@ -250,11 +250,11 @@ class Session:
         if self._last:
             raise ValueError("session: extend comes after the last frame, expected it before (last was True)")
         if isinstance(noise, Tensor):
-            expected = (self._shape[0], max(noise.shape[1], 1) if noise.dim() == 5 else 1, *self._shape[1:])
+            expected = (self.shape[0], max(noise.shape[1], 1) if noise.dim() == 5 else 1, *self.shape[1:])
             if tuple(noise.shape) != expected:
                 raise ValueError(
-                    f"session: noise has shape {list(noise.shape)}, expected ({self._shape[0]} clips, at least 1 "
-                    f"frame, {', '.join(map(str, self._shape[1:]))})"
+                    f"session: noise has shape {list(noise.shape)}, expected ({self.shape[0]} clips, at least 1 "
+                    f"frame, {', '.join(map(str, self.shape[1:]))})"
                 )
             self._sources.append(noise.to(self._device))
         else:
@@ -281,7 +281,7 @@ class Session:
         """The next frames, or None where noise is missing."""
         if self._decoding is None:
             renew = self._renewed if self._renew else None
-            shape = self._shape
+            shape = self.shape
             self._decoding = Decoding(
                 self._flow, shape, self.conditions, self._span, known=self._known, renew=renew, trace=False
             )
@@ -323,7 +323,7 @@ class Session:
         return torch.cat(parts, 1)
 
     def _draw(self, first: int, count: int, purpose: noise.Purpose) -> Tensor:
-        drawn = noise.draw(self.seeds, count, *self._shape[1:], first=first, purpose=purpose)
+        drawn = noise.draw(self.seeds, count, *self.shape[1:], first=first, purpose=purpose)
         return drawn.to(self._device)
 
     def _ready(self) -> int:
@@ -384,11 +384,11 @@ class Session:
         ahead = [self._cleaned(frame) for frame in range(self._next, have)]
         clean = torch.cat([self._clean, *ahead], 1)[:, -count:]
         noisy = clean + self.denoising.sigma * self._draw(have - clean.shape[1], clean.shape[1], "train")
-        return self._flow.known(noisy, self.conditions.y, self._shape[1:])[-2]
+        return self._flow.known(noisy, self.conditions.y, self.shape[1:])[-2]
 
     def _checked(self, conditions: Conditions) -> Conditions:
         """Conditions that fit the flow."""
-        like = torch.empty(self._shape[0], 1, *self._shape[1:], dtype=torch.float32)
+        like = torch.empty(self.shape[0], 1, *self.shape[1:], dtype=torch.float32)
         y, null = conditions.y, conditions.null
         conditions = self._flow.checked(like, conditions)
         if y is not None and null is not None and y.shape != null.shape:
