@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Denoise: TypeAlias = bool | Literal["learned", "score"]
 
 # Frames before one that is cleaned which the denoiser sees, where the model does not say (docs/long-video.md).
-BEHIND = 2
+BEHIND = 1
 
 SOLVER_FORMS = '"sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]"'
 
@@ -377,12 +377,16 @@ class Pipeline:
         look_ahead: int | None = None,
         window: int | None = None,
         window_context: int | None = None,
+        window_sink: int = 0,
+        renew: bool = False,
     ) -> Session:
         """Clips that are made frame by frame (see `Session`); the arguments as of `sample`.
 
         Args:
             frames: pixel frames of the clips, where they are known: what the flow attends to at most, if it has no
                 sliding window. By default those of the training clips.
+            window_sink: of the context of a window, how many frames are the first ones of the clip, for good.
+            renew: frames that a window takes over are cleaned and given fresh noise.
 
         Raises:
             ValueError: an argument that does not fit the model; the message names it.
@@ -412,7 +416,7 @@ class Pipeline:
         if weight and c.num_classes == 0:
             null = read([""])
             null = None if null is None else null.expand(len(names), -1, -1)
-        span = self._span(shape[0], window, window_context)
+        span = self._span(shape[0], window, window_context, window_sink)
         conditions = Conditions(
             y, null, Guidance(weight), schedule, precision=config.sample.precision if precision is None else precision
         )
@@ -427,6 +431,7 @@ class Pipeline:
             self._denoising(denoise, look_ahead, span.window),
             temperature=heat,
             read=read if self.text is not None else None,
+            renew=renew,
         )
         beginning = self._beginning(image, video, given, length, (height, width), fps, len(names))
         if beginning is not None:
@@ -488,7 +493,7 @@ class Pipeline:
             raise ValueError('sample: denoise is "learned", expected "score": the model has no learned denoiser')
         return denoise
 
-    def _span(self, frames: int, window: int | None, context: int | None) -> Span:
+    def _span(self, frames: int, window: int | None, context: int | None, sink: int) -> Span:
         """How much the deep block sees of a clip of so many latent frames, if it is no longer."""
         c = self.flow.config
         if not (c.shallow_block_local and c.temporal_causal > 0):
@@ -501,7 +506,7 @@ class Pipeline:
         window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
         if window == 1:
             return Span(frames)
-        return Span(window, Span.default_context(window) if context is None else context)
+        return Span(window, Span.default_context(window) if context is None else context, sink)
 
     def _beginning(
         self,
