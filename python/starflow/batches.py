@@ -85,14 +85,11 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
         return config
     if not isinstance(dataset, VideoFolder):
         raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
-    kinds = [(False, False)]
-    kinds += [(True, False)] if train.drop_image else []
-    kinds += [(False, True)] if train.image_prob else []
-    captions = [
-        caption_for(config, caption, extend=extend, image=image)
-        for caption in dataset.captions
-        for extend, image in kinds
-    ]
+    kinds: list[dict[str, bool]] = [{}]
+    kinds += [{"extend": True}] if train.drop_image else []
+    kinds += [{"last": True}] if train.last_frame_prob else []
+    kinds += [{"image": True}] if train.image_prob else []
+    captions = [caption_for(config, caption, **kind) for caption in dataset.captions for kind in kinds]
     if option == "names":
         filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
         text = {**text, "names": filled, "num_classes": len(filled)}
@@ -137,7 +134,13 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
 
 
 def caption_for(
-    config: RunConfig, caption: str, *, extend: bool = False, drop: bool = False, image: bool = False
+    config: RunConfig,
+    caption: str,
+    *,
+    extend: bool = False,
+    last: bool = False,
+    drop: bool = False,
+    image: bool = False,
 ) -> str:
     """The caption as the flow of this run reads it: with frame rate and noise level where the run tells them.
 
@@ -145,6 +148,7 @@ def caption_for(
         config: of the run.
         caption: what the clip shows.
         extend: the first frame is cut off.
+        last: the last frame stands before the clip.
         drop: the caption of nothing.
         image: a single frame without time.
     """
@@ -152,7 +156,8 @@ def caption_for(
     if config.data.caption_fps:
         fps = 0.0 if image or config.data.frames == 1 else config.data.fps
     noise_level = config.train.noise_std if config.train.cond_noise_level else None
-    return assemble(caption, mode="extend" if extend else None, drop=drop, fps=fps, noise_level=noise_level)
+    mode: Literal["extend", "last"] | None = "extend" if extend else "last" if last else None
+    return assemble(caption, mode=mode, drop=drop, fps=fps, noise_level=noise_level)
 
 
 class Features:
@@ -199,6 +204,7 @@ class Batch:
         noise: like the latents, standard normal.
         posterior: the same, for a codec with a posterior.
         extend: the first latent frame is to be dropped, after noising.
+        last: the last frame, encoded alone, is to stand before the clip: noise and posterior have a frame more.
     """
 
     pixels: Tensor
@@ -207,6 +213,7 @@ class Batch:
     noise: Tensor
     posterior: Tensor | None
     extend: bool
+    last: bool = False
 
 
 class Batches:
@@ -237,17 +244,22 @@ class Batches:
         if image:
             pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
+        # The last to be chosen, and only where it can be: what else a seed chooses stays.
+        last = train.last_frame_prob > 0 and not image and not extend and choose.random() < train.last_frame_prob
+        if last:
+            shape = (shape[0], shape[1] + 1, *shape[2:])
         dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, extend=extend, drop=bool(drop), image=image)
+                caption_for(self._config, caption, extend=extend, last=last, drop=bool(drop), image=image)
                 for caption, drop in zip(captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],
             draw_batch(train.seed, step, shape),
             None if codec.exact else draw_batch(train.seed, step, shape, purpose="posterior"),
             extend,
+            last,
         )
 
     def run(self, first: int, end: int) -> Generator[Batch, None, None]:
