@@ -281,7 +281,7 @@ def test_a_last_frame_stands_before_its_clip(tiny) -> None:
     assert seen == {True, False}
     assert math.isfinite(trainer.run(batches.make(0)).loss)
     # What else a seed chooses does not depend on it.
-    plain = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, last_frame_prob=0.0)))[1]
+    plain = trainer_of(replace(config, train=replace(config.train, last_frame_prob=0.0)))[1]
     assert all(torch.equal(plain.make(step).pixels, batches.make(step).pixels) for step in range(4))
 
 
