@@ -4,7 +4,8 @@
 
 For each way of joining windows it makes clips of a trained model and measures, frame by frame: the bits per dimension
 of a frame under the model given the frames before it, the share of clips that still show the digit that they began with
-(as `DigitJudge` reads it), and the ink of a frame over that of held-out clips. Prints one JSON line each and draws the curves.
+(as `DigitJudge` reads it), and the ink of a frame over that of held-out clips. Prints one JSON line each and draws the
+curves.
 """
 
 from __future__ import annotations
