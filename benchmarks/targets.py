@@ -483,7 +483,7 @@ def _stream(size: int, frames: int, **options: Any) -> dict[str, float]:
 def first_frame() -> Iterator[Figure]:
     """Time to the first decoded frame over what a frame takes later on, times the frames that have to be there.
 
-    The denoiser looks one frame ahead, so the first frame takes two frames of the flow; without look-ahead it takes one.
+    The denoiser looks one frame ahead, so the first frame takes two frames of the flow; without look-ahead, one.
     """
     for ahead, name in ((0, "first_frame"), (1, "first_frame_look_ahead")):
         runs = [_stream(32, 24, look_ahead=ahead) for _ in range(5)]
