@@ -124,7 +124,7 @@ def training_step(precision: str) -> Callable[[], None]:
     config = RunConfig.load(HERE / "digits48.yaml").flow
     torch.manual_seed(0)
     model = Flow(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x, y = torch.randn(4, *LATENTS), torch.randn(4, config.txt_size, config.txt_dim)
 
     def step() -> None:
