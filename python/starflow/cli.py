@@ -7,6 +7,7 @@ one sentence on standard error; `--debug` adds the traceback. Files appear whole
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -28,6 +30,7 @@ from starflow.files import write_text
 if TYPE_CHECKING:
     from starflow.evaluate import ClipScore
     from starflow.sample import Denoise, Pipeline, Sampled
+    from starflow.session import Frames
 
 _PROG = "starflow"
 _SOLVER_HELP = (
@@ -165,36 +168,144 @@ def _sample(args: argparse.Namespace) -> int:
     pipeline = _load(args)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
     fps = args.fps or pipeline.config.sample.fps
-    height, width = args.size or (None, None)
-    choices: dict[str, Denoise] = {"auto": True, "none": False, "learned": "learned", "score": "score"}
+    if args.stream:
+        return _stream(args, pipeline, prompts, fps)
     with _Output(Path(args.out)) as out:
         rows, captions = [], []
         for first in range(0, len(prompts), args.batch):
             group = prompts[first : first + args.batch]
-            sampled = pipeline.sample(
-                group,
-                seed=args.seed + first,
-                frames=args.frames,
-                height=height,
-                width=width,
-                fps=args.fps,
-                guidance=args.guidance,
-                temperature=args.temperature,
-                solver=args.solver,
-                precision=args.precision,
-                certificate=args.certificate,
-                image=args.image,
-                video=args.video,
-                given=args.given,
-                denoise=choices[args.denoise],
-                window_context=args.window_context,
-            )
+            sampled = pipeline.sample(group, seed=args.seed + first, **_sample_options(args))
             rows += _write_clips(out, sampled, first, fps, args)
             captions += [prompt or f"seed {seed}" for prompt, seed in zip(group, sampled.seeds, strict=True)]
             _print_report(sampled)
         out.sheet(rows, captions)
     print(f"{_clips(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
     return 0
+
+
+def _sample_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Pipeline.sample` and `Pipeline.session` that the command line names."""
+    choices: dict[str, Denoise] = {"auto": True, "none": False, "learned": "learned", "score": "score"}
+    height, width = args.size or (None, None)
+    names = [
+        "frames",
+        "fps",
+        "guidance",
+        "temperature",
+        "solver",
+        "precision",
+        "certificate",
+        "image",
+        "video",
+        "given",
+        "look_ahead",
+        "window",
+        "window_context",
+    ]
+    return {
+        "height": height,
+        "width": width,
+        "denoise": choices[args.denoise],
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fps: float) -> int:
+    """Writes frames while they are made, a file for each clip."""
+    from starflow.data import VideoWriter, enlarge, to_frames
+    from starflow.sample import report_of
+
+    if len(prompts) > args.batch:
+        raise ConfigError(f"--batch is {args.batch}, expected at least {len(prompts)}: streamed clips run together")
+    begin = time.perf_counter()
+    session = pipeline.session(prompts, seed=args.seed, **_sample_options(args))
+    if session.denoising.whole:
+        raise ConfigError(
+            f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected a "
+            "model with a learned denoiser that runs forward in time, or --denoise none"
+        )
+    pixels = args.frames or pipeline.config.data.frames
+    height, width = (side * pipeline.codec.spatial for side in session.shape[2:])
+    scale = args.scale or max(1, math.ceil(128 / min(height, width)))
+    names = [_clip_name(row, prompt, args.seed + row) for row, prompt in enumerate(prompts)]
+    with _Output(Path(args.out)) as out, contextlib.ExitStack() as files:
+        writers = [
+            files.enter_context(
+                VideoWriter(
+                    out.folder / f"{name}.mp4",
+                    fps=fps,
+                    height=height * scale,
+                    width=width * scale,
+                    channels=pipeline.codec.channels,
+                    lossless=args.lossless,
+                    growing=True,
+                )
+            )
+            for name in names
+        ]
+        meter = _Meter(begin)
+
+        def write(frames: Frames) -> None:
+            for writer, clip in zip(writers, frames.pixels, strict=True):
+                writer.write(enlarge(to_frames(clip), scale))
+            meter.add(frames.pixels.shape[1])
+
+        given = session.beginning
+        if given is not None:
+            write(given)
+        for frames in session.extend(pipeline.codec.latent_frames(pixels) - session.frames, last=True):
+            write(frames)
+        files.close()
+        meter.end()
+        report = report_of(session, meter.seconds, meter.frames * len(prompts)).to_mapping()
+        shape = {"frames": meter.frames, "fps": fps, "height": height, "width": width}
+        beginning = {
+            "given_frames": 0 if given is None else given.pixels.shape[1],
+            "given_from": args.image or args.video,
+        }
+        for row, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+            caption = pipeline.caption(prompt, fps=args.fps, image=pixels == 1)
+            told = {"prompt": prompt, "caption": caption, "seed": args.seed + row, "model": str(args.model)}
+            out.json(f"{name}.json", {**told, **shape, **beginning, **report, **_together(len(prompts))})
+    print(
+        f"{_clips(len(prompts))} of {meter.frames} frames in {meter.seconds:.2f} s ({meter.rate:.1f} frames/s, the "
+        f"first after {meter.first:.2f} s) in {args.out}: mp4 and json of each"
+    )
+    return 0
+
+
+class _Meter:
+    """Counts frames and tells on standard error how fast they come.
+
+    Args:
+        begin: the time from which on they count.
+    """
+
+    def __init__(self, begin: float) -> None:
+        self.frames, self.first, self.seconds = 0, 0.0, 0.0
+        self._begin, self._told = begin, begin
+        self._live = sys.stderr.isatty()
+
+    @property
+    def rate(self) -> float:
+        """Frames a second since the first."""
+        return (self.frames - 1) / (self.seconds - self.first) if self.frames > 1 else self.frames / self.seconds
+
+    def add(self, frames: int) -> None:
+        """Counts frames that are there now."""
+        now = time.perf_counter()
+        self.seconds = now - self._begin
+        self.first = self.first if self.frames else self.seconds
+        self.frames += frames
+        if now - self._told >= (0.2 if self._live else 2.0):
+            self._told = now
+            end = "\r" if self._live else "\n"
+            print(f"{self.frames} frames, {self.rate:.1f} frames/s", end=end, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leaves the line of the display."""
+        if self._live:
+            print(file=sys.stderr)
 
 
 def _clips(count: int) -> str:
@@ -219,27 +330,27 @@ class _Output:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._new: list[Path] = []
         self._made = False
 
     def __enter__(self) -> _Output:
-        if self._folder.exists() and not self._folder.is_dir():
-            raise ConfigError(f"--out is {str(self._folder)!r}, which is a file, expected a folder")
-        self._made = not self._folder.exists()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"--out is {str(self.folder)!r}, which is a file, expected a folder")
+        self._made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             for path in self._new:
                 path.unlink(missing_ok=True)
-            if self._made and not any(self._folder.iterdir()):
-                self._folder.rmdir()
+            if self._made and not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def path(self, name: str) -> Path:
         """Where to write a file of this name."""
-        path = self._folder / name
+        path = self.folder / name
         if not path.exists():
             self._new.append(path)
         return path
@@ -262,10 +373,7 @@ def write_json(path: Path, values: Any) -> None:
 
 def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: argparse.Namespace) -> list[Any]:
     """Writes mp4, gif and json of each clip; returns the frames for the contact sheet."""
-    import torch
-
     from starflow.data import enlarge, to_frames, write_gif, write_video
-    from starflow.info import version
 
     side = min(sampled.pixels.shape[-2:])
     scale = args.scale or max(1, math.ceil(128 / side))
@@ -275,8 +383,7 @@ def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: a
     for row, pixels in enumerate(sampled.pixels):
         frames = enlarge(to_frames(pixels), scale)
         prompt, seed = sampled.prompts[row], sampled.seeds[row]
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-        name = f"{first + row:03d}-{words + '-' if words else ''}seed{seed}"
+        name = _clip_name(first + row, prompt, seed)
         write_video(out.path(f"{name}.mp4"), frames, fps, lossless=args.lossless)
         write_gif(out.path(f"{name}.gif"), frames[::skip], fps / skip)
         out.json(
@@ -293,12 +400,25 @@ def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: a
                 "given_frames": sampled.given,
                 "given_from": args.image or args.video,
                 **sampled.report.to_mapping(),
-                "clips_together": len(sampled.pixels),
-                "versions": {"starflow": version(), "torch": torch.__version__},
+                **_together(len(sampled.pixels)),
             },
         )
         shown.append(frames)
     return shown
+
+
+def _clip_name(row: int, prompt: str, seed: int) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return f"{row:03d}-{words + '-' if words else ''}seed{seed}"
+
+
+def _together(clips: int) -> dict[str, Any]:
+    """What else decides the last bits of a clip."""
+    import torch
+
+    from starflow.info import version
+
+    return {"clips_together": clips, "versions": {"starflow": version(), "torch": torch.__version__}}
 
 
 def _score(args: argparse.Namespace) -> int:
@@ -510,6 +630,7 @@ examples:
   {_PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
   {_PROG} sample runs/mine "a three moving up" --image first_frame.png
   {_PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
+  {_PROG} sample runs/mine "a three moving up" --frames 2000 --stream
   {_PROG} sample runs/mine --solver window:16:0.001 --certificate"""
 
 _SCORE = f"""Score clips: bits per dimension, less is better.
@@ -634,8 +755,27 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--window-context",
         type=_number(int, 1),
         metavar="N",
-        help="of clips longer than the model's window: latent frames that each window takes over from the one before "
-        "(default: three quarters)",
+        help="of clips longer than the window: latent frames that each window takes over from the one before (default: "
+        "three quarters)",
+    )
+    how.add_argument(
+        "--window",
+        type=_number(int, 2),
+        metavar="N",
+        help="latent frames that the deep block sees (default: the model's own window, or else as in training)",
+    )
+    how.add_argument(
+        "--stream",
+        action="store_true",
+        help="write each frame as soon as it is final and show frames a second; the mp4 plays while it grows, and "
+        "whatever ends the command. All clips run together; no gif and no sheet",
+    )
+    how.add_argument(
+        "--look-ahead",
+        type=_number(int, 0),
+        metavar="N",
+        help="frames that the learned denoiser waits for (default: as many as it was trained to see): 0 shows a frame "
+        "sooner, cleaned a little worse",
     )
     how.add_argument(
         "--batch", type=_number(int, 1), default=8, metavar="N", help="most clips computed together (default: 8)"
@@ -763,6 +903,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = args.command in ("demo", "train")
         after = "the same command goes on from the last checkpoint" if resumes else "no file is half-written"
+        if getattr(args, "stream", False):
+            after = "what was made before plays"
         return _fail(130, f"interrupted; {after}")
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough; what is still in the buffer has nowhere to go.
