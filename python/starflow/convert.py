@@ -222,10 +222,11 @@ def _stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor | S
     of_layer = _LAYER.match(name)
     if storage == "int8" and of_layer and name.endswith(".weight"):
         # Each of the two reads the weight again, so that neither waits in memory for the other.
-        steps, scale = (partial(_made, tensor, lambda weight, part=part: to_int8(weight)[part]) for part in (0, 1))
         return {
-            f"{name}_int8": Stored(torch.int8, tuple(tensor.shape), steps),
-            f"{name}_scale": Stored(torch.float32, tuple(tensor.shape[:1]), scale),
+            f"{name}_int8": Stored(torch.int8, tuple(tensor.shape), partial(_made, tensor, lambda w: to_int8(w)[0])),
+            f"{name}_scale": Stored(
+                torch.float32, tuple(tensor.shape[:1]), partial(_made, tensor, lambda w: to_int8(w)[1])
+            ),
         }
     dtype = tensor.dtype
     if storage != "keep":

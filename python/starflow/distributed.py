@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from starflow.block import Encoded
@@ -34,6 +35,7 @@ from starflow.layers import Transformer
 
 # Tensors in pieces and their checkpoints are imported where they are used: they take most of a second.
 if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
     from torch.distributed.fsdp import FSDPModule
 
 __all__ = ["ALONE", "DistributedError", "Engine", "World", "join", "local", "rank_and_size", "whole"]
@@ -161,7 +163,8 @@ class World:
         Raises:
             RuntimeError, OSError: something cannot be written; raised in all processes.
         """
-        from torch.distributed.checkpoint import HuggingFaceStorageWriter, save
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
 
         kept = {name: tensor.contiguous() for name, tensor in _stored(tensors).items()}
         files, size = {}, 0
@@ -178,12 +181,13 @@ class World:
         Raises:
             RuntimeError, OSError: something is missing or of another shape; raised in all processes.
         """
-        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+        from torch.distributed.checkpoint.state_dict_loader import load
 
         self._transfer(load, _stored(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
 
     def _transfer(self, call: Callable[..., Any], tensors: dict[str, Tensor], **how: Any) -> None:
-        from torch.distributed.checkpoint import CheckpointException
+        from torch.distributed.checkpoint.api import CheckpointException
 
         try:
             with warnings.catch_warnings():
@@ -308,7 +312,7 @@ def join(device: torch.device) -> Iterator[World]:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=60))))
+    store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=60))))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     watch = _Watch(store.clone(), rank, size)
@@ -353,7 +357,7 @@ class _Watch(threading.Thread):
         store: a connection of its own. rank, size: of this process.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
+    def __init__(self, store: Store, rank: int, size: int) -> None:
         super().__init__(daemon=True, name="starflow-watch")
         self._store, self._rank, self._size = store, rank, size
         self._done = threading.Event()
@@ -406,7 +410,7 @@ class _Watch(threading.Thread):
     def _look(self, count: int) -> str | None:
         self._store.set(f"alive/{self._rank}", str(count))
         if self._store.check(["failed"]):
-            return self._store.get("failed").decode()
+            return str(self._store.get("failed"), "utf-8")
         now = time.monotonic()
         for rank in range(1, self._size) if self._rank == 0 else (0,):
             key = f"alive/{rank}"
@@ -414,5 +418,5 @@ class _Watch(threading.Thread):
             if sign != self._seen.get(rank, (None, now))[0]:
                 self._seen[rank] = (sign, now)
             elif now - self._seen[rank][1] > SILENCE:
-                return self._store.compare_set("failed", "", f"process {rank} of {self._size} is silent").decode()
+                return str(self._store.compare_set("failed", "", f"process {rank} of {self._size} is silent"), "utf-8")
         return None

@@ -22,6 +22,7 @@ from starflow.batches import make_parts
 from starflow.block import FlowBlock
 from starflow.conditioner import Conditioner, make_layout
 from starflow.config import FlowConfig, RunConfig
+from starflow.distributed import Parallel
 from starflow.flow import Flow, nll_of
 from starflow.layers import Transformer
 
@@ -170,7 +171,9 @@ def _easier(config: RunConfig, devices: int) -> Iterator[RunConfig]:
         for parts in range(config.train.accumulate, config.train.batch_size // devices + 1)
         if config.train.batch_size % (devices * parts) == 0
     ]
-    kinds = ["ddp", "fsdp"] if devices > 1 and config.train.parallel == "ddp" else [config.train.parallel]
+    kinds: list[Parallel] = (
+        ["ddp", "fsdp"] if devices > 1 and config.train.parallel == "ddp" else [config.train.parallel]
+    )
     for accumulate in parts:
         for recompute in dict.fromkeys((config.flow.use_checkpoint, config.flow.use_checkpoint or 1, 1)):
             for parallel in kinds:
