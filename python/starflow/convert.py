@@ -187,8 +187,8 @@ def convert(
 
     Raises:
         ValueError: an unknown storage.
-        CheckpointError: the file cannot be read, holds more than tensors, does not match the config (all names and
-            shapes listed, and the options that differ), or the target cannot be written.
+        CheckpointError: the file cannot be read, holds more than tensors, does not match the config (the options that
+            differ are listed, or all names and shapes), or the target cannot be written.
     """
     if storage not in STORAGES:
         raise ValueError(f"convert: storage is {storage!r}, expected one of {', '.join(STORAGES)}")

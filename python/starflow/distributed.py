@@ -268,6 +268,10 @@ class Engine:
         for network in self._sharded:
             network.set_requires_gradient_sync(last)
         with ExitStack() as stack:
+            if self._sharded:
+                stack.enter_context(warnings.catch_warnings())
+                # It fears for views that are written to; nothing here writes to a network's output.
+                warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
             for replica in () if last else self._replicas:
                 stack.enter_context(replica.no_sync())
             yield

@@ -130,7 +130,8 @@ def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         Our name -> tensor, for everything but what only this project has.
 
     Raises:
-        ValueError: names or shapes that do not match, all of them listed, and the options that this comes from.
+        ValueError: names or shapes that do not match; the options that this comes from are listed, or, where they
+            tell of none, all tensors.
     """
     own = flow.state_dict()
     expected = {
@@ -152,15 +153,19 @@ def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         for name, tensor in given.items()
         if tensor.numel() != own[name].numel() or tensor.squeeze().shape != own[name].squeeze().shape
     ]
-    problems = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unexpected", sorted(unexpected)), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        options = "".join(f"{line}; " for line in differences(flow.config, state))
-        raise ValueError(f"checkpoint: {options}tensors do not match the config; " + "; ".join(problems))
+    problems = {"missing": missing, "unexpected": sorted(unexpected), "of another shape": shapes}
+    if any(problems.values()):
+        options = differences(flow.config, state)
+        # A wrong option is told by thousands of tensors.
+        most = 4 if options else None
+        listed = [f"{what}: {_list(names, most)}" for what, names in problems.items() if names]
+        raise ValueError("checkpoint: " + "; ".join([*options, "tensors do not match the config", *listed]))
     return {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
+
+
+def _list(names: list[str], most: int | None) -> str:
+    more = 0 if most is None else len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:
