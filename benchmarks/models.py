@@ -6,6 +6,7 @@ import functools
 import math
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,7 +25,9 @@ from starflow.config import RunConfig
 from starflow.data import DIGITS, Clip, MovingDigits
 from starflow.flow import nll_of
 from starflow.layers import Attending
+from starflow.mapped import release
 from starflow.packed import pack_conditioner
+from starflow.published import published_state
 from starflow.sample import Pipeline
 from starflow.solver import Schedule, certify, solve
 from starflow.tokens import to_sequence
@@ -268,3 +271,25 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
         "caches GB": state.nbytes / 1e9,
         "peak resident GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
+
+
+def published_checkpoint(path: Path, name: str) -> int:
+    """Writes random float32 weights of a packaged configuration as the published code saves them; returns the bytes.
+
+    The weights are drawn into files beside `path`, which are removed: memory holds one of them at a time.
+    """
+    config = RunConfig.load(name).flow
+    with torch.device("meta"):
+        flow = Flow(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for number, (key, tensor) in enumerate(published_state(flow).items()):
+            size = tensor.numel() * 4
+            storage = torch.UntypedStorage.from_file(f"{folder}/{number}", shared=True, nbytes=size)
+            drawn = torch.empty(0).set_(storage).view(tensor.shape)
+            drawn.normal_(0.0, 0.02, generator=generator)
+            release([drawn])
+            state[key] = drawn
+        torch.save(state, path)
+    return sum(tensor.nbytes for tensor in state.values())

@@ -14,6 +14,8 @@ import argparse
 import functools
 import itertools
 import json
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -461,6 +463,34 @@ def big() -> Iterator[Figure]:
     """The published 7B configuration with random bfloat16 weights: rows a second, memory, share of the roofline."""
     facts = models.big(ceilings())
     yield Figure("big", facts.pop("share of the roofline"), "of the roofline", 0.0, 0.70, raw=facts)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@target("mission")
+def convert_3b() -> Iterator[Figure]:
+    """Resident memory of converting the published 3B checkpoint, random weights, from float32; needs 35 GB of disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        if shutil.disk_usage(folder).free < 40e9:
+            raise Skipped(f"disk: {shutil.disk_usage(folder).free / 1e9:.0f} GB free in {folder}, expected 40")
+        source = Path(folder) / "published.pth"
+        size = models.published_checkpoint(source, "starflow_3B_t2i_256x256")
+        for dtype in ("bfloat16", "int8"):
+            out = Path(folder) / dtype
+            command = [sys.executable, "-m", "starflow", "convert", "starflow_3B_t2i_256x256", str(source), str(out)]
+            begin = time.perf_counter()
+            child = subprocess.Popen([*command, "--dtype", dtype], stdout=subprocess.DEVNULL)
+            _, status, used = os.wait4(child.pid, 0)
+            if status:
+                raise RuntimeError(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}")
+            raw = {
+                "seconds": time.perf_counter() - begin,
+                "GB read": size / 1e9,
+                "GB written": sum(file.stat().st_size for file in out.iterdir()) / 1e9,
+            }
+            yield Figure(f"convert_3b_{dtype}", used.ru_maxrss / 2**20, "GiB resident", 8.0, 1.0, lower=True, raw=raw)
+            shutil.rmtree(out)
 
 
 def main() -> int:

@@ -337,6 +337,8 @@ class TrainConfig:
             exceeds `grad_skip` times the clip; 0 is off.
         ema: decay of the averaged weights that are sampled from; 0 is off.
         precision: arithmetic of the products; the residual stream and the affine maps stay float32.
+        parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
+            of them, "fsdp" a piece (slower, less memory). No meaning for one process, and none for the numbers.
         seed: of weights, data order, noise and dropping.
         checkpoint_every, sample_every: steps; 0 only at the end.
     """
@@ -364,6 +366,7 @@ class TrainConfig:
     grad_skip: float = 0.0
     ema: float = 0.999
     precision: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0
