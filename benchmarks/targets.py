@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import json
+import runpy
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import token_order as study
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -450,6 +453,53 @@ def big() -> Iterator[Figure]:
     """The published 7B configuration with random bfloat16 weights: rows a second, memory, share of the roofline."""
     facts = models.big(ceilings())
     yield Figure("big", facts.pop("share of the roofline"), "of the roofline", 0.0, 0.70, raw=facts)
+
+
+# -- mission ----------------------------------------------------------------------------------------------------------
+
+
+@target("mission")
+def token_order() -> Iterator[Figure]:
+    """Sweeps a frame of the spread order at 64 tokens a frame, and what it costs against raster; trains six flows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = {(order, seed): study.measure(order, 8, seed) for order in ("raster", "spread") for seed in range(3)}
+    finally:
+        torch.set_num_threads(threads)
+    spread, raster = ([run for (name, _), run in runs.items() if name == order] for order in ("spread", "raster"))
+    losses = [a.bits_per_dim - b.bits_per_dim for a, b in zip(spread, raster, strict=True)]
+    raw = {"raster": [run.sweeps for run in raster], "spread": [run.sweeps for run in spread]}
+    sweeps = statistics.mean(run.sweeps for run in spread)
+    yield Figure("token_order_sweeps", sweeps, "sweeps a frame", 2.5, 2.0, lower=True, raw=raw)
+    raw = {"by seed": losses, "steps": spread[0].steps}
+    yield Figure(
+        "token_order_bits", statistics.mean(losses), "bits a dimension above raster", 0.005, 0.0, lower=True, raw=raw
+    )
+
+
+@target("mission")
+def zuko() -> Iterator[Figure]:
+    """A trained masked autoregressive flow of zuko: its own inverse against starflow.solve, as in the example."""
+    if importlib.util.find_spec("zuko") is None:
+        raise Skipped("zuko is not installed: pip install 'starflow-ext[examples]'")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "zuko_inverse.py"))
+    for side, steps in ((8, 1000), (16, 500)):
+        flow = example["train"](side, steps)
+        runs = {batch: example["compare"](flow, batch) for batch in (1, 64)}
+        raw = {
+            f"batch {batch}": {
+                "x": run.speedup,
+                "zuko": run.zuko_seconds,
+                "ours": run.seconds,
+                "sweeps": run.sweeps,
+                "error": run.error,
+                "zuko_error": run.zuko_error,
+            }
+            for batch, run in runs.items()
+        }
+        worst = min(run.speedup for run in runs.values())
+        yield Figure(f"zuko_{side * side}", worst, "x zuko's inverse, worst batch", 5.0, 10.0, raw=raw)
 
 
 def main() -> int:

@@ -13,8 +13,9 @@ from starflow.conditioner import Conditioner, Layout, make_layout
 from starflow.config import FlowConfig
 from starflow.guidance import Guidance
 from starflow.network import NativeNetwork, Precision
+from starflow.solver import break_even
 from starflow.state import DecodeState
-from starflow.tokens import Order, to_grid, to_sequence
+from starflow.tokens import Order, to_grid, to_sequence, token_order
 from starflow_ext.jacobi_solve import SweepCount
 
 
@@ -33,8 +34,8 @@ class FlowBlock(nn.Module):
         self.frame_local = config.shallow_block_local and not self.top
         flipped = (index % 2 == 0) == (config.seq_order == "L2R")
         self.order: Order = "raster"
-        if self.top and config.top_order == "spread":
-            self.order = "spread"
+        if self.top and config.top_order != "raster":
+            self.order = config.top_order
         elif flipped:
             self.order = "reverse_in_frame" if config.temporal_causal > 0 else "reverse"
         # Whether the block goes from the last frame to the first.
@@ -91,6 +92,17 @@ class FlowBlock(nn.Module):
         z, log_det = affine.encode(x)
         out = to_grid(z, layout.order, folded.shape[1], height, width).reshape(grid.shape)
         return out, log_det.reshape(batch, frames, height * width), affine, text
+
+    def on_grid(self, values: Tensor, height: int, width: int) -> Tensor:
+        """Values of tokens in the block's own order, (batch, frames, frame tokens), at their places in the frames.
+
+        Returns:
+            (batch, frames, height, width).
+        """
+        batch, frames, _ = values.shape
+        seen = 1 if self.frame_local else frames
+        order = token_order(self.order, seen, height, width)
+        return to_grid(values.reshape(-1, len(order), 1), order, seen, height, width).view(batch, frames, height, width)
 
     def decoder(
         self,
@@ -208,6 +220,10 @@ class BlockDecoder:
         where = f"threads{torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device)
         how = dtype if self._native is None else self._native.cost_key
         return f"{len(c.layers)}x{c.width}-{how}-{self.tokens}-{where}"
+
+    def default_window(self, batch: int, first: int) -> int:
+        """The break-even of this block on this machine (see `starflow.solver.break_even`)."""
+        return break_even(self, batch, first)
 
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..` given the tokens before each.

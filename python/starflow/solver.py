@@ -42,14 +42,6 @@ class Autoregressive(Protocol):
     """What can be inverted: a map from the tokens before a window to the affine maps of the window."""
 
     @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def channels(self) -> int:
-        """Dimensions of a token."""
-
-    @property
     def first_token(self) -> int:
         """Tokens below this pass unchanged: `x = z`."""
 
@@ -65,12 +57,11 @@ class Autoregressive(Protocol):
     def halves(self) -> int:
         """2 where a call evaluates a conditional and an unconditional half, else 1."""
 
-    @property
-    def cost_key(self) -> str:
-        """Names what the cost of a call depends on beside its rows."""
-
     def initial_guess(self, z: Tensor) -> Tensor:
         """Where tokens lie before anything is evaluated, like `z`."""
+
+    def default_window(self, batch: int, first: int) -> int:
+        """Rows of a sample in a call where the schedule names none; arguments as of `break_even`."""
 
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`.
@@ -82,6 +73,22 @@ class Autoregressive(Protocol):
         self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
     ) -> Iterator[SweepCount] | None:
         """The window schedule in native code (see `starflow.block.BlockDecoder`), or None for that in plain torch."""
+
+
+class Timed(Autoregressive, Protocol):
+    """A model whose calls can be timed, and the times kept under a name."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def channels(self) -> int:
+        """Dimensions of a token."""
+
+    @property
+    def cost_key(self) -> str:
+        """Names what the cost of a call depends on beside its rows."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,8 @@ class Window:
 
     Args:
         size: rows of a clip in a call, which a frame-local block shares out to its frames; None takes the break-even
-            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance.
+            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance; of a function
+            (see `starflow.solve`) all tokens, or a frame where it can be evaluated window by window.
         tolerance: of the change of a token in units of its scale. 0 is token by token for any size.
         certificate: also measure the backward error.
     """
@@ -324,7 +332,7 @@ def _chunks(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: C
 
 def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: Window, progress: _Progress) -> None:
     batch, total, _ = z.shape
-    size = schedule.size if schedule.size is not None else break_even(model, batch, first)
+    size = schedule.size if schedule.size is not None else model.default_window(batch, first)
     progress.window = size = min(size, total - first)
     x[:, first + 1 :] = model.initial_guess(z[:, first:])
     native = model.window_solver(x, z, first, size, schedule.tolerance)
@@ -335,49 +343,85 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
             if count.bad is not None:
                 raise _not_finite("solution", *count.bad)
         return
-    rows = torch.arange(batch, device=z.device)[:, None]
-    frontier = torch.full((batch,), first, device=z.device)
-    fresh = frontier.clone()  # first token of each sample that has not been evaluated
+    # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
+    frontier = [first] * batch
+    fresh = [first] * batch  # first token of each sample that has not been evaluated
     kept: _Kept | None = None
-    while int(frontier.min()) < total:
-        width = min(size, total - int(frontier.min()))
+    while min(frontier) < total:
+        width = min(size, total - min(frontier))
         # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
         # cached of them stays, so that a sample does not depend on the batch that it is in.
-        start = frontier.clamp(max=total - width)
-        tokens = start[:, None] + torch.arange(width, device=z.device)
-        if kept is not None:
-            kept.guess_(x, z, rows, tokens, fresh)
-        # What is read of tokens that are not final must be finite: a masked NaN still reaches every row of the window,
-        # as 0 * NaN. Any value in its place is as right, for it is only a guess.
-        read = x[rows, tokens]
-        wild = (tokens > frontier[:, None])[..., None] & ~(read.abs() < _WILD)
-        x[rows, tokens] = torch.where(wild, z[rows, tokens - 1], read)
-        together = bool((start == start[0]).all())
-        again = bool((start < frontier).any())
-        affine = model.evaluate(x[rows, tokens], int(start[0]) if together else start, frontier if again else None)
-        moved = x[rows, tokens + 1]
-        change = affine.update_(moved, z[rows, tokens])
-        done = tokens < frontier[:, None]
-        x[rows, tokens + 1] = torch.where(done[..., None], x[rows, tokens + 1], moved)
-        if kept is None:
-            kept = _Kept(affine, first, model.frame_tokens, batch, total)
-        kept.keep(affine, rows, tokens)
-        fresh = torch.maximum(fresh, start + width)
+        starts = [min(token, total - width) for token in frontier]
+        again = starts != frontier
+        here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
+        if kept is not None and max(starts) + width > min(fresh):
+            kept.guess_(x, z, starts, width, fresh)
+        _tame_(x, z, here, starts, width, frontier)
+        together = min(starts) == max(starts)
+        begin = starts[0] if together else torch.tensor(starts, device=z.device)
+        final = torch.tensor(frontier, device=z.device) if again else None
+        affine = model.evaluate(x[here], begin, final)
+        moved = x[after].clone()
+        change = affine.update_(moved, z[here])
+        accepted = change < schedule.tolerance
+        if final is not None:
+            done = _tokens(starts, width, z.device) < final[:, None]
+            moved = torch.where(done[..., None], x[after], moved)
+            accepted |= done
+        x[after] = moved
+        if model.frame_tokens < total - first:
+            if kept is None:
+                kept = _Kept(affine, first, model.frame_tokens, batch, total)
+            kept.keep(affine, here)
+        fresh = [max(token, start + width) for token, start in zip(fresh, starts, strict=True)]
         # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-        settled = ((change < schedule.tolerance) | done).long().cumprod(1).sum(1)
-        reached = (start + settled + 1).minimum(start + width)
-        # Of what is accepted only the last token can be other than finite: those before it moved by a number.
-        lost = (~change.gather(1, (reached - 1 - start)[:, None]).isfinite()).nonzero()
-        if len(lost):
-            sample = int(lost[0, 0])
-            raise _not_finite("solution", sample, int(reached[sample]) - 1)
+        settled: list[int] = accepted.long().cumprod(1).sum(1).tolist()
+        reached = [start + min(count + 1, width) for start, count in zip(starts, settled, strict=True)]
+        wild = ~change.isfinite()
+        if bool(wild.any()):
+            # Of what is accepted only the last token can be other than finite: those before it moved by a number.
+            for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
+                if wild[sample, token - 1 - start]:
+                    raise _not_finite("solution", sample, token - 1)
         progress.rows += batch * width
-        progress.accepted.append(int((reached - frontier).sum()))
+        progress.accepted.append(sum(reached) - sum(frontier))
         frontier = reached
+
+
+# Indices of a window in (batch, tokens, ...).
+Places = tuple[slice, slice] | tuple[Tensor, Tensor]
+
+
+def places(starts: list[int], width: int, device: torch.device) -> Places:
+    """Indices of `width` tokens from `starts` on, one for each sample: slices where all start together."""
+    if min(starts) == max(starts):
+        return slice(None), slice(starts[0], starts[0] + width)
+    return torch.arange(len(starts), device=device)[:, None], _tokens(starts, width, device)
+
+
+def _tokens(starts: list[int], width: int, device: torch.device) -> Tensor:
+    """Numbers of the tokens of a window, (batch, width)."""
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
 
 
 # Provisional tokens beyond this are divergence, not data.
 _WILD = 1e6
+
+
+def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, frontier: list[int]) -> None:
+    """Replaces what is read of tokens that are not final, where it is not finite or far off, by their noise.
+
+    A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
+    guess.
+    """
+    read = x[here]
+    sane = read.abs() < _WILD
+    if bool(sane.all()):
+        return
+    tokens = _tokens(starts, width, z.device)
+    provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
+    noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
+    x[here] = torch.where(provisional[..., None] & ~sane, noise, read)
 
 
 class _Kept:
@@ -387,18 +431,20 @@ class _Kept:
         self._like, self._first, self._frame = affine, first, frame
         self._raw = affine.raw.new_zeros(affine.raw.shape[0] // batch, batch, total, affine.raw.shape[-1])
 
-    def keep(self, affine: Affine, rows: Tensor, tokens: Tensor) -> None:
+    def keep(self, affine: Affine, here: Places) -> None:
         halves = affine.raw.view(self._raw.shape[0], self._raw.shape[1], *affine.raw.shape[1:])
         for kept, raw in zip(self._raw, halves, strict=True):
-            kept[rows, tokens] = raw
+            kept[here] = raw
 
-    def guess_(self, x: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, fresh: Tensor) -> None:
+    def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
         """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
-        ahead = tokens - fresh[:, None]
+        tokens = _tokens(starts, width, z.device)
+        ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
         wanted = (ahead >= 0) & (source >= self._first)
         if not bool(wanted.any()):
             return
+        rows = torch.arange(len(starts), device=z.device)[:, None]
         raw = self._raw[:, rows, source.clamp(min=0)].flatten(0, 1)
         guess = x[rows, tokens + 1]
         replace(self._like, raw=raw).update_(guess, z[rows, tokens])
@@ -412,7 +458,7 @@ _measured: dict[str, int] = {}
 
 
 @torch.inference_mode()
-def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
+def break_even(model: Timed, batch: int, first: int = 0) -> int:
     """The window at which a call stops being free: the rows whose arithmetic takes as long as a call of one row.
 
     A narrower window only adds calls, a wider one only arithmetic. Measured once per block, machine and number of
@@ -440,7 +486,7 @@ def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
     return max(1, min(_measured[key] // (batch * model.halves), model.tokens))
 
 
-def _measure(model: Autoregressive, batch: int, first: int) -> int:
+def _measure(model: Timed, batch: int, first: int) -> int:
     last = model.tokens - first
     many = max(2, min(_MANY_ROWS // batch, last))
     channels = model.channels
