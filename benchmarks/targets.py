@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import itertools
 import json
 import os
+import runpy
 import shutil
 import statistics
 import subprocess
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import token_order as study
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -491,6 +494,53 @@ def convert_3b() -> Iterator[Figure]:
             }
             yield Figure(f"convert_3b_{dtype}", used.ru_maxrss / 2**20, "GiB resident", 8.0, 1.0, lower=True, raw=raw)
             shutil.rmtree(out)
+
+
+# -- elsewhere --------------------------------------------------------------------------------------------------------
+
+
+@target("mission")
+def token_order() -> Iterator[Figure]:
+    """Sweeps a frame of the spread order at 64 tokens a frame, and what it costs against raster; trains six flows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = {(order, seed): study.measure(order, 8, seed) for order in ("raster", "spread") for seed in range(3)}
+    finally:
+        torch.set_num_threads(threads)
+    spread, raster = ([run for (name, _), run in runs.items() if name == order] for order in ("spread", "raster"))
+    losses = [a.bits_per_dim - b.bits_per_dim for a, b in zip(spread, raster, strict=True)]
+    raw = {"raster": [run.sweeps for run in raster], "spread": [run.sweeps for run in spread]}
+    sweeps = statistics.mean(run.sweeps for run in spread)
+    yield Figure("token_order_sweeps", sweeps, "sweeps a frame", 2.5, 2.0, lower=True, raw=raw)
+    raw = {"by seed": losses, "steps": spread[0].steps}
+    yield Figure(
+        "token_order_bits", statistics.mean(losses), "bits a dimension above raster", 0.005, 0.0, lower=True, raw=raw
+    )
+
+
+@target("mission")
+def zuko() -> Iterator[Figure]:
+    """A trained masked autoregressive flow of zuko: its own inverse against starflow.solve, as in the example."""
+    if importlib.util.find_spec("zuko") is None:
+        raise Skipped("zuko is not installed: pip install 'starflow-ext[examples]'")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "zuko_inverse.py"))
+    for side, steps in ((8, 1000), (16, 500)):
+        flow = example["train"](side, steps)
+        runs = {batch: example["compare"](flow, batch) for batch in (1, 64)}
+        raw = {
+            f"batch {batch}": {
+                "x": run.speedup,
+                "zuko": run.zuko_seconds,
+                "ours": run.seconds,
+                "sweeps": run.sweeps,
+                "error": run.error,
+                "zuko_error": run.zuko_error,
+            }
+            for batch, run in runs.items()
+        }
+        worst = min(run.speedup for run in runs.values())
+        yield Figure(f"zuko_{side * side}", worst, "x zuko's inverse, worst batch", 5.0, 10.0, raw=raw)
 
 
 def main() -> int:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from starflow.config import ConfigError, RunConfig, config_names, from_mapping, to_mapping
-from starflow.files import write_text
+from starflow.files import replacing, write_text
 
 # The parts of the package are imported by the commands that need them: TensorBoard alone takes seconds.
 if TYPE_CHECKING:
+    from starflow.data import Clip
     from starflow.distributed import World
     from starflow.evaluate import ClipScore
     from starflow.plan import Plan
@@ -75,6 +76,12 @@ def _solver(text: str) -> str:
         parse_solver(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _picture(text: str) -> str:
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .png, .svg or .pdf")
     return text
 
 
@@ -454,31 +461,57 @@ def _together(clips: int) -> dict[str, Any]:
 def _score(args: argparse.Namespace) -> int:
     import torch
 
-    from starflow.batches import make_dataset
     from starflow.distributed import World
-    from starflow.evaluate import LEVELS_BITS, noise_floor, read_clips, score
+    from starflow.evaluate import LEVELS_BITS, Reference, heat_map, noise_floor, read_clips, score
 
     if bool(args.paths) == (args.held_out is not None):
         raise ConfigError("score: expected either paths of videos or --held-out, and not both")
+    if args.reference is not None and args.held_out is not None:
+        raise ConfigError(
+            f"--reference is {args.reference}, expected paths together with it: it judges them by held-out clips"
+        )
+    if args.per_token and args.json is None:
+        raise ConfigError("--per-token is given, expected --json together with it")
     pipeline = _load(args, World(device=torch.device(_device(args.device))))
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
-        dataset = make_dataset(pipeline.config, "test")
-        clips = [dataset.item(index) for index in range(min(args.held_out, len(dataset)))]
+        clips = _held_out(pipeline, args.held_out)
         if args.caption is not None:
             clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
     else:
         clips = read_clips(
             pipeline, args.paths, frames=args.frames, clips_per_file=args.clips_per_file, caption=args.caption
         )
-    scores = score(pipeline, clips, seed=args.seed, batch=args.batch, order_check=args.order_check)
-    sigma = pipeline.config.train.noise_std
+    sigma = pipeline.config.train.noise_std if args.noise_std is None else args.noise_std
+    per_token = args.per_token or args.heat_map is not None
+    scores = score(
+        pipeline,
+        clips,
+        seed=args.seed,
+        batch=args.batch,
+        order_check=args.order_check,
+        per_token=per_token,
+        noise_std=sigma,
+    )
+    ordinary = [] if args.reference is None else _held_out(pipeline, args.reference)
+    if ordinary:
+        reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma))
+        scores = [reference.judge(item) for item in scores]
+    if args.heat_map is not None:
+        path = Path(args.heat_map)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            heat_map(clips, scores).savefig(partial, format=path.suffix[1:])
+    if not args.per_token:
+        scores = [dataclasses.replace(item, tokens=None) for item in scores]
     what = "pixel" if pipeline.codec.log_det_per_dimension is not None else "latent"
     facts = {
         "definition": f"minus log2 of the density of the clip with normal noise of deviation {sigma:g} on its latents, "
         f"per {what} value{' in [-1, 1]' if what == 'pixel' else ''}",
         "noise_std": sigma,
+        "noise_std_of_training": pipeline.config.train.noise_std,
+        "reference_clips": len(ordinary),
         "noise_seed": args.seed,
         "noise_floor": noise_floor(sigma, pipeline.codec.log_det_per_dimension) if sigma else None,
         "to_8_bit_levels": LEVELS_BITS,
@@ -494,6 +527,14 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
+def _held_out(pipeline: Pipeline, count: int) -> list[Clip]:
+    """The first clips of the run's own test data."""
+    from starflow.batches import make_dataset
+
+    dataset = make_dataset(pipeline.config, "test")
+    return [dataset.item(index) for index in range(min(count, len(dataset)))]
+
+
 def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames: bool) -> None:
     print(f"bits per dimension: {facts['definition']}; less is better.")
     if facts["noise_floor"] is not None:
@@ -503,15 +544,29 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
         )
     width = max(len(item.name) for item in scores)
     ordered = [item for item in scores if item.shuffled is not None and item.reversed is not None]
-    print(f"{'clip':<{width}}  {'bits/dim':>8}" + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else ""))
+    judged = any(item.anomaly is not None for item in scores)
+    print(
+        f"{'clip':<{width}}  {'bits/dim':>8}"
+        + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else "")
+        + (f"  {'anomaly':>8}  {'p-value':>8}  worst frame" if judged else "")
+    )
     for item in scores:
         line = f"{item.name:<{width}}  {item.bits_per_dim:>8.4f}"
         if item.shuffled is not None and item.reversed is not None:
             line += f"  {item.shuffled:>8.4f}  {item.reversed:>8.4f}"
+        if item.anomaly is not None:
+            worst = max(range(len(item.frames)), key=[abs(value) for value in item.anomaly.frames].__getitem__)
+            line += f"  {item.anomaly.deviations:>+8.2f}  {item.anomaly.p_value:>8.3f}"
+            line += f"  {worst:>3} ({item.anomaly.frames[worst]:+.1f})"
         print(line + (f'  "{item.caption}"' if item.caption else ""))
         if frames:
             print("  frames: " + " ".join(f"{bits:.4f}" for bits in item.frames))
     print(f"{'mean':<{width}}  {facts['bits_per_dim']:>8.4f}")
+    if judged:
+        print(
+            f"anomaly: deviations from the mean of {facts['reference_clips']} held-out clips, negative where more "
+            "predictable; p-value: how often an ordinary clip is as far from it, at most."
+        )
     if ordered:
         for name in ("shuffled", "reversed"):
             others = [getattr(item, name) for item in ordered]
@@ -733,6 +788,7 @@ may be negative. Clips are cut in the size and at the rate of the training clips
 examples:
   {_PROG} score runs/mine my_clips --order-check
   {_PROG} score runs/mine a.mp4 --caption "waves at night" --per-frame
+  {_PROG} score runs/mine odd.mp4 --reference 100 --heat-map where.png
   {_PROG} score runs/digits --held-out 32 --json scores.json"""
 
 _CONVERT = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have on disk into a model file.
@@ -916,6 +972,25 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         help="also score each clip with its frames shuffled and reversed, which should score worse",
     )
     parser.add_argument("--per-frame", action="store_true", help="print the bits of each frame given those before it")
+    parser.add_argument("--per-token", action="store_true", help="with --json: the bits of each token, too")
+    parser.add_argument(
+        "--heat-map",
+        type=_picture,
+        metavar="FILE",
+        help="draw the bits of the tokens under the frames (.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=_number(int, 2),
+        metavar="N",
+        help="judge the clips by N held-out clips of the run's own test data: how far off their bits are",
+    )
+    parser.add_argument(
+        "--noise-std",
+        type=_number(float, 0),
+        metavar="S",
+        help="deviation of the noise that is added (default: that of training; the model knows no other data)",
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="write the scores, frames included; - prints them in place of the table"
     )
