@@ -79,6 +79,12 @@ def _solver(text: str) -> str:
     return text
 
 
+def _model(text: str) -> str:
+    if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .safetensors, or a folder")
+    return text
+
+
 def _picture(text: str) -> str:
     if Path(text).suffix not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .png, .svg or .pdf")
@@ -1011,7 +1017,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "config", metavar="CONFIG", help=f"yaml of the published release, or one of {', '.join(config_names())}"
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file with published names")
-    parser.add_argument("out", metavar="OUT", help="what to write: a name.safetensors, or a folder")
+    parser.add_argument("out", metavar="OUT", type=_model, help="what to write: a name.safetensors, or a folder")
     parser.add_argument(
         "--dtype",
         choices=("keep", "float32", "bfloat16", "int8"),
