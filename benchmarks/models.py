@@ -6,8 +6,10 @@ import functools
 import math
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +25,9 @@ from starflow.config import RunConfig
 from starflow.data import DIGITS, Clip, MovingDigits
 from starflow.flow import nll_of
 from starflow.layers import Attending
+from starflow.mapped import release
 from starflow.packed import pack_conditioner
+from starflow.published import published_state
 from starflow.sample import Pipeline
 from starflow.solver import Schedule, certify, solve
 from starflow.tokens import to_sequence
@@ -79,15 +83,22 @@ def eager_window(
 
 
 @functools.cache
-def trained() -> tuple[Flow, Tensor, Tensor]:
+def trained(order: str = "spread") -> tuple[Flow, Tensor, Tensor]:
     """The model of digits48.yaml, trained at the first call (minutes), with a prompt and the empty one.
 
     Kept in `.cache` beside the benchmarks; remove that folder to train again.
+
+    Args:
+        order: "spread", the order of our own models, or "raster", the published one, without the embeddings of
+            positions and text that spread order comes with.
     """
-    folder = HERE / ".cache" / "digits48"
     config = RunConfig.load(HERE / "digits48.yaml")
+    folder = HERE / ".cache" / "digits48"
+    if order == "raster":
+        raster = replace(config.flow, top_order="raster", position_embed=False, text_embed=False)
+        config, folder = replace(config, flow=raster), folder.with_name("digits48_raster")
     if not (folder / "done").exists():
-        print("training the model of the benchmarks, once ...", file=sys.stderr)
+        print(f"training the {order} model of the benchmarks, once ...", file=sys.stderr)
         train(config, folder)
         (folder / "done").touch()
     pipeline = Pipeline.load(folder)
@@ -170,7 +181,7 @@ def training_step(precision: str) -> Callable[[], None]:
     config = RunConfig.load(HERE / "digits48.yaml").flow
     torch.manual_seed(0)
     model = Flow(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x, y = torch.randn(4, *LATENTS), torch.randn(4, config.txt_size, config.txt_dim)
 
     def step() -> None:
@@ -260,3 +271,25 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
         "caches GB": state.nbytes / 1e9,
         "peak resident GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
+
+
+def published_checkpoint(path: Path, name: str) -> int:
+    """Writes random float32 weights of a packaged configuration as the published code saves them; returns the bytes.
+
+    The weights are drawn into files beside `path`, which are removed: memory holds one of them at a time.
+    """
+    config = RunConfig.load(name).flow
+    with torch.device("meta"):
+        flow = Flow(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for number, (key, tensor) in enumerate(published_state(flow).items()):
+            size = tensor.numel() * 4
+            storage = torch.UntypedStorage.from_file(f"{folder}/{number}", shared=True, nbytes=size)
+            drawn = torch.empty(0).set_(storage).view(tensor.shape)
+            drawn.normal_(0.0, 0.02, generator=generator)
+            release([drawn])
+            state[key] = drawn
+        torch.save(state, path)
+    return sum(tensor.nbytes for tensor in state.values())

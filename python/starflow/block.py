@@ -14,7 +14,7 @@ from starflow.guidance import Guidance
 from starflow.network import NativeNetwork, NativeWindow, Precision
 from starflow.solver import break_even
 from starflow.state import DecodeState
-from starflow.tokens import Order, to_grid, to_sequence
+from starflow.tokens import Order, to_grid, to_sequence, token_order
 
 
 class FlowBlock(nn.Module):
@@ -32,8 +32,8 @@ class FlowBlock(nn.Module):
         self.frame_local = config.shallow_block_local and not self.top
         flipped = (index % 2 == 0) == (config.seq_order == "L2R")
         self.order: Order = "raster"
-        if self.top and config.top_order == "spread":
-            self.order = "spread"
+        if self.top and config.top_order != "raster":
+            self.order = config.top_order
         elif flipped:
             self.order = "reverse_in_frame" if config.temporal_causal > 0 else "reverse"
         # Whether the block goes from the last frame to the first.
@@ -90,6 +90,17 @@ class FlowBlock(nn.Module):
         z, log_det = affine.encode(x)
         out = to_grid(z, layout.order, folded.shape[1], height, width).reshape(grid.shape)
         return out, log_det.reshape(batch, frames, height * width), affine, text
+
+    def on_grid(self, values: Tensor, height: int, width: int) -> Tensor:
+        """Values of tokens in the block's own order, (batch, frames, frame tokens), at their places in the frames.
+
+        Returns:
+            (batch, frames, height, width).
+        """
+        batch, frames, _ = values.shape
+        seen = 1 if self.frame_local else frames
+        order = token_order(self.order, seen, height, width)
+        return to_grid(values.reshape(-1, len(order), 1), order, seen, height, width).view(batch, frames, height, width)
 
     def decoder(
         self,

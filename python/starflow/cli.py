@@ -24,11 +24,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from starflow.config import ConfigError, RunConfig, config_names, from_mapping, to_mapping
-from starflow.files import write_text
+from starflow.files import replacing, write_text
 
 # The parts of the package are imported by the commands that need them: TensorBoard alone takes seconds.
 if TYPE_CHECKING:
+    from starflow.data import Clip
+    from starflow.distributed import World
     from starflow.evaluate import ClipScore
+    from starflow.plan import Plan
     from starflow.sample import Denoise, Pipeline, Sampled
     from starflow.session import Frames
 
@@ -73,6 +76,18 @@ def _solver(text: str) -> str:
         parse_solver(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _model(text: str) -> str:
+    if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .safetensors, or a folder")
+    return text
+
+
+def _picture(text: str) -> str:
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .png, .svg or .pdf")
     return text
 
 
@@ -130,6 +145,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from starflow.checkpoints import read_header
+    from starflow.distributed import rank_and_size
     from starflow.train import train
 
     settings = list(args.set)
@@ -141,10 +157,14 @@ def _train(args: argparse.Namespace) -> int:
         settings.append((["train", "steps"], args.steps))
     if args.seed is not None:
         settings.append((["train", "seed"], args.seed))
+    if args.parallel is not None:
+        settings.append((["train", "parallel"], args.parallel))
     name = args.config or ("digits" if args.data is None else "clips")
     config = make_config(name, settings)
     folder = Path(args.out or f"runs/{Path(name).stem}")
     train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=_device(args.device))
+    if rank_and_size()[0]:
+        return 0
     text = read_header(folder).config.text
     prompt = ' "PROMPT"' if text else ""
     print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{prompt}")
@@ -156,6 +176,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    import torch
+
+    from starflow.distributed import join
     from starflow.sample import parse_solver
 
     if args.given is not None and args.video is None:
@@ -167,21 +190,39 @@ def _sample(args: argparse.Namespace) -> int:
             parse_solver(args.solver, certificate=True)
         except ValueError as error:
             raise ConfigError(f"--certificate: {error}") from None
-    pipeline = _load(args)
+    with join(torch.device(_device(args.device))) as world:
+        return _sample_part(args, world)
+
+
+def _sample_part(args: argparse.Namespace, world: World) -> int:
+    """The clips of one of the processes that `torchrun` started, or all."""
+    pipeline = _load(args, world)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
+    mine = range(world.rank, len(prompts), world.size)
     fps = args.fps or pipeline.config.sample.fps
     if args.stream:
+        if world.size > 1:
+            raise ConfigError(f"--stream is given in {world.size} processes, expected one")
         return _stream(args, pipeline, prompts, fps)
     with _Output(Path(args.out)) as out:
-        rows, captions = [], []
-        for first in range(0, len(prompts), args.batch):
-            group = prompts[first : first + args.batch]
-            sampled = pipeline.sample(group, seed=args.seed + first, **_sample_options(args))
-            rows += _write_clips(out, sampled, first, fps, args)
-            captions += [prompt or f"seed {seed}" for prompt, seed in zip(group, sampled.seeds, strict=True)]
-            _print_report(sampled)
-        out.sheet(rows, captions)
-    print(f"{_clips(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
+        shown: dict[int, tuple[Any, str]] = {}
+        for first in range(0, len(mine), args.batch):
+            group = mine[first : first + args.batch]
+            sampled = pipeline.sample(
+                [prompts[index] for index in group],
+                seeds=[args.seed + index for index in group],
+                **_sample_options(args),
+            )
+            clips = _write_clips(out, sampled, group, fps, args)
+            captions = [prompt or f"seed {seed}" for prompt, seed in zip(sampled.prompts, sampled.seeds, strict=True)]
+            shown.update(zip(group, zip(clips, captions, strict=True), strict=True))
+            if world.first:
+                _print_report(sampled)
+        everything = {index: clip for part in world.gather(shown) for index, clip in part.items()}
+        if world.first:
+            out.sheet(*zip(*(everything[index] for index in sorted(everything)), strict=True))
+    if world.first:
+        print(f"{_clips(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
     return 0
 
 
@@ -372,8 +413,10 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: argparse.Namespace) -> list[Any]:
-    """Writes mp4, gif and json of each clip; returns the frames for the contact sheet."""
+def _write_clips(
+    out: _Output, sampled: Sampled, numbers: Sequence[int], fps: float, args: argparse.Namespace
+) -> list[Any]:
+    """Writes mp4, gif and json of each clip under its number; returns the frames for the contact sheet."""
     from starflow.data import enlarge, to_frames, write_gif, write_video
 
     side = min(sampled.pixels.shape[-2:])
@@ -384,7 +427,7 @@ def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: a
     for row, pixels in enumerate(sampled.pixels):
         frames = enlarge(to_frames(pixels), scale)
         prompt, seed = sampled.prompts[row], sampled.seeds[row]
-        name = _clip_name(first + row, prompt, seed)
+        name = _clip_name(numbers[row], prompt, seed)
         write_video(out.path(f"{name}.mp4"), frames, fps, lossless=args.lossless)
         write_gif(out.path(f"{name}.gif"), frames[::skip], fps / skip)
         out.json(
@@ -428,30 +471,59 @@ def _together(clips: int) -> dict[str, Any]:
 
 
 def _score(args: argparse.Namespace) -> int:
-    from starflow.batches import make_dataset
-    from starflow.evaluate import LEVELS_BITS, noise_floor, read_clips, score
+    import torch
+
+    from starflow.distributed import World
+    from starflow.evaluate import LEVELS_BITS, Reference, heat_map, noise_floor, read_clips, score
 
     if bool(args.paths) == (args.held_out is not None):
         raise ConfigError("score: expected either paths of videos or --held-out, and not both")
-    pipeline = _load(args)
+    if args.reference is not None and args.held_out is not None:
+        raise ConfigError(
+            f"--reference is {args.reference}, expected paths together with it: it judges them by held-out clips"
+        )
+    if args.per_token and args.json is None:
+        raise ConfigError("--per-token is given, expected --json together with it")
+    pipeline = _load(args, World(device=torch.device(_device(args.device))))
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
-        dataset = make_dataset(pipeline.config, "test")
-        clips = [dataset.item(index) for index in range(min(args.held_out, len(dataset)))]
+        clips = _held_out(pipeline, args.held_out)
         if args.caption is not None:
             clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
     else:
         clips = read_clips(
             pipeline, args.paths, frames=args.frames, clips_per_file=args.clips_per_file, caption=args.caption
         )
-    scores = score(pipeline, clips, seed=args.seed, batch=args.batch, order_check=args.order_check)
-    sigma = pipeline.config.train.noise_std
+    sigma = pipeline.config.train.noise_std if args.noise_std is None else args.noise_std
+    per_token = args.per_token or args.heat_map is not None
+    scores = score(
+        pipeline,
+        clips,
+        seed=args.seed,
+        batch=args.batch,
+        order_check=args.order_check,
+        per_token=per_token,
+        noise_std=sigma,
+    )
+    ordinary = [] if args.reference is None else _held_out(pipeline, args.reference)
+    if ordinary:
+        reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma))
+        scores = [reference.judge(item) for item in scores]
+    if args.heat_map is not None:
+        path = Path(args.heat_map)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            heat_map(clips, scores).savefig(partial, format=path.suffix[1:])
+    if not args.per_token:
+        scores = [dataclasses.replace(item, tokens=None) for item in scores]
     what = "pixel" if pipeline.codec.log_det_per_dimension is not None else "latent"
     facts = {
         "definition": f"minus log2 of the density of the clip with normal noise of deviation {sigma:g} on its latents, "
         f"per {what} value{' in [-1, 1]' if what == 'pixel' else ''}",
         "noise_std": sigma,
+        "noise_std_of_training": pipeline.config.train.noise_std,
+        "reference_clips": len(ordinary),
         "noise_seed": args.seed,
         "noise_floor": noise_floor(sigma, pipeline.codec.log_det_per_dimension) if sigma else None,
         "to_8_bit_levels": LEVELS_BITS,
@@ -467,6 +539,14 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
+def _held_out(pipeline: Pipeline, count: int) -> list[Clip]:
+    """The first clips of the run's own test data."""
+    from starflow.batches import make_dataset
+
+    dataset = make_dataset(pipeline.config, "test")
+    return [dataset.item(index) for index in range(min(count, len(dataset)))]
+
+
 def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames: bool) -> None:
     print(f"bits per dimension: {facts['definition']}; less is better.")
     if facts["noise_floor"] is not None:
@@ -476,15 +556,29 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
         )
     width = max(len(item.name) for item in scores)
     ordered = [item for item in scores if item.shuffled is not None and item.reversed is not None]
-    print(f"{'clip':<{width}}  {'bits/dim':>8}" + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else ""))
+    judged = any(item.anomaly is not None for item in scores)
+    print(
+        f"{'clip':<{width}}  {'bits/dim':>8}"
+        + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else "")
+        + (f"  {'anomaly':>8}  {'p-value':>8}  worst frame" if judged else "")
+    )
     for item in scores:
         line = f"{item.name:<{width}}  {item.bits_per_dim:>8.4f}"
         if item.shuffled is not None and item.reversed is not None:
             line += f"  {item.shuffled:>8.4f}  {item.reversed:>8.4f}"
+        if item.anomaly is not None:
+            worst = max(range(len(item.frames)), key=[abs(value) for value in item.anomaly.frames].__getitem__)
+            line += f"  {item.anomaly.deviations:>+8.2f}  {item.anomaly.p_value:>8.3f}"
+            line += f"  {worst:>3} ({item.anomaly.frames[worst]:+.1f})"
         print(line + (f'  "{item.caption}"' if item.caption else ""))
         if frames:
             print("  frames: " + " ".join(f"{bits:.4f}" for bits in item.frames))
     print(f"{'mean':<{width}}  {facts['bits_per_dim']:>8.4f}")
+    if judged:
+        print(
+            f"anomaly: deviations from the mean of {facts['reference_clips']} held-out clips, negative where more "
+            "predictable; p-value: how often an ordinary clip is as far from it, at most."
+        )
     if ordered:
         for name in ("shuffled", "reversed"):
             others = [getattr(item, name) for item in ordered]
@@ -506,11 +600,65 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         folders = {"codec": args.codec, "text": args.text}
         config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
-    out = Path(args.out)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"OUT is {args.out!r}, expected a file that ends in .safetensors")
-    convert(args.checkpoint, config, out, progress=print)
+    file_bytes = int(args.file_size * 2**30)
+    convert(args.checkpoint, config, args.out, storage=args.dtype, file_bytes=file_bytes, progress=print)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from starflow.plan import GIB, fitting, plan
+
+    config = make_config(args.config, args.set)
+    how = {"devices": args.gpus, "peak": args.peak * 1e12, "efficiency": args.efficiency}
+    asked = plan(config, **how)
+    limit = None if args.memory is None else int(args.memory * GIB)
+    fits = None if limit is None else fitting(config, limit, **how)
+    if args.json:
+        changed = {} if fits is None else _changes(config, fits[0])
+        print(json.dumps({**asked.to_mapping(), "fits": limit is None or asked.memory <= limit, "change": changed}))
+        return 0
+    _print_plan(asked, config)
+    if limit is None:
+        return 0
+    if fits is None:
+        print(
+            f"does not fit into {args.memory:g} GiB, one clip at a time, in pieces and recomputed: expected more "
+            "devices or memory"
+        )
+        return 1
+    settings = "".join(f" --set {key}={value}" for key, value in _changes(config, fits[0]).items())
+    if settings:
+        print(f"does not fit into {args.memory:g} GiB; this does, with {fits[1].memory / GIB:.1f}:{settings}")
+        return 1
+    print(f"fits into {args.memory:g} GiB")
+    return 0
+
+
+def _changes(config: RunConfig, changed: RunConfig) -> dict[str, Any]:
+    """Options of one configuration that differ from another's."""
+    before, after = to_mapping(config), to_mapping(changed)
+    return {
+        f"{section}.{name}": value
+        for section, options in after.items()
+        for name, value in options.items()
+        if before[section].get(name) != value
+    }
+
+
+def _print_plan(plan: Plan, config: RunConfig) -> None:
+    gib = 2**30
+    total = sum(plan.parameters.values())
+    print(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in plan.parameters.items()) + ")")
+    print(
+        f"a step on each of {plan.devices} ({plan.parallel}): {config.train.accumulate} x {plan.clips} clips of "
+        f"{plan.tokens:,} tokens"
+    )
+    for name in ("weights", "gradients", "moments", "average", "gathered", "activations", "workspace", "memory"):
+        print(f"{name:>12}  {getattr(plan, name) / gib:8.2f} GiB")
+    print(
+        f"{plan.flops:.3g} FLOP a step and device, {plan.seconds:.3g} s at {plan.rate:.3g} FLOP/s; "
+        f"{config.train.steps:,} steps in {plan.seconds * config.train.steps / 3600:.3g} hours"
+    )
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -533,14 +681,14 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(args: argparse.Namespace) -> Pipeline:
+def _load(args: argparse.Namespace, world: World) -> Pipeline:
     from starflow.checkpoints import read_header
     from starflow.sample import Pipeline
 
     licence = read_header(args.model).about.get("licence")
-    if licence:
+    if licence and world.first:
         print(f"{args.model}: {licence}", file=sys.stderr)
-    return Pipeline.load(args.model, device=_device(args.device))
+    return Pipeline.load(args.model, device=world.device)
 
 
 # -- the parser -------------------------------------------------------------------------------------------------------
@@ -621,10 +769,14 @@ folder of video files of any format and size; NAME.txt or NAME.json beside NAME.
 configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). A run that
 was interrupted goes on where its last checkpoint is when the same command is given again.
 
+Under torchrun many processes train one flow, with the same numbers as one process ("--parallel fsdp": each keeps a
+piece of weights and moments). A checkpoint is resumed by any number of processes.
+
 examples:
   {_PROG} train --data my_clips --out runs/mine
   {_PROG} train --config digits --set train.steps=2000 --set train.batch_size=16
-  {_PROG} train --config my.yaml --data my_clips"""
+  {_PROG} train --config my.yaml --data my_clips
+  torchrun --nproc-per-node 8 -m starflow train --config my.yaml --parallel fsdp"""
 
 _SAMPLE = f"""Make clips from a trained model.
 
@@ -650,6 +802,7 @@ may be negative. Clips are cut in the size and at the rate of the training clips
 examples:
   {_PROG} score runs/mine my_clips --order-check
   {_PROG} score runs/mine a.mp4 --caption "waves at night" --per-frame
+  {_PROG} score runs/mine odd.mp4 --reference 100 --heat-map where.png
   {_PROG} score runs/digits --held-out 32 --json scores.json"""
 
 _CONVERT = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have on disk into a model file.
@@ -657,8 +810,20 @@ _CONVERT = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have 
 Nothing in a pickle is run, and nothing is downloaded. The weights keep their own licence. Sampling needs local copies
 of the autoencoder and the text encoder that the release names.
 
+Weights are copied one at a time, so that memory holds about the largest. OUT is one file where its name ends in
+.safetensors, else a folder of files of a few gigabytes each.
+
 example:
-  {_PROG} convert starflow-v.yaml starflow-v.pth starflow-v.safetensors --codec wan/vae --text flan-t5-xl"""
+  {_PROG} convert starflow-v.yaml starflow-v.pth starflow-v --dtype bfloat16 --codec wan/vae --text flan-t5-xl"""
+
+_PLAN = f"""Tell what a training run takes on each device before it is started: parameters, memory, arithmetic, time.
+
+With --memory: whether it fits, else what to set so that it does (exit status 1). Nothing is trained and no weights
+are made. The time is arithmetic over the peak times the efficiency: what a first run reached is the best guess.
+
+examples:
+  {_PROG} plan --config digits
+  {_PROG} plan --config starflow-v_7B_t2v_caus_480p --gpus 64 --memory 80 --peak 989 --efficiency 0.4"""
 
 _INFO = f"""Tell what is installed and what the machine can do; with a model, what it holds.
 
@@ -695,6 +860,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-resume", action="store_true", help="insist on a fresh run: an error where the folder holds checkpoints"
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="short for --set train.parallel=...: what the processes of torchrun keep, everything or a piece",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _device_option(parser)
@@ -828,6 +998,25 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         help="also score each clip with its frames shuffled and reversed, which should score worse",
     )
     parser.add_argument("--per-frame", action="store_true", help="print the bits of each frame given those before it")
+    parser.add_argument("--per-token", action="store_true", help="with --json: the bits of each token, too")
+    parser.add_argument(
+        "--heat-map",
+        type=_picture,
+        metavar="FILE",
+        help="draw the bits of the tokens under the frames (.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=_number(int, 2),
+        metavar="N",
+        help="judge the clips by N held-out clips of the run's own test data: how far off their bits are",
+    )
+    parser.add_argument(
+        "--noise-std",
+        type=_number(float, 0),
+        metavar="S",
+        help="deviation of the noise that is added (default: that of training; the model knows no other data)",
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="write the scores, frames included; - prints them in place of the table"
     )
@@ -848,9 +1037,53 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "config", metavar="CONFIG", help=f"yaml of the published release, or one of {', '.join(config_names())}"
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file with published names")
-    parser.add_argument("out", metavar="OUT", help=".safetensors file to write")
+    parser.add_argument("out", metavar="OUT", type=_model, help="what to write: a name.safetensors, or a folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "int8"),
+        default="keep",
+        help="of the weights of layers; all else becomes float32 but with keep (default: keep, as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--file-size",
+        type=_number(float, 0, above=True),
+        default=4.0,
+        metavar="GIB",
+        help="of the files of a folder, about (default: 4)",
+    )
     parser.add_argument("--codec", metavar="FOLDER", help="local copy of the autoencoder (diffusers format)")
     parser.add_argument("--text", metavar="FOLDER", help="local copy of the text encoder (transformers format)")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help=f"configuration: a yaml file, or one of {', '.join(config_names())}",
+    )
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="set an option, as in train"
+    )
+    parser.add_argument("--gpus", type=_number(int, 1), default=1, metavar="N", help="devices in all (default: 1)")
+    parser.add_argument(
+        "--memory", type=_number(float, 0, above=True), metavar="GIB", help="of a device: whether the run fits"
+    )
+    parser.add_argument(
+        "--peak",
+        type=_number(float, 0, above=True),
+        default=989.0,
+        metavar="TFLOPS",
+        help="of a device, in 10^12 FLOP/s (default: 989, an H100 in bfloat16 without sparsity)",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=_number(float, 0, above=True),
+        default=0.4,
+        metavar="SHARE",
+        help="of the peak that is reached (default: 0.4)",
+    )
+    parser.add_argument("--json", action="store_true", help="print json, memory in bytes")
 
 
 _COMMANDS: dict[
@@ -861,6 +1094,7 @@ _COMMANDS: dict[
     "sample": (_sample, _add_sample, "make clips from text, a picture or the end of a video", _SAMPLE),
     "score": (_score, _add_score, "bits per dimension of given clips", _SCORE),
     "convert": (_convert, _add_convert, "turn a published checkpoint into a model file", _CONVERT),
+    "plan": (_plan, _add_plan, "memory, arithmetic and time of a training run, before it is started", _PLAN),
     "info": (_info, _add_info, "versions and machine, or what a model file holds", _INFO),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,27 +92,44 @@ class Flow(nn.Module):
         z = self.from_grid(grid, image)
         return Encoded(z, tuple(log_dets), tuple(latents), tuple(affines), text)
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Log p(x) of each sample in nats, (batch,).
+    def log_prob(self, x: Tensor, y: Tensor | None = None, *, by: Literal["clip", "frame", "token"] = "clip") -> Tensor:
+        """Log p(x) in nats.
 
         Args:
             x, y: as for `encode`.
+            by: what a number is of (see `log_likelihood` and `token_log_likelihood`).
+
+        Returns:
+            (batch,) of clips, (batch, frames), or (batch, frames, height, width) of tokens, which add up to the others.
+
+        Raises:
+            ValueError: a shape that does not fit the config, or `by` is something else.
         """
-        return self.log_likelihood(self.encode(x, y)).flatten(1).sum(1)
+        if by not in ("clip", "frame", "token"):
+            raise ValueError(f"flow: by is {by!r}, expected 'clip', 'frame' or 'token'")
+        tokens = self.token_log_likelihood(self.encode(x, y))
+        return tokens if by == "token" else tokens.flatten(2 if by == "frame" else 1).sum(-1)
 
     def log_likelihood(self, encoded: Encoded) -> Tensor:
         """Log p of each frame in nats, (batch, frames); an image has one frame.
 
-        The terms of a frame are the noise at its places and the log-determinants of its tokens. In a model whose
-        blocks all go forward in time, their sum up to frame t is the log-likelihood of the first t + 1 frames.
+        In a model whose blocks all go forward in time it is that of the frame given those before it: the sum up to
+        frame t is the log-likelihood of the first t + 1 frames.
+        """
+        return self.token_log_likelihood(encoded).flatten(2).sum(-1)
+
+    def token_log_likelihood(self, encoded: Encoded) -> Tensor:
+        """The terms of log p by the place of the token in its frame, in nats, (batch, frames, height, width).
+
+        A term is the log-density of the noise at a place and the log-determinants of the token there in all blocks. In
+        a flow of one block that is log p of the token given those before it in the block's order. With more blocks what
+        is exact is the sum over what no block mixes with the rest: over a frame where shallow blocks are frame-local.
         """
         grid = encoded.latents[-1]
         variance = self._prior_variance(grid)
-        prior = -0.5 * (grid.square() / variance + math.log(2 * math.pi) + variance.log())
-        total: Tensor = prior.flatten(2).sum(-1)
+        total: Tensor = (-0.5 * (grid.square() / variance + math.log(2 * math.pi) + variance.log())).sum(-1)
         for block, log_det in zip(self._blocks(), encoded.log_det, strict=True):
-            frames = log_det.sum(-1)
-            total = total + (frames.flip(1) if block.backwards else frames)
+            total = total + block.on_grid(log_det, *grid.shape[2:4])
         return total
 
     def nll(self, x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -446,7 +446,7 @@ class VideoWriter:
         ValueError: when an argument is out of range.
         OSError: from `write` or at the end of the block, when ffmpeg cannot write the file (a full disk).
 
-    Example:
+    Examples:
         >>> with VideoWriter("out.mp4", fps=8, height=32, width=32, channels=1) as writer:  # doctest: +SKIP
         ...     writer.write(frames)
     """
