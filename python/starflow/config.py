@@ -286,6 +286,8 @@ class DataConfig:
         caption_second: captions of a folder end in the second of its file at which the clip begins, as a whole number:
             a prompt can then ask for that part, and a flow need not learn them all as one.
         caption_fps: captions tell the frame rate, as in the published recipe.
+        mix_aspect: clips of a folder keep the published aspect ratio that is nearest to their file's, with about the
+            area of height x width, and captions tell it; the clips of a step have one shape.
         cache_gb: decoded frames kept in memory.
     """
 
@@ -301,6 +303,7 @@ class DataConfig:
     name_captions: bool = False
     caption_second: bool = False
     caption_fps: bool = False
+    mix_aspect: bool = False
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:

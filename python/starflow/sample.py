@@ -217,24 +217,34 @@ class Pipeline:
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
-    def caption(self, prompt: str, *, fps: float | None = None, image: bool = False) -> str:
-        """The caption as training assembled it: with frame rate and noise level only where it did.
+    def caption(
+        self, prompt: str, *, fps: float | None = None, image: bool = False, size: tuple[int, int] | None = None
+    ) -> str:
+        """The caption as training assembled it: with frame rate, noise level and shape only where it did.
 
         Args:
             prompt: what the clip shows; "" for the empty half of guidance.
             fps: frames a second, by default those of the training clips.
             image: a single frame.
+            size: height and width in pixels, by default those of the training clips.
         """
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
-        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1)
+        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1, size=size)
 
-    def condition(self, prompts: Sequence[str], *, fps: float | None = None, image: bool = False) -> Tensor | None:
+    def condition(
+        self,
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+        image: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor | None:
         """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
-            prompts, fps, image: see `caption`.
+            prompts, fps, image, size: see `caption`.
 
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
@@ -243,7 +253,7 @@ class Pipeline:
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            features = self._features([self.caption(prompt, fps=fps, image=image) for prompt in prompts])
+            features = self._features([self.caption(prompt, fps=fps, image=image, size=size) for prompt in prompts])
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
         return None if features is None else features.to(self.device)
@@ -325,10 +335,11 @@ class Pipeline:
         if frames > config.data.frames:
             logger.info("%d frames are more than the %d of the training clips", frames, config.data.frames)
 
-        y = self.condition(names, fps=fps, image=still)
+        size = (shape[2] * self.codec.spatial, shape[3] * self.codec.spatial)
+        y = self.condition(names, fps=fps, image=still, size=size)
         null = None
         if weight and self.flow.config.num_classes == 0:
-            null = self.condition([""], fps=fps, image=still)
+            null = self.condition([""], fps=fps, image=still, size=size)
             null = None if null is None else null.expand(len(names), -1, -1)
         beginning = self._beginning(image, video, given, frames, shape, fps, len(names))
         clean = None if beginning is None else self._encode(beginning)
@@ -358,7 +369,7 @@ class Pipeline:
             latents=latents.cpu(),
             noisy=decoded.x.cpu(),
             prompts=names,
-            captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
+            captions=tuple(self.caption(name, fps=fps, image=still, size=size) for name in names),
             seeds=numbers,
             given=0 if beginning is None else beginning.shape[1],
             report=_report(
