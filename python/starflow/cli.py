@@ -407,6 +407,8 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         folders = {"codec": args.codec, "text": args.text}
         config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
+    if Path(args.out).suffix not in ("", ".safetensors"):
+        raise ConfigError(f"OUT is {args.out!r}, expected a name that ends in .safetensors, or a folder without a dot")
     file_bytes = int(args.file_size * 2**30)
     convert(args.checkpoint, config, args.out, storage=args.dtype, file_bytes=file_bytes, progress=print)
     return 0

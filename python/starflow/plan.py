@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from starflow.batches import make_parts
 from starflow.block import FlowBlock
 from starflow.conditioner import Conditioner, make_layout
-from starflow.config import FlowConfig, RunConfig
+from starflow.config import ConfigError, FlowConfig, RunConfig
 from starflow.distributed import Parallel
 from starflow.flow import Flow, nll_of
 from starflow.layers import Transformer
@@ -107,16 +107,16 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
         efficiency: share of it that is reached.
 
     Raises:
-        ValueError: numbers out of range, or a batch that does not divide.
+        ConfigError: numbers out of range, or a batch that does not divide.
     """
     train, flow_config = config.train, config.flow
     if devices < 1 or not 0 < efficiency <= 1 or not peak > 0:
-        raise ValueError(
+        raise ConfigError(
             f"plan: devices is {devices}, peak {peak:g}, efficiency {efficiency:g}, expected at least 1, above 0, and "
             "above 0 up to 1"
         )
     if train.batch_size % (devices * train.accumulate):
-        raise ValueError(
+        raise ConfigError(
             f"plan: train.batch_size is {train.batch_size}, expected a multiple of {devices * train.accumulate}: "
             f"{devices} devices times train.accumulate"
         )
@@ -324,30 +324,33 @@ def _kept(config: FlowConfig, clip: Clip, precision: str, rows: int) -> int:
     """Bytes that autograd keeps of a forward pass of so many clips, weights apart, with the results that are held."""
     patch = config.patch_size
     # On the CPU: what is kept is the same on every device but for the attention of one without a kernel for it.
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            flow = Flow(config)
-            x = torch.empty(rows, clip.frames, config.in_channels, clip.height * patch, clip.width * patch)
-            y = torch.empty(rows, clip.text, config.txt_dim) if clip.text else None
-            rounding = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-            sizes = []
-            with _counting(flow) as found, rounding:
-                encoded = flow.encode(x.requires_grad_(flow.denoiser is not None), y)
-                nll_of(encoded).mean()
-                for affine in encoded.affines:
-                    if affine is not None:
-                        found.add(affine.raw)
-                for latent in encoded.latents:
-                    found.add(latent)
-            sizes.append(found.bytes)
-            if flow.denoiser is not None:
-                with _counting(flow) as found, rounding:
-                    flow.denoiser(x.detach(), y if config.conditional_denoiser else None)
-                sizes.append(found.bytes)
-            return max(sizes)
-    finally:
-        # Layouts made meanwhile have no numbers in them.
-        make_layout.cache_clear()
+    memoryless = FakeTensorMode(allow_non_fake_inputs=True)
+    with memoryless:
+        flow = Flow(config)
+    _make_layouts(flow, clip)
+    with memoryless:
+        x = torch.empty(rows, clip.frames, config.in_channels, clip.height * patch, clip.width * patch)
+        y = torch.empty(rows, clip.text, config.txt_dim) if clip.text else None
+        rounding = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        with _counting(flow) as found, rounding:
+            encoded = flow.encode(x.requires_grad_(flow.denoiser is not None), y)
+            nll_of(encoded).mean()
+            for held in (*(affine.raw for affine in encoded.affines if affine is not None), *encoded.latents):
+                found.add(held)
+        if flow.denoiser is None:
+            return found.bytes
+        with _counting(flow) as other, rounding:
+            flow.denoiser(x.detach(), y if config.conditional_denoiser else None)
+    # The graph of the flow is gone when the denoiser runs.
+    return max(found.bytes, other.bytes)
+
+
+def _make_layouts(flow: Flow, clip: Clip) -> None:
+    """Makes the layouts that a pass will ask for: those made without memory would be kept for later passes."""
+    for network, local in _networks(flow):
+        order = next((block.order for block in flow.blocks if block.conditioner is network), "raster")
+        frames, text = (1 if local else clip.frames), (0 if network.proj_text is None else clip.text)
+        make_layout(flow.config, order, frames, clip.height, clip.width, text, still=local)
 
 
 class _counting:  # noqa: N801  (a context manager)

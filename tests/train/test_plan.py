@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import starflow_ext
 from starflow.batches import Batches, make_dataset, make_parts
 from starflow.conditioner import make_layout
-from starflow.config import RunConfig
+from starflow.config import ConfigError, RunConfig
 from starflow.flow import Flow, nll_of
 from starflow.plan import Clip, Plan, clip_of, fitting, forward_flops, plan, step_flops
 from starflow.train import Trainer
@@ -156,5 +156,5 @@ def test_numbers_out_of_range_are_named(tiny) -> None:
         ({"efficiency": 2.0}, "efficiency 2, expected"),
         ({"devices": 3}, "plan: train.batch_size is 4, expected a multiple of 3: 3 devices times train.accumulate"),
     ):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ConfigError, match=re.escape(message)):
             plan(tiny(), **how)
