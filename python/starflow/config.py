@@ -339,7 +339,7 @@ class TrainConfig:
             their own, which single frames from later on would blur.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
-        ema: decay of the averaged weights that are sampled from; 0 is off.
+        ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: arithmetic of the products; the residual stream and the affine maps stay float32.
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
             of them, "fsdp" a piece (slower, less memory). No meaning for one process, and none for the numbers.

@@ -138,7 +138,7 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
         weights=share * _NUMBER,
         gradients=share * _NUMBER,
         moments=2 * share * _NUMBER,
-        average=share * _NUMBER,
+        average=share * _NUMBER if train.ema else 0,
         gathered=_gathered(flow) if sharded else 0,
         activations=activations,
         workspace=workspace,

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -374,6 +375,32 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         train(tiny(steps=2), tmp_path, quiet=True)
     assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
+
+
+def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=2, ema=0.0)
+    trainer, _ = trainer_of(config)
+    assert trainer.average.flow is trainer.flow
+    flow = train(config, tmp_path, quiet=True)
+    assert not any(p.requires_grad for p in flow.parameters())
+    assert not flow.training
+    same(flow, load_model(tmp_path).flow)
+    state = {tensor.partition(":")[0] for tensor in _names(tmp_path)}
+    assert state == {"flow", "optimizer", "denoiser_optimizer"}
+    begun, _ = trainer_of(tiny(steps=2, ema=0.5))
+    begun.load(latest_state(tmp_path))
+    same(begun.average.flow, flow)
+    # And one that had an average goes on without.
+    train(tiny(steps=3, ema=0.5), tmp_path, quiet=True)
+    assert "average" in {tensor.partition(":")[0] for tensor in _names(tmp_path)}
+    train(tiny(steps=4, ema=0.0), tmp_path, quiet=True)
+    assert latest_state(tmp_path).name == "step-00000004"
+
+
+def _names(folder: Path) -> list[str]:
+    (file,) = latest_state(folder).glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
 
 
 def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
