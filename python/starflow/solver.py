@@ -30,6 +30,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -344,22 +346,22 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
                 raise _not_finite("solution", *count.bad)
         return
     # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
-    frontier = [first] * batch
-    fresh = [first] * batch  # first token of each sample that has not been evaluated
+    frontier = np.full(batch, first)
+    fresh = frontier  # first token of each sample that has not been evaluated
     kept: _Kept | None = None
-    while min(frontier) < total:
-        width = min(size, total - min(frontier))
+    while (lowest := int(frontier.min())) < total:
+        width = min(size, total - lowest)
         # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
         # cached of them stays, so that a sample does not depend on the batch that it is in.
-        starts = [min(token, total - width) for token in frontier]
-        again = starts != frontier
-        here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
-        if kept is not None and max(starts) + width > min(fresh):
+        starts = np.minimum(frontier, total - width)
+        together = starts.max() == lowest
+        again = frontier.max() > total - width
+        here, after = (places(starts + shift, width, z.device) for shift in (0, 1))
+        if kept is not None and starts.max() + width > fresh.min():
             kept.guess_(x, z, starts, width, fresh)
         _tame_(x, z, here, starts, width, frontier)
-        together = min(starts) == max(starts)
-        begin = starts[0] if together else torch.tensor(starts, device=z.device)
-        final = torch.tensor(frontier, device=z.device) if again else None
+        begin = lowest if together else torch.from_numpy(starts).to(z.device)
+        final = torch.from_numpy(frontier).to(z.device) if again else None
         affine = model.evaluate(x[here], begin, final)
         moved = x[after].clone()
         change = affine.update_(moved, z[here])
@@ -373,55 +375,58 @@ def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: W
             if kept is None:
                 kept = _Kept(affine, first, model.frame_tokens, batch, total)
             kept.keep(affine, here)
-        fresh = [max(token, start + width) for token, start in zip(fresh, starts, strict=True)]
+        fresh = np.maximum(fresh, starts + width)
         # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-        settled: list[int] = accepted.long().cumprod(1).sum(1).tolist()
-        reached = [start + min(count + 1, width) for start, count in zip(starts, settled, strict=True)]
-        wild = ~change.isfinite()
-        if bool(wild.any()):
+        settled = accepted.cumprod(1).sum(1).cpu().numpy()
+        reached = starts + np.minimum(settled + 1, width)
+        if not math.isfinite(float(change.amax())):
             # Of what is accepted only the last token can be other than finite: those before it moved by a number.
-            for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
-                if wild[sample, token - 1 - start]:
-                    raise _not_finite("solution", sample, token - 1)
+            for sample, token in enumerate((reached - 1).tolist()):
+                if not math.isfinite(float(change[sample, token - starts[sample]])):
+                    raise _not_finite("solution", sample, token)
         progress.rows += batch * width
-        progress.accepted.append(sum(reached) - sum(frontier))
+        progress.accepted.append(int((reached - frontier).sum()))
         frontier = reached
 
+
+# Of each sample, on the host.
+Numbers = npt.NDArray[np.int64]
 
 # Indices of a window in (batch, tokens, ...).
 Places = tuple[slice, slice] | tuple[Tensor, Tensor]
 
 
-def places(starts: list[int], width: int, device: torch.device) -> Places:
+def places(starts: Numbers, width: int, device: torch.device) -> Places:
     """Indices of `width` tokens from `starts` on, one for each sample: slices where all start together."""
-    if min(starts) == max(starts):
-        return slice(None), slice(starts[0], starts[0] + width)
+    first = int(starts[0])
+    if (starts == first).all():
+        return slice(None), slice(first, first + width)
     return torch.arange(len(starts), device=device)[:, None], _tokens(starts, width, device)
 
 
-def _tokens(starts: list[int], width: int, device: torch.device) -> Tensor:
+def _tokens(starts: Numbers, width: int, device: torch.device) -> Tensor:
     """Numbers of the tokens of a window, (batch, width)."""
-    return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+    return torch.from_numpy(starts).to(device)[:, None] + torch.arange(width, device=device)
 
 
 # Provisional tokens beyond this are divergence, not data.
 _WILD = 1e6
 
 
-def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, frontier: list[int]) -> None:
+def _tame_(x: Tensor, z: Tensor, here: Places, starts: Numbers, width: int, frontier: Numbers) -> None:
     """Replaces what is read of tokens that are not final, where it is not finite or far off, by their noise.
 
     A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
     guess.
     """
     read = x[here]
-    sane = read.abs() < _WILD
-    if bool(sane.all()):
+    size = read.abs()
+    if float(size.amax()) < _WILD:
         return
     tokens = _tokens(starts, width, z.device)
-    provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
+    provisional = tokens > torch.from_numpy(frontier).to(z.device)[:, None]
     noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
-    x[here] = torch.where(provisional[..., None] & ~sane, noise, read)
+    x[here] = torch.where(provisional[..., None] & ~(size < _WILD), noise, read)
 
 
 class _Kept:
@@ -436,10 +441,10 @@ class _Kept:
         for kept, raw in zip(self._raw, halves, strict=True):
             kept[here] = raw
 
-    def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
+    def guess_(self, x: Tensor, z: Tensor, starts: Numbers, width: int, fresh: Numbers) -> None:
         """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
         tokens = _tokens(starts, width, z.device)
-        ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
+        ahead = tokens - torch.from_numpy(fresh).to(z.device)[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
         wanted = (ahead >= 0) & (source >= self._first)
         if not bool(wanted.any()):
