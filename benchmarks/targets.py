@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib.util
 import itertools
 import json
 import re
+import resource
 import runpy
 import shutil
 import statistics
@@ -466,6 +468,82 @@ def big() -> Iterator[Figure]:
     """The published 7B configuration with random bfloat16 weights: rows a second, memory, share of the roofline."""
     facts = models.big(ceilings())
     yield Figure("big", facts.pop("share of the roofline"), "of the roofline", 0.0, 0.70, raw=facts)
+
+
+# -- streaming --------------------------------------------------------------------------------------------------------
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _stream(size: int, frames: int, **options: Any) -> dict[str, float]:
+    """Seconds to the first frame, and medians over stretches of a clip of the seconds a frame takes."""
+    pipeline = models.streaming(size)
+    next(pipeline.session("a three", **options).extend())  # weights are packed, windows measured
+    begin = time.perf_counter()
+    stream = pipeline.session("a three", **options).extend()
+    next(stream)
+    first = time.perf_counter() - begin
+    stretches = []
+    for _ in range(frames // 12):
+        begin = time.perf_counter()
+        for _ in range(12):
+            next(stream)
+        stretches.append((time.perf_counter() - begin) / 12)
+    return {"first": first, "frame": statistics.median(stretches)}
+
+
+@target("mission")
+def first_frame() -> Iterator[Figure]:
+    """Time to the first decoded frame over what a frame takes later on, times the frames that have to be there.
+
+    The denoiser looks one frame ahead, so the first frame takes two frames of the flow; without look-ahead, one.
+    """
+    for ahead, name in ((0, "first_frame"), (1, "first_frame_look_ahead")):
+        runs = [_stream(32, 24, look_ahead=ahead) for _ in range(5)]
+        first, frame = (statistics.median(run[key] for run in runs) for key in ("first", "frame"))
+        raw = {"first": first, "frame": frame, "frames_needed": 1 + ahead}
+        yield Figure(name, first / (frame * (1 + ahead)), "x a frame", 1.3, 1.0, lower=True, raw=raw)
+
+
+def _frames_a_second(size: int, goal: float, moonshot: float) -> Iterator[Figure]:
+    ways: dict[str, dict[str, Any]] = {
+        "as trained": {},
+        "no guidance": {"guidance": 0.0},
+        "no look-ahead": {"look_ahead": 0},
+    }
+    if native.selected_isa() in ("avx512_bf16", "amx"):
+        ways["bfloat16"] = {"precision": "bfloat16", "solver": "window:64:0.05"}
+    rates: dict[str, Any] = {name: 1.0 / _stream(size, 72, **options)["frame"] for name, options in ways.items()}
+    raw = rates | {"threads": torch.get_num_threads(), "isa": native.selected_isa()}
+    yield Figure(f"stream_fps_{size}", rates["as trained"], "decoded frames/s", goal, moonshot, raw=raw)
+
+
+@target("mission")
+def stream_fps_32() -> Iterator[Figure]:
+    """Decoded frames a second of the demo's model at 32 x 32, guided, denoised, one clip."""
+    yield from _frames_a_second(32, 60.0, 120.0)
+
+
+@target("mission")
+def stream_fps_64() -> Iterator[Figure]:
+    """The same at 64 x 64, with patches of 8 pixels."""
+    yield from _frames_a_second(64, 16.0, 60.0)
+
+
+@target("mission")
+def stream_memory() -> Iterator[Figure]:
+    """Memory of the process at frame 200 of a stream over that at frame 20."""
+    pipeline = models.streaming(32)
+    held = {}
+    for number, _ in enumerate(pipeline.session("a three").extend(201), 1):
+        if number in (20, 200):
+            gc.collect()
+            held[number] = _resident()
+    raw = {f"bytes_{number}": float(size) for number, size in held.items()}
+    yield Figure("stream_memory", held[200] / held[20], "x frame 20", 1.05, 1.0, lower=True, raw=raw)
 
 
 # -- checkpoints ------------------------------------------------------------------------------------------------------

@@ -87,13 +87,14 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
         return config
     if not isinstance(dataset, VideoFolder):
         raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
-    kinds = [(False, False)]
-    kinds += [(True, False)] if train.drop_image else []
-    kinds += [(False, True)] if train.image_prob else []
+    kinds: list[dict[str, bool]] = [{}]
+    kinds += [{"extend": True}] if train.drop_image else []
+    kinds += [{"last": True}] if train.last_frame_prob else []
+    kinds += [{"image": True}] if train.image_prob else []
     captions = [
-        caption_for(config, caption, extend=extend, image=image, size=size)
+        caption_for(config, caption, size=size, **kind)
         for caption in dataset.captions
-        for extend, image in kinds
+        for kind in kinds
         for size in dataset.sizes
     ]
     if option == "names":
@@ -144,6 +145,7 @@ def caption_for(
     caption: str,
     *,
     extend: bool = False,
+    last: bool = False,
     drop: bool = False,
     image: bool = False,
     size: tuple[int, int] | None = None,
@@ -154,6 +156,7 @@ def caption_for(
         config: of the run.
         caption: what the clip shows.
         extend: the first frame is cut off.
+        last: the last frame stands before the clip.
         drop: the caption of nothing.
         image: a single frame without time.
         size: height and width in pixels, by default those of the configuration.
@@ -165,7 +168,7 @@ def caption_for(
     aspect = None
     if config.data.mix_aspect:
         aspect = nearest_aspect(*(size or (config.data.height, config.data.width)))
-    mode: Literal["extend"] | None = "extend" if extend else None
+    mode: Literal["extend", "last"] | None = "extend" if extend else "last" if last else None
     return assemble(caption, mode=mode, drop=drop, fps=fps, noise_level=noise_level, aspect_ratio=aspect)
 
 
@@ -213,6 +216,7 @@ class Batch:
         noise: like the latents, standard normal.
         posterior: the same, for a codec with a posterior.
         extend: the first latent frame is to be dropped, after noising.
+        last: the last frame, encoded alone, is to stand before the clip: noise and posterior have a frame more.
     """
 
     pixels: Tensor
@@ -221,6 +225,7 @@ class Batch:
     noise: Tensor
     posterior: Tensor | None
     extend: bool
+    last: bool = False
 
 
 class Batches:
@@ -263,18 +268,23 @@ class Batches:
         if image:
             pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
+        # The last to be chosen, and only where it can be: what else a seed chooses stays.
+        last = train.last_frame_prob > 0 and not image and not extend and choose.random() < train.last_frame_prob
+        if last:
+            shape = (shape[0], shape[1] + 1, *shape[2:])
         size = (pixels.shape[-2], pixels.shape[-1])
         dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, extend=extend, drop=bool(drop), image=image, size=size)
+                caption_for(self._config, caption, extend=extend, last=last, drop=bool(drop), image=image, size=size)
                 for caption, drop in zip(captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],
             draw_batch(train.seed, step, shape, first=rows.start),
             None if codec.exact else draw_batch(train.seed, step, shape, first=rows.start, purpose="posterior"),
             extend,
+            last,
         )
 
     def run(self, first: int, end: int) -> Generator[Batch, None, None]:

@@ -260,7 +260,14 @@ class Trainer:
             posterior = batch.posterior
             if posterior is not None:
                 posterior = posterior.to(self.device)
-            latents = self.codec.encode(batch.pixels.to(self.device), noise=posterior)
+            pixels = batch.pixels.to(self.device)
+            if batch.last:
+                parts = (pixels[:, -1:], pixels)
+                draws = (None, None) if posterior is None else (posterior[:, :1], posterior[:, 1:])
+                encoded = [self.codec.encode(part, noise=draw) for part, draw in zip(parts, draws, strict=True)]
+                latents = torch.cat(encoded, 1)
+            else:
+                latents = self.codec.encode(pixels, noise=posterior)
             finite = torch.isfinite(latents).flatten(1).all(1).tolist()
             if not all(finite):
                 raise TrainingError(

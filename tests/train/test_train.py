@@ -262,6 +262,31 @@ def test_a_dropped_first_frame_is_told(tiny) -> None:
     assert seen == {True, False}
 
 
+def test_a_last_frame_stands_before_its_clip(tiny) -> None:
+    words = [*RunConfig.load("tiny").text["vocabulary"], "last"]
+    config = tiny(
+        flow={"txt_dim": 16, "txt_size": 4},
+        text={"kind": "words", "size": 4, "vocabulary": words},
+        last_frame_prob=0.5,
+        drop_label=0.0,
+    )
+    trainer, batches = trainer_of(config)
+    seen = set()
+    for step in range(8):
+        batch = batches.make(step)
+        x, y = noisy(trainer, batch)
+        shown = torch.cat([batch.pixels[:, -1:], batch.pixels], 1) if batch.last else batch.pixels
+        assert torch.equal(x, trainer.codec.encode(shown) + 0.1 * batch.noise)
+        assert all(caption.startswith("(last) ") == batch.last for caption in batch.captions)
+        assert bool((y[:, 0, -1] == 1).all()) == batch.last
+        seen.add(batch.last)
+    assert seen == {True, False}
+    assert math.isfinite(trainer.run(batches.make(0)).loss)
+    # What else a seed chooses does not depend on it.
+    plain = trainer_of(replace(config, train=replace(config.train, last_frame_prob=0.0)))[1]
+    assert all(torch.equal(plain.make(step).pixels, batches.make(step).pixels) for step in range(4))
+
+
 def test_image_steps_show_single_frames(tiny) -> None:
     trainer, batches = trainer_of(tiny(image_prob=1.0, drop_image=1.0, drop_label=0.0))
     batch = batches.make(0)
