@@ -85,14 +85,11 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
         return config
     if not isinstance(dataset, VideoFolder):
         raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
-    kinds = [(False, False)]
-    kinds += [(True, False)] if train.drop_image else []
-    kinds += [(False, True)] if train.image_prob else []
-    captions = [
-        caption_for(config, caption, extend=extend, image=image)
-        for caption in dataset.captions
-        for extend, image in kinds
-    ]
+    kinds: list[dict[str, bool]] = [{}]
+    kinds += [{"extend": True}] if train.drop_image else []
+    kinds += [{"last": True}] if train.last_frame_prob else []
+    kinds += [{"image": True}] if train.image_prob else []
+    captions = [caption_for(config, caption, **kind) for caption in dataset.captions for kind in kinds]
     if option == "names":
         filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
         text = {**text, "names": filled, "num_classes": len(filled)}
@@ -137,7 +134,13 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
 
 
 def caption_for(
-    config: RunConfig, caption: str, *, extend: bool = False, drop: bool = False, image: bool = False
+    config: RunConfig,
+    caption: str,
+    *,
+    extend: bool = False,
+    last: bool = False,
+    drop: bool = False,
+    image: bool = False,
 ) -> str:
     """The caption as the flow of this run reads it: with frame rate and noise level where the run tells them.
 
@@ -145,6 +148,7 @@ def caption_for(
         config: of the run.
         caption: what the clip shows.
         extend: the first frame is cut off.
+        last: the last frame stands before the clip.
         drop: the caption of nothing.
         image: a single frame without time.
     """
@@ -152,7 +156,8 @@ def caption_for(
     if config.data.caption_fps:
         fps = 0.0 if image or config.data.frames == 1 else config.data.fps
     noise_level = config.train.noise_std if config.train.cond_noise_level else None
-    return assemble(caption, mode="extend" if extend else None, drop=drop, fps=fps, noise_level=noise_level)
+    mode: Literal["extend", "last"] | None = "extend" if extend else "last" if last else None
+    return assemble(caption, mode=mode, drop=drop, fps=fps, noise_level=noise_level)
 
 
 class Features:
@@ -199,6 +204,7 @@ class Batch:
         noise: like the latents, standard normal.
         posterior: the same, for a codec with a posterior.
         extend: the first latent frame is to be dropped, after noising.
+        last: the last frame, encoded alone, is to stand before the clip: noise and posterior have a frame more.
     """
 
     pixels: Tensor
@@ -207,6 +213,7 @@ class Batch:
     noise: Tensor
     posterior: Tensor | None
     extend: bool
+    last: bool = False
 
 
 class Batches:
@@ -216,18 +223,29 @@ class Batches:
         config: of the run.
         dataset: of clips.
         codec: fixes the shape of the noise.
+        rank, size: makes the `rank`-th of `size` equal parts of each batch, which are the same in any run.
     """
 
-    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec) -> None:
+    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec, *, rank: int = 0, size: int = 1) -> None:
         self._config, self._dataset, self._codec = config, dataset, codec
+        self._rank, self._size = rank, size
+        train = config.train
+        for name, count in (("batch_size", train.batch_size), ("image_batch_size", train.image_batch_size)):
+            require(
+                count is None or count % (size * train.accumulate) == 0,
+                f"train.{name}",
+                count,
+                f"a multiple of {size * train.accumulate}: {size} processes times train.accumulate",
+            )
 
     def make(self, step: int) -> Batch:
-        """The batch of a step; depends on the seed and the step alone."""
+        """The batch of a step, or this part of it; depends on the seed and the step alone."""
         train, codec = self._config.train, self._codec
         choose = stream(train.seed, "choose", step)
         image = choose.random() < train.image_prob
         count = (train.image_batch_size or train.batch_size) if image else train.batch_size
-        pairs = sample_indices(train.seed, step, count, len(self._dataset))
+        rows = slice(self._rank * count // self._size, (self._rank + 1) * count // self._size)
+        pairs = sample_indices(train.seed, step, count, len(self._dataset))[rows]
         clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
         pixels, captions = stack_clips(clips)
         frames = codec.latent_frames(pixels.shape[1])
@@ -237,17 +255,22 @@ class Batches:
         if image:
             pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
-        dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
+        # The last to be chosen, and only where it can be: what else a seed chooses stays.
+        last = train.last_frame_prob > 0 and not image and not extend and choose.random() < train.last_frame_prob
+        if last:
+            shape = (shape[0], shape[1] + 1, *shape[2:])
+        dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, extend=extend, drop=bool(drop), image=image)
+                caption_for(self._config, caption, extend=extend, last=last, drop=bool(drop), image=image)
                 for caption, drop in zip(captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],
-            draw_batch(train.seed, step, shape),
-            None if codec.exact else draw_batch(train.seed, step, shape, purpose="posterior"),
+            draw_batch(train.seed, step, shape, first=rows.start),
+            None if codec.exact else draw_batch(train.seed, step, shape, first=rows.start, purpose="posterior"),
             extend,
+            last,
         )
 
     def run(self, first: int, end: int) -> Generator[Batch, None, None]:

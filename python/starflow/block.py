@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +11,10 @@ from starflow.affine import Affine
 from starflow.conditioner import Conditioner, Layout, make_layout
 from starflow.config import FlowConfig
 from starflow.guidance import Guidance
-from starflow.network import NativeNetwork, Precision
+from starflow.network import NativeNetwork, NativeWindow, Precision
 from starflow.solver import break_even
 from starflow.state import DecodeState
 from starflow.tokens import Order, to_grid, to_sequence, token_order
-from starflow_ext.jacobi_solve import SweepCount
 
 
 class FlowBlock(nn.Module):
@@ -247,20 +245,10 @@ class BlockDecoder:
             )
         return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
 
-    def window_solver(
-        self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
-    ) -> Iterator[SweepCount] | None:
-        """The solver's window schedule in native code, or None where it has to run in plain torch.
-
-        Args:
-            x: (batch, tokens + 1, channels), row n + 1 holding token n; solved in place.
-            z: noise (batch, tokens, channels).
-            first: first token to solve for.
-            size, tolerance: of the window.
-        """
-        if self._native is None or z.dtype != torch.float32:
-            return None
-        return self._native.solve(x, z, first, self.frame_tokens, size, tolerance, self.guidance)
+    @property
+    def native_window(self) -> NativeWindow | None:
+        """The solver's window schedule in native code, or None where it has to run in plain torch."""
+        return None if self._native is None else NativeWindow(self._native, self.frame_tokens, self.guidance)
 
 
 @dataclass(frozen=True)

@@ -20,23 +20,26 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from starflow import noise
 from starflow.batches import Features, caption_for
-from starflow.block import FlowBlock
 from starflow.checkpoints import load_model
 from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import VideoError, frames_at, probe, read_image, read_video, to_pixels
-from starflow.denoiser import score_denoise, tweedie_step
-from starflow.flow import Decoded, Flow
+from starflow.decoding import Conditions, Span
+from starflow.denoiser import tweedie_step
+from starflow.flow import Flow
 from starflow.guidance import Guidance
 from starflow.network import Precision
+from starflow.session import Cleaning, Denoising, Session
 from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
 from starflow.text import TextEncoder
 
 logger = logging.getLogger(__name__)
 
 Denoise: TypeAlias = bool | Literal["learned", "score"]
+
+# Frames before one that is cleaned which the denoiser sees, where the model does not say (docs/long-video.md).
+BEHIND = 1
 
 SOLVER_FORMS = '"sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]"'
 
@@ -217,24 +220,27 @@ class Pipeline:
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
-    def caption(self, prompt: str, *, fps: float | None = None, image: bool = False) -> str:
+    def caption(self, prompt: str, *, fps: float | None = None, image: bool = False, last: bool = False) -> str:
         """The caption as training assembled it: with frame rate and noise level only where it did.
 
         Args:
             prompt: what the clip shows; "" for the empty half of guidance.
             fps: frames a second, by default those of the training clips.
             image: a single frame.
+            last: the frame to end with is given.
         """
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
-        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1)
+        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1, last=last)
 
-    def condition(self, prompts: Sequence[str], *, fps: float | None = None, image: bool = False) -> Tensor | None:
+    def condition(
+        self, prompts: Sequence[str], *, fps: float | None = None, image: bool = False, last: bool = False
+    ) -> Tensor | None:
         """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
-            prompts, fps, image: see `caption`.
+            prompts, fps, image, last: see `caption`.
 
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
@@ -243,7 +249,7 @@ class Pipeline:
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            features = self._features([self.caption(prompt, fps=fps, image=image) for prompt in prompts])
+            features = self._features([self.caption(prompt, fps=fps, image=image, last=last) for prompt in prompts])
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
         return None if features is None else features.to(self.device)
@@ -269,7 +275,12 @@ class Pipeline:
         image: str | Path | Tensor | None = None,
         video: str | Path | Tensor | None = None,
         given: int | None = None,
+        last_image: str | Path | Tensor | None = None,
+        edit: str | Path | Tensor | None = None,
+        edit_prompt: str = "",
         denoise: Denoise = True,
+        look_ahead: int | None = None,
+        window: int | None = None,
         window_context: int | None = None,
     ) -> Sampled:
         """Makes one clip for each prompt.
@@ -291,9 +302,17 @@ class Pipeline:
             video: a clip to continue: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1]. The
                 new clip begins with its last `given` frames.
             given: frames taken from `video`; by default as many as it has, at most half of `frames`.
+            last_image: the frame to end with, like `image`, for a model that was trained so (`train.last_frame_prob`).
+            edit: a clip to make again under another text, like `video`: from its first frame on, `frames` of it. Its
+                noise is found by the flow and decoded under the prompt; guidance is 0 unless it is given.
+            edit_prompt: what that clip shows.
             denoise: True takes the learned denoiser where the flow has one and otherwise a step along the flow's own
                 score; "learned" and "score" insist on one; False returns the noisy clips.
-            window_context: frames that a sampling window of a long clip takes over from the one before.
+            look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
+                trained to see. 0 shows a frame sooner, cleaned a little worse.
+            window: latent frames that the deep block sees of a long clip, by default those of the model's own window
+                (`flow.local_attn_window`), or else of the training clips. Shallow blocks that look over time see all.
+            window_context: of these, the ones that a window takes over from the one before; by default three quarters.
 
         Returns:
             Clips, latents and the report.
@@ -304,67 +323,154 @@ class Pipeline:
             NotFiniteError: weights, text or noise are not finite.
         """
         begin = time.perf_counter()
-        config = self.config
+        names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        session = self.session(
+            names,
+            seed=seed,
+            seeds=seeds,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=fps,
+            guidance=guidance,
+            temperature=temperature,
+            solver=solver,
+            precision=precision,
+            certificate=certificate,
+            image=image,
+            video=video,
+            given=given,
+            last_image=last_image,
+            edit=edit,
+            edit_prompt=edit_prompt,
+            denoise=denoise,
+            look_ahead=look_ahead,
+            window=window,
+            window_context=window_context,
+        )
+        beginning = session.beginning
+        parts = [] if beginning is None else [beginning]
+        parts += session.extend(session.planned, last=True, together=True)
+        pixels, latents, noisy = (
+            torch.cat([getattr(part, name) for part in parts], 1).cpu() for name in ("pixels", "latents", "noisy")
+        )
+        seconds = time.perf_counter() - begin
+        still = pixels.shape[1] == 1
+        return Sampled(
+            pixels=pixels,
+            latents=latents,
+            noisy=noisy,
+            prompts=names,
+            captions=tuple(self.caption(name, fps=fps, image=still, last=last_image is not None) for name in names),
+            seeds=session.seeds,
+            given=0 if beginning is None else beginning.pixels.shape[1],
+            report=report_of(session, seconds, pixels.shape[0] * pixels.shape[1]),
+        )
+
+    def session(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        solver: str | Schedule | None = None,
+        precision: Precision | None = None,
+        certificate: bool = False,
+        image: str | Path | Tensor | None = None,
+        video: str | Path | Tensor | None = None,
+        given: int | None = None,
+        last_image: str | Path | Tensor | None = None,
+        edit: str | Path | Tensor | None = None,
+        edit_prompt: str = "",
+        denoise: Denoise = True,
+        look_ahead: int | None = None,
+        window: int | None = None,
+        window_context: int | None = None,
+        window_sink: int = 0,
+        renew: bool = False,
+    ) -> Session:
+        """Clips that are made frame by frame (see `Session`); the arguments as of `sample`.
+
+        Args:
+            frames: pixel frames of the clips, where they are known: what the flow attends to at most, if it has no
+                sliding window. By default those of the training clips.
+            window_sink: of the context of a window, how many frames are the first ones of the clip, for good.
+            renew: frames that a window takes over are cleaned and given fresh noise.
+
+        Raises:
+            ValueError: an argument that does not fit the model; the message names it.
+        """
+        config, c = self.config, self.flow.config
         names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         numbers = self._seeds(len(names), seed, seeds)
-        frames = config.data.frames if frames is None else frames
         fps = config.data.fps if fps is None else fps
+        source = None
+        if edit is not None:
+            if image is not None or video is not None or last_image is not None:
+                raise ValueError("sample: edit is given, expected no image, video or last_image beside it")
+            shape = self._latent_shape(config.data.frames, height, width)
+            source = self._pixels("edit", edit, frames, shape, fps, len(names), exactly=frames is not None, end=False)
+            frames = source.shape[1]
+            guidance = 0.0 if guidance is None else guidance
+        length = config.data.frames if frames is None else frames
         weight = config.sample.guidance if guidance is None else guidance
         heat = config.sample.temperature if temperature is None else temperature
         if not 0.0 <= heat < math.inf:
             raise ValueError(f"temperature is {heat:g}, expected a number >= 0")
-        shape = self._latent_shape(frames, height, width)
-        method = self._denoiser(denoise)
-        still = frames == 1
+        shape = self._latent_shape(length, height, width)
+        still = length == 1
         if isinstance(solver, str) or solver is None:
             schedule = parse_solver(config.sample.solver if solver is None else solver, certificate=certificate)
         else:
             schedule = replace(solver, certificate=True) if certificate and isinstance(solver, Window) else solver
+        if last_image is not None and config.train.last_frame_prob == 0.0:
+            raise ValueError(
+                "sample: last_image is given, expected a model that was trained to arrive at a frame "
+                "(train.last_frame_prob > 0)"
+            )
         if weight and self.text is None:
             raise ValueError(f"guidance is {weight:g}, expected 0: the model was trained without text")
-        if frames > config.data.frames:
-            logger.info("%d frames are more than the %d of the training clips", frames, config.data.frames)
 
-        y = self.condition(names, fps=fps, image=still)
-        null = None
-        if weight and self.flow.config.num_classes == 0:
+        def read(told: Sequence[str]) -> Tensor | None:
+            return self.condition(told, fps=fps, image=still, last=last_image is not None)
+
+        y, null = read(names), None
+        if weight and c.num_classes == 0:
             null = self.condition([""], fps=fps, image=still)
             null = None if null is None else null.expand(len(names), -1, -1)
-        beginning = self._beginning(image, video, given, frames, shape, fps, len(names))
-        clean = None if beginning is None else self._encode(beginning)
-        prefix = None if clean is None else clean + config.train.noise_std * self._noise(numbers, clean, "train")
-        z = heat * self._noise(numbers, torch.empty(len(names), *shape), "sample")
-        precision = config.sample.precision if precision is None else precision
-        schedule = self._sized(schedule, z, y, null, weight, precision)
-        decoded = self.flow.decode(
-            z,
-            y,
-            null=null,
-            guidance=weight,
-            schedule=schedule,
-            prefix=prefix,
-            window_context=window_context,
-            precision=precision,
+        span = self._span(shape[0], window, window_context, window_sink, int(last_image is not None))
+        conditions = Conditions(
+            y, null, Guidance(weight), schedule, precision=config.sample.precision if precision is None else precision
         )
-        latents = self._denoised(decoded.x, y, method)
-        if clean is not None:
-            latents = torch.cat([clean, latents[:, clean.shape[1] :]], 1)
-        pixels = self.codec.decode(latents).clamp(-1.0, 1.0)
-        if beginning is not None:
-            pixels = torch.cat([beginning, pixels[:, beginning.shape[1] :]], 1)
-        seconds = time.perf_counter() - begin
-        return Sampled(
-            pixels=pixels.cpu(),
-            latents=latents.cpu(),
-            noisy=decoded.x.cpu(),
-            prompts=names,
-            captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
-            seeds=numbers,
-            given=0 if beginning is None else beginning.shape[1],
-            report=_report(
-                decoded, schedule, precision, weight, heat, method, seconds, pixels.shape[0] * pixels.shape[1]
-            ),
+        conditions = self._sized(conditions, span.window, shape)
+        session = Session(
+            self.flow,
+            self.codec,
+            (len(names), *shape[1:]),
+            numbers,
+            conditions,
+            span,
+            self._denoising(denoise, look_ahead, span.window),
+            temperature=heat,
+            read=read if self.text is not None else None,
+            renew=renew,
         )
+        beginning = self._beginning(image, video, given, length, shape, fps, len(names))
+        reference = None
+        if last_image is not None:
+            reference = self._pixels("last_image", last_image, 1, shape, fps, len(names))
+        if beginning is not None or reference is not None:
+            session.prefill(beginning, reference=reference)
+        session.planned = shape[0] - session.frames
+        if source is not None:
+            session.planned = session.encode(source, edit_prompt if self.text is not None else None)
+        return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -394,8 +500,22 @@ class Pipeline:
             sides.append(side // codec.spatial)
         return codec.latent_frames(frames), codec.latent_channels, sides[0], sides[1]
 
-    def _denoiser(self, denoise: Denoise) -> str:
-        """Which denoiser an option means: "learned", "score" or "none"."""
+    def _denoising(self, denoise: Denoise, look_ahead: int | None, window: int) -> Denoising:
+        """What the options of denoising mean."""
+        recipe, c = self.config.train, self.flow.config
+        kind = self._denoiser(denoise)
+        # A denoiser that is not causal sees the clip from its first to its last frame, and a score is that of a clip.
+        whole = kind == "score" or (kind == "learned" and c.temporal_causal == 0)
+        most = c.temporal_causal - 1 if kind == "learned" and not whole else 0
+        if look_ahead is not None and not 0 <= look_ahead <= most:
+            raise ValueError(f"sample: look_ahead is {look_ahead}, expected 0 to {most} (what the denoiser sees)")
+        ahead = most if look_ahead is None else look_ahead
+        behind = min(BEHIND, window - 1 - ahead) if c.denoiser_window is None else c.denoiser_window
+        step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
+        return Denoising(kind, recipe.noise_std, step, max(behind, 0), ahead, whole=whole)
+
+    def _denoiser(self, denoise: Denoise) -> Cleaning:
+        """Which denoiser an option means."""
         learned = self.flow.denoiser is not None
         if denoise is False or self.config.train.noise_std == 0.0:
             return "none"
@@ -407,30 +527,23 @@ class Pipeline:
             raise ValueError('sample: denoise is "learned", expected "score": the model has no learned denoiser')
         return denoise
 
-    def _denoised(self, x: Tensor, y: Tensor | None, method: str) -> Tensor:
-        if method == "score":
-            return score_denoise(self.flow, x, y, self.config.train.noise_std)
-        if method == "learned":
-            assert self.flow.denoiser is not None
-            recipe = self.config.train
-            step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
-            return self.flow.denoiser.denoise_video(x, y if self.flow.config.conditional_denoiser else None, step=step)
-        return x
-
-    def _noise(self, seeds: Sequence[int], like: Tensor, purpose: Literal["sample", "train"]) -> Tensor:
-        """Standard normal noise in the shape of latents `like`, drawn on the CPU so that devices agree.
-
-        The purpose keeps the noise of given frames apart from that of the sample.
-        """
-        frames, channels, height, width = like.shape[1:]
-        return noise.draw(seeds, frames, channels, height, width, purpose=purpose).to(self.device)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Clean latents (clips, latent frames, ...) of given frames."""
-        latents = self.codec.encode(pixels.to(self.device))
-        if not bool(latents.isfinite().all()):
-            raise ValueError("sample: the given frames hold values that are not finite, expected numbers in [-1, 1]")
-        return latents
+    def _span(self, frames: int, window: int | None, context: int | None, sink: int, reference: int) -> Span:
+        """How much the deep block sees of a clip of so many latent frames, if it is no longer, behind a reference."""
+        c = self.flow.config
+        if not (c.shallow_block_local and c.temporal_causal > 0):
+            if window is not None:
+                raise ValueError(
+                    f"sample: window is {window}, expected None: the model's shallow blocks look over time "
+                    "(flow.shallow_block_local)"
+                )
+            return Span(reference + frames)
+        window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
+        if window == 1:
+            return Span(reference + frames)
+        carried = Span(window, Span.default_context(window) if context is None else context, sink)
+        return replace(
+            carried, window=window + reference, context=(carried.context or 0) + reference, sink=sink + reference
+        )
 
     def _beginning(
         self,
@@ -449,34 +562,61 @@ class Pipeline:
             return None
         if image is not None and video is not None:
             raise ValueError("sample: image and video are both given, expected one of them")
-        name = "image" if video is None else "video"
+        if video is None:
+            assert image is not None
+            pixels = self._pixels("image", image, 1, shape, fps, clips)
+        else:
+            most = self._half(frames) if given is None else given
+            pixels = self._pixels("video", video, most, shape, fps, clips, exactly=given is not None)
+        if self.codec.latent_frames(pixels.shape[1]) >= shape[0]:
+            raise ValueError(
+                f"sample: frames is {frames}, expected more than the {pixels.shape[1]} frames that are given"
+            )
+        return pixels
+
+    def _pixels(
+        self,
+        name: str,
+        source: str | Path | Tensor,
+        frames: int | None,
+        shape: tuple[int, int, int, int],
+        fps: float | None,
+        clips: int,
+        *,
+        exactly: bool = False,
+        end: bool = True,
+    ) -> Tensor:
+        """Pixels (clips, frames, channels, height, width) of a picture or of a video, for the argument `name`.
+
+        Args:
+            frames: of a video, at most or exactly so many, from its end or its start; None takes as many as the
+                training clips have.
+            shape: latent frames, channels, height and width of the clips.
+        """
         if self.flow.config.temporal_causal == 0:
             raise ValueError(
                 f"sample: {name} is given, expected a model that runs forward in time (temporal_causal > 0)"
             )
+        channels = self.codec.channels
         size = {"height": shape[2] * self.codec.spatial, "width": shape[3] * self.codec.spatial}
-        if video is None:
-            pixels = _image(image, **size, channels=self.codec.channels)
+        if name in ("image", "last_image"):
+            pixels = _image(source, **size, channels=channels, name=name)
         else:
-            most = self._half(frames) if given is None else given
-            pixels = _video_end(video, most, exactly=given is not None, fps=fps, **size, channels=self.codec.channels)
-        expected = (self.codec.channels, size["height"], size["width"])
+            most = self.config.data.frames if frames is None else frames
+            pixels = _video(source, most, exactly=exactly, end=end, fps=fps, **size, channels=channels, name=name)
         if pixels.dim() == 4:
             pixels = pixels.expand(clips, *pixels.shape)
+        expected = (channels, size["height"], size["width"])
         if pixels.dim() != 5 or pixels.shape[0] != clips or tuple(pixels.shape[2:]) != expected:
             raise ValueError(
                 f"sample: {name} has shape {list(pixels.shape)}, expected {clips} clips of {list(expected)} frames"
             )
         try:
-            count = self.codec.latent_frames(pixels.shape[1])
+            self.codec.latent_frames(pixels.shape[1])
         except ValueError as error:
             raise ValueError(
                 f"sample: {name} gives {pixels.shape[1]} frames, which the codec cannot hold: {error}"
             ) from None
-        if count >= shape[0]:
-            raise ValueError(
-                f"sample: frames is {frames}, expected more than the {pixels.shape[1]} frames that are given"
-            )
         return pixels.to(self.device)
 
     def _half(self, frames: int) -> int:
@@ -489,90 +629,83 @@ class Pipeline:
             return count
         return 1
 
-    def _sized(
-        self,
-        schedule: Schedule,
-        z: Tensor,
-        y: Tensor | None,
-        null: Tensor | None,
-        guidance: float,
-        precision: Precision,
-    ) -> Schedule:
+    def _sized(self, conditions: Conditions, window: int, shape: tuple[int, int, int, int]) -> Conditions:
         """Settles a measured window for one clip, so that a clip does not depend on how many are made together."""
+        schedule, y, null = conditions.schedule, conditions.y, conditions.null
         if not isinstance(schedule, Window) or schedule.size is not None:
-            return schedule
+            return conditions
         c = self.flow.config
-        block = self.flow.blocks[-1]
-        assert isinstance(block, FlowBlock)
-        frames = min(z.shape[1], c.local_attn_window or z.shape[1])
+        block = self.flow.solving_order()[0]
         context = y[:1] if y is not None and (c.num_classes or c.text_width(block.index)) else None
-        layout = block.layout(frames, z.shape[-2] // c.patch_size, z.shape[-1] // c.patch_size, context, image=False)
+        layout = block.layout(window, shape[2] // c.patch_size, shape[3] // c.patch_size, context, image=False)
         free = None if null is None or context is None else null[:1]
-        decoder = block.decoder(layout, 1, context, free, Guidance(guidance), precision=precision)
-        return replace(schedule, size=break_even(decoder, 1))
+        decoder = block.decoder(layout, 1, context, free, conditions.guidance, precision=conditions.precision)
+        return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
 
 
-def _image(image: str | Path | Tensor | None, *, height: int, width: int, channels: int) -> Tensor:
+def _image(image: str | Path | Tensor, *, height: int, width: int, channels: int, name: str) -> Tensor:
     """A picture as the one frame of a clip, ([clips,] 1, channels, height, width)."""
     if isinstance(image, Tensor):
         return image.unsqueeze(-4)
-    assert image is not None
     if not Path(image).is_file():
-        raise VideoError(f"sample: image is {str(image)!r}, which does not exist, expected a picture")
+        raise VideoError(f"sample: {name} is {str(image)!r}, which does not exist, expected a picture")
     return to_pixels(read_image(image, height=height, width=width, channels=channels))
 
 
-def _video_end(
-    video: str | Path | Tensor, most: int, *, exactly: bool, fps: float | None, height: int, width: int, channels: int
+def _video(
+    video: str | Path | Tensor,
+    most: int,
+    *,
+    exactly: bool,
+    end: bool,
+    fps: float | None,
+    height: int,
+    width: int,
+    channels: int,
+    name: str,
 ) -> Tensor:
-    """The last frames of a video, ([clips,] frames, channels, height, width): `most`, or fewer where it is shorter."""
+    """The last or first frames of a video, ([clips,] frames, channels, height, width): `most`, or all of a shorter."""
+    option = "given" if end else "frames"
     if most < 1:
-        raise ValueError(f"sample: given is {most}, expected at least 1")
+        raise ValueError(f"sample: {option} is {most}, expected at least 1")
     if isinstance(video, Tensor):
-        found, name = video.shape[-4] if video.dim() > 3 else 0, "video"
+        found, what = video.shape[-4] if video.dim() > 3 else 0, name
     else:
         if not Path(video).is_file():
-            raise VideoError(f"sample: video is {str(video)!r}, which does not exist, expected a video file")
-        info, name = probe(video, count=True), str(video)
+            raise VideoError(f"sample: {name} is {str(video)!r}, which does not exist, expected a video file")
+        info, what = probe(video, count=True), str(video)
         rate = info.fps if fps is None else fps
         found = frames_at(info, rate)
     if found < most and exactly:
-        raise ValueError(f"sample: given is {most}, expected at most the {found} frames of {name}")
+        raise ValueError(f"sample: {option} is {most}, expected at most the {found} frames of {what}")
     count = min(most, found)
+    first = found - count if end else 0
     if isinstance(video, Tensor):
-        return video[..., found - count :, :, :, :]
-    start = (found - count) / rate
-    return to_pixels(
-        read_video(video, frames=count, fps=rate, start=start, info=info, height=height, width=width, channels=channels)
-    )
+        return video[..., first : first + count, :, :, :]
+    size = {"height": height, "width": width, "channels": channels}
+    return to_pixels(read_video(video, frames=count, fps=rate, start=first / rate, info=info, **size))
 
 
-def _report(
-    decoded: Decoded,
-    schedule: Schedule,
-    precision: str,
-    guidance: float,
-    temperature: float,
-    denoised: str,
-    seconds: float,
-    frames: int,
-) -> SampleReport:
-    last = len(decoded.reports) - 1
+def report_of(session: Session, seconds: float, frames: int) -> SampleReport:
+    """What a session did in so many seconds for so many pixel frames of all clips."""
+    last = len(session.reports) - 1
     blocks = tuple(
         BlockReport(last - place, report.window, report.sweeps, report.evaluations_per_token, report.backward_error)
-        for place, report in enumerate(decoded.reports)
+        for place, report in enumerate(session.reports)
         if report is not None
     )
+    errors = [block.backward_error for block in blocks if block.backward_error is not None]
+    conditions = session.conditions
     return SampleReport(
-        solver=solver_text(schedule),
-        precision=precision,
-        guidance=guidance,
-        temperature=temperature,
-        denoised=denoised,
+        solver=solver_text(conditions.schedule),
+        precision=conditions.precision,
+        guidance=conditions.guidance.weight,
+        temperature=session.temperature,
+        denoised=session.denoising.kind,
         window=blocks[0].window,
         sweeps=blocks[0].sweeps,
         evaluations_per_token=blocks[0].evaluations_per_token,
-        backward_error=decoded.backward_error,
+        backward_error=max(errors) if errors else None,
         blocks=blocks,
         seconds=seconds,
         frames_per_second=frames / seconds,

@@ -199,7 +199,7 @@ def test_settings_reach_the_config() -> None:
         (["train", "--set", "train.steps=abc"], "config.train.steps is 'abc', expected an integer"),
         (["train", "--config", "nope"], "expected a yaml file or one of"),
         (["train", "--data", "nowhere"], "--data is 'nowhere', expected a folder of videos"),
-        (["convert", "digits", "in.pth", "out.pth"], "OUT is 'out.pth', expected a file that ends in .safetensors"),
+        (["convert", "digits", "in.pth", "out.pth"], "OUT: 'out.pth' is given, expected a file that ends in .saf"),
     ],
 )
 def test_wrong_command_lines(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

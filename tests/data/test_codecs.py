@@ -241,6 +241,20 @@ def test_wan_normalises_channels_and_scales_all_frames_but_the_first(wan_folder)
     torch.testing.assert_close(codec.decode(image), decoded[:, 0], rtol=0, atol=1e-4)
 
 
+def test_a_clip_is_decoded_piece_by_piece(kl_folder, wan_folder):
+    """Two clips at once, in turn: what the convolutions over time remember belongs to a clip."""
+    for codec in (WanCodec(wan_folder, 0.6), AutoencoderKLCodec(kl_folder), BlockTransform(patch=2, channels=1)):
+        clips = [randn(1, 4, codec.latent_channels, 2, 3, seed=seed) for seed in (1, 2)]
+        decoders, pieces = [codec.decoder() for _ in clips], [[], []]
+        for begin, end in ((0, 1), (1, 3), (3, 4)):
+            for clip, decoder, found in zip(clips, decoders, pieces, strict=True):
+                found.append(decoder(clip[:, begin:end]))
+        for clip, found in zip(clips, pieces, strict=True):
+            whole = codec.decode(clip)
+            assert whole.shape[1] == codec.pixel_frames(4)
+            torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-5)
+
+
 def test_learned_codecs_are_made_again_from_their_configuration(kl_folder, wan_folder):
     for codec in (AutoencoderKLCodec(kl_folder), WanCodec(wan_folder, 0.6)):
         again = make_codec(codec.to_config())

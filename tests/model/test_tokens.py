@@ -16,7 +16,7 @@ SIZES = [(1, 1, 1), (1, 4, 4), (3, 2, 5), (2, 7, 3), (2, 8, 8), (3, 1, 6)]
 @pytest.mark.parametrize("channel_first", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6, 10), (2, 5, 6, 10), (1, 1, 1, 2, 2)])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_unpatchify_inverts_patchify(shape: tuple[int, ...], patch: int, channel_first: bool) -> None:
+def testfrom_grid_inverts_patchify(shape: tuple[int, ...], patch: int, channel_first: bool) -> None:
     x = torch.randn(shape)
     grid = patchify(x, patch, channel_first=channel_first)
     assert grid.numel() == x.numel()

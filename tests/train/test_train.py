@@ -260,6 +260,31 @@ def test_a_dropped_first_frame_is_told(tiny) -> None:
     assert seen == {True, False}
 
 
+def test_a_last_frame_stands_before_its_clip(tiny) -> None:
+    words = [*RunConfig.load("tiny").text["vocabulary"], "last"]
+    config = tiny(
+        flow={"txt_dim": 16, "txt_size": 4},
+        text={"kind": "words", "size": 4, "vocabulary": words},
+        last_frame_prob=0.5,
+        drop_label=0.0,
+    )
+    trainer, batches = trainer_of(config)
+    seen = set()
+    for step in range(8):
+        batch = batches.make(step)
+        x, y = noisy(trainer, batch)
+        shown = torch.cat([batch.pixels[:, -1:], batch.pixels], 1) if batch.last else batch.pixels
+        assert torch.equal(x, trainer.codec.encode(shown) + 0.1 * batch.noise)
+        assert all(caption.startswith("(last) ") == batch.last for caption in batch.captions)
+        assert bool((y[:, 0, -1] == 1).all()) == batch.last
+        seen.add(batch.last)
+    assert seen == {True, False}
+    assert math.isfinite(trainer.run(batches.make(0)).loss)
+    # What else a seed chooses does not depend on it.
+    plain = trainer_of(replace(config, train=replace(config.train, last_frame_prob=0.0)))[1]
+    assert all(torch.equal(plain.make(step).pixels, batches.make(step).pixels) for step in range(4))
+
+
 def test_image_steps_show_single_frames(tiny) -> None:
     trainer, batches = trainer_of(tiny(image_prob=1.0, drop_image=1.0, drop_label=0.0))
     batch = batches.make(0)
@@ -324,16 +349,17 @@ def test_a_killed_process_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None
     program = f"""
 import os, signal, torch
 from pathlib import Path
-from starflow import checkpoints
 from starflow.config import RunConfig
+from starflow.distributed import World
 from starflow.train import train
 torch.set_num_threads(1)
-write = checkpoints._write
-def killed(path, *rest):
-    write(path, *rest)
-    if "step-00000006" in str(path):
+save = World.save
+def killed(world, tensors, folder):
+    names = save(world, tensors, folder)
+    if "step-00000006" in str(folder):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoints._write = killed
+    return names
+World.save = killed
 train(RunConfig.load({str(tmp_path / "whole" / "config.yaml")!r}), Path({str(tmp_path / "cut")!r}), quiet=True)
 """
     code = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ).returncode
@@ -376,9 +402,15 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
 
 def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
     train(tiny(steps=1), tmp_path, quiet=True)
-    state = tmp_path / "checkpoints" / "step-00000001" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"step-00000001.*is truncated, damaged or not safetensors"):
+    (state,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-10])
+    message = f"step-00000001 is damaged: {state.name} missing or without the checksum of state.json"
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny(steps=2), tmp_path, quiet=True)
+    state.write_bytes(whole)
+    (state.parent / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state.json is damaged, expected json of a training state"):
         train(tiny(steps=2), tmp_path, quiet=True)
 
 
