@@ -14,9 +14,7 @@ template <class Args>
 void run_rows(const char* op, const char* name, const Tensor& data, const AffineShape& shape, const Args& args,
               void (*kernel)(const Args&, int64_t, int64_t), int (*cuda_launcher)(const Args&, void*)) {
     if (data.is_cuda()) {
-        require(
-            cuda_launcher != nullptr, op, std::string(name) + " is on", [&] { return device_text(data); },
-            [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
+        cuda::check_build(op, name, data);
         cuda::launch(op, data, args, cuda_launcher);
         return;
     }
