@@ -28,7 +28,7 @@ struct Forward {
     static constexpr int width_blocks = width / 16;
     // Queries; keys and values, twice; what each row sees.
     static constexpr int tiles_bytes = Tile::bytes(rows) + 4 * Tile::bytes(columns);
-    static constexpr int shared_bytes = tiles_bytes + rows * static_cast<int>(sizeof(VisibleKeysOf<int>));
+    static constexpr int shared_bytes = tiles_bytes + static_cast<int>(sizeof(VisibleInTile<rows>));
     // Queries stay in registers where there is room beside the sums.
     static constexpr bool keeps_queries = sizeof(Element) == 2 && row_blocks * width_blocks <= 8;
 
@@ -44,13 +44,13 @@ struct Forward {
         float total;  // of this thread's columns
     };
 
-    // Hidden keys of the tile from `key` on weigh nothing. `seen` is what this warp's rows see.
-    __device__ static void hide(const VisibleKeysOf<int>* seen, int key, Weights& weights) {
+    // Hidden keys of the tile from `key` on weigh nothing.
+    __device__ static void hide(const VisibleInTile<rows>& seen, int warp_row, int key, Weights& weights) {
 #pragma unroll
         for (int m = 0; m < row_blocks; ++m) {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                const VisibleKeysOf<int> visible = seen[16 * m + 8 * h + lane() / 4];
+                const VisibleKeysOf<int> visible = seen.get(warp_row + 16 * m + 8 * h + lane() / 4);
 #pragma unroll
                 for (int n = 0; n < 2 * column_blocks; ++n) {
 #pragma unroll
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     const unsigned end = first + F::rows < all_rows ? first + F::rows : all_rows;
 
     const auto visible = [&](unsigned r) { return visible_in_tile(args.mask, shape, b, r / group); };
-    auto* const visible_to = reinterpret_cast<VisibleKeysOf<int>*>(memory + F::tiles_bytes);
+    auto& visible_to = *reinterpret_cast<VisibleInTile<F::rows>*>(memory + F::tiles_bytes);
     for (unsigned row = threadIdx.x; row < F::rows; row += F::threads) {
-        visible_to[row] = first + row < end ? visible(first + row) : VisibleKeysOf<int>{0, 0, 0};
+        visible_to.set(row, first + row < end ? visible(first + row) : VisibleKeysOf<int>{0, 0, 0});
     }
     const VisibleByRows seen = VisibleByRows::between(visible(first), visible(end - 1));
     const KeyTiles tiles = KeyTiles::of(seen.any, F::columns);
@@ -147,7 +147,6 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
         fetch<F::columns, F::threads>(values_of(stage), values, shape.head_dim, wide, [&](int row) {
             return seen.any.has(begin + row) ? values + (begin + row) * args.v.row_stride : nullptr;
         });
-        cute::cp_async_fence();
     };
 
     const int warp_row = warp() * F::warp_rows;
@@ -206,7 +205,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             }
         }
         const int key = tiles.tile(i) * F::columns;
-        if (!seen.every.all_in(key, key + F::columns)) F::hide(visible_to + warp_row, key, weights);
+        if (!seen.every.all_in(key, key + F::columns)) F::hide(visible_to, warp_row, key, weights);
         F::weigh(scale * log2_of_e, state, weights, sums);
 #pragma unroll
         for (int k = 0; k < F::column_blocks; ++k) {
@@ -241,29 +240,25 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             if (r < end && lane() % 4 == 0) {
                 logs[index] = total == 0.0F ? -INFINITY : row.largest * scale + logf(total);
             }
-            if (args.splits == 1) {
-#pragma unroll
-                for (int n = 0; n < 2 * F::width_blocks; ++n) {
-                    put_pair(queries, in_tile, 8 * n + lane() % 4 * 2, sums[m][n][2 * h] * inverse,
-                             sums[m][n][2 * h + 1] * inverse);
+            if (args.splits > 1) {
+                if (r < end) {
+                    write_sums(args.parts + (split * all + index) * shape.head_dim, shape.head_dim, sums[m], h, inverse);
                 }
+            } else if constexpr (sizeof(Element) == 2) {
+                write_sums(queries, in_tile, sums[m], h, inverse);
             } else if (r < end) {
-                float* part = args.parts + (split * all + index) * shape.head_dim;
-#pragma unroll
-                for (int n = 0; n < 2 * F::width_blocks; ++n) {
-                    const int column = 8 * n + lane() % 4 * 2;
-                    if (column < shape.head_dim) part[column] = sums[m][n][2 * h] * inverse;
-                    if (column + 1 < shape.head_dim) part[column + 1] = sums[m][n][2 * h + 1] * inverse;
-                }
+                write_sums(row_at<Element>(args.out, shape, b, kv_head, r), shape.head_dim, sums[m], h, inverse);
             }
         }
     }
-    if (args.splits > 1) return;
-    __syncwarp();
-    flush<F::warp_rows>(queries, warp_row, shape.head_dim, wide, [&](int row) {
-        const unsigned r = first + warp_row + row;
-        return r < end ? row_at<Element>(args.out, shape, b, kv_head, r) : nullptr;
-    });
+    if constexpr (sizeof(Element) == 2) {
+        if (args.splits > 1) return;
+        __syncwarp();
+        flush<F::warp_rows>(queries, warp_row, shape.head_dim, wide, [&](int row) {
+            const unsigned r = first + warp_row + row;
+            return r < end ? row_at<Element>(args.out, shape, b, kv_head, r) : nullptr;
+        });
+    }
 }
 
 // The results of the parts of the keys, joined by their logarithms: out = sum of exp(lse[s] - lse) out[s]. One warp a row.

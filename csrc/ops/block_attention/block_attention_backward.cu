@@ -52,9 +52,7 @@ struct Backward {
     struct Queries {
         float logs[columns];
         float dots[columns];
-        int prefix[columns];
-        int first[columns];
-        int last[columns];
+        VisibleInTile<columns> visible;
     };
     static constexpr int tiles_bytes = 2 * Tile::bytes(rows) + 4 * Tile::bytes(columns);
     static constexpr int shared_bytes = tiles_bytes + 2 * static_cast<int>(sizeof(Queries));
@@ -101,17 +99,18 @@ struct Backward {
     template <class Target>
     __device__ static void write(Tile through, int row, const Sums& sums, float factor, int64_t head_dim, bool wide,
                                  const Target& target) {
-        __syncwarp();
+        if constexpr (sizeof(Element) == 2) {
+            __syncwarp();
 #pragma unroll
-        for (int n = 0; n < 2 * width_blocks; ++n) {
+            for (int h = 0; h < 2; ++h) write_sums(through, row + 8 * h + lane() / 4, sums, h, factor);
+            __syncwarp();
+            flush<16>(through, row, head_dim, wide, target);
+        } else {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                put_pair(through, row + 8 * h + lane() / 4, 8 * n + lane() % 4 * 2, sums[n][2 * h] * factor,
-                         sums[n][2 * h + 1] * factor);
+                if (Element* to = target(8 * h + lane() / 4)) write_sums(to, head_dim, sums, h, factor);
             }
         }
-        __syncwarp();
-        flush<16>(through, row, head_dim, wide, target);
     }
 };
 
@@ -145,7 +144,6 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
         fetch<B::columns, B::threads>(memory.columns_of(stage, 1), values, shape.head_dim, wide, [&](int row) {
             return seen.any.has(begin + row) ? values + (begin + row) * args.v.row_stride : nullptr;
         });
-        cute::cp_async_fence();
     };
     const auto fetch_rows = [&](int operand, const HeadRows& from) {
         fetch<B::rows, B::threads>(memory.rows_of(operand), from.data, shape.head_dim, wide, [&](int row) {
@@ -248,12 +246,8 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
             using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS_ZFILL<float>;
             Copy::copy(args.lse[index], queries.logs[c], some);
             Copy::copy(args.dots[index], queries.dots[c], some);
-            const VisibleKeysOf<int> seen = some ? visible(begin + c) : VisibleKeysOf<int>{0, 0, 0};
-            queries.prefix[c] = seen.prefix;
-            queries.first[c] = seen.first;
-            queries.last[c] = seen.last;
+            queries.visible.set(c, some ? visible(begin + c) : VisibleKeysOf<int>{0, 0, 0});
         }
-        cute::cp_async_fence();
     };
     const auto fetch_rows = [&](int operand, const HeadRows& from) {
         const auto* rows = head_at<const Element>(from, b, kv_head);
@@ -298,9 +292,8 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
                     weight = power_of_two(weight * slope - log);
                     grad = weight * (grad - dot);
                     if (!all) {
-                        const VisibleKeysOf<int> seen{queries.prefix[column], queries.first[column],
-                                                      queries.last[column]};
-                        const bool visible_key = seen.has(first + warp_row + 8 * h + lane() / 4);
+                        const bool visible_key =
+                            queries.visible.get(column).has(first + warp_row + 8 * h + lane() / 4);
                         weight = visible_key ? weight : 0.0F;
                         grad = visible_key ? grad : 0.0F;
                     }

@@ -86,7 +86,7 @@ __device__ void fetch(Tile tile, const void* memory, int64_t head_dim, bool wide
     }
 }
 
-// Rows [0, rows) of a tile to target(row), a row of head_dim elements or null, by the lanes of one warp.
+// Rows [first, first + rows) of a tile to target(row), a row of head_dim elements or null, by the lanes of one warp.
 template <int rows, class Tile, class Target>
 __device__ void flush(Tile tile, int first, int64_t head_dim, bool wide, const Target& target) {
     using Element = typename Tile::Element;
@@ -284,14 +284,43 @@ struct Products<float> {
     }
 };
 
-// Two neighbouring sums of a row, in the element of a tile.
-template <class Tile>
-__device__ void put_pair(Tile tile, int row, int column, float first, float second) {
-    using Element = typename Tile::Element;
-    Packed<Element, 2> pair;
-    narrow(first, pair.values[0]);
-    narrow(second, pair.values[1]);
-    *reinterpret_cast<Packed<Element, 2>*>(tile.at(row, column)) = pair;
+// A thread's sums of a row, times a factor, to a row of float32.
+template <int blocks>
+__device__ void write_sums(float* to, int64_t head_dim, const float (&sums)[blocks][4], int half, float factor) {
+#pragma unroll
+    for (int n = 0; n < blocks; ++n) {
+        const int column = 8 * n + lane() % 4 * 2;
+        if (column < head_dim) to[column] = sums[n][2 * half] * factor;
+        if (column + 1 < head_dim) to[column + 1] = sums[n][2 * half + 1] * factor;
+    }
 }
+
+// The same to a row of a tile of 16 bits.
+template <class Tile, int blocks>
+__device__ void write_sums(Tile tile, int row, const float (&sums)[blocks][4], int half, float factor) {
+    using Pair = Packed<typename Tile::Element, 2>;
+#pragma unroll
+    for (int n = 0; n < blocks; ++n) {
+        Pair pair;
+        narrow(sums[n][2 * half] * factor, pair.values[0]);
+        narrow(sums[n][2 * half + 1] * factor, pair.values[1]);
+        *reinterpret_cast<Pair*>(tile.at(row, 8 * n + lane() % 4 * 2)) = pair;
+    }
+}
+
+// What each query of a tile sees, in shared memory: an array for each number, so that neighbours do not share banks.
+template <int count>
+struct VisibleInTile {
+    int prefix[count];
+    int first[count];
+    int last[count];
+
+    __device__ void set(int i, const VisibleKeysOf<int>& seen) {
+        prefix[i] = seen.prefix;
+        first[i] = seen.first;
+        last[i] = seen.last;
+    }
+    __device__ VisibleKeysOf<int> get(int i) const { return {prefix[i], first[i], last[i]}; }
+};
 
 }  // namespace starflow::cuda
