@@ -20,7 +20,7 @@ from starflow_ext._check import (
     shape_text,
 )
 from starflow_ext._load import operators
-from starflow_ext._mode import runs_in_torch
+from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
 
@@ -119,10 +119,12 @@ def block_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``softmax(q k^T / (sqrt(head_dim) * temperature)) v`` over the visible keys.
 
-    The mask is a rule of positions and never in memory; work is proportional to what is visible. Native on the CPU,
-    with softmax and sums in float32 and products of float32, or of bfloat16 for bfloat16 ``q`` where the level has
-    them; a row's bits depend neither on the other rows nor on the number of threads. Plain torch for float64 and on
-    CUDA devices. Under autocast the operands are rounded to its dtype, as by torch's own attention.
+    The mask is a rule of positions and never in memory; work is proportional to what is visible. Softmax and sums are
+    float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
+    depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
+    256, 128 with a gradient) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
+    keys of few queries are split over the device, and a row's bits depend on that number of parts. Plain torch for
+    float64. Under autocast the operands are rounded to its dtype, as by torch's own attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
@@ -143,13 +145,14 @@ def block_attention(
         zeros, and minus infinity.
 
     Raises:
-        RuntimeError: if shapes, dtypes, devices or numbers of heads do not fit, or the options contradict each other.
+        RuntimeError: if shapes, dtypes, devices or numbers of heads do not fit, the options contradict each other, or
+            the CUDA kernels do not take the ``head_dim``.
 
     Reference:
         Vaswani et al., Attention Is All You Need (2017), section 3.2; Milakov and Gimelshein, Online normalizer
         calculation for softmax (2018); Dao, FlashAttention-2 (2023); Ainslie et al., GQA (2023).
     """
-    if runs_in_torch(q) or _why_torch(q):
+    if in_reference_mode() or _why_torch(q):
         return block_attention_reference(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
     operator, arguments = _lower(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
     out, lse = operator(*arguments)
@@ -485,8 +488,8 @@ SPEC = Spec(
     check=check,
     dtypes=((torch.float64,), (torch.float32,), (torch.float16,), (torch.bfloat16,)),
     samples=_samples,
-    # Float32: sums of up to 256 products, weights within 2^-22. 16 bits: where products take them, weights are rounded to
-    # 8 bits (bfloat16) or 11 (float16) before the sum, which is rounded again.
+    # Float32: sums of up to 256 products, weights within 2^-22. 16 bits: where products take them, weights are rounded
+    # to 8 bits (bfloat16) or 11 (float16) before the sum, which is rounded again.
     bounds={
         torch.float64: Bound(1e-12, 1e-12),
         torch.float32: Bound(4e-6, 4e-6),
@@ -495,7 +498,7 @@ SPEC = Spec(
     },
     differentiable=("q", "k", "v"),
     autocast=True,
-    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
     refuses=lambda variant, q, **arguments: _why_torch(q),
     lower=_lower,
     cases={

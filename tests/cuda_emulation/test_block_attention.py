@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,7 +15,7 @@ from starflow_ext._spec import Sample
 from starflow_ext.block_attention import SPEC, FrameMask
 
 from ..ops import battery
-from .emulator import CSRC, SEEDS, EmulationError, Kernels, Mutation, Report, emulated
+from .emulator import SEEDS, Kernels, Report, emulated
 
 FORWARD = "ops/block_attention/block_attention.cu"
 BACKWARD = "ops/block_attention/block_attention_backward.cu"
@@ -132,7 +132,7 @@ def _assert_values(kernels: Kernels, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_value(dtype: torch.dtype) -> None:
-    """Every mask, size and option of the battery; each call in another schedule, by another tile and number of parts."""
+    """Every mask, size and option of the battery, each in another schedule, by other tiles and parts of the keys."""
     _assert_values(emulated(FORWARD), dtype)
 
 

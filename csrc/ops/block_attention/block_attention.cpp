@@ -153,16 +153,15 @@ void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_chann
         [&] { return "at most " + std::to_string(most_channels) + purpose + " on cuda"; });
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
     const int64_t rows = shape.batch * shape.heads * shape.queries;
-    require(
-        rows <= most, op, "q has rows", [&] { return rows; }, [&] { return "at most " + std::to_string(most); });
+    require(rows <= most, op, "q has rows", [&] { return rows; }, [&] { return "at most " + std::to_string(most); });
     const int64_t keys = shape.batch * shape.kv_heads * shape.keys;
-    require(
-        keys <= most, op, "k has rows", [&] { return keys; }, [&] { return "at most " + std::to_string(most); });
+    require(keys <= most, op, "k has rows", [&] { return keys; }, [&] { return "at most " + std::to_string(most); });
 }
 
 void run_cuda(const Tensor& q, AttentionArgs args) {
     check_cuda(q, args.shape, most_head_dim, "");
-    const AttentionSchedule schedule = attention_schedule(args.shape, cuda::device_arch(q.get_device_index()).multiprocessors);
+    const AttentionSchedule schedule =
+        attention_schedule(args.shape, cuda::device_arch(q.get_device_index()).multiprocessors);
     args.tile_rows = schedule.tile_rows;
     args.splits = schedule.splits;
     const Tensor parts = empty_like_shape(q, {parts_elements(args.shape, schedule.splits)}, ScalarType::Float);

@@ -33,7 +33,7 @@ struct Forward {
     static constexpr bool keeps_queries = sizeof(Element) == 2 && row_blocks * width_blocks <= 8;
 
     // Operands of float32 are four times as many registers: fewer on their way.
-    static constexpr int depth_unroll = sizeof(Element) == 2 ? width_blocks : 2;
+    static constexpr int depth_unroll = sizeof(Element) == 2 ? width_blocks : width == 256 ? 1 : 2;
 
     using Sums = float[row_blocks][2 * width_blocks][4];
     using Weights = float[row_blocks][2 * column_blocks][4];
@@ -105,14 +105,15 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     STARFLOW_SHARED_MEMORY(memory);
     const typename F::Tile queries{reinterpret_cast<Element*>(memory)};
     const auto keys_of = [&](int stage) {
-        return typename F::Tile{reinterpret_cast<Element*>(memory + F::Tile::bytes(F::rows) +
-                                                           2 * stage * F::Tile::bytes(F::columns))};
+        return typename F::Tile{
+            reinterpret_cast<Element*>(memory + F::Tile::bytes(F::rows) + 2 * stage * F::Tile::bytes(F::columns))};
     };
     const auto values_of = [&](int stage) {
         return typename F::Tile{keys_of(stage).data + F::Tile::bytes(F::columns) / sizeof(Element)};
     };
 
     const AttentionShape& shape = args.shape;
+    const auto head_dim = static_cast<int>(shape.head_dim);
     const auto group = static_cast<unsigned>(group_of(shape));
     const auto all_rows = static_cast<unsigned>(rows_of(shape));
     const unsigned row_tiles = (all_rows + F::rows - 1) / F::rows;
@@ -126,13 +127,15 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     const unsigned kv_head = head % kv_heads;
     const unsigned end = first + F::rows < all_rows ? first + F::rows : all_rows;
 
-    const auto visible = [&](unsigned r) { return visible_in_tile(args.mask, shape, b, r / group); };
     auto& visible_to = *reinterpret_cast<VisibleInTile<F::rows>*>(memory + F::tiles_bytes);
     for (unsigned row = threadIdx.x; row < F::rows; row += F::threads) {
-        visible_to.set(row, first + row < end ? visible(first + row) : VisibleKeysOf<int>{0, 0, 0});
+        const unsigned r = first + row;
+        visible_to.set(row, r < end ? visible_in_tile(args.mask, shape, b, r / group) : VisibleKeysOf<int>{0, 0, 0});
     }
-    const VisibleByRows seen = VisibleByRows::between(visible(first), visible(end - 1));
-    const KeyTiles tiles = KeyTiles::of(seen.any, F::columns);
+    __syncthreads();
+    // Read again where it is needed: registers are for the sums.
+    const auto seen = [&] { return VisibleByRows::between(visible_to.get(0), visible_to.get(end - 1 - first)); };
+    const KeyTiles tiles = KeyTiles::of(seen().any, F::columns);
     const int tile_begin = static_cast<int>(static_cast<int64_t>(tiles.count) * split / splits);
     const int tile_end = static_cast<int>(static_cast<int64_t>(tiles.count) * (split + 1) / splits);
 
@@ -140,12 +143,13 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     const auto* keys = head_at<const Element>(args.k, b, kv_head);
     const auto* values = head_at<const Element>(args.v, b, kv_head);
     const auto fetch_keys = [&](int i, int stage) {
+        const VisibleKeysOf<int> any = seen().any;
         const int begin = tiles.tile(i) * F::columns;
-        fetch<F::columns, F::threads>(keys_of(stage), keys, shape.head_dim, wide, [&](int row) {
-            return seen.any.has(begin + row) ? keys + (begin + row) * args.k.row_stride : nullptr;
+        fetch<F::columns, F::threads>(keys_of(stage), keys, head_dim, wide, [&](int row) {
+            return any.has(begin + row) ? keys + (begin + row) * args.k.row_stride : nullptr;
         });
-        fetch<F::columns, F::threads>(values_of(stage), values, shape.head_dim, wide, [&](int row) {
-            return seen.any.has(begin + row) ? values + (begin + row) * args.v.row_stride : nullptr;
+        fetch<F::columns, F::threads>(values_of(stage), values, head_dim, wide, [&](int row) {
+            return any.has(begin + row) ? values + (begin + row) * args.v.row_stride : nullptr;
         });
     };
 
@@ -160,7 +164,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     const float scale = scale_of(args.scale, b);
 
     if (tile_begin < tile_end) {
-        fetch<F::rows, F::threads>(queries, args.q.data, shape.head_dim, wide, [&](int row) {
+        fetch<F::rows, F::threads>(queries, args.q.data, head_dim, wide, [&](int row) {
             return first + row < end ? row_at<const Element>(args.q, shape, b, kv_head, first + row) : nullptr;
         });
         fetch_keys(tile_begin, 0);
@@ -205,7 +209,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             }
         }
         const int key = tiles.tile(i) * F::columns;
-        if (!seen.every.all_in(key, key + F::columns)) F::hide(visible_to, warp_row, key, weights);
+        if (!seen().every.all_in(key, key + F::columns)) F::hide(visible_to, warp_row, key, weights);
         F::weigh(scale * log2_of_e, state, weights, sums);
 #pragma unroll
         for (int k = 0; k < F::column_blocks; ++k) {
@@ -218,7 +222,8 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             for (int n = 0; n < F::width_blocks; ++n) {
                 const auto right = Products::right_by_rows(values_of(stage), 16 * k, 16 * n);
 #pragma unroll
-                for (int m = 0; m < F::row_blocks; ++m) Products::add(sums[m][2 * n], sums[m][2 * n + 1], left[m], right);
+                for (int m = 0; m < F::row_blocks; ++m)
+                    Products::add(sums[m][2 * n], sums[m][2 * n + 1], left[m], right);
             }
         }
     }
@@ -242,26 +247,27 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             }
             if (args.splits > 1) {
                 if (r < end) {
-                    write_sums(args.parts + (split * all + index) * shape.head_dim, shape.head_dim, sums[m], h, inverse);
+                    write_sums(args.parts + (split * all + index) * shape.head_dim, head_dim, sums[m], h, inverse);
                 }
             } else if constexpr (sizeof(Element) == 2) {
                 write_sums(queries, in_tile, sums[m], h, inverse);
             } else if (r < end) {
-                write_sums(row_at<Element>(args.out, shape, b, kv_head, r), shape.head_dim, sums[m], h, inverse);
+                write_sums(row_at<Element>(args.out, shape, b, kv_head, r), head_dim, sums[m], h, inverse);
             }
         }
     }
     if constexpr (sizeof(Element) == 2) {
         if (args.splits > 1) return;
         __syncwarp();
-        flush<F::warp_rows>(queries, warp_row, shape.head_dim, wide, [&](int row) {
+        flush<F::warp_rows>(queries, warp_row, head_dim, wide, [&](int row) {
             const unsigned r = first + warp_row + row;
             return r < end ? row_at<Element>(args.out, shape, b, kv_head, r) : nullptr;
         });
     }
 }
 
-// The results of the parts of the keys, joined by their logarithms: out = sum of exp(lse[s] - lse) out[s]. One warp a row.
+// The results of the parts of the keys, joined by their logarithms: out = sum of exp(lse[s] - lse) out[s]. One warp a
+// row.
 template <class Element>
 __global__ void join_kernel(AttentionArgs args) {
     const AttentionShape& shape = args.shape;
@@ -294,13 +300,13 @@ int launch_forward(const AttentionArgs& args, void* stream) {
     const AttentionShape& shape = args.shape;
     const int64_t blocks = divide_up(rows_of(shape), F::rows) * shape.batch * shape.kv_heads * args.splits;
     const bool wide = whole_chunks(shape, args.q, args.k, args.v, args.out);
-    const int code = enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes, stream, args,
-                             wide);
+    const int code =
+        enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes, stream, args, wide);
     if (code != 0 || args.splits == 1) return code;
     constexpr int threads = 256;
     const int64_t rows = shape.batch * shape.heads * shape.queries;
-    return enqueue(join_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads, 0, stream,
-                   args);
+    return enqueue(join_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads, 0,
+                   stream, args);
 }
 
 // Large tiles exist for 16 bits, up to a width of 128.

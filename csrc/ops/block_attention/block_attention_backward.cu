@@ -65,9 +65,7 @@ struct Backward {
         __device__ Tile columns_of(int stage, int operand) const {
             return tile_at(2 * Tile::bytes(rows) + (2 * stage + operand) * Tile::bytes(columns));
         }
-        __device__ Queries& queries(int stage) const {
-            return reinterpret_cast<Queries*>(bytes + tiles_bytes)[stage];
-        }
+        __device__ Queries& queries(int stage) const { return reinterpret_cast<Queries*>(bytes + tiles_bytes)[stage]; }
 
       private:
         __device__ Tile tile_at(int offset) const { return {reinterpret_cast<Element*>(bytes + offset)}; }
@@ -80,7 +78,8 @@ struct Backward {
             const Operand left = Products::left(rows_tile, row, 0, 16 * d);
 #pragma unroll
             for (int n = 0; n < column_blocks; ++n) {
-                Products::add(products[2 * n], products[2 * n + 1], left, Products::right(columns_tile, 16 * n, 16 * d));
+                Products::add(products[2 * n], products[2 * n + 1], left,
+                              Products::right(columns_tile, 16 * n, 16 * d));
             }
         }
     }
@@ -91,13 +90,14 @@ struct Backward {
             const Operand left = Products::left_from(weights[2 * k], weights[2 * k + 1]);
 #pragma unroll
             for (int n = 0; n < width_blocks; ++n) {
-                Products::add(sums[2 * n], sums[2 * n + 1], left, Products::right_by_rows(columns_tile, 16 * k, 16 * n));
+                Products::add(sums[2 * n], sums[2 * n + 1], left,
+                              Products::right_by_rows(columns_tile, 16 * k, 16 * n));
             }
         }
     }
     // A warp's sums to global memory, through rows of a tile that it alone still uses.
     template <class Target>
-    __device__ static void write(Tile through, int row, const Sums& sums, float factor, int64_t head_dim, bool wide,
+    __device__ static void write(Tile through, int row, const Sums& sums, float factor, int head_dim, bool wide,
                                  const Target& target) {
         if constexpr (sizeof(Element) == 2) {
             __syncwarp();
@@ -120,6 +120,7 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
     STARFLOW_SHARED_MEMORY(bytes);
     const typename B::Memory memory{bytes};
     const AttentionShape& shape = args.shape;
+    const auto head_dim = static_cast<int>(shape.head_dim);
     const auto group = static_cast<unsigned>(group_of(shape));
     const auto all_rows = static_cast<unsigned>(rows_of(shape));
     const unsigned row_tiles = (all_rows + B::rows - 1) / B::rows;
@@ -138,15 +139,15 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
     const auto* values = head_at<const Element>(args.v, b, kv_head);
     const auto fetch_keys = [&](int i, int stage) {
         const int begin = tiles.tile(i) * B::columns;
-        fetch<B::columns, B::threads>(memory.columns_of(stage, 0), keys, shape.head_dim, wide, [&](int row) {
+        fetch<B::columns, B::threads>(memory.columns_of(stage, 0), keys, head_dim, wide, [&](int row) {
             return seen.any.has(begin + row) ? keys + (begin + row) * args.k.row_stride : nullptr;
         });
-        fetch<B::columns, B::threads>(memory.columns_of(stage, 1), values, shape.head_dim, wide, [&](int row) {
+        fetch<B::columns, B::threads>(memory.columns_of(stage, 1), values, head_dim, wide, [&](int row) {
             return seen.any.has(begin + row) ? values + (begin + row) * args.v.row_stride : nullptr;
         });
     };
     const auto fetch_rows = [&](int operand, const HeadRows& from) {
-        fetch<B::rows, B::threads>(memory.rows_of(operand), from.data, shape.head_dim, wide, [&](int row) {
+        fetch<B::rows, B::threads>(memory.rows_of(operand), from.data, head_dim, wide, [&](int row) {
             return first + row < end ? row_at<const Element>(from, shape, b, kv_head, first + row) : nullptr;
         });
     };
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
         }
         B::accumulate(grads, memory.columns_of(stage, 0), sums);
     }
-    B::write(memory.rows_of(0), warp_row, sums, scale, shape.head_dim, wide, [&](int row) {
+    B::write(memory.rows_of(0), warp_row, sums, scale, head_dim, wide, [&](int row) {
         const unsigned r = first + warp_row + row;
         return r < end ? row_at<Element>(args.grad_q, shape, b, kv_head, r) : nullptr;
     });
@@ -208,6 +209,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     STARFLOW_SHARED_MEMORY(bytes);
     const typename B::Memory memory{bytes};
     const AttentionShape& shape = args.shape;
+    const auto head_dim = static_cast<int>(shape.head_dim);
     const auto keys = static_cast<int>(shape.keys);
     const auto kv_heads = static_cast<unsigned>(shape.kv_heads);
     const unsigned key_tiles = (keys + B::rows - 1) / B::rows;
@@ -227,13 +229,13 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     // Whether each query of a tile sees each key of this block's.
     const auto all_see = [&](int begin) {
         const int last = begin + B::columns - 1;
-        return last < row_end && VisibleByRows::between(visible(begin), visible(last)).every.all_in(first, first + B::rows);
+        return last < row_end &&
+               VisibleByRows::between(visible(begin), visible(last)).every.all_in(first, first + B::rows);
     };
     const auto fetch_queries = [&](int i, int stage) {
         const int begin = row_begin + i * B::columns;
         const auto fetch_operand = [&](int operand, const HeadRows& from) {
-            fetch<B::columns, B::threads>(memory.columns_of(stage, operand), from.data, shape.head_dim, wide,
-                                          [&](int row) {
+            fetch<B::columns, B::threads>(memory.columns_of(stage, operand), from.data, head_dim, wide, [&](int row) {
                 return begin + row < row_end ? row_at<const Element>(from, shape, b, kv_head, begin + row) : nullptr;
             });
         };
@@ -251,7 +253,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     };
     const auto fetch_rows = [&](int operand, const HeadRows& from) {
         const auto* rows = head_at<const Element>(from, b, kv_head);
-        fetch<B::rows, B::threads>(memory.rows_of(operand), from.data, shape.head_dim, wide, [&](int row) {
+        fetch<B::rows, B::threads>(memory.rows_of(operand), from.data, head_dim, wide, [&](int row) {
             return first + row < end ? rows + (first + row) * from.row_stride : nullptr;
         });
     };
@@ -292,8 +294,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
                     weight = power_of_two(weight * slope - log);
                     grad = weight * (grad - dot);
                     if (!all) {
-                        const bool visible_key =
-                            queries.visible.get(column).has(first + warp_row + 8 * h + lane() / 4);
+                        const bool visible_key = queries.visible.get(column).has(first + warp_row + 8 * h + lane() / 4);
                         weight = visible_key ? weight : 0.0F;
                         grad = visible_key ? grad : 0.0F;
                     }
@@ -305,7 +306,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     }
     const auto write = [&](int operand, const typename B::Sums& sums, float factor, const HeadRows& to) {
         auto* rows = head_at<Element>(to, b, kv_head);
-        B::write(memory.rows_of(operand), warp_row, sums, factor, shape.head_dim, wide, [&](int row) {
+        B::write(memory.rows_of(operand), warp_row, sums, factor, head_dim, wide, [&](int row) {
             const int key = first + warp_row + row;
             return key < end ? rows + key * to.row_stride : nullptr;
         });
@@ -323,8 +324,8 @@ int launch_backward(const AttentionBackwardArgs& args, void* stream) {
     const int64_t rows = shape.batch * shape.heads * shape.queries;
     if (rows > 0) {
         constexpr int threads = 256;
-        int code = enqueue(dots_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads, 0,
-                           stream, args);
+        int code = enqueue(dots_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads,
+                           0, stream, args);
         if (code != 0) return code;
         code = enqueue(grad_queries_kernel<B>, static_cast<unsigned>(divide_up(rows_of(shape), B::rows) * heads),
                        B::threads, B::tiles_bytes, stream, args, wide);

@@ -29,7 +29,9 @@ struct AttentionTile {
 // sm_120. float32 holds its operands in two parts.
 constexpr AttentionTile forward_tile(int element_bytes, int64_t width, bool large) {
     if (element_bytes == 4) {
-        return width == 64 ? AttentionTile{64, 32, 4} : width == 128 ? AttentionTile{64, 16, 4} : AttentionTile{32, 16, 2};
+        return width == 64    ? AttentionTile{64, 32, 4}
+               : width == 128 ? AttentionTile{64, 16, 4}
+                              : AttentionTile{32, 16, 2};
     }
     const int columns = width == 64 ? 64 : 32;
     return large && width <= 128 ? AttentionTile{128, columns, 4} : AttentionTile{64, columns, 4};
@@ -138,9 +140,11 @@ STARFLOW_HOST_DEVICE constexpr QueryRange visible_queries(const AttentionMask& m
         }
         return low;
     };
-    const int reached = first_query([&](const VisibleKeysOf<int>& seen) { return seen.prefix > begin || seen.last > begin; });
+    const int reached =
+        first_query([&](const VisibleKeysOf<int>& seen) { return seen.prefix > begin || seen.last > begin; });
     const int in_prefix = first_query([&](const VisibleKeysOf<int>& seen) { return seen.prefix > begin; });
-    const int left = in_prefix < queries ? queries : first_query([&](const VisibleKeysOf<int>& seen) { return seen.first >= end; });
+    const int left =
+        in_prefix < queries ? queries : first_query([&](const VisibleKeysOf<int>& seen) { return seen.first >= end; });
     return {reached, left > reached ? left : reached};
 }
 

@@ -31,9 +31,9 @@ __device__ inline float quad_largest(float value) {
     return fmaxf(value, __shfl_xor_sync(whole_warp, value, 2));
 }
 
-// (rows, width) in shared memory. A row of 16-bit elements is 8, 16 or 32 chunks of 16 bytes, whose number is xored with
-// the row's: 8 rows of one chunk, which ldmatrix reads, and 8 chunks of one row, which copies write, meet all 32 banks
-// once. Rows of float32, which are read word by word, start 4 banks after one another, with the same effect.
+// (rows, width) in shared memory. A row of 16-bit elements is 8, 16 or 32 chunks of 16 bytes, whose number is xored
+// with the row's: 8 rows of one chunk, which ldmatrix reads, and 8 chunks of one row, which copies write, meet all 32
+// banks once. Rows of float32, which are read word by word, start 4 banks after one another, with the same effect.
 template <class Element_, int width_>
 struct Tile {
     using Element = Element_;
@@ -43,12 +43,14 @@ struct Tile {
 
     Element* data;
 
-    STARFLOW_HOST_DEVICE static constexpr int bytes(int rows) { return rows * stride * static_cast<int>(sizeof(Element)); }
+    STARFLOW_HOST_DEVICE static constexpr int bytes(int rows) {
+        return rows * stride * static_cast<int>(sizeof(Element));
+    }
     __device__ Element* at(int row, int column) const {
         return data + row * stride + (sizeof(Element) == 4 ? column : column ^ row % 8 * chunk);
     }
-    // The same of (row + row_block, column + column_block), where the blocks are multiples of 16 that the compiler knows
-    // and column < 16: one operation of integers for each column, none for a row.
+    // The same of (row + row_block, column + column_block), where the blocks are multiples of 16 that the compiler
+    // knows and column < 16: one operation of integers for each column, none for a row.
     __device__ Element* at(int row, int row_block, int column, int column_block) const {
         constexpr auto size = static_cast<int>(sizeof(Element));
         const int bytes = static_cast<int>(reinterpret_cast<char*>(at(row, column)) - reinterpret_cast<char*>(data));
@@ -61,7 +63,7 @@ struct Tile {
 // null, and zeros elsewhere. `wide`: rows start at multiples of 16 bytes and are whole chunks; without it elements are
 // copied one by one, which any head_dim and stride may have.
 template <int rows, int threads, class Tile, class Source>
-__device__ void fetch(Tile tile, const void* memory, int64_t head_dim, bool wide, const Source& source) {
+__device__ void fetch(Tile tile, const void* memory, int head_dim, bool wide, const Source& source) {
     using Element = typename Tile::Element;
     constexpr int chunks = Tile::width / Tile::chunk;
     constexpr int rows_at_once = threads / chunks;
@@ -88,7 +90,7 @@ __device__ void fetch(Tile tile, const void* memory, int64_t head_dim, bool wide
 
 // Rows [first, first + rows) of a tile to target(row), a row of head_dim elements or null, by the lanes of one warp.
 template <int rows, class Tile, class Target>
-__device__ void flush(Tile tile, int first, int64_t head_dim, bool wide, const Target& target) {
+__device__ void flush(Tile tile, int first, int head_dim, bool wide, const Target& target) {
     using Element = typename Tile::Element;
     constexpr int chunks = Tile::width / Tile::chunk;
     constexpr int rows_at_once = chunks < warp_size ? warp_size / chunks : 1;
@@ -167,13 +169,13 @@ struct HalfProducts {
     template <class Load>
     __device__ static Operand load(const Half* row) {
         Operand operand;
-        Load::copy(*reinterpret_cast<const cute::uint128_t*>(row), operand.words[0], operand.words[1],
-                   operand.words[2], operand.words[3]);
+        Load::copy(*reinterpret_cast<const cute::uint128_t*>(row), operand.words[0], operand.words[1], operand.words[2],
+                   operand.words[3]);
         return operand;
     }
     __device__ static void multiply(float (&sums)[4], const Operand& left, uint32_t b0, uint32_t b1) {
-        Instruction::fma(sums[0], sums[1], sums[2], sums[3], left.words[0], left.words[1], left.words[2],
-                         left.words[3], b0, b1, sums[0], sums[1], sums[2], sums[3]);
+        Instruction::fma(sums[0], sums[1], sums[2], sums[3], left.words[0], left.words[1], left.words[2], left.words[3],
+                         b0, b1, sums[0], sums[1], sums[2], sums[3]);
     }
 };
 
@@ -191,11 +193,10 @@ struct Products<BFloat16> : HalfProducts<BFloat16, cute::SM80_16x8x16_F32BF16BF1
 template <>
 struct Products<Float16> : HalfProducts<Float16, cute::SM80_16x8x16_F32F16F16F32_TN, round_float16> {};
 
-// float32 on tensor cores: x = high + low, both of the 11 bits of tf32, and x y = high high + high low + low high, which
-// leaves out 2^-22 of it. Tensor cores do not round their sums but cut them: what they have added up over a depth of 16
-// is added to the sums by float32 arithmetic.
-// The order of the depth is free, if it is the same on both sides: the sums of a thread are left operands as they are
-// when k = q stands for column 2 q and k = q + 4 for 2 q + 1.
+// float32 on tensor cores: x = high + low, both of the 11 bits of tf32, and x y = high high + high low + low high,
+// which leaves out 2^-22 of it. Tensor cores do not round their sums but cut them: what they have added up over a depth
+// of 16 is added to the sums by float32 arithmetic. The order of the depth is free, if it is the same on both sides:
+// the sums of a thread are left operands as they are when k = q stands for column 2 q and k = q + 4 for 2 q + 1.
 template <>
 struct Products<float> {
     struct Operand {
@@ -216,7 +217,8 @@ struct Products<float> {
         for (int s = 0; s < 2; ++s) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                operand.set(4 * s + i, *(tile.at(row + lane() / 4, block, lane() % 4, depth) + (i % 2 * Tile::stride + s) * 8 + i / 2 * 4));
+                operand.set(4 * s + i, *(tile.at(row + lane() / 4, block, lane() % 4, depth) +
+                                         (i % 2 * Tile::stride + s) * 8 + i / 2 * 4));
             }
         }
         return operand;
@@ -286,7 +288,7 @@ struct Products<float> {
 
 // A thread's sums of a row, times a factor, to a row of float32.
 template <int blocks>
-__device__ void write_sums(float* to, int64_t head_dim, const float (&sums)[blocks][4], int half, float factor) {
+__device__ void write_sums(float* to, int head_dim, const float (&sums)[blocks][4], int half, float factor) {
 #pragma unroll
     for (int n = 0; n < blocks; ++n) {
         const int column = 8 * n + lane() % 4 * 2;
