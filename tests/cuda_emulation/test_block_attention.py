@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from starflow_ext._spec import Sample
 from starflow_ext.block_attention import SPEC, FrameMask
 
 from ..ops import battery
-from .emulator import SEEDS, Kernels, Report, emulated
+from .emulator import CSRC, SEEDS, EmulationError, Kernels, Mutation, Report, emulated
 
 FORWARD = "ops/block_attention/block_attention.cu"
 BACKWARD = "ops/block_attention/block_attention_backward.cu"
@@ -87,9 +89,9 @@ class Call:
 
 
 def _by_token(like: Tensor) -> Tensor:
-    """As the op allocates results; NaN where nothing is written."""
+    """As the op allocates results, but rows as far apart as those of ``like``; NaN where nothing is written."""
     batch, heads, tokens, head_dim = like.shape
-    return like.new_full((batch, tokens, heads, head_dim), torch.nan).transpose(1, 2)
+    return like.new_full((batch, tokens, heads, like.stride(2)), torch.nan).transpose(1, 2)[..., :head_dim]
 
 
 def _forward(kernels: Kernels, seed: int, call: Call, rows: int = 64, splits: int = 1) -> tuple[Report, Tensor, Tensor]:
@@ -281,3 +283,152 @@ def test_every_schedule_gives_the_same_gradient(dtype: torch.dtype, head_dim: in
     _, expected = _backward(kernels, SEEDS[0], call, out, lse, above, None)
     for seed in SEEDS[1:]:
         battery.assert_equal(_backward(kernels, seed, call, out, lse, above, None)[1], expected)
+
+
+# Mutations: each barrier, each wait, each bound taken away in turn. All are in one compiled source, and a global says
+# which one is on; a pattern and what stands there instead, `on` being the place's condition.
+STATEMENT = "if (!on) {0}"
+BOUND = "(on || ({0}))"
+TILES = "ops/block_attention/block_attention_tiles.cuh"
+SHARED = {
+    r"column < head_dim(?= &&|;)": BOUND,  # of a copy
+    r"column \+ c < head_dim": BOUND,
+    r"(?<=some = )from != nullptr": BOUND,
+    r"(?<=to\[c\] = )from != nullptr": BOUND,
+    r"(?<=if \()column < head_dim": BOUND,
+    r"column \+ 1 < head_dim": BOUND,
+    r"to == nullptr": "(!on && {0})",
+    r"fits\(all\) && \.\.\.": "on || (fits(all) && ...)",
+    r"shape\.head_dim % chunk == 0": BOUND,
+}
+BARRIERS = {
+    r"__sync(threads|warp)\(\);": STATEMENT,
+    r"cute::cp_async_wait<0>\(\);": STATEMENT,
+    r"1 - stage": "(on ? stage : {0})",
+}
+FORWARD_MUTATIONS = BARRIERS | {
+    r"first \+ row < end(?= \?)": BOUND,
+    r"\bany\.has\(begin \+ row\)": BOUND,
+    r"!seen\(\)\.every\.all_in\([^;]*?\)(?=\) F::hide)": "(!on && {0})",
+    r"(?<=if \()r < end(?= &&|\))": BOUND,
+    r"\br < end(?= \? row_at)": BOUND,
+    r"index >= all": "(!on && {0})",
+}
+BACKWARD_MUTATIONS = BARRIERS | {
+    r"first \+ row < end(?= \?)": BOUND,
+    r"seen\.any\.has\(begin \+ row\)": BOUND,
+    r"begin \+ row < row_end": BOUND,
+    r"begin \+ c < row_end": BOUND,
+    r"\ball \|\|": "all || on ||",
+    r"(?<=if \()!all": "!on && {0}",
+    r"\br < end(?= \? (row_at|r :))": BOUND,
+    r"\bkey < end": BOUND,
+    r"index >= shape\.batch \* shape\.heads \* shape\.queries": "(!on && {0})",
+}
+
+
+def _switchable(source: str, changes: Mapping[str, str]) -> tuple[Mutation, list[str]]:
+    """A source with all its mutations, for 64 channels alone, and what they are."""
+    places: list[str] = []
+
+    def planted(text: str, name: str, changes: Mapping[str, str]) -> str:
+        def plant(match: re.Match[str], new: str) -> str:
+            places.append(f"{name}:{text.count(chr(10), 0, match.start()) + 1}:{match[0]}")
+            return new.replace("{0}", match[0]).replace("on", f"planted_is({len(places) - 1})", 1)
+
+        marks: list[tuple[int, int, str]] = []
+        for pattern, new in changes.items():
+            matches = list(re.finditer(pattern, text))
+            assert matches, f"{pattern} matches nothing in {name}"
+            marks += [(match.start(), match.end(), plant(match, new)) for match in matches]
+        for begin, end, new in sorted(marks, reverse=True):
+            text = text[:begin] + new + text[end:]
+        return text
+
+    original = (CSRC / source).read_text()
+    text = planted(original, Path(source).name, changes)
+    tiles = planted((CSRC / TILES).read_text(), Path(TILES).name, SHARED)
+    head = (
+        'extern "C" __attribute__((visibility("default"))) int planted;\n'
+        "int planted = -1;\nstatic inline bool planted_is(int place) { return planted == place; }\n"
+    )
+    text = text.replace(f'#include "{TILES}"', head + tiles.replace("#pragma once", ""))
+    text = text.replace("launch_by_width<Float16>", "launch_by_width<BFloat16>")
+    text = re.sub(r"<Element, (128|256)\b", "<Element, 64", text)
+    return Mutation(source, 0, len(original), text), places
+
+
+def _in_rows(tensor: Tensor, skip: int = 0) -> Tensor:
+    """The same in rows of 24 elements where it has less, from a place on, with NaN around it."""
+    head_dim = tensor.shape[-1]
+    rows = tensor.new_full((*tensor.shape[:-1], skip + max(24, head_dim)), torch.nan)
+    rows[..., skip : skip + head_dim] = tensor
+    return rows[..., skip : skip + head_dim]
+
+
+def _small(dtype: torch.dtype, head_dim: int, skip: int = 0) -> dict[str, Any]:
+    """Rows and keys that fill no tile, and NaN behind each sample's keys."""
+    options = {"q_start": torch.tensor([-3, 103]), "k_length": torch.tensor([140, 131])}
+    arguments = _arguments(dtype, head_dim, queries=37, keys=140, **options)
+    for name in ("k", "v"):
+        arguments[name][1, :, 131:] = torch.nan
+    return {**arguments, **{name: _in_rows(arguments[name], skip) for name in ("q", "k", "v")}}
+
+
+@cache
+def _small_exact(dtype: torch.dtype, head_dim: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, tuple[Tensor, ...]]:
+    arguments = _small(dtype, head_dim)
+    finite = {name: arguments[name].nan_to_num(0.0).double().requires_grad_() for name in ("q", "k", "v")}
+    out, lse = SPEC.reference(**{**SPEC.arguments(**{**arguments, **finite}), "return_lse": True})
+    above = _draw(*out.shape, dtype=dtype, seed=4)
+    grads = torch.autograd.grad((out * above.double()).sum(), list(finite.values()))
+    return (out.detach(), lse.detach()), above, torch.zeros_like(lse, dtype=torch.float32), grads
+
+
+def _check_forward(kernels: Kernels) -> None:
+    calls = ((64, 64, 1), (40, 128, 1), (17, 64, 1), (24, 64, 2), (17, 64, 2))
+    for seed, (head_dim, rows, splits) in enumerate(calls):
+        for dtype in (torch.bfloat16, torch.float32)[: 2 if rows == 64 else 1]:
+            _, out, lse = _forward(kernels, seed, Call.of(_small(dtype, head_dim)), rows, splits)
+            _assert_forward(dtype, f"head_dim {head_dim}", (out, lse), _small_exact(dtype, head_dim)[0])
+    _, out, lse = _forward(kernels, 5, Call.of(_small(torch.bfloat16, 64, skip=1)))
+    _assert_forward(torch.bfloat16, "moved", (out, lse), _small_exact(torch.bfloat16, 64)[0])
+
+
+def _check_backward(kernels: Kernels) -> None:
+    calls = [(64, 0, torch.bfloat16), (40, 0, torch.bfloat16), (17, 0, torch.bfloat16), (64, 1, torch.bfloat16)]
+    for seed, (head_dim, skip, dtype) in enumerate([*calls, (17, 0, torch.float32)]):
+        (out, lse), above, above_lse, expected = _small_exact(dtype, head_dim)
+        call = Call.of(_small(dtype, head_dim, skip))
+        results = (_in_rows(out.to(dtype)), lse.float(), _in_rows(above), above_lse)
+        _, grads = _backward(kernels, seed, call, *results)
+        for name, got, want in zip("qkv", grads, expected, strict=True):
+            bound = GRADIENT_BOUNDS[dtype] * max(1.0, 4 * want.abs().max().item())
+            battery.assert_near(got, want, SPEC.bounds[dtype]._replace(relative=0.0, absolute=bound), name)
+
+
+CHECKS = {FORWARD: _check_forward, BACKWARD: _check_backward}
+SWITCHABLE = {
+    FORWARD: _switchable(FORWARD, FORWARD_MUTATIONS),
+    BACKWARD: _switchable(BACKWARD, BACKWARD_MUTATIONS),
+}
+PLACES = [
+    pytest.param(source, place, id=f"{Path(source).stem}-{what}")
+    for source, (_, places) in SWITCHABLE.items()
+    for place, what in enumerate(places)
+]
+
+
+@pytest.mark.parametrize("source", list(CHECKS), ids=lambda source: Path(source).stem)
+def test_source_without_a_mutation_passes(source: str) -> None:
+    kernels = emulated(source, SWITCHABLE[source][0])
+    kernels.set_int("planted", -1)
+    CHECKS[source](kernels)
+
+
+@pytest.mark.parametrize("source, place", PLACES)
+def test_mutation_is_caught(source: str, place: int) -> None:
+    kernels = emulated(source, SWITCHABLE[source][0])
+    kernels.set_int("planted", place)
+    with pytest.raises((EmulationError, AssertionError)):
+        CHECKS[source](kernels)

@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
 
     auto& visible_to = *reinterpret_cast<VisibleInTile<F::rows>*>(memory + F::tiles_bytes);
     for (unsigned row = threadIdx.x; row < F::rows; row += F::threads) {
-        const unsigned r = first + row;
-        visible_to.set(row, r < end ? visible_in_tile(args.mask, shape, b, r / group) : VisibleKeysOf<int>{0, 0, 0});
+        visible_to.set(row, visible_in_tile(args.mask, shape, b, (first + row) / group));
     }
     __syncthreads();
     // Read again where it is needed: registers are for the sums.
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             const unsigned r = first + in_tile;
             const float total = quad_sum(row.total);
             const float inverse = total == 0.0F ? 0.0F : 1.0F / total;
-            const int64_t index = r < end ? index_of(shape, b, kv_head, r) : 0;
+            const int64_t index = index_of(shape, b, kv_head, r);
             if (r < end && lane() % 4 == 0) {
                 logs[index] = total == 0.0F ? -INFINITY : row.largest * scale + logf(total);
             }

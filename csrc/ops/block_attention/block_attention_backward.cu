@@ -226,11 +226,10 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     const int row_end = range.end * group;
     const int count = (row_end - row_begin + B::columns - 1) / B::columns;
     const auto visible = [&](int r) { return visible_in_tile(args.mask, shape, b, r / group); };
-    // Whether each query of a tile sees each key of this block's.
+    // Whether each query of a tile sees each key of this block's. Rows behind the last are zeros and add nothing.
     const auto all_see = [&](int begin) {
-        const int last = begin + B::columns - 1;
-        return last < row_end &&
-               VisibleByRows::between(visible(begin), visible(last)).every.all_in(first, first + B::rows);
+        const VisibleByRows seen = VisibleByRows::between(visible(begin), visible(begin + B::columns - 1));
+        return seen.every.all_in(first, first + B::rows);
     };
     const auto fetch_queries = [&](int i, int stage) {
         const int begin = row_begin + i * B::columns;
