@@ -23,6 +23,10 @@ from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
+# Of the CUDA kernels, like the constants in csrc/ops/block_attention/block_attention_schedule.h.
+_MOST_HEAD_DIM: Final = 256
+_MOST_GRADIENT_HEAD_DIM: Final = 128
+
 
 @dataclass(frozen=True)
 class FrameMask:
@@ -325,6 +329,10 @@ def check(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(op, name, tensor)
         check_device(op, name, tensor, "q", q)
+    if q.is_cuda and not in_reference_mode() and not _why_torch(q):
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        most, purpose = (_MOST_GRADIENT_HEAD_DIM, " for a gradient") if gradient else (_MOST_HEAD_DIM, "")
+        require(q.shape[-1] <= most, op, "q has head_dim", q.shape[-1], f"at most {most}{purpose} on cuda")
     causal = frames is None if causal is None else causal
     require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
     if frames is not None and not causal and q_start is None:

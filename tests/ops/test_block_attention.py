@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import starflow_ext
 from starflow_ext import ops
@@ -215,6 +217,21 @@ def test_float64_runs_plain_torch() -> None:
     explanation = starflow_ext.explain("block_attention", *(_draw(1, 1, 2, 4, dtype=torch.float64),) * 3)
     assert explanation.runs == "torch"
     assert explanation.refused["scalar"] == "q is float64"
+
+
+def test_head_dims_without_a_cuda_kernel_are_refused() -> None:
+    """By the head_dim alone, whether there is a device or not."""
+    with FakeTensorMode():
+        for head_dim, options, expected in (
+            (257, {}, "at most 256 on cuda"),
+            (129, {"requires_grad": True}, "at most 128 for a gradient on cuda"),
+        ):
+            q = torch.empty(1, 1, 2, head_dim, device="cuda", **options)
+            with pytest.raises(RuntimeError, match=f"block_attention: q has head_dim {head_dim}, expected {expected}"):
+                ops.block_attention(q, q, q)
+        q = torch.empty(1, 1, 2, 129, device="cuda", requires_grad=True)
+        with torch.no_grad():
+            assert ops.block_attention(q, q, q).is_cuda
 
 
 def test_wrong_arguments() -> None:
