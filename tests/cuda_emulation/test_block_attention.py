@@ -426,6 +426,23 @@ def test_source_without_a_mutation_passes(source: str) -> None:
     CHECKS[source](kernels)
 
 
+def test_large_products_of_long_rows_fused_as_by_nvcc() -> None:
+    """Where the largest product stays, what was summed before must stay: errors of 1e-5 a tile would add up."""
+    if " fma " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no fused multiply-add")
+    kernels = emulated(FORWARD, SWITCHABLE[FORWARD][0], ("-O2", "-mfma", "-ffp-contract=fast"))
+    kernels.set_int("planted", -1)
+    q, k = (_draw(1, 1, rows, 64, dtype=torch.float32, seed=rows) for rows in (16, 3000))
+    q[..., 0] = k[..., 0] = 40.0  # 200 to each product
+    v = torch.linspace(0, 1, 3000)[:, None].expand(1, 1, 3000, 64).contiguous()
+    arguments = {"q": q, "k": k, "v": v, "causal": False, "return_lse": True}
+    want = SPEC.reference(**SPEC.arguments(**battery.in_float64(Sample("", arguments)).arguments))
+    _, out, lse = _forward(kernels, 0, Call.of(arguments))
+    # Products of 200 have errors of 1e-5.
+    battery.assert_near(out, want[0], SPEC.bounds[torch.float32]._replace(absolute=1e-5), "out")
+    battery.assert_near(lse, want[1], SPEC.bounds[torch.float32], "lse")
+
+
 @pytest.mark.parametrize("source, place", PLACES)
 def test_mutation_is_caught(source: str, place: int) -> None:
     kernels = emulated(source, SWITCHABLE[source][0])

@@ -76,8 +76,11 @@ struct Forward {
                 }
                 most = quad_largest(most);
                 // Of a row that has seen no key yet, any finite number makes all weights 0.
-                const float offset = most == -INFINITY ? 0.0F : most * slope;
-                const float shrink = power_of_two(row.largest * slope - offset);
+                const float known = most == -INFINITY ? 0.0F : most;
+                // Subtracted first: exactly 1 where the largest stays. A fused product and difference would not be, and
+                // thousands of keys would add that up.
+                const float shrink = power_of_two((row.largest - known) * slope);
+                const float offset = known * slope;
                 row.largest = most;
                 row.total *= shrink;
 #pragma unroll
