@@ -7,11 +7,11 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "cuda/launch.h"
 #include "cuda/runtime.h"
 #include "ops/block_attention/block_attention_schedule.h"
 
@@ -279,12 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "-> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) {
-    m.impl("block_attention", TORCH_BOX(&forward));
-    m.impl("block_attention_backward", TORCH_BOX(&backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CUDA, m) {
+STARFLOW_IMPLEMENT(m) {
     m.impl("block_attention", TORCH_BOX(&forward));
     m.impl("block_attention_backward", TORCH_BOX(&backward));
 }
