@@ -104,9 +104,10 @@ def _forward(kernels: Kernels, seed: int, call: Call, rows: int = 64, splits: in
 
 
 def _samples(dtype: torch.dtype) -> Iterator[Sample]:
+    """Calls of the battery that have a row; of the large one two of the six samples."""
     for sample in battery.samples(SPEC, (dtype,)):
         if sample.arguments["q"].numel() > 0:
-            yield sample
+            yield sample.map(lambda tensor: tensor[:2]) if sample.label == "large" else sample
 
 
 @cache

@@ -73,6 +73,13 @@ RULES = (
     Rule(r"rope_append forward_kernel<.*>", registers=64),
     Rule(r"rope_append backward_kernel<.*>", registers=80),
     Rule(r"(affine_\w+|jacobi_update) \w+<float, float, 4>", registers=96, wide=0.7),
+    # Both products of a tile of 64 channels by 64 keys; their operands by ldmatrix; three tiles by copies, two of them
+    # twice. float32 has the steps of one depth, and operands word by word.
+    Rule(
+        r"block_attention forward_kernel<Forward<\w*Float16, .*>",
+        least={"HMMA": 64, "LDSM": 36, "LDGSTS.128": 5},
+    ),
+    Rule(r"block_attention forward_kernel<Forward<float, .*>", least={"HMMA": 100, "LDGSTS.128": 5}),
 )
 
 
