@@ -80,6 +80,16 @@ RULES = (
         least={"HMMA": 64, "LDSM": 36, "LDGSTS.128": 5},
     ),
     Rule(r"block_attention forward_kernel<Forward<float, .*>", least={"HMMA": 100, "LDGSTS.128": 5}),
+    # Three products for the gradient of the queries, four for that of keys and values.
+    Rule(
+        r"block_attention_backward grad_queries_kernel<Backward<\w*Float16, .*>",
+        least={"HMMA": 96, "LDSM": 56, "LDGSTS.128": 6},
+    ),
+    Rule(
+        r"block_attention_backward grad_keys_kernel<Backward<\w*Float16, .*>",
+        least={"HMMA": 128, "LDSM": 72, "LDGSTS.128": 6},
+    ),
+    Rule(r"block_attention_backward grad_\w+_kernel<Backward<float, .*>", least={"HMMA": 288, "LDGSTS.128": 6}),
 )
 
 

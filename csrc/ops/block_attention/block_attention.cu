@@ -222,6 +222,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             }
 #pragma unroll
             for (int n = 0; n < F::width_blocks; ++n) {
+                if (sizeof(Element) == 4 && n % 4 == 0) hold_loads();
                 const auto right = Products::right_by_rows(values_of(stage), 16 * k, 16 * n);
 #pragma unroll
                 for (int m = 0; m < F::row_blocks; ++m)

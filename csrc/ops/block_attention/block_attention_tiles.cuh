@@ -21,6 +21,9 @@ inline constexpr float log2_of_e = 1.44269504F;
 
 __device__ inline int warp() { return static_cast<int>(threadIdx.x) / warp_size; }
 
+// Loads behind it are not moved in front of it: their results would wait in registers that sums need.
+__device__ inline void hold_loads() { __syncwarp(); }
+
 // What all threads of a quad, which have the columns of the same rows, hold together.
 __device__ inline float quad_sum(float value) {
     value += __shfl_xor_sync(whole_warp, value, 1);
