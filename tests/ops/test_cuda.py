@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import starflow_ext
-from starflow_ext._spec import Sample, Spec
+from starflow_ext._spec import Bound, Sample, Spec
+from starflow_ext.linear_pack import DEVICE_STORAGES, PackedWeight, pack_weight
 
 from . import battery
 from .battery import DIFFERENTIABLE, SPECS, assert_equal, assert_near, bound_of, outcome, plain, samples, samples_of
@@ -16,17 +17,29 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or torch without CUDA"),
 ]
 
+# Results that products of a rounded weight and a rounded x end in.
+ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
+
 
 def _on_device(sample: Sample) -> Sample:
-    return sample.map(lambda tensor: tensor.cuda())
+    """The call on CUDA; a packed weight in a type that products there take, and so what is multiplied by it."""
+    moved = sample.map(lambda tensor: tensor.cuda())
+    weight = sample.arguments.get("weight")
+    if not isinstance(weight, PackedWeight):
+        return moved
+    original = weight.unpack() if weight.weight is None else weight.weight
+    storage = weight.storage if weight.storage in DEVICE_STORAGES else "bfloat16"
+    packed = {"weight": pack_weight(original.cuda(), storage), "activations": None}
+    return Sample(sample.label, {**moved.arguments, **packed}, dict.fromkeys(ROUNDED, Bound(4e-2, 4e-2)))
 
 
 @battery.with_dtypes(SPECS)
 def test_value(spec: Spec, dtypes: tuple[torch.dtype, ...]) -> None:
     for sample, expected in zip(samples(spec, dtypes), battery.exact(spec.name, dtypes), strict=True):
-        for got, want in zip(outcome(spec, _on_device(sample)), expected, strict=True):
+        moved = _on_device(sample)
+        for got, want in zip(outcome(spec, moved), expected, strict=True):
             assert got.is_cuda
-            assert_near(got.cpu(), want, bound_of(spec, sample, got.dtype), sample.label)
+            assert_near(got.cpu(), want, bound_of(spec, moved, got.dtype), sample.label)
 
 
 @pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
