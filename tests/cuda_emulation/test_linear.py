@@ -390,7 +390,11 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
     (MULTIPLY, {r"piece \^ \(row % step_pieces\)": "piece"}, _split),
     (FINISH, {r"first_column \+ column( \+ i)? >= call\.weights\.columns": "false"}, _edges),
     (FINISH, {r"first_row \+ row >= call\.rows": "false"}, _split),
-    (FINISH, {r"tile\.arrived != schedule\.parts - 1": "false", r"(?<=1\);\n        )sync\(\);": ""}, _split),
+    (
+        FINISH,
+        {r"tile\.arrived != schedule\.parts - 1": "false", r"(?<=\}\n        )sync\(\);(?=\n        if \(tile)": ""},
+        _split,
+    ),
     (FINISH, {r"(?<=tile_size\(\);\n    )sync\(\);": ""}, _edges),
     (INPUT, {r"__syncthreads\(\);": "", r"c < channels": "c < channels + width"}, _norms),
     (INPUT, {r"c < args\.depth": "false"}, _edges),

@@ -92,7 +92,7 @@ def test_parts_do_not_depend_on_the_rows(schedules: Schedules) -> None:
 
 
 def test_published_shapes_keep_every_multiprocessor_busy(schedules: Schedules) -> None:
-    """Layers of the 7B model, 1 to 128 rows: a block for nine tenths of the multiprocessors at least."""
+    """Layers of the 7B model, 1 to 128 rows: a block for each at least, and all side by side where K is cut."""
     layers = [
         (9216, 3072),
         (3072, 3072),
@@ -106,7 +106,8 @@ def test_published_shapes_keep_every_multiprocessor_busy(schedules: Schedules) -
     calls = [Call(rows, *layer, device) for rows in (1, 16, 32, 64, 128) for layer in layers for device in DEVICES[:3]]
     for call, schedule in zip(calls, schedules(calls), strict=True):
         assert schedule.row_tiles == 1, call  # the weight passes once
-        assert schedule.blocks >= 0.9 * call.multiprocessors, (call, schedule)
+        assert schedule.blocks >= call.multiprocessors, (call, schedule)
+        assert not schedule.split or schedule.blocks <= 2 * call.multiprocessors, (call, schedule)
 
 
 def test_workspace_holds_input_counters_and_partial_sums_apart(schedules: Schedules) -> None:

@@ -125,13 +125,15 @@ __device__ void finish_tile(const LinearCudaArgs& args, const LinearBlock& block
             *reinterpret_cast<float4*>(own + v * finish_width) =
                 *reinterpret_cast<const float4*>(&tile.at(row, column));
         }
-        // Sums before the count, on the whole device; and the count before the sums of the others.
-        __threadfence();
         sync();
-        if (thread == 0) tile.arrived = atomicAdd(reinterpret_cast<int*>(workspace + args.layout.counters) + number, 1);
+        if (thread == 0) {
+            // On the whole device: the sums of this block before its count, and the counts before the others' sums.
+            __threadfence();
+            tile.arrived = atomicAdd(reinterpret_cast<int*>(workspace + args.layout.counters) + number, 1);
+            __threadfence();
+        }
         sync();
         if (tile.arrived != schedule.parts - 1) return;
-        __threadfence();
     }
     for (int v = thread; v < vectors; v += Tile::threads) {
         const int row = v / vectors_of_row;
@@ -140,12 +142,11 @@ __device__ void finish_tile(const LinearCudaArgs& args, const LinearBlock& block
         if (first_column + column >= call.weights.columns) continue;
         float4 sums = *reinterpret_cast<const float4*>(&tile.at(row, column));
         if (schedule.split) {
-            // From the second-level cache: the first-level one of this multiprocessor does not see the others' stores.
             sums = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
 #pragma unroll 4
             for (int32_t part = 0; part < schedule.parts; ++part) {
                 const float4 more =
-                    __ldcg(reinterpret_cast<const float4*>(partials + part * schedule.tile_size() + v * finish_width));
+                    *reinterpret_cast<const float4*>(partials + part * schedule.tile_size() + v * finish_width);
                 sums.x += more.x;
                 sums.y += more.y;
                 sums.z += more.z;

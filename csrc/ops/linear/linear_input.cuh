@@ -6,7 +6,7 @@
 
 namespace starflow::cuda {
 
-inline constexpr int prepare_threads = 128;
+inline constexpr int prepare_threads = 256;
 
 // One value of each warp.
 using WarpValues = float[prepare_threads / warp_size];
@@ -24,10 +24,10 @@ __device__ inline float block_sum(float value, WarpValues& sums) {
 
 // norm(x), rounded to the type of the weight and padded with zeros: what is multiplied. A block a row. The formula of
 // the norm is in ops/norm/norm.h; its second and third pass over the row find it in the first-level cache. __fdividef
-// and rsqrtf are off by 2 units in the last place at most, a ten-thousandth of what the rounding takes. Eight blocks a
+// and rsqrtf are off by 2 units in the last place at most, a ten-thousandth of what the rounding takes. Four blocks a
 // multiprocessor leave 64 registers; without a word ptxas takes 32 and spills.
 template <int width>
-__global__ void __launch_bounds__(prepare_threads, 8) prepare(LinearCudaArgs args) {
+__global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs args) {
     STARFLOW_SHARED_MEMORY(memory);
     auto* sums = reinterpret_cast<WarpValues*>(memory);
     const LinearArgs& call = args.call;
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(prepare_threads, 8) prepare(LinearCudaArgs arg
     float inverse = 1.0F;
     if (centred) {
         float sum = 0.0F;
-        over_channels([&](int64_t, const float(&x)[width]) {
+        over_channels([&](int64_t, const float (&x)[width]) {
 #pragma unroll
             for (int i = 0; i < width; ++i) sum += x[i];
         });
@@ -53,13 +53,13 @@ __global__ void __launch_bounds__(prepare_threads, 8) prepare(LinearCudaArgs arg
     }
     if (call.norm.kind != NormKind::none) {
         float sum = 0.0F;
-        over_channels([&](int64_t, const float(&x)[width]) {
+        over_channels([&](int64_t, const float (&x)[width]) {
 #pragma unroll
             for (int i = 0; i < width; ++i) sum += (x[i] - mean) * (x[i] - mean);
         });
         inverse = rsqrtf(__fdividef(block_sum(sum, sums[1]), static_cast<float>(channels)) + call.norm.epsilon);
     }
-    over_channels([&](int64_t c, float(&x)[width]) {
+    over_channels([&](int64_t c, float (&x)[width]) {
         if (call.norm.kind != NormKind::none) {
             float weight[width];
             float bias[width] = {};

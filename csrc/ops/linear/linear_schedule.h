@@ -45,13 +45,14 @@ static constexpr int64_t linear_round_up(int64_t value, int64_t multiple) {
     return linear_divide_up(value, multiple) * multiple;
 }
 
-// Two blocks of the small tiles for each multiprocessor: what is on its way to them covers the latency of the memory.
-// No part below four steps, which is what a pipeline takes to fill.
+// One or two blocks of 64 columns for each multiprocessor, which runs them side by side: more would only pass more sums
+// through memory. No part below four steps, which is what a pipeline takes to fill.
 static constexpr int64_t linear_parts(int64_t out_channels, int64_t in_channels, int64_t multiprocessors) {
     constexpr int64_t columns = 64;
     constexpr int64_t least_steps = 4;
     constexpr int64_t most = 16;
-    const int64_t wanted = 2 * multiprocessors / (out_channels > columns ? linear_divide_up(out_channels, columns) : 1);
+    const int64_t tiles = out_channels > columns ? linear_divide_up(out_channels, columns) : 1;
+    const int64_t wanted = linear_divide_up(multiprocessors, tiles);
     const int64_t possible = linear_divide_up(in_channels, linear_depth) / least_steps;
     const int64_t parts = wanted < possible ? wanted : possible;
     return parts < 1 ? 1 : parts < most ? parts : most;
@@ -62,8 +63,8 @@ static constexpr LinearSchedule linear_schedule(int64_t rows, int64_t out_channe
     LinearSchedule schedule{};
     schedule.tile_rows = rows <= 16 ? 16 : rows <= 32 ? 32 : rows <= 64 ? 64 : 128;
     schedule.row_tiles = static_cast<int32_t>(linear_divide_up(rows, schedule.tile_rows));
-    // Wide tiles read x half as often, where there are enough of them for all multiprocessors.
-    const bool wide = rows > 64 && schedule.row_tiles * linear_divide_up(out_channels, 128) >= multiprocessors;
+    // Wide tiles read x half as often, where there are enough of them for all multiprocessors to end together.
+    const bool wide = rows > 64 && schedule.row_tiles * linear_divide_up(out_channels, 128) >= 2 * multiprocessors;
     schedule.tile_columns = wide ? 128 : 64;
     schedule.column_tiles = static_cast<int32_t>(linear_divide_up(out_channels, schedule.tile_columns));
     schedule.depth_tiles = static_cast<int32_t>(linear_divide_up(in_channels, linear_depth));

@@ -2,7 +2,6 @@
 // multiply (CUTLASS's warp-specialised collective). What is cut, split and done with the sums is as in linear.cu.
 //
 // A product of wgmma has 64 rows, so the columns of W x^T take that place and the rows of x may be as few as 16.
-#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 #include <cute/tensor.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
@@ -111,9 +110,8 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, 1)
         for (int i = 0; i < cute::size(sums); ++i) sums(i) += part_sums(i);
     }
 
-    const auto sync = [] {
-        cutlass::arch::NamedBarrier::sync(Tile::threads, cutlass::arch::ReservedNamedBarriers::EpilogueBarrier);
-    };
+    // Among those that multiply. CUTLASS's own does not tell the compiler that memory changes.
+    const auto sync = [] { asm volatile("bar.sync 1, %0;" : : "n"(Tile::threads) : "memory"); };
     // The operands are done with, by the other group too.
     sync();
     const auto places = product.get_slice(thread).partition_C(cute::make_identity_tensor(shape));
