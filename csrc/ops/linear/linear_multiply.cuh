@@ -31,6 +31,8 @@ struct Tile {
     static constexpr int stages = stages_;
     static constexpr int row_warps = row_warps_;
     static constexpr int threads = row_warps * column_warps * warp_size;
+    // On a multiprocessor; without this word ptxas keeps to 128 registers and spills.
+    static constexpr int blocks = threads == 128 ? 2 : 1;
     static constexpr int warp_rows = rows / row_warps;
     static constexpr int warp_columns = columns / column_warps;
     static_assert(warp_rows % 16 == 0 && warp_columns % 16 == 0);
@@ -144,7 +146,7 @@ struct WarpSums {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::threads) multiply(LinearCudaArgs args) {
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCudaArgs args) {
     STARFLOW_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
     auto& operands = shared.operands;
