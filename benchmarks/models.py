@@ -6,21 +6,28 @@ import functools
 import math
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from starflow import Flow, FlowConfig, Guidance
 from starflow.block import FlowBlock
+from starflow.cli import make_config
 from starflow.conditioner import Conditioner
 from starflow.config import RunConfig
+from starflow.data import DIGITS, Clip, MovingDigits
 from starflow.flow import nll_of
 from starflow.layers import Attending
+from starflow.mapped import release
 from starflow.packed import pack_conditioner
+from starflow.published import published_state
 from starflow.sample import Pipeline
 from starflow.solver import Schedule, certify, solve
 from starflow.tokens import to_sequence
@@ -76,15 +83,22 @@ def eager_window(
 
 
 @functools.cache
-def trained() -> tuple[Flow, Tensor, Tensor]:
+def trained(order: str = "spread") -> tuple[Flow, Tensor, Tensor]:
     """The model of digits48.yaml, trained at the first call (minutes), with a prompt and the empty one.
 
     Kept in `.cache` beside the benchmarks; remove that folder to train again.
+
+    Args:
+        order: "spread", the order of our own models, or "raster", the published one, without the embeddings of
+            positions and text that spread order comes with.
     """
-    folder = HERE / ".cache" / "digits48"
     config = RunConfig.load(HERE / "digits48.yaml")
+    folder = HERE / ".cache" / "digits48"
+    if order == "raster":
+        raster = replace(config.flow, top_order="raster", position_embed=False, text_embed=False)
+        config, folder = replace(config, flow=raster), folder.with_name("digits48_raster")
     if not (folder / "done").exists():
-        print("training the model of the benchmarks, once ...", file=sys.stderr)
+        print(f"training the {order} model of the benchmarks, once ...", file=sys.stderr)
         train(config, folder)
         (folder / "done").touch()
     pipeline = Pipeline.load(folder)
@@ -92,6 +106,57 @@ def trained() -> tuple[Flow, Tensor, Tensor]:
     assert prompt is not None
     assert null is not None
     return pipeline.flow, prompt, null
+
+
+class CutDigits:
+    """Clips cut anywhere from long ones of `MovingDigits`, captioned by the digit alone.
+
+    A clip of `MovingDigits` begins in the middle of the frame and is over before the digit comes back from a wall. What
+    is trained on these clips can go on for as long as it likes.
+    """
+
+    length = 10000
+    parent = 64
+
+    def __init__(self, frames: int, size: int, split: Literal["train", "test"] = "train") -> None:
+        self.frames = frames
+        self._long = MovingDigits(frames=self.parent, size=size, split=split, length=self.length)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        """One clip, cut at a place that follows from the arguments."""
+        clip = self._long.item(index, epoch=epoch, seed=seed)
+        start = int(np.random.default_rng([index, epoch, seed, 1]).integers(self.parent - self.frames + 1))
+        digit = next(word for word in clip.caption.split() if word in DIGITS)
+        return Clip(clip.pixels[start : start + self.frames], f"a {digit}", clip.name)
+
+
+@functools.cache
+def streaming(size: int, steps: int = 900) -> Pipeline:
+    """The demo's model on `CutDigits` of `size` pixels, trained at the first call (minutes) and kept like `trained`.
+
+    At 32 pixels it is the demo's model; at 64 its sibling with patches of 8 pixels, so that a frame has as many tokens.
+    """
+    patch = size // 8
+    folder = HERE / ".cache" / f"cut{size}"
+    settings: list[tuple[list[str], Any]] = [
+        (["flow", "in_channels"], patch**2),
+        (["flow", "img_size"], 8),
+        (["flow", "pt_seq_len"], 16),
+        (["codec", "patch"], patch),
+        (["data", "height"], size),
+        (["data", "width"], size),
+        (["train", "steps"], steps),
+        (["sample", "solver"], "window:64"),
+    ]
+    config = make_config("digits", settings)
+    if not (folder / "done").exists():
+        print(f"training the model of the benchmarks at {size} pixels, once ...", file=sys.stderr)
+        train(config, folder, dataset=CutDigits(config.data.frames, size))
+        (folder / "done").touch()
+    return Pipeline.load(folder)
 
 
 def deep_block(
@@ -116,7 +181,7 @@ def training_step(precision: str) -> Callable[[], None]:
     config = RunConfig.load(HERE / "digits48.yaml").flow
     torch.manual_seed(0)
     model = Flow(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     x, y = torch.randn(4, *LATENTS), torch.randn(4, config.txt_size, config.txt_dim)
 
     def step() -> None:
@@ -206,3 +271,25 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
         "caches GB": state.nbytes / 1e9,
         "peak resident GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
+
+
+def published_checkpoint(path: Path, name: str) -> int:
+    """Writes random float32 weights of a packaged configuration as the published code saves them; returns the bytes.
+
+    The weights are drawn into files beside `path`, which are removed: memory holds one of them at a time.
+    """
+    config = RunConfig.load(name).flow
+    with torch.device("meta"):
+        flow = Flow(config)
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        for number, (key, tensor) in enumerate(published_state(flow).items()):
+            size = tensor.numel() * 4
+            storage = torch.UntypedStorage.from_file(f"{folder}/{number}", shared=True, nbytes=size)
+            drawn = torch.empty(0).set_(storage).view(tensor.shape)
+            drawn.normal_(0.0, 0.02, generator=generator)
+            release([drawn])
+            state[key] = drawn
+        torch.save(state, path)
+    return sum(tensor.nbytes for tensor in state.values())

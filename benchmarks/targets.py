@@ -12,7 +12,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
+import itertools
 import json
+import os
+import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -24,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import token_order as study
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -352,7 +358,14 @@ def _sample(name: str, precision: str, window: Window, goal: float, moonshot: fl
     theirs, ours = interleaved(published, functools.partial(_decode, precision, window), rounds=7)
     certified = Window(window.size, window.tolerance, certificate=True)
     errors = [_decode(precision, certified, seed).backward_error for seed in range(8)]
+    flow, reports = models.trained()[0], _decode(precision, window).reports
+    # Products with the weights alone: no attention, no GELU.
+    flops = sum(
+        2.0 * report.rows * sum(weight.numel() for weight in block.parameters() if weight.dim() == 2)
+        for block, report in zip(reversed(flow.blocks), reports, strict=True)
+    )
     raw = {
+        "share of peak": flops / ours / ceilings()["bf16" if precision == "bfloat16" else "fma"],
         "published": theirs,
         "ours": ours,
         "backward_error_median": statistics.median(errors),
@@ -387,9 +400,12 @@ def sample_sequential() -> Iterator[Figure]:
 
 @target("cpu")
 def solver() -> Iterator[Figure]:
-    """Calls, evaluations and backward error of the deep block over 12 clips, against the published chunks."""
-    flow, y, null = models.trained()
-    for weight in (0.0, 2.0):
+    """Calls, evaluations and backward error of the deep block over 12 clips, against the published chunks.
+
+    In raster order, which the published scheme is made for, and in spread order, where two sweeps are all there is.
+    """
+    for order, weight in itertools.product(("raster", "spread"), (0.0, 2.0)):
+        flow, y, null = models.trained(order)
         counts: dict[str, list[tuple[float, int, float]]] = {}
         for name, schedule in (
             ("published", Chunks()),
@@ -411,7 +427,7 @@ def solver() -> Iterator[Figure]:
         fewer = min(raw["published"][k] / raw[best][k] for k in ("evaluations", "calls"))
         raw["best"] = best
         raw["error_smaller"] = raw["published"]["error_worst"] / raw[best]["error_worst"]
-        yield Figure(f"solver_guidance_{weight:g}", fewer, "x fewer evaluations and calls", 1.0, 1.2, raw=raw)
+        yield Figure(f"solver_{order}_guidance_{weight:g}", fewer, "x fewer evaluations and calls", 1.0, 1.2, raw=raw)
 
 
 @target("cpu")
@@ -450,6 +466,81 @@ def big() -> Iterator[Figure]:
     """The published 7B configuration with random bfloat16 weights: rows a second, memory, share of the roofline."""
     facts = models.big(ceilings())
     yield Figure("big", facts.pop("share of the roofline"), "of the roofline", 0.0, 0.70, raw=facts)
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+@target("mission")
+def convert_3b() -> Iterator[Figure]:
+    """Resident memory of converting the published 3B checkpoint, random weights, from float32; needs 35 GB of disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        if shutil.disk_usage(folder).free < 40e9:
+            raise Skipped(f"disk: {shutil.disk_usage(folder).free / 1e9:.0f} GB free in {folder}, expected 40")
+        source = Path(folder) / "published.pth"
+        size = models.published_checkpoint(source, "starflow_3B_t2i_256x256")
+        for dtype in ("bfloat16", "int8"):
+            out = Path(folder) / dtype
+            command = [sys.executable, "-m", "starflow", "convert", "starflow_3B_t2i_256x256", str(source), str(out)]
+            begin = time.perf_counter()
+            child = subprocess.Popen([*command, "--dtype", dtype], stdout=subprocess.DEVNULL)
+            _, status, used = os.wait4(child.pid, 0)
+            if status:
+                raise RuntimeError(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}")
+            raw = {
+                "seconds": time.perf_counter() - begin,
+                "GB read": size / 1e9,
+                "GB written": sum(file.stat().st_size for file in out.iterdir()) / 1e9,
+            }
+            yield Figure(f"convert_3b_{dtype}", used.ru_maxrss / 2**20, "GiB resident", 8.0, 1.0, lower=True, raw=raw)
+            shutil.rmtree(out)
+
+
+# -- elsewhere --------------------------------------------------------------------------------------------------------
+
+
+@target("mission")
+def token_order() -> Iterator[Figure]:
+    """Sweeps a frame of the spread order at 64 tokens a frame, and what it costs against raster; trains six flows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        runs = {(order, seed): study.measure(order, 8, seed) for order in ("raster", "spread") for seed in range(3)}
+    finally:
+        torch.set_num_threads(threads)
+    spread, raster = ([run for (name, _), run in runs.items() if name == order] for order in ("spread", "raster"))
+    losses = [a.bits_per_dim - b.bits_per_dim for a, b in zip(spread, raster, strict=True)]
+    raw = {"raster": [run.sweeps for run in raster], "spread": [run.sweeps for run in spread]}
+    sweeps = statistics.mean(run.sweeps for run in spread)
+    yield Figure("token_order_sweeps", sweeps, "sweeps a frame", 2.5, 2.0, lower=True, raw=raw)
+    raw = {"by seed": losses, "steps": spread[0].steps}
+    yield Figure(
+        "token_order_bits", statistics.mean(losses), "bits a dimension above raster", 0.005, 0.0, lower=True, raw=raw
+    )
+
+
+@target("mission")
+def zuko() -> Iterator[Figure]:
+    """A trained masked autoregressive flow of zuko: its own inverse against starflow.solve, as in the example."""
+    if importlib.util.find_spec("zuko") is None:
+        raise Skipped("zuko is not installed: pip install 'starflow-ext[examples]'")
+    example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "zuko_inverse.py"))
+    for side, steps in ((8, 1000), (16, 500)):
+        flow = example["train"](side, steps)
+        runs = {batch: example["compare"](flow, batch) for batch in (1, 64)}
+        raw = {
+            f"batch {batch}": {
+                "x": run.speedup,
+                "zuko": run.zuko_seconds,
+                "ours": run.seconds,
+                "sweeps": run.sweeps,
+                "error": run.error,
+                "zuko_error": run.zuko_error,
+            }
+            for batch, run in runs.items()
+        }
+        worst = min(run.speedup for run in runs.values())
+        yield Figure(f"zuko_{side * side}", worst, "x zuko's inverse, worst batch", 5.0, 10.0, raw=raw)
 
 
 def main() -> int:

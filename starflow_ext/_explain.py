@@ -51,7 +51,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     Raises:
         RuntimeError: if there is no such op, or for arguments that the op itself would refuse.
 
-    Example:
+    Examples:
         >>> import torch, starflow_ext
         >>> record = starflow_ext.explain("affine_inverse", torch.zeros(2, 3), torch.zeros(2, 6))
         >>> record.op, record.runs in {"scalar", "avx2", "avx512"}

@@ -28,7 +28,7 @@ def info() -> Info:
     Returns:
         Sections "build", "cpu levels", "cpu features", "threads" and "cuda"; print it to read it.
 
-    Example:
+    Examples:
         >>> import starflow_ext
         >>> starflow_ext.info()["cpu levels"]["scalar"]
         'supported'

@@ -95,7 +95,7 @@ def pack_weight(weight: Tensor, storage: Storage | None = None, *, keep: bool = 
     Raises:
         RuntimeError: if a dtype, a shape or the device is wrong, or "int8" meets NaN or infinity.
 
-    Example:
+    Examples:
         >>> import torch, starflow_ext
         >>> packed = starflow_ext.pack_weight(torch.eye(3, 5), "bfloat16")
         >>> packed.shape, torch.equal(packed.unpack(), torch.eye(3, 5))

@@ -147,14 +147,8 @@ def rope_append_reference(
     batch, tokens, _ = qkv.shape
     parts = heads + 2 * kv_heads
     q, k, v = qkv.unflatten(-1, (parts, -1)).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
-    if query_norm is not None:
-        q = _normed(q, query_norm)
-    if key_norm is not None:
-        k = _normed(k, key_norm)
-    if query_rotation is not None:
-        q = rotate(q, query_rotation, pairing)
-    if key_rotation is not None:
-        k = rotate(k, key_rotation, pairing)
+    q = _turned(q, query_norm, query_rotation, pairing)
+    k = _turned(k, key_norm, key_rotation, pairing)
     if cache is None:
         return q, k, v
     end = _end(start, tokens)
@@ -173,10 +167,11 @@ def rope_append_reference(
     return q, cache.keys[:, :, :end], cache.values[:, :, :end]
 
 
-def _normed(x: Tensor, weight: Tensor) -> Tensor:
-    out = norm_reference(x, weight, None, "rms_norm", None)
+def _turned(x: Tensor, weight: Tensor | None, rotation: Rotation | None, pairing: Pairing) -> Tensor:
+    # Rounded once, at the end, as in the kernels.
+    out = x if weight is None else norm_reference(x, weight, None, "rms_norm", None)
     assert isinstance(out, Tensor)
-    return out.to(x.dtype)
+    return (out if rotation is None else rotate(out, rotation, pairing)).to(x.dtype)
 
 
 def _end(start: int | Tensor, tokens: int) -> int:

@@ -3,6 +3,7 @@
 from starflow.config import ConfigError, FlowConfig
 from starflow.flow import Decoded, Flow
 from starflow.guidance import Guidance
+from starflow.inverse import solve
 from starflow.solver import Chunks, Sequential, SolveReport, Window
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "Sequential",
     "SolveReport",
     "Window",
+    "solve",
 ]

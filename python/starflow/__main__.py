@@ -1,4 +1,4 @@
-"""`python -m starflow` is the command `starflow`."""
+"""`python -m starflow`, which is what `torchrun -m starflow` runs."""
 
 import sys
 

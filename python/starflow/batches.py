@@ -216,18 +216,29 @@ class Batches:
         config: of the run.
         dataset: of clips.
         codec: fixes the shape of the noise.
+        rank, size: makes the `rank`-th of `size` equal parts of each batch, which are the same in any run.
     """
 
-    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec) -> None:
+    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec, *, rank: int = 0, size: int = 1) -> None:
         self._config, self._dataset, self._codec = config, dataset, codec
+        self._rank, self._size = rank, size
+        train = config.train
+        for name, count in (("batch_size", train.batch_size), ("image_batch_size", train.image_batch_size)):
+            require(
+                count is None or count % (size * train.accumulate) == 0,
+                f"train.{name}",
+                count,
+                f"a multiple of {size * train.accumulate}: {size} processes times train.accumulate",
+            )
 
     def make(self, step: int) -> Batch:
-        """The batch of a step; depends on the seed and the step alone."""
+        """The batch of a step, or this part of it; depends on the seed and the step alone."""
         train, codec = self._config.train, self._codec
         choose = stream(train.seed, "choose", step)
         image = choose.random() < train.image_prob
         count = (train.image_batch_size or train.batch_size) if image else train.batch_size
-        pairs = sample_indices(train.seed, step, count, len(self._dataset))
+        rows = slice(self._rank * count // self._size, (self._rank + 1) * count // self._size)
+        pairs = sample_indices(train.seed, step, count, len(self._dataset))[rows]
         clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
         pixels, captions = stack_clips(clips)
         frames = codec.latent_frames(pixels.shape[1])
@@ -237,7 +248,7 @@ class Batches:
         if image:
             pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
-        dropped = stream(train.seed, "drop", step).random(len(clips)) < train.drop_label
+        dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
         return Batch(
             pixels,
             [
@@ -245,8 +256,8 @@ class Batches:
                 for caption, drop in zip(captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],
-            draw_batch(train.seed, step, shape),
-            None if codec.exact else draw_batch(train.seed, step, shape, purpose="posterior"),
+            draw_batch(train.seed, step, shape, first=rows.start),
+            None if codec.exact else draw_batch(train.seed, step, shape, first=rows.start, purpose="posterior"),
             extend,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,10 @@ from starflow.affine import Affine
 from starflow.conditioner import Conditioner, Layout, make_layout
 from starflow.config import FlowConfig
 from starflow.guidance import Guidance
-from starflow.network import NativeNetwork, Precision
+from starflow.network import NativeNetwork, NativeWindow, Precision
+from starflow.solver import break_even
 from starflow.state import DecodeState
-from starflow.tokens import Order, to_grid, to_sequence
-from starflow_ext.jacobi_solve import SweepCount
+from starflow.tokens import Order, to_grid, to_sequence, token_order
 
 
 class FlowBlock(nn.Module):
@@ -33,8 +32,8 @@ class FlowBlock(nn.Module):
         self.frame_local = config.shallow_block_local and not self.top
         flipped = (index % 2 == 0) == (config.seq_order == "L2R")
         self.order: Order = "raster"
-        if self.top and config.top_order == "spread":
-            self.order = "spread"
+        if self.top and config.top_order != "raster":
+            self.order = config.top_order
         elif flipped:
             self.order = "reverse_in_frame" if config.temporal_causal > 0 else "reverse"
         # Whether the block goes from the last frame to the first.
@@ -91,6 +90,17 @@ class FlowBlock(nn.Module):
         z, log_det = affine.encode(x)
         out = to_grid(z, layout.order, folded.shape[1], height, width).reshape(grid.shape)
         return out, log_det.reshape(batch, frames, height * width), affine, text
+
+    def on_grid(self, values: Tensor, height: int, width: int) -> Tensor:
+        """Values of tokens in the block's own order, (batch, frames, frame tokens), at their places in the frames.
+
+        Returns:
+            (batch, frames, height, width).
+        """
+        batch, frames, _ = values.shape
+        seen = 1 if self.frame_local else frames
+        order = token_order(self.order, seen, height, width)
+        return to_grid(values.reshape(-1, len(order), 1), order, seen, height, width).view(batch, frames, height, width)
 
     def decoder(
         self,
@@ -209,6 +219,10 @@ class BlockDecoder:
         how = dtype if self._native is None else self._native.cost_key
         return f"{len(c.layers)}x{c.width}-{how}-{self.tokens}-{where}"
 
+    def default_window(self, batch: int, first: int) -> int:
+        """The break-even of this block on this machine (see `starflow.solver.break_even`)."""
+        return break_even(self, batch, first)
+
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..` given the tokens before each.
 
@@ -231,20 +245,10 @@ class BlockDecoder:
             )
         return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
 
-    def window_solver(
-        self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
-    ) -> Iterator[SweepCount] | None:
-        """The solver's window schedule in native code, or None where it has to run in plain torch.
-
-        Args:
-            x: (batch, tokens + 1, channels), row n + 1 holding token n; solved in place.
-            z: noise (batch, tokens, channels).
-            first: first token to solve for.
-            size, tolerance: of the window.
-        """
-        if self._native is None or z.dtype != torch.float32:
-            return None
-        return self._native.solve(x, z, first, self.frame_tokens, size, tolerance, self.guidance)
+    @property
+    def native_window(self) -> NativeWindow | None:
+        """The solver's window schedule in native code, or None where it has to run in plain torch."""
+        return None if self._native is None else NativeWindow(self._native, self.frame_tokens, self.guidance)
 
 
 @dataclass(frozen=True)

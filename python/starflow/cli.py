@@ -7,6 +7,7 @@ one sentence on standard error; `--debug` adds the traceback. Files appear whole
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -15,6 +16,7 @@ import math
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,12 +24,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 
 from starflow.config import ConfigError, RunConfig, config_names, from_mapping, to_mapping
-from starflow.files import write_text
+from starflow.files import replacing, write_text
 
 # The parts of the package are imported by the commands that need them: TensorBoard alone takes seconds.
 if TYPE_CHECKING:
+    from starflow.data import Clip
+    from starflow.distributed import World
     from starflow.evaluate import ClipScore
+    from starflow.plan import Plan
     from starflow.sample import Denoise, Pipeline, Sampled
+    from starflow.session import Frames
 
 _PROG = "starflow"
 _SOLVER_HELP = (
@@ -70,6 +76,18 @@ def _solver(text: str) -> str:
         parse_solver(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def _model(text: str) -> str:
+    if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .safetensors, or a folder")
+    return text
+
+
+def _picture(text: str) -> str:
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .png, .svg or .pdf")
     return text
 
 
@@ -127,6 +145,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from starflow.checkpoints import read_header
+    from starflow.distributed import rank_and_size
     from starflow.train import train
 
     settings = list(args.set)
@@ -138,10 +157,14 @@ def _train(args: argparse.Namespace) -> int:
         settings.append((["train", "steps"], args.steps))
     if args.seed is not None:
         settings.append((["train", "seed"], args.seed))
+    if args.parallel is not None:
+        settings.append((["train", "parallel"], args.parallel))
     name = args.config or ("digits" if args.data is None else "clips")
     config = make_config(name, settings)
     folder = Path(args.out or f"runs/{Path(name).stem}")
     train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=_device(args.device))
+    if rank_and_size()[0]:
+        return 0
     text = read_header(folder).config.text
     prompt = ' "PROMPT"' if text else ""
     print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{prompt}")
@@ -153,6 +176,9 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    import torch
+
+    from starflow.distributed import join
     from starflow.sample import parse_solver
 
     if args.given is not None and args.video is None:
@@ -162,39 +188,165 @@ def _sample(args: argparse.Namespace) -> int:
             parse_solver(args.solver, certificate=True)
         except ValueError as error:
             raise ConfigError(f"--certificate: {error}") from None
-    pipeline = _load(args)
+    with join(torch.device(_device(args.device))) as world:
+        return _sample_part(args, world)
+
+
+def _sample_part(args: argparse.Namespace, world: World) -> int:
+    """The clips of one of the processes that `torchrun` started, or all."""
+    pipeline = _load(args, world)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
+    mine = range(world.rank, len(prompts), world.size)
     fps = args.fps or pipeline.config.sample.fps
-    height, width = args.size or (None, None)
-    choices: dict[str, Denoise] = {"auto": True, "none": False, "learned": "learned", "score": "score"}
+    if args.stream:
+        if world.size > 1:
+            raise ConfigError(f"--stream is given in {world.size} processes, expected one")
+        return _stream(args, pipeline, prompts, fps)
     with _Output(Path(args.out)) as out:
-        rows, captions = [], []
-        for first in range(0, len(prompts), args.batch):
-            group = prompts[first : first + args.batch]
+        shown: dict[int, tuple[Any, str]] = {}
+        for first in range(0, len(mine), args.batch):
+            group = mine[first : first + args.batch]
             sampled = pipeline.sample(
-                group,
-                seed=args.seed + first,
-                frames=args.frames,
-                height=height,
-                width=width,
-                fps=args.fps,
-                guidance=args.guidance,
-                temperature=args.temperature,
-                solver=args.solver,
-                precision=args.precision,
-                certificate=args.certificate,
-                image=args.image,
-                video=args.video,
-                given=args.given,
-                denoise=choices[args.denoise],
-                window_context=args.window_context,
+                [prompts[index] for index in group],
+                seeds=[args.seed + index for index in group],
+                **_sample_options(args),
             )
-            rows += _write_clips(out, sampled, first, fps, args)
-            captions += [prompt or f"seed {seed}" for prompt, seed in zip(group, sampled.seeds, strict=True)]
-            _print_report(sampled)
-        out.sheet(rows, captions)
-    print(f"{_clips(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
+            clips = _write_clips(out, sampled, group, fps, args)
+            captions = [prompt or f"seed {seed}" for prompt, seed in zip(sampled.prompts, sampled.seeds, strict=True)]
+            shown.update(zip(group, zip(clips, captions, strict=True), strict=True))
+            if world.first:
+                _print_report(sampled)
+        everything = {index: clip for part in world.gather(shown) for index, clip in part.items()}
+        if world.first:
+            out.sheet(*zip(*(everything[index] for index in sorted(everything)), strict=True))
+    if world.first:
+        print(f"{_clips(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
     return 0
+
+
+def _sample_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `Pipeline.sample` and `Pipeline.session` that the command line names."""
+    choices: dict[str, Denoise] = {"auto": True, "none": False, "learned": "learned", "score": "score"}
+    height, width = args.size or (None, None)
+    names = [
+        "frames",
+        "fps",
+        "guidance",
+        "temperature",
+        "solver",
+        "precision",
+        "certificate",
+        "image",
+        "video",
+        "given",
+        "look_ahead",
+        "window",
+        "window_context",
+    ]
+    return {
+        "height": height,
+        "width": width,
+        "denoise": choices[args.denoise],
+        **{name: getattr(args, name) for name in names},
+    }
+
+
+def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fps: float) -> int:
+    """Writes frames while they are made, a file for each clip."""
+    from starflow.data import VideoWriter, enlarge, to_frames
+    from starflow.sample import report_of
+
+    if len(prompts) > args.batch:
+        raise ConfigError(f"--batch is {args.batch}, expected at least {len(prompts)}: streamed clips run together")
+    begin = time.perf_counter()
+    session = pipeline.session(prompts, seed=args.seed, **_sample_options(args))
+    if session.denoising.whole:
+        raise ConfigError(
+            f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected a "
+            "model with a learned denoiser that runs forward in time, or --denoise none"
+        )
+    pixels = args.frames or pipeline.config.data.frames
+    height, width = (side * pipeline.codec.spatial for side in session.shape[2:])
+    scale = args.scale or max(1, math.ceil(128 / min(height, width)))
+    names = [_clip_name(row, prompt, args.seed + row) for row, prompt in enumerate(prompts)]
+    with _Output(Path(args.out)) as out, contextlib.ExitStack() as files:
+        writers = [
+            files.enter_context(
+                VideoWriter(
+                    out.folder / f"{name}.mp4",
+                    fps=fps,
+                    height=height * scale,
+                    width=width * scale,
+                    channels=pipeline.codec.channels,
+                    lossless=args.lossless,
+                    growing=True,
+                )
+            )
+            for name in names
+        ]
+        meter = _Meter(begin)
+
+        def write(frames: Frames) -> None:
+            for writer, clip in zip(writers, frames.pixels, strict=True):
+                writer.write(enlarge(to_frames(clip), scale))
+            meter.add(frames.pixels.shape[1])
+
+        given = session.beginning
+        if given is not None:
+            write(given)
+        for frames in session.extend(pipeline.codec.latent_frames(pixels) - session.frames, last=True):
+            write(frames)
+        files.close()
+        meter.end()
+        report = report_of(session, meter.seconds, meter.frames * len(prompts)).to_mapping()
+        shape = {"frames": meter.frames, "fps": fps, "height": height, "width": width}
+        beginning = {
+            "given_frames": 0 if given is None else given.pixels.shape[1],
+            "given_from": args.image or args.video,
+        }
+        for row, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+            caption = pipeline.caption(prompt, fps=args.fps, image=pixels == 1)
+            told = {"prompt": prompt, "caption": caption, "seed": args.seed + row, "model": str(args.model)}
+            out.json(f"{name}.json", {**told, **shape, **beginning, **report, **_together(len(prompts))})
+    print(
+        f"{_clips(len(prompts))} of {meter.frames} frames in {meter.seconds:.2f} s ({meter.rate:.1f} frames/s, the "
+        f"first after {meter.first:.2f} s) in {args.out}: mp4 and json of each"
+    )
+    return 0
+
+
+class _Meter:
+    """Counts frames and tells on standard error how fast they come.
+
+    Args:
+        begin: the time from which on they count.
+    """
+
+    def __init__(self, begin: float) -> None:
+        self.frames, self.first, self.seconds = 0, 0.0, 0.0
+        self._begin, self._told = begin, begin
+        self._live = sys.stderr.isatty()
+
+    @property
+    def rate(self) -> float:
+        """Frames a second since the first."""
+        return (self.frames - 1) / (self.seconds - self.first) if self.frames > 1 else self.frames / self.seconds
+
+    def add(self, frames: int) -> None:
+        """Counts frames that are there now."""
+        now = time.perf_counter()
+        self.seconds = now - self._begin
+        self.first = self.first if self.frames else self.seconds
+        self.frames += frames
+        if now - self._told >= (0.2 if self._live else 2.0):
+            self._told = now
+            end = "\r" if self._live else "\n"
+            print(f"{self.frames} frames, {self.rate:.1f} frames/s", end=end, file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Leaves the line of the display."""
+        if self._live:
+            print(file=sys.stderr)
 
 
 def _clips(count: int) -> str:
@@ -219,27 +371,27 @@ class _Output:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
         self._new: list[Path] = []
         self._made = False
 
     def __enter__(self) -> _Output:
-        if self._folder.exists() and not self._folder.is_dir():
-            raise ConfigError(f"--out is {str(self._folder)!r}, which is a file, expected a folder")
-        self._made = not self._folder.exists()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ConfigError(f"--out is {str(self.folder)!r}, which is a file, expected a folder")
+        self._made = not self.folder.exists()
+        self.folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             for path in self._new:
                 path.unlink(missing_ok=True)
-            if self._made and not any(self._folder.iterdir()):
-                self._folder.rmdir()
+            if self._made and not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
     def path(self, name: str) -> Path:
         """Where to write a file of this name."""
-        path = self._folder / name
+        path = self.folder / name
         if not path.exists():
             self._new.append(path)
         return path
@@ -260,12 +412,11 @@ def write_json(path: Path, values: Any) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: argparse.Namespace) -> list[Any]:
-    """Writes mp4, gif and json of each clip; returns the frames for the contact sheet."""
-    import torch
-
+def _write_clips(
+    out: _Output, sampled: Sampled, numbers: Sequence[int], fps: float, args: argparse.Namespace
+) -> list[Any]:
+    """Writes mp4, gif and json of each clip under its number; returns the frames for the contact sheet."""
     from starflow.data import enlarge, to_frames, write_gif, write_video
-    from starflow.info import version
 
     side = min(sampled.pixels.shape[-2:])
     scale = args.scale or max(1, math.ceil(128 / side))
@@ -275,8 +426,7 @@ def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: a
     for row, pixels in enumerate(sampled.pixels):
         frames = enlarge(to_frames(pixels), scale)
         prompt, seed = sampled.prompts[row], sampled.seeds[row]
-        words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
-        name = f"{first + row:03d}-{words + '-' if words else ''}seed{seed}"
+        name = _clip_name(numbers[row], prompt, seed)
         write_video(out.path(f"{name}.mp4"), frames, fps, lossless=args.lossless)
         write_gif(out.path(f"{name}.gif"), frames[::skip], fps / skip)
         out.json(
@@ -293,39 +443,81 @@ def _write_clips(out: _Output, sampled: Sampled, first: int, fps: float, args: a
                 "given_frames": sampled.given,
                 "given_from": args.image or args.video,
                 **sampled.report.to_mapping(),
-                "clips_together": len(sampled.pixels),
-                "versions": {"starflow": version(), "torch": torch.__version__},
+                **_together(len(sampled.pixels)),
             },
         )
         shown.append(frames)
     return shown
 
 
+def _clip_name(row: int, prompt: str, seed: int) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
+    return f"{row:03d}-{words + '-' if words else ''}seed{seed}"
+
+
+def _together(clips: int) -> dict[str, Any]:
+    """What else decides the last bits of a clip."""
+    import torch
+
+    from starflow.info import version
+
+    return {"clips_together": clips, "versions": {"starflow": version(), "torch": torch.__version__}}
+
+
 def _score(args: argparse.Namespace) -> int:
-    from starflow.batches import make_dataset
-    from starflow.evaluate import LEVELS_BITS, noise_floor, read_clips, score
+    import torch
+
+    from starflow.distributed import World
+    from starflow.evaluate import LEVELS_BITS, Reference, heat_map, noise_floor, read_clips, score
 
     if bool(args.paths) == (args.held_out is not None):
         raise ConfigError("score: expected either paths of videos or --held-out, and not both")
-    pipeline = _load(args)
+    if args.reference is not None and args.held_out is not None:
+        raise ConfigError(
+            f"--reference is {args.reference}, expected paths together with it: it judges them by held-out clips"
+        )
+    if args.per_token and args.json is None:
+        raise ConfigError("--per-token is given, expected --json together with it")
+    pipeline = _load(args, World(device=torch.device(_device(args.device))))
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
-        dataset = make_dataset(pipeline.config, "test")
-        clips = [dataset.item(index) for index in range(min(args.held_out, len(dataset)))]
+        clips = _held_out(pipeline, args.held_out)
         if args.caption is not None:
             clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
     else:
         clips = read_clips(
             pipeline, args.paths, frames=args.frames, clips_per_file=args.clips_per_file, caption=args.caption
         )
-    scores = score(pipeline, clips, seed=args.seed, batch=args.batch, order_check=args.order_check)
-    sigma = pipeline.config.train.noise_std
+    sigma = pipeline.config.train.noise_std if args.noise_std is None else args.noise_std
+    per_token = args.per_token or args.heat_map is not None
+    scores = score(
+        pipeline,
+        clips,
+        seed=args.seed,
+        batch=args.batch,
+        order_check=args.order_check,
+        per_token=per_token,
+        noise_std=sigma,
+    )
+    ordinary = [] if args.reference is None else _held_out(pipeline, args.reference)
+    if ordinary:
+        reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma))
+        scores = [reference.judge(item) for item in scores]
+    if args.heat_map is not None:
+        path = Path(args.heat_map)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            heat_map(clips, scores).savefig(partial, format=path.suffix[1:])
+    if not args.per_token:
+        scores = [dataclasses.replace(item, tokens=None) for item in scores]
     what = "pixel" if pipeline.codec.log_det_per_dimension is not None else "latent"
     facts = {
         "definition": f"minus log2 of the density of the clip with normal noise of deviation {sigma:g} on its latents, "
         f"per {what} value{' in [-1, 1]' if what == 'pixel' else ''}",
         "noise_std": sigma,
+        "noise_std_of_training": pipeline.config.train.noise_std,
+        "reference_clips": len(ordinary),
         "noise_seed": args.seed,
         "noise_floor": noise_floor(sigma, pipeline.codec.log_det_per_dimension) if sigma else None,
         "to_8_bit_levels": LEVELS_BITS,
@@ -341,6 +533,14 @@ def _score(args: argparse.Namespace) -> int:
     return 0
 
 
+def _held_out(pipeline: Pipeline, count: int) -> list[Clip]:
+    """The first clips of the run's own test data."""
+    from starflow.batches import make_dataset
+
+    dataset = make_dataset(pipeline.config, "test")
+    return [dataset.item(index) for index in range(min(count, len(dataset)))]
+
+
 def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames: bool) -> None:
     print(f"bits per dimension: {facts['definition']}; less is better.")
     if facts["noise_floor"] is not None:
@@ -350,15 +550,29 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
         )
     width = max(len(item.name) for item in scores)
     ordered = [item for item in scores if item.shuffled is not None and item.reversed is not None]
-    print(f"{'clip':<{width}}  {'bits/dim':>8}" + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else ""))
+    judged = any(item.anomaly is not None for item in scores)
+    print(
+        f"{'clip':<{width}}  {'bits/dim':>8}"
+        + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else "")
+        + (f"  {'anomaly':>8}  {'p-value':>8}  worst frame" if judged else "")
+    )
     for item in scores:
         line = f"{item.name:<{width}}  {item.bits_per_dim:>8.4f}"
         if item.shuffled is not None and item.reversed is not None:
             line += f"  {item.shuffled:>8.4f}  {item.reversed:>8.4f}"
+        if item.anomaly is not None:
+            worst = max(range(len(item.frames)), key=[abs(value) for value in item.anomaly.frames].__getitem__)
+            line += f"  {item.anomaly.deviations:>+8.2f}  {item.anomaly.p_value:>8.3f}"
+            line += f"  {worst:>3} ({item.anomaly.frames[worst]:+.1f})"
         print(line + (f'  "{item.caption}"' if item.caption else ""))
         if frames:
             print("  frames: " + " ".join(f"{bits:.4f}" for bits in item.frames))
     print(f"{'mean':<{width}}  {facts['bits_per_dim']:>8.4f}")
+    if judged:
+        print(
+            f"anomaly: deviations from the mean of {facts['reference_clips']} held-out clips, negative where more "
+            "predictable; p-value: how often an ordinary clip is as far from it, at most."
+        )
     if ordered:
         for name in ("shuffled", "reversed"):
             others = [getattr(item, name) for item in ordered]
@@ -380,11 +594,65 @@ def _convert(args: argparse.Namespace) -> int:
     else:
         folders = {"codec": args.codec, "text": args.text}
         config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
-    out = Path(args.out)
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"OUT is {args.out!r}, expected a file that ends in .safetensors")
-    convert(args.checkpoint, config, out, progress=print)
+    file_bytes = int(args.file_size * 2**30)
+    convert(args.checkpoint, config, args.out, storage=args.dtype, file_bytes=file_bytes, progress=print)
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from starflow.plan import GIB, fitting, plan
+
+    config = make_config(args.config, args.set)
+    how = {"devices": args.gpus, "peak": args.peak * 1e12, "efficiency": args.efficiency}
+    asked = plan(config, **how)
+    limit = None if args.memory is None else int(args.memory * GIB)
+    fits = None if limit is None else fitting(config, limit, **how)
+    if args.json:
+        changed = {} if fits is None else _changes(config, fits[0])
+        print(json.dumps({**asked.to_mapping(), "fits": limit is None or asked.memory <= limit, "change": changed}))
+        return 0
+    _print_plan(asked, config)
+    if limit is None:
+        return 0
+    if fits is None:
+        print(
+            f"does not fit into {args.memory:g} GiB, one clip at a time, in pieces and recomputed: expected more "
+            "devices or memory"
+        )
+        return 1
+    settings = "".join(f" --set {key}={value}" for key, value in _changes(config, fits[0]).items())
+    if settings:
+        print(f"does not fit into {args.memory:g} GiB; this does, with {fits[1].memory / GIB:.1f}:{settings}")
+        return 1
+    print(f"fits into {args.memory:g} GiB")
+    return 0
+
+
+def _changes(config: RunConfig, changed: RunConfig) -> dict[str, Any]:
+    """Options of one configuration that differ from another's."""
+    before, after = to_mapping(config), to_mapping(changed)
+    return {
+        f"{section}.{name}": value
+        for section, options in after.items()
+        for name, value in options.items()
+        if before[section].get(name) != value
+    }
+
+
+def _print_plan(plan: Plan, config: RunConfig) -> None:
+    gib = 2**30
+    total = sum(plan.parameters.values())
+    print(f"parameters: {total:,} (" + ", ".join(f"{part} {count:,}" for part, count in plan.parameters.items()) + ")")
+    print(
+        f"a step on each of {plan.devices} ({plan.parallel}): {config.train.accumulate} x {plan.clips} clips of "
+        f"{plan.tokens:,} tokens"
+    )
+    for name in ("weights", "gradients", "moments", "average", "gathered", "activations", "workspace", "memory"):
+        print(f"{name:>12}  {getattr(plan, name) / gib:8.2f} GiB")
+    print(
+        f"{plan.flops:.3g} FLOP a step and device, {plan.seconds:.3g} s at {plan.rate:.3g} FLOP/s; "
+        f"{config.train.steps:,} steps in {plan.seconds * config.train.steps / 3600:.3g} hours"
+    )
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -407,14 +675,14 @@ def _device(name: str) -> str:
     return name
 
 
-def _load(args: argparse.Namespace) -> Pipeline:
+def _load(args: argparse.Namespace, world: World) -> Pipeline:
     from starflow.checkpoints import read_header
     from starflow.sample import Pipeline
 
     licence = read_header(args.model).about.get("licence")
-    if licence:
+    if licence and world.first:
         print(f"{args.model}: {licence}", file=sys.stderr)
-    return Pipeline.load(args.model, device=_device(args.device))
+    return Pipeline.load(args.model, device=world.device)
 
 
 # -- the parser -------------------------------------------------------------------------------------------------------
@@ -495,10 +763,14 @@ folder of video files of any format and size; NAME.txt or NAME.json beside NAME.
 configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). A run that
 was interrupted goes on where its last checkpoint is when the same command is given again.
 
+Under torchrun many processes train one flow, with the same numbers as one process ("--parallel fsdp": each keeps a
+piece of weights and moments). A checkpoint is resumed by any number of processes.
+
 examples:
   {_PROG} train --data my_clips --out runs/mine
   {_PROG} train --config digits --set train.steps=2000 --set train.batch_size=16
-  {_PROG} train --config my.yaml --data my_clips"""
+  {_PROG} train --config my.yaml --data my_clips
+  torchrun --nproc-per-node 8 -m starflow train --config my.yaml --parallel fsdp"""
 
 _SAMPLE = f"""Make clips from a trained model.
 
@@ -510,6 +782,7 @@ examples:
   {_PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
   {_PROG} sample runs/mine "a three moving up" --image first_frame.png
   {_PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
+  {_PROG} sample runs/mine "a three moving up" --frames 2000 --stream
   {_PROG} sample runs/mine --solver window:16:0.001 --certificate"""
 
 _SCORE = f"""Score clips: bits per dimension, less is better.
@@ -521,6 +794,7 @@ may be negative. Clips are cut in the size and at the rate of the training clips
 examples:
   {_PROG} score runs/mine my_clips --order-check
   {_PROG} score runs/mine a.mp4 --caption "waves at night" --per-frame
+  {_PROG} score runs/mine odd.mp4 --reference 100 --heat-map where.png
   {_PROG} score runs/digits --held-out 32 --json scores.json"""
 
 _CONVERT = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have on disk into a model file.
@@ -528,8 +802,20 @@ _CONVERT = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have 
 Nothing in a pickle is run, and nothing is downloaded. The weights keep their own licence. Sampling needs local copies
 of the autoencoder and the text encoder that the release names.
 
+Weights are copied one at a time, so that memory holds about the largest. OUT is one file where its name ends in
+.safetensors, else a folder of files of a few gigabytes each.
+
 example:
-  {_PROG} convert starflow-v.yaml starflow-v.pth starflow-v.safetensors --codec wan/vae --text flan-t5-xl"""
+  {_PROG} convert starflow-v.yaml starflow-v.pth starflow-v --dtype bfloat16 --codec wan/vae --text flan-t5-xl"""
+
+_PLAN = f"""Tell what a training run takes on each device before it is started: parameters, memory, arithmetic, time.
+
+With --memory: whether it fits, else what to set so that it does (exit status 1). Nothing is trained and no weights
+are made. The time is arithmetic over the peak times the efficiency: what a first run reached is the best guess.
+
+examples:
+  {_PROG} plan --config digits
+  {_PROG} plan --config starflow-v_7B_t2v_caus_480p --gpus 64 --memory 80 --peak 989 --efficiency 0.4"""
 
 _INFO = f"""Tell what is installed and what the machine can do; with a model, what it holds.
 
@@ -566,6 +852,11 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--no-resume", action="store_true", help="insist on a fresh run: an error where the folder holds checkpoints"
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="short for --set train.parallel=...: what the processes of torchrun keep, everything or a piece",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     _device_option(parser)
@@ -634,8 +925,27 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         "--window-context",
         type=_number(int, 1),
         metavar="N",
-        help="of clips longer than the model's window: latent frames that each window takes over from the one before "
-        "(default: three quarters)",
+        help="of clips longer than the window: latent frames that each window takes over from the one before (default: "
+        "three quarters)",
+    )
+    how.add_argument(
+        "--window",
+        type=_number(int, 2),
+        metavar="N",
+        help="latent frames that the deep block sees (default: the model's own window, or else as in training)",
+    )
+    how.add_argument(
+        "--stream",
+        action="store_true",
+        help="write each frame as soon as it is final and show frames a second; the mp4 plays while it grows, and "
+        "whatever ends the command. All clips run together; no gif and no sheet",
+    )
+    how.add_argument(
+        "--look-ahead",
+        type=_number(int, 0),
+        metavar="N",
+        help="frames that the learned denoiser waits for (default: as many as it was trained to see): 0 shows a frame "
+        "sooner, cleaned a little worse",
     )
     how.add_argument(
         "--batch", type=_number(int, 1), default=8, metavar="N", help="most clips computed together (default: 8)"
@@ -668,6 +978,25 @@ def _add_score(parser: argparse.ArgumentParser) -> None:
         help="also score each clip with its frames shuffled and reversed, which should score worse",
     )
     parser.add_argument("--per-frame", action="store_true", help="print the bits of each frame given those before it")
+    parser.add_argument("--per-token", action="store_true", help="with --json: the bits of each token, too")
+    parser.add_argument(
+        "--heat-map",
+        type=_picture,
+        metavar="FILE",
+        help="draw the bits of the tokens under the frames (.png, .svg, .pdf)",
+    )
+    parser.add_argument(
+        "--reference",
+        type=_number(int, 2),
+        metavar="N",
+        help="judge the clips by N held-out clips of the run's own test data: how far off their bits are",
+    )
+    parser.add_argument(
+        "--noise-std",
+        type=_number(float, 0),
+        metavar="S",
+        help="deviation of the noise that is added (default: that of training; the model knows no other data)",
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="write the scores, frames included; - prints them in place of the table"
     )
@@ -688,9 +1017,53 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         "config", metavar="CONFIG", help=f"yaml of the published release, or one of {', '.join(config_names())}"
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file with published names")
-    parser.add_argument("out", metavar="OUT", help=".safetensors file to write")
+    parser.add_argument("out", metavar="OUT", type=_model, help="what to write: a name.safetensors, or a folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "int8"),
+        default="keep",
+        help="of the weights of layers; all else becomes float32 but with keep (default: keep, as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--file-size",
+        type=_number(float, 0, above=True),
+        default=4.0,
+        metavar="GIB",
+        help="of the files of a folder, about (default: 4)",
+    )
     parser.add_argument("--codec", metavar="FOLDER", help="local copy of the autoencoder (diffusers format)")
     parser.add_argument("--text", metavar="FOLDER", help="local copy of the text encoder (transformers format)")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME_OR_PATH",
+        help=f"configuration: a yaml file, or one of {', '.join(config_names())}",
+    )
+    parser.add_argument(
+        "--set", type=_setting, action="append", default=[], metavar="KEY=VALUE", help="set an option, as in train"
+    )
+    parser.add_argument("--gpus", type=_number(int, 1), default=1, metavar="N", help="devices in all (default: 1)")
+    parser.add_argument(
+        "--memory", type=_number(float, 0, above=True), metavar="GIB", help="of a device: whether the run fits"
+    )
+    parser.add_argument(
+        "--peak",
+        type=_number(float, 0, above=True),
+        default=989.0,
+        metavar="TFLOPS",
+        help="of a device, in 10^12 FLOP/s (default: 989, an H100 in bfloat16 without sparsity)",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=_number(float, 0, above=True),
+        default=0.4,
+        metavar="SHARE",
+        help="of the peak that is reached (default: 0.4)",
+    )
+    parser.add_argument("--json", action="store_true", help="print json, memory in bytes")
 
 
 _COMMANDS: dict[
@@ -701,6 +1074,7 @@ _COMMANDS: dict[
     "sample": (_sample, _add_sample, "make clips from text, a picture or the end of a video", _SAMPLE),
     "score": (_score, _add_score, "bits per dimension of given clips", _SCORE),
     "convert": (_convert, _add_convert, "turn a published checkpoint into a model file", _CONVERT),
+    "plan": (_plan, _add_plan, "memory, arithmetic and time of a training run, before it is started", _PLAN),
     "info": (_info, _add_info, "versions and machine, or what a model file holds", _INFO),
 }
 
@@ -763,6 +1137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumes = args.command in ("demo", "train")
         after = "the same command goes on from the last checkpoint" if resumes else "no file is half-written"
+        if getattr(args, "stream", False):
+            after = "what was made before plays"
         return _fail(130, f"interrupted; {after}")
     except BrokenPipeError:
         # The reader of a pipe, such as `head`, has seen enough; what is still in the buffer has nowhere to go.

@@ -71,7 +71,7 @@ def make_layout(
             f"flow: the clip has {frames} frames, expected 1: without text and with temporal_causal 0 rotary positions "
             "have no axis for time"
         )
-    if order == "spread":
+    if order not in ("raster", "reverse", "reverse_in_frame"):
         # A slot holds the content of one token and predicts another, so queries stand where the predicted token
         # stands and keys where their content stands; the start token stands outside the clip.
         ordered = positions[visited]

@@ -57,7 +57,8 @@ class FlowConfig:
         hf_style_rope: rotate halves against each other instead of neighbours.
         seq_order: "L2R" or "R2L": whether even blocks use the flipped or the raster order.
         top_order: "raster" follows `seq_order` in the deep block too; "spread" visits the tokens of a frame in
-            bit-reversed order (far apart first) with separate query and key positions.
+            bit-reversed order (far apart first) with separate query and key positions; so do the others, in orders of
+            their own (see `starflow.tokens.token_order`).
         position_embed: the input of a block also tells where the predicted token stands (cosines and sines of its
             rotary angles); the published models do not. text_embed: nor do they add the sum of the text features to
             every token of a block that reads text.
@@ -97,7 +98,7 @@ class FlowConfig:
     use_bias: bool = True
     hf_style_rope: bool = False
     seq_order: Literal["L2R", "R2L"] = "R2L"
-    top_order: Literal["raster", "spread"] = "raster"
+    top_order: Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"] = "raster"
     position_embed: bool = False
     text_embed: bool = False
     temporal_causal: int = 0
@@ -337,6 +338,8 @@ class TrainConfig:
             exceeds `grad_skip` times the clip; 0 is off.
         ema: decay of the averaged weights that are sampled from; 0 is off.
         precision: arithmetic of the products; the residual stream and the affine maps stay float32.
+        parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
+            of them, "fsdp" a piece (slower, less memory). No meaning for one process, and none for the numbers.
         seed: of weights, data order, noise and dropping.
         checkpoint_every, sample_every: steps; 0 only at the end.
     """
@@ -364,6 +367,7 @@ class TrainConfig:
     grad_skip: float = 0.0
     ema: float = 0.999
     precision: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0

@@ -4,25 +4,35 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from starflow.checkpoints import CheckpointError, write_model
+from starflow.checkpoints import CheckpointError, Stored, write_model
 from starflow.config import ConfigError, FlowConfig, RunConfig, from_mapping, require, to_mapping
 from starflow.flow import Flow
+from starflow.layers import to_int8
+from starflow.mapped import release
 from starflow.published import from_published
 
 logger = logging.getLogger(__name__)
 
 Family = Literal["starflow", "tarflow"]
+
+# How weights are stored: as they come, or what the products of layers are taken of rounded to bfloat16 or to integers
+# (see `starflow.layers.Int8Linear`) and all else in float32.
+Storage = Literal["keep", "float32", "bfloat16", "int8"]
+STORAGES = ("keep", "float32", "bfloat16", "int8")
+_LAYER = re.compile(r".*\.layers\.\d+\.(attention\.(qkv|proj)|mlp\.(up|gate|down))\.(weight|bias)$")
 
 LICENCE = (
     "converted from published weights, whose own licence goes with them (research use only; see LICENSE_MODEL of the "
@@ -158,38 +168,79 @@ def convert(
     config: RunConfig,
     target: str | Path,
     *,
+    storage: Storage = "keep",
+    file_bytes: int = 4 << 30,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes a published checkpoint as a model of ours.
+    """Writes a published checkpoint as a model of ours, tensor by tensor.
 
-    The tensors are mapped from the file rather than read into memory first, and keep their dtype.
+    The tensors are mapped from the file, so that memory holds about one of them at a time.
 
     Args:
         checkpoint: `.pth` (tensors only: a pickle that holds anything else is refused, nothing in it is run) or
             safetensors, with published names.
         config: that the model belongs to (see `published_config`).
-        target: the file to write.
+        target: a name that ends in `.safetensors` for one file, else a folder of files of about `file_bytes`.
+        storage: of the weights.
+        file_bytes: of the files of a folder.
         progress: called with a line on each stage.
 
     Raises:
-        CheckpointError: the file cannot be read, holds more than tensors, does not match the config (all names and
-            shapes listed), or the target cannot be written.
+        ValueError: an unknown storage.
+        CheckpointError: the file cannot be read, holds more than tensors, does not match the config (the options that
+            differ are listed, or all names and shapes), or the target cannot be written.
     """
+    if storage not in STORAGES:
+        raise ValueError(f"convert: storage is {storage!r}, expected one of {', '.join(STORAGES)}")
     tell = progress or logger.info
     tell(f"reading {checkpoint}")
     state = _read(Path(checkpoint))
     with torch.device("meta"):
         flow = Flow(config.flow)
     try:
-        ours = from_published(flow, state)
+        given = from_published(flow, state)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {checkpoint}: {error}") from None
-    # What only this project has starts as in a new model.
+    ours: dict[str, Tensor | Stored] = {}
     for name, tensor in flow.state_dict().items():
-        if name not in ours:
+        if name in given:
+            ours.update(_stored(name, given[name], storage))
+        else:
+            # What only this project has starts as in a new model.
             ours[name] = torch.ones(tensor.shape) if name == "prior_variance" else torch.zeros(tensor.shape)
-    tell(f"writing {target}: {sum(t.numel() for t in ours.values()):,} numbers; {LICENCE}")
-    write_model(target, ours, config, {"licence": LICENCE, "source": Path(checkpoint).name, "weights": "published"})
+    if storage == "int8":
+        # The default would round the weights back to float32 numbers in memory.
+        config = replace(config, sample=replace(config.sample, precision="int8"))
+    size = sum(Stored.of(tensor).nbytes for tensor in ours.values())
+    tell(f"writing {target}: {sum(t.numel() for t in given.values()):,} numbers, {size / 1e9:.2f} GB; {LICENCE}")
+    about = {"licence": LICENCE, "source": Path(checkpoint).name, "weights": "published", "storage": storage}
+    write_model(target, ours, config, about, file_bytes=file_bytes)
+
+
+def _stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor | Stored]:
+    """What stands in the file for one tensor."""
+    of_layer = _LAYER.match(name)
+    if storage == "int8" and of_layer and name.endswith(".weight"):
+        # Each of the two reads the weight again, so that neither waits in memory for the other.
+        return {
+            f"{name}_int8": Stored(torch.int8, tuple(tensor.shape), partial(_made, tensor, lambda w: to_int8(w)[0])),
+            f"{name}_scale": Stored(
+                torch.float32, tuple(tensor.shape[:1]), partial(_made, tensor, lambda w: to_int8(w)[1])
+            ),
+        }
+    dtype = tensor.dtype
+    if storage != "keep":
+        dtype = torch.bfloat16 if storage == "bfloat16" and of_layer else torch.float32
+    return {name: Stored(dtype, tuple(tensor.shape), partial(_made, tensor, lambda weight: weight.to(dtype)))}
+
+
+def _made(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A changed copy of a tensor that lies in a file, whose memory is given back."""
+    made = change(tensor)
+    if made.data_ptr() == tensor.data_ptr():
+        made = tensor.clone()
+    release([tensor])
+    return made
 
 
 def _arguments(path: Path) -> dict[str, Any]:
@@ -221,7 +272,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         # Only the zip form can be mapped.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except SafetensorError as error:

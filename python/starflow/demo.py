@@ -28,7 +28,7 @@ from starflow.data import (
     write_gif,
     write_video,
 )
-from starflow.evaluate import ClipScore, noise_floor, score
+from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, score
 from starflow.files import write_text
 from starflow.report import Report
 from starflow.sample import Pipeline, Sampled
@@ -48,6 +48,7 @@ _SHOWN = 18
 _CONTINUED = 6
 _GIVEN = 3
 _ENLARGED = 4
+_MAPPED = 2
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,15 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
     from_clip = pipeline.sample(captions, seed=seed, video=beginnings[:, :_GIVEN], given=_GIVEN)
     judged = judge.score(sampled.pixels, prompts)
     real = judge.score([clip.pixels for clip in held_out], [clip.caption for clip in held_out])
-    scores = score(pipeline, held_out, seed=seed, order_check=True)
+    scores = score(pipeline, held_out, seed=seed, order_check=True, per_token=True)
+    tampered = [_tampered(clip, other) for clip, other in zip(held_out[:_MAPPED], held_out[_MAPPED:], strict=False)]
+    odd = score(pipeline, tampered, seed=seed, per_token=True)
+    reference = Reference(scores[_MAPPED:])
+    mapped = [
+        (clip, reference.judge(item))
+        for place in range(_MAPPED)
+        for clip, item in ((held_out[place], scores[place]), (tampered[place], odd[place]))
+    ]
     solver = solver_study(pipeline, prompts[3], seed)
     figures = DemoFigures(
         steps=recipe.steps,
@@ -165,7 +174,7 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
     for name, made in (("samples", sampled), ("from-image", from_image), ("from-clip", from_clip)):
         write_contact_sheet(folder / f"{name}.png", [to_frames(c) for c in made.pixels[:_SHOWN]], made.prompts[:_SHOWN])
     write_text(folder / "figures.json", json.dumps(asdict(figures), indent=1))
-    _write_report(folder / "report.html", figures, history, shown, continued, scores, solver)
+    _write_report(folder / "report.html", figures, history, shown, continued, scores, mapped, solver)
     return figures
 
 
@@ -191,6 +200,14 @@ def _write_clips(folder: Path, kind: str, made: Sampled, config: RunConfig, *, c
 def _mean(values: Iterable[float]) -> float:
     listed = [float(value) for value in values]
     return sum(listed) / len(listed)
+
+
+def _tampered(clip: Clip, other: Clip) -> Clip:
+    """The clip with its middle frame taken from another."""
+    pixels = clip.pixels.clone()
+    middle = len(pixels) // 2
+    pixels[middle] = other.pixels[middle]
+    return Clip(pixels, clip.caption, f"{clip.name}, frame {middle} of {other.name}")
 
 
 def _held_out(config: RunConfig) -> list[Clip]:
@@ -244,6 +261,7 @@ def _write_report(
     shown: Sequence[tuple[Path, str]],
     continued: Sequence[tuple[Path, str]],
     scores: Sequence[ClipScore],
+    mapped: Sequence[tuple[Clip, ClipScore]],
     solver: Sequence[SolverRow],
 ) -> None:
     report = Report("STARFlow-V on moving digits")
@@ -313,6 +331,19 @@ def _write_report(
         "backwards; less is better. A clip played backwards moves against its caption."
     )
     report.plot(_score_plot(scores), "bits per dimension of real, shuffled and reversed clips")
+    report.text(
+        "Where the bits are: held-out clips, and the same with one frame taken from another clip. Above each its bits "
+        "per dimension, how many deviations those are from the mean of the other held-out clips, and a bound on how "
+        "often such a clip is as far from it."
+    )
+    titles = [
+        f"{item.name}: {item.bits_per_dim:.3f}, {item.anomaly.deviations:+.1f} deviations, "
+        f"p = {item.anomaly.p_value:.2f}"
+        for _, item in mapped
+        if item.anomaly is not None
+    ]
+    maps = heat_map([clip for clip, _ in mapped], [item for _, item in mapped], titles)
+    report.plot(maps, "bits per dimension of tokens under the frames of clips")
     report.write(path)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from starflow.block import BlockDecoder, Encoded, FlowBlock
+from starflow.block import Encoded, FlowBlock
 from starflow.config import FlowConfig
+from starflow.decoding import Conditions, Decoding, Span
 from starflow.denoiser import Denoiser
 from starflow.guidance import Guidance
 from starflow.network import Precision
-from starflow.solver import Schedule, SolveReport, Window, solve
-from starflow.tokens import patchify, to_grid, to_sequence, unpatchify
+from starflow.solver import Schedule, SolveReport, Window
+from starflow.tokens import patchify, unpatchify
 
 
 @dataclass(frozen=True)
@@ -87,30 +89,47 @@ class Flow(nn.Module):
             latents.append(grid)
             log_dets.append(log_det)
             affines.append(affine)
-        z = self._unpatchify(grid, image)
+        z = self.from_grid(grid, image)
         return Encoded(z, tuple(log_dets), tuple(latents), tuple(affines), text)
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Log p(x) of each sample in nats, (batch,).
+    def log_prob(self, x: Tensor, y: Tensor | None = None, *, by: Literal["clip", "frame", "token"] = "clip") -> Tensor:
+        """Log p(x) in nats.
 
         Args:
             x, y: as for `encode`.
+            by: what a number is of (see `log_likelihood` and `token_log_likelihood`).
+
+        Returns:
+            (batch,) of clips, (batch, frames), or (batch, frames, height, width) of tokens, which add up to the others.
+
+        Raises:
+            ValueError: a shape that does not fit the config, or `by` is something else.
         """
-        return self.log_likelihood(self.encode(x, y)).flatten(1).sum(1)
+        if by not in ("clip", "frame", "token"):
+            raise ValueError(f"flow: by is {by!r}, expected 'clip', 'frame' or 'token'")
+        tokens = self.token_log_likelihood(self.encode(x, y))
+        return tokens if by == "token" else tokens.flatten(2 if by == "frame" else 1).sum(-1)
 
     def log_likelihood(self, encoded: Encoded) -> Tensor:
         """Log p of each frame in nats, (batch, frames); an image has one frame.
 
-        The terms of a frame are the noise at its places and the log-determinants of its tokens. In a model whose
-        blocks all go forward in time, their sum up to frame t is the log-likelihood of the first t + 1 frames.
+        In a model whose blocks all go forward in time it is that of the frame given those before it: the sum up to
+        frame t is the log-likelihood of the first t + 1 frames.
+        """
+        return self.token_log_likelihood(encoded).flatten(2).sum(-1)
+
+    def token_log_likelihood(self, encoded: Encoded) -> Tensor:
+        """The terms of log p by the place of the token in its frame, in nats, (batch, frames, height, width).
+
+        A term is the log-density of the noise at a place and the log-determinants of the token there in all blocks. In
+        a flow of one block that is log p of the token given those before it in the block's order. With more blocks what
+        is exact is the sum over what no block mixes with the rest: over a frame where shallow blocks are frame-local.
         """
         grid = encoded.latents[-1]
         variance = self._prior_variance(grid)
-        prior = -0.5 * (grid.square() / variance + math.log(2 * math.pi) + variance.log())
-        total: Tensor = prior.flatten(2).sum(-1)
+        total: Tensor = (-0.5 * (grid.square() / variance + math.log(2 * math.pi) + variance.log())).sum(-1)
         for block, log_det in zip(self._blocks(), encoded.log_det, strict=True):
-            frames = log_det.sum(-1)
-            total = total + (frames.flip(1) if block.backwards else frames)
+            total = total + block.on_grid(log_det, *grid.shape[2:4])
         return total
 
     def nll(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -162,7 +181,7 @@ class Flow(nn.Module):
             guidance: a weight, or a `Guidance`.
             schedule: of the solver; the default is `Window()`.
             prefix: first frames that are given, noisy latents (batch, prefix frames, channels, height, width). The
-                deep block keeps their tokens exactly; frames come back up to rounding.
+                deep block continues their tokens; they come back as they are.
             window_context: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
                 from the one before it; the default is three quarters of the window, at least one.
             temperature: divides the attention logits of every block.
@@ -179,103 +198,77 @@ class Flow(nn.Module):
         image = z.dim() == 4
         guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
         schedule = Window() if schedule is None else schedule
-        if not 0.0 < temperature < float("inf"):
-            raise ValueError(f"flow: temperature is {temperature}, expected a finite number > 0")
+        conditions = self.checked(z, Conditions(y, null, guide, schedule, temperature, precision, image))
+        z = z.unsqueeze(1) if image else z
+        window, frames = self.config.local_attn_window, z.shape[1]
+        if prefix is not None and (prefix.dim() != 5 or prefix.shape[1] >= frames or prefix.shape[0] != z.shape[0]):
+            raise ValueError(
+                f"flow: prefix has shape {list(prefix.shape)}, expected (batch {z.shape[0]}, fewer than {frames} "
+                "frames, channels, height, width)"
+            )
+        span = Span(frames)
+        if window is not None and frames > window:
+            span = Span(window, Span.default_context(window) if window_context is None else window_context)
+        known = None if prefix is None else self.known(prefix, conditions.y, z.shape[2:])
+        decoding = Decoding(self, (z.shape[0], *z.shape[2:]), conditions, span, known=known, trace=True)
+        decoding.push(z if prefix is None else z[:, prefix.shape[1] :], more=False)
+        latents = decoding.rest()
+        if known is not None:
+            latents = [
+                torch.cat([known[block.index], solved], 1)
+                for block, solved in zip(self.solving_order(), latents, strict=True)
+            ]
+        return Decoded(self.from_grid(latents[-1], image), decoding.reports, tuple(latents))
+
+    def known(self, prefix: Tensor, y: Tensor | None, frame: Sequence[int]) -> tuple[Tensor, ...]:
+        """What enters each block at given frames, as grids; then what the deep one makes of them.
+
+        Args:
+            prefix: (batch, frames, channels, height, width).
+            y: text or labels.
+            frame: channels, height and width of the frames that come after them.
+
+        Raises:
+            ValueError: frames of another size, or a flow that cannot go on from frames.
+        """
+        if any(block.backwards for block in self._blocks()):
+            raise ValueError("flow: prefix is given, expected temporal_causal > 0: a block runs backwards in time")
+        if list(prefix.shape[2:]) != list(frame):
+            raise ValueError(
+                f"flow: prefix has frames of {list(prefix.shape[2:])}, expected {list(frame)} like the noise"
+            )
+        return self.encode(prefix, y).latents
+
+    def checked(self, z: Tensor, conditions: Conditions) -> Conditions:
+        """What noise like `z` can be decoded with; the arguments of `decode`.
+
+        Raises:
+            ValueError: noise or text that does not fit, or guidance without something to guide by.
+        """
+        y, null, guide = conditions.y, conditions.null, conditions.guidance
+        if not 0.0 < conditions.temperature < float("inf"):
+            raise ValueError(f"flow: temperature is {conditions.temperature}, expected a finite number > 0")
         y = self._check(z, y, name="z")
         null = self._check(z, null, name="z", condition="null") if null is not None else None
         if guide.active and self.config.txt_size > 0 and null is None:
             raise ValueError("flow: null is None, expected text features of the empty prompt (guidance is on)")
         if guide.active and guide.needs_condition and y is None:
             raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without text or classes to guide by")
+        return replace(conditions, y=y, null=null)
+
+    def noise_grid(self, z: Tensor) -> Tensor:
+        """Standard normal noise (batch, frames, channels, height, width) as the grid that the deep block inverts."""
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         grid = patchify(z, self.config.patch_size, channel_first=self.config.channel_first_patches)
-        grid = grid * self._prior_variance(grid).sqrt()
-        known = self._known(prefix, y, grid)
-        latents: list[Tensor] = []
-        reports: list[SolveReport | None] = []
-        for block in reversed(self._blocks()):
-            # A frame-local block sees no frame but its own: it inverts what the deep block made, given frames included.
-            given = known[block.index] if known is not None and not block.frame_local else None
-            grid, report = self._solve(
-                block, grid, y, null, guide, schedule, given, window_context, temperature, precision, image=image
-            )
-            latents.append(grid)
-            reports.append(report)
-        return Decoded(self._unpatchify(grid, image), tuple(reports), tuple(latents))
+        return grid * self._prior_variance(grid).sqrt()
 
-    def _solve(
-        self,
-        block: FlowBlock,
-        grid: Tensor,
-        y: Tensor | None,
-        null: Tensor | None,
-        guide: Guidance,
-        schedule: Schedule,
-        known: Tensor | None,
-        window_context: int | None,
-        temperature: float,
-        precision: Precision = "float32",
-        *,
-        image: bool,
-    ) -> tuple[Tensor, SolveReport | None]:
-        """Inverts one block; the deep one window by window where the clip is longer than its window."""
-        if block.conditioner is None:
-            return grid, None
-        guided = guide if block.top or (guide.all_blocks and not self.config.cond_top_only) else None
-        context, free = (block.fold_labels(self._context(block, c), grid.shape[1]) for c in (y, null))
-        folded = block.fold(grid)
-        rows, frames, height, width, _ = folded.shape
-        if block.frame_local and isinstance(schedule, Window) and schedule.size is not None:
-            # All frames of a clip go through one call: they share its rows.
-            schedule = replace(schedule, size=-(-schedule.size // grid.shape[1]))
-        limit = self.config.local_attn_window if block.top else None
-        window = frames if limit is None else min(limit, frames)
+    def from_grid(self, grid: Tensor, image: bool = False) -> Tensor:
+        """A grid as data (batch, frames, channels, height, width), without frames for an image."""
+        return unpatchify(grid, self.config.patch_size, channel_first=self.config.channel_first_patches, image=image)
 
-        def solve_frames(z: Tensor, given: Tensor | None) -> tuple[Tensor, SolveReport]:
-            layout = block.layout(z.shape[1], height, width, context, image=image)
-
-            def decoder(precision: Precision) -> BlockDecoder:
-                return block.decoder(layout, rows, context, free, guided, temperature, precision)
-
-            judge = None if precision == "float32" else partial(decoder, "float32")
-            first = None if given is None else to_sequence(given, layout.order[: given[0, ..., 0].numel()])
-            x, report = solve(decoder(precision), to_sequence(z, layout.order), schedule, first, judge)
-            return to_grid(x, layout.order, z.shape[1], height, width), report
-
-        if window == frames:
-            x, report = solve_frames(folded, known)
-            return x.reshape(grid.shape), report
-        carried = max(1, window * 3 // 4) if window_context is None else window_context
-        if not 1 <= carried < window:
-            raise ValueError(
-                f"flow: window_context is {carried}, expected 1 to {window - 1} (local_attn_window is {window})"
-            )
-        if known is not None and known.shape[1] > window:
-            raise ValueError(f"flow: prefix has {known.shape[1]} frames, expected at most local_attn_window {window}")
-        out, report = solve_frames(folded[:, :window], known)
-        while out.shape[1] < frames:
-            first = out.shape[1] - carried
-            x, later = solve_frames(folded[:, first : first + window], out[:, first:])
-            out = torch.cat([out, x[:, carried:]], 1)
-            report = report.then(later)
-        return out, report
-
-    def _known(self, prefix: Tensor | None, y: Tensor | None, grid: Tensor) -> tuple[Tensor, ...] | None:
-        """What enters each block at the given frames, or None without a prefix."""
-        if prefix is None:
-            return None
-        if prefix.dim() != 5 or grid.shape[0] != prefix.shape[0] or prefix.shape[1] >= grid.shape[1]:
-            raise ValueError(
-                f"flow: prefix has shape {list(prefix.shape)}, expected (batch {grid.shape[0]}, fewer than "
-                f"{grid.shape[1]} frames, channels, height, width)"
-            )
-        if any(block.backwards for block in self._blocks()):
-            raise ValueError("flow: prefix is given, expected temporal_causal > 0: a block runs backwards in time")
-        config = self.config
-        size = [config.in_channels, *(side * config.patch_size for side in grid.shape[2:4])]
-        if list(prefix.shape[2:]) != size:
-            raise ValueError(f"flow: prefix has frames of {list(prefix.shape[2:])}, expected {size} like the noise")
-        return self.encode(prefix, y).latents
+    def solving_order(self) -> list[FlowBlock]:
+        """The blocks in the order in which noise is decoded, the deep one first."""
+        return self._blocks()[::-1]
 
     # -- checks and helpers -------------------------------------------------------------------------------------------
 
@@ -286,9 +279,6 @@ class Flow(nn.Module):
         if y is None or self.config.num_classes:
             return y
         return y if self.config.text_width(block.index) else None
-
-    def _unpatchify(self, grid: Tensor, image: bool) -> Tensor:
-        return unpatchify(grid, self.config.patch_size, channel_first=self.config.channel_first_patches, image=image)
 
     def _prior_variance(self, grid: Tensor) -> Tensor:
         """(height, width, channels), or a scalar one where the grid is not the nominal one (the variance is ones)."""

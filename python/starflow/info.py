@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import starflow_ext
-from starflow.checkpoints import model_file, read_header
+from starflow.checkpoints import model_file, model_files, read_header
 from starflow.config import to_mapping
 from starflow.data import ffmpeg_binary
 from starflow.flow import Flow
@@ -82,6 +82,7 @@ def model(path: str | Path) -> dict[str, dict[str, Any]]:
     """
     file = model_file(path)
     header = read_header(file)
+    size = sum(part.stat().st_size for part in model_files(file))
     with torch.device("meta"):
         flow = Flow(header.config.flow)
     counts: Counter[str] = Counter()
@@ -92,7 +93,7 @@ def model(path: str | Path) -> dict[str, dict[str, Any]]:
     last = f"block {header.config.flow.num_blocks - 1}"
     parameters = {f"{part} (deep)" if part == last else part: f"{count:,}" for part, count in counts.items()}
     return {
-        "model": {"file": str(file), "size": f"{file.stat().st_size / 2**20:.1f} MiB", **header.about},
+        "model": {"file": str(file), "size": f"{size / 2**20:.1f} MiB", **header.about},
         "parameters": {**parameters, "all": f"{sum(counts.values()):,}"},
         **{section: options for section, options in to_mapping(header.config).items() if options},
     }

@@ -61,6 +61,35 @@ class Norm(nn.Module):
         return ops.norm(x, self.weight, self.bias, kind=self.kind)
 
 
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is kept in 255 steps an output channel; made by conversion, read like `nn.Linear`.
+
+    Args:
+        in_features, out_features, bias: as of `nn.Linear`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight_int8", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.zeros(out_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.weight_int8: Tensor
+        self.weight_scale: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """(out_features, in_features) float32, made anew each time."""
+        return self.weight_int8 * self.weight_scale[:, None]
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The two buffers of `Int8Linear` for a weight (out_features, in_features): integers and what a step is worth."""
+    scale = weight.float().abs().amax(1) / 127
+    steps = weight.float() / torch.where(scale > 0, scale, 1.0)[:, None]
+    return steps.round().to(torch.int8), scale
+
+
 def _pre_norm(config: FlowConfig, width: int) -> nn.Module:
     return nn.Identity() if config.norm_type == "none" else Norm(width, config.norm_type)
 

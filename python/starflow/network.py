@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
@@ -128,47 +127,68 @@ class NativeNetwork:
         raw = self._sweep(previous.float(), slots.contiguous(), keep=keep)
         return Affine(raw.to(previous.dtype), self._conditioner.activation, self._conditioner.soft_clip)
 
-    def solve(
-        self,
-        x: Tensor,
-        z: Tensor,
-        first: int,
-        frame_tokens: int,
-        size: int,
-        tolerance: float,
-        guidance: Guidance | None,
-    ) -> Iterator[SweepCount]:
-        """Solves in place, some sweeps at a time; see `starflow_ext.ops.jacobi_solve`."""
+    @property
+    def out_channels(self) -> int:
+        """Channels that the network puts out for a token."""
+        return self._weights.proj_out.weight.out_channels
+
+    def solve(self, progress: SolveProgress, z: Tensor, **options: Any) -> SweepCount:
+        """Sweeps of the window schedule in place; the options are those of `starflow_ext.ops.jacobi_solve`."""
         c = self._conditioner
-        guided, weight = "gaussian", 0.0
-        if guidance is not None:
-            weight = guidance.weight
-            if guidance.kind == "linear":
-                guided = guidance.parts + ("+" if guidance.annealed else "")
-        halves = 1 if guidance is None else 2
-        progress = SolveProgress.begin(x, first, halves=halves, out_channels=self._weights.proj_out.weight.out_channels)
-        while int(progress.frontier.min()) < z.shape[1]:
-            count = ops.jacobi_solve(
-                self._weights,
-                self._state,
-                progress,
-                z,
-                first=first,
-                first_token=c.first_token,
-                frame_tokens=frame_tokens,
-                window=size,
-                tolerance=tolerance,
-                activation=c.activation,
-                soft_clip=c.soft_clip,
-                guidance=weight,
-                guided=guided,
-                activations=self._how.activations,
-            )
-            yield count
-            if count.bad is not None:
-                return
+        return ops.jacobi_solve(
+            self._weights,
+            self._state,
+            progress,
+            z,
+            first_token=c.first_token,
+            activation=c.activation,
+            soft_clip=c.soft_clip,
+            activations=self._how.activations,
+            **options,
+        )
 
     def _sweep(self, rows: Tensor, start: Tensor, *, keep: Tensor | None = None, text: bool = False) -> Tensor:
         return ops.jacobi_sweep(
             self._weights, self._state, rows, start, keep=keep, activations=self._how.activations, text=text
+        )
+
+
+@dataclass(frozen=True)
+class NativeWindow:
+    """The window schedule of the solver on a native network (see `starflow.solver.WindowSweeps`).
+
+    Args:
+        network: of the block.
+        frame_tokens: tokens of a frame.
+        guidance: active, or None.
+    """
+
+    network: NativeNetwork
+    frame_tokens: int
+    guidance: Guidance | None
+
+    def begin(self, x: Tensor, first: int) -> SolveProgress:
+        """Where a solve of the tokens `first ..` starts; x is (batch, tokens + 1, channels)."""
+        halves = 1 if self.guidance is None else 2
+        return SolveProgress.begin(x, first, halves=halves, out_channels=self.network.out_channels)
+
+    def sweep(
+        self, progress: SolveProgress, z: Tensor, first: int, size: int, tolerance: float, most_sweeps: int
+    ) -> SweepCount:
+        """Up to `most_sweeps` sweeps in place; see `starflow_ext.ops.jacobi_solve`."""
+        guided, weight = "gaussian", 0.0
+        if self.guidance is not None:
+            weight = self.guidance.weight
+            if self.guidance.kind == "linear":
+                guided = self.guidance.parts + ("+" if self.guidance.annealed else "")
+        return self.network.solve(
+            progress,
+            z,
+            first=first,
+            frame_tokens=self.frame_tokens,
+            window=size,
+            tolerance=tolerance,
+            guidance=weight,
+            guided=guided,
+            most_sweeps=most_sweeps,
         )

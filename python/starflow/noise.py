@@ -75,13 +75,14 @@ def draw(
     return torch.from_numpy(out)
 
 
-def draw_batch(seed: int, step: int, shape: Sequence[int], *, purpose: Purpose = "train") -> Tensor:
+def draw_batch(seed: int, step: int, shape: Sequence[int], *, first: int = 0, purpose: Purpose = "train") -> Tensor:
     """Standard normal noise of a training batch; a row depends on the seed, the step and its own number alone.
 
     Args:
         seed: of the run, 0 to 2^63 - 1.
         step: of training.
         shape: of the batch, rows first.
+        first: number of the first row, for a part of the batch.
         purpose: "train" for the noise on latents, "posterior" for that of a codec.
 
     Returns:
@@ -92,5 +93,5 @@ def draw_batch(seed: int, step: int, shape: Sequence[int], *, purpose: Purpose =
     """
     out = np.empty(tuple(shape), dtype=np.float32)
     for row in range(len(out)):
-        stream(seed, purpose, step, row).standard_normal(dtype=np.float32, out=out[row])
+        stream(seed, purpose, step, first + row).standard_normal(dtype=np.float32, out=out[row])
     return torch.from_numpy(out)

@@ -1,14 +1,17 @@
-"""The two optimisers of the recipe, the averaged weights, and what of them a resumed run needs."""
+"""The two optimisers of the recipe, the averaged weights, and what of them a resumed run needs.
+
+Parameters may be whole or kept in pieces (see `starflow.distributed`): both are updated in place where they lie.
+"""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from starflow.config import TrainConfig
+from starflow.distributed import local, whole
 from starflow.flow import Flow
 from starflow.schedule import cosine_lr
 
@@ -34,11 +37,18 @@ class Optimizer:
         self._adam = torch.optim.AdamW(
             self._parameters, lr=peak, betas=betas, weight_decay=train.weight_decay, fused=True
         )
+        # What AdamW makes at its first step, made here so that a training state can be read into it.
+        for parameter in self._parameters:
+            self._adam.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
     def clip(self) -> Tensor:
         """Clips the gradients; returns their norm before, a scalar."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
+        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
         if self._train.grad_clip > 0:
             nn.utils.clip_grads_with_norm_(self._parameters, self._train.grad_clip, norm, foreach=True)
         return norm
@@ -59,22 +69,12 @@ class Optimizer:
         self._adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
-        """Moments and step counts by parameter name; empty before the first update."""
-        moments = self._adam.state_dict()["state"]
+        """Moments and step counts by parameter name; they are the optimiser's own, to be read and written."""
         return {
             f"{name}/{key}": value
-            for index, name in enumerate(self._names)
-            for key, value in moments.get(index, {}).items()
+            for name, parameter in zip(self._names, self._parameters, strict=True)
+            for key, value in self._adam.state[parameter].items()
         }
-
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`."""
-        moments: dict[int, dict[str, Tensor]] = {}
-        index = {name: number for number, name in enumerate(self._names)}
-        for key, value in state.items():
-            name, _, part = key.rpartition("/")
-            moments.setdefault(index[name], {})[part] = value
-        self._adam.load_state_dict({"state": moments, "param_groups": self._adam.state_dict()["param_groups"]})
 
 
 class Average:
@@ -84,15 +84,15 @@ class Average:
     average over its random start.
 
     Args:
-        flow: that is trained.
+        source: the flow that is trained.
+        target: a copy of it, which becomes the average.
         decay: of the average; 0 follows the weights.
     """
 
-    def __init__(self, flow: Flow, decay: float) -> None:
-        self.flow = copy.deepcopy(flow).requires_grad_(False).eval()
+    def __init__(self, source: Flow, target: Flow, decay: float) -> None:
+        self.flow = target.requires_grad_(False).eval()
         self._decay = decay
-        self._source = list(_tensors(flow))
-        self._target = list(_tensors(self.flow))
+        self._source, self._target = _tensors(source), _tensors(target)
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
@@ -101,8 +101,8 @@ class Average:
         torch._foreach_lerp_(self._target, self._source, 1.0 - decay)
 
 
-def _tensors(flow: Flow) -> Iterable[Tensor]:
-    return (tensor.detach() for tensor in flow.state_dict().values())
+def _tensors(flow: Flow) -> list[Tensor]:
+    return [local(tensor.detach()) for tensor in flow.state_dict().values()]
 
 
 def make_optimizers(flow: Flow, train: TrainConfig) -> tuple[Optimizer, Optimizer | None]:

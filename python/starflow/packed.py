@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from starflow.conditioner import Conditioner
-from starflow.layers import MLP, Attention, Layer, Norm
+from starflow.layers import MLP, Attention, Int8Linear, Layer, Norm
+from starflow.mapped import release
 from starflow_ext.jacobi_sweep import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
 from starflow_ext.linear_pack import Storage, pack_weight
 from starflow_ext.rope_append import Pairing
@@ -37,6 +38,8 @@ class _Kept:
 
 
 _kept: WeakKeyDictionary[Conditioner, dict[Storage | None, _Kept]] = WeakKeyDictionary()
+# Networks whose own weights lie in a file: once packed, memory need not hold them too.
+_mapped: WeakSet[Conditioner] = WeakSet()
 
 
 def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> PackedNetwork:
@@ -63,9 +66,19 @@ def forget(conditioner: Conditioner) -> None:
     _kept.pop(conditioner, None)
 
 
+def keep_mapped(module: nn.Module) -> None:
+    """Says that the weights of the networks in a module lie in a file, so that packing leaves one copy in memory."""
+    _mapped.update(network for network in module.modules() if isinstance(network, Conditioner))
+
+
 @torch.no_grad()
 def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
-    layers = [layer for layer in conditioner.layers if isinstance(layer, Layer)]
+    layers = []
+    for layer in conditioner.layers:
+        assert isinstance(layer, Layer)
+        layers.append(_layer(layer, storage))
+        if conditioner in _mapped:
+            release([*layer.parameters(), *layer.buffers()])
     config = conditioner.config
     text, position, summary = (
         None if linear is None else _linear(linear, storage)
@@ -77,7 +90,7 @@ def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
         head_dim=conditioner.head_dim,
         proj_in=_linear(conditioner.proj_in, storage),
         proj_out=_linear(conditioner.proj_out, storage),
-        layers=tuple(_layer(layer, storage) for layer in layers),
+        layers=tuple(layers),
         norm=None if config.norm_type == "none" else config.norm_type,
         start_token=None if conditioner.sos_embed is None else _float(conditioner.sos_embed.flatten()),
         final_norm=_weight(conditioner.final_norm),
@@ -115,7 +128,7 @@ def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
     )
 
 
-def _linear(linear: nn.Linear, storage: Storage | None) -> PackedLinear:
+def _linear(linear: nn.Linear | Int8Linear, storage: Storage | None) -> PackedLinear:
     bias = None if linear.bias is None else _float(linear.bias)
     return PackedLinear(pack_weight(linear.weight, storage, keep=False), bias)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +59,66 @@ def published_state(flow: Flow) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in named if name is not None and (name != "var" or not flow.config.nvp)}
 
 
+def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The options of a flow that the names and shapes of a published state dict tell.
+
+    Args:
+        state: tensors by published name; their values are not read.
+
+    Returns:
+        Name of the option of `FlowConfig` (or of what follows from them) -> value.
+    """
+    layers: Counter[int] = Counter()
+    first: dict[int, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in state.items():
+        if found := re.match(r"blocks\.(\d+)\.(?:attn_blocks\.(\d+)\.)?(.*)", name):
+            block = int(found[1])
+            layers[block] = max(layers[block], 0 if found[2] is None else int(found[2]) + 1)
+            first.setdefault(block, {})[found[3]] = tuple(tensor.shape)
+    if not first or any("proj_in.weight" not in names or "proj_out.weight" not in names for names in first.values()):
+        return {}
+    bottom, top = first[min(first)], first[max(first)]
+    denoiser = {name for name in state if name.startswith("learnable_self_denoiser.")}
+    options: dict[str, Any] = {
+        "layers_per_block": tuple(layers[block] for block in range(max(first) + 1)),
+        "dimensions of a token": top["proj_in.weight"][1],
+        "nvp": top["proj_out.weight"][0] == 2 * top["proj_in.weight"][1],
+        "sos": "sos_embed" in top,
+        "rope": "pos_embed" not in top,
+        "use_final_norm": "final_norm.weight" in top,
+        "txt_dim": top["proj_txt.weight"][1] if "proj_txt.weight" in top else 0,
+        "num_classes": top["class_embed"][0] if "class_embed" in top else 0,
+        "learnable_self_denoiser": bool(denoiser),
+        "conditional_denoiser": "learnable_self_denoiser.proj_txt.weight" in denoiser,
+    }
+    if len(first) > 1:
+        options["channels"] = bottom["proj_in.weight"][0]
+        options["cond_top_only"] = options["txt_dim"] > 0 and "proj_txt.weight" not in bottom
+    options["width of the deep block"] = top["proj_in.weight"][0]
+    if layers[max(first)]:
+        options["use_swiglu"] = "mlp.gate_proj.weight" in top
+        options["use_qk_norm"] = "attention.query_norm.weight" in top
+        options["use_post_norm"] = "attention.post_norm.weight" in top
+        options["use_bias"] = "attention.qkv.bias" in top
+        kinds = ("attention.norm.bias", "layer_norm"), ("attention.norm.weight", "rms_norm")
+        options["norm_type"] = next((kind for name, kind in kinds if name in top), "none")
+    return options
+
+
+def differences(config: FlowConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """Options in which a published state dict is of another flow than `config`, in words."""
+    derived = {
+        "dimensions of a token": config.token_channels,
+        "width of the deep block": config.width(len(config.layers_per_block) - 1),
+    }
+    found = []
+    for name, value in options_of(state).items():
+        own = derived[name] if name in derived else getattr(config, name)
+        if own != value:
+            found.append(f"{name if name in derived else f'flow.{name}'} is {own!r}, the checkpoint has {value!r}")
+    return found
+
+
 def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict with published names under our names, checked and in our shapes; nothing is copied.
 
@@ -68,7 +130,8 @@ def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         Our name -> tensor, for everything but what only this project has.
 
     Raises:
-        ValueError: names or shapes that do not match, all of them listed.
+        ValueError: names or shapes that do not match; the options that this comes from are listed, or, where they
+            tell of none, all tensors.
     """
     own = flow.state_dict()
     expected = {
@@ -90,14 +153,19 @@ def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         for name, tensor in given.items()
         if tensor.numel() != own[name].numel() or tensor.squeeze().shape != own[name].squeeze().shape
     ]
-    problems = [
-        f"{what}: {', '.join(names)}"
-        for what, names in (("missing", missing), ("unexpected", sorted(unexpected)), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise ValueError("checkpoint: tensors do not match the config; " + "; ".join(problems))
+    problems = {"missing": missing, "unexpected": sorted(unexpected), "of another shape": shapes}
+    if any(problems.values()):
+        options = differences(flow.config, state)
+        # A wrong option is told by thousands of tensors.
+        most = 4 if options else None
+        listed = [f"{what}: {_list(names, most)}" for what, names in problems.items() if names]
+        raise ValueError("checkpoint: " + "; ".join([*options, "tensors do not match the config", *listed]))
     return {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
+
+
+def _list(names: list[str], most: int | None) -> str:
+    more = 0 if most is None else len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:

@@ -20,23 +20,26 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from starflow import noise
 from starflow.batches import Features, caption_for
-from starflow.block import FlowBlock
 from starflow.checkpoints import load_model
 from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import VideoError, frames_at, probe, read_image, read_video, to_pixels
-from starflow.denoiser import score_denoise, tweedie_step
-from starflow.flow import Decoded, Flow
+from starflow.decoding import Conditions, Span
+from starflow.denoiser import tweedie_step
+from starflow.flow import Flow
 from starflow.guidance import Guidance
 from starflow.network import Precision
+from starflow.session import Cleaning, Denoising, Session
 from starflow.solver import Chunks, Schedule, Sequential, Window, break_even
 from starflow.text import TextEncoder
 
 logger = logging.getLogger(__name__)
 
 Denoise: TypeAlias = bool | Literal["learned", "score"]
+
+# Frames before one that is cleaned which the denoiser sees, where the model does not say (docs/long-video.md).
+BEHIND = 2
 
 SOLVER_FORMS = '"sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]"'
 
@@ -270,6 +273,8 @@ class Pipeline:
         video: str | Path | Tensor | None = None,
         given: int | None = None,
         denoise: Denoise = True,
+        look_ahead: int | None = None,
+        window: int | None = None,
         window_context: int | None = None,
     ) -> Sampled:
         """Makes one clip for each prompt.
@@ -293,7 +298,11 @@ class Pipeline:
             given: frames taken from `video`; by default as many as it has, at most half of `frames`.
             denoise: True takes the learned denoiser where the flow has one and otherwise a step along the flow's own
                 score; "learned" and "score" insist on one; False returns the noisy clips.
-            window_context: frames that a sampling window of a long clip takes over from the one before.
+            look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
+                trained to see. 0 shows a frame sooner, cleaned a little worse.
+            window: latent frames that the deep block sees of a long clip, by default those of the model's own window
+                (`flow.local_attn_window`), or else of the training clips. Shallow blocks that look over time see all.
+            window_context: of these, the ones that a window takes over from the one before; by default three quarters.
 
         Returns:
             Clips, latents and the report.
@@ -304,67 +313,125 @@ class Pipeline:
             NotFiniteError: weights, text or noise are not finite.
         """
         begin = time.perf_counter()
-        config = self.config
+        names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+        frames = self.config.data.frames if frames is None else frames
+        session = self.session(
+            names,
+            seed=seed,
+            seeds=seeds,
+            frames=frames,
+            height=height,
+            width=width,
+            fps=fps,
+            guidance=guidance,
+            temperature=temperature,
+            solver=solver,
+            precision=precision,
+            certificate=certificate,
+            image=image,
+            video=video,
+            given=given,
+            denoise=denoise,
+            look_ahead=look_ahead,
+            window=window,
+            window_context=window_context,
+        )
+        beginning = session.beginning
+        parts = [] if beginning is None else [beginning]
+        parts += session.extend(self.codec.latent_frames(frames) - session.frames, last=True, together=True)
+        pixels, latents, noisy = (
+            torch.cat([getattr(part, name) for part in parts], 1).cpu() for name in ("pixels", "latents", "noisy")
+        )
+        seconds = time.perf_counter() - begin
+        still = frames == 1
+        return Sampled(
+            pixels=pixels,
+            latents=latents,
+            noisy=noisy,
+            prompts=names,
+            captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
+            seeds=session.seeds,
+            given=0 if beginning is None else beginning.pixels.shape[1],
+            report=report_of(session, seconds, pixels.shape[0] * pixels.shape[1]),
+        )
+
+    def session(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        fps: float | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        solver: str | Schedule | None = None,
+        precision: Precision | None = None,
+        certificate: bool = False,
+        image: str | Path | Tensor | None = None,
+        video: str | Path | Tensor | None = None,
+        given: int | None = None,
+        denoise: Denoise = True,
+        look_ahead: int | None = None,
+        window: int | None = None,
+        window_context: int | None = None,
+    ) -> Session:
+        """Clips that are made frame by frame (see `Session`); the arguments as of `sample`.
+
+        Args:
+            frames: pixel frames of the clips, where they are known: what the flow attends to at most, if it has no
+                sliding window. By default those of the training clips.
+
+        Raises:
+            ValueError: an argument that does not fit the model; the message names it.
+        """
+        config, c = self.config, self.flow.config
         names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         numbers = self._seeds(len(names), seed, seeds)
-        frames = config.data.frames if frames is None else frames
+        length = config.data.frames if frames is None else frames
         fps = config.data.fps if fps is None else fps
         weight = config.sample.guidance if guidance is None else guidance
         heat = config.sample.temperature if temperature is None else temperature
         if not 0.0 <= heat < math.inf:
             raise ValueError(f"temperature is {heat:g}, expected a number >= 0")
-        shape = self._latent_shape(frames, height, width)
-        method = self._denoiser(denoise)
-        still = frames == 1
+        shape = self._latent_shape(length, height, width)
+        still = length == 1
         if isinstance(solver, str) or solver is None:
             schedule = parse_solver(config.sample.solver if solver is None else solver, certificate=certificate)
         else:
             schedule = replace(solver, certificate=True) if certificate and isinstance(solver, Window) else solver
         if weight and self.text is None:
             raise ValueError(f"guidance is {weight:g}, expected 0: the model was trained without text")
-        if frames > config.data.frames:
-            logger.info("%d frames are more than the %d of the training clips", frames, config.data.frames)
 
-        y = self.condition(names, fps=fps, image=still)
-        null = None
-        if weight and self.flow.config.num_classes == 0:
-            null = self.condition([""], fps=fps, image=still)
+        def read(told: Sequence[str]) -> Tensor | None:
+            return self.condition(told, fps=fps, image=still)
+
+        y, null = read(names), None
+        if weight and c.num_classes == 0:
+            null = read([""])
             null = None if null is None else null.expand(len(names), -1, -1)
-        beginning = self._beginning(image, video, given, frames, shape, fps, len(names))
-        clean = None if beginning is None else self._encode(beginning)
-        prefix = None if clean is None else clean + config.train.noise_std * self._noise(numbers, clean, "train")
-        z = heat * self._noise(numbers, torch.empty(len(names), *shape), "sample")
-        precision = config.sample.precision if precision is None else precision
-        schedule = self._sized(schedule, z, y, null, weight, precision)
-        decoded = self.flow.decode(
-            z,
-            y,
-            null=null,
-            guidance=weight,
-            schedule=schedule,
-            prefix=prefix,
-            window_context=window_context,
-            precision=precision,
+        span = self._span(shape[0], window, window_context)
+        conditions = Conditions(
+            y, null, Guidance(weight), schedule, precision=config.sample.precision if precision is None else precision
         )
-        latents = self._denoised(decoded.x, y, method)
-        if clean is not None:
-            latents = torch.cat([clean, latents[:, clean.shape[1] :]], 1)
-        pixels = self.codec.decode(latents).clamp(-1.0, 1.0)
+        conditions = self._sized(conditions, span.window, shape)
+        session = Session(
+            self.flow,
+            self.codec,
+            (len(names), *shape[1:]),
+            numbers,
+            conditions,
+            span,
+            self._denoising(denoise, look_ahead, span.window),
+            temperature=heat,
+            read=read if self.text is not None else None,
+        )
+        beginning = self._beginning(image, video, given, length, (height, width), fps, len(names))
         if beginning is not None:
-            pixels = torch.cat([beginning, pixels[:, beginning.shape[1] :]], 1)
-        seconds = time.perf_counter() - begin
-        return Sampled(
-            pixels=pixels.cpu(),
-            latents=latents.cpu(),
-            noisy=decoded.x.cpu(),
-            prompts=names,
-            captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
-            seeds=numbers,
-            given=0 if beginning is None else beginning.shape[1],
-            report=_report(
-                decoded, schedule, precision, weight, heat, method, seconds, pixels.shape[0] * pixels.shape[1]
-            ),
-        )
+            session.prefill(beginning)
+        return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
@@ -394,8 +461,22 @@ class Pipeline:
             sides.append(side // codec.spatial)
         return codec.latent_frames(frames), codec.latent_channels, sides[0], sides[1]
 
-    def _denoiser(self, denoise: Denoise) -> str:
-        """Which denoiser an option means: "learned", "score" or "none"."""
+    def _denoising(self, denoise: Denoise, look_ahead: int | None, window: int) -> Denoising:
+        """What the options of denoising mean."""
+        recipe, c = self.config.train, self.flow.config
+        kind = self._denoiser(denoise)
+        # A denoiser that is not causal sees the clip from its first to its last frame, and a score is that of a clip.
+        whole = kind == "score" or (kind == "learned" and c.temporal_causal == 0)
+        most = c.temporal_causal - 1 if kind == "learned" and not whole else 0
+        if look_ahead is not None and not 0 <= look_ahead <= most:
+            raise ValueError(f"sample: look_ahead is {look_ahead}, expected 0 to {most} (what the denoiser sees)")
+        ahead = most if look_ahead is None else look_ahead
+        behind = min(BEHIND, window - 1 - ahead) if c.denoiser_window is None else c.denoiser_window
+        step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
+        return Denoising(kind, recipe.noise_std, step, max(behind, 0), ahead, whole=whole)
+
+    def _denoiser(self, denoise: Denoise) -> Cleaning:
+        """Which denoiser an option means."""
         learned = self.flow.denoiser is not None
         if denoise is False or self.config.train.noise_std == 0.0:
             return "none"
@@ -407,30 +488,20 @@ class Pipeline:
             raise ValueError('sample: denoise is "learned", expected "score": the model has no learned denoiser')
         return denoise
 
-    def _denoised(self, x: Tensor, y: Tensor | None, method: str) -> Tensor:
-        if method == "score":
-            return score_denoise(self.flow, x, y, self.config.train.noise_std)
-        if method == "learned":
-            assert self.flow.denoiser is not None
-            recipe = self.config.train
-            step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
-            return self.flow.denoiser.denoise_video(x, y if self.flow.config.conditional_denoiser else None, step=step)
-        return x
-
-    def _noise(self, seeds: Sequence[int], like: Tensor, purpose: Literal["sample", "train"]) -> Tensor:
-        """Standard normal noise in the shape of latents `like`, drawn on the CPU so that devices agree.
-
-        The purpose keeps the noise of given frames apart from that of the sample.
-        """
-        frames, channels, height, width = like.shape[1:]
-        return noise.draw(seeds, frames, channels, height, width, purpose=purpose).to(self.device)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Clean latents (clips, latent frames, ...) of given frames."""
-        latents = self.codec.encode(pixels.to(self.device))
-        if not bool(latents.isfinite().all()):
-            raise ValueError("sample: the given frames hold values that are not finite, expected numbers in [-1, 1]")
-        return latents
+    def _span(self, frames: int, window: int | None, context: int | None) -> Span:
+        """How much the deep block sees of a clip of so many latent frames, if it is no longer."""
+        c = self.flow.config
+        if not (c.shallow_block_local and c.temporal_causal > 0):
+            if window is not None:
+                raise ValueError(
+                    f"sample: window is {window}, expected None: the model's shallow blocks look over time "
+                    "(flow.shallow_block_local)"
+                )
+            return Span(frames)
+        window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
+        if window == 1:
+            return Span(frames)
+        return Span(window, Span.default_context(window) if context is None else context)
 
     def _beginning(
         self,
@@ -438,7 +509,7 @@ class Pipeline:
         video: str | Path | Tensor | None,
         given: int | None,
         frames: int,
-        shape: tuple[int, int, int, int],
+        size: tuple[int | None, int | None],
         fps: float | None,
         clips: int,
     ) -> Tensor | None:
@@ -454,13 +525,15 @@ class Pipeline:
             raise ValueError(
                 f"sample: {name} is given, expected a model that runs forward in time (temporal_causal > 0)"
             )
-        size = {"height": shape[2] * self.codec.spatial, "width": shape[3] * self.codec.spatial}
+        shape = self._latent_shape(frames, *size)
+        sides = {"height": shape[2] * self.codec.spatial, "width": shape[3] * self.codec.spatial}
+        fps = self.config.data.fps if fps is None else fps
         if video is None:
-            pixels = _image(image, **size, channels=self.codec.channels)
+            pixels = _image(image, **sides, channels=self.codec.channels)
         else:
             most = self._half(frames) if given is None else given
-            pixels = _video_end(video, most, exactly=given is not None, fps=fps, **size, channels=self.codec.channels)
-        expected = (self.codec.channels, size["height"], size["width"])
+            pixels = _video_end(video, most, exactly=given is not None, fps=fps, **sides, channels=self.codec.channels)
+        expected = (self.codec.channels, sides["height"], sides["width"])
         if pixels.dim() == 4:
             pixels = pixels.expand(clips, *pixels.shape)
         if pixels.dim() != 5 or pixels.shape[0] != clips or tuple(pixels.shape[2:]) != expected:
@@ -489,27 +562,18 @@ class Pipeline:
             return count
         return 1
 
-    def _sized(
-        self,
-        schedule: Schedule,
-        z: Tensor,
-        y: Tensor | None,
-        null: Tensor | None,
-        guidance: float,
-        precision: Precision,
-    ) -> Schedule:
+    def _sized(self, conditions: Conditions, window: int, shape: tuple[int, int, int, int]) -> Conditions:
         """Settles a measured window for one clip, so that a clip does not depend on how many are made together."""
+        schedule, y, null = conditions.schedule, conditions.y, conditions.null
         if not isinstance(schedule, Window) or schedule.size is not None:
-            return schedule
+            return conditions
         c = self.flow.config
-        block = self.flow.blocks[-1]
-        assert isinstance(block, FlowBlock)
-        frames = min(z.shape[1], c.local_attn_window or z.shape[1])
+        block = self.flow.solving_order()[0]
         context = y[:1] if y is not None and (c.num_classes or c.text_width(block.index)) else None
-        layout = block.layout(frames, z.shape[-2] // c.patch_size, z.shape[-1] // c.patch_size, context, image=False)
+        layout = block.layout(window, shape[2] // c.patch_size, shape[3] // c.patch_size, context, image=False)
         free = None if null is None or context is None else null[:1]
-        decoder = block.decoder(layout, 1, context, free, Guidance(guidance), precision=precision)
-        return replace(schedule, size=break_even(decoder, 1))
+        decoder = block.decoder(layout, 1, context, free, conditions.guidance, precision=conditions.precision)
+        return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
 
 
 def _image(image: str | Path | Tensor | None, *, height: int, width: int, channels: int) -> Tensor:
@@ -547,32 +611,26 @@ def _video_end(
     )
 
 
-def _report(
-    decoded: Decoded,
-    schedule: Schedule,
-    precision: str,
-    guidance: float,
-    temperature: float,
-    denoised: str,
-    seconds: float,
-    frames: int,
-) -> SampleReport:
-    last = len(decoded.reports) - 1
+def report_of(session: Session, seconds: float, frames: int) -> SampleReport:
+    """What a session did in so many seconds for so many pixel frames of all clips."""
+    last = len(session.reports) - 1
     blocks = tuple(
         BlockReport(last - place, report.window, report.sweeps, report.evaluations_per_token, report.backward_error)
-        for place, report in enumerate(decoded.reports)
+        for place, report in enumerate(session.reports)
         if report is not None
     )
+    errors = [block.backward_error for block in blocks if block.backward_error is not None]
+    conditions = session.conditions
     return SampleReport(
-        solver=solver_text(schedule),
-        precision=precision,
-        guidance=guidance,
-        temperature=temperature,
-        denoised=denoised,
+        solver=solver_text(conditions.schedule),
+        precision=conditions.precision,
+        guidance=conditions.guidance.weight,
+        temperature=session.temperature,
+        denoised=session.denoising.kind,
         window=blocks[0].window,
         sweeps=blocks[0].sweeps,
         evaluations_per_token=blocks[0].evaluations_per_token,
-        backward_error=decoded.backward_error,
+        backward_error=max(errors) if errors else None,
         blocks=blocks,
         seconds=seconds,
         frames_per_second=frames / seconds,

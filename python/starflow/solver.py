@@ -19,35 +19,29 @@ Jacobi iteration; Gu et al., STARFlow-V (2025), for chunks; the acceptance rule 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from starflow.affine import Affine
 from starflow.files import write_text
-from starflow_ext.jacobi_solve import SweepCount
+from starflow_ext.jacobi_solve import SolveProgress, SweepCount
 
 
 class Autoregressive(Protocol):
     """What can be inverted: a map from the tokens before a window to the affine maps of the window."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def channels(self) -> int:
-        """Dimensions of a token."""
 
     @property
     def first_token(self) -> int:
@@ -65,12 +59,11 @@ class Autoregressive(Protocol):
     def halves(self) -> int:
         """2 where a call evaluates a conditional and an unconditional half, else 1."""
 
-    @property
-    def cost_key(self) -> str:
-        """Names what the cost of a call depends on beside its rows."""
-
     def initial_guess(self, z: Tensor) -> Tensor:
         """Where tokens lie before anything is evaluated, like `z`."""
+
+    def default_window(self, batch: int, first: int) -> int:
+        """Rows of a sample in a call where the schedule names none; arguments as of `break_even`."""
 
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`.
@@ -78,10 +71,37 @@ class Autoregressive(Protocol):
         What is cached of the first `final` tokens of each sample stays.
         """
 
-    def window_solver(
-        self, x: Tensor, z: Tensor, first: int, size: int, tolerance: float
-    ) -> Iterator[SweepCount] | None:
-        """The window schedule in native code (see `starflow.block.BlockDecoder`), or None for that in plain torch."""
+    @property
+    def native_window(self) -> WindowSweeps | None:
+        """The window schedule in native code, or None where it runs in plain torch."""
+
+
+class WindowSweeps(Protocol):
+    """The window schedule of a model in native code (see `starflow_ext.ops.jacobi_solve`)."""
+
+    def begin(self, x: Tensor, first: int) -> SolveProgress:
+        """Where a solve of the tokens `first ..` starts."""
+
+    def sweep(
+        self, progress: SolveProgress, z: Tensor, first: int, size: int, tolerance: float, most_sweeps: int
+    ) -> SweepCount:
+        """Up to `most_sweeps` sweeps, in place."""
+
+
+class Timed(Autoregressive, Protocol):
+    """A model whose calls can be timed, and the times kept under a name."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def channels(self) -> int:
+        """Dimensions of a token."""
+
+    @property
+    def cost_key(self) -> str:
+        """Names what the cost of a call depends on beside its rows."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,8 @@ class Window:
 
     Args:
         size: rows of a clip in a call, which a frame-local block shares out to its frames; None takes the break-even
-            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance.
+            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance; of a function
+            (see `starflow.solve`) all tokens, or a frame where it can be evaluated window by window.
         tolerance: of the change of a token in units of its scale. 0 is token by token for any size.
         certificate: also measure the backward error.
     """
@@ -192,6 +213,166 @@ class _Progress:
     window: int = 1
 
 
+@dataclass
+class _At:
+    """Where a solve stands, beside x: what it can go on from.
+
+    Attributes:
+        frontier: first token of each sample that is not final.
+        fresh: first token of each sample that was never evaluated.
+        kept: the network's last outputs; None before the first.
+    """
+
+    frontier: list[int]
+    fresh: list[int]
+    kept: _Kept | Tensor | None = None
+
+    def clone(self) -> _At:
+        return _At(list(self.frontier), list(self.fresh), None if self.kept is None else self.kept.clone())
+
+
+# Sweeps of a native call: few enough to be interrupted in between.
+_MOST_SWEEPS = 64
+
+
+class Solve:
+    """A solve that goes on while noise comes in and tokens go out.
+
+    In native code, on one level of the processor, tokens do not depend on the pieces that their noise comes in, to the
+    last bit: what is computed of a token depends on no later one, and sweeps of a window that reached beyond the noise
+    at hand are taken back and done again when there is more. Only `Chunks` are cut by where a piece ends.
+
+    Args:
+        model: fresh decoder of a block (its cache is written).
+        schedule: how.
+        known: first tokens that are given, (batch, known tokens, channels), kept bit for bit; their dtype is that of
+            the solve.
+        judge: makes the decoder that certifies, where `model` rounds what it computes or goes on after it is asked for
+            a report; None lets it judge itself.
+
+    Raises:
+        ValueError: more tokens than the model has.
+        NotFiniteError: a token is not finite.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: Autoregressive,
+        schedule: Schedule,
+        known: Tensor,
+        judge: Callable[[], Autoregressive] | None = None,
+    ) -> None:
+        count = known.shape[1]
+        _require_finite(known, 0, "given data")
+        self._model, self._schedule, self._judge = model, schedule, judge
+        # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
+        self._x = torch.cat([known.new_zeros(known.shape[0], 1, known.shape[2]), known], 1)
+        self._z = torch.zeros_like(known)
+        self._first = max(count, model.first_token)
+        if count > model.first_token:
+            model.evaluate(self._x[:, model.first_token : count], model.first_token)
+        self._size = 1
+        if isinstance(schedule, Window):
+            self._size = schedule.size or model.default_window(known.shape[0], self._first)
+        self._at = _At([self._first] * known.shape[0], [self._first] * known.shape[0])
+        self._before_the_end: tuple[_At, Tensor] | None = None
+        self._more = False
+        self._progress = _Progress()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far: given ones, and those whose noise is at hand."""
+        return self._z.shape[1]
+
+    @property
+    def final(self) -> int:
+        """Tokens that will not change any more, in all samples."""
+        return min(*self._at.frontier, self.tokens)
+
+    @property
+    def x(self) -> Tensor:
+        """(batch, tokens, channels), of which the first `final` are solved."""
+        return self._x[:, 1:]
+
+    @property
+    def z(self) -> Tensor:
+        """Noise like `x`; zeros at given tokens."""
+        return self._z
+
+    @torch.inference_mode()
+    def extend(self, z: Tensor, *, more: bool = False) -> None:
+        """Appends noise.
+
+        Args:
+            z: (batch, further tokens, channels).
+            more: whether there may be more noise after this.
+
+        Raises:
+            ValueError: a shape that does not fit.
+            NotFiniteError: noise that is not finite.
+        """
+        left = self._model.tokens - self.tokens
+        if z.dim() != 3 or z.shape[::2] != self._z.shape[::2] or z.shape[1] > left:
+            batch, _, channels = self._z.shape
+            raise ValueError(
+                f"solve: z has shape {list(z.shape)}, expected ({batch}, at most {left} further tokens, {channels})"
+            )
+        _require_finite(z, self.tokens, "noise")
+        if self._before_the_end is not None:
+            self._at, self._x = self._before_the_end
+            self._before_the_end = None
+        new = max(self.tokens, self._first)
+        self._x, self._z = torch.cat([self._x, z], 1), torch.cat([self._z, z], 1)
+        if isinstance(self._schedule, Window):
+            guess = self._model.initial_guess(self._z[:, new:])
+            # A token that is final at its first evaluation is compared with its guess.
+            self._x[:, new + 1 :] = torch.where(guess.abs() < _WILD, guess, self._z[:, new:])
+        if isinstance(self._at.kept, Tensor):
+            self._at.kept = F.pad(self._at.kept, (0, 0, 0, z.shape[1]))
+        self._more = more
+
+    @torch.inference_mode()
+    def run(self, until: int) -> int:
+        """Sweeps until `until` tokens are final, of those whose noise is at hand; returns how many are.
+
+        Raises:
+            NotFiniteError: a token is not finite; names it, as soon as it is met.
+        """
+        until = min(until, self.tokens)
+        model, x, z, at, progress = self._model, self._x, self._z, self._at, self._progress
+        while self.final < until:
+            if isinstance(self._schedule, Chunks):
+                _chunk(model, x, z, self._schedule, at, progress)
+            elif isinstance(self._schedule, Sequential):
+                _token(model, x, z, at, progress)
+            else:
+                if self._more and self._before_the_end is None and max(at.frontier) + self._size > self.tokens:
+                    self._before_the_end = at.clone(), x.clone()
+                watched = until < self.tokens or (self._more and self._before_the_end is None)
+                sweeps = 1 if watched else _MOST_SWEEPS
+                _window(model, x, z, self._first, self._size, self._schedule.tolerance, sweeps, at, progress)
+        return self.final
+
+    def report(self) -> SolveReport:
+        """What was done so far; of what was done twice, both."""
+        report = SolveReport(
+            tokens=max(self.final - self._first, 0),
+            rows=self._progress.rows * self._model.halves,
+            sweeps=len(self._progress.accepted),
+            samples=self._z.shape[0],
+            accepted=tuple(self._progress.accepted),
+            passes=tuple(self._progress.passes),
+            window=self._progress.window,
+        )
+        if isinstance(self._schedule, Window) and self._schedule.certificate:
+            model = self._model if self._judge is None else self._judge()
+            solved = self.final
+            error = certify(model, self.x[:, :solved], self._z[:, :solved], self._first)
+            report = replace(report, backward_error=error)
+        return report
+
+
 @torch.inference_mode()
 def solve(
     model: Autoregressive,
@@ -221,37 +402,10 @@ def solve(
     count = 0 if known is None else known.shape[1]
     if known is not None and (count > z.shape[1] or known.shape[::2] != z.shape[::2]):
         raise ValueError(f"solve: known has shape {list(known.shape)}, expected at most {list(z.shape)} tokens of z")
-    _require_finite(z[:, count:], count, "noise")
-    if known is not None:
-        _require_finite(known, 0, "given data")
-    # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
-    x = torch.cat([torch.zeros_like(z[:, :1]), z], 1)
-    if known is not None:
-        x[:, 1 : count + 1] = known
-    first = max(count, model.first_token)
-    if count > model.first_token:
-        model.evaluate(x[:, model.first_token : count], model.first_token)
-    progress = _Progress()
-    if first < z.shape[1]:
-        if isinstance(schedule, Chunks):
-            _chunks(model, x, z, first, schedule, progress)
-        elif isinstance(schedule, Sequential):
-            _sequential(model, x, z, first, progress)
-        else:
-            _window(model, x, z, first, schedule, progress)
-    out = x[:, 1:]
-    report = SolveReport(
-        tokens=z.shape[1] - first,
-        rows=progress.rows * model.halves,
-        sweeps=len(progress.accepted),
-        samples=z.shape[0],
-        accepted=tuple(progress.accepted),
-        passes=tuple(progress.passes),
-        window=progress.window,
-    )
-    if isinstance(schedule, Window) and schedule.certificate:
-        report = replace(report, backward_error=certify(model if judge is None else judge(), out, z, first))
-    return out, report
+    solving = Solve(model, schedule, z[:, :0] if known is None else known.to(z.dtype), judge)
+    solving.extend(z[:, count:])
+    solving.run(z.shape[1])
+    return solving.x, solving.report()
 
 
 @torch.inference_mode()
@@ -287,97 +441,158 @@ def _not_finite(what: str, sample: int, token: int) -> NotFiniteError:
     )
 
 
-def _sequential(model: Autoregressive, x: Tensor, z: Tensor, first: int, progress: _Progress) -> None:
-    for token in range(first, z.shape[1]):
-        affine = model.evaluate(x[:, token : token + 1], token)
-        new = affine.decode(z[:, token : token + 1])
-        _require_finite(new, token, "solution")
-        x[:, token + 1 : token + 2] = new
-        progress.rows += z.shape[0]
-        progress.accepted.append(z.shape[0])
+def _token(model: Autoregressive, x: Tensor, z: Tensor, at: _At, progress: _Progress) -> None:
+    """One token, of all samples."""
+    token = at.frontier[0]
+    affine = model.evaluate(x[:, token : token + 1], token)
+    new = affine.decode(z[:, token : token + 1])
+    _require_finite(new, token, "solution")
+    x[:, token + 1 : token + 2] = new
+    progress.rows += z.shape[0]
+    progress.accepted.append(z.shape[0])
+    at.frontier = [token + 1] * z.shape[0]
 
 
-def _chunks(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: Chunks, progress: _Progress) -> None:
-    frame, total = model.frame_tokens, z.shape[1]
-    start = first
-    while start < total:
-        # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
-        # second frame is short and has no guess.
-        size = min(schedule.block if start <= frame else 4 * schedule.block, total - start)
-        window = slice(start + 1, start + size + 1)
-        progress.window = max(progress.window, size)
-        for sweep in range(schedule.max_iterations):
-            read = start - frame if sweep == 0 and start > frame else start
-            affine = model.evaluate(x[:, read : read + size], start)
-            new = affine.decode(z[:, start : start + size])
-            change = (new - x[:, window]).square().mean() / new.square().mean()
-            x[:, window] = new
-            progress.rows += size * z.shape[0]
-            progress.accepted.append(0)
-            if change < schedule.threshold:
-                break
-        _require_finite(new, start, "solution")
-        progress.passes.append(sweep + 1)
-        progress.accepted[-1] = size * z.shape[0]
-        start += size
+def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: _At, progress: _Progress) -> None:
+    """One chunk, of all samples."""
+    frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
+    # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
+    # second frame is short and has no guess.
+    size = min(schedule.block if start <= frame else 4 * schedule.block, total - start)
+    window = slice(start + 1, start + size + 1)
+    progress.window = max(progress.window, size)
+    for sweep in range(schedule.max_iterations):
+        read = start - frame if sweep == 0 and start > frame else start
+        affine = model.evaluate(x[:, read : read + size], start)
+        new = affine.decode(z[:, start : start + size])
+        change = (new - x[:, window]).square().mean() / new.square().mean()
+        x[:, window] = new
+        progress.rows += size * z.shape[0]
+        progress.accepted.append(0)
+        if change < schedule.threshold:
+            break
+    _require_finite(new, start, "solution")
+    progress.passes.append(sweep + 1)
+    progress.accepted[-1] = size * z.shape[0]
+    at.frontier = [start + size] * z.shape[0]
 
 
-def _window(model: Autoregressive, x: Tensor, z: Tensor, first: int, schedule: Window, progress: _Progress) -> None:
-    batch, total, _ = z.shape
-    size = schedule.size if schedule.size is not None else break_even(model, batch, first)
-    progress.window = size = min(size, total - first)
-    x[:, first + 1 :] = model.initial_guess(z[:, first:])
-    native = model.window_solver(x, z, first, size, schedule.tolerance)
-    if native is not None:
-        for count in native:
-            progress.rows += count.rows // model.halves
-            progress.accepted += count.accepted
-            if count.bad is not None:
-                raise _not_finite("solution", *count.bad)
+def _window(
+    model: Autoregressive,
+    x: Tensor,
+    z: Tensor,
+    first: int,
+    size: int,
+    tolerance: float,
+    most_sweeps: int,
+    at: _At,
+    progress: _Progress,
+) -> None:
+    """Sweeps of the window, at most so many in native code and one in plain torch."""
+    progress.window = max(progress.window, min(size, z.shape[1] - first))
+    native = model.native_window if z.dtype == torch.float32 else None
+    if native is None:
+        _sweep(model, x, z, first, size, tolerance, at, progress)
         return
-    rows = torch.arange(batch, device=z.device)[:, None]
-    frontier = torch.full((batch,), first, device=z.device)
-    fresh = frontier.clone()  # first token of each sample that has not been evaluated
-    kept: _Kept | None = None
-    while int(frontier.min()) < total:
-        width = min(size, total - int(frontier.min()))
-        # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
-        # cached of them stays, so that a sample does not depend on the batch that it is in.
-        start = frontier.clamp(max=total - width)
-        tokens = start[:, None] + torch.arange(width, device=z.device)
-        if kept is not None:
-            kept.guess_(x, z, rows, tokens, fresh)
-        # What is read of tokens that are not final must be finite: a masked NaN still reaches every row of the window,
-        # as 0 * NaN. Any value in its place is as right, for it is only a guess.
-        read = x[rows, tokens]
-        wild = (tokens > frontier[:, None])[..., None] & ~(read.abs() < _WILD)
-        x[rows, tokens] = torch.where(wild, z[rows, tokens - 1], read)
-        together = bool((start == start[0]).all())
-        again = bool((start < frontier).any())
-        affine = model.evaluate(x[rows, tokens], int(start[0]) if together else start, frontier if again else None)
-        moved = x[rows, tokens + 1]
-        change = affine.update_(moved, z[rows, tokens])
-        done = tokens < frontier[:, None]
-        x[rows, tokens + 1] = torch.where(done[..., None], x[rows, tokens + 1], moved)
-        if kept is None:
-            kept = _Kept(affine, first, model.frame_tokens, batch, total)
-        kept.keep(affine, rows, tokens)
-        fresh = torch.maximum(fresh, start + width)
-        # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-        settled = ((change < schedule.tolerance) | done).long().cumprod(1).sum(1)
-        reached = (start + settled + 1).minimum(start + width)
+    done = native.begin(x, first)
+    if isinstance(at.kept, Tensor):
+        done = SolveProgress(x, torch.tensor(at.frontier), torch.tensor(at.fresh), at.kept)
+    count = native.sweep(done, z, first, size, tolerance, most_sweeps)
+    progress.rows += count.rows // model.halves
+    progress.accepted += count.accepted
+    if count.bad is not None:
+        raise _not_finite("solution", *count.bad)
+    at.frontier, at.fresh, at.kept = done.frontier.tolist(), done.fresh.tolist(), done.kept
+
+
+def _sweep(
+    model: Autoregressive,
+    x: Tensor,
+    z: Tensor,
+    first: int,
+    size: int,
+    tolerance: float,
+    at: _At,
+    progress: _Progress,
+) -> None:
+    """One sweep of the window in plain torch."""
+    # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
+    batch, total, frontier = z.shape[0], z.shape[1], at.frontier
+    width = min(size, total - min(frontier))
+    # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
+    # cached of them stays, so that a sample does not depend on the batch that it is in.
+    starts = [min(token, total - width) for token in frontier]
+    again = starts != frontier
+    here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
+    if isinstance(at.kept, _Kept) and max(starts) + width > min(at.fresh):
+        at.kept.guess_(x, z, starts, width, at.fresh)
+    _tame_(x, z, here, starts, width, frontier)
+    together = min(starts) == max(starts)
+    begin = starts[0] if together else torch.tensor(starts, device=z.device)
+    final = torch.tensor(frontier, device=z.device) if again else None
+    affine = model.evaluate(x[here], begin, final)
+    moved = x[after].clone()
+    change = affine.update_(moved, z[here])
+    accepted = change < tolerance
+    if final is not None:
+        done = _tokens(starts, width, z.device) < final[:, None]
+        moved = torch.where(done[..., None], x[after], moved)
+        accepted |= done
+    x[after] = moved
+    if model.frame_tokens < model.tokens - first:
+        if at.kept is None:
+            at.kept = _Kept(affine, first, model.frame_tokens, batch, model.tokens)
+        assert isinstance(at.kept, _Kept)
+        at.kept.keep(affine, here)
+    at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
+    # A token is final when all before it in the window moved less than the tolerance; NaN never does.
+    settled: list[int] = accepted.long().cumprod(1).sum(1).tolist()
+    reached = [start + min(count + 1, width) for start, count in zip(starts, settled, strict=True)]
+    wild = ~change.isfinite()
+    if bool(wild.any()):
         # Of what is accepted only the last token can be other than finite: those before it moved by a number.
-        lost = (~change.gather(1, (reached - 1 - start)[:, None]).isfinite()).nonzero()
-        if len(lost):
-            sample = int(lost[0, 0])
-            raise _not_finite("solution", sample, int(reached[sample]) - 1)
-        progress.rows += batch * width
-        progress.accepted.append(int((reached - frontier).sum()))
-        frontier = reached
+        for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
+            if wild[sample, token - 1 - start]:
+                raise _not_finite("solution", sample, token - 1)
+    progress.rows += batch * width
+    progress.accepted.append(sum(reached) - sum(frontier))
+    at.frontier = reached
+
+
+# Indices of a window in (batch, tokens, ...).
+Places = tuple[slice, slice] | tuple[Tensor, Tensor]
+
+
+def places(starts: list[int], width: int, device: torch.device) -> Places:
+    """Indices of `width` tokens from `starts` on, one for each sample: slices where all start together."""
+    if min(starts) == max(starts):
+        return slice(None), slice(starts[0], starts[0] + width)
+    return torch.arange(len(starts), device=device)[:, None], _tokens(starts, width, device)
+
+
+def _tokens(starts: list[int], width: int, device: torch.device) -> Tensor:
+    """Numbers of the tokens of a window, (batch, width)."""
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
 
 
 # Provisional tokens beyond this are divergence, not data.
 _WILD = 1e6
+
+
+def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, frontier: list[int]) -> None:
+    """Replaces what is read of tokens that are not final, where it is not finite or far off, by their noise.
+
+    A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
+    guess.
+    """
+    read = x[here]
+    sane = read.abs() < _WILD
+    if bool(sane.all()):
+        return
+    tokens = _tokens(starts, width, z.device)
+    provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
+    noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
+    x[here] = torch.where(provisional[..., None] & ~sane, noise, read)
 
 
 class _Kept:
@@ -387,18 +602,26 @@ class _Kept:
         self._like, self._first, self._frame = affine, first, frame
         self._raw = affine.raw.new_zeros(affine.raw.shape[0] // batch, batch, total, affine.raw.shape[-1])
 
-    def keep(self, affine: Affine, rows: Tensor, tokens: Tensor) -> None:
+    def clone(self) -> _Kept:
+        """A copy that later sweeps leave alone."""
+        copied = copy.copy(self)
+        copied._raw = self._raw.clone()
+        return copied
+
+    def keep(self, affine: Affine, here: Places) -> None:
         halves = affine.raw.view(self._raw.shape[0], self._raw.shape[1], *affine.raw.shape[1:])
         for kept, raw in zip(self._raw, halves, strict=True):
-            kept[rows, tokens] = raw
+            kept[here] = raw
 
-    def guess_(self, x: Tensor, z: Tensor, rows: Tensor, tokens: Tensor, fresh: Tensor) -> None:
+    def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
         """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
-        ahead = tokens - fresh[:, None]
+        tokens = _tokens(starts, width, z.device)
+        ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
         wanted = (ahead >= 0) & (source >= self._first)
         if not bool(wanted.any()):
             return
+        rows = torch.arange(len(starts), device=z.device)[:, None]
         raw = self._raw[:, rows, source.clamp(min=0)].flatten(0, 1)
         guess = x[rows, tokens + 1]
         replace(self._like, raw=raw).update_(guess, z[rows, tokens])
@@ -412,7 +635,7 @@ _measured: dict[str, int] = {}
 
 
 @torch.inference_mode()
-def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
+def break_even(model: Timed, batch: int, first: int = 0) -> int:
     """The window at which a call stops being free: the rows whose arithmetic takes as long as a call of one row.
 
     A narrower window only adds calls, a wider one only arithmetic. Measured once per block, machine and number of
@@ -440,7 +663,7 @@ def break_even(model: Autoregressive, batch: int, first: int = 0) -> int:
     return max(1, min(_measured[key] // (batch * model.halves), model.tokens))
 
 
-def _measure(model: Autoregressive, batch: int, first: int) -> int:
+def _measure(model: Timed, batch: int, first: int) -> int:
     last = model.tokens - first
     many = max(2, min(_MANY_ROWS // batch, last))
     channels = model.channels

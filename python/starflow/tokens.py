@@ -6,13 +6,26 @@ A grid of tokens is (batch, frames, height, width, channels); an image is a grid
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
-Order = Literal["raster", "reverse", "reverse_in_frame", "spread"]
+Order = Literal[
+    "raster",
+    "reverse",
+    "reverse_in_frame",
+    "spread",
+    "farthest",
+    "checkerboard",
+    "interlace",
+    "diagonal",
+    "random",
+]
 
 
 def patchify(latents: Tensor, patch_size: int, *, channel_first: bool = False) -> Tensor:
@@ -84,6 +97,53 @@ def _spread(height: int, width: int) -> list[int]:
     return [cell for _, cell in sorted(cells)]
 
 
+def _farthest(height: int, width: int) -> list[int]:
+    """Each cell is as far as any from those before it (Euclidean distance between centres), from the middle on."""
+    cells = [(row, column) for row in range(height) for column in range(width)]
+    nearest = [math.inf] * len(cells)
+    chosen: list[int] = []
+    cell = height // 2 * width + width // 2
+    while len(chosen) < len(cells):
+        chosen.append(cell)
+        nearest = [min(known, math.dist(place, cells[cell])) for known, place in zip(nearest, cells, strict=True)]
+        cell = nearest.index(max(nearest))
+    return chosen
+
+
+def _checkerboard(height: int, width: int) -> list[int]:
+    """The even squares of a checkerboard row by row, then the odd ones."""
+    return sorted(range(height * width), key=lambda cell: ((cell // width + cell % width) % 2, cell))
+
+
+def _interlace(height: int, width: int) -> list[int]:
+    """Rows in bit-reversed order, each from left to right."""
+    bits = (height - 1).bit_length()
+    return sorted(range(height * width), key=lambda cell: (_reverse_bits(cell // width, bits), cell))
+
+
+def _diagonal(height: int, width: int) -> list[int]:
+    """Along rising diagonals: the left and the upper neighbour of a cell are on the diagonal before its own."""
+    return sorted(range(height * width), key=lambda cell: (cell // width + cell % width, cell))
+
+
+def _random(height: int, width: int) -> list[int]:
+    """One shuffle, the same for every frame and every model."""
+    cells = list(range(height * width))
+    random.Random(0).shuffle(cells)
+    return cells
+
+
+_IN_FRAME: Final[dict[str, Callable[[int, int], list[int]]]] = {
+    "reverse_in_frame": lambda height, width: list(range(height * width))[::-1],
+    "spread": _spread,
+    "farthest": _farthest,
+    "checkerboard": _checkerboard,
+    "interlace": _interlace,
+    "diagonal": _diagonal,
+    "random": _random,
+}
+
+
 @lru_cache(maxsize=256)
 # What sampling left in the cache must serve training too.
 @torch.inference_mode(False)
@@ -92,7 +152,9 @@ def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
 
     Args:
         order: "raster"; "reverse" (the whole sequence backwards); "reverse_in_frame" (each frame backwards, frames in
-            order); "spread" (each frame in bit-reversed Morton order, frames in order).
+            order); "spread" (each frame in bit-reversed Morton order, frames in order). Frames in order too, each so:
+            "farthest" (the token that is farthest from those before it), "checkerboard" (even squares, then odd ones),
+            "interlace" (bit-reversed rows), "diagonal", "random" (one shuffle); docs/token-order.md compares them.
         frames, height, width: of the grid.
 
     Returns:
@@ -109,7 +171,7 @@ def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
         return raster
     if order == "reverse":
         return raster.flip(0)
-    frame = raster[:area].flip(0) if order == "reverse_in_frame" else torch.tensor(_spread(height, width))
+    frame = torch.tensor(_IN_FRAME[order](height, width))
     return (frame + area * torch.arange(frames)[:, None]).flatten()
 
 

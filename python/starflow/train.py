@@ -1,20 +1,22 @@
 """Training: the published recipe, deterministic under a seed, and resumable to the same bits.
 
 Whatever is random in a step (which clips, noise, dropping) follows from the seed and the number of the step, so the
-state of a run is weights, optimiser moments and two counters.
+state of a run is weights, optimiser moments and two counters. One process or the many that `torchrun` starts compute
+the same steps (see `starflow.distributed`).
 
 Reference: Gu et al., STARFlow-V (2025), training details; Gu et al., STARFlow (2025); Zhai et al., TarFlow (2024).
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,11 +31,12 @@ from tqdm import tqdm
 
 from starflow.batches import Batch, Batches, Features, caption_for, make_dataset, make_parts, open_text, with_vocabulary
 from starflow.block import Encoded
-from starflow.checkpoints import MODEL, latest_state, load_state, save_model, save_state, saving
+from starflow.checkpoints import MODEL, latest_state, load_state, read_state, save_model, save_state, saving
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.denoiser import STEP, score_target
+from starflow.distributed import ALONE, Engine, World, join, shard
 from starflow.flow import Flow, nll_of
 from starflow.optim import Average, make_optimizers
 from starflow.text import TextEncoder
@@ -75,7 +78,7 @@ class TrainStep:
         denoiser_loss: mean squared error to the score target; None where the denoiser did not learn.
         grad_norm, denoiser_grad_norm: before clipping.
         lr: of the flow.
-        samples_per_second: clips, over the last steps.
+        samples_per_second: clips of all processes, over the last steps.
         skipped: the weights were left alone (loss or gradient not finite, or a gradient above `train.grad_skip`).
     """
 
@@ -107,16 +110,25 @@ class Trainer:
         codec: pixels to latents.
         text: captions to features, or None.
         device: where the flow lives.
+        world: the processes that train it together; all make the same calls.
     """
 
-    def __init__(self, config: RunConfig, codec: Codec, text: TextEncoder | None, device: torch.device) -> None:
-        self.config, self.codec, self.text, self.device = config, codec, text, device
+    def __init__(
+        self, config: RunConfig, codec: Codec, text: TextEncoder | None, device: torch.device, world: World = ALONE
+    ) -> None:
+        self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.flow = Flow(config.flow).to(device).train()
-        self.average = Average(self.flow, config.train.ema)
+        target = copy.deepcopy(self.flow)
+        self.engine = Engine(self.flow, world, config.train.parallel)
+        self._sharded = world.size > 1 and config.train.parallel == "fsdp"
+        if self._sharded:
+            shard(target, world)
+        self.average = Average(self.flow, target, config.train.ema)
         self.optimizer, self.denoiser_optimizer = make_optimizers(self.flow, config.train)
+        self._tracked = [buffer for buffer in self.flow.buffers() if buffer.numel()]
         self.step = 0
         self.updates = 0
         self._bad = 0
@@ -127,23 +139,40 @@ class Trainer:
         Raises:
             CheckpointError: either cannot be written; what was there before is left as it was.
         """
-        tensors = {f"{part}:{name}": value for part, state in self._state().items() for name, value in state.items()}
         about = {
             "step": self.step,
             "updates": self.updates,
             "bad": self._bad,
             "config": to_mapping(self.config),
         }
-        save_state(folder, self.step, tensors, about)
+        save_state(folder, self.step, self._tensors(), about, self.world)
         self.save_model(folder)
 
     def save_model(self, folder: Path) -> None:
         """Writes the averaged weights as the model of the run."""
-        about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
-        save_model(folder / MODEL, self.average.flow, self.config, self.codec, self.text, about=about)
+        state = self.world.whole(self.average.flow.state_dict())
+        if self.world.first:
+            about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
+            save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
+
+    def averaged(self) -> Flow:
+        """The flow with the averaged weights; of weights in pieces a whole copy on the CPU, in the first process.
+
+        The other processes get what they hold.
+        """
+        flow = self.average.flow
+        if not self._sharded:
+            return flow
+        state = self.world.whole(flow.state_dict())
+        if not self.world.first:
+            return flow
+        with torch.device("meta"):
+            flow = Flow(self.config.flow)
+        flow.load_state_dict(state, assign=True)
+        return flow.requires_grad_(False).eval()
 
     def load(self, path: Path) -> None:
-        """Takes a training state up.
+        """Takes a training state up, of any number of processes.
 
         Args:
             path: as `latest_state` returns it.
@@ -152,20 +181,12 @@ class Trainer:
             CheckpointError: damaged.
             TrainingError: of a run with another model or codec.
         """
-        tensors, about = load_state(path)
-        _check_same_run(about["config"], to_mapping(self.config), path)
-        parts: dict[str, dict[str, Tensor]] = {part: {} for part in self._state()}
-        for key, value in tensors.items():
-            part, _, name = key.partition(":")
-            parts[part][name] = value
-        self.flow.load_state_dict(parts["flow"])
-        self.average.flow.load_state_dict(parts["average"])
-        self.optimizer.load_state(parts["optimizer"])
-        if self.denoiser_optimizer:
-            self.denoiser_optimizer.load_state(parts["denoiser_optimizer"])
+        _check_same_run(read_state(path)["config"], to_mapping(self.config), path)
+        about = load_state(path, self._tensors(), self.world)
         self.step, self.updates, self._bad = about["step"], about["updates"], about["bad"]
 
-    def _state(self) -> dict[str, Mapping[str, Tensor]]:
+    def _tensors(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, to be read and written in place."""
         state: dict[str, Mapping[str, Tensor]] = {
             "flow": self.flow.state_dict(),
             "average": self.average.flow.state_dict(),
@@ -173,13 +194,13 @@ class Trainer:
         }
         if self.denoiser_optimizer:
             state["denoiser_optimizer"] = self.denoiser_optimizer.state()
-        return state
+        return {f"{part}:{name}": value for part, tensors in state.items() for name, value in tensors.items()}
 
     def run(self, batch: Batch, samples_per_second: Callable[[], float] = lambda: math.nan) -> TrainStep:
         """One step.
 
         Args:
-            batch: of this step.
+            batch: of this step; of several processes the rows of this one.
             samples_per_second: asked for the report when the step is done.
 
         Raises:
@@ -246,30 +267,35 @@ class Trainer:
 
     def _backward(self, x: Tensor, y: Tensor | None) -> tuple[float, float] | None:
         """Gradients of a batch, part by part: both losses, or None where one is not finite."""
-        train, flow = self.config.train, self.flow
+        train, flow, engine = self.config.train, self.flow, self.engine
         weight = train.noise_std / STEP if train.cond_noise_level else 1.0
         parts = train.accumulate
         texts = [None] * parts if y is None else y.chunk(parts)
         total = denoiser_total = 0.0
-        denoiser = flow.denoiser if self._scores else None
-        for part, text in zip(x.chunk(parts), texts, strict=True):
+        denoiser = engine.denoiser if self._scores else None
+        for index, (part, text) in enumerate(zip(x.chunk(parts), texts, strict=True), start=1):
             part = part.detach().requires_grad_(denoiser is not None)
-            with self._autocast():
-                encoded = flow.encode(part, text)
-                nll = nll_of(encoded).mean()
-            loss = weight * nll / parts
-            if not math.isfinite(value := float(nll.detach())):
-                return None
-            total += value / parts
-            gradient = self._flow_backward(loss, self._penalty(encoded) / parts, part)
-            flow.track(encoded, TRACK_RATE)
-            if denoiser is not None and gradient is not None:
-                target = score_target(gradient * parts, train.noise_std)
+            with engine.accumulating(last=index == parts):
                 with self._autocast():
-                    prediction = denoiser(part.detach(), text if flow.config.conditional_denoiser else None)
-                    denoiser_loss = F.mse_loss(prediction.float(), target)
-                (denoiser_loss / parts).backward()
-                denoiser_total += float(denoiser_loss.detach()) / parts
+                    encoded = engine.encode(part, text)
+                    nll = nll_of(encoded).mean()
+                loss = weight * nll / parts
+                # All processes go on or none: a gradient is waited for by all.
+                if not math.isfinite(value := self.world.mean(float(nll.detach()))):
+                    return None
+                total += value / parts
+                gradient = self._flow_backward(loss, self._penalty(encoded) / parts, part)
+                flow.track(encoded, TRACK_RATE)
+                if denoiser is not None and gradient is not None:
+                    target = score_target(gradient * parts, train.noise_std)
+                    with self._autocast():
+                        prediction = denoiser(part.detach(), text if flow.config.conditional_denoiser else None)
+                        denoiser_loss = F.mse_loss(prediction.float(), target)
+                    (denoiser_loss / parts).backward()
+                    denoiser_total += float(denoiser_loss.detach()) / parts
+        # Means of each process's rows so far; running means are linear, so theirs are those of the batch.
+        self.world.average(self._tracked)
+        denoiser_total = self.world.mean(denoiser_total)
         return (total, denoiser_total) if math.isfinite(denoiser_total) else None
 
     def _penalty(self, encoded: Encoded) -> Tensor | float:
@@ -282,15 +308,12 @@ class Trainer:
     @staticmethod
     def _flow_backward(loss: Tensor, penalty: Tensor | float, x: Tensor) -> Tensor | None:
         """Gradients of loss and penalty; returns that of the loss by `x`, where `x` asks for one."""
-        if not x.requires_grad or not isinstance(penalty, Tensor):
-            (loss + penalty).backward()
-            return x.grad
-        # By itself first: the score target is the gradient of the likelihood alone.
-        loss.backward(retain_graph=True)
-        assert x.grad is not None
-        gradient = x.grad.clone()
-        penalty.backward()
-        return gradient
+        gradient = None
+        if x.requires_grad and isinstance(penalty, Tensor):
+            # By itself: the score target is the gradient of the likelihood alone.
+            (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (loss + penalty).backward()
+        return x.grad if gradient is None else gradient
 
     @property
     def _scores(self) -> bool:
@@ -316,75 +339,94 @@ def train(
     dataset: ClipDataset | None = None,
     device: str | torch.device | None = None,
 ) -> Flow:
-    """Trains a flow.
+    """Trains a flow, in this process or in those that `torchrun` starts, each of which calls this.
 
     A run that was interrupted or killed goes on from its last checkpoint and ends with the same bits as one that was
-    not. Ctrl-C ends the step, writes a checkpoint and raises KeyboardInterrupt; a second Ctrl-C does not wait.
+    not; with another number of processes, with the same numbers up to rounding. Ctrl-C ends the step, writes a
+    checkpoint and raises KeyboardInterrupt; a second Ctrl-C does not wait.
 
     Args:
         config: of the run.
         folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
             TensorBoard log `log`.
         resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
-        on_step: called after each step.
+        on_step: called after each step, in every process.
         quiet: no progress bar.
         dataset: in place of the one that the config names.
         device: default CUDA where there is one, else the CPU.
 
     Returns:
-        The flow with the averaged weights, in eval mode.
+        The flow with the averaged weights, in eval mode (with `train.parallel` "fsdp" whole in the first process, on
+        the CPU, and in pieces in the others).
 
     Raises:
         ConfigError: options that contradict each other.
         TrainingError: data or losses that are not finite, or a folder that holds another run.
         CheckpointError: a checkpoint that cannot be written or read.
+        DistributedError: another process of the run stopped.
 
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
+    with join(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))) as world:
+        return _train(config, folder, world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    *,
+    resume: bool,
+    on_step: Callable[[TrainStep], None] | None,
+    quiet: bool,
+    dataset: ClipDataset | None,
+) -> Flow:
     if open_text(config):
         dataset = make_dataset(config) if dataset is None else dataset
         config = with_vocabulary(config, dataset)
     codec, text = make_parts(config)
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    trainer = Trainer(config, codec, text, where)
-    last = latest_state(folder)
+    dataset = make_dataset(config) if dataset is None else dataset
+    batches = Batches(config, dataset, codec, rank=world.rank, size=world.size)
+    last = world.share(lambda: latest_state(folder))
+    if last is not None and not resume:
+        raise TrainingError(
+            f"training: {folder} holds a run up to {last.name}, expected an empty folder (resume is off)"
+        )
+    trainer = Trainer(config, codec, text, world.device, world)
     if last is not None:
-        if not resume:
-            raise TrainingError(
-                f"training: {folder} holds a run up to {last.name}, expected an empty folder (resume is off)"
-            )
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
-    batches = Batches(config, dataset if dataset is not None else make_dataset(config), codec)
-    with saving(folder / "config.yaml", "config") as temporary:
-        temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
     recipe = config.train
     speed = _Speed(recipe.batch_size)
-    with (
-        SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1) as log,
-        _deferred_interrupt() as interrupted,
-        tqdm(total=recipe.steps, initial=trainer.step, disable=quiet, unit="step") as bar,
-        closing(batches.run(trainer.step, recipe.steps)) as stream,
-    ):
-        for batch in stream:
+    with ExitStack() as stack:
+        log = None
+        if world.first:
+            with saving(folder / "config.yaml", "config") as temporary:
+                temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+            log = stack.enter_context(SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1))
+        interrupted = stack.enter_context(_deferred_interrupt())
+        hidden = quiet or not world.first
+        bar = stack.enter_context(tqdm(total=recipe.steps, initial=trainer.step, disable=hidden, unit="step"))
+        for batch in stack.enter_context(closing(batches.run(trainer.step, recipe.steps))):
             done = trainer.run(batch, speed)
             bar.set_postfix_str(
                 f"{done.bits_per_dim:.3f} bits/dim, {done.samples_per_second:.1f} clips/s", refresh=False
             )
             bar.update()
             end = done.step == recipe.steps
-            if end or done.step % LOG_EVERY == 0:
+            if log is not None and (end or done.step % LOG_EVERY == 0):
                 _write_log(log, done)
             if on_step is not None:
                 on_step(done)
-            if end or interrupted.is_set() or _due(done.step, recipe.checkpoint_every):
+            stop = world.any(interrupted.is_set())
+            if end or stop or _due(done.step, recipe.checkpoint_every):
                 trainer.save(folder)
             if _due(done.step, recipe.sample_every):
                 _write_samples(trainer, folder)
-            if interrupted.is_set() and not end:
+            if stop and not end:
                 raise KeyboardInterrupt
     trainer.save_model(folder)
-    return trainer.average.flow
+    return trainer.averaged()
 
 
 def _due(step: int, every: int) -> bool:
@@ -409,9 +451,11 @@ def _write_samples(trainer: Trainer, folder: Path) -> None:
     """Samples of the averaged weights: the same noise each time, so that progress can be seen."""
     from starflow.sample import Pipeline
 
-    config = trainer.config
+    config, flow = trainer.config, trainer.averaged()
+    if not trainer.world.first:
+        return
     prompts = config.sample.prompts or ("",) * 4
-    pipeline = Pipeline(trainer.average.flow, config, trainer.codec, trainer.text, device=trainer.device)
+    pipeline = Pipeline(flow, config, trainer.codec, trainer.text, device=trainer.device)
     sampled = pipeline.sample(prompts, seed=config.train.seed)
     target = folder / "samples" / f"step-{trainer.step:08d}.png"
     target.parent.mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ import torch
 import starflow.data
 from starflow.cli import main, make_config
 from starflow.config import ConfigError
-from starflow.data import probe, read_video
+from starflow.data import probe, read_image, read_video
 from starflow.sample import Pipeline
 
 PROMPT = "a three moving up"
@@ -89,6 +89,28 @@ def test_score_as_table_and_json(model: Path, tmp_path: Path, capsys: pytest.Cap
     assert run("score", model, clip, "--json", "-") == 0
     again = json.loads(capsys.readouterr().out)
     assert again["clips"][0]["bits_per_dim"] == values["clips"][0]["bits_per_dim"]
+
+
+def test_score_tells_anomalies_and_draws_where(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "clips"
+    assert run("sample", model, PROMPT, "--out", out) == 0
+    clip, picture, scores = next(out.glob("*.mp4")), tmp_path / "new" / "where.png", tmp_path / "scores.json"
+    options = ("--reference", 5, "--heat-map", picture, "--noise-std", 0.2)
+    assert run("score", model, clip, *options, "--json", scores, "--per-token") == 0
+    said = capsys.readouterr().out
+    assert "deviations from the mean of 5 held-out clips" in said
+    assert read_image(picture, height=8, width=8).shape == (1, 8, 8, 3)
+    values = json.loads(scores.read_text())
+    (item,) = values["clips"]
+    assert (values["noise_std"], values["noise_std_of_training"], values["reference_clips"]) == (0.2, 0.1, 5)
+    assert len(item["tokens"]) == len(item["frames"]) == len(item["anomaly"]["frames"]) == 4
+    assert item["anomaly"]["p_value"] * 6 == pytest.approx(round(item["anomaly"]["p_value"] * 6))
+    assert run("score", model, "--held-out", 2, "--reference", 5) == 2
+    assert "--reference is 5, expected paths together with it" in error(capsys)
+    assert run("score", model, clip, "--per-token") == 2
+    assert "--per-token is given, expected --json together with it" in error(capsys)
+    assert run("score", model, clip, "--heat-map", "where.txt") == 2
+    assert "'where.txt' is given, expected a file that ends in .png, .svg or .pdf" in error(capsys)
 
 
 def test_score_of_held_out_digits(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +199,7 @@ def test_settings_reach_the_config() -> None:
         (["train", "--set", "train.steps=abc"], "config.train.steps is 'abc', expected an integer"),
         (["train", "--config", "nope"], "expected a yaml file or one of"),
         (["train", "--data", "nowhere"], "--data is 'nowhere', expected a folder of videos"),
-        (["convert", "digits", "in.pth", "out.pth"], "OUT is 'out.pth', expected a file that ends in .safetensors"),
+        (["convert", "digits", "in.pth", "out.pth"], "OUT: 'out.pth' is given, expected a file that ends in .saf"),
     ],
 )
 def test_wrong_command_lines(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,7 @@ def test_report_stands_alone(made: tuple[Path, DemoFigures]) -> None:
     assert all(source.startswith("data:image/") for source in sources)
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "whole clips, all blocks" in page
+    assert 'alt="bits per dimension of tokens under the frames of clips"' in page
     for heading in ("Samples", "Continuations", "Training", "Solving the inverse", "Likelihood"):
         assert f"<h2>{heading}</h2>" in page
 

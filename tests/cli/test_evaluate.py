@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from starflow import noise
 from starflow.codecs import make_codec
 from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
-from starflow.evaluate import noise_floor, read_clips, score
+from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, read_clips, score
 from starflow.sample import Pipeline
 
 FRAMES, SIZE = 4, 16
@@ -62,6 +63,97 @@ def test_order_check(pipeline: Pipeline) -> None:
     assert same.shuffled == same.reversed == same.bits_per_dim
     (backwards,) = score(pipeline, [Clip(given.pixels.flip(0), given.caption, "backwards")])
     assert moving.reversed == pytest.approx(backwards.bits_per_dim, abs=1e-5)
+
+
+def test_bits_of_tokens_average_to_those_of_frames(pipeline: Pipeline) -> None:
+    (got,) = score(pipeline, [clip(0)], per_token=True)
+    assert got.tokens is not None
+    tokens = torch.tensor(got.tokens, dtype=torch.float64)
+    assert tokens.shape == (FRAMES, SIZE // 4, SIZE // 4)
+    assert tokens.mean((1, 2)).tolist() == pytest.approx(got.frames)
+    assert score(pipeline, [clip(0)])[0] == replace(got, tokens=None)
+
+
+def test_noise_may_be_that_of_another_level(pipeline: Pipeline) -> None:
+    given = clip(0)
+    (got,) = score(pipeline, [given], noise_std=0.0)
+    latents = pipeline.codec.encode(given.pixels[None])
+    nats = float(pipeline.flow.log_prob(latents, pipeline.condition([given.caption])).detach())
+    assert got.bits_per_dim == pytest.approx(-nats / latents.numel() / math.log(2), rel=1e-5)
+    trained = pipeline.config.train.noise_std
+    assert score(pipeline, [given], noise_std=trained) == score(pipeline, [given])
+    with pytest.raises(ValueError, match=r"^score: noise_std is -1.0, expected a finite number >= 0$"):
+        score(pipeline, [given], noise_std=-1.0)
+
+
+def scored(bits: float, frames: int = 2) -> ClipScore:
+    return ClipScore("clip", "", bits, tuple(bits + 0.1 * place for place in range(frames)))
+
+
+def test_anomalies_are_told_in_deviations_on_either_side() -> None:
+    reference = Reference([scored(bits) for bits in (1.0, 2.0, 3.0)])
+    for bits, deviations, p_value in ((2.0, 0.0, 1.0), (3.5, 1.5, 0.25), (0.5, -1.5, 0.25), (2.9, 0.9, 0.75)):
+        anomaly = reference.judge(scored(bits)).anomaly
+        assert anomaly is not None
+        assert anomaly.deviations == pytest.approx(deviations)
+        assert anomaly.frames == pytest.approx((deviations, deviations))
+        assert anomaly.p_value == p_value
+
+
+def test_p_values_of_ordinary_clips_are_valid() -> None:
+    """Among exchangeable clips at most a share a has a p-value of at most a."""
+    generator = torch.Generator().manual_seed(0)
+    values = []
+    for draw in torch.randn(400, 20, generator=generator).exp().tolist():
+        reference = Reference([scored(bits) for bits in draw[1:]])
+        anomaly = reference.judge(scored(draw[0])).anomaly
+        assert anomaly is not None
+        values.append(anomaly.p_value)
+    for level in (0.05, 0.1, 0.3, 0.6):
+        share = sum(value <= level for value in values) / len(values)
+        assert share <= level + 3 * math.sqrt(level / len(values))
+
+
+@pytest.mark.parametrize(
+    ("ordinary", "judged", "message"),
+    [
+        ([], None, "reference: 0 clips of none latent frames, expected at least 2 of one length"),
+        ([scored(1.0)], None, "reference: 1 clips of 2 latent frames"),
+        ([scored(1.0), scored(2.0, 3)], None, "reference: 2 clips of 2, 3 latent frames"),
+        ([scored(1.0), scored(1.0)], None, "reference: all clips have the same bits"),
+        (
+            [scored(1.0), scored(2.0)],
+            scored(1.0, 4),
+            "reference: clip has 4 latent frames, expected 2 as the reference",
+        ),
+    ],
+)
+def test_references_that_say_nothing(ordinary: list[ClipScore], judged: ClipScore | None, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Reference(ordinary).judge(judged or scored(1.0))
+
+
+def test_heat_map_shows_every_token_under_its_frame(pipeline: Pipeline) -> None:
+    clips = [clip(0), clip(1, frames=2)]
+    scores = score(pipeline, clips, per_token=True)
+    figure = heat_map(clips, scores)
+    axes = figure.axes[: 4 * FRAMES]
+    for row, item in enumerate(scores):
+        assert axes[2 * row * FRAMES].get_title(loc="left").startswith(f"{item.name}: {item.bits_per_dim:.3f}")
+        assert item.tokens is not None
+        for frame in range(FRAMES):
+            upper, lower = axes[2 * row * FRAMES + frame], axes[(2 * row + 1) * FRAMES + frame]
+            if frame >= len(item.frames):
+                assert not upper.images
+                assert not lower.images
+                continue
+            expected = to_frames(clips[row].pixels)[frame].squeeze(-1).numpy()
+            assert (upper.images[0].get_array() == expected).all()
+            assert (lower.images[0].get_array() == np.array(item.tokens[frame])).all()
+    with pytest.raises(ValueError, match=r"^heat_map: 2 clips and 1 scores, expected one score with tokens"):
+        heat_map(clips, scores[:1])
+    with pytest.raises(ValueError, match=r"expected one score with tokens \(per_token\) of each$"):
+        heat_map(clips[:1], score(pipeline, clips[:1]))
 
 
 def test_a_flow_without_text_sees_no_caption(

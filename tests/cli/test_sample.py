@@ -112,7 +112,7 @@ def test_sequential_certificate_is_rounding(pipeline: Pipeline) -> None:
 def test_noisy_latents_decode_the_noise(pipeline: Pipeline) -> None:
     sampled = pipeline.sample(PROMPT, solver="sequential")
     z = pipeline.flow.encode(sampled.noisy, pipeline.condition([PROMPT])).z
-    expected = pipeline._noise([0], torch.empty(1, *sampled.noisy.shape[1:]), "sample")
+    expected = noise.draw([0], *sampled.noisy.shape[1:])
     torch.testing.assert_close(z, expected, atol=1e-3, rtol=0)
 
 

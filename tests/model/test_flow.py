@@ -26,7 +26,7 @@ def test_round_trips(name: str) -> None:
     encoded = flow.encode(x, y)
     assert (encoded.z - x).abs().max() > 0.1  # the flow does something
     # The prior of a volume-preserving flow has a variance of its own: noise is z over its standard deviation.
-    noise = encoded.z / flow._unpatchify(
+    noise = encoded.z / flow.from_grid(
         flow._prior_variance(encoded.latents[0]).sqrt().expand_as(encoded.latents[0]), x.dim() == 4
     )
     torch.testing.assert_close(flow.decode(noise, y, schedule=EXACT).x, x, atol=1e-7, rtol=1e-7)

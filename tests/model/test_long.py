@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow import Flow, Guidance, Sequential, Window
+from starflow import Flow, Sequential, Window
+from starflow.solver import solve
+from starflow.tokens import to_grid, to_sequence
 
 from .models import CASES, VIDEO, condition, latents, make_flow, null
 
@@ -31,7 +33,10 @@ def test_sliding_windows_are_decodes_one_after_the_other(flow: Flow, frames: int
     while expected.shape[1] < frames:
         first = expected.shape[1] - carried
         noise, given = grid[:, first : first + 3], expected[:, first:]
-        later, _ = flow._solve(block, noise, y, None, Guidance(), Sequential(), given, None, 1.0, image=False)
+        layout = block.layout(*noise.shape[1:4], y, image=False)
+        known = to_sequence(given, layout.order[: given[0, ..., 0].numel()])
+        x, _ = solve(block.decoder(layout, 2, y), to_sequence(noise, layout.order), Sequential(), known)
+        later = to_grid(x, layout.order, *noise.shape[1:4])
         assert torch.equal(later[:, :carried], given)
         expected = torch.cat([expected, later[:, carried:]], 1)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from starflow.tokens import Order, patchify, to_grid, to_sequence, token_order, unpatchify
 
-ORDERS: tuple[Order, ...] = ("raster", "reverse", "reverse_in_frame", "spread")
+ORDERS: tuple[Order, ...] = get_args(Order)
 SIZES = [(1, 1, 1), (1, 4, 4), (3, 2, 5), (2, 7, 3), (2, 8, 8), (3, 1, 6)]
 
 
 @pytest.mark.parametrize("channel_first", [False, True])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 6, 10), (2, 5, 6, 10), (1, 1, 1, 2, 2)])
 @pytest.mark.parametrize("patch", [1, 2])
-def test_unpatchify_inverts_patchify(shape: tuple[int, ...], patch: int, channel_first: bool) -> None:
+def testfrom_grid_inverts_patchify(shape: tuple[int, ...], patch: int, channel_first: bool) -> None:
     x = torch.randn(shape)
     grid = patchify(x, patch, channel_first=channel_first)
     assert grid.numel() == x.numel()
@@ -77,6 +79,23 @@ def test_spread_of_any_size_keeps_the_order_of_its_power_of_two(height: int, wid
     inside = whole[(whole // side < height) & (whole % side < width)]
     expected = inside // side * width + inside % side
     assert torch.equal(token_order("spread", 1, height, width), expected)
+
+
+def test_farthest_keeps_its_distance() -> None:
+    """No later token is farther from those before it than the one that was chosen."""
+    height, width = 5, 7
+    visited = token_order("farthest", 1, height, width)
+    places = torch.stack([visited // width, visited % width], -1).double()
+    for count in range(1, height * width):
+        nearest = torch.cdist(places[count:], places[:count]).amin(1)
+        assert nearest[0] == nearest.max()
+
+
+def test_orders_that_put_a_neighbour_off() -> None:
+    checkerboard = token_order("checkerboard", 1, 3, 3)
+    assert checkerboard.tolist() == [0, 2, 4, 6, 8, 1, 3, 5, 7]
+    assert token_order("interlace", 1, 4, 2).tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert token_order("diagonal", 1, 2, 3).tolist() == [0, 1, 3, 2, 4, 5]
 
 
 def test_an_unknown_order_is_refused() -> None:

@@ -14,9 +14,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from starflow.checkpoints import CheckpointError, load_flow, load_model, read_header
+from starflow.checkpoints import CheckpointError, load_flow, load_model, model_files, read_header
 from starflow.config import ConfigError, FlowConfig, RunConfig, config_names, from_mapping, to_mapping
 from starflow.convert import convert, published_config
+from starflow.layers import Int8Linear, to_int8
+from starflow.solver import Window
+from starflow_ext import pack_weight
 
 FOLDER = Path(os.environ.get("STARFLOW_GOLDENS") or Path(__file__).parents[1] / "goldens")
 
@@ -109,10 +112,105 @@ def test_what_does_not_match_is_listed(tmp_path: Path) -> None:
     about, state, _ = golden("v3_video_starflowv")
     flow = FlowConfig.from_published({**about["kwargs"], "use_final_norm": False}, "starflow")
     torch.save(state, tmp_path / "published.pth")
-    message = "tensors do not match the config; unexpected: blocks.0.final_norm.weight, blocks.1.final_norm.weight"
+    message = (
+        "published.pth: checkpoint: flow.use_final_norm is False, the checkpoint has True; tensors do not match the "
+        "config; unexpected: blocks.0.final_norm.weight, blocks.1.final_norm.weight"
+    )
     with pytest.raises(CheckpointError, match=re.escape(message)):
         convert(tmp_path / "published.pth", RunConfig(flow), tmp_path / "ours.safetensors")
     assert not (tmp_path / "ours.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"channels": 96},
+            "flow.channels is 96, the checkpoint has {channels}; tensors do not match the config; of another shape: ",
+        ),
+        ({"layers_per_block": [1, 1, 3]}, "flow.layers_per_block is (1, 1, 3), the checkpoint has {layers_per_block}"),
+        ({"txt_dim": 9}, "flow.txt_dim is 9, the checkpoint has {txt_dim}"),
+        ({"patch_size": 2}, "dimensions of a token is {four}, the checkpoint has {in_channels}"),
+        ({"use_swiglu": True, "use_qk_norm": True}, "flow.use_swiglu is True, the checkpoint has False; flow.use_qk_"),
+        ({"conditional_denoiser": False}, "flow.conditional_denoiser is False, the checkpoint has True"),
+    ],
+)
+def test_options_that_differ_are_listed(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    about, state, _ = golden("v3_video_starflowv")
+    right = FlowConfig.from_published(about["kwargs"], "starflow")
+    facts = {**to_mapping(right), "layers_per_block": right.layers_per_block, "four": 4 * right.in_channels}
+    torch.save(state, tmp_path / "published.pth")
+    wrong = FlowConfig.from_published({**about["kwargs"], **change}, "starflow")
+    with pytest.raises(CheckpointError, match=re.escape(message.format(**facts))):
+        convert(tmp_path / "published.pth", RunConfig(wrong), tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_a_folder_of_files_holds_the_same_model_in_any_storage(tmp_path: Path, storage: str) -> None:
+    about, state, tensors = golden("v3_video_starflowv")
+    torch.save(state, tmp_path / "published.pth")
+    config = RunConfig(FlowConfig.from_published(about["kwargs"], "starflow"))
+    convert(tmp_path / "published.pth", config, tmp_path / "ours", storage=storage, file_bytes=60_000)
+    files = model_files(tmp_path / "ours")
+    assert len(files) > 2
+    assert all(file.stat().st_size < 90_000 for file in files)
+    header = read_header(tmp_path / "ours")
+    assert (header.about["storage"], header.about["source"]) == (storage, "published.pth")
+    assert "research use only" in header.about["licence"]
+    flow, loaded = load_flow(tmp_path / "ours")
+    assert loaded.sample.precision == ("int8" if storage == "int8" else "float32")
+    dtypes = {tensor.dtype for tensor in flow.state_dict().values()}
+    assert dtypes == {torch.float32, getattr(torch, storage)}
+    bound = {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1}[storage]
+    x, y = tensors["in.x"], tensors["in.y"]
+    torch.testing.assert_close(flow.encode(x, y).z, tensors["out.z"], atol=bound, rtol=bound)
+    # The denoiser and the native decoding read the same weights.
+    precision = loaded.sample.precision
+    decoded = flow.decode(flow.encode(x, y).z, y, schedule=Window(4, 0.0), precision=precision)
+    assert (decoded.x - x).abs().max() < (2e-3 if storage == "float32" else 0.1)
+
+
+def test_integers_are_packed_as_they_are() -> None:
+    weight = torch.randn(40, 70, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0.0
+    linear = Int8Linear(70, 40, bias=False)
+    linear.weight_int8, linear.weight_scale = to_int8(weight)
+    assert (linear.weight - weight).abs().max() <= 0.5001 * weight.abs().amax(1).max() / 127
+    torch.testing.assert_close(pack_weight(linear.weight, "int8").unpack(), linear.weight, atol=1e-6, rtol=1e-6)
+
+
+def test_a_folder_that_lacks_a_file_or_is_another_programs_is_refused(tmp_path: Path) -> None:
+    about, state, _ = golden("v3_video_starflowv")
+    torch.save(state, tmp_path / "published.pth")
+    config = RunConfig(FlowConfig.from_published(about["kwargs"], "starflow"))
+    ours = tmp_path / "ours"
+    convert(tmp_path / "published.pth", config, ours, file_bytes=200_000)
+    convert(tmp_path / "published.pth", config, ours, file_bytes=400_000)
+    first = model_files(ours)[0]
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{first.name} is damaged: its tensors do not have the checksum"):
+        load_flow(ours)
+    first.unlink()
+    with pytest.raises(CheckpointError, match=f"{first.name} cannot be read: No such file"):
+        load_flow(ours)
+    index = ours / "model.safetensors.index.json"
+    for text, message in (
+        ("{", "cannot be read"),
+        ("{}", "is an index of another program"),
+        (index.read_text().replace("model-", "../model-"), "names files elsewhere"),
+    ):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            load_flow(ours)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="is a folder with other files, expected a model's or a new one"):
+        convert(tmp_path / "published.pth", config, tmp_path / "full")
+    with pytest.raises(ValueError, match="storage is 'int4', expected one of keep, float32, bfloat16, int8"):
+        convert(tmp_path / "published.pth", config, ours, storage="int4")
 
 
 class Harmful:

@@ -324,16 +324,17 @@ def test_a_killed_process_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None
     program = f"""
 import os, signal, torch
 from pathlib import Path
-from starflow import checkpoints
 from starflow.config import RunConfig
+from starflow.distributed import World
 from starflow.train import train
 torch.set_num_threads(1)
-write = checkpoints._write
-def killed(path, *rest):
-    write(path, *rest)
-    if "step-00000006" in str(path):
+save = World.save
+def killed(world, tensors, folder):
+    names = save(world, tensors, folder)
+    if "step-00000006" in str(folder):
         os.kill(os.getpid(), signal.SIGKILL)
-checkpoints._write = killed
+    return names
+World.save = killed
 train(RunConfig.load({str(tmp_path / "whole" / "config.yaml")!r}), Path({str(tmp_path / "cut")!r}), quiet=True)
 """
     code = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ).returncode
@@ -376,9 +377,15 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
 
 def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
     train(tiny(steps=1), tmp_path, quiet=True)
-    state = tmp_path / "checkpoints" / "step-00000001" / "state.safetensors"
-    state.write_bytes(state.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"step-00000001.*is truncated, damaged or not safetensors"):
+    (state,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-10])
+    message = f"step-00000001 is damaged: {state.name} missing or without the checksum of state.json"
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny(steps=2), tmp_path, quiet=True)
+    state.write_bytes(whole)
+    (state.parent / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state.json is damaged, expected json of a training state"):
         train(tiny(steps=2), tmp_path, quiet=True)
 
 

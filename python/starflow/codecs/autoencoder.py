@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,10 @@ class AutoencoderKLCodec:
         pixels = torch.cat(parts)
         return pixels.view(*latents.shape[:-3], *pixels.shape[1:])
 
+    def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Decodes a clip piece by piece: `decode`, since frames do not depend on each other."""
+        return self.decode
+
     def to_config(self) -> dict[str, Any]:
         """The arguments that make this codec again, with its "kind" for `make_codec`."""
         return {"kind": "autoencoder_kl", "folder": self.folder, "frames_at_once": self.frames_at_once}
@@ -243,14 +248,39 @@ class WanCodec:
             ValueError: when the shape is another.
         """
         check_latents("WanCodec", latents, self.latent_channels)
-        if latents.ndim == 4:
-            return self.decode(latents[:, None])[:, 0]
-        codes = latents.to(torch.float32, copy=True)
-        codes[:, 1:] /= self.suffix_scale
-        codes = codes.transpose(1, 2) * self._deviation.to(codes.device) + self._mean.to(codes.device)
-        pixels: torch.Tensor = self._module.to(codes.device).decode(codes).sample
-        return pixels.transpose(1, 2).contiguous()
+        return self.decoder()(latents[:, None])[:, 0] if latents.ndim == 4 else self.decoder()(latents)
+
+    def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Decodes a clip piece by piece; what the convolutions over time remember is kept from one call to the next."""
+        self._module.clear_cache()
+        memory = list(self._module._feat_map)
+        begun = False
+
+        @torch.no_grad()
+        def decode(latents: torch.Tensor) -> torch.Tensor:
+            nonlocal begun
+            module = self._module.to(latents.device)
+            codes = latents.to(torch.float32, copy=True)
+            codes[:, 0 if begun else 1 :] /= self.suffix_scale
+            codes = codes.transpose(1, 2) * self._deviation.to(codes.device) + self._mean.to(codes.device)
+            parts = []
+            for code in module.post_quant_conv(codes).split(1, 2):
+                parts.append(module.decoder(code, feat_cache=memory, feat_idx=[0], first_chunk=not begun))
+                begun = True
+            pixels: torch.Tensor = torch.cat(parts, 2)
+            if module.config.patch_size is not None:
+                pixels = _unpatchify(pixels, module.config.patch_size)
+            return pixels.clamp(-1.0, 1.0).transpose(1, 2).contiguous()
+
+        return decode
 
     def to_config(self) -> dict[str, Any]:
         """The arguments that make this codec again, with its "kind" for `make_codec`."""
         return {"kind": "wan", "folder": self.folder, "suffix_scale": self.suffix_scale}
+
+
+def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
+    """(batch, channels * patch^2, frames, height, width) to patches of pixels; column before row in the channels."""
+    batch, channels, frames, height, width = pixels.shape
+    cut = pixels.view(batch, channels // patch**2, patch, patch, frames, height, width)
+    return cut.permute(0, 1, 4, 5, 3, 6, 2).reshape(batch, channels // patch**2, frames, height * patch, width * patch)

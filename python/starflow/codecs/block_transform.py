@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -213,6 +214,10 @@ class BlockTransform:
         return blocks.reshape(
             batch, latent_frames * self.temporal, self.channels, rows * self.patch, columns * self.patch
         )
+
+    def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Decodes a clip piece by piece: `decode`, since latent frames do not depend on each other."""
+        return self.decode
 
     def to_config(self) -> dict[str, Any]:
         """The arguments that make this codec again, with its "kind" for `make_codec`."""

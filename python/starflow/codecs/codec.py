@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,9 @@ class Codec(Protocol):
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The inverse of `encode`."""
+
+    def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A function that decodes one clip piece by piece: further latent frames to further pixel frames."""
 
     def to_config(self) -> dict[str, Any]:
         """The arguments that make this codec again, with its "kind" for `make_codec`."""

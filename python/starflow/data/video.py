@@ -373,11 +373,17 @@ def _check_frames(function: str, frames: torch.Tensor) -> None:
 class _Encoder:
     """One ffmpeg process that takes RGB frames on standard input and writes one file."""
 
-    def __init__(self, path: Path, stream: Any) -> None:
-        self._path = path
+    def __init__(self, path: Path, stream: Any, *, growing: bool = False) -> None:
+        self._path, self._growing = path, growing
         command = stream.global_args("-hide_banner", "-loglevel", "error").compile(cmd=ffmpeg_binary())
+        # What is sent to the terminal's processes (Ctrl-C) does not reach one that shall end the file when its input
+        # ends.
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=growing,
         )
         assert self._process.stdin is not None
         assert self._process.stderr is not None
@@ -388,6 +394,7 @@ class _Encoder:
         rgb = frames.detach().to("cpu").expand(-1, -1, -1, 3).contiguous()
         try:
             self._stdin.write(rgb.numpy().data.cast("B"))
+            self._stdin.flush()
         except BrokenPipeError:
             self.finish()
 
@@ -400,7 +407,13 @@ class _Encoder:
         if status != 0:
             full = "no space left" in log.lower()
             code = errno.ENOSPC if full else errno.EIO
-            raise OSError(code, f"ffmpeg could not write {self._path}: {_reason(log)}; no file was left behind")
+            left = "what was written before plays" if self._growing else "no file was left behind"
+            raise OSError(code, f"ffmpeg could not write {self._path}: {_reason(log)}; {left}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether ffmpeg has stopped by itself."""
+        return self._process.poll() is not None
 
     def abort(self) -> None:
         if self._process.poll() is None:
@@ -418,20 +431,22 @@ class VideoWriter:
     ones by repeating the last row or column. `lossless` keeps every bit of the RGB frames instead (H.264 in RGB,
     which most browsers do not play, at the exact size).
 
-    The file appears when the block ends without an error, and not at all otherwise.
+    The file appears when the block ends without an error, and not at all otherwise. With `growing` it is there from the
+    first frame on and holds what was written so far, whatever ends the process: an mp4 in fragments of a frame, without
+    the index in front, so that every frame is on its way to the file when `write` returns.
 
     Args:
         path: .mp4, .m4v, .mov or .mkv, in a folder that exists.
         fps: frames per second.
         height, width: of the frames.
         channels: 1 (grey) or 3 (RGB).
-        lossless: see above.
+        lossless, growing: see above.
 
     Raises:
         ValueError: when an argument is out of range.
         OSError: from `write` or at the end of the block, when ffmpeg cannot write the file (a full disk).
 
-    Example:
+    Examples:
         >>> with VideoWriter("out.mp4", fps=8, height=32, width=32, channels=1) as writer:  # doctest: +SKIP
         ...     writer.write(frames)
     """
@@ -445,6 +460,7 @@ class VideoWriter:
         width: int,
         channels: int,
         lossless: bool = False,
+        growing: bool = False,
     ) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() not in _CONTAINERS:
@@ -461,20 +477,21 @@ class VideoWriter:
         self.width = width
         self.channels = channels
         self.lossless = lossless
+        self.growing = growing
         self._encoder: _Encoder | None = None
         self._written = 0
         self._ending = contextlib.ExitStack()
 
     def __enter__(self) -> VideoWriter:
         with contextlib.ExitStack() as ending:
-            temporary = ending.enter_context(replacing(self.path))
-            self._encoder = self._start(temporary)
+            target = self.path if self.growing else ending.enter_context(replacing(self.path))
+            self._encoder = self._start(target)
             # Before the file takes its place: the last to be pushed is the first to run.
             ending.push(self._finish)
             self._ending = ending.pop_all()
         return self
 
-    def _start(self, temporary: Path) -> _Encoder:
+    def _start(self, target: Path) -> _Encoder:
         height, width = self._padded_size()
         video = ffmpeg.input(
             "pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(_fraction(self.fps))
@@ -491,9 +508,13 @@ class VideoWriter:
                 "setparams", range="tv", colorspace="bt709", color_primaries="bt709", color_trc="bt709"
             )
             options |= {"vcodec": "libx264", "crf": 17}
+        if self.growing:
+            # No frame waits for later ones, neither in the encoder nor in the container.
+            options |= {"tune": "zerolatency", "flush_packets": 1}
         if self.path.suffix.lower() != ".mkv":
-            options["movflags"] = "+faststart"
-        return _Encoder(self.path, video.output(f"file:{temporary}", **options))
+            options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof" if self.growing else "+faststart"
+        output = video.output(f"file:{target}", **options)
+        return _Encoder(self.path, output.overwrite_output() if self.growing else output, growing=self.growing)
 
     def _padded_size(self) -> tuple[int, int]:
         if self.lossless:
@@ -533,12 +554,14 @@ class VideoWriter:
         encoder, self._encoder = self._encoder, None
         assert encoder is not None
         try:
-            if kind is None:
-                if not self._written:
-                    raise ValueError(f"VideoWriter: no frame was written to {self.path}, expected at least one")
+            if kind is None and not self._written:
+                raise ValueError(f"VideoWriter: no frame was written to {self.path}, expected at least one")
+            if kind is None or (self.growing and self._written and not encoder.ended):
                 encoder.finish()
         finally:
             encoder.abort()
+            if self.growing and not self._written:
+                self.path.unlink(missing_ok=True)
 
 
 def write_video(path: str | os.PathLike[str], frames: torch.Tensor, fps: float, lossless: bool = False) -> None:

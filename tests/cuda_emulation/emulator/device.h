@@ -10,7 +10,8 @@
 #include "runtime.h"
 
 #undef __shared__
-#define __shared__ static __attribute__((section("emulated_shared")))
+// The library's thread-local memory, which the runtime finds; a section of its own is not for variables in templates.
+#define __shared__ static thread_local
 #undef __launch_bounds__
 #define __launch_bounds__(...)
 // Without always_inline, which the compiler refuses across different sanitizer settings.
@@ -20,8 +21,6 @@
 extern "C" {
 extern const char __ehdr_start[] __attribute__((visibility("hidden")));
 extern const char _end[] __attribute__((visibility("hidden")));
-extern const char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
-extern const char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
 }
 
 static constexpr int warpSize = 32;

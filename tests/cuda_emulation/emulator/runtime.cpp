@@ -1,5 +1,6 @@
 #include "runtime.h"
 
+#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -42,7 +43,13 @@ emulation_switch:
 .size emulation_switch, . - emulation_switch
 )");
 
+struct TlsIndex {
+    unsigned long module;
+    unsigned long offset;
+};
+
 extern "C" {
+void* __tls_get_addr(TlsIndex* index);
 extern const char __ehdr_start[] __attribute__((visibility("hidden")));
 extern const char _end[] __attribute__((visibility("hidden")));
 }
@@ -116,7 +123,8 @@ struct Device {
 
     void (*run)(const void*) = nullptr;
     Region closure{};
-    Image image{};
+    Region image{};
+    Region fixed{};         // static shared memory
     char* arena = nullptr;  // dynamic shared memory
     size_t shared_bytes = 0;
     Races races;
@@ -217,15 +225,15 @@ bool inside(const Region& region, const char* p) { return p >= region.begin && p
 
 // Where a byte of shared memory stands: the static part first. Negative: not shared memory.
 int64_t shared_place(const char* p) {
-    if (inside(device.image.shared, p)) return p - device.image.shared.begin;
+    if (inside(device.fixed, p)) return p - device.fixed.begin;
     if (p < device.arena || p >= device.arena + largest_shared) return -1;
-    return (p - device.arena) + (device.image.shared.end - device.image.shared.begin);
+    return (p - device.arena) + (device.fixed.end - device.fixed.begin);
 }
 
 const char* plural(bool write) { return write ? "writes" : "reads"; }
 
 void touch_shared(const char* p, int64_t place, size_t bytes, bool write, bool in_flight) {
-    if (!inside(device.image.shared, p) && p + bytes > device.arena + device.shared_bytes) {
+    if (!inside(device.fixed, p) && p + bytes > device.arena + device.shared_bytes) {
         fail("%s %zu bytes at %td of %zu bytes of shared memory", plural(write), bytes, p - device.arena,
              device.shared_bytes);
     }
@@ -281,8 +289,7 @@ void touch(const void* site, const void* address, size_t bytes, bool write, bool
     if (const int64_t place = shared_place(p); place >= 0) {
         touch_shared(p, place, bytes, write, false);
         request(site, shared_target, p, bytes, write);
-    } else if (write ||
-               !(inside(device.image.data, p) || inside(device.closure, p) || inside({__ehdr_start, _end}, p))) {
+    } else if (write || !(inside(device.image, p) || inside(device.closure, p) || inside({__ehdr_start, _end}, p))) {
         touch_global(site, p, bytes, write);
     }
 }
@@ -387,8 +394,8 @@ void run_block(dim3 block) {
     device.ready = device.votes = 0;
     // NaN in every floating type.
     std::memset(device.arena, 0xff, device.shared_bytes);
-    const size_t fixed = device.image.shared.end - device.image.shared.begin;
-    if (fixed > 0) std::memset(const_cast<char*>(device.image.shared.begin), 0xff, fixed);
+    const size_t fixed = device.fixed.end - device.fixed.begin;
+    if (fixed > 0) std::memset(const_cast<char*>(device.fixed.begin), 0xff, fixed);
     device.races.reset(fixed + device.shared_bytes, warps);
     for (Warp& warp : device.warps) warp.priority = draw();
     for (int i = 0; i < device.block_threads; ++i) {
@@ -406,6 +413,30 @@ void run_block(dim3 block) {
     device.requests.finish({});
 }
 
+// Of the library that lies at `image`: its block of this thread.
+Region thread_local_memory(const Region& image) {
+    struct Search {
+        Region image;
+        Region found;
+    } search{image, {}};
+    dl_iterate_phdr(
+        [](dl_phdr_info* info, size_t, void* argument) {
+            Search& search = *static_cast<Search*>(argument);
+            for (int i = 0; i < info->dlpi_phnum; ++i) {
+                const ElfW(Phdr) & part = info->dlpi_phdr[i];
+                if (part.p_type != PT_TLS) continue;
+                const char* constants = reinterpret_cast<const char*>(info->dlpi_addr) + part.p_vaddr;
+                if (constants < search.image.begin || constants > search.image.end) continue;
+                TlsIndex index{info->dlpi_tls_modid, 0};
+                const char* begin = static_cast<const char*>(__tls_get_addr(&index));
+                search.found = {begin, begin + part.p_memsz};
+            }
+            return search.found.begin != nullptr ? 1 : 0;
+        },
+        &search);
+    return search.found;
+}
+
 bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.y >= 1 && grid.z >= 1 &&
@@ -414,7 +445,7 @@ bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
 
 }  // namespace
 
-int launch(dim3 grid, dim3 block, size_t shared_bytes, const Image& image, void (*run)(const void*),
+int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void (*run)(const void*),
            const void* closure, size_t closure_bytes) {
     if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidConfiguration;
     if (device.arena == nullptr) {
@@ -423,6 +454,7 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, const Image& image, void 
     device.run = run;
     device.closure = {static_cast<const char*>(closure), static_cast<const char*>(closure) + closure_bytes};
     device.image = image;
+    device.fixed = thread_local_memory(image);
     device.shared_bytes = shared_bytes;
     gridDim = grid;
     blockDim = block;

@@ -22,14 +22,9 @@ struct Region {
     const char* end;
 };
 
-// A library of kernels: its constants, which every thread may read, and its static shared memory.
-struct Image {
-    Region data;
-    Region shared;
-};
-
-// Run run(closure) once for each thread. Returns an error code of the CUDA runtime.
-EMULATION_API int launch(dim3 grid, dim3 block, size_t shared_bytes, const Image& image, void (*run)(const void*),
+// Run run(closure) once for each thread. `image` is where the kernel's library lies: its constants, which every thread
+// may read. Returns an error code of the CUDA runtime.
+EMULATION_API int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void (*run)(const void*),
                          const void* closure, size_t closure_bytes);
 
 // Ends the launch: the kernel did what a device would punish.

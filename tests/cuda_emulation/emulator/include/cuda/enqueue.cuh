@@ -13,7 +13,7 @@ int enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
             const Arguments&... arguments) {
     const auto run = [=] { kernel(static_cast<Parameters>(arguments)...); };
     using Run = decltype(run);
-    const emulation::Image image{{__ehdr_start, _end}, {__start_emulated_shared, __stop_emulated_shared}};
+    const emulation::Region image{__ehdr_start, _end};
     return emulation::launch(
         grid, block, shared_bytes, image, [](const void* closure) { (*static_cast<const Run*>(closure))(); }, &run,
         sizeof(run));

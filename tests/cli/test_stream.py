@@ -1,0 +1,197 @@
+"""`starflow sample --stream`: the frames of a sample, in a file that plays whatever ends the command."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from starflow.cli import main
+from starflow.config import RunConfig
+from starflow.data import VideoWriter, enlarge, probe, read_video, to_frames, write_video
+from starflow.sample import Pipeline
+
+PROMPT = "a three moving up"
+
+
+def run(*args: object) -> int:
+    try:
+        return main([str(arg) for arg in args])
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 1
+
+
+def test_a_stream_is_the_sample(
+    model: Path, pipeline: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    options = ["--seed", 4, "--frames", 9, "--stream", "--lossless", "--scale", 8]
+    assert run("sample", model, PROMPT, "", *options, "--out", out) == 0
+    names = ("000-a-three-moving-up-seed4", "001-seed5")
+    assert {path.name for path in out.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("mp4", "json")}
+    expected = pipeline.sample([PROMPT, ""], seed=4, frames=9)
+    for name, clip in zip(names, expected.pixels, strict=True):
+        path = out / f"{name}.mp4"
+        assert (probe(path, count=True).frames, probe(path).fps) == (9, 8.0)
+        # Lossless, but for the rounding of ffmpeg's colour conversion on the way back.
+        got, wanted = read_video(path, channels=1).int(), enlarge(to_frames(clip), 8).int()
+        assert int((got - wanted).abs().max()) <= 1
+    said = json.loads((out / f"{names[0]}.json").read_text())
+    assert (said["frames"], said["seed"], said["prompt"], said["clips_together"]) == (9, 4, PROMPT, 2)
+    assert said["sweeps"] == expected.report.sweeps
+    assert said["frames_per_second"] > 0
+    assert "frames/s, the first after" in capsys.readouterr().out
+
+
+def test_a_stream_goes_on_from_a_beginning(model: Path, pipeline: Pipeline, tmp_path: Path) -> None:
+    start = to_frames(torch.rand(3, 1, 16, 16) * 2 - 1)
+    write_video(tmp_path / "start.mp4", start, 8.0, lossless=True)
+    options = ["--video", tmp_path / "start.mp4", "--given", 2, "--frames", 6, "--stream", "--lossless", "--scale", 1]
+    assert run("sample", model, *options, "--out", tmp_path / "out") == 0
+    got = read_video(tmp_path / "out" / "000-seed0.mp4", channels=1)
+    assert len(got) == 6
+    assert int((got[:2].int() - start[1:].int()).abs().max()) <= 2
+    said = json.loads((tmp_path / "out" / "000-seed0.json").read_text())
+    assert said["given_frames"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_the_command_leaves_a_file_that_plays(model: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "starflow", "sample", str(model), "--stream", "--frames", "1000000"]
+    # A shell that starts the tests in the background has them ignore the signal, and their children after them.
+    process = subprocess.Popen(
+        [*command, "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 120
+    while not (files := list(out.glob("*.mp4"))) or files[0].stat().st_size < 20_000:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    # It plays while it grows.
+    before = probe(files[0], count=True).frames
+    assert before is not None
+    assert before > 1
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in said
+    if number == signal.SIGINT:
+        assert "starflow: error: interrupted; what was made before plays" in said
+    while (after := probe(files[0], count=True).frames) is None or after < before:
+        assert time.monotonic() < deadline
+    assert read_video(files[0]).shape[1:] == (128, 128, 3)
+
+
+def test_an_encoder_that_is_killed_leaves_what_it_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "clip.mp4"
+    frames = (torch.rand(1000, 32, 32, 1) * 255).to(torch.uint8)
+
+    def write() -> None:
+        with VideoWriter(path, fps=8, height=32, width=32, channels=1, growing=True) as writer:
+            writer.write(frames[:20])
+            while not path.exists() or path.stat().st_size < 10_000:
+                time.sleep(0.01)
+            assert writer._encoder is not None
+            writer._encoder._process.kill()
+            writer.write(frames)
+
+    with pytest.raises(OSError, match=r"ffmpeg could not write .*; what was written before plays"):
+        write()
+    assert read_video(path).shape[1:] == (32, 32, 3)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """Lets no file grow beyond `size` bytes, which a write meets like a full disk."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_ends_a_stream_with_one_error(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    with full_disk(20_000):
+        assert run("sample", model, "--stream", "--frames", 100_000, "--denoise", "none", "--out", out) == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("starflow: error: ")]
+    assert len(said) == 1
+    assert "ffmpeg could not write" in said[0]
+    assert "what was written before plays" in said[0]
+    (path,) = out.iterdir()
+    assert path.stat().st_size <= 20_000
+    assert len(read_video(path)) > 1
+
+
+def test_a_stream_that_fails_before_its_first_frame_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr("starflow.session.Session.extend", fail)
+    assert run("sample", model, "--stream", "--out", out) == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--clips", 3, "--batch", 2], "--batch is 2, expected at least 3"),
+        (["--look-ahead", 2], "look_ahead is 2, expected 0 to 1"),
+        (["--window", 3, "--window-context", 3], "window_context is 3, expected 1 to 2"),
+        (["--denoise", "score"], "the denoiser is score, which needs the whole clip"),
+        (["--frames", 0], "'0' is given, expected an integer >= 1"),
+    ],
+)
+def test_options_that_do_not_stream(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[object], message: str
+) -> None:
+    assert run("sample", model, "--stream", *options, "--out", tmp_path / "out") != 0
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_change_while_frames_come(pipeline: Pipeline) -> None:
+    made = pipeline.session([PROMPT, ""], seed=1, guidance=1.0)
+    frames = made.extend()
+    before = [next(frames).noisy for _ in range(3)]
+    made.change("an eight standing still")
+    after = [next(frames).noisy for _ in range(5)]
+    plain = pipeline.session([PROMPT, ""], seed=1, guidance=1.0).extend()
+    expected = [next(plain).noisy for _ in range(8)]
+    # The denoiser had already looked at the next frame, which keeps the old prompt.
+    assert torch.equal(torch.cat([*before, after[0]], 1), torch.cat(expected[:4], 1))
+    assert not torch.allclose(torch.cat(after[1:], 1), torch.cat(expected[4:], 1), atol=1e-2)
+    with pytest.raises(ValueError, match="text has 3 prompts, expected 2 like the clips"):
+        made.change([PROMPT] * 3)
+    with pytest.raises(ValueError, match='prompt: WordEncoder: "cat"'):
+        made.change("a cat")
+
+
+def test_images_do_not_slide(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]) -> None:
+    still = build(configure(shallow_block_local=False))
+    with pytest.raises(ValueError, match="window is 3, expected None: the model's shallow blocks look over time"):
+        still.sample(PROMPT, window=3)
+    assert still.sample(PROMPT, frames=6).pixels.shape[1] == 6

@@ -1,0 +1,160 @@
+"""Two processes on one machine, over gloo: the same numbers as one, and an end for all when one of them dies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from starflow.checkpoints import latest_state, load_model
+from starflow.config import ConfigError, RunConfig
+from starflow.train import TrainStep, train
+
+Curve = list[tuple[int, float, float, float]]
+
+
+def entry(done: TrainStep) -> tuple[int, float, float, float]:
+    return done.step, done.loss, -1.0 if done.denoiser_loss is None else done.denoiser_loss, done.grad_norm
+
+
+def rank_train(rank: int, port: int, config: RunConfig, folder: Path, out: Path, kill: dict[str, int]) -> None:
+    """What a process of `torchrun` does, and what it says of itself in a file."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    curve: Curve = []
+
+    def on_step(done: TrainStep) -> None:
+        curve.append(entry(done))
+        if done.step == kill.get("step") and rank == 1:
+            os.kill(os.getpid(), kill["signal"])
+
+    said: dict[str, Any] = {}
+    try:
+        flow = train(config, folder, quiet=True, device="cpu", on_step=on_step)
+        said["pieces"] = any(hasattr(p, "full_tensor") for p in flow.parameters())
+    except Exception as error:
+        said["error"] = f"{type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        said["error"] = "KeyboardInterrupt"
+    (out / f"{rank}.json").write_text(json.dumps({"curve": curve, **said}))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+    """Trains in two processes; returns what each said, or nothing for one that was killed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["starflow.train", "sklearn.datasets", "torch.distributed.checkpoint"])
+
+    def run(config: RunConfig, folder: Path, **kill: int) -> list[dict[str, Any]]:
+        out = tmp_path_factory.mktemp("ranks")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        processes = [context.Process(target=rank_train, args=(r, port, config, folder, out, kill)) for r in (0, 1)]
+        for process in processes:
+            process.start()
+        begin = time.monotonic()
+        for process in processes:
+            process.join(120)
+            with contextlib.suppress(ValueError):
+                process.kill()
+        assert time.monotonic() - begin < 100
+        found = [out / f"{rank}.json" for rank in (0, 1)]
+        return [json.loads(file.read_text()) if file.exists() else {} for file in found]
+
+    return run
+
+
+def alone(config: RunConfig, folder: Path) -> Curve:
+    curve: Curve = []
+    train(config, folder, quiet=True, on_step=lambda done: curve.append(entry(done)))
+    return curve
+
+
+def close(one: Curve, other: Curve) -> None:
+    assert [row[0] for row in one] == [row[0] for row in other]
+    for first, second in zip(one, other, strict=True):
+        assert first == pytest.approx(second, rel=1e-5, abs=1e-5)
+
+
+def same_weights(one: Path, other: Path) -> None:
+    state = load_model(other).flow.state_dict()
+    for name, tensor in load_model(one).flow.state_dict().items():
+        torch.testing.assert_close(tensor, state[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_processes_compute_what_one_does_and_resume_each_other(tiny, tmp_path: Path, ranks, parallel: str) -> None:
+    words = [*RunConfig.load("tiny").text["vocabulary"], "extend"]
+    # Everything that a step may hold: parts, recomputation, a penalty, clipping, images, a frame cut off.
+    config = tiny(
+        flow={"txt_dim": 16, "txt_size": 4, "use_checkpoint": 2},
+        text={"kind": "words", "size": 4, "vocabulary": words},
+        steps=3,
+        batch_size=4,
+        accumulate=2,
+        latent_norm_regularization=1e-3,
+        grad_clip=0.05,
+        drop_image=0.3,
+        image_prob=0.3,
+        denoiser_every=2,
+        parallel=parallel,
+    )
+    expected = alone(config, tmp_path / "one")
+    first, second = ranks(config, tmp_path / "two")
+    assert "error" not in first | second
+    close(first["curve"], expected)
+    assert first["curve"] == second["curve"]
+    assert (first["pieces"], second["pieces"]) == (False, parallel == "fsdp")
+    same_weights(tmp_path / "one", tmp_path / "two")
+    longer = replace(config, train=replace(config.train, steps=4))
+    # Two processes go on from one, and one from two.
+    more = alone(longer, tmp_path / "two")
+    assert [row[0] for row in more] == [4]
+    first, _ = ranks(longer, tmp_path / "one")
+    close(first["curve"], more)
+
+
+def test_a_killed_process_ends_the_other_and_leaves_the_last_checkpoint(tiny, tmp_path: Path, ranks) -> None:
+    config = tiny(steps=6, checkpoint_every=2)
+    first, second = ranks(config, tmp_path / "cut", step=3, signal=signal.SIGKILL)
+    assert second == {}
+    assert first["error"].startswith("DistributedError: a process of the 2 is gone: ")
+    assert latest_state(tmp_path / "cut").name == "step-00000002"
+    # One process finishes what two began.
+    close(alone(config, tmp_path / "cut"), alone(config, tmp_path / "whole")[2:])
+
+
+def test_sigterm_of_one_process_saves_and_ends_all(tiny, tmp_path: Path, ranks) -> None:
+    found = ranks(tiny(steps=50), tmp_path, step=2, signal=signal.SIGTERM)
+    assert [said["error"] for said in found] == ["KeyboardInterrupt"] * 2
+    assert latest_state(tmp_path).name == "step-00000002"
+
+
+def test_an_error_of_one_process_is_told_by_the_other(tiny, tmp_path: Path, ranks) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    # Where the first process writes its log.
+    (tmp_path / "run" / "log").write_text("in the way")
+    first, second = ranks(tiny(steps=2), tmp_path / "run")
+    assert first["error"].startswith("FileExistsError")
+    assert second["error"].startswith("DistributedError: process 0 of 2 stopped: FileExistsError: ")
+
+
+def test_a_batch_that_does_not_divide_is_named(tiny, tmp_path: Path, ranks) -> None:
+    message = "train.batch_size is 6, expected a multiple of 4: 2 processes times train.accumulate"
+    found = ranks(tiny(batch_size=6, accumulate=2), tmp_path)
+    assert any(message in said["error"] for said in found)
+    with pytest.raises(ConfigError, match="a divisor of 6"):
+        tiny(batch_size=6, accumulate=4)
