@@ -396,7 +396,8 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
         _split,
     ),
     (FINISH, {r"(?<=tile_size\(\);\n    )sync\(\);": ""}, _edges),
-    (INPUT, {r"__syncthreads\(\);": "", r"c < channels": "c < channels + width"}, _norms),
+    (INPUT, {r"c < channels": "c < channels + width"}, _norms),
+    ("cuda/reduce.cuh", {r"__syncthreads\(\);(?=\n#pragma unroll\n        for \(int i = 0; i < count)": ""}, _norms),
     (INPUT, {r"c < args\.depth": "false"}, _edges),
     (INPUT, {r"args\.schedule\.split": "false", r"tile < args\.schedule\.tiles\(\)": "true"}, _split),
 ]

@@ -4,11 +4,11 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
-#include "cuda/launch.h"
 #include "cuda/runtime.h"
 #include "ops/linear/packed_weight.h"
 
@@ -126,7 +126,7 @@ bool aligned(const float* vector, int64_t width) {
     return reinterpret_cast<uintptr_t>(vector) % (width * sizeof(float)) == 0;
 }
 
-void run_on_device(const LinearArgs& call, const Tensor& x) {
+void run_cuda(const LinearArgs& call, const Tensor& x) {
     require(
         STARFLOW_CUDA != 0, op, "x is on", [&] { return device_text(x); },
         [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
@@ -182,7 +182,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     const Tensor product = new_result(x, keep_product ? shape : std::vector<int64_t>{0}, type);
     const bool on_device = panels.is_cuda();
     LinearArgs args{};
-    args.weights = (on_device ? device_rows_of : panels_of)(op, panels, column_scale, out_channels, in_channels, storage);
+    args.weights =
+        (on_device ? device_rows_of : panels_of)(op, panels, column_scale, out_channels, in_channels, storage);
     args.weights.bias = vector_of("bias", bias, panels, out_channels);
     args.x = matrix_of(x);
     args.rows = rows;
@@ -201,7 +202,7 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     args.product = {keep_product ? product.data_ptr() : nullptr, out_channels, *dtype_of(out)};
     args.row_block = row_block_of(rows);
     if (on_device) {
-        run_on_device(args, x);
+        run_cuda(args, x);
     } else if (rows > 0) {
         run_items(args, variants.pick());
     }
@@ -218,7 +219,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "-> (Tensor out, Tensor product)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("linear", TORCH_BOX(&run_linear)); }
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CUDA, m) { m.impl("linear", TORCH_BOX(&run_linear)); }
+STARFLOW_IMPLEMENT(m) { m.impl("linear", TORCH_BOX(&run_linear)); }
 
 }  // namespace starflow

@@ -8,28 +8,14 @@ namespace starflow::cuda {
 
 inline constexpr int prepare_threads = 256;
 
-// One value of each warp.
-using WarpValues = float[prepare_threads / warp_size];
-
-// The sum over the block, the same for all threads, in a fixed order. `sums` is used once.
-__device__ inline float block_sum(float value, WarpValues& sums) {
-    value = warp_sum(value);
-    if (threadIdx.x % warp_size == 0) sums[threadIdx.x / warp_size] = value;
-    __syncthreads();
-    float total = 0.0F;
-#pragma unroll
-    for (const float sum : sums) total += sum;
-    return total;
-}
-
 // norm(x), rounded to the type of the weight and padded with zeros: what is multiplied. A block a row. The formula of
 // the norm is in ops/norm/norm.h; its second and third pass over the row find it in the first-level cache. __fdividef
 // and rsqrtf are off by 2 units in the last place at most, a ten-thousandth of what the rounding takes. Four blocks a
 // multiprocessor leave 64 registers; without a word ptxas takes 32 and spills.
 template <int width>
 __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs args) {
-    STARFLOW_SHARED_MEMORY(memory);
-    auto* sums = reinterpret_cast<WarpValues*>(memory);
+    __shared__ BlockSums<float, 1>::Scratch scratch;
+    BlockSums<float, 1> sums(scratch);
     const LinearArgs& call = args.call;
     const int64_t channels = call.weights.depth;
     const int64_t row = blockIdx.x;
@@ -44,20 +30,22 @@ __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs arg
     float mean = 0.0F;
     float inverse = 1.0F;
     if (centred) {
-        float sum = 0.0F;
+        float sum[1] = {};
         over_channels([&](int64_t, const float (&x)[width]) {
 #pragma unroll
-            for (int i = 0; i < width; ++i) sum += x[i];
+            for (int i = 0; i < width; ++i) sum[0] += x[i];
         });
-        mean = __fdividef(block_sum(sum, sums[0]), static_cast<float>(channels));
+        sums(sum);
+        mean = __fdividef(sum[0], static_cast<float>(channels));
     }
     if (call.norm.kind != NormKind::none) {
-        float sum = 0.0F;
+        float squares[1] = {};
         over_channels([&](int64_t, const float (&x)[width]) {
 #pragma unroll
-            for (int i = 0; i < width; ++i) sum += (x[i] - mean) * (x[i] - mean);
+            for (int i = 0; i < width; ++i) squares[0] += (x[i] - mean) * (x[i] - mean);
         });
-        inverse = rsqrtf(__fdividef(block_sum(sum, sums[1]), static_cast<float>(channels)) + call.norm.epsilon);
+        sums(squares);
+        inverse = rsqrtf(__fdividef(squares[0], static_cast<float>(channels)) + call.norm.epsilon);
     }
     over_channels([&](int64_t c, float (&x)[width]) {
         if (call.norm.kind != NormKind::none) {
@@ -91,8 +79,8 @@ inline int prepare_linear(const LinearCudaArgs& args, void* stream) {
     int code = 0;
     if (args.copied) {
         const dim3 rows(static_cast<unsigned>(args.call.rows));
-        code = enqueue(args.wide_input ? prepare<finish_width> : prepare<1>, rows, dim3(prepare_threads),
-                       2 * sizeof(WarpValues), stream, args);
+        code =
+            enqueue(args.wide_input ? prepare<finish_width> : prepare<1>, rows, dim3(prepare_threads), 0, stream, args);
     }
     if (code == 0 && args.schedule.split) {
         constexpr int64_t threads = 256;

@@ -80,7 +80,7 @@ struct WarpSums {
     // One step of the depth from shared memory.
     __device__ void add_step(const Piece (&input)[Tile::rows][step_pieces],
                              const Piece (&weight)[Tile::columns][step_pieces], int first_row, int first_column) {
-        const int lane = static_cast<int>(threadIdx.x) % warp_size;
+        const int lane = cuda::lane();
         // ldmatrix takes the address of a row from each lane: of four 8 x 8 matrices, lanes of the same lane / 8.
         const int input_row = first_row + lane % 16;
         const int weight_row = first_column + lane % 8 + lane / 16 * 8;
@@ -128,7 +128,7 @@ struct WarpSums {
 
     template <class Staged>
     __device__ void put(Staged& staged, int first_row, int first_column) const {
-        const int lane = static_cast<int>(threadIdx.x) % warp_size;
+        const int lane = cuda::lane();
 #pragma unroll
         for (int i = 0; i < high; ++i) {
 #pragma unroll

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
@@ -68,7 +69,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def("linear_pack(Tensor weight, str storage) -> (Tensor panels, Tensor column_scale)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CUDA, m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }
+STARFLOW_IMPLEMENT(m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }
 
 }  // namespace starflow
