@@ -138,8 +138,11 @@ void run_cuda(const LinearArgs& call, const Tensor& x) {
     args.call = call;
     args.depth = linear_round_up(channels, linear_row_multiple);
     const Dtype dtype = call.weights.storage == Storage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
+    args.input = call.x;
+    if (call.rows == 1) args.input.row_stride = args.depth;  // whatever it is said to be
+    // TMA takes no rows on top of each other.
     args.copied = call.x.dtype != dtype || call.norm.kind != NormKind::none || args.depth != channels ||
-                  !aligned(call.x, linear_row_multiple);
+                  args.input.row_stride < args.depth || !aligned(args.input, linear_row_multiple);
     args.wide_input = channels % width == 0 && aligned(call.x, width) && aligned(call.norm.weight, width) &&
                       aligned(call.norm.bias, width);
     args.wide_result = columns % width == 0 && aligned(call.weights.bias, width) && aligned(call.multiply, width) &&
@@ -150,7 +153,7 @@ void run_cuda(const LinearArgs& call, const Tensor& x) {
     args.layout = linear_workspace(args.schedule, args.copied ? call.rows * args.depth * 2 : 0);
     const Tensor workspace = empty_like_shape(x, {args.layout.bytes}, ScalarType::Byte);
     args.workspace = workspace.data_ptr();
-    args.input = args.copied ? Matrix{args.workspace, args.depth, dtype} : call.x;
+    if (args.copied) args.input = {args.workspace, args.depth, dtype};
     cuda::launch(op, x, args, linear_cuda);
 }
 

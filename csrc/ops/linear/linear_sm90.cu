@@ -27,6 +27,11 @@ struct Tile {
     static constexpr int columns = columns_;
     static constexpr int threads = groups * group_threads;  // that multiply
     static constexpr bool cooperative = groups > 1;
+    // On a multiprocessor; and registers that the loading group leaves to those that multiply: together those of a
+    // block.
+    static constexpr int blocks = cooperative ? 1 : 2;
+    static constexpr int load_registers = 40;
+    static constexpr int multiply_registers = cooperative ? 232 : 216;
     using Shape = cute::Shape<Int<columns>, Int<rows>, Int<linear_depth>>;
     using Cluster = cute::Shape<_1, _1, _1>;
     using Schedule = cute::conditional_t<cooperative, cutlass::gemm::KernelTmaWarpSpecializedCooperative,
@@ -48,7 +53,7 @@ struct Tile {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::threads + group_threads, 1)
+__global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
     multiply(const __grid_constant__ LinearCudaArgs args,
              const __grid_constant__ typename Tile::Collective::Params params) {
     using Collective = typename Tile::Collective;
@@ -78,7 +83,7 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, 1)
 
     const int32_t last_part = schedule.split ? block.part + 1 : schedule.parts;
     if (loads) {
-        if constexpr (Tile::cooperative) cutlass::arch::warpgroup_reg_dealloc<40>();
+        cutlass::arch::warpgroup_reg_dealloc<Tile::load_registers>();
         if (first_warp) {
             const int32_t begin = schedule.part_begin(block.part);
             const int32_t steps = schedule.part_begin(last_part) - begin;
@@ -93,7 +98,7 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, 1)
         }
         return;
     }
-    if constexpr (Tile::cooperative) cutlass::arch::warpgroup_reg_alloc<232>();
+    cutlass::arch::warpgroup_reg_alloc<Tile::multiply_registers>();
     const int thread = static_cast<int>(threadIdx.x) - group_threads;
     typename Collective::TiledMma product;
     constexpr auto shape = cute::Shape<Int<Tile::columns>, Int<Tile::rows>>{};
