@@ -1,8 +1,11 @@
 # STARFLOW_CUDA = AUTO | ON | OFF, decided by the toolkit and never by a visible GPU. Sets STARFLOW_WITH_CUDA.
 set(STARFLOW_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc and CUTLASS are found), ON or OFF")
 set(STARFLOW_CUTLASS "" CACHE PATH "Folder with CUTLASS's headers; empty: the PyPI package nvidia-cutlass")
+set(STARFLOW_CUDA_ARCHITECTURES "" CACHE STRING "CUDA architectures, as in \"80-real;90a-real;90-virtual\"; empty: all")
 # 80 serves Ampere and Ada, "f" a whole family, and plain PTX what comes later (that of 120f would serve its family alone).
-set(STARFLOW_CUDA_ARCHITECTURES "80-real;90a-real;100f-real;120f-real;120-virtual" CACHE STRING "CUDA architectures")
+if(STARFLOW_CUDA_ARCHITECTURES STREQUAL "")
+  set(STARFLOW_CUDA_ARCHITECTURES "80-real;90a-real;100f-real;120f-real;120-virtual")
+endif()
 if(NOT STARFLOW_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "starflow-ext: STARFLOW_CUDA is \"${STARFLOW_CUDA}\", expected AUTO, ON or OFF.")
 endif()

@@ -5,8 +5,9 @@
 #include "ops/linear/linear_finish.cuh"
 
 namespace starflow::cuda {
+namespace {
 
-inline constexpr int prepare_threads = 256;
+constexpr int prepare_threads = 256;
 
 // norm(x), rounded to the type of the weight and padded with zeros: what is multiplied. A block a row. The formula of
 // the norm is in ops/norm/norm.h; its second and third pass over the row find it in the first-level cache. __fdividef
@@ -68,14 +69,14 @@ __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs arg
 }
 
 // No block has arrived at any tile.
-static __global__ void clear_counters(LinearCudaArgs args) {
+__global__ void clear_counters(LinearCudaArgs args) {
     const int64_t tile = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
     auto* workspace = static_cast<unsigned char*>(args.workspace);
     if (tile < args.schedule.tiles()) reinterpret_cast<int*>(workspace + args.layout.counters)[tile] = 0;
 }
 
 // Enqueue what must be done before the product of a call.
-inline int prepare_linear(const LinearCudaArgs& args, void* stream) {
+int prepare_linear(const LinearCudaArgs& args, void* stream) {
     int code = 0;
     if (args.copied) {
         const dim3 rows(static_cast<unsigned>(args.call.rows));
@@ -90,4 +91,5 @@ inline int prepare_linear(const LinearCudaArgs& args, void* stream) {
     return code;
 }
 
+}  // namespace
 }  // namespace starflow::cuda

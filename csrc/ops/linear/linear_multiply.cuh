@@ -14,11 +14,12 @@
 #include "ops/linear/linear_finish.cuh"
 
 namespace starflow::cuda {
+namespace {
 
 // 16 bytes: what cp.async copies, and a row of the 8 x 8 matrices that ldmatrix loads.
 using Piece = cute::uint128_t;
-inline constexpr int piece_values = sizeof(Piece) / sizeof(uint16_t);
-inline constexpr int step_pieces = linear_depth / piece_values;
+constexpr int piece_values = sizeof(Piece) / sizeof(uint16_t);
+constexpr int step_pieces = linear_depth / piece_values;
 static_assert(piece_values == linear_row_multiple && step_pieces == 8);
 
 // rows x columns of the result by row_warps x column_warps warps; `stages` steps of the depth in shared memory. A
@@ -49,7 +50,7 @@ struct Tile {
 };
 
 // Where a piece of a row lies in shared memory: the same piece of 8 rows in turn covers all banks.
-__device__ inline int swizzled(int row, int piece) { return piece ^ (row % step_pieces); }
+__device__ int swizzled(int row, int piece) { return piece ^ (row % step_pieces); }
 
 // `size` rows of a step of a matrix (rows, depth), from `first_row` and `begin`, into shared memory; zeros past its
 // edges.
@@ -211,4 +212,5 @@ int multiply_tiles(const LinearCudaArgs& args, void* stream) {
     return enqueue(multiply<Tile>, grid, dim3(Tile::threads), sizeof(typename Tile::Shared), stream, args);
 }
 
+}  // namespace
 }  // namespace starflow::cuda
