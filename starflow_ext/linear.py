@@ -13,7 +13,7 @@ from starflow_ext._check import check_floating, dtype_text, require, require_fir
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
-from starflow_ext.linear_pack import PackedWeight, check_device_storage, pack_weight, unpack
+from starflow_ext.linear_pack import DEVICE_STORAGES, PackedWeight, check_device_storage, pack_weight, unpack
 from starflow_ext.norm import EPSILON, NormKind
 from starflow_ext.norm import norm as normalise
 
@@ -429,6 +429,19 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
                 yield sample(f"{storage}, {activations}", (2, 9, 70), 45, storage=storage, activations=activations)
 
 
+def _on_cuda(sample: Sample) -> Sample:
+    """A packed weight in a type that products on CUDA take, and so what is multiplied by it."""
+    moved = sample.map(Tensor.cuda)
+    weight = sample.arguments["weight"]
+    if isinstance(weight, Tensor):
+        return moved
+    storage = weight.storage if weight.storage in DEVICE_STORAGES else "bfloat16"
+    original = (weight.unpack() if weight.weight is None else weight.weight).cuda().to(getattr(torch, storage))
+    packed = {"weight": pack_weight(original), "activations": None}
+    bounds = dict.fromkeys(_NATIVE, Bound(4e-2, 4e-2))
+    return Sample(sample.label, {**moved.arguments, **packed}, bounds)
+
+
 def _case(rows: int, out: int, channels: int) -> Any:
     def draw(generator: torch.Generator) -> Sample:
         weight = torch.randn((out, channels), generator=generator) / channels**0.5
@@ -467,6 +480,7 @@ SPEC = Spec(
     variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
     refuses=lambda variant, **arguments: _why_torch(**arguments),
     lower=_lower,
+    on_cuda=_on_cuda,
     cases={f"{rows} rows": _case(rows, out, channels) for rows, out, channels in ((16, 3072, 768), (64, 768, 3072))},
     bytes_moved=_bytes,
     operations=_operations,

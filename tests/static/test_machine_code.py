@@ -66,17 +66,24 @@ class Rule:
         return f"{self.kernels} on {self.architectures}"
 
 
+HALF = r"B?Float16"
 RULES = (
-    # A row in registers: beside it few are left to other warps, whose loads hide each other's time.
-    Rule(r"norm forward_kernel<(float, 4|\w*Float16, 8)>", registers=64, wide=1.0),
-    Rule(r"norm backward_kernel<(float, 4|\w*Float16, 8)>", registers=96, wide=1.0),
-    Rule(r"rope_append forward_kernel<.*>", registers=64),
-    Rule(r"rope_append backward_kernel<.*>", registers=80),
-    Rule(r"(affine_\w+|jacobi_update) \w+<float, float, 4>", registers=96, wide=0.7),
-    # A warp's products of four steps of 16, at least 16 x 16 of the result: 2 mma and 2 ldmatrix each.
-    Rule(r"linear multiply<.*>", least={"HMMA": 8, "LDSM": 8, "LDGSTS.128": 8}),
-    # Four products a step, in the first step and in the loop; two tensors.
-    Rule(r"linear_sm90 multiply<.*>", r"sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
+    Rule(rf"affine_\w+ forward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=64, wide=0.95),
+    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.95),
+    # One store of four bytes a row, of the change.
+    Rule(rf"jacobi_update update_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.85),
+    # A row is held in registers: few beside it leave room for other warps, whose work covers the time of loads.
+    Rule(rf"norm forward_kernel<(float, 4|{HALF}, 8)>", registers=64, wide=1.0),
+    Rule(rf"norm backward_kernel<(float, 4|{HALF}, 8)>", registers=96, wide=1.0),
+    # Half-split planes are two accesses of 8 bytes.
+    Rule(rf"rope_append forward_kernel<(float, 2|{HALF}, 4)>", registers=64, wide=0.15),
+    Rule(rf"rope_append backward_kernel<(float, 2|{HALF}, 4)>", registers=80, wide=0.2),
+    Rule(r"block_attention forward_kernel<Forward<float, .*", least={"HMMA": 96, "LDGSTS": 4}),
+    Rule(rf"block_attention forward_kernel<Forward<{HALF}, .*", least={"HMMA": 64, "LDSM": 32, "LDGSTS": 4}),
+    Rule(r"block_attention_backward grad_\w+<Backward<float, .*", least={"HMMA": 256, "LDGSTS": 6}),
+    Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, .*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}),
+    Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
+    Rule(r"linear_sm90 multiply<.*", "sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
 )
 
 
@@ -86,13 +93,21 @@ def _source(mangled: str) -> str:
     return found[1] if found else "shared"
 
 
+def _short(demangled: str) -> str:
+    """The name and its template arguments, without namespaces and parameters."""
+    name = re.sub(r"starflow::|cuda::|cute::|cutlass::|\(anonymous namespace\)::|\(bool\)|^void ", "", demangled)
+    name = name.replace("> >", ">>")
+    depth = 0
+    for place, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:place]
+    return name
+
+
 def _names(tool: Tool, mangled: Iterable[str]) -> dict[str, str]:
     symbols = list(mangled)
-    names = {}
-    for symbol, demangled in zip(symbols, tool("c++filt", *symbols), strict=True):
-        short = re.sub(r"starflow::|\(anonymous namespace\)::|cuda::|^void ", "", demangled.replace("(bool)", ""))
-        names[symbol] = f"{_source(symbol)} {re.sub(r'[(](?!.*>).*', '', short)}"
-    return names
+    return {s: f"{_source(s)} {_short(name)}" for s, name in zip(symbols, tool("c++filt", *symbols), strict=True)}
 
 
 def _sections(lines: Iterable[str], head: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -159,9 +174,11 @@ def test_nothing_is_spilled_or_kept_in_local_memory(kernels: list[Kernel]) -> No
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_rule(rule: Rule, kernels: list[Kernel]) -> None:
-    architectures = {kernel.architecture for kernel in kernels}
-    for architecture in sorted(architectures):
+def test_rule(rule: Rule, root: Path, kernels: list[Kernel]) -> None:
+    source = re.match(r"[a-z_0-9]+", rule.kernels)
+    if source and not list(root.glob(f"csrc/ops/*/{source[0].rstrip('_')}*.cu")):
+        pytest.skip(f"no kernel of {source[0]} in this checkout")
+    for architecture in sorted({kernel.architecture for kernel in kernels}):
         if not re.fullmatch(rule.architectures, architecture):
             continue
         found = [k for k in kernels if k.architecture == architecture and re.fullmatch(rule.kernels, k.name)]
@@ -170,6 +187,6 @@ def test_rule(rule: Rule, kernels: list[Kernel]) -> None:
             assert kernel.registers <= rule.registers, f"{kernel} has {kernel.registers} registers"
             for opcode, least in rule.least.items():
                 assert kernel.count(opcode) >= least, f"{kernel} has {kernel.count(opcode)} {opcode}"
-            accesses = kernel.count("LDG", "STG", "LDGSTS")
-            wide = kernel.count("LDG.128", "STG.128", "LDGSTS.128")
+            accesses = kernel.count("LDG", "STG")
+            wide = kernel.count("LDG.128", "STG.128")
             assert wide >= rule.wide * accesses, f"{kernel} has {wide} accesses of 16 bytes among {accesses}"
