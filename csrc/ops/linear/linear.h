@@ -1,5 +1,5 @@
-// linear: out = residual + epilogue(norm(x) W^T + bias) * multiply, with W in packed panels (csrc/cpu/panels.h), on CUDA
-// in rows of bfloat16 or float16.
+// linear: out = residual + epilogue(norm(x) W^T + bias) * multiply, with W in packed panels (csrc/cpu/panels.h), or on
+// CUDA in rows of bfloat16 or float16.
 //
 // x (rows, in_channels); W (out_channels, in_channels); multiply, residual, out (rows, out_channels). Sums, epilogue
 // and norm are float32; x enters the product as `activations` says, on CUDA rounded to the type of W.
