@@ -31,12 +31,15 @@ def library() -> Path:
 def tool() -> Callable[..., list[str]]:
     def run(*command: str | Path) -> list[str]:
         name = str(command[0])
-        # NVIDIA's tools come from PyPI, which puts them beside the libraries.
+        # NVIDIA's tools come from PyPI, which puts them beside the libraries. One calls another.
         nvidia = Path(sysconfig.get_path("purelib")) / "nvidia/cu13/bin"
-        found = shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), str(nvidia)]))
+        path = os.pathsep.join([os.environ.get("PATH", ""), str(nvidia)])
+        found = shutil.which(name, path=path)
         if found is None:
             pytest.skip(f"{name} is not on PATH")
-        done = subprocess.run([found, *map(str, command[1:])], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [found, *map(str, command[1:])], env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+        )
         return done.stdout.splitlines()
 
     return run
