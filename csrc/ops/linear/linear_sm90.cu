@@ -111,6 +111,8 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
         collective.mma(pipeline, state, part_sums, steps, thread, shared.operands, params);
         collective.mma_tail(pipeline, state, steps);
         state.advance(steps);
+        // The products are done: what they wrote may be read from here on, and not before.
+        cute::warpgroup_fence_operand(part_sums);
 #pragma unroll
         for (int i = 0; i < cute::size(sums); ++i) sums(i) += part_sums(i);
     }
