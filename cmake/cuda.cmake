@@ -1,9 +1,12 @@
 # STARFLOW_CUDA = AUTO | ON | OFF, decided by the toolkit and never by a visible GPU. Sets STARFLOW_WITH_CUDA.
 set(STARFLOW_CUDA AUTO CACHE STRING "Build the CUDA kernels: AUTO (if nvcc and CUTLASS are found), ON or OFF")
 set(STARFLOW_CUTLASS "" CACHE PATH "Folder with CUTLASS's headers; empty: the PyPI package nvidia-cutlass")
-set(STARFLOW_CUDA_ARCHITECTURES "" CACHE STRING "CUDA architectures, as in \"80-real;90a-real;90-virtual\"; empty: all")
+set(STARFLOW_CUDA_ARCHITECTURES "" CACHE STRING "CUDA architectures as CMake names them; empty: 80, 90a, PTX; all: as released")
 # 80 serves Ampere and Ada, "f" a whole family, and plain PTX what comes later (that of 120f would serve its family alone).
+# Each architecture takes minutes, so only a release has them all.
 if(STARFLOW_CUDA_ARCHITECTURES STREQUAL "")
+  set(STARFLOW_CUDA_ARCHITECTURES "80-real;90a-real;90-virtual")
+elseif(STARFLOW_CUDA_ARCHITECTURES STREQUAL "all")
   set(STARFLOW_CUDA_ARCHITECTURES "80-real;90a-real;100f-real;120f-real;120-virtual")
 endif()
 if(NOT STARFLOW_CUDA MATCHES "^(AUTO|ON|OFF)$")
