@@ -20,7 +20,9 @@ struct VisibleKeysOf {
     }
     // Without branches.
     STARFLOW_HOST_DEVICE constexpr bool has(Index key) const {
-        return static_cast<int>(key < prefix) | (static_cast<int>(key >= first) & static_cast<int>(key < last));
+        const auto before_prefix = static_cast<unsigned>(key < prefix);
+        const auto in_run = static_cast<unsigned>(key >= first) & static_cast<unsigned>(key < last);
+        return (before_prefix | in_run) != 0;
     }
 };
 
