@@ -611,7 +611,7 @@ def zuko() -> Iterator[Figure]:
     if importlib.util.find_spec("zuko") is None:
         raise Skipped("zuko is not installed: pip install 'starflow-ext[examples]'")
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "zuko_inverse.py"))
-    for side, steps in ((8, 1000), (16, 500)):
+    for side, steps in ((8, 400), (16, 200)):
         flow = example["train"](side, steps)
         runs = {batch: example["compare"](flow, batch) for batch in (1, 64)}
         raw = {

@@ -241,8 +241,9 @@ class Pipeline:
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
-        still = image and data.frames > 1
-        return caption_for(replace(self.config, data=told), prompt, image=still, last=last, size=size)
+        return caption_for(
+            replace(self.config, data=told), prompt, image=image and data.frames > 1, last=last, size=size
+        )
 
     def condition(
         self,
@@ -265,9 +266,8 @@ class Pipeline:
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            features = self._features(
-                [self.caption(prompt, fps=fps, image=image, last=last, size=size) for prompt in prompts]
-            )
+            captions = [self.caption(prompt, fps=fps, image=image, last=last, size=size) for prompt in prompts]
+            features = self._features(captions)
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
         return None if features is None else features.to(self.device)
@@ -373,17 +373,15 @@ class Pipeline:
             torch.cat([getattr(part, name) for part in parts], 1).cpu() for name in ("pixels", "latents", "noisy")
         )
         seconds = time.perf_counter() - begin
-        told: dict[str, Any] = {
-            "image": pixels.shape[1] == 1,
-            "last": last_image is not None,
-            "size": (pixels.shape[-2], pixels.shape[-1]),
-        }
+        still, size = pixels.shape[1] == 1, (pixels.shape[-2], pixels.shape[-1])
         return Sampled(
             pixels=pixels,
             latents=latents,
             noisy=noisy,
             prompts=names,
-            captions=tuple(self.caption(name, fps=fps, **told) for name in names),
+            captions=tuple(
+                self.caption(name, fps=fps, image=still, last=last_image is not None, size=size) for name in names
+            ),
             seeds=session.seeds,
             given=0 if beginning is None else beginning.pixels.shape[1],
             report=report_of(session, seconds, pixels.shape[0] * pixels.shape[1]),
@@ -466,7 +464,7 @@ class Pipeline:
 
         y, null = read(names), None
         if weight and c.num_classes == 0:
-            null = self.condition([""], fps=fps, image=still)
+            null = self.condition([""], fps=fps, image=still, size=size)
             null = None if null is None else null.expand(len(names), -1, -1)
         span = self._span(shape[0], window, window_context, window_sink, int(last_image is not None))
         conditions = Conditions(
