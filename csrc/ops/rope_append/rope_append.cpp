@@ -222,9 +222,10 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
     starts = by_sample("start", starts, qkv);
     final = by_sample("final", final, qkv);
     // On a CUDA device this waits for the stream, like the Python function, which needs the last slot as a number.
-    const Optional seen = starts.has_value() && qkv.is_cuda()
-                              ? Optional(torch::stable::to(*starts, torch::stable::Device(torch::stable::DeviceType::CPU)))
-                              : starts;
+    const Optional seen =
+        starts.has_value() && qkv.is_cuda()
+            ? Optional(torch::stable::to(*starts, torch::stable::Device(torch::stable::DeviceType::CPU)))
+            : starts;
     int64_t first = seen.has_value() && shape.batch > 0 ? numbers(seen)[0] : start;
     int64_t last = first;
     for (int64_t b = 0; seen.has_value() && b < shape.batch; ++b) {
