@@ -8,6 +8,7 @@ before each call. The ceilings, a copy and a product in bfloat16, are measured i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from starflow_ext import ops
-from starflow_ext._spec import tensors
+from starflow_ext._spec import Sample, Spec, tensors
+from starflow_ext.linear_pack import PackedWeight
 
 from .bench_ops import check, draw, implementation, outcome
 
@@ -65,6 +67,15 @@ def cold_cache() -> partial[Any]:
     return partial(torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_)
 
 
+def _on_cuda(spec: Spec, case: str, variant: str) -> Sample:
+    """The call on the device; torch multiplies by a weight as it was before it was packed."""
+    sample = spec.on_cuda(draw(spec, case))
+    if variant == "cuda":
+        return sample
+    plain = {k: v.weight if isinstance(v, PackedWeight) else v for k, v in sample.arguments.items()}
+    return replace(sample, arguments=plain)
+
+
 @pytest.mark.parametrize("name, case", CASES, ids=lambda value: value.replace(" ", "-"))
 @pytest.mark.parametrize("variant", ["torch", "compile", "cuda"])
 @pytest.mark.benchmark(timer=Moment)
@@ -72,12 +83,12 @@ def test_op(
     name: str, case: str, variant: str, ceilings: dict[str, float], cold_cache: partial[Any], benchmark: Any
 ) -> None:
     spec = ops.SPECS[name]
-    sample = draw(spec, case).map(lambda tensor: tensor.cuda())
+    sample = _on_cuda(spec, case, variant)
     call = partial(implementation(spec, variant), **spec.arguments(**sample.arguments))
     with torch.inference_mode():
-        fresh = draw(spec, case).map(lambda tensor: tensor.cuda())
+        fresh = _on_cuda(spec, case, variant)
         results = tuple(result.cpu() for result in outcome(spec, implementation(spec, variant), fresh))
-        check(spec, case, results, variant)
+        check(spec, case, sample, results, variant)
         given = sum(tensor.nbytes for tensor in tensors(tuple(sample.arguments.values())))
         moved = spec.bytes_moved(sample) if spec.bytes_moved else given + sum(result.nbytes for result in results)
         benchmark.group = f"{name} {case} {sample.label}"

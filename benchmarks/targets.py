@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import importlib.util
 import itertools
 import json
-import os
+import re
+import resource
 import runpy
 import shutil
 import statistics
@@ -468,7 +470,98 @@ def big() -> Iterator[Figure]:
     yield Figure("big", facts.pop("share of the roofline"), "of the roofline", 0.0, 0.70, raw=facts)
 
 
+# -- streaming --------------------------------------------------------------------------------------------------------
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _stream(size: int, frames: int, **options: Any) -> dict[str, float]:
+    """Seconds to the first frame, and medians over stretches of a clip of the seconds a frame takes."""
+    pipeline = models.streaming(size)
+    next(pipeline.session("a three", **options).extend())  # weights are packed, windows measured
+    begin = time.perf_counter()
+    stream = pipeline.session("a three", **options).extend()
+    next(stream)
+    first = time.perf_counter() - begin
+    stretches = []
+    for _ in range(frames // 12):
+        begin = time.perf_counter()
+        for _ in range(12):
+            next(stream)
+        stretches.append((time.perf_counter() - begin) / 12)
+    return {"first": first, "frame": statistics.median(stretches)}
+
+
+@target("mission")
+def first_frame() -> Iterator[Figure]:
+    """Time to the first decoded frame over what a frame takes later on, times the frames that have to be there.
+
+    The denoiser looks one frame ahead, so the first frame takes two frames of the flow; without look-ahead, one.
+    """
+    for ahead, name in ((0, "first_frame"), (1, "first_frame_look_ahead")):
+        runs = [_stream(32, 24, look_ahead=ahead) for _ in range(5)]
+        first, frame = (statistics.median(run[key] for run in runs) for key in ("first", "frame"))
+        raw = {"first": first, "frame": frame, "frames_needed": 1 + ahead}
+        yield Figure(name, first / (frame * (1 + ahead)), "x a frame", 1.3, 1.0, lower=True, raw=raw)
+
+
+def _frames_a_second(size: int, goal: float, moonshot: float) -> Iterator[Figure]:
+    ways: dict[str, dict[str, Any]] = {
+        "as trained": {},
+        "no guidance": {"guidance": 0.0},
+        "no look-ahead": {"look_ahead": 0},
+    }
+    if native.selected_isa() in ("avx512_bf16", "amx"):
+        ways["bfloat16"] = {"precision": "bfloat16", "solver": "window:64:0.05"}
+    rates: dict[str, Any] = {name: 1.0 / _stream(size, 72, **options)["frame"] for name, options in ways.items()}
+    raw = rates | {"threads": torch.get_num_threads(), "isa": native.selected_isa()}
+    yield Figure(f"stream_fps_{size}", rates["as trained"], "decoded frames/s", goal, moonshot, raw=raw)
+
+
+@target("mission")
+def stream_fps_32() -> Iterator[Figure]:
+    """Decoded frames a second of the demo's model at 32 x 32, guided, denoised, one clip."""
+    yield from _frames_a_second(32, 60.0, 120.0)
+
+
+@target("mission")
+def stream_fps_64() -> Iterator[Figure]:
+    """The same at 64 x 64, with patches of 8 pixels."""
+    yield from _frames_a_second(64, 16.0, 60.0)
+
+
+@target("mission")
+def stream_memory() -> Iterator[Figure]:
+    """Memory of the process at frame 200 of a stream over that at frame 20."""
+    pipeline = models.streaming(32)
+    held = {}
+    for number, _ in enumerate(pipeline.session("a three").extend(201), 1):
+        if number in (20, 200):
+            gc.collect()
+            held[number] = _resident()
+    raw = {f"bytes_{number}": float(size) for number, size in held.items()}
+    yield Figure("stream_memory", held[200] / held[20], "x frame 20", 1.05, 1.0, lower=True, raw=raw)
+
+
 # -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def _resident(command: list[str]) -> tuple[float, int]:
+    """Seconds of a command and the most bytes that were resident, mapped files included."""
+    begin = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    most = 0
+    while child.poll() is None:
+        # Not of getrusage: a child begins with the peak of its parent.
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
+        most = int(found[1]) * 1024 if found else most
+        time.sleep(0.1)
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit status {child.returncode}")
+    return time.perf_counter() - begin, most
 
 
 @target("mission")
@@ -482,17 +575,10 @@ def convert_3b() -> Iterator[Figure]:
         for dtype in ("bfloat16", "int8"):
             out = Path(folder) / dtype
             command = [sys.executable, "-m", "starflow", "convert", "starflow_3B_t2i_256x256", str(source), str(out)]
-            begin = time.perf_counter()
-            child = subprocess.Popen([*command, "--dtype", dtype], stdout=subprocess.DEVNULL)
-            _, status, used = os.wait4(child.pid, 0)
-            if status:
-                raise RuntimeError(f"{' '.join(command)}: exit status {os.waitstatus_to_exitcode(status)}")
-            raw = {
-                "seconds": time.perf_counter() - begin,
-                "GB read": size / 1e9,
-                "GB written": sum(file.stat().st_size for file in out.iterdir()) / 1e9,
-            }
-            yield Figure(f"convert_3b_{dtype}", used.ru_maxrss / 2**20, "GiB resident", 8.0, 1.0, lower=True, raw=raw)
+            seconds, most = _resident([*command, "--dtype", dtype])
+            written = sum(file.stat().st_size for file in out.iterdir())
+            raw = {"seconds": seconds, "GB read": size / 1e9, "GB written": written / 1e9}
+            yield Figure(f"convert_3b_{dtype}", most / 2**30, "GiB resident", 8.0, 1.0, lower=True, raw=raw)
             shutil.rmtree(out)
 
 
@@ -525,7 +611,7 @@ def zuko() -> Iterator[Figure]:
     if importlib.util.find_spec("zuko") is None:
         raise Skipped("zuko is not installed: pip install 'starflow-ext[examples]'")
     example = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "zuko_inverse.py"))
-    for side, steps in ((8, 1000), (16, 500)):
+    for side, steps in ((8, 400), (16, 200)):
         flow = example["train"](side, steps)
         runs = {batch: example["compare"](flow, batch) for batch in (1, 64)}
         raw = {

@@ -119,7 +119,7 @@ class Outcome:
 
 @torch.inference_mode()
 def compare(
-    prompt: int = 1024, new: int = 64, chunk: int = 128, width: int = 512, layers: int = 4, batch: int = 1
+    prompt: int = 4096, new: int = 64, chunk: int = 64, width: int = 256, layers: int = 2, batch: int = 1
 ) -> Outcome:
     """Reads a prompt chunk by chunk and generates greedily, by both models with the same weights.
 

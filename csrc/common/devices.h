@@ -10,9 +10,7 @@ template <class Args, class OnCpu>
 void run_on_device(const char* op, const char* name, const Tensor& data, const Args& args,
                    int (*cuda_launcher)(const Args&, void*), const OnCpu& on_cpu) {
     if (!data.is_cuda()) return on_cpu();
-    require(
-        cuda_launcher != nullptr, op, std::string(name) + " is on", [&] { return device_text(data); },
-        [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
+    cuda::check_build(op, name, data);
     cuda::launch(op, data, args, cuda_launcher);
 }
 

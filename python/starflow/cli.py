@@ -183,6 +183,8 @@ def _sample(args: argparse.Namespace) -> int:
 
     if args.given is not None and args.video is None:
         raise ConfigError(f"--given is {args.given}, expected --video together with it")
+    if args.edit_prompt and args.edit is None:
+        raise ConfigError(f"--edit-prompt is {args.edit_prompt!r}, expected --edit together with it")
     if args.certificate and args.solver is not None:
         try:
             parse_solver(args.solver, certificate=True)
@@ -239,6 +241,9 @@ def _sample_options(args: argparse.Namespace) -> dict[str, Any]:
         "image",
         "video",
         "given",
+        "last_image",
+        "edit",
+        "edit_prompt",
         "look_ahead",
         "window",
         "window_context",
@@ -265,7 +270,6 @@ def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fp
             f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected a "
             "model with a learned denoiser that runs forward in time, or --denoise none"
         )
-    pixels = args.frames or pipeline.config.data.frames
     height, width = (side * pipeline.codec.spatial for side in session.shape[2:])
     scale = args.scale or max(1, math.ceil(128 / min(height, width)))
     names = [_clip_name(row, prompt, args.seed + row) for row, prompt in enumerate(prompts)]
@@ -294,7 +298,7 @@ def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fp
         given = session.beginning
         if given is not None:
             write(given)
-        for frames in session.extend(pipeline.codec.latent_frames(pixels) - session.frames, last=True):
+        for frames in session.extend(session.planned, last=True):
             write(frames)
         files.close()
         meter.end()
@@ -302,10 +306,16 @@ def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fp
         shape = {"frames": meter.frames, "fps": fps, "height": height, "width": width}
         beginning = {
             "given_frames": 0 if given is None else given.pixels.shape[1],
-            "given_from": args.image or args.video,
+            **_sources(args),
         }
         for row, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            caption = pipeline.caption(prompt, fps=args.fps, image=pixels == 1)
+            caption = pipeline.caption(
+                prompt,
+                fps=args.fps,
+                image=meter.frames == 1,
+                last=args.last_image is not None,
+                size=(height, width),
+            )
             told = {"prompt": prompt, "caption": caption, "seed": args.seed + row, "model": str(args.model)}
             out.json(f"{name}.json", {**told, **shape, **beginning, **report, **_together(len(prompts))})
     print(
@@ -441,7 +451,7 @@ def _write_clips(
                 "height": pixels.shape[-2],
                 "width": pixels.shape[-1],
                 "given_frames": sampled.given,
-                "given_from": args.image or args.video,
+                **_sources(args),
                 **sampled.report.to_mapping(),
                 **_together(len(sampled.pixels)),
             },
@@ -453,6 +463,11 @@ def _write_clips(
 def _clip_name(row: int, prompt: str, seed: int) -> str:
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-")
     return f"{row:03d}-{words + '-' if words else ''}seed{seed}"
+
+
+def _sources(args: argparse.Namespace) -> dict[str, Any]:
+    """The files that clips were made from."""
+    return {"given_from": args.image or args.video, "last_image": args.last_image, "edited_from": args.edit}
 
 
 def _together(clips: int) -> dict[str, Any]:
@@ -781,7 +796,9 @@ seed gives the same clip, alone or among others; the i-th clip has the seed SEED
 examples:
   {_PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
   {_PROG} sample runs/mine "a three moving up" --image first_frame.png
+  {_PROG} sample runs/mine "a three moving up" --image first_frame.png --last-image last_frame.png
   {_PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
+  {_PROG} sample runs/mine "an eight moving up" --edit three.mp4 --edit-prompt "a three moving up"
   {_PROG} sample runs/mine "a three moving up" --frames 2000 --stream
   {_PROG} sample runs/mine --solver window:16:0.001 --certificate"""
 
@@ -889,7 +906,7 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         help="factor of the noise that clips are made from: below 1 they vary less and keep together better (default: "
         "the model's)",
     )
-    beginning = parser.add_argument_group("a given beginning")
+    beginning = parser.add_argument_group("given frames")
     either = beginning.add_mutually_exclusive_group()
     either.add_argument("--image", metavar="FILE", help="picture that becomes the first frame")
     either.add_argument("--video", metavar="FILE", help="video to continue: its last frames become the first ones")
@@ -899,6 +916,18 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames taken from the end of --video (default: half of --frames, or all where it is shorter)",
     )
+    beginning.add_argument(
+        "--last-image",
+        metavar="FILE",
+        help="picture that the clip ends with, alone or together with --image (a model trained with "
+        "train.last_frame_prob)",
+    )
+    either.add_argument(
+        "--edit",
+        metavar="FILE",
+        help="video to make again under the prompt: the flow finds its noise and decodes it (guidance 0 unless given)",
+    )
+    beginning.add_argument("--edit-prompt", default="", metavar="TEXT", help="what the video of --edit shows")
     how = parser.add_argument_group("how")
     how.add_argument("--solver", type=_solver, metavar="TEXT", help=_SOLVER_HELP)
     how.add_argument(

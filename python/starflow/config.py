@@ -287,6 +287,8 @@ class DataConfig:
         caption_second: captions of a folder end in the second of its file at which the clip begins, as a whole number:
             a prompt can then ask for that part, and a flow need not learn them all as one.
         caption_fps: captions tell the frame rate, as in the published recipe.
+        mix_aspect: clips of a folder keep the published aspect ratio that is nearest to their file's, with about the
+            area of height x width, and captions tell it; the clips of a step have one shape.
         cache_gb: decoded frames kept in memory.
     """
 
@@ -302,6 +304,7 @@ class DataConfig:
     name_captions: bool = False
     caption_second: bool = False
     caption_fps: bool = False
+    mix_aspect: bool = False
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:
@@ -330,13 +333,15 @@ class TrainConfig:
             loss is weighted by sigma / 0.3.
         latent_norm_regularization: weight of the mean square of what enters each block.
         drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
-            (and the caption says "(extend) "), so that the flow learns to continue.
+            (and the caption says "(extend) "), so that the flow learns to continue. last_frame_prob: probability that
+            its last frame, encoded alone, stands before a clip (and the caption says "(last) "), so that the flow
+            learns to arrive there.
         image_prob: probability that a step trains on single frames as images, `image_batch_size` of them (default
             `batch_size`). image_frame: which frame of a clip: "any", or "first" for data whose clips begin in a way of
             their own, which single frames from later on would blur.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
-        ema: decay of the averaged weights that are sampled from; 0 is off.
+        ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: arithmetic of the products; the residual stream and the affine maps stay float32.
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
             of them, "fsdp" a piece (slower, less memory). No meaning for one process, and none for the numbers.
@@ -360,6 +365,7 @@ class TrainConfig:
     latent_norm_regularization: float = 0.0
     drop_label: float = 0.1
     drop_image: float = 0.0
+    last_frame_prob: float = 0.0
     image_prob: float = 0.0
     image_batch_size: int | None = None
     image_frame: Literal["any", "first"] = "any"
@@ -379,7 +385,7 @@ class TrainConfig:
             require(
                 size >= 1 and size % self.accumulate == 0, "train.accumulate", self.accumulate, f"a divisor of {size}"
             )
-        for name in ("drop_label", "drop_image", "image_prob", "ema"):
+        for name in ("drop_label", "drop_image", "last_frame_prob", "image_prob", "ema"):
             require(0.0 <= getattr(self, name) <= 1.0, f"train.{name}", getattr(self, name), "a number from 0 to 1")
         numbers = ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay")
         counts = ("warmup_steps", "checkpoint_every", "sample_every")

@@ -124,7 +124,7 @@ class Decoding:
             if block.conditioner is None:
                 self._shallow.append(None)
             elif block.frame_local:
-                self._shallow.append(_Local(block, conditions, trace=trace))
+                self._shallow.append(_Local(block, batch, conditions, trace=trace))
             else:
                 # Sees all frames, as long as the clip is no longer than the window (`Span.context` is None).
                 self._shallow.append(_Causal(block, size, conditions, span, given[block.index], None, trace=trace))
@@ -186,33 +186,35 @@ class Decoding:
 class _Stage:
     """One block of a decoding."""
 
-    def __init__(self, block: FlowBlock, conditions: Conditions, *, trace: bool) -> None:
-        self.block, self.conditions, self._trace = block, conditions, trace
+    def __init__(self, block: FlowBlock, batch: int, conditions: Conditions, *, trace: bool) -> None:
+        self.block, self.conditions, self._batch, self._trace = block, conditions, batch, trace
         self._report: SolveReport | None = None
+        # Rows and frames, how to make a decoder of them, the one that is used, and the order of its tokens.
+        self._kept: tuple[tuple[int, int], Callable[[Precision], BlockDecoder], BlockDecoder, Tensor] | None = None
 
     def change(self, y: Tensor | None) -> None:
-        self.conditions = replace(self.conditions, y=y)
+        """Takes another text for what is to come."""
+        self.conditions, self._kept = replace(self.conditions, y=y), None
 
     def _texts(self) -> tuple[Tensor | None, Tensor | None]:
         """What the block reads, for the samples and for the unconditional half."""
         reads = self.block.config.num_classes or self.block.config.text_width(self.block.index)
         return (self.conditions.y, self.conditions.null) if reads else (None, None)
 
-    def _solve(
-        self, schedule: Schedule, known: Tensor, frames: int, size: tuple[int, int], texts: tuple[Tensor | None, ...]
-    ) -> tuple[Solve, Tensor]:
+    def _solve(self, schedule: Schedule, known: Tensor, frames: int) -> tuple[Solve, Tensor]:
         """A solve of `frames` frames, of which those of the folded grid `known` are given, and the order of tokens."""
         block, c = self.block, self.conditions
-        context, null = texts
-        layout = block.layout(frames, *size, context, image=c.image)
-        guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
-
-        def decoder(precision: Precision) -> BlockDecoder:
-            return block.decoder(layout, known.shape[0], context, null, guided, c.temperature, precision)
-
-        order = layout.order
+        rows, _, height, width, _ = known.shape
+        if self._kept is None or self._kept[0] != (rows, frames):
+            context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
+            layout = block.layout(frames, height, width, context, image=c.image)
+            guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
+            make = partial(block.decoder, layout, rows, context, null, guided, c.temperature)
+            self._kept = (rows, frames), make, make(c.precision), layout.order
+        # A window writes all that it reads, but for the text, which is the same.
+        _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
-        return Solve(decoder(c.precision), schedule, first, partial(decoder, "float32")), order
+        return Solve(own, schedule, first, lambda: decoder("float32")), order
 
     def _add(self, report: SolveReport) -> SolveReport:
         report = report if self._trace else replace(report, accepted=(), passes=())
@@ -225,15 +227,13 @@ class _Local(_Stage):
     def solve(self, frames: Tensor, *, more: bool) -> Tensor:
         """Solved frames."""
         folded = self.block.fold(frames)
-        size = folded.shape[2], folded.shape[3]
-        context, null = (self.block.fold_labels(text, frames.shape[1]) for text in self._texts())
-        solve, order = self._solve(self._schedule(), folded[:, :0], 1, size, (context, null))
+        solve, order = self._solve(self._schedule(), folded[:, :0], 1)
         solve.extend(to_sequence(folded, order))
         solve.run(solve.tokens)
         report = solve.report()
         # Of the clips, whose frames are rows here.
         self._report = self._add(replace(report, tokens=report.tokens * frames.shape[1], samples=frames.shape[0]))
-        return to_grid(solve.x, order, 1, *size).reshape(frames.shape)
+        return to_grid(solve.x, order, 1, *folded.shape[2:4]).reshape(frames.shape)
 
     def _schedule(self) -> Schedule:
         schedule = self.conditions.schedule
@@ -266,7 +266,7 @@ class _Causal(_Stage):
         *,
         trace: bool,
     ) -> None:
-        super().__init__(block, conditions, trace=trace)
+        super().__init__(block, size[0], conditions, trace=trace)
         given = 0 if known is None else known.shape[1]
         if given > span.window or (given == span.window and span.context is None):
             fewer = "at most local_attn_window" if span.context is not None else "fewer than the"
@@ -359,9 +359,7 @@ class _Causal(_Stage):
         while self._queue is not None:
             if self._open is None:
                 known = self._queue[:, :0] if self._known is None else self._known
-                _, height, width = self._size
-                texts = self._texts()
-                self._open = self._solve(self.conditions.schedule, known, self._span.window, (height, width), texts)
+                self._open = self._solve(self.conditions.schedule, known, self._span.window)
                 self._out, self._known = known.shape[1], None
             begin = self._in_window
             if room := self._span.window - begin:

@@ -59,11 +59,11 @@ def solve(
         >>> import torch, starflow
         >>> def fn(x):  # an autoregression: a token is half of the one before it, plus noise of deviation 0.1
         ...     return 0.5 * torch.nn.functional.pad(x[:, :-1], (1, 0)), torch.full_like(x, 0.1)
-        >>> z = torch.ones(1, 6)
+        >>> z = torch.ones(1, 4)
         >>> x, report = starflow.solve(fn, z, schedule=starflow.Window(tolerance=1e-6, certificate=True))
         >>> x
-        tensor([[0.1000, 0.1500, 0.1750, 0.1875, 0.1938, 0.1969]])
-        >>> report.sweeps <= 6, report.backward_error < 1e-5
+        tensor([[0.1000, 0.1500, 0.1750, 0.1875]])
+        >>> report.sweeps <= 4, report.backward_error < 1e-5
         (True, True)
     """
     schedule = Window() if schedule is None else schedule
@@ -107,16 +107,21 @@ class FunctionDecoder:
                 raise ValueError(
                     f"solve: order has shape {list(order.shape)}, expected a permutation of 0 .. {self.tokens - 1}"
                 )
-            self._order = order.to(z.device)
-            self._place = self._order.argsort()
+            if order.tolist() != list(range(self.tokens)):
+                self._order = order.to(z.device)
+                self._place = self._order.argsort()
         # Row n + 1 holds token n, as in the solver; row 0 stands for what is before the first.
         self._x = z.new_zeros(z.shape[0], self.tokens + 1, math.prod(self._shape[2:]))
 
     def sequence(self, x: Tensor) -> Tensor:
         """Shape and order of `z` to (batch, tokens, channels)."""
-        x = x.movedim(self._axis, 1)
-        x = x.reshape(*x.shape[:2], self._x.shape[2])
+        x = self._flat(x)
         return x if self._order is None else x[:, self._order]
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """(batch, tokens, channels) in the order along the axis."""
+        x = x.movedim(self._axis, 1)
+        return x.reshape(*x.shape[:2], self._x.shape[2])
 
     def like_z(self, x: Tensor) -> Tensor:
         """(batch, tokens, channels) to the shape and order of `z`."""
@@ -152,16 +157,16 @@ class FunctionDecoder:
         starts = start.tolist() if isinstance(start, Tensor) else [start] * batch
         here = places(starts, width, previous.device)
         if final is not None:
-            rows = torch.arange(width, device=final.device) + torch.tensor(starts, device=final.device)[:, None]
+            rows = torch.arange(width, device=final.device) + (start[:, None] if isinstance(start, Tensor) else start)
             previous = torch.where((rows < final[:, None])[..., None], self._x[here], previous)
         self._x[here] = previous
         window = slice(min(starts), max(starts) + width)
-        shift, scale = self._call(window)
-        inner = places([token - window.start for token in starts], width, previous.device)
-        return Affine(torch.cat([scale.log()[inner], shift[inner]], -1), "exp")
+        raw = self._call(window)
+        first = window.start if self._windowed else 0
+        return Affine(raw[places([token - first for token in starts], width, raw.device)], "exp")
 
-    def _call(self, window: slice) -> tuple[Tensor, Tensor]:
-        """Shift and scale of the tokens of `window`, each (batch, tokens of it, channels)."""
+    def _call(self, window: slice) -> Tensor:
+        """Log-scale and shift, (batch, tokens, 2 * channels), of the tokens of `window` or of all."""
         x = self.like_z(self._x[:, 1:])
         returned: Any = self._fn(x, window) if self._windowed else self._fn(x)
         if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)):
@@ -172,7 +177,10 @@ class FunctionDecoder:
         for name, tensor in zip(("shift", "scale"), returned, strict=True):
             if list(tensor.shape) != expected:
                 raise ValueError(f"solve: fn returned {name} of shape {list(tensor.shape)}, expected {expected}")
-        shift, scale = (self.sequence(tensor).to(x.dtype) for tensor in returned)
-        if bool((scale < 0).any()):
-            raise ValueError(f"solve: fn returned scale {float(scale.min()):g}, expected numbers > 0")
-        return (shift, scale) if self._windowed else (shift[:, window], scale[:, window])
+        shift, scale = returned
+        least = float(scale.amin())
+        if least < 0.0:
+            raise ValueError(f"solve: fn returned scale {least:g}, expected numbers > 0")
+        parts = (self._flat(scale.to(x.dtype).log()), self._flat(shift.to(x.dtype)))
+        raw = torch.cat(parts, -1)
+        return raw if self._order is None else raw[:, self._order]

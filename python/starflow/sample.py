@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 Denoise: TypeAlias = bool | Literal["learned", "score"]
 
 # Frames before one that is cleaned which the denoiser sees, where the model does not say (docs/long-video.md).
-BEHIND = 2
+BEHIND = 1
 
 SOLVER_FORMS = '"sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]"'
 
@@ -220,24 +220,43 @@ class Pipeline:
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
-    def caption(self, prompt: str, *, fps: float | None = None, image: bool = False) -> str:
-        """The caption as training assembled it: with frame rate and noise level only where it did.
+    def caption(
+        self,
+        prompt: str,
+        *,
+        fps: float | None = None,
+        image: bool = False,
+        last: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> str:
+        """The caption as training assembled it: with frame rate, noise level and shape only where it did.
 
         Args:
             prompt: what the clip shows; "" for the empty half of guidance.
             fps: frames a second, by default those of the training clips.
             image: a single frame.
+            last: the frame to end with is given.
+            size: height and width in pixels, by default those of the training clips.
         """
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
-        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1)
+        still = image and data.frames > 1
+        return caption_for(replace(self.config, data=told), prompt, image=still, last=last, size=size)
 
-    def condition(self, prompts: Sequence[str], *, fps: float | None = None, image: bool = False) -> Tensor | None:
+    def condition(
+        self,
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+        image: bool = False,
+        last: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor | None:
         """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
-            prompts, fps, image: see `caption`.
+            prompts, fps, image, last, size: see `caption`.
 
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
@@ -246,7 +265,8 @@ class Pipeline:
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            features = self._features([self.caption(prompt, fps=fps, image=image) for prompt in prompts])
+            captions = [self.caption(prompt, fps=fps, image=image, last=last, size=size) for prompt in prompts]
+            features = self._features(captions)
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
         return None if features is None else features.to(self.device)
@@ -272,6 +292,9 @@ class Pipeline:
         image: str | Path | Tensor | None = None,
         video: str | Path | Tensor | None = None,
         given: int | None = None,
+        last_image: str | Path | Tensor | None = None,
+        edit: str | Path | Tensor | None = None,
+        edit_prompt: str = "",
         denoise: Denoise = True,
         look_ahead: int | None = None,
         window: int | None = None,
@@ -296,6 +319,10 @@ class Pipeline:
             video: a clip to continue: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1]. The
                 new clip begins with its last `given` frames.
             given: frames taken from `video`; by default as many as it has, at most half of `frames`.
+            last_image: the frame to end with, like `image`, for a model that was trained so (`train.last_frame_prob`).
+            edit: a clip to make again under another text, like `video`: from its first frame on, `frames` of it. Its
+                noise is found by the flow and decoded under the prompt; guidance is 0 unless it is given.
+            edit_prompt: what that clip shows.
             denoise: True takes the learned denoiser where the flow has one and otherwise a step along the flow's own
                 score; "learned" and "score" insist on one; False returns the noisy clips.
             look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
@@ -314,7 +341,6 @@ class Pipeline:
         """
         begin = time.perf_counter()
         names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-        frames = self.config.data.frames if frames is None else frames
         session = self.session(
             names,
             seed=seed,
@@ -331,6 +357,9 @@ class Pipeline:
             image=image,
             video=video,
             given=given,
+            last_image=last_image,
+            edit=edit,
+            edit_prompt=edit_prompt,
             denoise=denoise,
             look_ahead=look_ahead,
             window=window,
@@ -338,18 +367,20 @@ class Pipeline:
         )
         beginning = session.beginning
         parts = [] if beginning is None else [beginning]
-        parts += session.extend(self.codec.latent_frames(frames) - session.frames, last=True, together=True)
+        parts += session.extend(session.planned, last=True, together=True)
         pixels, latents, noisy = (
             torch.cat([getattr(part, name) for part in parts], 1).cpu() for name in ("pixels", "latents", "noisy")
         )
         seconds = time.perf_counter() - begin
-        still = frames == 1
+        still, size = pixels.shape[1] == 1, (pixels.shape[-2], pixels.shape[-1])
         return Sampled(
             pixels=pixels,
             latents=latents,
             noisy=noisy,
             prompts=names,
-            captions=tuple(self.caption(name, fps=fps, image=still) for name in names),
+            captions=tuple(
+                self.caption(name, fps=fps, image=still, last=last_image is not None, size=size) for name in names
+            ),
             seeds=session.seeds,
             given=0 if beginning is None else beginning.pixels.shape[1],
             report=report_of(session, seconds, pixels.shape[0] * pixels.shape[1]),
@@ -373,16 +404,23 @@ class Pipeline:
         image: str | Path | Tensor | None = None,
         video: str | Path | Tensor | None = None,
         given: int | None = None,
+        last_image: str | Path | Tensor | None = None,
+        edit: str | Path | Tensor | None = None,
+        edit_prompt: str = "",
         denoise: Denoise = True,
         look_ahead: int | None = None,
         window: int | None = None,
         window_context: int | None = None,
+        window_sink: int = 0,
+        renew: bool = False,
     ) -> Session:
         """Clips that are made frame by frame (see `Session`); the arguments as of `sample`.
 
         Args:
             frames: pixel frames of the clips, where they are known: what the flow attends to at most, if it has no
                 sliding window. By default those of the training clips.
+            window_sink: of the context of a window, how many frames are the first ones of the clip, for good.
+            renew: frames that a window takes over are cleaned and given fresh noise.
 
         Raises:
             ValueError: an argument that does not fit the model; the message names it.
@@ -390,8 +428,16 @@ class Pipeline:
         config, c = self.config, self.flow.config
         names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         numbers = self._seeds(len(names), seed, seeds)
-        length = config.data.frames if frames is None else frames
         fps = config.data.fps if fps is None else fps
+        source = None
+        if edit is not None:
+            if image is not None or video is not None or last_image is not None:
+                raise ValueError("sample: edit is given, expected no image, video or last_image beside it")
+            shape = self._latent_shape(config.data.frames, height, width)
+            source = self._pixels("edit", edit, frames, shape, fps, len(names), exactly=frames is not None, end=False)
+            frames = source.shape[1]
+            guidance = 0.0 if guidance is None else guidance
+        length = config.data.frames if frames is None else frames
         weight = config.sample.guidance if guidance is None else guidance
         heat = config.sample.temperature if temperature is None else temperature
         if not 0.0 <= heat < math.inf:
@@ -402,17 +448,24 @@ class Pipeline:
             schedule = parse_solver(config.sample.solver if solver is None else solver, certificate=certificate)
         else:
             schedule = replace(solver, certificate=True) if certificate and isinstance(solver, Window) else solver
+        if last_image is not None and config.train.last_frame_prob == 0.0:
+            raise ValueError(
+                "sample: last_image is given, expected a model that was trained to arrive at a frame "
+                "(train.last_frame_prob > 0)"
+            )
         if weight and self.text is None:
             raise ValueError(f"guidance is {weight:g}, expected 0: the model was trained without text")
 
+        size = (shape[2] * self.codec.spatial, shape[3] * self.codec.spatial)
+
         def read(told: Sequence[str]) -> Tensor | None:
-            return self.condition(told, fps=fps, image=still)
+            return self.condition(told, fps=fps, image=still, last=last_image is not None, size=size)
 
         y, null = read(names), None
         if weight and c.num_classes == 0:
-            null = read([""])
+            null = self.condition([""], fps=fps, image=still, size=size)
             null = None if null is None else null.expand(len(names), -1, -1)
-        span = self._span(shape[0], window, window_context)
+        span = self._span(shape[0], window, window_context, window_sink, int(last_image is not None))
         conditions = Conditions(
             y, null, Guidance(weight), schedule, precision=config.sample.precision if precision is None else precision
         )
@@ -427,10 +480,17 @@ class Pipeline:
             self._denoising(denoise, look_ahead, span.window),
             temperature=heat,
             read=read if self.text is not None else None,
+            renew=renew,
         )
-        beginning = self._beginning(image, video, given, length, (height, width), fps, len(names))
-        if beginning is not None:
-            session.prefill(beginning)
+        beginning = self._beginning(image, video, given, length, shape, fps, len(names))
+        reference = None
+        if last_image is not None:
+            reference = self._pixels("last_image", last_image, 1, shape, fps, len(names))
+        if beginning is not None or reference is not None:
+            session.prefill(beginning, reference=reference)
+        session.planned = shape[0] - session.frames
+        if source is not None:
+            session.planned = session.encode(source, edit_prompt if self.text is not None else None)
         return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -488,8 +548,8 @@ class Pipeline:
             raise ValueError('sample: denoise is "learned", expected "score": the model has no learned denoiser')
         return denoise
 
-    def _span(self, frames: int, window: int | None, context: int | None) -> Span:
-        """How much the deep block sees of a clip of so many latent frames, if it is no longer."""
+    def _span(self, frames: int, window: int | None, context: int | None, sink: int, reference: int) -> Span:
+        """How much the deep block sees of a clip of so many latent frames, if it is no longer, behind a reference."""
         c = self.flow.config
         if not (c.shallow_block_local and c.temporal_causal > 0):
             if window is not None:
@@ -497,11 +557,14 @@ class Pipeline:
                     f"sample: window is {window}, expected None: the model's shallow blocks look over time "
                     "(flow.shallow_block_local)"
                 )
-            return Span(frames)
+            return Span(reference + frames)
         window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
         if window == 1:
-            return Span(frames)
-        return Span(window, Span.default_context(window) if context is None else context)
+            return Span(reference + frames)
+        carried = Span(window, Span.default_context(window) if context is None else context, sink)
+        return replace(
+            carried, window=window + reference, context=(carried.context or 0) + reference, sink=sink + reference
+        )
 
     def _beginning(
         self,
@@ -509,7 +572,7 @@ class Pipeline:
         video: str | Path | Tensor | None,
         given: int | None,
         frames: int,
-        size: tuple[int | None, int | None],
+        shape: tuple[int, int, int, int],
         fps: float | None,
         clips: int,
     ) -> Tensor | None:
@@ -520,36 +583,61 @@ class Pipeline:
             return None
         if image is not None and video is not None:
             raise ValueError("sample: image and video are both given, expected one of them")
-        name = "image" if video is None else "video"
+        if video is None:
+            assert image is not None
+            pixels = self._pixels("image", image, 1, shape, fps, clips)
+        else:
+            most = self._half(frames) if given is None else given
+            pixels = self._pixels("video", video, most, shape, fps, clips, exactly=given is not None)
+        if self.codec.latent_frames(pixels.shape[1]) >= shape[0]:
+            raise ValueError(
+                f"sample: frames is {frames}, expected more than the {pixels.shape[1]} frames that are given"
+            )
+        return pixels
+
+    def _pixels(
+        self,
+        name: str,
+        source: str | Path | Tensor,
+        frames: int | None,
+        shape: tuple[int, int, int, int],
+        fps: float | None,
+        clips: int,
+        *,
+        exactly: bool = False,
+        end: bool = True,
+    ) -> Tensor:
+        """Pixels (clips, frames, channels, height, width) of a picture or of a video, for the argument `name`.
+
+        Args:
+            frames: of a video, at most or exactly so many, from its end or its start; None takes as many as the
+                training clips have.
+            shape: latent frames, channels, height and width of the clips.
+        """
         if self.flow.config.temporal_causal == 0:
             raise ValueError(
                 f"sample: {name} is given, expected a model that runs forward in time (temporal_causal > 0)"
             )
-        shape = self._latent_shape(frames, *size)
-        sides = {"height": shape[2] * self.codec.spatial, "width": shape[3] * self.codec.spatial}
-        fps = self.config.data.fps if fps is None else fps
-        if video is None:
-            pixels = _image(image, **sides, channels=self.codec.channels)
+        channels = self.codec.channels
+        size = {"height": shape[2] * self.codec.spatial, "width": shape[3] * self.codec.spatial}
+        if name in ("image", "last_image"):
+            pixels = _image(source, **size, channels=channels, name=name)
         else:
-            most = self._half(frames) if given is None else given
-            pixels = _video_end(video, most, exactly=given is not None, fps=fps, **sides, channels=self.codec.channels)
-        expected = (self.codec.channels, sides["height"], sides["width"])
+            most = self.config.data.frames if frames is None else frames
+            pixels = _video(source, most, exactly=exactly, end=end, fps=fps, **size, channels=channels, name=name)
         if pixels.dim() == 4:
             pixels = pixels.expand(clips, *pixels.shape)
+        expected = (channels, size["height"], size["width"])
         if pixels.dim() != 5 or pixels.shape[0] != clips or tuple(pixels.shape[2:]) != expected:
             raise ValueError(
                 f"sample: {name} has shape {list(pixels.shape)}, expected {clips} clips of {list(expected)} frames"
             )
         try:
-            count = self.codec.latent_frames(pixels.shape[1])
+            self.codec.latent_frames(pixels.shape[1])
         except ValueError as error:
             raise ValueError(
                 f"sample: {name} gives {pixels.shape[1]} frames, which the codec cannot hold: {error}"
             ) from None
-        if count >= shape[0]:
-            raise ValueError(
-                f"sample: frames is {frames}, expected more than the {pixels.shape[1]} frames that are given"
-            )
         return pixels.to(self.device)
 
     def _half(self, frames: int) -> int:
@@ -576,39 +664,47 @@ class Pipeline:
         return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
 
 
-def _image(image: str | Path | Tensor | None, *, height: int, width: int, channels: int) -> Tensor:
+def _image(image: str | Path | Tensor, *, height: int, width: int, channels: int, name: str) -> Tensor:
     """A picture as the one frame of a clip, ([clips,] 1, channels, height, width)."""
     if isinstance(image, Tensor):
         return image.unsqueeze(-4)
-    assert image is not None
     if not Path(image).is_file():
-        raise VideoError(f"sample: image is {str(image)!r}, which does not exist, expected a picture")
+        raise VideoError(f"sample: {name} is {str(image)!r}, which does not exist, expected a picture")
     return to_pixels(read_image(image, height=height, width=width, channels=channels))
 
 
-def _video_end(
-    video: str | Path | Tensor, most: int, *, exactly: bool, fps: float | None, height: int, width: int, channels: int
+def _video(
+    video: str | Path | Tensor,
+    most: int,
+    *,
+    exactly: bool,
+    end: bool,
+    fps: float | None,
+    height: int,
+    width: int,
+    channels: int,
+    name: str,
 ) -> Tensor:
-    """The last frames of a video, ([clips,] frames, channels, height, width): `most`, or fewer where it is shorter."""
+    """The last or first frames of a video, ([clips,] frames, channels, height, width): `most`, or all of a shorter."""
+    option = "given" if end else "frames"
     if most < 1:
-        raise ValueError(f"sample: given is {most}, expected at least 1")
+        raise ValueError(f"sample: {option} is {most}, expected at least 1")
     if isinstance(video, Tensor):
-        found, name = video.shape[-4] if video.dim() > 3 else 0, "video"
+        found, what = video.shape[-4] if video.dim() > 3 else 0, name
     else:
         if not Path(video).is_file():
-            raise VideoError(f"sample: video is {str(video)!r}, which does not exist, expected a video file")
-        info, name = probe(video, count=True), str(video)
+            raise VideoError(f"sample: {name} is {str(video)!r}, which does not exist, expected a video file")
+        info, what = probe(video, count=True), str(video)
         rate = info.fps if fps is None else fps
         found = frames_at(info, rate)
     if found < most and exactly:
-        raise ValueError(f"sample: given is {most}, expected at most the {found} frames of {name}")
+        raise ValueError(f"sample: {option} is {most}, expected at most the {found} frames of {what}")
     count = min(most, found)
+    first = found - count if end else 0
     if isinstance(video, Tensor):
-        return video[..., found - count :, :, :, :]
-    start = (found - count) / rate
-    return to_pixels(
-        read_video(video, frames=count, fps=rate, start=start, info=info, height=height, width=width, channels=channels)
-    )
+        return video[..., first : first + count, :, :, :]
+    size = {"height": height, "width": width, "channels": channels}
+    return to_pixels(read_video(video, frames=count, fps=rate, start=first / rate, info=info, **size))
 
 
 def report_of(session: Session, seconds: float, frames: int) -> SampleReport:

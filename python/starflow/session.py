@@ -120,6 +120,9 @@ class Session:
         self._read, self._renew = read, renew
         # What the clips were begun with.
         self.beginning: Frames | None = None
+        # What the clips shall be extended by, where that was said when they were begun (`Pipeline.session`).
+        self.planned: Tensor | int | None = None
+        self._reference = 0  # frames that are given and no part of the clips
         self._decode = codec.decoder()
         self._decoding: Decoding | None = None
         # What is to be decoded next: noise, or how many frames of it are to be drawn.
@@ -135,8 +138,8 @@ class Session:
 
     @property
     def frames(self) -> int:
-        """Latent frames that are given or went out."""
-        return self._next
+        """Latent frames of the clips that are given or went out."""
+        return self._next - self._reference
 
     @property
     def reports(self) -> tuple[SolveReport | None, ...]:
@@ -146,12 +149,21 @@ class Session:
     # -- what goes in -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def prefill(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Frames:
+    def prefill(
+        self,
+        frames: Tensor | None,
+        text: str | Sequence[str] | Tensor | None = None,
+        *,
+        reference: Tensor | None = None,
+    ) -> Frames | None:
         """Begins the clips with given frames, once, before any other.
 
         Args:
-            frames: pixels (clips, frames, channels, height, width) in [-1, 1].
+            frames: pixels (clips, frames, channels, height, width) in [-1, 1]; None with a reference alone.
             text: as for `change`; None keeps what the session was made with.
+            reference: like `frames`, what the clips refer to and do not show, such as the frame that they end with. It
+                is encoded alone and stands before the first frame, as in training; `Span.sink` keeps it in every
+                window.
 
         Returns:
             The given frames with their latents, clean and with the noise that the flow sees.
@@ -159,34 +171,82 @@ class Session:
         Raises:
             ValueError: frames or text that do not fit, no frame, or more than the window has.
         """
-        if self._decoding is not None or self.beginning is not None:
+        if self._decoding is not None or self._drawn:
             raise ValueError("session: prefill comes after frames, expected it before the first one, and once")
-        if frames.dim() != 5 or frames.shape[0] != self.shape[0] or frames.shape[1] < 1:
-            raise ValueError(
-                f"session: frames has shape {list(frames.shape)}, expected ({self.shape[0]} clips, at least 1 frame, "
-                "channels, height, width)"
-            )
+        given = [("reference", reference), ("frames", frames)]
+        encoded = {name: self._encoded(name, pixels) for name, pixels in given if pixels is not None}
+        if not encoded:
+            raise ValueError("session: frames is None, expected frames or a reference")
+        clean = torch.cat(list(encoded.values()), 1)
+        count = clean.shape[1]
+        most = self._span.window - (self._span.context is None)
+        if count > most:
+            raise ValueError(f"session: {count} latent frames are given, expected at most {most} (the window)")
         if text is not None:
             self.change(text)
-        clean = self._codec.encode(frames.to(self._device))
+        noisy = clean + self.denoising.sigma * self._draw(0, count, "train")
+        self._known = self._flow.known(noisy, self.conditions.y, self.shape[1:])
+        self._noisy, self._clean = noisy, clean
+        self._next = self._drawn = count
+        if reference is not None:
+            self._reference = encoded["reference"].shape[1]
+        if frames is not None:
+            latents = encoded["frames"]
+            self._decode(latents)
+            self.beginning = Frames(0, frames, latents, noisy[:, self._reference :])
+        return self.beginning
+
+    def _encoded(self, name: str, pixels: Tensor) -> Tensor:
+        """Clean latents of given pixels."""
+        if pixels.dim() != 5 or pixels.shape[0] != self.shape[0] or pixels.shape[1] < 1:
+            raise ValueError(
+                f"session: {name} has shape {list(pixels.shape)}, expected ({self.shape[0]} clips, at least 1 frame, "
+                "channels, height, width)"
+            )
+        clean = self._codec.encode(pixels.to(self._device))
         if not bool(clean.isfinite().all()):
-            raise ValueError("session: the given frames hold values that are not finite, expected numbers in [-1, 1]")
-        given = clean.shape[1]
-        most = self._span.window - (self._span.context is None)
-        if given > most:
-            raise ValueError(f"session: {given} latent frames are given, expected at most {most} (the window)")
+            raise ValueError(f"session: {name} holds values that are not finite, expected numbers in [-1, 1]")
         if tuple(clean.shape[2:]) != self.shape[1:]:
             raise ValueError(
-                f"session: frames have latents of {list(clean.shape[2:])}, expected {list(self.shape[1:])} (channels, "
+                f"session: {name} has latents of {list(clean.shape[2:])}, expected {list(self.shape[1:])} (channels, "
                 "height, width)"
             )
-        noisy = clean + self.denoising.sigma * self._draw(0, given, "train")
-        self._known = self._flow.known(noisy, self.conditions.y, self.shape[1:])
-        self._decode(clean)
-        self._noisy, self._clean = noisy, clean
-        self._next = self._drawn = given
-        self.beginning = Frames(0, frames, clean, noisy)
-        return self.beginning
+        return clean
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Tensor:
+        """The noise that given frames are made of: `extend` makes them again, or others under another text.
+
+        Without guidance and with the text that they were encoded with, frames come back up to the solver's tolerance
+        and what the denoiser leaves of their noise.
+
+        Args:
+            frames: pixels (clips, frames, channels, height, width) in [-1, 1].
+            text: of these frames, as for `change`; None is the session's own.
+
+        Returns:
+            Noise for `extend`, (clips, latent frames, channels, height, width).
+
+        Raises:
+            ValueError: frames or text that do not fit; a session that was begun, or one that renews its context.
+        """
+        if self._drawn or self._renew:
+            raise ValueError("session: encode comes after frames or with renew, expected neither")
+        clean = self._encoded("frames", frames)
+        conditions = self.conditions if text is None else self._told(text)
+        noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
+        window, context, sink = self._span.window, self._span.context, self._span.sink
+        parts = [self._flow.encode(noisy[:, :window], conditions.y).z]
+        while (done := sum(part.shape[1] for part in parts)) < noisy.shape[1]:
+            if context is None:
+                raise ValueError(
+                    f"session: frames has {noisy.shape[1]} latent frames, expected at most {window} (the flow has no "
+                    "sliding window)"
+                )
+            before = torch.cat([noisy[:, :sink], noisy[:, done - context + sink : done]], 1)
+            clip = torch.cat([before, noisy[:, done : done + window - context]], 1)
+            parts.append(self._flow.encode(clip, conditions.y).z[:, context:])
+        return torch.cat(parts, 1)
 
     @torch.inference_mode()
     def change(self, text: str | Sequence[str] | Tensor) -> None:
@@ -201,16 +261,7 @@ class Session:
         Raises:
             ValueError: text of another width or number, or a prompt that the encoder refuses.
         """
-        if isinstance(text, Tensor):
-            y: Tensor | None = text
-        elif self._read is None:
-            raise ValueError(f"session: text is {text!r}, expected features (the session has no text encoder)")
-        else:
-            prompts = [text] * self.shape[0] if isinstance(text, str) else list(text)
-            if len(prompts) != self.shape[0]:
-                raise ValueError(f"session: text has {len(prompts)} prompts, expected {self.shape[0]} like the clips")
-            y = self._read(prompts)
-        conditions = self._checked(replace(self.conditions, y=y))
+        conditions = self._told(text)
         config = self._flow.config
         if self._decoding is not None:
             if config.num_classes or (config.txt_size and not config.cond_top_only):
@@ -224,6 +275,17 @@ class Session:
         self.conditions = conditions
         have = self._begin + self._noisy.shape[1]
         self._texts.append((have, self.conditions.y))
+
+    def _told(self, text: str | Sequence[str] | Tensor) -> Conditions:
+        """The session's conditions with another text."""
+        if isinstance(text, Tensor):
+            return self._checked(replace(self.conditions, y=text))
+        if self._read is None:
+            raise ValueError(f"session: text is {text!r}, expected features (the session has no text encoder)")
+        prompts = [text] * self.shape[0] if isinstance(text, str) else list(text)
+        if len(prompts) != self.shape[0]:
+            raise ValueError(f"session: text has {len(prompts)} prompts, expected {self.shape[0]} like the clips")
+        return self._checked(replace(self.conditions, y=self._read(prompts)))
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
@@ -345,7 +407,7 @@ class Session:
         noisy = self._noisy[:, first - self._begin : first - self._begin + count]
         self._next += count
         self._forget(clean)
-        return Frames(first, pixels, clean, noisy)
+        return Frames(first - self._reference, pixels, clean, noisy)
 
     def _cleaned(self, frame: int) -> Tensor:
         """One frame without its noise, (clips, 1, channels, height, width)."""

@@ -546,13 +546,12 @@ def _sweep(
         at.kept.keep(affine, here)
     at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
     # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-    settled: list[int] = accepted.long().cumprod(1).sum(1).tolist()
+    settled: list[int] = accepted.cumprod(1).sum(1).tolist()
     reached = [start + min(count + 1, width) for start, count in zip(starts, settled, strict=True)]
-    wild = ~change.isfinite()
-    if bool(wild.any()):
+    if not math.isfinite(float(change.amax())):
         # Of what is accepted only the last token can be other than finite: those before it moved by a number.
         for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
-            if wild[sample, token - 1 - start]:
+            if not math.isfinite(float(change[sample, token - 1 - start])):
                 raise _not_finite("solution", sample, token - 1)
     progress.rows += batch * width
     progress.accepted.append(sum(reached) - sum(frontier))
@@ -586,13 +585,13 @@ def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, fr
     guess.
     """
     read = x[here]
-    sane = read.abs() < _WILD
-    if bool(sane.all()):
+    size = read.abs()
+    if float(size.amax()) < _WILD:
         return
     tokens = _tokens(starts, width, z.device)
     provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
     noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
-    x[here] = torch.where(provisional[..., None] & ~sane, noise, read)
+    x[here] = torch.where(provisional[..., None] & ~(size < _WILD), noise, read)
 
 
 class _Kept:

@@ -161,6 +161,53 @@ def test_image_file_is_resized_and_cropped(pipeline: Pipeline, tmp_path: Path) -
     assert float((sampled.pixels[0, 0] - to_pixels(frames)[0]).abs().mean()) < 0.2
 
 
+@pytest.mark.parametrize("frames", [FRAMES, FRAMES + 3])
+def test_a_clip_is_edited_by_its_noise(pipeline: Pipeline, tmp_path: Path, frames: int) -> None:
+    """Under its own text it comes back, also past the window; under another one it does not."""
+    clip = torch.rand(frames + 1, 1, SIZE, SIZE) * 2 - 1
+    exact = {"frames": frames, "solver": "window:8:0"}
+    same = pipeline.sample(PROMPT, edit=clip, edit_prompt=PROMPT, **exact)
+    noisy = pipeline.codec.encode(clip[None, :frames])
+    noisy = noisy + pipeline.config.train.noise_std * noise.draw([0], *noisy.shape[1:], purpose="train")
+    torch.testing.assert_close(same.noisy, noisy, atol=2e-3, rtol=2e-3)
+    assert same.report.guidance == 0.0
+    other = pipeline.sample("an eight standing still", edit=clip, edit_prompt=PROMPT, **exact)
+    assert float((other.noisy - noisy).abs().max()) > 0.05
+    assert not torch.equal(other.pixels, pipeline.sample("an eight standing still", frames=frames).pixels)
+    path = tmp_path / "clip.mp4"
+    write_video(path, to_frames(clip).expand(-1, -1, -1, 3).contiguous(), 8.0, lossless=True)
+    read = pipeline.sample("an eight standing still", edit=path, edit_prompt=PROMPT, **exact)
+    torch.testing.assert_close(read.noisy, other.noisy, atol=0.1, rtol=0.1)
+    assert pipeline.sample(PROMPT, edit=path).pixels.shape[1] == FRAMES
+
+
+def test_a_frame_to_end_with_is_seen_and_not_shown(configure: Configure, build: Build) -> None:
+    config = configure()
+    words = {**config.text, "vocabulary": [*config.text["vocabulary"][:-1], "last"]}
+    config = dataclasses.replace(
+        config, text=words, train=dataclasses.replace(config.train, last_frame_prob=0.5), data=config.data
+    )
+    pipeline = build(config)
+    first, last, other = torch.rand(3, 1, SIZE, SIZE) * 2 - 1
+    sampled = pipeline.sample(PROMPT, image=first, last_image=last)
+    assert sampled.captions == (f"(last) {PROMPT}",)
+    assert sampled.pixels.shape == (1, FRAMES, 1, SIZE, SIZE)
+    assert torch.equal(sampled.pixels[:, 0], first[None])
+    assert not torch.equal(pipeline.sample(PROMPT, image=first, last_image=other).pixels, sampled.pixels)
+    # It is what a flow makes of a clip whose first two frames are these.
+    text = pipeline.condition([PROMPT], last=True)
+    clean = pipeline.codec.encode(torch.stack([last, first])[None])
+    prefix = clean + config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
+    z = noise.draw([0], FRAMES + 1, *clean.shape[2:])
+    decoded = pipeline.flow.decode(z, text, prefix=prefix, schedule=parse_solver(config.sample.solver))
+    assert torch.equal(sampled.noisy, decoded.x[:, 1:])
+    alone = pipeline.sample(PROMPT, last_image=last, frames=FRAMES + 3)
+    assert (alone.pixels.shape[1], alone.given) == (FRAMES + 3, 0)
+    # In every window: the last frames too depend on it.
+    changed = pipeline.sample(PROMPT, last_image=other, frames=FRAMES + 3)
+    assert not torch.allclose(alone.noisy[:, -1], changed.noisy[:, -1], atol=1e-3)
+
+
 def test_denoisers(pipeline: Pipeline) -> None:
     noisy = pipeline.sample(PROMPT, denoise=False)
     assert noisy.report.denoised == "none"
@@ -240,6 +287,19 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"image": torch.zeros(1, 16, 16), "video": torch.zeros(2, 1, 16, 16)}, "both given"),
         ({"image": torch.full((1, 16, 16), float("nan"))}, "not finite"),
         ({"denoise": "magic"}, "denoise is 'magic'"),
+        ({"last_image": torch.zeros(1, 16, 16)}, "expected a model that was trained to arrive at a frame"),
+        (
+            {"edit": torch.zeros(4, 1, 16, 16), "image": torch.zeros(1, 16, 16)},
+            "expected no image, video or last_image",
+        ),
+        ({"edit": torch.zeros(3, 1, 16, 16), "frames": 4}, "frames is 4, expected at most the 3 frames of edit"),
+        ({"edit": torch.zeros(0, 1, 16, 16)}, "edit gives 0 frames, which the codec cannot hold"),
+        ({"edit": "nowhere.mp4"}, "edit is 'nowhere.mp4', which does not exist"),
+        (
+            {"video": torch.zeros(7, 1, 16, 16), "given": 5, "frames": 9},
+            "5 latent frames are given, expected at most 4",
+        ),
+        ({"look_ahead": 2}, "look_ahead is 2, expected 0 to 1"),
     ],
 )
 def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:

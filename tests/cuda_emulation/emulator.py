@@ -234,6 +234,10 @@ class Kernels:
         }
         return Report(**{field: getattr(counts, field) for field, _ in _Counts._fields_}, **by_name)
 
+    def set_int(self, name: str, value: int) -> None:
+        """Give a global ``int`` of the source, declared ``extern "C"`` and visible, a value."""
+        ctypes.c_int.in_dll(self._library, name).value = value
+
     def _struct(self, name: str, values: Mapping[str, Any], path: str, tensors: dict[str, Tensor]) -> ctypes.Structure:
         struct = self._declarations.struct(name)
         types = self._declarations.types[name]

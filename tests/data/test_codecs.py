@@ -241,6 +241,20 @@ def test_wan_normalises_channels_and_scales_all_frames_but_the_first(wan_folder)
     torch.testing.assert_close(codec.decode(image), decoded[:, 0], rtol=0, atol=1e-4)
 
 
+def test_a_clip_is_decoded_piece_by_piece(kl_folder, wan_folder):
+    """Two clips at once, in turn: what the convolutions over time remember belongs to a clip."""
+    for codec in (WanCodec(wan_folder, 0.6), AutoencoderKLCodec(kl_folder), BlockTransform(patch=2, channels=1)):
+        clips = [randn(1, 4, codec.latent_channels, 2, 3, seed=seed) for seed in (1, 2)]
+        decoders, pieces = [codec.decoder() for _ in clips], [[], []]
+        for begin, end in ((0, 1), (1, 3), (3, 4)):
+            for clip, decoder, found in zip(clips, decoders, pieces, strict=True):
+                found.append(decoder(clip[:, begin:end]))
+        for clip, found in zip(clips, pieces, strict=True):
+            whole = codec.decode(clip)
+            assert whole.shape[1] == codec.pixel_frames(4)
+            torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-5)
+
+
 def test_learned_codecs_are_made_again_from_their_configuration(kl_folder, wan_folder):
     for codec in (AutoencoderKLCodec(kl_folder), WanCodec(wan_folder, 0.6)):
         again = make_codec(codec.to_config())
@@ -263,11 +277,16 @@ def test_learned_codecs_refuse_what_they_cannot_encode(kl_folder, wan_folder):
 
 
 def test_a_missing_folder_says_what_to_put_where(tmp_path):
-    for codec, name in ((AutoencoderKLCodec, "AutoencoderKL"), (WanCodec, "AutoencoderKLWan")):
-        with pytest.raises(
-            FileNotFoundError, match=f"holds no autoencoder, expected the files config.json and .* {name}$"
-        ):
-            codec(tmp_path)
+    for codec, name, folder, command in (
+        (AutoencoderKLCodec, "AutoencoderKL", tmp_path / "kl", "hf download stabilityai/sd-vae-ft-ema config.json .*"),
+        (WanCodec, "AutoencoderKLWan", tmp_path / "w", "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --include 'vae/.*"),
+    ):
+        message = f"folder {folder} holds no autoencoder, expected the files config.json and .* of a diffusers {name}; "
+        with pytest.raises(FileNotFoundError, match=f"{message}.*`{command} --local-dir {folder}`"):
+            codec(folder)
+    # The files of a folder `vae` come with it.
+    with pytest.raises(FileNotFoundError, match=f"--local-dir {tmp_path}`"):
+        WanCodec(tmp_path / "vae")
 
 
 def test_incomplete_weights_are_refused(kl_folder, tmp_path):

@@ -85,16 +85,12 @@ RULES = (
     Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
     Rule(r"linear_sm90 multiply<.*", "sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
 )
-# Kernels of headers, outside of any anonymous namespace: by what their parameters are named after.
-HEADERS = {"LinearCudaArgs": "linear"}
 
 
 def _source(mangled: str) -> str:
     """The source that an anonymous namespace of nvcc's is named after."""
     found = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", mangled)
-    if found:
-        return found[1]
-    return next((source for word, source in HEADERS.items() if word in mangled), "shared")
+    return found[1] if found else "shared"
 
 
 def _short(demangled: str) -> str:
