@@ -90,7 +90,7 @@ struct Backward {
             const Operand left = Products::left_from(weights[2 * k], weights[2 * k + 1]);
 #pragma unroll
             for (int n = 0; n < width_blocks; ++n) {
-                if (sizeof(Element) == 4 && n % 4 == 0) hold_loads();
+                if (n % 4 == 0) hold_loads();
                 Products::add(sums[2 * n], sums[2 * n + 1], left,
                               Products::right_by_rows(columns_tile, 16 * k, 16 * n));
             }
