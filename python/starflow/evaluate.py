@@ -297,7 +297,7 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
     titles = [f"{item.name}: {item.bits_per_dim:.3f}" for item in scores] if titles is None else titles
     maps = [np.array(item.tokens) for item in scores]
     columns = max(len(bits) for bits in maps)
-    figure = Figure(figsize=(1.1 * columns + 1.2, 2.5 * len(clips)), layout="constrained")
+    figure = Figure(figsize=(1.1 * columns + 1.2, 2.4 * len(clips)), layout="constrained")
     axes = figure.subplots(2 * len(clips), columns, squeeze=False)
     # A single token far out would leave the rest without contrast.
     low, high = np.percentile(np.concatenate([bits.ravel() for bits in maps]), (1, 99))
@@ -305,7 +305,10 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
         shown = to_frames(clip.pixels).numpy()
         # Of a codec that joins frames: the first pixel frame of each latent one.
         first = [len(shown) * frame // len(bits) for frame in range(len(bits))]
-        axes[2 * row, 0].set_title(title, fontsize=8, loc="left")
+        left = axes[2 * row, 0]
+        # A title would widen its column: an empty one keeps the room for it.
+        left.set_title(" ", fontsize=8)
+        left.text(0.0, 1.08, title, fontsize=8, transform=left.transAxes, in_layout=False)
         for column in range(columns):
             upper, lower = axes[2 * row, column], axes[2 * row + 1, column]
             for place in (upper, lower):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -155,16 +154,16 @@ class FunctionDecoder:
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..`; arguments as of `starflow.solver.Autoregressive.evaluate`."""
         batch, width, _ = previous.shape
-        starts = start.cpu().numpy() if isinstance(start, Tensor) else np.full(batch, start)
+        starts = start.tolist() if isinstance(start, Tensor) else [start] * batch
         here = places(starts, width, previous.device)
         if final is not None:
             rows = torch.arange(width, device=final.device) + (start[:, None] if isinstance(start, Tensor) else start)
             previous = torch.where((rows < final[:, None])[..., None], self._x[here], previous)
         self._x[here] = previous
-        window = slice(int(starts.min()), int(starts.max()) + width)
+        window = slice(min(starts), max(starts) + width)
         raw = self._call(window)
         first = window.start if self._windowed else 0
-        return Affine(raw[places(starts - first, width, raw.device)], "exp")
+        return Affine(raw[places([token - first for token in starts], width, raw.device)], "exp")
 
     def _call(self, window: slice) -> Tensor:
         """Log-scale and shift, (batch, tokens, 2 * channels), of the tokens of `window` or of all."""

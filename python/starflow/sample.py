@@ -241,9 +241,8 @@ class Pipeline:
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
-        return caption_for(
-            replace(self.config, data=told), prompt, image=image and data.frames > 1, last=last, size=size
-        )
+        still = image and data.frames > 1
+        return caption_for(replace(self.config, data=told), prompt, image=still, last=last, size=size)
 
     def condition(
         self,

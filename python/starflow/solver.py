@@ -31,8 +31,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -519,21 +517,19 @@ def _sweep(
 ) -> None:
     """One sweep of the window in plain torch."""
     # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
-    batch, total = z.shape[0], z.shape[1]
-    frontier, fresh = np.array(at.frontier), np.array(at.fresh)
-    lowest = int(frontier.min())
-    width = min(size, total - lowest)
+    batch, total, frontier = z.shape[0], z.shape[1], at.frontier
+    width = min(size, total - min(frontier))
     # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
     # cached of them stays, so that a sample does not depend on the batch that it is in.
-    starts = np.minimum(frontier, total - width)
-    together = starts.max() == lowest
-    again = frontier.max() > total - width
-    here, after = (places(starts + shift, width, z.device) for shift in (0, 1))
-    if isinstance(at.kept, _Kept) and starts.max() + width > fresh.min():
-        at.kept.guess_(x, z, starts, width, fresh)
+    starts = [min(token, total - width) for token in frontier]
+    again = starts != frontier
+    here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
+    if isinstance(at.kept, _Kept) and max(starts) + width > min(at.fresh):
+        at.kept.guess_(x, z, starts, width, at.fresh)
     _tame_(x, z, here, starts, width, frontier)
-    begin = lowest if together else torch.from_numpy(starts).to(z.device)
-    final = torch.from_numpy(frontier).to(z.device) if again else None
+    together = min(starts) == max(starts)
+    begin = starts[0] if together else torch.tensor(starts, device=z.device)
+    final = torch.tensor(frontier, device=z.device) if again else None
     affine = model.evaluate(x[here], begin, final)
     moved = x[after].clone()
     change = affine.update_(moved, z[here])
@@ -548,44 +544,41 @@ def _sweep(
             at.kept = _Kept(affine, first, model.frame_tokens, batch, model.tokens)
         assert isinstance(at.kept, _Kept)
         at.kept.keep(affine, here)
+    at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
     # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-    settled = accepted.cumprod(1).sum(1).cpu().numpy()
-    reached = starts + np.minimum(settled + 1, width)
+    settled: list[int] = accepted.cumprod(1).sum(1).tolist()
+    reached = [start + min(count + 1, width) for start, count in zip(starts, settled, strict=True)]
     if not math.isfinite(float(change.amax())):
         # Of what is accepted only the last token can be other than finite: those before it moved by a number.
-        for sample, token in enumerate((reached - 1).tolist()):
-            if not math.isfinite(float(change[sample, token - starts[sample]])):
-                raise _not_finite("solution", sample, token)
+        for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
+            if not math.isfinite(float(change[sample, token - 1 - start])):
+                raise _not_finite("solution", sample, token - 1)
     progress.rows += batch * width
-    progress.accepted.append(int((reached - frontier).sum()))
-    at.frontier, at.fresh = reached.tolist(), np.maximum(fresh, starts + width).tolist()
+    progress.accepted.append(sum(reached) - sum(frontier))
+    at.frontier = reached
 
-
-# Of each sample, on the host.
-Numbers = npt.NDArray[np.int64]
 
 # Indices of a window in (batch, tokens, ...).
 Places = tuple[slice, slice] | tuple[Tensor, Tensor]
 
 
-def places(starts: Numbers, width: int, device: torch.device) -> Places:
+def places(starts: list[int], width: int, device: torch.device) -> Places:
     """Indices of `width` tokens from `starts` on, one for each sample: slices where all start together."""
-    first = int(starts[0])
-    if (starts == first).all():
-        return slice(None), slice(first, first + width)
+    if min(starts) == max(starts):
+        return slice(None), slice(starts[0], starts[0] + width)
     return torch.arange(len(starts), device=device)[:, None], _tokens(starts, width, device)
 
 
-def _tokens(starts: Numbers, width: int, device: torch.device) -> Tensor:
+def _tokens(starts: list[int], width: int, device: torch.device) -> Tensor:
     """Numbers of the tokens of a window, (batch, width)."""
-    return torch.from_numpy(starts).to(device)[:, None] + torch.arange(width, device=device)
+    return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
 
 
 # Provisional tokens beyond this are divergence, not data.
 _WILD = 1e6
 
 
-def _tame_(x: Tensor, z: Tensor, here: Places, starts: Numbers, width: int, frontier: Numbers) -> None:
+def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, frontier: list[int]) -> None:
     """Replaces what is read of tokens that are not final, where it is not finite or far off, by their noise.
 
     A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
@@ -596,7 +589,7 @@ def _tame_(x: Tensor, z: Tensor, here: Places, starts: Numbers, width: int, fron
     if float(size.amax()) < _WILD:
         return
     tokens = _tokens(starts, width, z.device)
-    provisional = tokens > torch.from_numpy(frontier).to(z.device)[:, None]
+    provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
     noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
     x[here] = torch.where(provisional[..., None] & ~(size < _WILD), noise, read)
 
@@ -619,10 +612,10 @@ class _Kept:
         for kept, raw in zip(self._raw, halves, strict=True):
             kept[here] = raw
 
-    def guess_(self, x: Tensor, z: Tensor, starts: Numbers, width: int, fresh: Numbers) -> None:
+    def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
         """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
         tokens = _tokens(starts, width, z.device)
-        ahead = tokens - torch.from_numpy(fresh).to(z.device)[:, None]
+        ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
         wanted = (ahead >= 0) & (source >= self._first)
         if not bool(wanted.any()):

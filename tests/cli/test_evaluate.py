@@ -139,7 +139,7 @@ def test_heat_map_shows_every_token_under_its_frame(pipeline: Pipeline) -> None:
     figure = heat_map(clips, scores)
     axes = figure.axes[: 4 * FRAMES]
     for row, item in enumerate(scores):
-        assert axes[2 * row * FRAMES].get_title(loc="left").startswith(f"{item.name}: {item.bits_per_dim:.3f}")
+        assert axes[2 * row * FRAMES].texts[0].get_text() == f"{item.name}: {item.bits_per_dim:.3f}"
         assert item.tokens is not None
         for frame in range(FRAMES):
             upper, lower = axes[2 * row * FRAMES + frame], axes[(2 * row + 1) * FRAMES + frame]

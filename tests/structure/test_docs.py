@@ -12,12 +12,16 @@ import pytest
 
 import starflow
 import starflow_ext
+from starflow import Flow
+from starflow.batches import make_parts
+from starflow.checkpoints import MODEL, save_model
+from starflow.config import RunConfig
 
 MODULES = sorted(
     module.name
     for package in (starflow, starflow_ext)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not module.name.endswith(("__main__", "._C"))
+    if not module.name.endswith(("__main__", "._C", ".libstarflow_ops"))
 )
 
 
@@ -37,7 +41,11 @@ PAGES = [path for path in sorted((Path(__file__).parents[2] / "docs").glob("*.md
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_code_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page run one after the other in an empty folder, as a reader would paste them."""
+    """The blocks of a page run one after the other, as a reader would paste them, where `starflow train` has run."""
+    config = RunConfig.load("tiny")
+    codec, text = make_parts(config)
+    (tmp_path / "runs" / "tiny").mkdir(parents=True)
+    save_model(tmp_path / "runs" / "tiny" / MODEL, Flow(config.flow), config, codec, text)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "__main__"}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
