@@ -23,17 +23,17 @@ from starflow_ext._spec import Sample, Spec, tensors
 CASES = [(name, case) for name, spec in ops.SPECS.items() for case in spec.cases]
 
 
-def _draw(spec: Spec, case: str) -> Sample:
+def draw(spec: Spec, case: str) -> Sample:
     return spec.cases[case](torch.Generator().manual_seed(5))
 
 
-def _implementation(spec: Spec, variant: str) -> Callable[..., Any]:
+def implementation(spec: Spec, variant: str) -> Callable[..., Any]:
     if variant == "torch":
         return spec.reference
     return torch.compile(spec.reference) if variant == "compile" else spec.call
 
 
-def _results(spec: Spec, call: Callable[..., Any], sample: Sample) -> tuple[Tensor, ...]:
+def outcome(spec: Spec, call: Callable[..., Any], sample: Sample) -> tuple[Tensor, ...]:
     """What a call returns, and what it overwrites."""
     arguments = spec.arguments(**sample.arguments)
     returned = tensors(call(**arguments))
@@ -43,14 +43,14 @@ def _results(spec: Spec, call: Callable[..., Any], sample: Sample) -> tuple[Tens
 @lru_cache(maxsize=1)
 def _exact(name: str, case: str) -> tuple[Tensor, ...]:
     spec = ops.SPECS[name]
-    sample = _draw(spec, case).map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    return _results(spec, spec.reference, sample)
+    sample = draw(spec, case).map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    return outcome(spec, spec.reference, sample)
 
 
-def _check(spec: Spec, case: str, results: tuple[Tensor, ...], variant: str) -> None:
+def check(spec: Spec, case: str, sample: Sample, results: tuple[Tensor, ...], variant: str) -> None:
     for got, want in zip(results, _exact(spec.name, case), strict=True):
         if got.is_floating_point():
-            relative, absolute = (_draw(spec, case).bounds or spec.bounds)[got.dtype]
+            relative, absolute = (sample.bounds or spec.bounds)[got.dtype]
             # Four times what the tests allow: among millions of elements are those that round worst.
             assert ((got.double() - want).abs() <= 4 * (absolute + relative * want.abs())).all(), variant
 
@@ -60,12 +60,12 @@ def test_op(name: str, case: str, variant: str, copy_bandwidth: float, benchmark
     spec = ops.SPECS[name]
     if variant not in ("torch", "compile", *spec.variants):
         pytest.skip(f"{name} has no variant {variant}")
-    sample = _draw(spec, case)
-    call = partial(_implementation(spec, variant), **spec.arguments(**sample.arguments))
+    sample = draw(spec, case)
+    call = partial(implementation(spec, variant), **spec.arguments(**sample.arguments))
     given = sum(tensor.nbytes for tensor in tensors(tuple(sample.arguments.values())))
     with torch.inference_mode():
-        results = _results(spec, _implementation(spec, variant), _draw(spec, case))
-        _check(spec, case, results, variant)
+        results = outcome(spec, implementation(spec, variant), draw(spec, case))
+        check(spec, case, sample, results, variant)
         moved = spec.bytes_moved(sample) if spec.bytes_moved else given + sum(result.nbytes for result in results)
         del results
         for _ in range(2):

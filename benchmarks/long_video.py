@@ -143,7 +143,7 @@ def main() -> int:
 def draw(rows: dict[str, dict[str, Any]], step: int, path: Path) -> None:
     """Three curves over the frames, a line for each way."""
     plt.rcParams["svg.hashsalt"] = "starflow"
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.6), constrained_layout=True)
     for name, row in rows.items():
         style = {"color": "black", "linestyle": ":"} if name == "held-out clips" else {}
         axes[0].plot(row["places"], row["bits"], label=name, **style)
@@ -154,7 +154,7 @@ def draw(rows: dict[str, dict[str, Any]], step: int, path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("frame")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -20,8 +20,12 @@ from starflow_ext._check import (
     shape_text,
 )
 from starflow_ext._load import operators
-from starflow_ext._mode import runs_in_torch
+from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
+
+# Of the CUDA kernels, like the constants in csrc/ops/block_attention/block_attention_schedule.h.
+_MOST_HEAD_DIM: Final = 256
+_MOST_GRADIENT_HEAD_DIM: Final = 128
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,12 @@ def block_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``softmax(q k^T / (sqrt(head_dim) * temperature)) v`` over the visible keys.
 
-    The mask is a rule of positions and never in memory; work is proportional to what is visible. Native on the CPU,
-    with softmax and sums in float32 and products of float32, or of bfloat16 for bfloat16 ``q`` where the level has
-    them; a row's bits depend neither on the other rows nor on the number of threads. Plain torch for float64 and on
-    CUDA devices. Under autocast the operands are rounded to its dtype, as by torch's own attention.
+    The mask is a rule of positions and never in memory; work is proportional to what is visible. Softmax and sums are
+    float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
+    depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
+    256, 128 with a gradient) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
+    keys of few queries are split over the device, and a row's bits depend on that number of parts. Plain torch for
+    float64. Under autocast the operands are rounded to its dtype, as by torch's own attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
@@ -143,13 +149,14 @@ def block_attention(
         zeros, and minus infinity.
 
     Raises:
-        RuntimeError: if shapes, dtypes, devices or numbers of heads do not fit, or the options contradict each other.
+        RuntimeError: if shapes, dtypes, devices or numbers of heads do not fit, the options contradict each other, or
+            the CUDA kernels do not take the ``head_dim``.
 
     Reference:
         Vaswani et al., Attention Is All You Need (2017), section 3.2; Milakov and Gimelshein, Online normalizer
         calculation for softmax (2018); Dao, FlashAttention-2 (2023); Ainslie et al., GQA (2023).
     """
-    if runs_in_torch(q) or _why_torch(q):
+    if in_reference_mode() or _why_torch(q):
         return block_attention_reference(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
     operator, arguments = _lower(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
     out, lse = operator(*arguments)
@@ -322,6 +329,10 @@ def check(
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(op, name, tensor)
         check_device(op, name, tensor, "q", q)
+    if q.is_cuda and not in_reference_mode() and not _why_torch(q):
+        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        most, purpose = (_MOST_GRADIENT_HEAD_DIM, " for a gradient") if gradient else (_MOST_HEAD_DIM, "")
+        require(q.shape[-1] <= most, op, "q has head_dim", q.shape[-1], f"at most {most}{purpose} on cuda")
     causal = frames is None if causal is None else causal
     require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
     if frames is not None and not causal and q_start is None:
@@ -485,17 +496,17 @@ SPEC = Spec(
     check=check,
     dtypes=((torch.float64,), (torch.float32,), (torch.float16,), (torch.bfloat16,)),
     samples=_samples,
-    # Float32: sums of up to 256 products, weights within 2^-22. Bfloat16: weights are rounded to 8 bits before the sum,
-    # which is rounded again.
+    # Float32: sums of up to 256 products, weights within 2^-22. 16 bits: where products take them, weights are rounded
+    # to 8 bits (bfloat16) or 11 (float16) before the sum, which is rounded again.
     bounds={
         torch.float64: Bound(1e-12, 1e-12),
         torch.float32: Bound(4e-6, 4e-6),
-        torch.float16: Bound(1e-3, 1e-5),
+        torch.float16: Bound(1e-3, 1e-3),
         torch.bfloat16: Bound(8e-3, 8e-3),
     },
     differentiable=("q", "k", "v"),
     autocast=True,
-    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
     refuses=lambda variant, q, **arguments: _why_torch(q),
     lower=_lower,
     cases={

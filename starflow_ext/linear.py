@@ -13,7 +13,7 @@ from starflow_ext._check import check_floating, dtype_text, require, require_fir
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
-from starflow_ext.linear_pack import PackedWeight, pack_weight, unpack
+from starflow_ext.linear_pack import DEVICE_STORAGES, PackedWeight, check_device_storage, pack_weight, unpack
 from starflow_ext.norm import EPSILON, NormKind
 from starflow_ext.norm import norm as normalise
 
@@ -46,9 +46,13 @@ def linear(
 ) -> Tensor:
     """Compute ``residual + epilogue(norm(x) @ weight.T + bias) * multiply``.
 
-    A packed weight runs the native kernels of this CPU, with sums, norm and epilogue in float32; a row's bits depend
+    A packed weight runs the native kernels of its device, with sums, norm and epilogue in float32; a row's bits depend
     neither on the other rows nor on the number of threads. A plain tensor runs torch's own product, unless
-    ``activations`` is given: packing for one call takes longer than it saves. float64 and CUDA tensors run torch's too.
+    ``activations`` is given: packing for one call takes longer than it saves. float64 runs torch's too.
+
+    On CUDA a packed weight is bfloat16 or float16, and ``x`` enters the product rounded to the same type; tensor cores
+    multiply and sum in float32. The gradient is torch's own products there. These kernels have not run on a device yet
+    (docs/cuda.md).
 
     Args:
         x: (..., in_channels); float32, bfloat16, float16, or float64 with a plain weight of float64.
@@ -60,7 +64,8 @@ def linear(
         residual: (..., out_channels); the sum has its dtype, so a float32 residual stream stays float32.
         activations: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum of
             two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A level
-            without an instruction for products of bfloat16 computes in float32, which is more exact.
+            without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA the type
+            of the weight, and no other.
         norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it.
 
     Returns:
@@ -137,12 +142,18 @@ def _torch(
 
 def _rounded(x: Tensor, weight: Tensor, norm: InputNorm | None) -> tuple[Tensor, Tensor, InputNorm | None]:
     """The operands of a product with a plain weight in the dtype that torch would multiply in."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        weight = weight.to(torch.get_autocast_dtype(device))
+    weight = weight.to(_product_dtype(weight))
     if norm is not None:
         x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
     return x.to(weight.dtype), weight, norm
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What a product with a plain weight is computed in."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
 
 
 def _why_torch(
@@ -156,8 +167,8 @@ def _why_torch(
     norm: InputNorm | None,
 ) -> str:
     """Why a call is left to torch, or nothing."""
-    if x.device.type != "cpu":
-        return "there is no kernel for it yet"
+    if x.device != weight.device or x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}"
     named = (("x", x), ("weight", weight), ("bias", bias), ("multiply", multiply), ("residual", residual))
     for name, tensor in named:
         if isinstance(tensor, Tensor) and tensor.dtype not in _NATIVE:
@@ -187,7 +198,8 @@ def _lower(
     else:
         packed, dtype = weight, x.dtype
     if activations is None:
-        activations = "bfloat16" if packed.storage == "bfloat16" else "float32"
+        stored = packed.device.type == "cuda" or packed.storage == "bfloat16"
+        activations = packed.storage if stored else "float32"
     gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad
         for tensor in (x, packed.weight, bias, multiply, residual, *(norm or ())[:2])
@@ -267,10 +279,17 @@ def check(
         if isinstance(weight, Tensor):
             require(tensor.device == weight.device, op, f"{name} is on", tensor.device, f"{weight.device} like weight")
         else:
-            require(tensor.device.type == "cpu", op, f"{name} is on", tensor.device, "cpu for a packed weight")
+            expected_device = f"{weight.device} for a packed weight"
+            require(tensor.device == weight.device, op, f"{name} is on", tensor.device, expected_device)
         check_floating(op, name, tensor)
     if isinstance(weight, Tensor):
         check_floating(op, "weight", weight)
+    native = not _why_torch(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    if native and weight.device.type == "cuda" and activations is not None:
+        storage = dtype_text(_product_dtype(weight)) if isinstance(weight, Tensor) else weight.storage
+        check_device_storage(storage, weight.device)
+        expected_storage = f'"{storage}" like the weight on {weight.device}'
+        require(activations == storage, op, "activations is", f'"{activations}"', expected_storage)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -410,6 +429,19 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
                 yield sample(f"{storage}, {activations}", (2, 9, 70), 45, storage=storage, activations=activations)
 
 
+def _on_cuda(sample: Sample) -> Sample:
+    """A packed weight in a type that products on CUDA take, and so what is multiplied by it."""
+    moved = sample.map(Tensor.cuda)
+    weight = sample.arguments["weight"]
+    if isinstance(weight, Tensor):
+        return moved
+    storage = weight.storage if weight.storage in DEVICE_STORAGES else "bfloat16"
+    original = (weight.unpack() if weight.weight is None else weight.weight).cuda().to(getattr(torch, storage))
+    packed = {"weight": pack_weight(original), "activations": None}
+    bounds = dict.fromkeys(_NATIVE, Bound(4e-2, 4e-2))
+    return Sample(sample.label, {**moved.arguments, **packed}, bounds)
+
+
 def _case(rows: int, out: int, channels: int) -> Any:
     def draw(generator: torch.Generator) -> Sample:
         weight = torch.randn((out, channels), generator=generator) / channels**0.5
@@ -445,9 +477,10 @@ SPEC = Spec(
     bounds=_BOUNDS,
     differentiable=("x", "weight", "bias", "multiply", "residual"),
     shared=("weight", "bias", "norm"),
-    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx"),
+    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
     refuses=lambda variant, **arguments: _why_torch(**arguments),
     lower=_lower,
+    on_cuda=_on_cuda,
     cases={f"{rows} rows": _case(rows, out, channels) for rows, out, channels in ((16, 3072, 768), (64, 768, 3072))},
     bytes_moved=_bytes,
     operations=_operations,

@@ -1,4 +1,4 @@
-"""linear_pack: a weight rearranged once into the panels that the products of ``linear`` read."""
+"""linear_pack: a weight rearranged once into what the products of ``linear`` read: panels, on CUDA padded rows."""
 
 from __future__ import annotations
 
@@ -32,13 +32,18 @@ _OWN: Final[dict[torch.dtype, Storage]] = {
 PANEL_COLUMNS: Final = 32
 DEPTH_MULTIPLE: Final = 32
 
+# On CUDA: what the tensor cores take, and what rows are padded to (csrc/ops/linear/linear_schedule.h).
+DEVICE_STORAGES: Final = ("float16", "bfloat16")
+ROW_MULTIPLE: Final = 8
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
     """A weight of ``linear`` in the order that its kernels read; made by ``pack_weight``.
 
     Attributes:
-        panels: the packed values; layout in ``csrc/cpu/panels.h``.
+        panels: the packed values; layout in ``csrc/cpu/panels.h``. On CUDA the matrix itself, its rows padded with
+            zeros to a multiple of 16 bytes.
         column_scale: (out_channels,) float32 of storage "int8", else empty.
         out_channels, in_channels: shape of the weight.
         storage: what the values are kept as.
@@ -58,6 +63,11 @@ class PackedWeight:
         return self.out_channels, self.in_channels
 
     @property
+    def device(self) -> torch.device:
+        """Where it is packed, and what multiplies by it must be."""
+        return self.panels.device
+
+    @property
     def nbytes(self) -> int:
         """Bytes that a product reads; the original, where it is kept, is not among them."""
         return self.panels.nbytes + self.column_scale.nbytes
@@ -71,10 +81,12 @@ def pack_weight(weight: Tensor, storage: Storage | None = None, *, keep: bool = 
     """Rearrange a weight for ``linear``, once for many calls.
 
     Args:
-        weight: (out_channels, in_channels), on the CPU, any strides; float32, bfloat16, float16 or float64.
+        weight: (out_channels, in_channels), on the CPU or a CUDA device, any strides; float32, bfloat16, float16 or
+            float64.
         storage: "float32", "float16" and "bfloat16" round to that type; "two_bfloat16" keeps the sum of two, 16 of
             float32's 24 bits; "int8" keeps 255 steps an output channel, from ``-max |weight|`` to ``max |weight|``.
-            None: the dtype of the weight (float32 for float64).
+            None: the dtype of the weight (float32 for float64). On CUDA "bfloat16" and "float16" alone, which are what
+            tensor cores multiply: weights of another dtype are rounded by asking for it.
         keep: hold on to ``weight``, for state dicts and its gradient. With False only the packed copy remains.
 
     Returns:
@@ -89,9 +101,7 @@ def pack_weight(weight: Tensor, storage: Storage | None = None, *, keep: bool = 
         >>> packed.shape, torch.equal(packed.unpack(), torch.eye(3, 5))
         ((3, 5), True)
     """
-    require(
-        weight.device.type == "cpu", "linear_pack", "weight is on", weight.device, "cpu: panels are for CPU kernels"
-    )
+    require(weight.device.type in ("cpu", "cuda"), "linear_pack", "weight is on", weight.device, "cpu or cuda")
     if storage is None:
         storage = _OWN.get(weight.dtype, "float32")
     panels, column_scale = _native(weight.detach(), storage)
@@ -101,6 +111,8 @@ def pack_weight(weight: Tensor, storage: Storage | None = None, *, keep: bool = 
 def unpack(panels: Tensor, column_scale: Tensor, out_channels: int, in_channels: int, storage: str) -> Tensor:
     """Turn panels back into (out_channels, in_channels) float32, in plain torch; arguments as of ``PackedWeight``."""
     values = panels.float()
+    if panels.dim() == 2:
+        return values.narrow(1, 0, in_channels).contiguous()
     if storage == "two_bfloat16":
         values = values.sum(dim=1)
     if storage in ("bfloat16", "two_bfloat16"):
@@ -120,12 +132,28 @@ def panels_shape(storage: str, out_channels: int, in_channels: int) -> list[int]
     return [count, depth, PANEL_COLUMNS]
 
 
+def device_rows_shape(out_channels: int, in_channels: int) -> list[int]:
+    """Return the shape of a weight packed on CUDA, as ``csrc/ops/linear/packed_weight.cpp`` does."""
+    return [out_channels, -(-in_channels // ROW_MULTIPLE) * ROW_MULTIPLE]
+
+
+def check_device_storage(storage: str, device: torch.device) -> None:
+    """Check for a storage that products on CUDA take."""
+    expected = f'"bfloat16" or "float16" for a weight on {device}'
+    require(storage in DEVICE_STORAGES, "linear_pack", "storage is", f'"{storage}"', expected)
+
+
 _native = operators().linear_pack.default
 
 
 def _fake(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
     out_channels, in_channels = weight.shape
-    panels = weight.new_empty(panels_shape(storage, out_channels, in_channels), dtype=_DTYPES[storage])
+    if weight.is_cuda:
+        check_device_storage(storage, weight.device)
+        shape = device_rows_shape(out_channels, in_channels)
+    else:
+        shape = panels_shape(storage, out_channels, in_channels)
+    panels = weight.new_empty(shape, dtype=_DTYPES[storage])
     return panels, weight.new_empty([out_channels if storage == "int8" else 0], dtype=torch.float32)
 
 

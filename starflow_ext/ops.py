@@ -34,7 +34,9 @@ __all__ = [
 ]
 
 # What the solver runs on packed weights and caches of its own, on the CPU: too much state for a Spec. Their levels.
-LOOPS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("jacobi_solve", "jacobi_sweep"), _linear.SPEC.variants)
+LOOPS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
+    ("jacobi_solve", "jacobi_sweep"), tuple(variant for variant in _linear.SPEC.variants if variant != "cuda")
+)
 
 # The ops that are functions of their tensors.
 SPECS: Final[Mapping[str, Spec]] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +19,14 @@ from starflow_ext._check import (
     shape_text,
 )
 from starflow_ext._load import operators
-from starflow_ext._mode import runs_in_torch
-from starflow_ext._spec import VARIANTS, Bound, Dtypes, Sample, Spec, tensors
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._spec import Bound, Dtypes, Sample, Spec, tensors
 from starflow_ext.norm import norm_reference
 
 Pairing = Literal["interleaved", "half"]
+
+# A warp holds a head in registers.
+MOST_HEAD_DIM_CUDA: Final = 256
 
 
 class Rotation(NamedTuple):
@@ -84,11 +87,12 @@ def rope_append(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the fused projection into rotated queries, keys and values; with a cache, write keys and values into it.
 
-    Native on the CPU, in one pass over ``qkv``; plain torch on CUDA devices.
+    Native on the CPU and on CUDA devices, in one pass over ``qkv`` (on CUDA compiled and run on an emulated device;
+    never run on a GPU).
 
     Args:
         qkv: (batch, tokens, (heads + 2 * kv_heads) * head_dim): queries, keys, values, head-major; float32, bfloat16,
-            float16 or float64.
+            float16 or float64. On a CUDA device head_dim is at most 256.
         heads, kv_heads: numbers of heads.
         query_rotation, key_rotation: angles of the tokens; None leaves them unrotated (learned positions).
         query_norm, key_norm: RMSNorm weights (head_dim,), offsets from one; applied before the rotation.
@@ -118,7 +122,7 @@ def rope_append(
             "on for a tensor that requires a gradient",
             "a call with a cache under torch.no_grad() or torch.inference_mode()",
         )
-    if runs_in_torch(qkv):
+    if in_reference_mode():
         return rope_append_reference(*arguments)
     operator, lowered = _lower(*arguments)
     if cache is None:
@@ -226,6 +230,8 @@ def _check_heads(
     require(width % parts == 0, op, "qkv has channels", width, f"a multiple of {parts} (heads + 2 kv_heads)")
     _check_pairing(pairing)
     head_dim = width // parts
+    fits = not qkv.is_cuda or head_dim <= MOST_HEAD_DIM_CUDA
+    require(fits, op, "head_dim is", head_dim, f"at most {MOST_HEAD_DIM_CUDA} on a CUDA device")
     for name, weight in (("query_norm", query_norm), ("key_norm", key_norm)):
         if weight is not None:
             check_floating(op, name, weight)
@@ -503,7 +509,6 @@ SPEC = Spec(
     differentiable=("qkv", "query_norm", "key_norm"),
     mutates=("cache",),
     shared=("query_rotation", "key_rotation", "query_norm", "key_norm", "heads", "kv_heads"),
-    variants=VARIANTS[:-1],
     lower=_lower,
     cases={
         "window": _case(1, 64, 4, 4, slots=320),

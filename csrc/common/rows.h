@@ -26,13 +26,13 @@ struct RowBlocks {
     int64_t per_block;
     int64_t count;
 
-    int64_t begin(int64_t block) const { return block * per_block; }
-    int64_t end(int64_t block) const { return (block + 1) * per_block < rows ? (block + 1) * per_block : rows; }
+    STARFLOW_HOST_DEVICE int64_t begin(int64_t block) const { return block * per_block; }
+    STARFLOW_HOST_DEVICE int64_t end(int64_t block) const {
+        return (block + 1) * per_block < rows ? (block + 1) * per_block : rows;
+    }
 };
 
-static inline RowBlocks blocks_of(int64_t rows) {
-    constexpr int64_t least_rows = 32;
-    constexpr int64_t most_blocks = 256;
+static inline RowBlocks blocks_of(int64_t rows, int64_t least_rows = 32, int64_t most_blocks = 256) {
     const int64_t needed = (rows + most_blocks - 1) / most_blocks;
     const int64_t per_block = needed > least_rows ? needed : least_rows;
     return {rows, per_block, (rows + per_block - 1) / per_block};

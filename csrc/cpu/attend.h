@@ -7,24 +7,11 @@
 // Blocks of keys begin at multiples of 64 whatever the queries are, so that a row's result does not depend on the rows
 // beside it. A block that no row of a group sees is not touched.
 #pragma once
+#include "common/visible_keys.h"
 #include "cpu/matmul.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
-
-// What a query row sees: the keys [0, prefix) and [first, last).
-struct VisibleKeys {
-    int64_t prefix;
-    int64_t first;
-    int64_t last;
-
-    bool any_in(int64_t begin, int64_t end) const {
-        return begin < prefix || (first < end && last > begin && first < last);
-    }
-    bool all_in(int64_t begin, int64_t end) const {
-        return end <= prefix || (first <= (begin > prefix ? begin : prefix) && last >= end);
-    }
-};
 
 // Reads a byte of each line, so that it is in the caches later. Not prefetches: processors drop those when many wait
 // for memory already (measured on a Zen 4: a prefetch of everything changed nothing, these reads took a sixth off).

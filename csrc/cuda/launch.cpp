@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/check.h"
 #include "cuda/runtime.h"
 
 namespace starflow::cuda {
@@ -32,6 +33,12 @@ void* current_stream(int32_t device) {
         throw std::runtime_error("starflow_ext: torch gave no current stream for cuda:" + std::to_string(device));
     }
     return stream;
+}
+
+void check_build(const char* op, const std::string& name, const Tensor& data) {
+    require(
+        STARFLOW_CUDA != 0, op, name + " is on", [&] { return device_text(data); },
+        [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
 }
 
 void check(const char* op, int code) {

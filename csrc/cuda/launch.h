@@ -7,6 +7,9 @@ namespace starflow::cuda {
 // torch's current stream on a device. Never called for a tensor on the CPU.
 void* current_stream(int32_t device);
 
+// Refuses data on a CUDA device where this build has no kernels for one.
+void check_build(const char* op, const std::string& name, const Tensor& data);
+
 // Throws std::runtime_error with the runtime's words if `code` is not success.
 void check(const char* op, int code);
 

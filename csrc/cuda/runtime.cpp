@@ -1,5 +1,7 @@
 #include "cuda/runtime.h"
 
+#include <stdexcept>
+
 #if STARFLOW_CUDA
 #include <cuda_runtime_api.h>
 #endif
@@ -14,9 +16,25 @@ DeviceCount count_devices() {
     return {devices, devices > 0 ? "" : "this machine has no CUDA device"};
 }
 
+DeviceArch device_arch(int device) {
+    const auto attribute = [device](cudaDeviceAttr which) {
+        int value = 0;
+        const cudaError_t code = cudaDeviceGetAttribute(&value, which, device);
+        if (code != cudaSuccess) {
+            throw std::runtime_error("starflow_ext: of cuda:" + std::to_string(device) + " CUDA says \"" +
+                                     error_text(code) + '"');
+        }
+        return value;
+    };
+    return {attribute(cudaDevAttrComputeCapabilityMajor), attribute(cudaDevAttrComputeCapabilityMinor),
+            attribute(cudaDevAttrMultiProcessorCount)};
+}
+
 std::string error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 #else
 DeviceCount count_devices() { return {0, "this build has no CUDA"}; }
+
+DeviceArch device_arch(int) { throw std::runtime_error("starflow_ext: this build has no CUDA"); }
 
 std::string error_text(int code) { return "error " + std::to_string(code) + " in a build without CUDA"; }
 #endif

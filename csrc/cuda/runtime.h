@@ -14,6 +14,15 @@ struct DeviceCount {
 // Asks the driver: not for import time.
 STARFLOW_API DeviceCount count_devices();
 
+struct DeviceArch {
+    int major;  // compute capability
+    int minor;
+    int multiprocessors;
+};
+
+// Throws std::runtime_error where there is no such device.
+DeviceArch device_arch(int device);
+
 // The runtime's words for an error code.
 std::string error_text(int code);
 

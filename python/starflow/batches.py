@@ -16,7 +16,7 @@ from torch import Tensor
 
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, FlowConfig, RunConfig, require
-from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, sample_indices, stack_clips
+from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, nearest_aspect, sample_group, stack_clips
 from starflow.noise import draw_batch, stream
 from starflow.text import STOP_WORDS, TextEncoder, make_text_encoder, split_words
 
@@ -40,6 +40,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
     if data.kind == "digits":
         require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
         require(data.channels == 1, "data.channels", data.channels, "1 for digits")
+        require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for digits, which are square")
         return MovingDigits(frames=data.frames, size=data.height, split=split)
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
@@ -56,6 +57,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         name_captions=data.name_captions,
         caption_second=data.caption_second,
         cache_bytes=int(data.cache_gb * 2**30),
+        aspect_multiple=make_codec(config.codec).spatial * config.flow.patch_size if data.mix_aspect else None,
     )
 
 
@@ -89,7 +91,12 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
     kinds += [{"extend": True}] if train.drop_image else []
     kinds += [{"last": True}] if train.last_frame_prob else []
     kinds += [{"image": True}] if train.image_prob else []
-    captions = [caption_for(config, caption, **kind) for caption in dataset.captions for kind in kinds]
+    captions = [
+        caption_for(config, caption, size=size, **kind)
+        for caption in dataset.captions
+        for kind in kinds
+        for size in dataset.sizes
+    ]
     if option == "names":
         filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
         text = {**text, "names": filled, "num_classes": len(filled)}
@@ -141,8 +148,9 @@ def caption_for(
     last: bool = False,
     drop: bool = False,
     image: bool = False,
+    size: tuple[int, int] | None = None,
 ) -> str:
-    """The caption as the flow of this run reads it: with frame rate and noise level where the run tells them.
+    """The caption as the flow of this run reads it: with frame rate, noise level and shape where the run tells them.
 
     Args:
         config: of the run.
@@ -151,13 +159,17 @@ def caption_for(
         last: the last frame stands before the clip.
         drop: the caption of nothing.
         image: a single frame without time.
+        size: height and width in pixels, by default those of the configuration.
     """
     fps = None
     if config.data.caption_fps:
         fps = 0.0 if image or config.data.frames == 1 else config.data.fps
     noise_level = config.train.noise_std if config.train.cond_noise_level else None
+    aspect = None
+    if config.data.mix_aspect:
+        aspect = nearest_aspect(*(size or (config.data.height, config.data.width)))
     mode: Literal["extend", "last"] | None = "extend" if extend else "last" if last else None
-    return assemble(caption, mode=mode, drop=drop, fps=fps, noise_level=noise_level)
+    return assemble(caption, mode=mode, drop=drop, fps=fps, noise_level=noise_level, aspect_ratio=aspect)
 
 
 class Features:
@@ -229,6 +241,7 @@ class Batches:
     def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec, *, rank: int = 0, size: int = 1) -> None:
         self._config, self._dataset, self._codec = config, dataset, codec
         self._rank, self._size = rank, size
+        self._groups = dataset.groups if isinstance(dataset, VideoFolder) else (tuple(range(len(dataset))),)
         train = config.train
         for name, count in (("batch_size", train.batch_size), ("image_batch_size", train.image_batch_size)):
             require(
@@ -245,7 +258,7 @@ class Batches:
         image = choose.random() < train.image_prob
         count = (train.image_batch_size or train.batch_size) if image else train.batch_size
         rows = slice(self._rank * count // self._size, (self._rank + 1) * count // self._size)
-        pairs = sample_indices(train.seed, step, count, len(self._dataset))[rows]
+        pairs = sample_group(train.seed, step, count, self._groups)[rows]
         clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
         pixels, captions = stack_clips(clips)
         frames = codec.latent_frames(pixels.shape[1])
@@ -259,11 +272,12 @@ class Batches:
         last = train.last_frame_prob > 0 and not image and not extend and choose.random() < train.last_frame_prob
         if last:
             shape = (shape[0], shape[1] + 1, *shape[2:])
+        size = (pixels.shape[-2], pixels.shape[-1])
         dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, extend=extend, last=last, drop=bool(drop), image=image)
+                caption_for(self._config, caption, extend=extend, last=last, drop=bool(drop), image=image, size=size)
                 for caption, drop in zip(captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],

@@ -241,6 +241,9 @@ def _sample_options(args: argparse.Namespace) -> dict[str, Any]:
         "image",
         "video",
         "given",
+        "last_image",
+        "edit",
+        "edit_prompt",
         "look_ahead",
         "window",
         "window_context",
@@ -306,7 +309,13 @@ def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fp
             **_sources(args),
         }
         for row, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-            caption = pipeline.caption(prompt, fps=args.fps, image=meter.frames == 1, last=args.last_image is not None)
+            caption = pipeline.caption(
+                prompt,
+                fps=args.fps,
+                image=meter.frames == 1,
+                last=args.last_image is not None,
+                size=(height, width),
+            )
             told = {"prompt": prompt, "caption": caption, "seed": args.seed + row, "model": str(args.model)}
             out.json(f"{name}.json", {**told, **shape, **beginning, **report, **_together(len(prompts))})
     print(

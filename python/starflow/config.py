@@ -287,6 +287,8 @@ class DataConfig:
         caption_second: captions of a folder end in the second of its file at which the clip begins, as a whole number:
             a prompt can then ask for that part, and a flow need not learn them all as one.
         caption_fps: captions tell the frame rate, as in the published recipe.
+        mix_aspect: clips of a folder keep the published aspect ratio that is nearest to their file's, with about the
+            area of height x width, and captions tell it; the clips of a step have one shape.
         cache_gb: decoded frames kept in memory.
     """
 
@@ -302,6 +304,7 @@ class DataConfig:
     name_captions: bool = False
     caption_second: bool = False
     caption_fps: bool = False
+    mix_aspect: bool = False
     cache_gb: float = 2.0
 
     def __post_init__(self) -> None:
@@ -338,7 +341,7 @@ class TrainConfig:
             their own, which single frames from later on would blur.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
-        ema: decay of the averaged weights that are sampled from; 0 is off.
+        ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: arithmetic of the products; the residual stream and the affine maps stay float32.
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
             of them, "fsdp" a piece (slower, less memory). No meaning for one process, and none for the numbers.

@@ -57,7 +57,7 @@ _TRAIN = {
 _FLOW = {"channel_size": "in_channels", "blocks": "num_blocks", "gradient_checkpoint": "use_checkpoint"}
 # Options about hardware, files and logging, or about data that this project arranges in its own way.
 _DROPPED = (
-    "adaln epochs finetuned_vae fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling mix_aspect no_flip "
+    "adaln epochs finetuned_vae fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling no_flip "
     "sample_freq secondary_batch_size secondary_img_size wds"
 )
 # Autoencoders: kind here, pixels per latent position, channels of a latent.
@@ -114,6 +114,7 @@ def published_config(
         frames, _, fps = str(options.pop("vid_size")).partition(":")
         data.update(frames=int(frames), fps=float(fps))
     data["caption_fps"] = bool(options.pop("fps_cond", False))
+    data["mix_aspect"] = bool(options.pop("mix_aspect", False))
     sample: dict[str, Any] = {"guidance": float(options.pop("cfg", 0.0))}
     if data.get("fps"):
         sample["fps"] = data["fps"]

@@ -250,7 +250,8 @@ def _nested(tokens: Tensor) -> tuple[tuple[tuple[float, ...], ...], ...]:
 def _condition(pipeline: Pipeline, clip: Clip, fps: float | None) -> Tensor | None:
     """What the flow reads for the caption of one clip."""
     try:
-        return pipeline.condition([clip.caption], fps=fps, image=len(clip.pixels) == 1)
+        size = (clip.pixels.shape[-2], clip.pixels.shape[-1])
+        return pipeline.condition([clip.caption], fps=fps, image=len(clip.pixels) == 1, size=size)
     except ValueError as error:
         raise ValueError(f"score: {clip.name}: {error}") from None
 

@@ -85,18 +85,26 @@ class Average:
 
     Args:
         source: the flow that is trained.
-        target: a copy of it, which becomes the average.
-        decay: of the average; 0 follows the weights.
+        target: a copy of it, which becomes the average; or the flow itself, which then is its own average.
+        decay: of the average.
     """
 
     def __init__(self, source: Flow, target: Flow, decay: float) -> None:
-        self.flow = target.requires_grad_(False).eval()
+        self.flow = target if target is source else target.requires_grad_(False).eval()
         self._decay = decay
-        self._source, self._target = _tensors(source), _tensors(target)
+        self._source = _tensors(source)
+        self._target = self._source if target is source else _tensors(target)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begins anew at the current weights."""
+        torch._foreach_copy_(self._target, self._source)
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Takes the current weights in, after `updates` earlier ones."""
+        if self._target is self._source:
+            return
         decay = min(self._decay, (1 + updates) / (10 + updates))
         torch._foreach_lerp_(self._target, self._source, 1.0 - decay)
 

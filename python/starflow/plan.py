@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from starflow.batches import make_parts
 from starflow.block import FlowBlock
 from starflow.conditioner import Conditioner, make_layout
-from starflow.config import FlowConfig, RunConfig
+from starflow.config import ConfigError, FlowConfig, RunConfig
 from starflow.distributed import Parallel
 from starflow.flow import Flow, nll_of
 from starflow.layers import Transformer
@@ -107,16 +107,16 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
         efficiency: share of it that is reached.
 
     Raises:
-        ValueError: numbers out of range, or a batch that does not divide.
+        ConfigError: numbers out of range, or a batch that does not divide.
     """
     train, flow_config = config.train, config.flow
     if devices < 1 or not 0 < efficiency <= 1 or not peak > 0:
-        raise ValueError(
+        raise ConfigError(
             f"plan: devices is {devices}, peak {peak:g}, efficiency {efficiency:g}, expected at least 1, above 0, and "
             "above 0 up to 1"
         )
     if train.batch_size % (devices * train.accumulate):
-        raise ValueError(
+        raise ConfigError(
             f"plan: train.batch_size is {train.batch_size}, expected a multiple of {devices * train.accumulate}: "
             f"{devices} devices times train.accumulate"
         )
@@ -128,7 +128,7 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
     total = sum(counts.values())
     sharded = train.parallel == "fsdp" and devices > 1
     share = -(-total // devices) if sharded else total
-    activations, workspace = _activations(flow_config, clip, train.precision)
+    activations, workspace = _activations(flow_config, clip, train.precision, rows)
     return Plan(
         devices=devices,
         parallel=train.parallel if devices > 1 else "one process",
@@ -138,10 +138,10 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
         weights=share * _NUMBER,
         gradients=share * _NUMBER,
         moments=2 * share * _NUMBER,
-        average=share * _NUMBER,
+        average=share * _NUMBER if train.ema else 0,
         gathered=_gathered(flow) if sharded else 0,
-        activations=rows * activations,
-        workspace=rows * workspace,
+        activations=activations,
+        workspace=workspace,
         flops=rows * train.accumulate * step_flops(flow, clip, denoiser_every=train.denoiser_every),
         rate=peak * efficiency,
     )
@@ -150,8 +150,8 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
 def fitting(config: RunConfig, memory: int, **how: Any) -> tuple[RunConfig, Plan] | None:
     """The configuration nearest to `config` that fits into `memory` bytes of each device, and its plan.
 
-    In this order: as it is; weights in pieces; activations recomputed; more parts of a batch; the last two together
-    with the first. None where even one clip at a time does not fit.
+    In this order: as it is; weights in pieces; activations recomputed; both; the same with a batch in more parts. None
+    where even one clip at a time does not fit.
 
     Args:
         config: of the run.
@@ -188,6 +188,8 @@ def clip_of(config: RunConfig) -> Clip:
     """The tokens of a training clip, without reading codec or text encoder where they have folders of their own."""
     data, patch = config.data, config.flow.patch_size
     spatial, frames = _compression(config)
+    # The longest that training shows: with the last frame before the others.
+    frames += config.train.last_frame_prob > 0
     return Clip(frames, data.height // (spatial * patch), data.width // (spatial * patch), config.flow.txt_size)
 
 
@@ -270,7 +272,9 @@ def forward_flops(
     if not layers_only:
         products += (_weight(network.proj_in) + _weight(network.proj_out)) * grid + _weight(network.proj_text) * text
         if isinstance(network, Conditioner):
-            products += _weight(network.proj_position) * grid + _weight(network.proj_summary)
+            # Positions are those of what the network sees, once for all samples.
+            slots = clip.frame_tokens if local else grid
+            products += _weight(network.proj_position) * slots + _weight(network.proj_summary)
     if local:
         pairs = clip.frames * _pairs(network, Clip(1, clip.height, clip.width, 0), 0, dense)
     else:
@@ -306,46 +310,49 @@ def _pairs(network: Transformer, clip: Clip, text: int, dense: bool) -> float:
 
 
 @lru_cache(maxsize=32)
-def _activations(flow: FlowConfig, clip: Clip, precision: str) -> tuple[int, int]:
-    """Bytes for one clip: what the backward pass finds at its start, and what one layer takes while it computes."""
-    kept = _kept(flow, clip, precision)
+def _activations(flow: FlowConfig, clip: Clip, precision: str, rows: int) -> tuple[int, int]:
+    """Bytes for so many clips: what the backward pass finds at its start, and what one layer takes meanwhile."""
+    kept = _kept(flow, clip, precision, rows)
     whole = replace(flow, use_checkpoint=0)
     shorter = replace(whole, layers_per_block=(*flow.layers_per_block[:-1], max(flow.layers_per_block[-1] - 1, 0)))
-    layer = _kept(whole, clip, precision) - _kept(shorter, clip, precision) if shorter != whole else 0
+    layer = _kept(whole, clip, precision, rows) - _kept(shorter, clip, precision, rows) if shorter != whole else 0
     # A layer that is recomputed is kept while its gradient is taken; one that is not hands gradients of its largest
     # activations (MLP) on.
-    hidden = (clip.text + clip.frames * clip.frame_tokens) * 4 * flow.width(flow.num_blocks - 1) * _NUMBER
+    hidden = rows * (clip.text + clip.frames * clip.frame_tokens) * 4 * flow.width(flow.num_blocks - 1) * _NUMBER
     return kept, (layer if flow.use_checkpoint else 0) + 2 * hidden
 
 
-def _kept(config: FlowConfig, clip: Clip, precision: str) -> int:
-    """Bytes that autograd keeps of a forward pass of one clip, weights apart, and the results that training holds."""
+def _kept(config: FlowConfig, clip: Clip, precision: str, rows: int) -> int:
+    """Bytes that autograd keeps of a forward pass of so many clips, weights apart, with the results that are held."""
     patch = config.patch_size
     # On the CPU: what is kept is the same on every device but for the attention of one without a kernel for it.
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            flow = Flow(config)
-            x = torch.empty(1, clip.frames, config.in_channels, clip.height * patch, clip.width * patch)
-            y = torch.empty(1, clip.text, config.txt_dim) if clip.text else None
-            rounding = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
-            sizes = []
-            with _counting(flow) as found, rounding:
-                encoded = flow.encode(x.requires_grad_(flow.denoiser is not None), y)
-                nll_of(encoded).mean()
-                for affine in encoded.affines:
-                    if affine is not None:
-                        found.add(affine.raw)
-                for latent in encoded.latents:
-                    found.add(latent)
-            sizes.append(found.bytes)
-            if flow.denoiser is not None:
-                with _counting(flow) as found, rounding:
-                    flow.denoiser(x.detach(), y if config.conditional_denoiser else None)
-                sizes.append(found.bytes)
-            return max(sizes)
-    finally:
-        # Layouts made meanwhile have no numbers in them.
-        make_layout.cache_clear()
+    memoryless = FakeTensorMode(allow_non_fake_inputs=True)
+    with memoryless:
+        flow = Flow(config)
+    _make_layouts(flow, clip)
+    with memoryless:
+        x = torch.empty(rows, clip.frames, config.in_channels, clip.height * patch, clip.width * patch)
+        y = torch.empty(rows, clip.text, config.txt_dim) if clip.text else None
+        rounding = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+        with _counting(flow) as found, rounding:
+            encoded = flow.encode(x.requires_grad_(flow.denoiser is not None), y)
+            nll_of(encoded).mean()
+            for held in (*(affine.raw for affine in encoded.affines if affine is not None), *encoded.latents):
+                found.add(held)
+        if flow.denoiser is None:
+            return found.bytes
+        with _counting(flow) as other, rounding:
+            flow.denoiser(x.detach(), y if config.conditional_denoiser else None)
+    # The graph of the flow is gone when the denoiser runs.
+    return max(found.bytes, other.bytes)
+
+
+def _make_layouts(flow: Flow, clip: Clip) -> None:
+    """Makes the layouts that a pass will ask for: those made without memory would be kept for later passes."""
+    for network, local in _networks(flow):
+        order = next((block.order for block in flow.blocks if block.conditioner is network), "raster")
+        frames, text = (1 if local else clip.frames), (0 if network.proj_text is None else clip.text)
+        make_layout(flow.config, order, frames, clip.height, clip.width, text, still=local)
 
 
 class _counting:  # noqa: N801  (a context manager)

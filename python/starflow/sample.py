@@ -220,27 +220,43 @@ class Pipeline:
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
-    def caption(self, prompt: str, *, fps: float | None = None, image: bool = False, last: bool = False) -> str:
-        """The caption as training assembled it: with frame rate and noise level only where it did.
+    def caption(
+        self,
+        prompt: str,
+        *,
+        fps: float | None = None,
+        image: bool = False,
+        last: bool = False,
+        size: tuple[int, int] | None = None,
+    ) -> str:
+        """The caption as training assembled it: with frame rate, noise level and shape only where it did.
 
         Args:
             prompt: what the clip shows; "" for the empty half of guidance.
             fps: frames a second, by default those of the training clips.
             image: a single frame.
             last: the frame to end with is given.
+            size: height and width in pixels, by default those of the training clips.
         """
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
-        return caption_for(replace(self.config, data=told), prompt, image=image and data.frames > 1, last=last)
+        still = image and data.frames > 1
+        return caption_for(replace(self.config, data=told), prompt, image=still, last=last, size=size)
 
     def condition(
-        self, prompts: Sequence[str], *, fps: float | None = None, image: bool = False, last: bool = False
+        self,
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+        image: bool = False,
+        last: bool = False,
+        size: tuple[int, int] | None = None,
     ) -> Tensor | None:
         """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
-            prompts, fps, image, last: see `caption`.
+            prompts, fps, image, last, size: see `caption`.
 
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
@@ -249,7 +265,8 @@ class Pipeline:
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            features = self._features([self.caption(prompt, fps=fps, image=image, last=last) for prompt in prompts])
+            captions = [self.caption(prompt, fps=fps, image=image, last=last, size=size) for prompt in prompts]
+            features = self._features(captions)
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
         return None if features is None else features.to(self.device)
@@ -355,13 +372,15 @@ class Pipeline:
             torch.cat([getattr(part, name) for part in parts], 1).cpu() for name in ("pixels", "latents", "noisy")
         )
         seconds = time.perf_counter() - begin
-        still = pixels.shape[1] == 1
+        still, size = pixels.shape[1] == 1, (pixels.shape[-2], pixels.shape[-1])
         return Sampled(
             pixels=pixels,
             latents=latents,
             noisy=noisy,
             prompts=names,
-            captions=tuple(self.caption(name, fps=fps, image=still, last=last_image is not None) for name in names),
+            captions=tuple(
+                self.caption(name, fps=fps, image=still, last=last_image is not None, size=size) for name in names
+            ),
             seeds=session.seeds,
             given=0 if beginning is None else beginning.pixels.shape[1],
             report=report_of(session, seconds, pixels.shape[0] * pixels.shape[1]),
@@ -437,12 +456,14 @@ class Pipeline:
         if weight and self.text is None:
             raise ValueError(f"guidance is {weight:g}, expected 0: the model was trained without text")
 
+        size = (shape[2] * self.codec.spatial, shape[3] * self.codec.spatial)
+
         def read(told: Sequence[str]) -> Tensor | None:
-            return self.condition(told, fps=fps, image=still, last=last_image is not None)
+            return self.condition(told, fps=fps, image=still, last=last_image is not None, size=size)
 
         y, null = read(names), None
         if weight and c.num_classes == 0:
-            null = self.condition([""], fps=fps, image=still)
+            null = self.condition([""], fps=fps, image=still, size=size)
             null = None if null is None else null.expand(len(names), -1, -1)
         span = self._span(shape[0], window, window_context, window_sink, int(last_image is not None))
         conditions = Conditions(

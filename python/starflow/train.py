@@ -121,10 +121,11 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.flow = Flow(config.flow).to(device).train()
-        target = copy.deepcopy(self.flow)
+        # Without an average the weights themselves stand for it.
+        target = copy.deepcopy(self.flow) if config.train.ema else self.flow
         self.engine = Engine(self.flow, world, config.train.parallel)
         self._sharded = world.size > 1 and config.train.parallel == "fsdp"
-        if self._sharded:
+        if self._sharded and target is not self.flow:
             shard(target, world)
         self.average = Average(self.flow, target, config.train.ema)
         self.optimizer, self.denoiser_optimizer = make_optimizers(self.flow, config.train)
@@ -145,7 +146,8 @@ class Trainer:
             "bad": self._bad,
             "config": to_mapping(self.config),
         }
-        save_state(folder, self.step, self._tensors(), about, self.world)
+        tensors = self._tensors(averaged=bool(self.config.train.ema))
+        save_state(folder, self.step, tensors, about, self.world)
         self.save_model(folder)
 
     def save_model(self, folder: Path) -> None:
@@ -169,7 +171,7 @@ class Trainer:
         with torch.device("meta"):
             flow = Flow(self.config.flow)
         flow.load_state_dict(state, assign=True)
-        return flow.requires_grad_(False).eval()
+        return flow
 
     def load(self, path: Path) -> None:
         """Takes a training state up, of any number of processes.
@@ -181,17 +183,22 @@ class Trainer:
             CheckpointError: damaged.
             TrainingError: of a run with another model or codec.
         """
-        _check_same_run(read_state(path)["config"], to_mapping(self.config), path)
-        about = load_state(path, self._tensors(), self.world)
+        saved = read_state(path)["config"]
+        _check_same_run(saved, to_mapping(self.config), path)
+        averaged = bool(saved["train"]["ema"])
+        about = load_state(path, self._tensors(averaged=averaged and bool(self.config.train.ema)), self.world)
+        if self.config.train.ema and not averaged:
+            self.average.reset()
         self.step, self.updates, self._bad = about["step"], about["updates"], about["bad"]
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, *, averaged: bool) -> dict[str, Tensor]:
         """Everything that a resumed run needs, to be read and written in place."""
         state: dict[str, Mapping[str, Tensor]] = {
             "flow": self.flow.state_dict(),
-            "average": self.average.flow.state_dict(),
             "optimizer": self.optimizer.state(),
         }
+        if averaged:
+            state["average"] = self.average.flow.state_dict()
         if self.denoiser_optimizer:
             state["denoiser_optimizer"] = self.denoiser_optimizer.state()
         return {f"{part}:{name}": value for part, tensors in state.items() for name, value in tensors.items()}
@@ -433,7 +440,7 @@ def _train(
             if stop and not end:
                 raise KeyboardInterrupt
     trainer.save_model(folder)
-    return trainer.averaged()
+    return trainer.averaged().requires_grad_(False).eval()
 
 
 def _due(step: int, every: int) -> bool:

@@ -17,8 +17,10 @@ import torch
 
 import starflow.data
 from starflow.cli import main, make_config
-from starflow.config import ConfigError
+from starflow.config import ConfigError, RunConfig
 from starflow.data import probe, read_image, read_video
+from starflow.flow import Flow
+from starflow.published import published_state
 from starflow.sample import Pipeline
 
 PROMPT = "a three moving up"
@@ -199,6 +201,8 @@ def test_settings_reach_the_config() -> None:
         (["train", "--set", "train.steps=abc"], "config.train.steps is 'abc', expected an integer"),
         (["train", "--config", "nope"], "expected a yaml file or one of"),
         (["train", "--data", "nowhere"], "--data is 'nowhere', expected a folder of videos"),
+        (["plan", "--config", "tiny", "--gpus", "3"], "train.batch_size is 8, expected a multiple of 3"),
+        (["plan", "--config", "tiny", "--efficiency", "2"], "efficiency 2, expected"),
         (["convert", "digits", "in.pth", "out.pth"], "OUT: 'out.pth' is given, expected a file that ends in .saf"),
     ],
 )
@@ -229,6 +233,35 @@ def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.Capture
         assert run(*args, *(["--out", out] if args[0] == "sample" else [])) == 1
         assert message in error(capsys)
         assert not out.exists()
+
+
+def test_plan_tells_what_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "--config", "tiny", "--gpus", 2, "--memory", 1, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["fits"], facts["change"], facts["devices"], facts["clips"]) == (True, {}, 2, 4)
+    least = facts["memory"] * 0.95 / 2**30
+    assert run("plan", "--config", "tiny", "--gpus", 2, "--memory", least) == 1
+    said = capsys.readouterr().out
+    assert f"parameters: {sum(facts['parameters'].values()):,} (block 0 " in said
+    assert "a step on each of 2 (ddp): 1 x 4 clips of 67 tokens" in said
+    assert "--set train.parallel=fsdp" in said
+    assert run("plan", "--config", "tiny", "--memory", 1e-6) == 1
+    assert "does not fit into 1e-06 GiB, one clip at a time" in capsys.readouterr().out
+    assert run("plan", "--config", "tiny", "--memory", 1) == 0
+    assert "fits into 1 GiB" in capsys.readouterr().out
+
+
+def test_convert_into_a_folder_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(published_state(Flow(RunConfig.load("tiny").flow)), tmp_path / "published.pth")
+    out = tmp_path / "ours"
+    assert run("convert", "tiny", tmp_path / "published.pth", out, "--dtype", "int8", "--file-size", 1e-4) == 0
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
+    assert "research use only" in capsys.readouterr().out
+    assert run("info", out) == 0
+    assert "storage: int8" in capsys.readouterr().out
+    assert run("sample", out, PROMPT, "--out", tmp_path / "clips", "--denoise", "learned") == 0
+    (record,) = (tmp_path / "clips").glob("*.json")
+    assert json.loads(record.read_text())["precision"] == "int8"
 
 
 def test_debug_shows_the_traceback(model: Path, tmp_path: Path) -> None:

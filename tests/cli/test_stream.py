@@ -173,6 +173,37 @@ def test_options_that_do_not_stream(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_clip_is_edited(model: Path, pipeline: Pipeline, tmp_path: Path, stream: list[str]) -> None:
+    clip = to_frames(torch.rand(5, 1, 16, 16) * 2 - 1)
+    path = tmp_path / "clip.mp4"
+    write_video(path, clip, 8.0, lossless=True)
+    out = tmp_path / "out"
+    options = ["--edit", path, "--edit-prompt", PROMPT, "--frames", 5, "--lossless", "--scale", 1]
+    assert run("sample", model, "an eight standing still", *options, *stream, "--out", out) == 0
+    (made,) = out.glob("*.mp4")
+    expected = pipeline.sample("an eight standing still", edit=path, edit_prompt=PROMPT, frames=5).pixels[0]
+    assert int((read_video(made, channels=1).int() - to_frames(expected).int()).abs().max()) <= 1
+    said = json.loads(made.with_suffix(".json").read_text())
+    assert (said["edited_from"], said["guidance"], said["frames"]) == (str(path), 0.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--edit-prompt", PROMPT], "expected --edit together with it"),
+        (["--edit", "a.mp4", "--image", "b.png"], "not allowed with argument"),
+        (["--edit", "nowhere.mp4"], "edit is 'nowhere.mp4', which does not exist"),
+        (["--last-image", "nowhere.png"], "expected a model that was trained to arrive at a frame"),
+    ],
+)
+def test_edits_that_do_not_fit(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run("sample", model, *options, "--out", tmp_path / "out") != 0
+    assert message in capsys.readouterr().err
+
+
 def test_prompts_change_while_frames_come(pipeline: Pipeline) -> None:
     made = pipeline.session([PROMPT, ""], seed=1, guidance=1.0)
     frames = made.extend()

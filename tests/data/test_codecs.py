@@ -277,11 +277,16 @@ def test_learned_codecs_refuse_what_they_cannot_encode(kl_folder, wan_folder):
 
 
 def test_a_missing_folder_says_what_to_put_where(tmp_path):
-    for codec, name in ((AutoencoderKLCodec, "AutoencoderKL"), (WanCodec, "AutoencoderKLWan")):
-        with pytest.raises(
-            FileNotFoundError, match=f"holds no autoencoder, expected the files config.json and .* {name}$"
-        ):
-            codec(tmp_path)
+    for codec, name, folder, command in (
+        (AutoencoderKLCodec, "AutoencoderKL", tmp_path / "kl", "hf download stabilityai/sd-vae-ft-ema config.json .*"),
+        (WanCodec, "AutoencoderKLWan", tmp_path / "w", "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --include 'vae/.*"),
+    ):
+        message = f"folder {folder} holds no autoencoder, expected the files config.json and .* of a diffusers {name}; "
+        with pytest.raises(FileNotFoundError, match=f"{message}.*`{command} --local-dir {folder}`"):
+            codec(folder)
+    # The files of a folder `vae` come with it.
+    with pytest.raises(FileNotFoundError, match=f"--local-dir {tmp_path}`"):
+        WanCodec(tmp_path / "vae")
 
 
 def test_incomplete_weights_are_refused(kl_folder, tmp_path):

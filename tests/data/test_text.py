@@ -181,6 +181,8 @@ def test_t5_gives_hidden_states_times_mask(t5_folder):
 
 def test_a_missing_folder_says_what_to_put_where(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="holds no model, expected a local copy of a T5 such as google/flan-t5-xl"
+        FileNotFoundError,
+        match="holds no model, expected a local copy of a T5 such as google/flan-t5-xl: .*"
+        f"`hf download google/flan-t5-xl --include .* --local-dir {tmp_path}`",
     ):
         T5Encoder(tmp_path)

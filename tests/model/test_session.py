@@ -290,7 +290,7 @@ WRONG: list[tuple[Callable[[Session], object], str]] = [
     (lambda s: s.prefill(pixels(4)), r"4 latent frames are given, expected at most 3 \(the window\)"),
     (lambda s: s.prefill(pixels(0)), r"frames has shape \[2, 0, 1, 6, 10\], expected \(2 clips, at least 1 frame"),
     (lambda s: s.prefill(pixels(1)[:1]), r"frames has shape \[1, 1, 1, 6, 10\], expected \(2 clips"),
-    (lambda s: s.prefill(pixels(1)[..., :8]), r"frames have latents of \[4, 3, 4\], expected \[4, 3, 5\]"),
+    (lambda s: s.prefill(pixels(1)[..., :8]), r"frames has latents of \[4, 3, 4\], expected \[4, 3, 5\]"),
     (lambda s: s.prefill(math.nan * pixels(1)), "frames holds values that are not finite"),
     (lambda s: (s.prefill(pixels(1)), s.prefill(pixels(1))), "prefill comes after frames"),
     (lambda s: (list(s.extend(1)), s.prefill(pixels(1))), "prefill comes after frames"),

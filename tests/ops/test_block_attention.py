@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import starflow_ext
 from starflow_ext import ops
@@ -82,19 +84,20 @@ def _calls(draw: Any) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=200, deadline=None)
-@given(_calls())
-def test_any_shape_and_mask(call: dict[str, Any]) -> None:
+def _assert_call(call: dict[str, Any], device: str) -> None:
+    """Results and gradients on a device are those of the definition in float64."""
     batch, kv_heads, group, queries, keys, head_dim = call["shape"]
     dtype, each = call["dtype"], call["each"]
-    q = _draw(batch, kv_heads * group, queries, head_dim, dtype=dtype).requires_grad_()
-    k, v = (_draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=seed).requires_grad_() for seed in (6, 7))
+    q = _draw(batch, kv_heads * group, queries, head_dim, dtype=dtype).to(device).requires_grad_()
+    k, v = (
+        _draw(batch, kv_heads, keys, head_dim, dtype=dtype, seed=seed).to(device).requires_grad_() for seed in (6, 7)
+    )
 
     def numbers(values: list[int] | None, default: int) -> tuple[Tensor, int | Tensor | None]:
         if values is None:
             return torch.full((batch,), default), None
         values = values if each else values[:1] * batch
-        return torch.tensor(values), torch.tensor(values) if each else values[0]
+        return torch.tensor(values), torch.tensor(values, device=device) if each else values[0]
 
     start, q_start = numbers(call["start"], keys - queries)
     length, k_length = numbers(call["length"], keys)
@@ -113,11 +116,12 @@ def test_any_shape_and_mask(call: dict[str, Any]) -> None:
             return_lse=True,
         )
         seen = torch.where(got[1].isfinite(), got[1], 0.0)
-        loss = (got[0].double() * _draw(*got[0].shape, dtype=torch.float64, seed=8)).sum() + seen.sum()
-        grads = torch.autograd.grad(loss, (q, k, v))
+        loss = (got[0].double() * _draw(*got[0].shape, dtype=torch.float64, seed=8).to(device)).sum() + seen.sum()
+        grads = [grad.cpu() for grad in torch.autograd.grad(loss, (q, k, v))]
+        got = (got[0].detach().cpu(), got[1].detach().cpu())
     finally:
         native.set_isa("")
-    doubles = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    doubles = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
     want = _exact(*doubles, mask, call["temperature"])
     seen = torch.where(want[1].isfinite(), want[1], 0.0)
     # What comes from above is rounded to the dtype of the result.
@@ -130,6 +134,20 @@ def test_any_shape_and_mask(call: dict[str, Any]) -> None:
             torch.testing.assert_close(a.double(), b, rtol=0, atol=BOUNDS[dtype] * max(1.0, 4 * b.abs().max().item()))
     finite = want[1].isfinite()
     torch.testing.assert_close(got[1].double()[finite], want[1][finite], rtol=4e-6, atol=4e-6)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_calls())
+def test_any_shape_and_mask(call: dict[str, Any]) -> None:
+    _assert_call(call, "cpu")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or torch without CUDA")
+@settings(max_examples=200, deadline=None)
+@given(_calls())
+def test_any_shape_and_mask_on_a_device(call: dict[str, Any]) -> None:
+    _assert_call(call, "cuda")
 
 
 def test_rows_stand_alone(isa: str) -> None:
@@ -215,6 +233,21 @@ def test_float64_runs_plain_torch() -> None:
     explanation = starflow_ext.explain("block_attention", *(_draw(1, 1, 2, 4, dtype=torch.float64),) * 3)
     assert explanation.runs == "torch"
     assert explanation.refused["scalar"] == "q is float64"
+
+
+def test_head_dims_without_a_cuda_kernel_are_refused() -> None:
+    """By the head_dim alone, whether there is a device or not."""
+    with FakeTensorMode():
+        for head_dim, options, expected in (
+            (257, {}, "at most 256 on cuda"),
+            (129, {"requires_grad": True}, "at most 128 for a gradient on cuda"),
+        ):
+            q = torch.empty(1, 1, 2, head_dim, device="cuda", **options)
+            with pytest.raises(RuntimeError, match=f"block_attention: q has head_dim {head_dim}, expected {expected}"):
+                ops.block_attention(q, q, q)
+        q = torch.empty(1, 1, 2, 129, device="cuda", requires_grad=True)
+        with torch.no_grad():
+            assert ops.block_attention(q, q, q).is_cuda
 
 
 def test_wrong_arguments() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import starflow_ext
-from starflow_ext._spec import Sample, Spec
+from starflow_ext._spec import Spec
 
 from . import battery
 from .battery import DIFFERENTIABLE, SPECS, assert_equal, assert_near, bound_of, outcome, plain, samples, samples_of
@@ -17,22 +17,19 @@ pytestmark = [
 ]
 
 
-def _on_device(sample: Sample) -> Sample:
-    return sample.map(lambda tensor: tensor.cuda())
-
-
 @battery.with_dtypes(SPECS)
 def test_value(spec: Spec, dtypes: tuple[torch.dtype, ...]) -> None:
     for sample, expected in zip(samples(spec, dtypes), battery.exact(spec.name, dtypes), strict=True):
-        for got, want in zip(outcome(spec, _on_device(sample)), expected, strict=True):
+        moved = spec.on_cuda(sample)
+        for got, want in zip(outcome(spec, moved), expected, strict=True):
             assert got.is_cuda
-            assert_near(got.cpu(), want, bound_of(spec, sample, got.dtype), sample.label)
+            assert_near(got.cpu(), want, bound_of(spec, moved, got.dtype), sample.label)
 
 
 @pytest.mark.parametrize("spec", DIFFERENTIABLE, ids=lambda spec: spec.name)
 def test_gradient_is_that_of_the_cpu(spec: Spec) -> None:
     for sample in samples_of(spec, torch.float64):
-        want, got = (battery.gradients(spec, call, torch.square) for call in (sample, _on_device(sample)))
+        want, got = (battery.gradients(spec, call, torch.square) for call in (sample, spec.on_cuda(sample)))
         for name, gradient in got.items():
             torch.testing.assert_close(gradient.cpu(), want[name], rtol=1e-11, atol=1e-11)
 
@@ -40,15 +37,15 @@ def test_gradient_is_that_of_the_cpu(spec: Spec) -> None:
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_it_runs_on_the_current_stream(spec: Spec) -> None:
     sample = plain(spec)
-    expected = outcome(spec, _on_device(sample))
+    expected = outcome(spec, spec.on_cuda(sample))
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        got = outcome(spec, _on_device(sample))
+        got = outcome(spec, spec.on_cuda(sample))
     stream.synchronize()
     assert_equal(got, expected)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_explain_tells_kernel_from_plain_torch(spec: Spec) -> None:
-    runs = starflow_ext.explain(spec.name, **_on_device(plain(spec)).arguments).runs
+    runs = starflow_ext.explain(spec.name, **spec.on_cuda(plain(spec)).arguments).runs
     assert runs == ("cuda" if "cuda" in spec.variants else "torch")

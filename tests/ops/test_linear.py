@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import starflow_ext
@@ -247,3 +248,39 @@ def test_the_native_op_checks_for_itself() -> None:
         wrong = starflow_ext.PackedWeight(**{**vars(packed), "weight": None, **change})
         with pytest.raises(RuntimeError, match=f"^linear: {sentence}"):
             ops.linear(torch.zeros(3, channels), wrong)
+
+
+def test_a_weight_on_cuda_is_packed_as_rows_for_tensor_cores() -> None:
+    """Shapes, dtypes and refusals, which need no device: tensors without values."""
+    with FakeTensorMode():
+        x = torch.empty(2, 5, 37, device="cuda:0")
+        weight = torch.empty(30, 37, device="cuda:0", dtype=torch.bfloat16)
+        packed = pack_weight(weight)
+        assert (list(packed.panels.shape), packed.panels.dtype, packed.storage) == (
+            [30, 40],
+            torch.bfloat16,
+            "bfloat16",
+        )
+        for out, dtype in (
+            (ops.linear(x, packed), torch.float32),
+            (
+                ops.linear(x.half(), packed, epilogue="gelu", norm=InputNorm(torch.empty(37, device="cuda:0"))),
+                torch.float16,
+            ),
+            (ops.linear(x.half(), packed, residual=torch.empty(2, 5, 30, device="cuda:0")), torch.float32),
+            (ops.linear(x, pack_weight(weight, "float16")), torch.float32),
+        ):
+            assert (out.shape, out.dtype, out.device.type) == ((2, 5, 30), dtype, "cuda")
+        for storage in ("int8", "two_bfloat16", "float32"):
+            sentence = f'^linear_pack: storage is "{storage}", expected "bfloat16" or "float16" for a weight on cuda:0$'
+            with pytest.raises(RuntimeError, match=sentence):
+                pack_weight(weight, storage)
+        for call, sentence in (
+            (lambda: ops.linear(x.cpu(), packed), "x is on cpu, expected cuda:0 for a packed weight"),
+            (
+                lambda: ops.linear(x, packed, activations="float32"),
+                'activations is "float32", expected "bfloat16" like the weight on cuda:0',
+            ),
+        ):
+            with starflow_ext.reference_mode(), pytest.raises(RuntimeError, match=f"^linear: {sentence}$"):
+                call()

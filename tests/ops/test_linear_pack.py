@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from starflow_ext import pack_weight
 from starflow_ext._load import operators
-from starflow_ext.linear_pack import STORAGES, panels_shape
+from starflow_ext.linear_pack import STORAGES, PackedWeight, device_rows_shape, panels_shape
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (0, 5), (5, 0), (3, 5), (32, 32), (33, 31), (64, 96), (31, 130), (100, 17)]
@@ -132,12 +132,20 @@ def test_wrong_arguments() -> None:
         RuntimeError, match=r'^linear_pack: storage is "int4", expected "float32", "float16", "bfloat16", '
     ):
         pack_weight(torch.zeros(2, 3), "int4")
-    with pytest.raises(
-        RuntimeError, match=r"^linear_pack: weight is on meta, expected cpu: panels are for CPU kernels$"
-    ):
+    with pytest.raises(RuntimeError, match=r"^linear_pack: weight is on meta, expected cpu or cuda$"):
         pack_weight(torch.zeros(2, 3, device="meta"))
 
 
 def test_opcheck() -> None:
     for storage in STORAGES:
         torch.library.opcheck(operators().linear_pack.default, (_draw((33, 40)), storage))
+
+
+def test_rows_packed_for_tensor_cores_unpack_to_the_weight() -> None:
+    """What a weight on CUDA becomes: the matrix itself, its rows padded."""
+    weight = _draw((5, 13), torch.bfloat16)
+    rows = torch.nn.functional.pad(weight, (0, 3))
+    assert list(rows.shape) == device_rows_shape(5, 13)
+    packed = PackedWeight(rows, torch.empty(0), 5, 13, "bfloat16")
+    assert torch.equal(packed.unpack(), weight.float())
+    assert packed.device == weight.device

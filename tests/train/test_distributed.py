@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.checkpoints import latest_state, load_model
+from starflow.checkpoints import latest_state, load_model, save_model
+from starflow.cli import main
 from starflow.config import ConfigError, RunConfig
-from starflow.train import TrainStep, train
+from starflow.flow import Flow
+from starflow.train import TrainStep, make_parts, train
 
 Curve = list[tuple[int, float, float, float]]
 
@@ -28,53 +28,61 @@ def entry(done: TrainStep) -> tuple[int, float, float, float]:
     return done.step, done.loss, -1.0 if done.denoiser_loss is None else done.denoiser_loss, done.grad_norm
 
 
-def rank_train(rank: int, port: int, config: RunConfig, folder: Path, out: Path, kill: dict[str, int]) -> None:
-    """What a process of `torchrun` does, and what it says of itself in a file."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    torch.set_num_threads(1)
+def trained(config: RunConfig, folder: Path, kill: dict[str, int]) -> dict[str, Any]:
     curve: Curve = []
 
     def on_step(done: TrainStep) -> None:
         curve.append(entry(done))
-        if done.step == kill.get("step") and rank == 1:
+        if done.step == kill.get("step") and os.environ["RANK"] == "1":
             os.kill(os.getpid(), kill["signal"])
 
-    said: dict[str, Any] = {}
+    flow = train(config, folder, quiet=True, device="cpu", on_step=on_step)
+    return {"curve": curve, "pieces": any(hasattr(p, "full_tensor") for p in flow.parameters())}
+
+
+def commanded(*arguments: str) -> dict[str, Any]:
+    return {"status": main(arguments)}
+
+
+def one_rank(rank: int, port: int, out: Path, function: Callable[..., dict[str, Any]], arguments: tuple) -> None:
+    """What a process of `torchrun` does, and what it says of itself in a file."""
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
     try:
-        flow = train(config, folder, quiet=True, device="cpu", on_step=on_step)
-        said["pieces"] = any(hasattr(p, "full_tensor") for p in flow.parameters())
-    except Exception as error:
-        said["error"] = f"{type(error).__name__}: {error}"
-    except KeyboardInterrupt:
-        said["error"] = "KeyboardInterrupt"
-    (out / f"{rank}.json").write_text(json.dumps({"curve": curve, **said}))
+        said = function(*arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        said = {"error": f"{type(error).__name__}: {error}"}
+    (out / f"{rank}.json").write_text(json.dumps(said))
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
-    """Trains in two processes; returns what each said, or nothing for one that was killed."""
+def both(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
+    """Calls a function in two processes; returns what each said, or nothing for one that was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["starflow.train", "sklearn.datasets", "torch.distributed.checkpoint"])
 
-    def run(config: RunConfig, folder: Path, **kill: int) -> list[dict[str, Any]]:
+    def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
         out = tmp_path_factory.mktemp("ranks")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = [context.Process(target=rank_train, args=(r, port, config, folder, out, kill)) for r in (0, 1)]
+        processes = [context.Process(target=one_rank, args=(r, port, out, function, arguments)) for r in (0, 1)]
         for process in processes:
             process.start()
-        begin = time.monotonic()
         for process in processes:
-            process.join(120)
-            with contextlib.suppress(ValueError):
-                process.kill()
-        assert time.monotonic() - begin < 100
+            process.join(300)
+            assert process.exitcode is not None
         found = [out / f"{rank}.json" for rank in (0, 1)]
         return [json.loads(file.read_text()) if file.exists() else {} for file in found]
 
     return run
+
+
+@pytest.fixture
+def ranks(both) -> Callable[..., list[dict[str, Any]]]:
+    """Trains in two processes."""
+    return lambda config, folder, **kill: both(trained, config, folder, kill)
 
 
 def alone(config: RunConfig, folder: Path) -> Curve:
@@ -139,7 +147,7 @@ def test_a_killed_process_ends_the_other_and_leaves_the_last_checkpoint(tiny, tm
 
 def test_sigterm_of_one_process_saves_and_ends_all(tiny, tmp_path: Path, ranks) -> None:
     found = ranks(tiny(steps=50), tmp_path, step=2, signal=signal.SIGTERM)
-    assert [said["error"] for said in found] == ["KeyboardInterrupt"] * 2
+    assert [said["error"] for said in found] == ["KeyboardInterrupt: "] * 2
     assert latest_state(tmp_path).name == "step-00000002"
 
 
@@ -158,3 +166,21 @@ def test_a_batch_that_does_not_divide_is_named(tiny, tmp_path: Path, ranks) -> N
     assert any(message in said["error"] for said in found)
     with pytest.raises(ConfigError, match="a divisor of 6"):
         tiny(batch_size=6, accumulate=4)
+
+
+def test_prompts_are_shared_out_and_clips_are_those_of_one_process(tiny, tmp_path: Path, both, capsys) -> None:
+    config = tiny()
+    torch.manual_seed(0)
+    save_model(tmp_path / "model.safetensors", Flow(config.flow), config, *make_parts(config))
+    prompts = ["a three moving up", "a four", "a five"]
+    command = ["sample", str(tmp_path), *prompts, "--seed", "7", "--solver", "window:16", "--device", "cpu", "--out"]
+    assert main([*command, str(tmp_path / "one")]) == 0
+    assert [said["status"] for said in both(commanded, *command, str(tmp_path / "two"))] == [0, 0]
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    assert len(names) == 10
+    for name in names:
+        one, two = ((tmp_path / folder / name).read_bytes() for folder in ("one", "two"))
+        if name.endswith(".json"):
+            one, two = (json.loads(text)["seed"] for text in (one, two))
+        assert one == two, name

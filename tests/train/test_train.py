@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -22,6 +23,7 @@ from starflow.checkpoints import CheckpointError, latest_state, load_model
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, write_video
 from starflow.flow import Flow
+from starflow.sample import Pipeline
 from starflow.schedule import cosine_lr
 from starflow.text import ClassEncoder
 from starflow.train import PATIENCE, TRACK_RATE, Trainer, TrainingError, make_dataset, make_parts, train
@@ -400,6 +402,32 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
     assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
 
 
+def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=2, ema=0.0)
+    trainer, _ = trainer_of(config)
+    assert trainer.average.flow is trainer.flow
+    flow = train(config, tmp_path, quiet=True)
+    assert not any(p.requires_grad for p in flow.parameters())
+    assert not flow.training
+    same(flow, load_model(tmp_path).flow)
+    state = {tensor.partition(":")[0] for tensor in _names(tmp_path)}
+    assert state == {"flow", "optimizer", "denoiser_optimizer"}
+    begun, _ = trainer_of(tiny(steps=2, ema=0.5))
+    begun.load(latest_state(tmp_path))
+    same(begun.average.flow, flow)
+    # And one that had an average goes on without.
+    train(tiny(steps=3, ema=0.5), tmp_path, quiet=True)
+    assert "average" in {tensor.partition(":")[0] for tensor in _names(tmp_path)}
+    train(tiny(steps=4, ema=0.0), tmp_path, quiet=True)
+    assert latest_state(tmp_path).name == "step-00000004"
+
+
+def _names(folder: Path) -> list[str]:
+    (file,) = latest_state(folder).glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
 def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
     train(tiny(steps=1), tmp_path, quiet=True)
     (state,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors")
@@ -502,6 +530,52 @@ def test_clips_of_a_file_can_be_cut_evenly_in_training(tiny, tmp_path: Path) -> 
     dataset = make_dataset(tiny(data=data))
     names = [[dataset.item(index, epoch=epoch).name for index in range(len(dataset))] for epoch in range(3)]
     assert names == [["a.mp4@0", "a.mp4@1", "a.mp4@2"]] * 3
+
+
+def test_clips_of_one_shape_make_a_step_and_captions_tell_it(tiny, tmp_path: Path) -> None:
+    for name, height, width in (("a", 18, 32), ("b", 36, 64), ("c", 32, 32), ("d", 48, 27), ("e", 27, 48)):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(6, height, width, 1, dtype=torch.uint8), 8.0)
+    data = {"kind": "folder", "path": str(tmp_path), "name_captions": True, "mix_aspect": True}
+    config = tiny(data=data, text={"kind": "words", "vocabulary": None}, batch_size=2, drop_label=0.0, steps=2)
+    dataset = make_dataset(config)
+    # Areas of about 16 x 16 in multiples of codec and patch.
+    sizes = {"16:9": (12, 20), "1:1": (16, 16), "9:16": (20, 12)}
+    assert set(dataset.sizes) == set(sizes.values())
+    config = with_vocabulary(config, dataset)
+    assert {"16", "9", "1"} <= set(config.text["vocabulary"])
+    codec, _ = make_parts(config)
+    batches = Batches(config, dataset, codec)
+    # An epoch: two batches of three wide clips (one comes twice), one of each other shape.
+    for epoch in range(3):
+        made = [batches.make(4 * epoch + step) for step in range(4)]
+        seen = [name.partition(".")[0] for batch in made for name in batch.names]
+        assert sorted(set(seen)) == ["a", "b", "c", "d", "e"]
+        assert sorted(seen.count(name) for name in "abe") == [1, 1, 2]
+        assert (seen.count("c"), seen.count("d")) == (2, 2)
+        for batch in made:
+            (ratio,) = {caption.split(" in a ")[1].split()[0] for caption in batch.captions}
+            assert tuple(batch.pixels.shape[-2:]) == sizes[ratio]
+            assert batch.noise.shape[-2:] == (batch.pixels.shape[-2] // 4, batch.pixels.shape[-1] // 4)
+    flow = train(config, tmp_path / "run", quiet=True)
+    pipeline = Pipeline(flow, config, *make_parts(config))
+    sampled = pipeline.sample("a", height=20, width=12)
+    assert sampled.captions == ("a\n in a 9:16 aspect ratio.\n",)
+    with pytest.raises(ConfigError, match=r"data.mix_aspect is True, expected false for digits"):
+        make_dataset(tiny(data={"mix_aspect": True}))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_a_batch_are_the_batch(tiny, size: int) -> None:
+    config = tiny(batch_size=8, drop_label=0.5, image_prob=0.5)
+    codec, _ = make_parts(config)
+    whole = Batches(config, make_dataset(config), codec)
+    parts = [Batches(config, make_dataset(config), codec, rank=rank, size=size) for rank in range(size)]
+    for step in range(3):
+        batch, made = whole.make(step), [part.make(step) for part in parts]
+        for name in ("pixels", "noise"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in made]), getattr(batch, name))
+        for name in ("captions", "names"):
+            assert [item for part in made for item in getattr(part, name)] == getattr(batch, name)
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

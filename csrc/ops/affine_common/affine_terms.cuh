@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "common/visit.h"
+#include "cuda/enqueue.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/reduce.cuh"
 #include "ops/affine_common/affine_args.h"
@@ -83,11 +84,10 @@ struct RawTerms {
     }
 };
 
-// The row of this warp, or past the end; and the channels of this lane within a row.
+// The row of this warp, or past the end.
 __device__ inline int64_t row_of_warp() {
     return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / warp_size;
 }
-__device__ inline int lane() { return static_cast<int>(threadIdx.x) % warp_size; }
 
 template <int width, class Storage>
 __device__ void copy_row(const Storage* from, Storage* to, int64_t channels) {
@@ -103,29 +103,25 @@ __device__ void zero_row(Storage* to, int64_t channels) {
     }
 }
 
-// Whether every row starts at a multiple of `width` elements of `size` bytes.
-inline bool aligned(const Rows& rows, int64_t width, int64_t size) {
-    return reinterpret_cast<uintptr_t>(rows.data) % (width * size) == 0 && rows.batch_stride % width == 0 &&
-           rows.token_stride % width == 0;
-}
-
-// Call kernel(data type, raw type, width) for rows of `shape`, 16 bytes of data a lane where `all_aligned(width)`.
+// Call launch(data type, raw type, width, blocks, threads) for the rows of `shape`, 16 bytes of data a lane where
+// `all_aligned(width)`. Returns its code.
 template <class AllAligned, class Launch>
 inline int launch_affine(const AffineShape& shape, const AllAligned& all_aligned, const Launch& launch) {
     const int64_t rows = shape.batch * shape.tokens;
     if (rows == 0) return 0;
     constexpr int threads = 256;
     const auto blocks = static_cast<unsigned>((rows * warp_size + threads - 1) / threads);
+    int code = 0;
     visit_data_and_raw(shape.data, shape.raw, [&](auto data, auto raw) {
         constexpr int width = 16 / sizeof(typename decltype(data)::type);
         if (shape.channels % width == 0 &&
             all_aligned(width, sizeof(typename decltype(data)::type), sizeof(typename decltype(raw)::type))) {
-            launch(data, raw, Constant<width>{}, blocks, threads);
+            code = launch(data, raw, Constant<width>{}, blocks, threads);
         } else {
-            launch(data, raw, Constant<1>{}, blocks, threads);
+            code = launch(data, raw, Constant<1>{}, blocks, threads);
         }
     });
-    return static_cast<int>(cudaGetLastError());
+    return code;
 }
 
 }  // namespace starflow::cuda

@@ -94,8 +94,8 @@ int affine_forward_cuda(const AffineForwardArgs& args, void* stream) {
                aligned(args.raw, width, raw_size);
     };
     return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-        forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+        return enqueue(forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>, blocks,
+                       threads, 0, stream, args);
     });
 }
 
@@ -106,8 +106,8 @@ int affine_forward_backward_cuda(const AffineForwardBackwardArgs& args, void* st
                aligned(args.grad_raw, width, raw_size);
     };
     return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-        backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+        return enqueue(backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>,
+                       blocks, threads, 0, stream, args);
     });
 }
 

@@ -85,8 +85,8 @@ int affine_inverse_cuda(const AffineInverseArgs& args, void* stream) {
                aligned(args.raw, width, raw_size);
     };
     return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-        forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+        return enqueue(forward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>, blocks,
+                       threads, 0, stream, args);
     });
 }
 
@@ -97,8 +97,8 @@ int affine_inverse_backward_cuda(const AffineInverseBackwardArgs& args, void* st
                aligned(args.grad_raw, width, raw_size);
     };
     return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-        backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+        return enqueue(backward_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>,
+                       blocks, threads, 0, stream, args);
     });
 }
 

@@ -3,13 +3,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <tuple>
 
 #include "common/check.h"
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cuda/runtime.h"
+#include "ops/block_attention/block_attention_schedule.h"
 
 namespace starflow {
 namespace {
@@ -92,19 +96,19 @@ HeadRows rows_of(const Tensor& tensor) {
 // Values of one tensor for each sample, in the type that kernels read; the tensors live as long as this.
 struct Prepared {
     AttentionMask mask{};
-    float scale = 1.0F;
-    std::vector<float> scales;
+    AttentionScale scale{};
     Optional starts;
     Optional lengths;
+    Optional temperatures;
 
     Prepared(const Options& options, const AttentionShape& shape) {
-        const auto as_integers = [](const Optional& values) -> Optional {
+        const auto stored_as = [](const Optional& values, ScalarType type) -> Optional {
             if (!values.has_value()) return std::nullopt;
-            return torch::stable::contiguous(
-                values->scalar_type() == ScalarType::Long ? *values : torch::stable::to(*values, ScalarType::Long));
+            return as_parameter(*values, type);
         };
-        starts = as_integers(options.q_starts);
-        lengths = as_integers(options.k_lengths);
+        starts = stored_as(options.q_starts, ScalarType::Long);
+        lengths = stored_as(options.k_lengths, ScalarType::Long);
+        temperatures = stored_as(options.temperatures, ScalarType::Double);
         mask.causal = options.causal;
         mask.frames = options.frame_tokens > 0;
         mask.prefix = options.prefix;
@@ -115,16 +119,10 @@ struct Prepared {
         mask.length = options.k_length.value_or(shape.keys);
         if (starts.has_value()) mask.starts = static_cast<const int64_t*>(starts->data_ptr());
         if (lengths.has_value()) mask.lengths = static_cast<const int64_t*>(lengths->data_ptr());
-        const double root = std::sqrt(static_cast<double>(shape.head_dim));
-        scale = static_cast<float>(1.0 / (root * options.temperature));
-        if (options.temperatures.has_value()) {
-            const Tensor values =
-                torch::stable::contiguous(torch::stable::to(*options.temperatures, ScalarType::Double));
-            const auto* data = static_cast<const double*>(values.data_ptr());
-            for (int64_t b = 0; b < shape.batch; ++b) scales.push_back(static_cast<float>(1.0 / (root * data[b])));
-        }
+        scale.root = std::sqrt(static_cast<double>(shape.head_dim));
+        scale.scale = static_cast<float>(1.0 / (scale.root * options.temperature));
+        if (temperatures.has_value()) scale.temperatures = static_cast<const double*>(temperatures->data_ptr());
     }
-    const float* scales_data() const { return scales.empty() ? nullptr : scales.data(); }
 };
 
 // Rows of a tile: enough to pack keys and values seldom, few enough that every thread has several tiles.
@@ -147,6 +145,41 @@ Tensor new_by_token(const Tensor& like, const AttentionShape& shape, int64_t hea
                                     2);
 }
 
+// What the CUDA kernels take: they count rows, keys and blocks in 32 bits.
+void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_channels, const char* purpose) {
+    cuda::check_build(op, "q", q);
+    require(
+        shape.head_dim <= most_channels, op, "q has head_dim", [&] { return shape.head_dim; },
+        [&] { return "at most " + std::to_string(most_channels) + purpose + " on cuda"; });
+    constexpr int64_t most = std::numeric_limits<int32_t>::max();
+    const int64_t rows = shape.batch * shape.heads * shape.queries;
+    require(rows <= most, op, "q has rows", [&] { return rows; }, [&] { return "at most " + std::to_string(most); });
+    const int64_t keys = shape.batch * shape.kv_heads * shape.keys;
+    require(keys <= most, op, "k has rows", [&] { return keys; }, [&] { return "at most " + std::to_string(most); });
+}
+
+void run_cuda(const Tensor& q, AttentionArgs args) {
+    check_cuda(q, args.shape, most_head_dim, "");
+    const AttentionSchedule schedule =
+        attention_schedule(args.shape, cuda::device_arch(q.get_device_index()).multiprocessors);
+    args.tile_rows = schedule.tile_rows;
+    args.splits = schedule.splits;
+    const Tensor parts = empty_like_shape(q, {parts_elements(args.shape, schedule.splits)}, ScalarType::Float);
+    args.parts = static_cast<float*>(parts.data_ptr());
+    cuda::launch(op, q, args, block_attention_cuda);
+}
+
+void run_cpu(AttentionArgs args) {
+    const AttentionShape& shape = args.shape;
+    const AttentionKernels& kernels = variants.pick();
+    args.tile_rows = tile_rows(shape, kernels.row_multiple);
+    const int64_t tiles = divide_up(rows_of(shape), args.tile_rows);
+    cpu::parallel_rows(shape.batch * shape.kv_heads * tiles, args.tile_rows * work_of_row(shape),
+                       [&](int64_t begin, int64_t end) {
+                           kernels.forward(args, begin, end, cpu::scratch(kernels.forward_scratch(args)));
+                       });
+}
+
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
     const AttentionShape shape = check(q, k, v, options);
     const Tensor queries = with_channels(q);
@@ -156,23 +189,20 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
     const Tensor out = new_by_token(q, shape, shape.heads, shape.queries);
     const Tensor lse = empty_like_shape(q, {shape.batch, shape.heads, shape.queries}, ScalarType::Float);
     if (lse.numel() == 0) return {out, lse};
-    const AttentionKernels& kernels = variants.pick();
-    const AttentionArgs args{shape,
-                             prepared.mask,
-                             prepared.scale,
-                             prepared.scales_data(),
-                             rows_of(queries),
-                             rows_of(keys),
-                             rows_of(values),
-                             rows_of(out),
-                             static_cast<float*>(lse.data_ptr()),
-                             tile_rows(shape, kernels.row_multiple)};
-    const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
-    const int64_t tiles = (rows + args.tile_rows - 1) / args.tile_rows;
-    cpu::parallel_rows(shape.batch * shape.kv_heads * tiles, args.tile_rows * work_of_row(shape),
-                       [&](int64_t begin, int64_t end) {
-                           kernels.forward(args, begin, end, cpu::scratch(kernels.forward_scratch(args)));
-                       });
+    AttentionArgs args{};
+    args.shape = shape;
+    args.mask = prepared.mask;
+    args.scale = prepared.scale;
+    args.q = rows_of(queries);
+    args.k = rows_of(keys);
+    args.v = rows_of(values);
+    args.out = rows_of(out);
+    args.lse = static_cast<float*>(lse.data_ptr());
+    if (q.is_cuda()) {
+        run_cuda(q, args);
+    } else {
+        run_cpu(args);
+    }
     return {out, lse};
 }
 
@@ -206,25 +236,32 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
     const Tensor grad_q = new_by_token(q, shape, shape.heads, shape.queries);
     const Tensor grad_k = new_by_token(k, shape, shape.kv_heads, shape.keys);
     const Tensor grad_v = new_by_token(v, shape, shape.kv_heads, shape.keys);
-    const AttentionBackwardArgs args{
-        shape,
-        prepared.mask,
-        prepared.scale,
-        prepared.scales_data(),
-        rows_of(queries),
-        rows_of(keys),
-        rows_of(values),
-        rows_of(results),
-        rows_of(upstream),
-        static_cast<const float*>(logs.data_ptr()),
-        upstream_logs.has_value() ? static_cast<const float*>(upstream_logs->data_ptr()) : nullptr,
-        rows_of(grad_q),
-        rows_of(grad_k),
-        rows_of(grad_v)};
-    const AttentionBackwardKernels& kernels = backward_variants.pick();
-    cpu::parallel_rows(
-        shape.batch * shape.kv_heads, (shape.queries + 1) * work_of_row(shape),
-        [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end, cpu::scratch(kernels.scratch(args))); });
+    AttentionBackwardArgs args{};
+    args.shape = shape;
+    args.mask = prepared.mask;
+    args.scale = prepared.scale;
+    args.q = rows_of(queries);
+    args.k = rows_of(keys);
+    args.v = rows_of(values);
+    args.out = rows_of(results);
+    args.grad_out = rows_of(upstream);
+    args.lse = static_cast<const float*>(logs.data_ptr());
+    if (upstream_logs.has_value()) args.grad_lse = static_cast<const float*>(upstream_logs->data_ptr());
+    args.grad_q = rows_of(grad_q);
+    args.grad_k = rows_of(grad_k);
+    args.grad_v = rows_of(grad_v);
+    if (q.is_cuda()) {
+        check_cuda(q, shape, most_gradient_head_dim, " for a gradient");
+        const Tensor dots = empty_like_shape(logs, shape_of(logs), ScalarType::Float);
+        args.dots = static_cast<float*>(dots.data_ptr());
+        cuda::launch(op, q, args, block_attention_backward_cuda);
+    } else {
+        const AttentionBackwardKernels& kernels = backward_variants.pick();
+        cpu::parallel_rows(shape.batch * shape.kv_heads, (shape.queries + 1) * work_of_row(shape),
+                           [&](int64_t begin, int64_t end) {
+                               kernels.backward(args, begin, end, cpu::scratch(kernels.scratch(args)));
+                           });
+    }
     return {grad_q, grad_k, grad_v};
 }
 
@@ -242,7 +279,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "-> (Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) {
+STARFLOW_IMPLEMENT(m) {
     m.impl("block_attention", TORCH_BOX(&forward));
     m.impl("block_attention_backward", TORCH_BOX(&backward));
 }

@@ -12,10 +12,12 @@
 // Memory: k and v once for each tile of 56 to 196 rows of queries, packed into 16 to 32 KB of panels that stay in the
 // first-level cache while the tile passes over them.
 // 64 queries on 4096 keys of 64 float32: 67 MFLOP for 2 MB read, 32 an element: bound by arithmetic.
+// On CUDA the same, tiles of 64 or 128 rows and of 16 to 64 keys in shared memory (block_attention_schedule.h).
 #pragma once
 #include "common/dtype.h"
 #include "cpu/panels.h"
 #include "cpu/variants.h"
+#include "cuda/declare.h"
 
 namespace starflow {
 
@@ -51,25 +53,35 @@ struct AttentionShape {
     Dtype data;  // of q, k, v, out and gradients: float32, bfloat16 or float16
 };
 
+// By what products are multiplied: 1 / (root * temperature), root = sqrt(head_dim).
+struct AttentionScale {
+    float scale;  // where temperatures is null
+    double root;
+    const double* temperatures;  // (batch,)
+};
+
 struct AttentionArgs {
     AttentionShape shape;
     AttentionMask mask;
-    float scale;          // where scales is null
-    const float* scales;  // (batch,)
+    AttentionScale scale;
     HeadRows q, k, v, out;
     float* lse;  // (batch, heads, queries)
     int64_t tile_rows;
+    // CUDA: the visible keys in `splits` parts, each with results of its own, which are joined afterwards:
+    // float32 (splits, batch, heads, queries, head_dim), then their lse (splits, batch, heads, queries). Null with one.
+    int64_t splits;
+    float* parts;
 };
 
 struct AttentionBackwardArgs {
     AttentionShape shape;
     AttentionMask mask;
-    float scale;
-    const float* scales;
+    AttentionScale scale;
     HeadRows q, k, v, out, grad_out;
     const float* lse;       // (batch, heads, queries), like grad_lse
     const float* grad_lse;  // null: none
     HeadRows grad_q, grad_k, grad_v;
+    float* dots;  // CUDA: D of each row, (batch, heads, queries)
 };
 
 struct AttentionKernels {
@@ -87,5 +99,7 @@ struct AttentionBackwardKernels {
 
 STARFLOW_DECLARE_DOT_VARIANTS(AttentionKernels, block_attention)
 STARFLOW_DECLARE_DOT_VARIANTS(AttentionBackwardKernels, block_attention_backward)
+STARFLOW_DECLARE_CUDA(AttentionArgs, block_attention_cuda)
+STARFLOW_DECLARE_CUDA(AttentionBackwardArgs, block_attention_backward_cuda)
 
 }  // namespace starflow

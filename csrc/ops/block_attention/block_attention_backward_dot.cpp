@@ -11,7 +11,7 @@
 // Scratch: five matrices of (keys, head_dim).
 #include "ops/block_attention/block_attention.h"
 
-#include "ops/block_attention/block_attention_rows.h"
+#include "ops/block_attention/block_attention_product.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
@@ -131,7 +131,7 @@ struct Head {
           kv_head(head),
           head_dim(round_up(a.shape.head_dim, depth_multiple)),
           keys(round_up(a.shape.keys, key_block)),
-          scale(scale_of(a.scales, a.scale, sample)) {}
+          scale(scale_of(a.scale, sample)) {}
 
     void pack_keys() const {
         const BlockRows<T> k{head_at<const T>(args.k, b, kv_head), args.k.row_stride, shape.keys, shape.head_dim};

@@ -2,7 +2,7 @@
 // Compiled once for each ISA.
 #include "ops/block_attention/block_attention.h"
 
-#include "ops/block_attention/block_attention_rows.h"
+#include "ops/block_attention/block_attention_product.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
@@ -71,7 +71,7 @@ void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t 
                  const Scratch& scratch) {
     const AttentionShape& shape = args.shape;
     const int64_t head_dim = shape.head_dim;
-    const float scale = scale_of(args.scales, args.scale, b);
+    const float scale = scale_of(args.scale, b);
     const PackedRows queries = packed_rows<Product>(scratch.queries, rows, head_dim);
     int64_t end = 0;
     for (int64_t r = 0; r < rows; ++r) {

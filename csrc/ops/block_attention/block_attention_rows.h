@@ -1,37 +1,43 @@
-// What the kernels of block_attention and of its gradient share: rows of a key head, and what each sees.
+// What the kernels of block_attention and of its gradient share on every device: rows of a key head, and what each
+// sees. No torch, no std.
 //
 // The rows of a key head are its queries times the heads of its group, heads running fastest: row r is query
 // r / group of head kv_head * group + r % group. A tile may begin and end inside of a group.
 #pragma once
-#include "common/visit.h"
-#include "cpu/attend.h"
-#include "cpu/pack_block.h"
-#include "cpu/rows.h"
+#include "common/visible_keys.h"
 #include "ops/block_attention/block_attention.h"
 
-namespace starflow::STARFLOW_ISA {
+namespace starflow {
 namespace {
 
-inline int64_t group_of(const AttentionShape& shape) { return shape.heads / shape.kv_heads; }
-inline int64_t rows_of(const AttentionShape& shape) { return shape.queries * group_of(shape); }
+STARFLOW_HOST_DEVICE constexpr int64_t group_of(const AttentionShape& shape) { return shape.heads / shape.kv_heads; }
+STARFLOW_HOST_DEVICE constexpr int64_t rows_of(const AttentionShape& shape) { return shape.queries * group_of(shape); }
 
-template <class T>
-inline T* row_at(const HeadRows& rows, const AttentionShape& shape, int64_t b, int64_t kv_head, int64_t r) {
-    const int64_t group = group_of(shape);
+template <class T, class Index>
+STARFLOW_HOST_DEVICE inline T* row_at(const HeadRows& rows, const AttentionShape& shape, int64_t b, int64_t kv_head,
+                                      Index r) {
+    const auto group = static_cast<Index>(group_of(shape));
     return static_cast<T*>(rows.data) + b * rows.batch_stride + (kv_head * group + r % group) * rows.head_stride +
            r / group * rows.row_stride;
 }
 template <class T>
-inline T* head_at(const HeadRows& rows, int64_t b, int64_t head) {
+STARFLOW_HOST_DEVICE inline T* head_at(const HeadRows& rows, int64_t b, int64_t head) {
     return static_cast<T*>(rows.data) + b * rows.batch_stride + head * rows.head_stride;
 }
 // Where a row lies in a (batch, heads, queries) array.
-inline int64_t index_of(const AttentionShape& shape, int64_t b, int64_t kv_head, int64_t r) {
-    const int64_t group = group_of(shape);
+template <class Index>
+STARFLOW_HOST_DEVICE constexpr int64_t index_of(const AttentionShape& shape, int64_t b, int64_t kv_head, Index r) {
+    const auto group = static_cast<Index>(group_of(shape));
     return (b * shape.heads + kv_head * group + r % group) * shape.queries + r / group;
 }
 
-inline VisibleKeys visible_keys(const AttentionMask& mask, const AttentionShape& shape, int64_t b, int64_t query) {
+STARFLOW_HOST_DEVICE constexpr float scale_of(const AttentionScale& scale, int64_t b) {
+    return scale.temperatures != nullptr ? static_cast<float>(1.0 / (scale.root * scale.temperatures[b])) : scale.scale;
+}
+
+// With the position of a query its prefix, its first and its last key grow, or stay.
+STARFLOW_HOST_DEVICE constexpr VisibleKeys visible_keys(const AttentionMask& mask, const AttentionShape& shape,
+                                                        int64_t b, int64_t query) {
     const auto smaller = [](int64_t x, int64_t y) { return x < y ? x : y; };
     const int64_t position = (mask.starts != nullptr ? mask.starts[b] : mask.start) + query;
     const int64_t length = mask.lengths != nullptr ? mask.lengths[b] : mask.length;
@@ -46,30 +52,5 @@ inline VisibleKeys visible_keys(const AttentionMask& mask, const AttentionShape&
             smaller(end, mask.prefix + ahead * mask.frame_tokens)};
 }
 
-inline float scale_of(const float* scales, float scale, int64_t b) { return scales != nullptr ? scales[b] : scale; }
-
-// Calls visitor(T{}, Product{}): products of bfloat16 where the data is and the level has them. On a level without,
-// panels hold float32, and nothing is rounded on its way into a product.
-template <class Visitor>
-inline void visit_attention(Dtype data, const Visitor& visitor) {
-    switch (data) {
-        case Dtype::bfloat16:
-#if defined(__AVX512BF16__)
-            return visitor(BFloat16{}, PairsProduct{});
-#else
-            return visitor(BFloat16{}, WidenedProduct<float>{});
-#endif
-        case Dtype::float16:
-            return visitor(Float16{}, WidenedProduct<float>{});
-        default:
-            return visitor(float{}, WidenedProduct<float>{});
-    }
-}
-
-// Bytes of keys or values of `rows` keys as panels of the widest storage.
-inline int64_t panels_bytes(int64_t rows, int64_t head_dim) {
-    return cache_head_bytes(Storage::float32, rows, head_dim);
-}
-
 }  // namespace
-}  // namespace starflow::STARFLOW_ISA
+}  // namespace starflow

@@ -65,8 +65,8 @@ int jacobi_update_cuda(const JacobiUpdateArgs& args, void* stream) {
                aligned(args.raw, width, raw_size);
     };
     return launch_affine(args.shape, all_aligned, [&](auto data, auto raw, auto width, unsigned blocks, int threads) {
-        update_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>
-            <<<blocks, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
+        return enqueue(update_kernel<typename decltype(data)::type, typename decltype(raw)::type, width.get()>, blocks,
+                       threads, 0, stream, args);
     });
 }
 

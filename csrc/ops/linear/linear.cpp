@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cuda/runtime.h"
 #include "ops/linear/packed_weight.h"
 
 namespace starflow {
@@ -33,10 +35,11 @@ Activations activations_of(const std::string& name) {
     return name == "bfloat16" ? Activations::bfloat16 : Activations::two_bfloat16;
 }
 
-void check_matrix(const std::string& name, const Tensor& tensor, const std::vector<int64_t>& expected) {
+void check_matrix(const std::string& name, const Tensor& tensor, const Tensor& panels,
+                  const std::vector<int64_t>& expected) {
     require(
-        tensor.is_cpu(), op, name + " is on", [&] { return device_text(tensor); },
-        [] { return "cpu for a packed weight"; });
+        device_text(tensor) == device_text(panels), op, name + " is on", [&] { return device_text(tensor); },
+        [&] { return device_text(panels) + " for a packed weight"; });
     const std::optional<Dtype> dtype = dtype_of(tensor);
     require(
         dtype.has_value() && dtype != Dtype::float64, op, name + " has dtype", [&] { return dtype_text(tensor); },
@@ -65,15 +68,16 @@ Matrix matrix_of(Tensor& tensor) {
 Matrix matrix_of(Optional& tensor) { return tensor ? matrix_of(*tensor) : Matrix{nullptr, 0, Dtype::float32}; }
 
 // A vector of float32 side by side; `tensor` becomes a copy where it is not one.
-const float* vector_of(const std::string& name, Optional& tensor, int64_t size) {
+const float* vector_of(const std::string& name, Optional& tensor, const Tensor& panels, int64_t size) {
     if (!tensor) return nullptr;
-    check_matrix(name, *tensor, {size});
+    check_matrix(name, *tensor, panels, {size});
     if (tensor->scalar_type() != ScalarType::Float) tensor = torch::stable::to(*tensor, ScalarType::Float);
     tensor = torch::stable::contiguous(*tensor);
     return static_cast<const float*>(tensor->data_ptr());
 }
 
-RowNorm norm_of(const std::string& kind, Optional& weight, Optional& bias, double epsilon, int64_t channels) {
+RowNorm norm_of(const std::string& kind, Optional& weight, Optional& bias, double epsilon, const Tensor& panels,
+                int64_t channels) {
     if (kind == "none") return {NormKind::none, nullptr, nullptr, 0.0F};
     require(
         kind == "layer_norm" || kind == "rms_norm", op, "norm is", [&] { return '"' + kind + '"'; },
@@ -82,8 +86,8 @@ RowNorm norm_of(const std::string& kind, Optional& weight, Optional& bias, doubl
         weight.has_value(), op, "norm_weight is", [] { return "missing"; }, [&] { return "given for norm " + kind; });
     require(
         kind == "layer_norm" || !bias, op, "norm_bias is", [] { return "given"; }, [] { return "None for rms_norm"; });
-    return {kind == "layer_norm" ? NormKind::layer : NormKind::rms, vector_of("norm_weight", weight, channels),
-            vector_of("norm_bias", bias, channels), static_cast<float>(epsilon)};
+    return {kind == "layer_norm" ? NormKind::layer : NormKind::rms, vector_of("norm_weight", weight, panels, channels),
+            vector_of("norm_bias", bias, panels, channels), static_cast<float>(epsilon)};
 }
 
 ScalarType type_of(const std::string& name) {
@@ -112,6 +116,47 @@ void run_items(const LinearArgs& args, const LinearKernels& kernels) {
                        });
 }
 
+// Whether each row, and a vector, can be accessed `width` neighbours at a time; true of what is not there.
+bool aligned(const Matrix& matrix, int64_t width) {
+    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
+    return matrix.data == nullptr ||
+           (reinterpret_cast<uintptr_t>(matrix.data) % (width * size) == 0 && matrix.row_stride % width == 0);
+}
+bool aligned(const float* vector, int64_t width) {
+    return reinterpret_cast<uintptr_t>(vector) % (width * sizeof(float)) == 0;
+}
+
+void run_cuda(const LinearArgs& call, const Tensor& x) {
+    require(
+        STARFLOW_CUDA != 0, op, "x is on", [&] { return device_text(x); },
+        [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
+    constexpr int64_t width = 4;
+    const int64_t channels = call.weights.depth;
+    const int64_t columns = call.weights.columns;
+    const cuda::DeviceArch device = cuda::device_arch(x.get_device_index());
+    LinearCudaArgs args{};
+    args.call = call;
+    args.depth = linear_round_up(channels, linear_row_multiple);
+    const Dtype dtype = call.weights.storage == Storage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
+    args.input = call.x;
+    if (call.rows == 1) args.input.row_stride = args.depth;  // whatever it is said to be
+    // TMA takes no rows on top of each other.
+    args.copied = call.x.dtype != dtype || call.norm.kind != NormKind::none || args.depth != channels ||
+                  args.input.row_stride < args.depth || !aligned(args.input, linear_row_multiple);
+    args.wide_input = channels % width == 0 && aligned(call.x, width) && aligned(call.norm.weight, width) &&
+                      aligned(call.norm.bias, width);
+    args.wide_result = columns % width == 0 && aligned(call.weights.bias, width) && aligned(call.multiply, width) &&
+                       aligned(call.residual, width) && aligned(call.out, width) && aligned(call.product, width);
+    // TMA takes no matrix without columns.
+    args.sm90 = STARFLOW_SM90 != 0 && device.major == 9 && channels > 0;
+    args.schedule = linear_schedule(call.rows, columns, channels, device.multiprocessors);
+    args.layout = linear_workspace(args.schedule, args.copied ? call.rows * args.depth * 2 : 0);
+    const Tensor workspace = empty_like_shape(x, {args.layout.bytes}, ScalarType::Byte);
+    args.workspace = workspace.data_ptr();
+    if (args.copied) args.input = {args.workspace, args.depth, dtype};
+    cuda::launch(op, x, args, linear_cuda);
+}
+
 // `weight` is that of the gradient alone. `out_dtype` is that of the result and of the product, which the gradient of
 // an epilogue or of a gate needs; empty where `keep_product` is false.
 std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Tensor& panels,
@@ -128,31 +173,42 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
             return "[..., " + std::to_string(in_channels) + "] for weight of shape " +
                    shape_text({out_channels, in_channels});
         });
-    check_matrix("x", x, shape);
+    check_matrix("x", x, panels, shape);
     shape.back() = out_channels;
-    if (multiply) check_matrix("multiply", *multiply, shape);
-    if (residual) check_matrix("residual", *residual, shape);
+    if (multiply) check_matrix("multiply", *multiply, panels, shape);
+    if (residual) check_matrix("residual", *residual, panels, shape);
     int64_t rows = 1;
     for (int64_t d = 0; d + 1 < x.dim(); ++d) rows *= x.size(d);
 
     const ScalarType type = type_of(out_dtype);
     const Tensor out = new_result(x, shape, type);
     const Tensor product = new_result(x, keep_product ? shape : std::vector<int64_t>{0}, type);
-    const LinearKernels& kernels = variants.pick();
+    const bool on_device = panels.is_cuda();
     LinearArgs args{};
-    args.weights = panels_of(op, panels, column_scale, out_channels, in_channels, storage);
-    args.weights.bias = vector_of("bias", bias, out_channels);
+    args.weights =
+        (on_device ? device_rows_of : panels_of)(op, panels, column_scale, out_channels, in_channels, storage);
+    args.weights.bias = vector_of("bias", bias, panels, out_channels);
     args.x = matrix_of(x);
     args.rows = rows;
-    args.norm = norm_of(norm, norm_weight, norm_bias, norm_epsilon, in_channels);
-    args.activations = activations_of(activations);
+    args.norm = norm_of(norm, norm_weight, norm_bias, norm_epsilon, panels, in_channels);
+    if (on_device) {
+        require(
+            activations == storage, op, "activations is", [&] { return '"' + activations + '"'; },
+            [&] { return '"' + storage + "\" like the weight on " + device_text(panels); });
+    } else {
+        args.activations = activations_of(activations);
+    }
     args.epilogue = epilogue_of(epilogue);
     args.multiply = matrix_of(multiply);
     args.residual = matrix_of(residual);
     args.out = {out.data_ptr(), out_channels, *dtype_of(out)};
     args.product = {keep_product ? product.data_ptr() : nullptr, out_channels, *dtype_of(out)};
     args.row_block = row_block_of(rows);
-    if (rows > 0) run_items(args, kernels);
+    if (on_device) {
+        run_cuda(args, x);
+    } else if (rows > 0) {
+        run_items(args, variants.pick());
+    }
     return {out, product};
 }
 
@@ -166,6 +222,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "-> (Tensor out, Tensor product)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("linear", TORCH_BOX(&run_linear)); }
+STARFLOW_IMPLEMENT(m) { m.impl("linear", TORCH_BOX(&run_linear)); }
 
 }  // namespace starflow

@@ -1,14 +1,18 @@
-// linear: out = residual + epilogue(norm(x) W^T + bias) * multiply, with W in packed panels (csrc/cpu/panels.h).
+// linear: out = residual + epilogue(norm(x) W^T + bias) * multiply, with W in packed panels (csrc/cpu/panels.h), or on
+// CUDA in rows of bfloat16 or float16.
 //
 // x (rows, in_channels); W (out_channels, in_channels); multiply, residual, out (rows, out_channels). Sums, epilogue
-// and norm are float32; x enters the product as `activations` says.
-// Memory: the panels once for each block of rows, x and out once. Up to a few hundred rows the panels are nearly all of
-// it: 16 rows times 3072 x 3072 in bfloat16 read 19 MB for 0.3 GFLOP.
+// and norm are float32; x enters the product as `activations` says, on CUDA rounded to the type of W.
+// Memory: W once for each block of rows, x and out once. Up to a few hundred rows W is nearly all of it: 16 rows times
+// 3072 x 3072 in bfloat16 read 19 MB for 0.3 GFLOP. On CUDA, x that is float32 or normalised is written and read once
+// more, in 16 bits; and with few rows the sums of each part of the depth, in float32 (linear_schedule.h).
 #pragma once
 #include "common/dtype.h"
 #include "cpu/norm_kind.h"
 #include "cpu/panels.h"
 #include "cpu/variants.h"
+#include "cuda/declare.h"
+#include "ops/linear/linear_schedule.h"
 
 namespace starflow {
 
@@ -42,5 +46,22 @@ struct LinearKernels {
 };
 
 STARFLOW_DECLARE_DOT_VARIANTS(LinearKernels, linear)
+
+// On CUDA `weights.data` is (out_channels, depth) of `input.dtype`, zero from weights.depth on.
+struct LinearCudaArgs {
+    LinearArgs call;
+    Matrix input;   // what is multiplied: x, or the copy of it at the start of the workspace
+    int64_t depth;  // a multiple of linear_row_multiple
+    bool copied;
+    bool wide_input;   // x and the parameters of its norm can be read 4 channels at a time
+    bool wide_result;  // and all that the epilogue reads and writes, 4 columns at a time
+    bool sm90;         // by the kernel for sm_90a
+    LinearSchedule schedule;
+    LinearWorkspace layout;
+    void* workspace;
+};
+
+STARFLOW_DECLARE_CUDA(LinearCudaArgs, linear_cuda)
+STARFLOW_DECLARE_SM90(LinearCudaArgs, linear_sm90_cuda)
 
 }  // namespace starflow

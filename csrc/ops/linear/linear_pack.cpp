@@ -5,6 +5,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
@@ -27,6 +28,15 @@ void check_finite(const Tensor& column_scale) {
     }
 }
 
+std::tuple<Tensor, Tensor> pack_on_device(const Tensor& weight, Storage storage, const std::string& name) {
+    check_device_storage(op, storage, name, weight);
+    Tensor rows =
+        torch::stable::new_zeros(weight, device_rows_shape(weight.size(0), weight.size(1)), panels_type(storage));
+    Tensor values = torch::stable::narrow(rows, 1, 0, weight.size(1));
+    torch::stable::copy_(values, weight);
+    return {rows, empty_like_shape(weight, {0}, ScalarType::Float)};
+}
+
 std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
     const std::optional<Dtype> dtype = dtype_of(weight);
     require(
@@ -36,6 +46,7 @@ std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
         weight.dim() == 2, op, "weight has shape", [&] { return shape_text(shape_of(weight)); },
         [] { return "(out_channels, in_channels)"; });
     const Storage kind = storage_of(op, storage);
+    if (weight.is_cuda()) return pack_on_device(weight, kind, storage);
     if (dtype == Dtype::float64) weight = torch::stable::to(weight, ScalarType::Float);
     if (weight.size(1) > 1 && weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
     const int64_t out_channels = weight.size(0);
@@ -58,6 +69,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def("linear_pack(Tensor weight, str storage) -> (Tensor panels, Tensor column_scale)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }
+STARFLOW_IMPLEMENT(m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }
 
 }  // namespace starflow

@@ -4,6 +4,7 @@
 //   int8                         round(weight / scale), scale = max |weight| / 127 of each output channel
 //   two_bfloat16                 the weight rounded to bfloat16, and what is left of it rounded again
 //
+// On CUDA, where products read the matrix as it is, packing rounds it and pads its rows with zeros, in plain torch.
 // Memory: one pass; int8 reads each row twice.
 #pragma once
 #include "common/dtype.h"

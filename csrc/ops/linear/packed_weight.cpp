@@ -50,27 +50,60 @@ std::vector<int64_t> panels_shape(Storage storage, int64_t out_channels, int64_t
     }
 }
 
-Panels panels_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
-                 int64_t in_channels, const std::string& storage) {
-    const Storage kind = storage_of(op, storage);
-    const std::vector<int64_t> expected = panels_shape(kind, out_channels, in_channels);
-    require(panels.is_cpu(), op, "panels is on", [&] { return device_text(panels); }, [] { return "cpu"; });
+namespace {
+
+void check_panels(const char* op, const Tensor& panels, const Tensor& column_scale, Storage storage,
+                  const std::string& name, int64_t out_channels, int64_t in_channels,
+                  const std::vector<int64_t>& expected) {
     require(
-        panels.scalar_type() == panels_type(kind) && panels.is_contiguous(), op, "panels has dtype",
-        [&] { return dtype_text(panels); }, [&] { return "contiguous panels of storage \"" + storage + '"'; });
+        panels.scalar_type() == panels_type(storage) && panels.is_contiguous(), op, "panels has dtype",
+        [&] { return dtype_text(panels); }, [&] { return "contiguous panels of storage \"" + name + '"'; });
     require(
         shape_of(panels) == expected, op, "panels has shape", [&] { return shape_text(shape_of(panels)); },
         [&] { return shape_text(expected) + " for a weight of shape " + shape_text({out_channels, in_channels}); });
-    const bool scaled = kind == Storage::int8;
-    const std::vector<int64_t> scales{scaled ? out_channels : 0};
+    const std::vector<int64_t> scales{storage == Storage::int8 ? out_channels : 0};
     require(
-        column_scale.is_cpu() && column_scale.scalar_type() == ScalarType::Float && column_scale.is_contiguous(), op,
-        "column_scale has dtype", [&] { return dtype_text(column_scale); }, [] { return "contiguous float32"; });
+        device_text(column_scale) == device_text(panels) && column_scale.scalar_type() == ScalarType::Float &&
+            column_scale.is_contiguous(),
+        op, "column_scale has dtype", [&] { return dtype_text(column_scale); }, [] { return "contiguous float32"; });
     require(
         shape_of(column_scale) == scales, op, "column_scale has shape",
         [&] { return shape_text(shape_of(column_scale)); }, [&] { return shape_text(scales); });
-    const float* scale = scaled ? static_cast<const float*>(column_scale.data_ptr()) : nullptr;
+}
+
+}  // namespace
+
+Panels panels_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
+                 int64_t in_channels, const std::string& storage) {
+    const Storage kind = storage_of(op, storage);
+    require(panels.is_cpu(), op, "panels is on", [&] { return device_text(panels); }, [] { return "cpu"; });
+    check_panels(op, panels, column_scale, kind, storage, out_channels, in_channels,
+                 panels_shape(kind, out_channels, in_channels));
+    const float* scale = kind == Storage::int8 ? static_cast<const float*>(column_scale.data_ptr()) : nullptr;
     return {panels.data_ptr(), scale, nullptr, out_channels, in_channels, kind};
+}
+
+std::vector<int64_t> device_rows_shape(int64_t out_channels, int64_t in_channels) {
+    return {out_channels, round_up(in_channels, linear_row_multiple)};
+}
+
+void check_device_storage(const char* op, Storage storage, const std::string& name, const Tensor& on_device) {
+    require(
+        storage == Storage::bfloat16 || storage == Storage::float16, op, "storage is", [&] { return '"' + name + '"'; },
+        [&] { return R"("bfloat16" or "float16" for a weight on )" + device_text(on_device); });
+}
+
+Panels device_rows_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
+                      int64_t in_channels, const std::string& storage) {
+    const Storage kind = storage_of(op, storage);
+    check_device_storage(op, kind, storage, panels);
+    check_panels(op, panels, column_scale, kind, storage, out_channels, in_channels,
+                 device_rows_shape(out_channels, in_channels));
+    const auto address = reinterpret_cast<uintptr_t>(panels.data_ptr());
+    require(
+        address % 16 == 0, op, "panels is at", [&] { return "address " + std::to_string(address); },
+        [] { return "a multiple of 16 bytes"; });
+    return {panels.data_ptr(), nullptr, nullptr, out_channels, in_channels, kind};
 }
 
 }  // namespace starflow

@@ -6,6 +6,7 @@
 #include "common/check.h"
 #include "common/tensor.h"
 #include "cpu/panels.h"
+#include "ops/linear/linear_schedule.h"
 
 namespace starflow {
 
@@ -18,5 +19,12 @@ std::vector<int64_t> panels_shape(Storage storage, int64_t out_channels, int64_t
 // Without a bias. The tensors must live as long as the view.
 Panels panels_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
                  int64_t in_channels, const std::string& storage);
+
+// On CUDA a packed weight has no panels: `panels` is the matrix itself, (out_channels, in_channels) in bfloat16 or
+// float16, its rows padded with zeros to a multiple of linear_row_multiple.
+std::vector<int64_t> device_rows_shape(int64_t out_channels, int64_t in_channels);
+void check_device_storage(const char* op, Storage storage, const std::string& name, const Tensor& on_device);
+Panels device_rows_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
+                      int64_t in_channels, const std::string& storage);
 
 }  // namespace starflow

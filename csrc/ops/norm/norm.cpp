@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "common/check.h"
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
@@ -23,6 +23,10 @@ NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tenso
         kind == "layer_norm" || kind == "rms_norm", op, "kind is", [&] { return '"' + kind + '"'; },
         [] { return R"("layer_norm" or "rms_norm")"; });
     const int64_t channels = x.size(x.dim() - 1);
+    require(
+        !x.is_cuda() || channels <= norm_most_channels_cuda, op, "x has channels",
+        [&] { return std::to_string(channels); },
+        [] { return "at most " + std::to_string(norm_most_channels_cuda) + " on a CUDA device"; });
     check_floating(op, "weight", weight);
     require(
         shape_of(weight) == std::vector<int64_t>{channels}, op, "weight has shape",
@@ -75,9 +79,11 @@ std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& wei
         args.residual = rows_of(*added);
         args.sum = sum->data_ptr();
     }
-    cpu::parallel_rows(
-        shape.batch * shape.tokens, shape.channels,
-        [&](int64_t begin, int64_t end) { variants.pick().forward(args, begin, end); }, cpu::light_grain_elements);
+    run_on_device(op, "x", x, args, norm_cuda, [&] {
+        cpu::parallel_rows(
+            shape.batch * shape.tokens, shape.channels,
+            [&](int64_t begin, int64_t end) { variants.pick().forward(args, begin, end); }, cpu::light_grain_elements);
+    });
     return {out, sum};
 }
 
@@ -100,7 +106,7 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optio
     const Tensor scale = as_parameter(weight, type);
     std::optional<Tensor> added;
     if (grad_sum.has_value()) added = as_rows(*grad_sum);
-    const RowBlocks blocks = blocks_of(shape.batch * shape.tokens);
+    const RowBlocks blocks = blocks_on(x, shape.batch * shape.tokens);
     const int64_t width = shape.channels * (with_bias ? 2 : 1);
     const Tensor grad_x = new_result(x);
     const Tensor partial = empty_like_shape(x, {blocks.count, width}, type);
@@ -116,13 +122,15 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optio
                                 blocks,
                                 with_bias,
                                 worth_streaming(grad_x)};
-    const NormKernels& kernels = variants.pick();
-    cpu::parallel_rows(
-        blocks.count, blocks.per_block * shape.channels,
-        [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); }, cpu::light_grain_elements);
-    cpu::parallel_rows(
-        width, blocks.count, [&](int64_t begin, int64_t end) { kernels.sum_blocks(args, begin, end); },
-        cpu::light_grain_elements);
+    run_on_device(op, "x", x, args, norm_backward_cuda, [&] {
+        const NormKernels& kernels = variants.pick();
+        cpu::parallel_rows(
+            blocks.count, blocks.per_block * shape.channels,
+            [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); }, cpu::light_grain_elements);
+        cpu::parallel_rows(
+            width, blocks.count, [&](int64_t begin, int64_t end) { kernels.sum_blocks(args, begin, end); },
+            cpu::light_grain_elements);
+    });
     return {grad_x, parameters};
 }
 
@@ -136,7 +144,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "(Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) {
+STARFLOW_IMPLEMENT(m) {
     m.impl("norm", TORCH_BOX(&run_forward));
     m.impl("norm_residual", TORCH_BOX(&run_residual));
     m.impl("norm_backward", TORCH_BOX(&run_backward));

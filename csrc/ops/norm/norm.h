@@ -13,8 +13,12 @@
 #pragma once
 #include "common/rows.h"
 #include "cpu/variants.h"
+#include "cuda/declare.h"
 
 namespace starflow {
+
+// A block of 256 threads holds a row in registers.
+inline constexpr int64_t norm_most_channels_cuda = 4096;
 
 struct NormShape {
     int64_t batch;
@@ -61,5 +65,7 @@ struct NormKernels {
 };
 
 STARFLOW_DECLARE_VARIANTS(NormKernels, norm)
+STARFLOW_DECLARE_CUDA(NormArgs, norm_cuda)
+STARFLOW_DECLARE_CUDA(NormBackwardArgs, norm_backward_cuda)
 
 }  // namespace starflow

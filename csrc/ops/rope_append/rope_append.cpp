@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "common/check.h"
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/parallel.h"
@@ -90,6 +90,10 @@ RopeAppendShape check(const Tensor& qkv, const Options& options) {
         interleaved || options.pairing == "half", op, "pairing is", [&] { return '"' + options.pairing + '"'; },
         [] { return R"("interleaved" or "half")"; });
     const int64_t head_dim = width / parts;
+    require(
+        !qkv.is_cuda() || head_dim <= rope_append_most_head_dim_cuda, op, "head_dim is",
+        [&] { return std::to_string(head_dim); },
+        [] { return "at most " + std::to_string(rope_append_most_head_dim_cuda) + " on a CUDA device"; });
     check_weight("query_norm", options.query_norm, qkv, head_dim);
     check_weight("key_norm", options.key_norm, qkv, head_dim);
     check_rotation("query_rotation", options.query_cos, options.query_sin, qkv, head_dim);
@@ -140,11 +144,13 @@ Tensor new_heads(const Tensor& qkv, const RopeAppendShape& shape, int64_t heads)
 
 int64_t width_of(const RopeAppendShape& shape) { return (shape.heads + 2 * shape.kv_heads) * shape.head_dim; }
 
-void run_rows(const RopeAppendArgs& args) {
-    const RopeAppendKernels& kernels = variants.pick();
-    cpu::parallel_rows(
-        args.shape.batch * args.shape.tokens, width_of(args.shape),
-        [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); }, cpu::light_grain_elements);
+void run_rows(const Tensor& qkv, const RopeAppendArgs& args) {
+    run_on_device(op, "qkv", qkv, args, rope_append_cuda, [&] {
+        const RopeAppendKernels& kernels = variants.pick();
+        cpu::parallel_rows(
+            args.shape.batch * args.shape.tokens, width_of(args.shape),
+            [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); }, cpu::light_grain_elements);
+    });
 }
 
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& qkv, int64_t heads, int64_t kv_heads,
@@ -160,7 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& qkv, int64_t heads,
     const Tensor q = new_heads(qkv, shape, heads);
     const Tensor k = new_heads(qkv, shape, kv_heads);
     const Tensor v = new_heads(qkv, shape, kv_heads);
-    run_rows({shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), 0, nullptr, nullptr});
+    run_rows(qkv,
+             {shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), 0, nullptr, nullptr});
     return {q, k, v};
 }
 
@@ -214,11 +221,16 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
     shape.kept = *dtype_of(keys);
     starts = by_sample("start", starts, qkv);
     final = by_sample("final", final, qkv);
-    int64_t first = starts.has_value() && shape.batch > 0 ? numbers(starts)[0] : start;
+    // On a CUDA device this waits for the stream, like the Python function, which needs the last slot as a number.
+    const Optional seen =
+        starts.has_value() && qkv.is_cuda()
+            ? Optional(torch::stable::to(*starts, torch::stable::Device(torch::stable::DeviceType::CPU)))
+            : starts;
+    int64_t first = seen.has_value() && shape.batch > 0 ? numbers(seen)[0] : start;
     int64_t last = first;
-    for (int64_t b = 0; starts.has_value() && b < shape.batch; ++b) {
-        first = std::min(first, numbers(starts)[b]);
-        last = std::max(last, numbers(starts)[b]);
+    for (int64_t b = 0; seen.has_value() && b < shape.batch; ++b) {
+        first = std::min(first, numbers(seen)[b]);
+        last = std::max(last, numbers(seen)[b]);
     }
     require(first >= 0, op, "start is", [&] { return std::to_string(first); }, [] { return "a slot, at least 0"; });
     require(
@@ -230,8 +242,8 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
     const Tensor q = new_heads(qkv, shape, heads);
     const Tensor k = with_heads(keys);
     const Tensor v = with_heads(values);
-    run_rows({shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), start, numbers(starts),
-              numbers(final)});
+    run_rows(qkv, {shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), start,
+                   numbers(starts), numbers(final)});
     if (k.data_ptr() != keys.data_ptr()) torch::stable::copy_(keys, k);
     if (v.data_ptr() != values.data_ptr()) torch::stable::copy_(values, v);
     return q;
@@ -251,7 +263,7 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_q, Tensor grad_k, Tensor gra
     grad_v = with_heads(grad_v);
     const ScalarType type = arithmetic_type(shape.data);
     const bool normed = query_norm.has_value() || key_norm.has_value();
-    const RowBlocks blocks = blocks_of(shape.batch * shape.tokens);
+    const RowBlocks blocks = blocks_on(qkv, shape.batch * shape.tokens);
     const Tensor grad_qkv = new_result(qkv);
     const Tensor partial = empty_like_shape(qkv, {normed ? blocks.count : 0, 2, shape.head_dim}, type);
     const Tensor weights = empty_like_shape(qkv, {normed ? 2 : 0, shape.head_dim}, type);
@@ -266,11 +278,13 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_q, Tensor grad_k, Tensor gra
                                       normed ? partial.data_ptr() : nullptr,
                                       normed ? weights.data_ptr() : nullptr,
                                       blocks};
-    const RopeAppendKernels& kernels = variants.pick();
-    cpu::parallel_rows(
-        blocks.count, blocks.per_block * width_of(shape),
-        [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); }, cpu::light_grain_elements);
-    if (normed) kernels.sum_blocks(args);
+    run_on_device(op, "qkv", qkv, args, rope_append_backward_cuda, [&] {
+        const RopeAppendKernels& kernels = variants.pick();
+        cpu::parallel_rows(
+            blocks.count, blocks.per_block * width_of(shape),
+            [&](int64_t begin, int64_t end) { kernels.backward(args, begin, end); }, cpu::light_grain_elements);
+        if (normed) kernels.sum_blocks(args);
+    });
     return {grad_qkv, weights};
 }
 
@@ -288,7 +302,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
           ") -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) {
+STARFLOW_IMPLEMENT(m) {
     m.impl("rope_append", TORCH_BOX(&run_forward));
     m.impl("rope_append_cached", TORCH_BOX(&run_cached));
     m.impl("rope_append_backward", TORCH_BOX(&run_backward));

@@ -14,8 +14,12 @@
 #pragma once
 #include "common/rows.h"
 #include "cpu/variants.h"
+#include "cuda/declare.h"
 
 namespace starflow {
+
+// A warp holds a head in registers.
+inline constexpr int64_t rope_append_most_head_dim_cuda = 256;
 
 // A tensor (batch, heads, tokens or slots, head_dim) whose head_dim lies side by side; strides in elements.
 struct Heads {
@@ -73,5 +77,7 @@ struct RopeAppendKernels {
 };
 
 STARFLOW_DECLARE_VARIANTS(RopeAppendKernels, rope_append)
+STARFLOW_DECLARE_CUDA(RopeAppendArgs, rope_append_cuda)
+STARFLOW_DECLARE_CUDA(RopeAppendBackwardArgs, rope_append_backward_cuda)
 
 }  // namespace starflow

@@ -15,13 +15,21 @@ from starflow.codecs.codec import check_latents, check_pixels
 __all__ = ["AutoencoderKLCodec", "WanCodec"]
 
 
+# What the published models were trained with, and how it comes into a folder.
+_DOWNLOADS = {
+    "AutoencoderKL": "hf download stabilityai/sd-vae-ft-ema config.json diffusion_pytorch_model.safetensors",
+    "AutoencoderKLWan": "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --include 'vae/*'",
+}
+
+
 def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
     """Load a frozen float32 autoencoder from a local folder, and nothing from anywhere else."""
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not any(folder.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(
             f"{codec}: folder {folder} holds no autoencoder, expected the files config.json and "
-            f"diffusion_pytorch_model.safetensors of a diffusers {class_name}"
+            f"diffusion_pytorch_model.safetensors of a diffusers {class_name}; those of the published models come with "
+            f"`{_DOWNLOADS[class_name]} --local-dir {_parent(folder)}` (codec.folder, or --codec of convert)"
         )
     try:
         diffusers = importlib.import_module("diffusers")
@@ -39,6 +47,11 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
         names = ", ".join(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise ValueError(f"{codec}: the weights in {folder} lack or misshape {names}, expected all of {class_name}")
     return module.eval().requires_grad_(False)
+
+
+def _parent(folder: Path) -> Path:
+    """Where to download to, so that the files come to lie in `folder`."""
+    return folder.parent if folder.name == "vae" else folder
 
 
 def _check_noise(codec: str, noise: torch.Tensor | None, shape: tuple[int, ...]) -> None:

@@ -1,11 +1,12 @@
 """Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
-from starflow.data.captions import aspect_size, assemble
+from starflow.data.captions import aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
     Clip,
     ClipDataset,
     VideoFolder,
     sample_batch,
+    sample_group,
     sample_indices,
     stack_clips,
     to_frames,
@@ -44,10 +45,12 @@ __all__ = [
     "enlarge",
     "ffmpeg_binary",
     "frames_at",
+    "nearest_aspect",
     "probe",
     "read_image",
     "read_video",
     "sample_batch",
+    "sample_group",
     "sample_indices",
     "stack_clips",
     "to_frames",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-__all__ = ["ASPECT_RATIOS", "aspect_size", "assemble"]
+__all__ = ["ASPECT_RATIOS", "aspect_size", "assemble", "nearest_aspect"]
 
 ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
 """Width to height of the published training buckets."""
@@ -95,3 +95,8 @@ def aspect_size(side: int, ratio: str, multiple: int) -> tuple[int, int]:
     if not height or not width:
         raise ValueError(f"aspect_size: side is {side}, too small for {ratio} in multiples of {multiple}")
     return height, width
+
+
+def nearest_aspect(height: int, width: int) -> str:
+    """The published aspect ratio, "W:H", that a picture of this size is nearest to."""
+    return min(ASPECT_RATIOS, key=lambda ratio: abs(math.log(width / height / _ratio(ratio))))

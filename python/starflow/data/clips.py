@@ -23,6 +23,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.video import VideoError, VideoInfo, frames_at, probe, read_image, read_video
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ClipDataset",
     "VideoFolder",
     "sample_batch",
+    "sample_group",
     "sample_indices",
     "stack_clips",
     "to_frames",
@@ -153,6 +155,33 @@ def sample_indices(seed: int, step: int, batch: int, length: int) -> list[tuple[
     return pairs
 
 
+def sample_group(seed: int, step: int, batch: int, groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """Say which items make up the batch of a training step where only items of one group fit together.
+
+    An epoch goes through all groups, each cut into batches after a fresh permutation (the last one filled up from its
+    beginning), in a random order of the batches. With one group this is `sample_indices`.
+
+    Args:
+        seed, step, batch: as for `sample_indices`.
+        groups: indices of the items of each group, none empty.
+
+    Returns:
+        `batch` pairs (index, epoch), all of one group; an item that comes twice in an epoch has two numbers of it.
+    """
+    if len(groups) == 1:
+        return [(groups[0][index], epoch) for index, epoch in sample_indices(seed, step, batch, len(groups[0]))]
+    slots = [(group, part) for group, items in enumerate(groups) for part in range(-(-len(items) // batch))]
+    epoch, place = divmod(step, len(slots))
+    group, part = slots[int(_permutation(seed, epoch, len(slots))[place])]
+    items = groups[group]
+    order = np.random.default_rng([seed, epoch, group]).permutation(len(items))
+    pairs = []
+    for position in range(part * batch, (part + 1) * batch):
+        again, offset = divmod(position, len(items))
+        pairs.append((items[int(order[offset])], epoch * (batch + 1) + again))
+    return pairs
+
+
 def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tuple[torch.Tensor, list[str]]:
     """Draw the batch of a training step.
 
@@ -171,13 +200,14 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
 
 @dataclass(frozen=True)
 class _Source:
-    """One readable file of a folder: how many frames it has at the wanted rate, and its captions."""
+    """One readable file of a folder: how many frames it has at the wanted rate, its captions, and (height, width)."""
 
     path: Path
     name: str
     available: int
     captions: tuple[str, ...]
     info: VideoInfo | None
+    size: tuple[int, int]
 
 
 def captions_of(path: Path, *, by_name: bool = False) -> tuple[str, ...]:
@@ -241,6 +271,8 @@ class VideoFolder:
         name_captions: a file without caption has the words of its name.
         caption_second: captions end in the second of the file at which the clip begins (a whole number; not of images).
         cache_bytes: memory for decoded files.
+        aspect_multiple: clips keep the published shape (see `ASPECT_RATIOS`) that is nearest to their file's, with
+            about the area of height x width and sides that are multiples of this number. None: all are height x width.
 
     Raises:
         ValueError: when an argument is out of range, a caption file is malformed, or no file is readable.
@@ -261,6 +293,7 @@ class VideoFolder:
         name_captions: bool = False,
         caption_second: bool = False,
         cache_bytes: int = 1 << 30,
+        aspect_multiple: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
@@ -271,6 +304,7 @@ class VideoFolder:
             ("width", width, 1),
             ("clips_per_file", clips_per_file, 1),
             ("cache_bytes", cache_bytes, 0),
+            ("aspect_multiple", 1 if aspect_multiple is None else aspect_multiple, 1),
         ):
             if value < least:
                 raise ValueError(f"VideoFolder: {name} is {value}, expected at least {least}")
@@ -290,6 +324,7 @@ class VideoFolder:
         self.name_captions = name_captions
         self.caption_second = caption_second
         self.cache_bytes = cache_bytes
+        self.aspect_multiple = aspect_multiple
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._broken: set[Path] = set()
@@ -310,11 +345,24 @@ class VideoFolder:
             )
         )
 
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """Every (height, width) that a clip may have."""
+        return tuple(dict.fromkeys(source.size for source in self._sources))
+
+    @property
+    def groups(self) -> tuple[tuple[int, ...], ...]:
+        """Indices of the items of each shape."""
+        found: dict[tuple[int, int], list[int]] = {size: [] for size in self.sizes}
+        for index in range(len(self)):
+            found[self._sources[index // self.clips_per_file].size].append(index)
+        return tuple(tuple(items) for items in found.values())
+
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
 
-        A file that turns out to be damaged further in is skipped with one line in the log, and the next file stands
-        in for it.
+        A file that turns out to be damaged further in is skipped with one line in the log, and the next file of its
+        shape stands in for it.
 
         Args:
             index: from 0 to len - 1.
@@ -334,7 +382,7 @@ class VideoFolder:
         rng = np.random.default_rng([seed, epoch, index])
         for offset in range(len(self._sources)):
             source = self._sources[(first + offset) % len(self._sources)]
-            if source.path in self._broken:
+            if source.path in self._broken or source.size != self._sources[first].size:
                 continue
             last = source.available - self.frames
             if self.cut == "random":
@@ -392,13 +440,22 @@ class VideoFolder:
     def _open(self, path: Path) -> _Source:
         name = str(path.relative_to(self.folder))
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            read_image(path, height=self.height, width=self.width, channels=self.channels)
-            return _Source(path, name, 1, captions_of(path, by_name=self.name_captions), None)
+            height, width = read_image(path, channels=1).shape[1:3]
+            captions = captions_of(path, by_name=self.name_captions)
+            return _Source(path, name, 1, captions, None, self._size(height, width))
         info = probe(path, count=True)
         available = frames_at(info, self.fps or info.fps)
         if available < self.frames:
             raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
-        return _Source(path, name, available, captions_of(path, by_name=self.name_captions), info)
+        captions = captions_of(path, by_name=self.name_captions)
+        return _Source(path, name, available, captions, info, self._size(info.height, info.width))
+
+    def _size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the clips of a file."""
+        if self.aspect_multiple is None:
+            return self.height, self.width
+        side = round(math.sqrt(self.height * self.width))
+        return aspect_size(side, nearest_aspect(height, width), self.aspect_multiple)
 
     def _read(self, source: _Source, start: int) -> torch.Tensor:
         """uint8 (frames, height, width, channels) from frame `start` on, counted at the wanted rate."""
@@ -407,7 +464,7 @@ class VideoFolder:
             if cached is not None:
                 self._cache.move_to_end(source.path)
         if cached is None:
-            if source.available * self.height * self.width * self.channels > self.cache_bytes:
+            if source.available * math.prod(source.size) * self.channels > self.cache_bytes:
                 return self._decode(source, start, self.frames)
             cached = self._decode(source, 0, source.available)
             with self._lock:
@@ -417,7 +474,7 @@ class VideoFolder:
         return cached[start : start + self.frames]
 
     def _decode(self, source: _Source, start: int, frames: int) -> torch.Tensor:
-        size = {"height": self.height, "width": self.width, "channels": self.channels}
+        size = {"height": source.size[0], "width": source.size[1], "channels": self.channels}
         if source.info is None:
             return read_image(source.path, **size)
         fps = self.fps or source.info.fps

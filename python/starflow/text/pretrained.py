@@ -144,7 +144,9 @@ class T5Encoder(_Pretrained):
         if not (path / "config.json").is_file() or not any(path.glob("*.safetensors")):
             raise FileNotFoundError(
                 f"T5Encoder: folder {path} holds no model, expected a local copy of a T5 such as google/flan-t5-xl: "
-                "config.json, *.safetensors and the tokenizer's files"
+                "config.json, *.safetensors and the tokenizer's files; that of the published models comes with "
+                f"`hf download google/flan-t5-xl --include '*.json' '*.safetensors' spiece.model --local-dir {path}` "
+                "(text.folder, or --text of convert)"
             )
         self.folder = str(folder)
         super().__init__(path, size, truncate, zero_empty, device)

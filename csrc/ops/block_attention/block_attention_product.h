@@ -1,0 +1,35 @@
+// By what the CPU kernels of block_attention multiply.
+#pragma once
+#include "cpu/attend.h"
+#include "cpu/pack_block.h"
+#include "cpu/rows.h"
+#include "ops/block_attention/block_attention_rows.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+// Calls visitor(T{}, Product{}): products of bfloat16 where the data is and the level has them. On a level without,
+// panels hold float32, and nothing is rounded on its way into a product.
+template <class Visitor>
+inline void visit_attention(Dtype data, const Visitor& visitor) {
+    switch (data) {
+        case Dtype::bfloat16:
+#if defined(__AVX512BF16__)
+            return visitor(BFloat16{}, PairsProduct{});
+#else
+            return visitor(BFloat16{}, WidenedProduct<float>{});
+#endif
+        case Dtype::float16:
+            return visitor(Float16{}, WidenedProduct<float>{});
+        default:
+            return visitor(float{}, WidenedProduct<float>{});
+    }
+}
+
+// Bytes of keys or values of `rows` keys as panels of the widest storage.
+inline int64_t panels_bytes(int64_t rows, int64_t head_dim) {
+    return cache_head_bytes(Storage::float32, rows, head_dim);
+}
+
+}  // namespace
+}  // namespace starflow::STARFLOW_ISA

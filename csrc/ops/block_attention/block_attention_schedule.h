@@ -1,0 +1,152 @@
+// How the CUDA kernels of block_attention cut their work: sizes of tiles, parts of the keys, and which tiles a tile
+// sees. Plain arithmetic, no CUDA.
+#pragma once
+#include "ops/block_attention/block_attention_rows.h"
+
+namespace starflow {
+namespace {
+
+inline constexpr int64_t most_head_dim = 256;
+inline constexpr int64_t most_gradient_head_dim = 128;
+
+// Channels of a tile: head_dim, padded with zeros to a size that there is a kernel for.
+constexpr int64_t tile_width(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
+// A block of threads holds `rows` rows, 16 or 32 of them a warp, and passes over the others `columns` at a time.
+struct AttentionTile {
+    int rows;
+    int columns;
+    int warps;
+
+    constexpr int rows_of_warp() const { return rows / warps; }
+    constexpr int threads() const { return warps * 32; }
+};
+
+// Rows are queries and columns are keys. `columns` must not depend on the number of rows: with one part of the keys, a
+// row's bits are those that it has alone. 32 rows a warp halve what is read of shared memory for each product, which
+// bounds 16 rows on sm_80 (256 bytes in the two cycles of an m16n8k16, 128 a cycle); their sums take 128 registers, so
+// that columns, whose products take registers too, are few. All tiles of shared memory fit the 99 KB of sm_86 and
+// sm_120. float32 holds its operands in two parts.
+constexpr AttentionTile forward_tile(int element_bytes, int64_t width, bool large) {
+    if (element_bytes == 4) {
+        return width == 64    ? AttentionTile{64, 32, 4}
+               : width == 128 ? AttentionTile{64, 16, 4}
+                              : AttentionTile{32, 16, 2};
+    }
+    const int columns = width == 64 ? 64 : 32;
+    return large && width <= 128 ? AttentionTile{128, columns, 4} : AttentionTile{64, columns, 4};
+}
+
+// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums.
+constexpr AttentionTile backward_tile(int element_bytes, int64_t width) {
+    if (element_bytes == 4) return width == 64 ? AttentionTile{64, 32, 4} : AttentionTile{32, 16, 2};
+    return width == 64 ? AttentionTile{64, 64, 4} : AttentionTile{64, 32, 4};
+}
+
+constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
+struct AttentionSchedule {
+    int64_t tile_rows;
+    int64_t row_tiles;
+    int64_t splits;  // parts of the keys that a tile of rows sees
+};
+
+// Large tiles where they alone give each multiprocessor two blocks. Where even small ones do not give it one, as with
+// few queries and a long cache, the keys are split: into parts of at least 512, so that the float32 results of the
+// parts, which pass through memory twice, are a small share of the keys and values that a part reads.
+constexpr AttentionSchedule attention_schedule(const AttentionShape& shape, int64_t multiprocessors) {
+    constexpr int64_t least_keys = 512;
+    constexpr int64_t most_splits = 64;
+    const int bytes = shape.data == Dtype::float32 ? 4 : 2;
+    const int64_t width = tile_width(shape.head_dim);
+    const int64_t heads = shape.batch * shape.kv_heads;
+    const int64_t rows = rows_of(shape);
+    AttentionSchedule schedule{forward_tile(bytes, width, true).rows, 0, 1};
+    schedule.row_tiles = divide_up(rows, schedule.tile_rows);
+    if (schedule.row_tiles * heads >= 2 * multiprocessors) return schedule;
+    schedule.tile_rows = forward_tile(bytes, width, false).rows;
+    schedule.row_tiles = divide_up(rows, schedule.tile_rows);
+    const int64_t blocks = schedule.row_tiles * heads;
+    if (blocks == 0 || blocks >= multiprocessors) return schedule;
+    const int64_t wanted = 2 * multiprocessors / blocks;
+    const int64_t possible = shape.keys / least_keys;
+    schedule.splits = wanted < possible ? wanted : possible;
+    schedule.splits = schedule.splits > most_splits ? most_splits : schedule.splits < 1 ? 1 : schedule.splits;
+    return schedule;
+}
+
+// Elements of the results of the parts, float32: of each row and part, and their logarithms.
+constexpr int64_t parts_elements(const AttentionShape& shape, int64_t splits) {
+    return splits > 1 ? splits * shape.batch * shape.heads * shape.queries * (shape.head_dim + 1) : 0;
+}
+
+// What a query sees, in the integers of the device: within the keys that there are.
+STARFLOW_HOST_DEVICE constexpr VisibleKeysOf<int> visible_in_tile(const AttentionMask& mask,
+                                                                  const AttentionShape& shape, int64_t b,
+                                                                  int64_t query) {
+    const VisibleKeys seen = visible_keys(mask, shape, b, query);
+    const auto within = [&](int64_t key) {
+        return static_cast<int>(key < 0 ? 0 : key > shape.keys ? shape.keys : key);
+    };
+    return {within(seen.prefix), within(seen.first), within(seen.last)};
+}
+
+// What queries between two of them see. All of `every` is seen by each, nothing outside of `any` by one.
+struct VisibleByRows {
+    VisibleKeysOf<int> every;
+    VisibleKeysOf<int> any;
+
+    STARFLOW_HOST_DEVICE static constexpr VisibleByRows between(const VisibleKeysOf<int>& least,
+                                                                const VisibleKeysOf<int>& most) {
+        return {{least.prefix, most.first, least.last}, {most.prefix, least.first, most.last}};
+    }
+};
+
+// Tiles of keys that a tile of rows has to pass over, in their order: those of the prefix, then those of the run.
+struct KeyTiles {
+    int prefix;  // tiles
+    int first;   // of the run
+    int count;
+
+    STARFLOW_HOST_DEVICE static constexpr KeyTiles of(const VisibleKeysOf<int>& any, int columns) {
+        const int prefix = (any.prefix + columns - 1) / columns;
+        const int first = any.first / columns > prefix ? any.first / columns : prefix;
+        const int end = any.first < any.last ? (any.last + columns - 1) / columns : 0;
+        return {prefix, first, prefix + (end > first ? end - first : 0)};
+    }
+    STARFLOW_HOST_DEVICE constexpr int tile(int i) const { return i < prefix ? i : first + i - prefix; }
+};
+
+struct QueryRange {
+    int begin;
+    int end;
+};
+
+// The queries that may see a key of [begin, end): a run of them, as what they see grows with their position.
+STARFLOW_HOST_DEVICE constexpr QueryRange visible_queries(const AttentionMask& mask, const AttentionShape& shape,
+                                                          int64_t b, int begin, int end) {
+    const auto queries = static_cast<int>(shape.queries);
+    // The first query for which a condition that stays true is true.
+    const auto first_query = [&](const auto& condition) {
+        int low = 0;
+        int high = queries;
+        while (low < high) {
+            const int middle = low + (high - low) / 2;
+            if (condition(visible_in_tile(mask, shape, b, middle))) {
+                high = middle;
+            } else {
+                low = middle + 1;
+            }
+        }
+        return low;
+    };
+    const int reached =
+        first_query([&](const VisibleKeysOf<int>& seen) { return seen.prefix > begin || seen.last > begin; });
+    const int in_prefix = first_query([&](const VisibleKeysOf<int>& seen) { return seen.prefix > begin; });
+    const int left =
+        in_prefix < queries ? queries : first_query([&](const VisibleKeysOf<int>& seen) { return seen.first >= end; });
+    return {reached, left > reached ? left : reached};
+}
+
+}  // namespace
+}  // namespace starflow

@@ -1,0 +1,170 @@
+// From the sums of a tile to the result, for every CUDA kernel of linear: parts of the depth added, epilogue, store.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "cuda/packed.cuh"
+#include "ops/linear/linear.h"
+
+namespace starflow::cuda {
+
+// `width` neighbours of a row, of a type that is known at run time only: the same for all threads.
+template <int width>
+__device__ void load_row(const Matrix& matrix, int64_t row, int64_t column, float (&out)[width]) {
+    const int64_t offset = row * matrix.row_stride + column;
+    switch (matrix.dtype) {
+        case Dtype::bfloat16:
+            return load<width>(static_cast<const BFloat16*>(matrix.data) + offset, out);
+        case Dtype::float16:
+            return load<width>(static_cast<const Float16*>(matrix.data) + offset, out);
+        default:
+            return load<width>(static_cast<const float*>(matrix.data) + offset, out);
+    }
+}
+
+template <int width>
+__device__ void store_row(const Matrix& matrix, int64_t row, int64_t column, const float (&values)[width]) {
+    const int64_t offset = row * matrix.row_stride + column;
+    switch (matrix.dtype) {
+        case Dtype::bfloat16:
+            return store<width>(static_cast<BFloat16*>(matrix.data) + offset, values);
+        case Dtype::float16:
+            return store<width>(static_cast<Float16*>(matrix.data) + offset, values);
+        default:
+            return store<width>(static_cast<float*>(matrix.data) + offset, values);
+    }
+}
+
+__device__ inline float activated(Epilogue epilogue, float x) {
+    switch (epilogue) {
+        case Epilogue::gelu:
+            return 0.5F * x * (1.0F + erff(x * 0.70710678F));  // sqrt(1 / 2)
+        case Epilogue::gelu_tanh:
+            return 0.5F * x * (1.0F + tanhf(0.79788456F * (x + 0.044715F * x * x * x)));  // sqrt(2 / pi)
+        default:
+            return x;
+    }
+}
+
+// What is left to do for `width` sums of a row.
+template <int width>
+__device__ void finish(const LinearArgs& call, int64_t row, int64_t column, float (&sums)[width]) {
+    float other[width];
+    if (call.weights.bias != nullptr) {
+        load<width>(call.weights.bias + column, other);
+#pragma unroll
+        for (int i = 0; i < width; ++i) sums[i] += other[i];
+    }
+    if (call.product.data != nullptr) store_row<width>(call.product, row, column, sums);
+    if (call.epilogue != Epilogue::none) {
+#pragma unroll
+        for (int i = 0; i < width; ++i) sums[i] = activated(call.epilogue, sums[i]);
+    }
+    if (call.multiply.data != nullptr) {
+        load_row<width>(call.multiply, row, column, other);
+#pragma unroll
+        for (int i = 0; i < width; ++i) sums[i] *= other[i];
+    }
+    if (call.residual.data != nullptr) {
+        load_row<width>(call.residual, row, column, other);
+#pragma unroll
+        for (int i = 0; i < width; ++i) sums[i] += other[i];
+    }
+    store_row<width>(call.out, row, column, sums);
+}
+
+// Columns that a thread takes at a time: 16 bytes of float32.
+inline constexpr int finish_width = 4;
+
+// The sums of a tile in shared memory, rows `padding` values further apart than they are long: by the fragments that
+// are stored here, so that they meet no bank twice.
+template <int rows_, int columns_, int threads_, int padding>
+struct Staged {
+    static constexpr int rows = rows_;
+    static constexpr int columns = columns_;
+    static constexpr int threads = threads_;
+
+    alignas(16) float sums[rows * (columns + padding)];
+    int arrived;  // blocks of the same tile that came before
+
+    __device__ float& at(int row, int column) { return sums[row * (columns + padding) + column]; }
+};
+
+// Where a block works.
+struct LinearBlock {
+    int32_t column_tile;
+    int32_t row_tile;
+    int32_t part;  // 0 where one block does them all
+
+    __device__ static LinearBlock here() {
+        return {static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z)};
+    }
+};
+
+// Called by the threads that hold sums, `thread` of Tile::threads, once all of a part, or of the depth, are in `tile`;
+// sync() is a barrier among them, and the first thing that this function needs.
+template <class Tile, class Sync>
+__device__ void finish_tile(const LinearCudaArgs& args, const LinearBlock& block, Tile& tile, int thread,
+                            const Sync& sync) {
+    constexpr int vectors_of_row = Tile::columns / finish_width;
+    constexpr int vectors = Tile::rows * vectors_of_row;
+    const LinearArgs& call = args.call;
+    const LinearSchedule& schedule = args.schedule;
+    const int64_t first_row = int64_t{block.row_tile} * Tile::rows;
+    const int64_t first_column = int64_t{block.column_tile} * Tile::columns;
+    const int64_t number = int64_t{block.row_tile} * schedule.column_tiles + block.column_tile;
+    auto* workspace = static_cast<unsigned char*>(args.workspace);
+    float* partials =
+        reinterpret_cast<float*>(workspace + args.layout.partials) + number * schedule.parts * schedule.tile_size();
+    sync();
+    if (schedule.split) {
+        float* own = partials + block.part * schedule.tile_size();
+        for (int v = thread; v < vectors; v += Tile::threads) {
+            const int row = v / vectors_of_row;
+            const int column = v % vectors_of_row * finish_width;
+            if (first_row + row >= call.rows) break;
+            *reinterpret_cast<float4*>(own + v * finish_width) =
+                *reinterpret_cast<const float4*>(&tile.at(row, column));
+        }
+        sync();
+        if (thread == 0) {
+            // On the whole device: the sums of this block before its count, and the counts before the others' sums.
+            __threadfence();
+            tile.arrived = atomicAdd(reinterpret_cast<int*>(workspace + args.layout.counters) + number, 1);
+            __threadfence();
+        }
+        sync();
+        if (tile.arrived != schedule.parts - 1) return;
+    }
+    for (int v = thread; v < vectors; v += Tile::threads) {
+        const int row = v / vectors_of_row;
+        const int column = v % vectors_of_row * finish_width;
+        if (first_row + row >= call.rows) break;
+        if (first_column + column >= call.weights.columns) continue;
+        float4 sums = *reinterpret_cast<const float4*>(&tile.at(row, column));
+        if (schedule.split) {
+            sums = make_float4(0.0F, 0.0F, 0.0F, 0.0F);
+#pragma unroll 4
+            for (int32_t part = 0; part < schedule.parts; ++part) {
+                const float4 more =
+                    *reinterpret_cast<const float4*>(partials + part * schedule.tile_size() + v * finish_width);
+                sums.x += more.x;
+                sums.y += more.y;
+                sums.z += more.z;
+                sums.w += more.w;
+            }
+        }
+        float values[finish_width] = {sums.x, sums.y, sums.z, sums.w};
+        if (args.wide_result) {
+            finish<finish_width>(call, first_row + row, first_column + column, values);
+            continue;
+        }
+#pragma unroll
+        for (int i = 0; i < finish_width; ++i) {
+            if (first_column + column + i >= call.weights.columns) break;
+            float value[1] = {values[i]};
+            finish<1>(call, first_row + row, first_column + column + i, value);
+        }
+    }
+}
+
+}  // namespace starflow::cuda

@@ -1,0 +1,22 @@
+// csrc/cuda/enqueue.cuh for the emulated device.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+#define STARFLOW_SHARED_MEMORY(name) unsigned char* const name = ::emulation::shared_memory()
+
+namespace starflow::cuda {
+
+template <class... Parameters, class... Arguments>
+int enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+            const Arguments&... arguments) {
+    const auto run = [=] { kernel(static_cast<Parameters>(arguments)...); };
+    using Run = decltype(run);
+    const emulation::Region image{__ehdr_start, _end};
+    return emulation::launch(
+        grid, block, shared_bytes, image, [](const void* closure) { (*static_cast<const Run*>(closure))(); }, &run,
+        sizeof(run));
+}
+
+}  // namespace starflow::cuda

@@ -1,0 +1,4 @@
+#pragma once
+#include_next <cuda_runtime.h>
+
+#include "../device.h"

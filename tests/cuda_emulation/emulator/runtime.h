@@ -1,0 +1,99 @@
+// A CUDA device in software: one fiber a thread of the kernel, blocks one after another. What device code calls, and
+// what tests ask. Kernels are compiled with -fsanitize=thread, whose calls (__tsan_read4, ...) come here in place of
+// the sanitizer's own library: so every access of a kernel to memory is seen, checked and counted.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#define EMULATION_API __attribute__((visibility("default")))
+
+// The kernel's own coordinates, set whenever a fiber goes on.
+extern EMULATION_API uint3 threadIdx;
+extern EMULATION_API uint3 blockIdx;
+extern EMULATION_API dim3 blockDim;
+extern EMULATION_API dim3 gridDim;
+
+namespace emulation {
+
+struct Region {
+    const char* begin;
+    const char* end;
+};
+
+// Run run(closure) once for each thread. `image` is where the kernel's library lies: its constants, which every thread
+// may read. Returns an error code of the CUDA runtime.
+EMULATION_API int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void (*run)(const void*),
+                         const void* closure, size_t closure_bytes);
+
+// Ends the launch: the kernel did what a device would punish.
+[[noreturn]] EMULATION_API void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+EMULATION_API int lane();
+EMULATION_API int warp();
+EMULATION_API unsigned char* shared_memory();
+// Address in the window of shared memory, as PTX has it.
+EMULATION_API uint32_t shared_address(const void* pointer);
+EMULATION_API void* shared_pointer(uint32_t address);
+
+// bar.sync: of `threads` threads; 0: of every thread of the block that has not left.
+EMULATION_API void barrier(int id, int threads);
+// __syncthreads_and, _or, _count: how many threads came with a true value; all threads get the same number.
+EMULATION_API int barrier_count(bool value, int* arrived);
+EMULATION_API void warp_barrier(uint32_t mask);
+// Give the others a chance: for a loop that waits for them.
+EMULATION_API void pause();
+
+// Copy `bytes` at `value` from lane `source` of the warp.
+EMULATION_API void shuffle(uint32_t mask, const char* what, void* value, int bytes, int source);
+EMULATION_API uint32_t ballot(uint32_t mask, const char* what, bool value);
+
+// cp.async: `valid` bytes copied, the rest of `bytes` zeroed, once the thread has waited for the group. wait_copies
+// leaves that many groups pending; -1 waits for what is not committed too.
+EMULATION_API void copy_async(void* to, const void* from, int bytes, int valid);
+EMULATION_API void commit_copies();
+EMULATION_API void wait_copies(int pending);
+
+// Read-modify-write that no other thread divides.
+EMULATION_API void note_atomic(const void* address, size_t bytes);
+
+enum class Format { bfloat16, float16, tf32 };
+
+// ldmatrix of 1, 2 or 4 matrices of 8 x 8 elements of 16 bits.
+EMULATION_API void load_matrices(int matrices, bool transposed, const void* row, uint32_t* out);
+// mma.sync m16n8k16 of 16-bit types, m16n8k8 and m16n8k4 of tf32: sum += a b in float32.
+EMULATION_API void multiply_add(Format format, int depth, float* sum, const uint32_t* a, const uint32_t* b);
+
+}  // namespace emulation
+
+// What tests/cuda_emulation/emulator.py calls.
+extern "C" {
+struct EmulationTensor {
+    const char* name;
+    char* begin;
+    char* end;
+    int64_t bytes_read;
+    int64_t bytes_written;
+    int64_t sectors_read;  // of 32 bytes, once for each request of a warp
+    int64_t sectors_written;
+};
+
+struct EmulationCounts {
+    int64_t launches;
+    int64_t blocks;
+    int64_t barriers;
+    int64_t collectives;
+    int64_t products;        // mma of a warp
+    int64_t matrices;        // 8 x 8 loaded by ldmatrix
+    int64_t async_copies;    // of a thread
+    int64_t bank_conflicts;  // further passes over the banks than the bytes of a request need
+    int64_t shared_bytes;    // the largest launch's, dynamic
+    int64_t threads;         // the largest launch's, of a block
+};
+
+// The memory that kernels may touch, and the order in which threads and blocks run.
+EMULATION_API void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count);
+// Counts into the tensors of `emulation_begin` too. Returns what a kernel did wrong, or "".
+EMULATION_API const char* emulation_end(EmulationCounts* counts);
+}

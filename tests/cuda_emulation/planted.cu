@@ -1,0 +1,87 @@
+// Kernels with mistakes in them, which the emulated device must notice.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cuda/declare.h"
+#include "cuda/enqueue.cuh"
+
+namespace starflow {
+
+enum class Mistake : int32_t {
+    none,
+    no_barrier,
+    no_second_barrier,
+    half_barrier,
+    past_shared,
+    past_tensor,
+    before_tensor,
+    lane_not_in_mask,
+    two_masks,
+    lane_that_left,
+    misaligned,
+    too_many_threads,
+};
+
+struct ReverseArgs {
+    const float* x;
+    float* out;
+    int64_t blocks;
+    int32_t threads;
+    Mistake mistake;
+};
+
+// out = x backwards within each block, twice: by dynamic and by static shared memory.
+STARFLOW_DECLARE_CUDA(ReverseArgs, reverse_cuda)
+
+namespace {
+
+using namespace cuda;
+
+__global__ void reverse_kernel(ReverseArgs args) {
+    STARFLOW_SHARED_MEMORY(bytes);
+    __shared__ float again[1024];
+    float* values = reinterpret_cast<float*>(bytes);
+    const int t = static_cast<int>(threadIdx.x);
+    const int n = static_cast<int>(blockDim.x);
+    const Mistake mistake = args.mistake;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * n;
+    const int64_t from = first + t + (mistake == Mistake::past_tensor ? 1 : mistake == Mistake::before_tensor ? -1 : 0);
+    values[mistake == Mistake::past_shared ? t + 1 : t] = args.x[from];
+    if (mistake == Mistake::half_barrier) {
+        if (t % 2 == 0) {
+            __syncwarp();
+        } else {
+            __syncthreads();
+        }
+        return;
+    }
+    if (mistake != Mistake::no_barrier) __syncthreads();
+    again[t] = values[n - 1 - t];
+    __syncthreads();
+    const float value = again[n - 1 - t];
+    if (mistake != Mistake::no_second_barrier) __syncthreads();
+    again[t] = values[t];
+    float out = value + again[t] - again[t] - value + values[n - 1 - t];
+    if (mistake == Mistake::lane_not_in_mask) out = __shfl_sync(1U, out, 0);
+    if (mistake == Mistake::two_masks) out = __shfl_sync(t % 32 < 16 ? ~0U : 0xffff0000U, out, t % 32);
+    if (mistake == Mistake::lane_that_left) {
+        if (t % 32 == 3) return;
+        out = __shfl_sync(~0U, out, 3);
+    }
+    if (mistake == Mistake::misaligned) {
+        *reinterpret_cast<float4*>(args.out + first + 1) = float4{};
+    }
+    args.out[first + t] = out;
+}
+
+}  // namespace
+
+int reverse_cuda(const ReverseArgs& args, void* stream) {
+    const unsigned threads = args.mistake == Mistake::too_many_threads ? 2048 : args.threads;
+    return enqueue(reverse_kernel, static_cast<unsigned>(args.blocks), threads, args.threads * sizeof(float), stream,
+                   args);
+}
+
+}  // namespace starflow

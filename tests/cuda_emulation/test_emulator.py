@@ -1,0 +1,114 @@
+"""The emulated device itself: right kernels give right values, and planted mistakes are noticed in every schedule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .emulator import SEEDS, CompileError, EmulationError, Mutation, Report, assert_caught, emulated, mutations
+
+# Whichever of the two comes first.
+RACE = (
+    "(reads 4 bytes of shared memory at .*, which another thread wrote without a barrier since"
+    "|writes 4 bytes of shared memory at .*, which (may still be read by another thread|another thread wrote))"
+)
+NOTICED = {
+    "no_barrier": f"race: {RACE}",
+    "no_second_barrier": f"race: {RACE}",
+    "half_barrier": "deadlock: thread 0 waits in __syncwarp",
+    "past_shared": "writes 4 bytes at 384 of 384 bytes of shared memory",
+    "past_tensor": "reads 4 bytes at offset 768 of x, which has 768 bytes",
+    "before_tensor": "reads 4 bytes at offset -4 of x, which has 768 bytes",
+    "lane_not_in_mask": "__shfl_sync: lane .* is not in its own mask 00000001",
+    "two_masks": "__shfl_sync of mask .* meets __shfl_sync of mask ",
+    "lane_that_left": "lane .* reads lane 3 by a shuffle that lane 3 takes no part in",
+    "misaligned": "writes 16 bytes at a misaligned address",
+    "too_many_threads": "error 9 of the CUDA runtime",
+}
+
+
+def _reverse(seed: int, mistake: str) -> tuple[Report, torch.Tensor, torch.Tensor]:
+    x, out = torch.randn(2, 96), torch.empty(2, 96)
+    given = {"x": x, "out": out, "blocks": 2, "threads": 96, "mistake": mistake}
+    return emulated("planted.cu").launch("reverse_cuda", seed, **given), x, out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_right_kernel(seed: int) -> None:
+    report, x, out = _reverse(seed, "none")
+    assert torch.equal(out, x.flip(1))
+    assert report.read == {"x": x.nbytes, "out": 0}
+    assert report.written == {"x": 0, "out": out.nbytes}
+    assert (report.launches, report.blocks, report.threads, report.shared_bytes) == (1, 2, 96, 384)
+    assert report.barriers == 2 * 3 * 96
+    assert report.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mistake", list(NOTICED))
+def test_a_planted_mistake(mistake: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=NOTICED[mistake]):
+        _reverse(seed, mistake)
+
+
+def _product(
+    seed: int, *, dtype: torch.dtype = torch.bfloat16, swizzled: bool = True, mistake: str = "none"
+) -> tuple[Report, float]:
+    a, b = torch.randn(64, 192).to(dtype), torch.randn(64, 192).to(dtype)
+    out = torch.empty(64, 64)
+    given = {"a": a, "b": b, "out": out, "depth": 192, "data": dtype, "swizzled": swizzled, "mistake": mistake}
+    report = emulated("planted_tiles.cu").launch("product_cuda", seed, **given)
+    return report, float((out - a.double() @ b.double().T).abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_product_of_tiles(seed: int, dtype: torch.dtype) -> None:
+    """Products of 16-bit types are exact in float32, and 192 of them are summed."""
+    report, error = _product(seed, dtype=dtype)
+    assert error < 192 * 2.0**-24 * 64
+    assert report.products == 3 * 4 * 8 * 4  # steps, warps, and tiles of 8 columns and of depth 16
+    assert report.bank_conflicts == 0
+    assert report.read == {"a": 64 * 192 * 2, "b": 64 * 192 * 2, "out": 0}
+    assert report.written["out"] == 64 * 64 * 4
+
+
+def test_rows_of_128_bytes_conflict_without_a_swizzle() -> None:
+    report, error = _product(0, swizzled=False)
+    assert error < 1e-3
+    # Eight rows of a matrix lie in the same banks: seven further passes for each.
+    assert report.bank_conflicts == 7 * report.matrices
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "mistake, noticed",
+    [
+        ("no_wait", "which an asynchronous copy still writes"),
+        ("wait_for_one_less", "which an asynchronous copy still writes"),
+        ("no_barrier", "which (another thread wrote without a barrier since|an asynchronous copy still writes)"),
+        ("no_second_barrier", "which (may still be read by another thread|an asynchronous copy still writes)"),
+    ],
+)
+def test_a_mistake_in_a_pipeline(mistake: str, noticed: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=noticed):
+        _product(seed, mistake=mistake)
+
+
+@pytest.mark.parametrize(
+    "mutation", mutations("cuda/reduce.cuh", {"warp_size / 2; offset > 0": "warp_size / 4; offset > 0"})
+)
+def test_a_mutation_that_nothing_looks_at_is_reported(mutation: Mutation) -> None:
+    with pytest.raises(pytest.fail.Exception, match=r"nothing notices the mutation reduce\.cuh:.*:warp_size / 2"):
+        assert_caught("ops/affine_inverse/affine_inverse.cu", mutation, lambda kernels: None)
+
+
+def test_a_mutation_that_does_not_compile_is_no_catch() -> None:
+    (mutation,) = mutations("ops/affine_inverse/affine_inverse.cu", {"const bool shift_only =": "const bool ="})
+    with pytest.raises(CompileError, match="affine_inverse: "):
+        assert_caught("ops/affine_inverse/affine_inverse.cu", mutation, lambda kernels: None)
+
+
+def test_a_pattern_that_matches_nothing_is_refused() -> None:
+    with pytest.raises(AssertionError, match=r"__nowhere__ matches nothing in cuda/reduce\.cuh"):
+        mutations("cuda/reduce.cuh", {"__nowhere__": ""})

@@ -1,0 +1,409 @@
+"""linear on the emulated device, against float64: every tile, type, epilogue, edge, and parts of the depth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import product as combinations
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starflow_ext._check import dtype_text
+from starflow_ext.linear import EPILOGUES, InputNorm
+from starflow_ext.linear_pack import device_rows_shape
+from starflow_ext.norm import EPSILON, norm_reference
+
+from .emulator import SEEDS, Kernels, Mutation, Report, assert_caught, emulated, mutations
+
+SOURCE = "ops/linear/linear.cu"
+# Two of its tiles, compiled in a moment.
+SMALL = "linear_small.cu"
+TILES = ((16, 64), (32, 64), (64, 64), (128, 64), (128, 128))
+HALVES = (torch.bfloat16, torch.float16)
+OUT = (torch.float32, *HALVES)
+# Half the last bit that a type keeps, relative to the value.
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+DEPTH = 64
+GAP = 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the op, and how it is cut."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    epilogue: str = "none"
+    multiply: Tensor | None = None
+    residual: Tensor | None = None
+    norm: InputNorm | None = None
+    stored: torch.dtype = torch.float32
+    product: bool = False
+    tile: tuple[int, int] = (16, 64)
+    parts: int = 1
+    split: bool = False
+
+
+@dataclass(frozen=True)
+class Result:
+    report: Report
+    out: Tensor
+    product: Tensor | None
+
+
+def _ceil(value: int, by: int) -> int:
+    return -(-value // by)
+
+
+def _draw(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+def _call(rows: int, channels: int, out: int, weight: torch.dtype = torch.bfloat16, **options: Any) -> Call:
+    """Drawn values; True for an optional tensor draws it too."""
+    given = {"x": _draw(rows, channels), "bias": True, **options}
+    for seed, name in enumerate(("multiply", "residual")):
+        if given.get(name) is True:
+            given[name] = _draw(rows, out, seed=20 + seed)
+    if given["bias"] is True:
+        given["bias"] = _draw(out, seed=7)
+    return Call(weight=(_draw(out, channels, seed=6) / max(1, channels) ** 0.5).to(weight), **given)
+
+
+def _aligned(tensor: Tensor | None, width: int) -> bool:
+    if tensor is None:
+        return True
+    strides = tensor.stride()[:-1]
+    return tensor.data_ptr() % (width * tensor.element_size()) == 0 and all(s % width == 0 for s in strides)
+
+
+def _view(tensor: Tensor | None) -> Any:
+    return {} if tensor is None else tensor
+
+
+def _launch(kernels: Kernels, call: Call, seed: int = 0, gap: int = GAP) -> Result:
+    """As csrc/ops/linear/linear.cpp does; results have `gap` more columns, which must stay as they are."""
+    (rows, channels), out_channels = call.x.shape, call.weight.shape[0]
+    packed = call.weight.new_zeros(device_rows_shape(out_channels, channels))
+    packed[:, :channels] = call.weight
+    depth = packed.shape[1]
+    wide_out = call.x.new_full((rows, out_channels + gap), torch.nan, dtype=call.stored)
+    wide_product = wide_out.clone() if call.product else None
+    out = wide_out[:, :out_channels]
+    product = None if wide_product is None else wide_product[:, :out_channels]
+    norm_tensors = () if call.norm is None else (call.norm.weight, call.norm.bias)
+
+    copied = call.x.dtype != call.weight.dtype or call.norm is not None or depth != channels or not _aligned(call.x, 8)
+    tile_rows, tile_columns = call.tile
+    schedule = {
+        "tile_rows": tile_rows,
+        "tile_columns": tile_columns,
+        "row_tiles": _ceil(rows, tile_rows),
+        "column_tiles": _ceil(out_channels, tile_columns),
+        "depth_tiles": _ceil(channels, DEPTH),
+        "parts": call.parts,
+        "split": call.split,
+    }
+    tiles = schedule["row_tiles"] * schedule["column_tiles"]
+    counters = _ceil(rows * depth * 2 if copied else 0, 128) * 128
+    partials = counters + _ceil(4 * tiles, 128) * 128
+    size = partials + (4 * tiles * call.parts * tile_rows * tile_columns if call.split else 0)
+    # What was there before is no count, and no number.
+    workspace = torch.full((size,), 255, dtype=torch.uint8)
+    copy = workspace[: rows * depth * 2].view(call.weight.dtype).view(rows, depth) if copied else call.x
+    kinds = {"layer_norm": "layer", "rms_norm": "rms"}
+    report = kernels.launch(
+        "linear_cuda",
+        seed,
+        call={
+            "weights": {
+                "data": packed,
+                "bias": call.bias,
+                "columns": out_channels,
+                "depth": channels,
+                "storage": dtype_text(call.weight.dtype),
+            },
+            "x": call.x,
+            "rows": rows,
+            "norm": {}
+            if call.norm is None
+            else {
+                "kind": kinds[call.norm.kind],
+                "weight": call.norm.weight,
+                "bias": call.norm.bias,
+                "epsilon": EPSILON[call.norm.kind],
+            },
+            "epilogue": call.epilogue,
+            "multiply": _view(call.multiply),
+            "residual": _view(call.residual),
+            "out": out,
+            "product": _view(product),
+        },
+        input=copy,
+        depth=depth,
+        copied=copied,
+        wide_input=channels % 4 == 0 and all(_aligned(tensor, 4) for tensor in (call.x, *norm_tensors)),
+        wide_result=out_channels % 4 == 0
+        and all(_aligned(tensor, 4) for tensor in (call.bias, call.multiply, call.residual, out, product)),
+        schedule=schedule,
+        layout={"counters": counters, "partials": partials, "bytes": size},
+        workspace=workspace,
+    )
+    for whole in (wide_out, wide_product):
+        assert whole is None or whole[:, out_channels:].isnan().all()
+    return Result(report, out, product)
+
+
+def _check(call: Call, result: Result, label: str = "") -> None:
+    """Against float64: sums are off by float32's rounding of their terms, a normalised x by the weight's type."""
+    optional = {name: getattr(call, name) for name in ("bias", "multiply", "residual")}
+    bias, multiply, residual = (None if t is None else t.double() for t in optional.values())
+    if call.norm is None:
+        x, rounding = call.x.to(call.weight.dtype).double(), 1e-6
+    else:
+        weight, shift = (None if t is None else t.double() for t in call.norm[:2])
+        assert weight is not None
+        x, rounding = norm_reference(call.x.double(), weight, shift, call.norm.kind, None), ROUNDING[call.weight.dtype]
+        assert isinstance(x, Tensor)
+    weight = call.weight.double()
+    product = F.linear(x, weight, bias)
+    bound = rounding * (F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())) + 1e-6
+    if result.product is not None:
+        _near(result.product, product, bound + ROUNDING[call.stored] * product.abs(), f"product, {label}")
+    out = product
+    if call.epilogue != "none":
+        # Of which no slope is above 1.13.
+        out, bound = F.gelu(out, approximate="tanh" if call.epilogue == "gelu_tanh" else "none"), 1.13 * bound
+    if multiply is not None:
+        out, bound = out * multiply, bound * multiply.abs()
+    if residual is not None:
+        out = out + residual
+    _near(result.out, out, bound + (ROUNDING[call.stored] + 2.0**-23) * out.abs() + 1e-6, label)
+
+
+def _near(got: Tensor, expected: Tensor, bound: Tensor, label: str) -> None:
+    distance = (got.double() - expected).abs()
+    wrong = ~(distance <= bound)
+    assert not wrong.any(), f"{label}: {got[wrong][:4].tolist()} instead of {expected[wrong][:4].tolist()}"
+
+
+def _run(kernels: Kernels, call: Call, seed: int = 0) -> Result:
+    result = _launch(kernels, call, seed)
+    _check(call, result, f"{list(call.x.shape)} to {call.weight.shape[0]}, tile {call.tile}, {call.parts} parts")
+    return result
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return emulated(SOURCE)
+
+
+@pytest.fixture(scope="module")
+def small() -> Kernels:
+    return emulated(SMALL)
+
+
+@pytest.mark.parametrize("weight", HALVES, ids=dtype_text)
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
+def test_every_tile(tile: tuple[int, int], weight: torch.dtype, split: bool, kernels: Kernels) -> None:
+    """Two tiles of rows and of columns, the second ones nearly empty; three parts of unequal length."""
+    rows, columns = tile
+    call = _call(rows + 3, 4 * DEPTH + 24, columns + 4, weight, tile=tile, parts=3, split=split, epilogue="gelu")
+    _run(kernels, replace(call, residual=_draw(rows + 3, columns + 4, seed=9)))
+
+
+def _epilogues(small: Kernels) -> None:
+    for epilogue, multiply, residual, stored in combinations(EPILOGUES, (None, True), (None, True), OUT):
+        call = _call(5, 40, 20, epilogue=epilogue, multiply=multiply, residual=residual, stored=stored, product=True)
+        _run(small, call)
+
+
+def test_epilogues(small: Kernels) -> None:
+    _epilogues(small)
+    for dtype in HALVES:
+        call = _call(17, 40, 21, multiply=True, residual=True, bias=None)
+        assert call.multiply is not None
+        assert call.residual is not None
+        _run(small, replace(call, multiply=call.multiply.to(dtype), residual=call.residual.to(dtype), stored=dtype))
+
+
+def _edges(small: Kernels) -> None:
+    seeds = 0
+    for rows, out, channels in (
+        *((rows, 9, 20) for rows in (1, 15, 16, 17, 33)),
+        *((3, out, 20) for out in (1, 7, 63, 64, 65, 68, 130)),
+        *((3, 9, channels) for channels in (0, 1, 7, 8, 63, 64, 65, 130, 320)),
+    ):
+        for tile in TILES[:2]:
+            seeds += 1
+            _run(small, _call(rows, channels, out, tile=tile), seeds)
+
+
+def test_edges(small: Kernels) -> None:
+    _edges(small)
+
+
+def test_nothing(kernels: Kernels) -> None:
+    for rows, out in ((0, 5), (5, 0), (0, 0)):
+        assert _launch(kernels, _call(rows, 40, out)).report.launches == 0
+
+
+def _bits(result: Result) -> Tensor:
+    return result.out.contiguous().view(torch.int32)
+
+
+def _parts(small: Kernels) -> None:
+    """Split or in turn, in any tile, and whatever the other rows are: the same bits."""
+    for parts, steps in ((2, 2), (3, 7), (5, 9)):
+        call = _call(19, steps * DEPTH - 8, 70, parts=parts, tile=(32, 64))
+        expected = _run(small, call)
+        for tile, split in combinations(TILES[:2], (False, True)):
+            result = _run(small, replace(call, tile=tile, split=split), parts)
+            assert torch.equal(_bits(result), _bits(expected))
+        alone = _run(small, replace(call, x=call.x[18:], tile=(16, 64), split=True))
+        assert torch.equal(_bits(alone), _bits(expected)[18:])
+
+
+def test_parts_of_the_depth(small: Kernels) -> None:
+    _parts(small)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_a_row_has_the_same_bits_in_every_tile(tile: tuple[int, int], kernels: Kernels) -> None:
+    call = _call(3, 2 * DEPTH, 70, parts=2)
+    assert torch.equal(_bits(_run(kernels, replace(call, tile=tile))), _bits(_run(kernels, call)))
+
+
+def _places(small: Kernels) -> None:
+    """x, what the epilogue reads and what it writes at any address and distance: the same bits."""
+    call = _call(5, 64, 20, multiply=True, residual=True, epilogue="gelu")
+    call = replace(call, x=call.x.bfloat16())
+    expected = _run(small, call)
+    # Multiplied where it lies.
+    assert expected.report.launches == 1
+
+    def moved(tensor: Tensor, skip: int, gap: int) -> Tensor:
+        whole = tensor.new_full((tensor.shape[0], skip + tensor.shape[1] + gap), torch.nan)
+        whole[:, skip : skip + tensor.shape[1]] = tensor
+        return whole[:, skip : skip + tensor.shape[1]]
+
+    assert call.bias is not None
+    shifted = call.bias.new_zeros(21)
+    shifted[1:] = call.bias
+    for skip, gap in ((0, 8), (8, 0), (0, 4), (4, 4), (1, 3), (0, 1)):
+        for name in ("x", "multiply", "residual"):
+            result = _launch(small, replace(call, **{name: moved(getattr(call, name), skip, gap)}))
+            assert torch.equal(_bits(result), _bits(expected)), (name, skip, gap)
+    assert torch.equal(_bits(_launch(small, replace(call, bias=shifted[1:]))), _bits(expected))
+    assert torch.equal(_bits(_launch(small, call, gap=1)), _bits(expected))
+
+
+def test_any_place_in_memory(small: Kernels) -> None:
+    _places(small)
+
+
+def _norms(small: Kernels) -> None:
+    for channels, dtype in combinations((64, 50, 1, 600), OUT):
+        for norm in (
+            InputNorm(_draw(channels, seed=8), _draw(channels, seed=9)),
+            InputNorm(_draw(channels, seed=8)),
+            InputNorm(0.2 * _draw(channels, seed=8), kind="rms_norm"),
+        ):
+            call = _call(6, channels, 9, norm=norm)
+            _run(small, replace(call, x=(2 + call.x).to(dtype)))
+
+
+def test_norm_on_the_way_in(small: Kernels) -> None:
+    _norms(small)
+
+
+def test_float32_enters_rounded_to_the_nearest(kernels: Kernels) -> None:
+    """Ties to even: as torch rounds."""
+    x = torch.tensor([[1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 0, 0, 0, 0]])
+    for dtype in HALVES:
+        result = _launch(kernels, Call(x, torch.eye(8, dtype=dtype)))
+        assert torch.equal(result.out, x.to(dtype).float())
+
+
+def test_a_nan_stays_in_its_row_and_an_infinity_of_the_weight_in_its_column(small: Kernels) -> None:
+    call = _call(9, 80, 50)
+    call.x[4, 79] = torch.nan
+    call.weight[33, 0] = torch.inf
+    wrong = ~_launch(small, call).out.isfinite()
+    assert wrong[4].all()
+    assert wrong[:, 33].all()
+    assert wrong.sum() == 50 + 9 - 1
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
+def test_every_schedule_gives_the_same_bits(split: bool, small: Kernels) -> None:
+    call = _call(20, 5 * DEPTH, 72, tile=(32, 64), parts=2, split=split, norm=InputNorm(_draw(5 * DEPTH)))
+    expected = _run(small, call, SEEDS[0])
+    for seed in SEEDS[1:]:
+        assert torch.equal(_bits(_run(small, call, seed)), _bits(expected))
+
+
+def _traffic(small: Kernels, split: bool) -> None:
+    """The weight once for each tile of rows, x once for each of columns, the rest once; and no bank met twice."""
+    call = _call(33, 4 * DEPTH, 128, tile=(32, 64), parts=2, split=split, multiply=True, residual=True)
+    report = _launch(small, replace(call, x=call.x.bfloat16())).report
+    weight, x = call.weight.nbytes, call.x.nbytes // 2
+    assert report.read["call.weights.data"] == 2 * weight
+    assert report.read["call.x"] + report.read["input"] == 2 * x
+    for name in ("multiply", "residual"):
+        assert report.read[f"call.{name}"] == 33 * 128 * 4
+    assert report.written["call.out"] == 33 * 128 * 4
+    partials = 2 * 33 * 128 * 4 if split else 0
+    counters = 4 * (report.blocks if split else 0)
+    assert report.written["workspace"] <= partials + 2 * counters
+    assert report.written["workspace"] >= partials
+    assert report.bank_conflicts == 0
+    # A product of 16 x 8 x 16 each; edges are multiplied too.
+    assert report.products == 2 * 2 * (32 // 16) * (64 // 8) * (4 * DEPTH // 16)
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
+def test_bytes_moved_and_banks(split: bool, small: Kernels) -> None:
+    _traffic(small, split)
+
+
+# What keeps the kernels right, taken away one by one, with the test that must see it: every barrier, wait and check of
+# an edge. Not here, because blocks run one after another: what orders memory between blocks (both __threadfence and the
+# barrier before the count of blocks).
+MULTIPLY, FINISH, INPUT = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input"))
+
+
+def _split(small: Kernels) -> None:
+    _traffic(small, True)
+    _parts(small)
+
+
+CAUGHT: list[tuple[str, dict[str, str], Any]] = [
+    (MULTIPLY, {r"__syncthreads\(\);": "", r"cute::cp_async_(wait<Tile::stages - 2>|fence)\(\);": ""}, _parts),
+    (MULTIPLY, {r"stages - 2>\(\)": "stages - 1>()", r"step < steps\) \{": "true) {"}, _parts),
+    (MULTIPLY, {r"first_row \+ row < rows": "true", r"column < depth": "true"}, _edges),
+    (MULTIPLY, {r"piece \^ \(row % step_pieces\)": "piece"}, _split),
+    (FINISH, {r"first_column \+ column( \+ i)? >= call\.weights\.columns": "false"}, _edges),
+    (FINISH, {r"first_row \+ row >= call\.rows": "false"}, _split),
+    (
+        FINISH,
+        {r"tile\.arrived != schedule\.parts - 1": "false", r"(?<=\}\n        )sync\(\);(?=\n        if \(tile)": ""},
+        _split,
+    ),
+    (FINISH, {r"(?<=tile_size\(\);\n    )sync\(\);": ""}, _edges),
+    (INPUT, {r"c < channels": "c < channels + width"}, _norms),
+    ("cuda/reduce.cuh", {r"__syncthreads\(\);(?=\n#pragma unroll\n        for \(int i = 0; i < count)": ""}, _norms),
+    (INPUT, {r"c < args\.depth": "false"}, _edges),
+    (INPUT, {r"args\.schedule\.split": "false", r"tile < args\.schedule\.tiles\(\)": "true"}, _split),
+]
+MUTATIONS = [(mutation, check) for file, changes, check in CAUGHT for mutation in mutations(file, changes)]
+
+
+@pytest.mark.parametrize("mutation, check", MUTATIONS, ids=lambda part: str(part) if isinstance(part, Mutation) else "")
+def test_mutation_is_caught(mutation: Mutation, check: Any) -> None:
+    assert_caught(SMALL, mutation, check)

@@ -1,0 +1,167 @@
+// Random masks: what csrc/ops/block_attention/block_attention_schedule.h says that tiles see, against every pair of a
+// query and a key. Prints what is wrong, and the number of masks.
+#include "ops/block_attention/block_attention_schedule.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+namespace {
+
+using namespace starflow;
+
+std::mt19937 generator(7);
+
+int64_t draw(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(generator() % static_cast<uint64_t>(high - low + 1));
+}
+
+[[noreturn]] void wrong(const char* what, int mask) {
+    std::printf("mask %d: %s\n", mask, what);
+    std::exit(1);
+}
+
+// By the rule in words: no more than a comparison of frames.
+bool visible(const AttentionMask& mask, int64_t keys, int64_t query, int64_t key) {
+    const int64_t position = mask.start + query;
+    const auto frame_of = [&](int64_t at) {
+        const int64_t offset = at - mask.prefix;
+        int64_t frame = 0;
+        while ((frame + 1) * mask.frame_tokens <= offset) ++frame;
+        while (frame * mask.frame_tokens > offset) --frame;
+        return frame;
+    };
+    if (key >= mask.length || key >= keys || (mask.causal && key > position)) return false;
+    if (!mask.frames || key < mask.prefix) return true;
+    const int64_t query_frame = frame_of(position);
+    const int64_t frame = frame_of(key);
+    return frame < (query_frame < 0 ? 0 : query_frame) + mask.look_ahead &&
+           (mask.window < 0 || frame >= query_frame + mask.look_ahead - 1 - mask.window);
+}
+
+void check_mask(int number) {
+    AttentionShape shape{};
+    shape.batch = 1;
+    shape.heads = shape.kv_heads = 1;
+    shape.queries = draw(1, 90);
+    shape.keys = draw(1, 150);
+    AttentionMask mask{};
+    mask.causal = draw(0, 1) != 0;
+    mask.frames = draw(0, 2) != 0;
+    mask.prefix = draw(0, 40);
+    mask.frame_tokens = draw(1, 30);
+    mask.look_ahead = draw(1, 3);
+    mask.window = draw(0, 2) == 0 ? -1 : draw(mask.look_ahead - 1, 4);
+    mask.start = draw(-20, 160);
+    mask.length = draw(0, 2) == 0 ? draw(-3, 160) : shape.keys;
+    const auto queries = static_cast<int>(shape.queries);
+    const auto keys = static_cast<int>(shape.keys);
+    for (int i = 0; i < queries; ++i) {
+        const VisibleKeysOf<int> seen = visible_in_tile(mask, shape, 0, i);
+        for (int k = 0; k < keys; ++k) {
+            if (seen.has(k) != visible(mask, keys, i, k)) wrong("a query sees other keys", number);
+        }
+    }
+    for (const int rows : {1, 16, 64}) {
+        for (int first = 0; first < queries; first += rows) {
+            const int end = first + rows < queries ? first + rows : queries;
+            const VisibleByRows seen = VisibleByRows::between(visible_in_tile(mask, shape, 0, first),
+                                                              visible_in_tile(mask, shape, 0, end - 1));
+            for (const int columns : {16, 32, 64}) {
+                const KeyTiles tiles = KeyTiles::of(seen.any, columns);
+                std::vector<int> passes((keys + columns - 1) / columns);
+                for (int t = 0; t < tiles.count; ++t) ++passes.at(tiles.tile(t));
+                for (int tile = 0; tile < static_cast<int>(passes.size()); ++tile) {
+                    bool any = false;
+                    bool all = true;
+                    for (int k = tile * columns; k < (tile + 1) * columns; ++k) {
+                        for (int i = first; i < end; ++i) {
+                            const bool sees = k < keys && visible(mask, keys, i, k);
+                            any = any || sees;
+                            all = all && sees;
+                            if (sees && !seen.any.has(k)) wrong("a key that a row sees is not fetched", number);
+                        }
+                    }
+                    if (passes[tile] > 1) wrong("a tile is passed over twice", number);
+                    if (any && passes[tile] == 0) wrong("a visible tile is left out", number);
+                    const bool whole = seen.every.all_in(tile * columns, (tile + 1) * columns);
+                    if (whole && !all) wrong("a tile with hidden keys counts as wholly visible", number);
+                }
+            }
+        }
+    }
+    for (int begin = 0; begin < keys; begin += 16) {
+        const int end = begin + 16 < keys ? begin + 16 : keys;
+        const QueryRange range = visible_queries(mask, shape, 0, begin, end);
+        if (range.begin < 0 || range.end > queries || range.begin > range.end) wrong("no range of queries", number);
+        for (int i = 0; i < queries; ++i) {
+            for (int k = begin; k < end; ++k) {
+                if (visible(mask, keys, i, k) && (i < range.begin || i >= range.end)) {
+                    wrong("a query that sees a key is left out", number);
+                }
+            }
+        }
+    }
+}
+
+// Schedules of all sizes: bounds that kernels and memory rely on.
+void check_schedules() {
+    for (const Dtype data : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+        const int bytes = data == Dtype::float32 ? 4 : 2;
+        for (const int64_t head_dim : {1, 16, 64, 65, 128, 130, 256}) {
+            const int64_t width = tile_width(head_dim);
+            if (width < head_dim || width > most_head_dim) wrong("a head does not fit its tile", 0);
+            for (const bool large : {false, true}) {
+                const AttentionTile tile = forward_tile(bytes, width, large);
+                if (tile.columns != forward_tile(bytes, width, !large).columns) wrong("bits depend on the rows", 0);
+            }
+            for (const int64_t queries : {1, 7, 64, 1000, 32768}) {
+                for (const int64_t keys : {1, 511, 512, 4096, 65536}) {
+                    for (const int64_t multiprocessors : {1, 46, 108, 132, 148}) {
+                        for (const int64_t heads : {1, 4, 48}) {
+                            const AttentionShape shape{2, 2 * heads, heads, queries, keys, head_dim, data};
+                            const AttentionSchedule schedule = attention_schedule(shape, multiprocessors);
+                            const int64_t blocks = schedule.row_tiles * 2 * heads;
+                            const bool covers = schedule.row_tiles * schedule.tile_rows >= 2 * queries &&
+                                                (schedule.row_tiles - 1) * schedule.tile_rows < 2 * queries;
+                            if (!covers) wrong("tiles do not cover the rows once", 0);
+                            if (schedule.splits < 1) wrong("no part", 0);
+                            if (schedule.splits > 1 && keys / schedule.splits < 512) wrong("a part is small", 0);
+                            if (schedule.splits > 1 && blocks * schedule.splits > 2 * multiprocessors) {
+                                wrong("more parts than there are places", 0);
+                            }
+                            if (blocks < multiprocessors && keys >= 1024 * multiprocessors && multiprocessors <= 64 &&
+                                2 * multiprocessors / blocks > 1 && blocks * schedule.splits < multiprocessors) {
+                                wrong("multiprocessors without work", 0);
+                            }
+                            const int64_t elements = parts_elements(shape, schedule.splits);
+                            const int64_t rows = 2 * 2 * heads * queries;
+                            if (elements != (schedule.splits > 1 ? schedule.splits * rows * (head_dim + 1) : 0)) {
+                                wrong("memory of the parts", 0);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+    // A window of the 7B model on A100 and H100 and its long cache: each multiprocessor has two blocks, or nearly.
+    const AttentionShape window{1, 48, 48, 64, 32768, 64, Dtype::bfloat16};
+    static_assert(2 * 108 / 48 == 4);
+    if (attention_schedule(window, 108).splits != 4 || attention_schedule(window, 132).splits != 5) {
+        wrong("parts of the decode shape", 0);
+    }
+    const AttentionShape training{4, 48, 48, 4096, 4096, 64, Dtype::bfloat16};
+    const AttentionSchedule whole = attention_schedule(training, 132);
+    if (whole.tile_rows != 128 || whole.splits != 1) wrong("tiles of training", 0);
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+    const int masks = std::atoi(arguments[1]);
+    for (int i = 0; i < masks; ++i) check_mask(i);
+    check_schedules();
+    std::printf("%d masks\n", masks);
+}

@@ -1,0 +1,192 @@
+"""What the machine code of every CUDA kernel in the built library must hold, and must not, for each architecture.
+
+A kernel is named by its source and its template arguments: "norm forward_kernel<float, 4>". Nothing here runs a kernel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from starflow_ext._load import native
+
+Tool = Callable[..., list[str]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel in the code of one architecture."""
+
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    instructions: Counter[str]
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.architecture}"
+
+    def count(self, *opcodes: str) -> int:
+        """Instructions of an opcode, whatever its modifiers; with "LDG.128", those that have these modifiers too."""
+
+        def matches(instruction: str, opcode: str) -> bool:
+            parts = instruction.split(".")
+            first, *modifiers = opcode.split(".")
+            return parts[0] == first and set(modifiers) <= set(parts[1:])
+
+        return sum(
+            number for name, number in self.instructions.items() if any(matches(name, opcode) for opcode in opcodes)
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Bounds for the kernels whose names match, on the architectures that match.
+
+    Attributes:
+        kernels: regular expression for the whole name.
+        architectures: regular expression for the whole architecture.
+        registers: at most, of a thread.
+        least: instructions that must be there, by opcode.
+        wide: least share of 16-byte accesses among those to global memory.
+    """
+
+    kernels: str
+    architectures: str = r"sm_\w+"
+    registers: int = 255
+    least: Mapping[str, int] = field(default_factory=dict)
+    wide: float = 0.0
+
+    def __str__(self) -> str:
+        return f"{self.kernels} on {self.architectures}"
+
+
+HALF = r"B?Float16"
+RULES = (
+    Rule(rf"affine_\w+ forward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=64, wide=0.95),
+    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.95),
+    # One store of four bytes a row, of the change.
+    Rule(rf"jacobi_update update_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.85),
+    # A row is held in registers: few beside it leave room for other warps, whose work covers the time of loads.
+    Rule(rf"norm forward_kernel<(float, 4|{HALF}, 8)>", registers=64, wide=1.0),
+    Rule(rf"norm backward_kernel<(float, 4|{HALF}, 8)>", registers=96, wide=1.0),
+    # Half-split planes are two accesses of 8 bytes.
+    Rule(rf"rope_append forward_kernel<(float, 2|{HALF}, 4)>", registers=64, wide=0.15),
+    Rule(rf"rope_append backward_kernel<(float, 2|{HALF}, 4)>", registers=80, wide=0.2),
+    Rule(r"block_attention forward_kernel<Forward<float, .*", least={"HMMA": 96, "LDGSTS": 4}),
+    Rule(rf"block_attention forward_kernel<Forward<{HALF}, .*", least={"HMMA": 64, "LDSM": 32, "LDGSTS": 4}),
+    Rule(r"block_attention_backward grad_\w+<Backward<float, .*", least={"HMMA": 256, "LDGSTS": 6}),
+    Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, .*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}),
+    Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
+    Rule(r"linear_sm90 multiply<.*", "sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
+)
+
+
+def _source(mangled: str) -> str:
+    """The source that an anonymous namespace of nvcc's is named after."""
+    found = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", mangled)
+    return found[1] if found else "shared"
+
+
+def _short(demangled: str) -> str:
+    """The name and its template arguments, without namespaces and parameters."""
+    name = re.sub(r"starflow::|cuda::|cute::|cutlass::|\(anonymous namespace\)::|\(bool\)|^void ", "", demangled)
+    name = name.replace("> >", ">>")
+    depth = 0
+    for place, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:place]
+    return name
+
+
+def _names(tool: Tool, mangled: Iterable[str]) -> dict[str, str]:
+    symbols = list(mangled)
+    return {s: f"{_source(s)} {_short(name)}" for s, name in zip(symbols, tool("c++filt", *symbols), strict=True)}
+
+
+def _sections(lines: Iterable[str], head: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Architecture, mangled name and lines of each function."""
+    architecture, name, found = "", "", []
+    for line in lines:
+        if match := re.match(r"arch = (\w+)", line):
+            if name:
+                yield architecture, name, found
+            architecture, name = match[1], ""
+        elif match := re.match(head, line):
+            if name:
+                yield architecture, name, found
+            name, found = match[1], []
+        elif name:
+            found.append(line)
+    if name:
+        yield architecture, name, found
+
+
+def read(tool: Tool, path: Path) -> list[Kernel]:
+    """The kernels of a library or an object."""
+    usage = {}
+    for architecture, name, lines in _sections(tool("cuobjdump", "-res-usage", path), r"\s*Function (\S+):"):
+        usage[architecture, name] = [int(re.search(rf"{key}:(\d+)", lines[0])[1]) for key in ("REG", "STACK")]
+    code = list(_sections(tool("cuobjdump", "-sass", path), r"\s*Function : (\S+)"))
+    names = _names(tool, {name for _, name, _ in code})
+    kernels = []
+    for architecture, name, lines in code:
+        found = (re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line) for line in lines)
+        instructions = Counter(match[1] for match in found if match)
+        kernels.append(Kernel(architecture, names[name], *usage[architecture, name], instructions))
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path, tool: Tool) -> list[Kernel]:
+    if not native.build_info()["cuda"]:
+        pytest.skip("this build has no CUDA kernels")
+    found = read(tool, library)
+    assert found
+    return found
+
+
+def test_no_kernel_is_empty(kernels: list[Kernel]) -> None:
+    """What an architecture cannot run may be compiled to nothing without a word."""
+    for kernel in kernels:
+        assert sum(kernel.instructions.values()) - kernel.count("NOP", "EXIT", "BRA") >= 10, str(kernel)
+
+
+def test_every_architecture_has_every_kernel(kernels: list[Kernel]) -> None:
+    """But for those that are written for one."""
+    by_architecture: dict[str, set[str]] = {}
+    for kernel in kernels:
+        if not kernel.name.split()[0].endswith("_sm90"):
+            by_architecture.setdefault(kernel.architecture, set()).add(kernel.name)
+    first, *others = by_architecture.values()
+    assert all(other == first for other in others)
+
+
+def test_nothing_is_spilled_or_kept_in_local_memory(kernels: list[Kernel]) -> None:
+    wrong = [str(kernel) for kernel in kernels if kernel.stack or kernel.count("LDL", "STL")]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_rule(rule: Rule, root: Path, kernels: list[Kernel]) -> None:
+    source = re.match(r"[a-z_0-9]+", rule.kernels)
+    if source and not list(root.glob(f"csrc/ops/*/{source[0].rstrip('_')}*.cu")):
+        pytest.skip(f"no kernel of {source[0]} in this checkout")
+    for architecture in sorted({kernel.architecture for kernel in kernels}):
+        if not re.fullmatch(rule.architectures, architecture):
+            continue
+        found = [k for k in kernels if k.architecture == architecture and re.fullmatch(rule.kernels, k.name)]
+        assert found, f"no kernel of {architecture} is meant"
+        for kernel in found:
+            assert kernel.registers <= rule.registers, f"{kernel} has {kernel.registers} registers"
+            for opcode, least in rule.least.items():
+                assert kernel.count(opcode) >= least, f"{kernel} has {kernel.count(opcode)} {opcode}"
+            accesses = kernel.count("LDG", "STG")
+            wide = kernel.count("LDG.128", "STG.128")
+            assert wide >= rule.wide * accesses, f"{kernel} has {wide} accesses of 16 bytes among {accesses}"
