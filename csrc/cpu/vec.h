@@ -50,7 +50,13 @@ inline Vec<double> operator-(Vec<double> a, Vec<double> b) { return Vec<double>(
 inline Vec<double> operator*(Vec<double> a, Vec<double> b) { return Vec<double>(a.v * b.v); }
 inline Vec<double> operator/(Vec<double> a, Vec<double> b) { return Vec<double>(a.v / b.v); }
 inline Vec<double> reciprocal(Vec<double> a) { return Vec<double>(1.0 / a.v); }
-inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return Vec<double>(a.v * b.v + c.v); }
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__FMA__)
+    return Vec<double>(__builtin_fma(a.v, b.v, c.v));
+#else
+    return Vec<double>(a.v * b.v + c.v);
+#endif
+}
 inline Vec<double> absolute(Vec<double> a) { return Vec<double>(__builtin_fabs(a.v)); }
 inline Vec<double> square_root(Vec<double> a) { return Vec<double>(__builtin_sqrt(a.v)); }
 // Of the second operand where either is NaN, like the instruction.

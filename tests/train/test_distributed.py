@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 from collections.abc import Callable
@@ -44,13 +45,13 @@ def commanded(*arguments: str) -> dict[str, Any]:
     return {"status": main(arguments)}
 
 
-def one_rank(rank: int, port: int, out: Path, function: Callable[..., dict[str, Any]], arguments: tuple) -> None:
+def one_rank(rank: int, port: int, out: Path, name: str, arguments: tuple) -> None:
     """What a process of `torchrun` does, and what it says of itself in a file."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     try:
-        said = function(*arguments)
+        said = globals()[name](*arguments)
     except (Exception, KeyboardInterrupt) as error:
         said = {"error": f"{type(error).__name__}: {error}"}
     (out / f"{rank}.json").write_text(json.dumps(said))
@@ -67,7 +68,14 @@ def both(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        processes = [context.Process(target=one_rank, args=(r, port, out, function, arguments)) for r in (0, 1)]
+        # By the path of this file: it is no module that another process could import.
+        processes = [
+            context.Process(
+                target=runpy.run_path,
+                args=(__file__, {"RANK": (rank, port, out, function.__name__, arguments)}, "rank"),
+            )
+            for rank in (0, 1)
+        ]
         for process in processes:
             process.start()
         for process in processes:
@@ -184,3 +192,7 @@ def test_prompts_are_shared_out_and_clips_are_those_of_one_process(tiny, tmp_pat
         if name.endswith(".json"):
             one, two = (json.loads(text)["seed"] for text in (one, two))
         assert one == two, name
+
+
+if __name__ == "rank":
+    one_rank(*globals()["RANK"])
