@@ -8,8 +8,8 @@ r"""Run the CUDA kernels of csrc/ on the CPU: the same source and launchers, com
 
 The keywords are the fields of the launcher's struct, which is read from the header beside the ``.cu`` file. A struct
 takes a mapping; a view (a struct that begins with ``data``: Rows, Heads, HeadRows, Matrix) takes a CPU tensor, from
-which pointer, strides and dtype come; a pointer takes a tensor, or of structs a list of mappings; an enum takes the name
-of a value, or a torch.dtype; what is left out or None is zero. Results are written into the tensors that were given.
+which pointer, strides and dtype come; a pointer takes a tensor, or of structs a list of mappings; an enum takes the
+name of a value, or a torch.dtype; what is left out or None is zero. Results are written into the tensors given.
 
 ``launch`` raises EmulationError for whatever a device would punish, and for most of what it would not:
 
