@@ -187,12 +187,8 @@ def jacobi_solve_reference(
             wild = ~(x[tokens[1:]].abs() < _WILD)
             x[tokens[1:]] = torch.where(wild, noise[tokens[1:] - 1], x[tokens[1:]])
             caches = torch.arange(halves) * batch + sample
-            own = _rows_of(state, caches)
             slot = torch.full((halves,), frontier - first_token + state.text_tokens)
-            raw = jacobi_sweep_reference(
-                weights, own, x[tokens].expand(halves, -1, -1), slot, torch.zeros_like(slot), False
-            )
-            state.keys[:, caches], state.values[:, caches] = own.keys, own.values
+            raw = _evaluate(weights, state, caches, x[tokens].expand(halves, -1, -1), slot)
             kept[:, tokens] = raw
             moved = x[tokens + 1]
             change = update(moved, noise[tokens], raw, tokens)
@@ -205,6 +201,14 @@ def jacobi_solve_reference(
             if not change[reached - 1].isfinite():
                 return rows, tuple(accepted), (sample, frontier + reached - 1)
     return rows, tuple(accepted), None
+
+
+def _evaluate(weights: BlockWeights, state: BlockState, caches: Tensor, x: Tensor, start: Tensor) -> Tensor:
+    """Sweep over some rows of the caches alone."""
+    own = _rows_of(state, caches)
+    raw = jacobi_sweep_reference(weights, own, x, start, torch.zeros_like(start), False)
+    state.keys[:, caches], state.values[:, caches] = own.keys, own.values
+    return raw
 
 
 def _rows_of(state: BlockState, rows: Tensor) -> BlockState:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from starflow_ext import _sweep_reference
+from starflow_ext.jacobi_solve import SolveProgress
 from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.linear_pack import device_rows_shape
 from starflow_ext.norm import EPSILON
@@ -17,19 +18,19 @@ from starflow_ext.norm import EPSILON
 from .emulator import Kernels, Mutation, Report, emulated
 
 SWEEP = "ops/jacobi_sweep/jacobi_sweep.cu"
-# What a sweep launches.
-BESIDE = (
-    "ops/linear/linear.cu",
-    "ops/rope_append/rope_append.cu",
-    "ops/block_attention/block_attention.cu",
-    "ops/norm/norm.cu",
-)
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MULTIPROCESSORS = 4
 
 
+SOLVE = "ops/jacobi_solve/jacobi_solve.cu"
+
+
+def solve_kernels(mutation: Mutation | None = None) -> Kernels:
+    return emulated(SOLVE, mutation)
+
+
 def sweep_kernels(mutation: Mutation | None = None) -> Kernels:
-    return emulated(SWEEP, mutation, beside=BESIDE)
+    return emulated(SWEEP, mutation)
 
 
 def _matrix(linear: PackedLinear | None) -> Mapping[str, Any]:
@@ -73,6 +74,11 @@ class DeviceBlock:
         # What was never written must not be read.
         keys, values = (torch.full(shape, torch.nan, dtype=state.keys.dtype) for _ in range(2))
         return cls(weights, state, keys, values)
+
+    def rows(self, caches: Tensor) -> DeviceBlock:
+        """A copy of some rows of the caches."""
+        state = _sweep_reference._rows_of(self.state, caches)
+        return DeviceBlock(self.weights, state, self.keys[:, caches].clone(), self.values[:, caches].clone())
 
     def _layer(self, index: int, layer: LayerWeights) -> Mapping[str, Any]:
         kind = self.weights.norm
@@ -154,6 +160,84 @@ class DeviceBlock:
             "jacobi_sweep_cuda", seed, **call, workspace=workspace(kernels, "jacobi_sweep_cuda", call)
         )
         return report, raw.view(batch, tokens, out)[:, : 0 if text else None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to solve; as of starflow_ext.ops.jacobi_solve."""
+
+    first: int = 1
+    first_token: int = 0
+    frame_tokens: int = 8
+    window: int = 7
+    tolerance: float = 0.02
+    activation: str = "softplus"
+    soft_clip: float = 3.0
+    guidance: float = 0.0
+    guided: str = "gaussian"
+
+    @property
+    def halves(self) -> int:
+        return 2 if self.guidance > 0.0 else 1
+
+    def fields(self) -> Mapping[str, Any]:
+        """The fields of SolveOptions."""
+        activation = {"softplus": "softplus", "exp": "exponential", "none": "none"}[self.activation]
+        guidance = {"weight": self.guidance, "linear": self.guided != "gaussian"}
+        parts = {"log_scale": "a", "shift": "b", "annealed": "+"}
+        return {
+            **{name: getattr(self, name) for name in ("first", "first_token", "frame_tokens", "window", "tolerance")},
+            "affine": {"activation": activation, "soft_clip": self.soft_clip},
+            "guidance": guidance | {name: part in self.guided for name, part in parts.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Solved:
+    """What a call reports."""
+
+    report: Report
+    accepted: list[int]
+    bad: tuple[int, int]
+    more: bool
+
+
+def solve(
+    kernels: Kernels,
+    device: DeviceBlock,
+    progress: SolveProgress,
+    z: Tensor,
+    options: Options,
+    *,
+    most_sweeps: int = 64,
+    repeat: str = "graph",
+    seed: int = 0,
+) -> Solved:
+    """As starflow_ext.ops.jacobi_solve."""
+    head = 4
+    # What was there before is no report.
+    report = torch.full((head + most_sweeps,), 77, dtype=torch.int64)
+    call = {
+        "block": device.fields(),
+        "device": device.device,
+        "options": options.fields(),
+        "state": {
+            "batch": z.shape[0],
+            "tokens": z.shape[1],
+            "x": progress.x,
+            "z": z,
+            "frontier": progress.frontier,
+            "fresh": progress.fresh,
+            "kept": progress.kept,
+        },
+        "most_sweeps": most_sweeps,
+        "repeat": repeat,
+        "report": report,
+    }
+    done = kernels.launch("jacobi_solve_cuda", seed, **call, workspace=workspace(kernels, "jacobi_solve_cuda", call))
+    more, sweeps, sample, token, *accepted = report.tolist()
+    assert accepted[sweeps:] == [77] * (most_sweeps - sweeps)
+    return Solved(done, accepted[:sweeps], (sample, token), bool(more))
 
 
 def reference_caches(weights: BlockWeights, state: BlockState) -> tuple[Tensor, Tensor]:

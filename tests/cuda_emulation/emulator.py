@@ -339,40 +339,39 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 @cache
 def _runtime() -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    return _compile("runtime", f'#include "{EMULATOR}/runtime.cpp"\n', ("-O2",), files)
+    return _compile(
+        "runtime", "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("runtime", "graphs")), ("-O2",), files
+    )
 
 
 @cache
-def emulated(
-    source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = (), beside: tuple[str, ...] = ()
-) -> Kernels:
-    """Compile a ``.cu`` file for the emulated device.
+def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = ()) -> Kernels:
+    """Compile a ``.cu`` file for the emulated device, and those whose launchers it calls, without the mutation.
 
     Args:
         source: path in csrc/, or beside this file.
         mutation: a change of one of its files.
         flags: further options of the compiler, such as a definition that leaves instantiations out.
-        beside: sources whose launchers it calls; compiled without the mutation.
 
     Returns:
         Its launchers: those that it and its headers declare by STARFLOW_DECLARE_CUDA, and that it defines.
     """
-    library, declarations = _library(source, mutation, flags, beside)
+    library, declarations = _library(source, mutation, flags)
     return Kernels(library, declarations)
 
 
 @cache
-def _library(
-    source: str, mutation: Mutation | None, flags: tuple[str, ...], beside: tuple[str, ...]
-) -> tuple[Path, _Declarations]:
+def _library(source: str, mutation: Mutation | None, flags: tuple[str, ...]) -> tuple[Path, _Declarations]:
     """The library of a source, which shows its launchers, and what was read of it."""
     path = next(folder / source for folder in (CSRC, HERE) if (folder / source).is_file())
     files = _reached(path)
     declarations = _Declarations(path)
     text = path.read_text()
-    declarations.launchers = {
-        name: args for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
+    defined = {
+        name for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
     }
+    called = sorted(name for name in declarations.launchers if name not in defined and re.search(rf"\b{name}\b", text))
+    declarations.launchers = {name: args for name, args in declarations.launchers.items() if name in defined}
     overlay: tuple[str, ...] = ()
     if mutation is not None:
         folder = CACHE / "mutated" / hashlib.sha256(mutation.applied().encode()).hexdigest()[:16]
@@ -397,21 +396,25 @@ def _library(
         )
     files += [found for found in EMULATOR.rglob("*") if found.is_file()]
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
-    others = [str(_library(other, None, flags, ())[0]) for other in beside]
+    others = [str(_library(_defining(name), None, flags)[0]) for name in called]
     link = (*others, str(_runtime()), f"-Wl,-rpath,{CACHE}")
     library = _compile(path.stem, "".join(calls), (*KERNEL, *flags, *include), iter(files), link)
     return library, declarations
 
 
+@cache
+def _defining(launcher: str) -> str:
+    """The source of a launcher."""
+    found = [path for path in CSRC.rglob("*.cu") if re.search(rf"\bint {launcher}\(const ", path.read_text())]
+    (source,) = found
+    return str(source.relative_to(CSRC))
+
+
 def assert_caught(
-    source: str,
-    mutation: Mutation,
-    check: Callable[[Kernels], None],
-    flags: tuple[str, ...] = (),
-    beside: tuple[str, ...] = (),
+    source: str, mutation: Mutation, check: Callable[[Kernels], None], flags: tuple[str, ...] = ()
 ) -> None:
     """Compile a mutated source and want ``check`` to fail on it: by a wrong value, or by what the device notices."""
-    kernels = emulated(source, mutation, flags, beside)
+    kernels = emulated(source, mutation, flags)
     try:
         check(kernels)
     except (EmulationError, AssertionError):
