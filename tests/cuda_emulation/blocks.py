@@ -78,7 +78,7 @@ class DeviceBlock:
     def rows(self, caches: Tensor) -> DeviceBlock:
         """A copy of some rows of the caches."""
         state = _sweep_reference._rows_of(self.state, caches)
-        return DeviceBlock(self.weights, state, self.keys[:, caches].clone(), self.values[:, caches].clone())
+        return DeviceBlock(self.weights, state, self.keys[:, caches].contiguous(), self.values[:, caches].contiguous())
 
     def _layer(self, index: int, layer: LayerWeights) -> Mapping[str, Any]:
         kind = self.weights.norm
