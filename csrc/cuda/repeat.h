@@ -13,7 +13,7 @@ namespace starflow::cuda {
 enum class Repeat : int32_t { graph, step, loop };
 
 // The override, else graph where the toolkit of the build and the driver have it, else step.
-STARFLOW_API Repeat chosen_repeat();
+Repeat chosen_repeat();
 STARFLOW_API std::string repeat_name();
 
 // Set the override; an empty name takes it away. Throws std::runtime_error for a name that is no way.

@@ -3,7 +3,7 @@
 #include "cuda/enqueue.cuh"
 #include "cuda/packed.cuh"
 #include "cuda/reduce.cuh"
-#include "ops/block_attention/block_attention.h"
+#include "ops/block_attention/block_attention_schedule.h"
 #include "ops/jacobi_sweep/jacobi_sweep_cuda.h"
 #include "ops/linear/linear_finish.cuh"
 #include "ops/norm/norm.h"

@@ -11,7 +11,6 @@
 // and with each product one that rounds or normalises what enters it, and one that clears counters where its depth is
 // cut.
 #pragma once
-#include "ops/block_attention/block_attention_schedule.h"
 #include "ops/jacobi_sweep/jacobi_sweep.h"
 #include "ops/linear/linear_plan.h"
 
