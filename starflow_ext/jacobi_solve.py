@@ -101,8 +101,8 @@ def jacobi_solve(
         What was done; ``bad`` is (sample, token) where a final token is NaN or infinite, which ends the solve.
 
     Raises:
-        RuntimeError: if a shape, a dtype or an option is wrong; on CUDA also while the current stream is captured into a
-            graph.
+        RuntimeError: if a shape, a dtype or an option is wrong; on CUDA also while the current stream is captured into
+            a graph.
 
     Reference:
         Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021); the acceptance

@@ -160,8 +160,8 @@ class BlockState:
         position: (grid slots, width) added to the embedded tokens, or None.
         condition: (cache rows, width) added to the embedded tokens, or None.
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
-        layout: of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", its slots side by side,
-            (slots, head_dim), which those of CUDA do.
+        layout: of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", (slots, head_dim) side
+            by side, which those of CUDA do.
     """
 
     keys: Tensor
@@ -190,7 +190,7 @@ class BlockState:
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
     ) -> BlockState:
-        """Allocate caches of ``slots`` slots for ``rows`` rows where the weights are; other arguments as the attributes.
+        """Allocate caches of ``slots`` slots for ``rows`` rows, where the weights are; the others as the attributes.
 
         Raises:
             RuntimeError: if ``storage`` is none of "float32", "float16", "bfloat16".
@@ -250,8 +250,8 @@ def jacobi_sweep(
         state: caches; written.
         rows: (cache rows, tokens, channels) float32: the network's input at slots ``start ..``; with ``text`` (cache
             rows, tokens, width): text in the residual stream.
-        start: (cache rows,) int64 first slot of each window. The host checks it, so with ``rows`` on a CUDA device it is
-            best on the CPU; on the device it is read, which waits for the stream.
+        start: (cache rows,) int64 first slot of each window. The host checks it: with ``rows`` on a CUDA device it is
+            best on the CPU; from the device it is read, which waits for the stream.
         keep: (cache rows,) int64 slots below it are not written; None writes all. On a device like ``start``.
         activations: how activations enter products (see ``linear``); None: "float32", on CUDA the storage of the
             weights, which is all that there is.
