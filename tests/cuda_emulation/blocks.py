@@ -138,19 +138,19 @@ class DeviceBlock:
         *,
         text: bool = False,
         seed: int = 0,
-        gap: int = 0,
+        most_rows: int = 4096,
     ) -> tuple[Report, Tensor]:
-        """As starflow_ext.ops.jacobi_sweep; rows of the result lie among NaN."""
-        batch, tokens, _ = rows.shape
+        """As starflow_ext.ops.jacobi_sweep, so many rows together."""
+        samples, tokens, _ = rows.shape
         out = self.weights.proj_out.weight.out_channels
-        whole = torch.full((batch * tokens * out + gap,), torch.nan)
-        raw = whole[: batch * tokens * out]
+        raw = torch.full((len(start), tokens, out), torch.nan)
         call = {
             "block": self.fields(),
             "device": self.device,
+            "most_rows": most_rows,
             "tokens": tokens,
             "source": rows,
-            "samples": batch,
+            "samples": samples,
             "embedded": text,
             "slots": start,
             "keep": torch.zeros_like(start) if keep is None else keep,
@@ -159,7 +159,7 @@ class DeviceBlock:
         report = kernels.launch(
             "jacobi_sweep_cuda", seed, **call, workspace=workspace(kernels, "jacobi_sweep_cuda", call)
         )
-        return report, raw.view(batch, tokens, out)[:, : 0 if text else None]
+        return report, raw[:, : 0 if text else None]
 
 
 @dataclass(frozen=True)
@@ -212,6 +212,7 @@ def solve(
     most_sweeps: int = 64,
     repeat: str = "graph",
     seed: int = 0,
+    most_rows: int = 4096,
 ) -> Solved:
     """As starflow_ext.ops.jacobi_solve."""
     head = 4
@@ -220,6 +221,7 @@ def solve(
     call = {
         "block": device.fields(),
         "device": device.device,
+        "most_rows": most_rows,
         "options": options.fields(),
         "state": {
             "batch": z.shape[0],

@@ -78,6 +78,7 @@ SolveCount run_cuda(const Block& block, const Tensor& keys, const SolveOptions& 
     SolveCudaArgs args{};
     args.block = block.args();
     args.device = cuda_device(keys);
+    args.most_rows = sweep_most_rows;
     args.options = options;
     args.state = state;
     args.most_sweeps = most_sweeps;

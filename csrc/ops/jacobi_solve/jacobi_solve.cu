@@ -239,6 +239,7 @@ int jacobi_solve_cuda(const SolveCudaArgs& args, void* stream) {
     SweepCudaArgs sweep{};
     sweep.block = args.block;
     sweep.device = args.device;
+    sweep.most_rows = args.most_rows;
     sweep.tokens = turn.window;
     // Row n of x is token n - 1: what the network reads for token n.
     sweep.source = {args.state.x, (args.state.tokens + 1) * channels, channels};

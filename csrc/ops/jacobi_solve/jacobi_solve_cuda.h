@@ -22,6 +22,7 @@ enum SolveReport : int32_t { report_more, report_sweeps, report_bad_sample, repo
 struct SolveCudaArgs {
     SweepBlock block;  // of halves * batch cache rows
     CudaDevice device;
+    int64_t most_rows;  // of a sweep that run together; sweep_most_rows
     SolveOptions options;
     SolveState state;     // on the device; at least one token is not final
     int64_t most_sweeps;  // at least 1
@@ -63,7 +64,7 @@ static inline SolveLayout solve_layout(const SolveCudaArgs& args) {
     layout.keep = take(windows * 8);
     layout.raw = take(windows * rows * args.block.proj_out.columns * 4);
     layout.change = take(args.state.batch * rows * 4);
-    layout.sweep = take(sweep_workspace(args.block, args.device, rows));
+    layout.sweep = take(sweep_workspace(args.block, args.device, args.most_rows, rows));
     return layout;
 }
 

@@ -42,6 +42,7 @@ void run_cuda(const Block& block, const Tensor& rows, const Tensor& start, const
     SweepCudaArgs args{};
     args.block = block.args();
     args.device = cuda_device(rows);
+    args.most_rows = sweep_most_rows;
     args.tokens = rows.size(1);
     args.source = rows_of(rows);
     args.samples = args.block.cache_rows;

@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(block_threads) gather_kernel(Gather g) {
         return;
     }
     if (slot == block.text_tokens && block.start_token != nullptr) source = block.start_token;
-    for (int64_t c = lane(); c < g.input.row_stride; c += warp_size) {
-        const float value[1] = {c < block.channels ? source[c] : 0.0F};
+    for (int64_t c = lane(); c < block.channels; c += warp_size) {
+        const float value[1] = {source[c]};
         store_row<1>(g.input, row, c, value);
     }
     if (block.position == nullptr && block.condition == nullptr) return;
@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(block_threads) gather_kernel(Gather g) {
     }
 }
 
-// h += branch, `width` of `count` values a thread.
-template <int width>
+// h += branch, 4 of `count` values a thread. Past the last of them is what fills up a line of the workspace.
 __global__ void __launch_bounds__(block_threads) add_kernel(float* h, const float* branch, int64_t count) {
+    constexpr int width = 4;
     const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
     if (at >= count) return;
     float sum[width];
@@ -131,10 +131,7 @@ class Sweep {
     }
     Matrix matrix(int64_t offset, int64_t columns, Dtype dtype) const { return {at<void>(offset), columns, dtype}; }
     Matrix stream_h() const { return matrix(layout_.h, block_.width, Dtype::float32); }
-    Matrix input() const {
-        return matrix(layout_.input, linear_round_up(block_.channels, linear_row_multiple),
-                      dtype_of_storage(block_.proj_in.storage));
-    }
+    Matrix input() const { return matrix(layout_.input, block_.channels, dtype_of_storage(block_.proj_in.storage)); }
 
     template <class Args>
     void call(int (*launcher)(const Args&, void*), const Args& args) {
@@ -190,10 +187,9 @@ class Sweep {
         norm.out = branch.data;
         call(norm_cuda, norm);
         const int64_t count = rows_ * block_.width;
-        const bool wide = count % 4 == 0;
         if (code_ == 0) {
-            code_ = enqueue(wide ? add_kernel<4> : add_kernel<1>, blocks_for(wide ? count / 4 : count), block_threads,
-                            0, stream_, at<float>(layout_.h), static_cast<const float*>(branch.data), count);
+            code_ = enqueue(add_kernel, blocks_for((count + 3) / 4), block_threads, 0, stream_, at<float>(layout_.h),
+                            static_cast<const float*>(branch.data), count);
         }
     }
 
@@ -287,11 +283,11 @@ class Sweep {
 
 int jacobi_sweep_cuda(const SweepCudaArgs& args, void* stream) {
     if (args.workspace == nullptr) {
-        *args.workspace_bytes = sweep_workspace(args.block, args.device, args.tokens);
+        *args.workspace_bytes = sweep_workspace(args.block, args.device, args.most_rows, args.tokens);
         return 0;
     }
     int code = 0;
-    over_sweep_pieces(args.block.cache_rows, args.tokens, [&](const SweepPiece& piece) {
+    over_sweep_pieces(args.most_rows, args.block.cache_rows, args.tokens, [&](const SweepPiece& piece) {
         if (code == 0) code = Sweep(args, piece, stream).run();
     });
     return code;

@@ -7,23 +7,28 @@
 // product is rounded to the type of its weight; queries, keys, values and what attention puts out are of the cache's
 // type, projected and rotated.
 //
-// Launches of a sweep: 1 + for each layer 5 (no gate, no post-norms; 6 with a gate, 9 with both post-norms too) + 1,
-// and with each product one that rounds or normalises what enters it, and one that clears counters where its depth is
-// cut.
+// Launches of a sweep: 1, proj_in, for each layer 6 (7 with a gate, 2 more for each post-norm), proj_out; in front of a
+// product one that rounds or normalises what enters it, unless it is of the weight's type already, and one that clears
+// counters where the depth is cut.
 #pragma once
 #include "ops/jacobi_sweep/jacobi_sweep.h"
 #include "ops/linear/linear_plan.h"
 
 namespace starflow {
 
+// Rows that run together at most: far above what fills a GPU, and half a gigabyte of workspace for the largest
+// published block.
+inline constexpr int64_t sweep_most_rows = 4096;
+
 struct SweepCudaArgs {
     SweepBlock block;
     CudaDevice device;
-    int64_t tokens;   // of each window
-    Rows source;      // (samples, tokens, channels), or (samples, tokens, width) if embedded; float32
-    int64_t samples;  // cache row r reads those of sample r % samples
-    bool embedded;    // text, in the residual stream
-    bool by_slot;     // row 0 of a window is token slot + shift of the source, else token 0
+    int64_t most_rows;  // that run together; sweep_most_rows
+    int64_t tokens;     // of each window
+    Rows source;        // (samples, tokens, channels), or (samples, tokens, width) if embedded; float32
+    int64_t samples;    // cache row r reads those of sample r % samples
+    bool embedded;      // text, in the residual stream
+    bool by_slot;       // row 0 of a window is token slot + shift of the source, else token 0
     int64_t shift;
     const int64_t* slots;  // (cache rows,) where windows begin
     const int64_t* keep;   // (cache rows,) slots below it are not written
@@ -45,14 +50,11 @@ struct SweepPiece {
     STARFLOW_HOST_DEVICE constexpr int64_t rows() const { return windows * tokens; }
 };
 
-// Far above what fills a GPU, and half a gigabyte of workspace for the largest published block.
-inline constexpr int64_t sweep_most_rows = 4096;
-
 template <class Visitor>
-static inline void over_sweep_pieces(int64_t windows, int64_t tokens, const Visitor& visitor) {
+static inline void over_sweep_pieces(int64_t most_rows, int64_t windows, int64_t tokens, const Visitor& visitor) {
     if (tokens == 0) return;
-    const int64_t together = tokens < sweep_most_rows ? sweep_most_rows / tokens : 1;
-    const int64_t most_tokens = tokens < sweep_most_rows ? tokens : sweep_most_rows;
+    const int64_t together = tokens < most_rows ? most_rows / tokens : 1;
+    const int64_t most_tokens = tokens < most_rows ? tokens : most_rows;
     for (int64_t w = 0; w < windows; w += together) {
         for (int64_t t = 0; t < tokens; t += most_tokens) {
             visitor(SweepPiece{w, together < windows - w ? together : windows - w, t,
@@ -72,7 +74,7 @@ struct SweepLayout {
     int64_t slots;         // int64 (windows,)
     int64_t temperatures;  // float64 (windows,)
     int64_t tables;        // float32 (4, rows, head_dim / 2): cosines and sines of queries, of keys
-    int64_t input;         // (rows, channels padded), of the type of proj_in
+    int64_t input;         // (rows, channels), of the type of proj_in
     int64_t h;             // float32 (rows, width): the residual stream
     int64_t qkv;           // (rows, (heads + 2 kv_heads) * head_dim), of the type of the cache
     int64_t queries;       // (rows, heads * head_dim), of the type of the cache, like attended
@@ -116,7 +118,7 @@ static inline SweepLayout sweep_layout(const SweepBlock& block, const CudaDevice
     layout.slots = take(piece.windows * 8);
     layout.temperatures = take(piece.windows * 8);
     layout.tables = take(4 * rows * (block.head_dim / 2) * 4);
-    layout.input = take(rows * linear_round_up(block.channels, linear_row_multiple) * 2);
+    layout.input = take(rows * block.channels * 2);
     layout.h = take(rows * block.width * 4);
     layout.qkv = take(rows * (attended + 2 * block.kv_heads * block.head_dim) * cache_bytes);
     layout.queries = take(rows * attended * cache_bytes);
@@ -129,9 +131,10 @@ static inline SweepLayout sweep_layout(const SweepBlock& block, const CudaDevice
     return layout;
 }
 
-static inline int64_t sweep_workspace(const SweepBlock& block, const CudaDevice& device, int64_t tokens) {
+static inline int64_t sweep_workspace(const SweepBlock& block, const CudaDevice& device, int64_t most_rows,
+                                      int64_t tokens) {
     int64_t most = 0;
-    over_sweep_pieces(block.cache_rows, tokens, [&](const SweepPiece& piece) {
+    over_sweep_pieces(most_rows, block.cache_rows, tokens, [&](const SweepPiece& piece) {
         const int64_t bytes = sweep_layout(block, device, piece).bytes;
         most = bytes > most ? bytes : most;
     });
