@@ -236,6 +236,11 @@ class Kernels:
         }
         return Report(**{field: getattr(counts, field) for field, _ in _Counts._fields_}, **by_name)
 
+    @property
+    def runtime(self) -> Any:
+        """The functions of the device in software that are for tests (emulator/runtime.h, graphs.h)."""
+        return self._library
+
     def set_int(self, name: str, value: int) -> None:
         """Give a global ``int`` of the source, declared ``extern "C"`` and visible, a value."""
         ctypes.c_int.in_dll(self._library, name).value = value

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -16,8 +18,8 @@ from starflow_ext.jacobi_solve import SolveProgress
 from starflow_ext.jacobi_sweep import BlockState, BlockWeights
 
 from ..ops.blocks import block, state_of
-from .blocks import DeviceBlock, Options, Solved, solve, solve_kernels, sweep_kernels
-from .emulator import SEEDS, Kernels
+from .blocks import SOLVE, DeviceBlock, Options, Solved, solve, solve_kernels, sweep_kernels
+from .emulator import SEEDS, EmulationError, Kernels, Mutation, assert_caught, mutations
 
 WAYS = ("graph", "step", "loop")
 TOKENS = 20
@@ -148,11 +150,18 @@ def test_every_way_of_repeating_is_the_same_to_the_last_bit(name: str, kernels: 
 
 def test_any_window_at_tolerance_0_is_token_by_token_to_the_last_bit(kernels: Kernels) -> None:
     options = Options(tolerance=0.0, guidance=0.8)
-    expected, _ = Problem(replace(options, window=1)).run(kernels)
-    for window in (2, 7, 19, 40):
-        got, (done,) = Problem(replace(options, window=window)).run(kernels)
+    expected, _ = Problem(replace(options, window=1), tokens=12).run(kernels)
+    for window in (2, 7, 11, 40):
+        got, (done,) = Problem(replace(options, window=window), tokens=12).run(kernels)
         assert torch.equal(got.x, expected.x)
-        assert done.accepted == [2] * 19
+        assert done.accepted == [2] * 11
+
+
+def test_parts_of_a_window_give_the_same_bits(kernels: Kernels) -> None:
+    problem = Problem(CASES["guided"], tokens=12)
+    expected, _ = problem.run(kernels)
+    for most_rows in (11, 3):
+        assert _equal(problem.run(kernels, most_rows=most_rows)[0], expected)
 
 
 def test_a_sample_does_not_depend_on_its_batch(kernels: Kernels) -> None:
@@ -165,6 +174,21 @@ def test_a_sample_does_not_depend_on_its_batch(kernels: Kernels) -> None:
         assert torch.equal(some.x, together.x[samples])
 
 
+def _long(kernels: Kernels) -> list[Any]:
+    """A window of more rows than a warp has lanes, of which the first 36 stand where they belong."""
+    problem = Problem(Options(window=40, tolerance=2e-3, first=0), [2], tokens=40)
+    solved, _ = problem.run(kernels)
+    problem.x[:, 1:37] = solved.x[:, 1:37]
+    problem.options = replace(problem.options, tolerance=0.2)
+    again, (done,) = problem.run(kernels)
+    assert done.accepted[0] >= 36
+    return [again, done.accepted]
+
+
+def test_a_window_of_more_rows_than_a_warp(kernels: Kernels) -> None:
+    _long(kernels)
+
+
 def test_a_solve_in_pieces_is_the_solve_at_once(kernels: Kernels) -> None:
     problem = Problem(Options(tolerance=0.05))
     expected, (whole,) = problem.run(kernels)
@@ -174,7 +198,7 @@ def test_a_solve_in_pieces_is_the_solve_at_once(kernels: Kernels) -> None:
 
 
 def test_every_schedule_gives_the_same_bits(kernels: Kernels) -> None:
-    problem = Problem(replace(CASES["linear"], tolerance=0.05), range(3))
+    problem = Problem(replace(CASES["linear"], tolerance=0.05), range(3), tokens=10)
     expected, _ = problem.run(kernels)
     for seed in SEEDS[1:]:
         assert _equal(problem.run(kernels, seed=seed)[0], expected)
@@ -208,3 +232,127 @@ def test_more_samples_than_warps(kernels: Kernels) -> None:
     assert done.accepted == [17] * 4
     for sample in range(17):
         assert torch.equal(got.x[sample], expected.x[sample % 4])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_runtime_that_fails_is_an_error_and_leaves_nothing_behind(way: str, kernels: Kernels) -> None:
+    problem = Problem(Options(tolerance=0.5), [0], tokens=3)
+    runtime = kernels.runtime
+    failed = 0
+    while failed < 20:
+        runtime.emulation_fail_call(failed + 1)
+        with suppress(EmulationError):
+            problem.run(kernels, repeat=way)
+            break
+        assert runtime.emulation_live_objects() == 0
+        failed += 1
+    runtime.emulation_fail_call(0)
+    assert runtime.emulation_live_objects() == 0
+    # Of the graph: stream, graph, handle, node, capture, its end, executable, launch, end of the stream.
+    assert failed >= {"graph": 9, "step": 7, "loop": 2}[way]
+
+
+def _outcomes(kernels: Kernels) -> list[Any]:
+    """Solves that between them need every line of the rule."""
+    nan = Problem(Options(tolerance=0.0, window=1, first=0), range(3), tokens=5)
+    nan.z[1, 3] = nan.z[2, 2] = nan.z[0, 3] = torch.nan
+    wild = Problem(Options(tolerance=0.05, window=4), [1], tokens=8)
+    wild.x[:, 3:7] = torch.tensor([1e30, -1e30, torch.inf, torch.nan, 2e6])
+    problems = [
+        (Problem(Options(frame_tokens=3, window=4, tolerance=0.2, first=2), range(3), tokens=12), "graph", 3),
+        (
+            Problem(Options(guidance=0.8, activation="exp", frame_tokens=2, window=5, tolerance=0.2), tokens=9),
+            "step",
+            64,
+        ),
+        (Problem(replace(CASES["annealed shift"], first_token=1, tolerance=0.2), tokens=9), "loop", 4),
+        (Problem(Options(window=3, tolerance=0.2), [0, 1, 2, 3] * 4 + [0], tokens=6), "graph", 64),
+        (nan, "graph", 64),
+        (wild, "graph", 64),
+    ]
+    found: list[Any] = _long(kernels)
+    for problem, way, most_sweeps in problems:
+        progress, done = problem.run(kernels, repeat=way, most_sweeps=most_sweeps)
+        found += [progress, *((part.accepted, part.bad, part.more, part.report.launches) for part in done)]
+    return found
+
+
+@cache
+def _expected() -> list[Any]:
+    return _outcomes(solve_kernels())
+
+
+def _same(a: Any, b: Any) -> bool:
+    if not isinstance(a, SolveProgress):
+        return bool(a == b)
+    pairs = ((getattr(a, name), getattr(b, name)) for name in ("x", "frontier", "fresh", "kept"))
+    return all(torch.equal(x.nan_to_num(nan=1e9), y.nan_to_num(nan=1e9)) for x, y in pairs)
+
+
+MUTATIONS = [
+    *mutations(
+        SOLVE,
+        {
+            r"state\.frontier\[b\] < last \? state\.frontier\[b\] : last": "state.frontier[b]",
+            r"if \(!row\.in\(turn\)\) return;": "",
+            r"row\.i == 0 && lane\(\) == 0": "lane() == 0 && row.b == 0 && row.i == 0",
+            r"frontier \+ shift;": "row.n;",
+            r"if \(row\.n < frontier\) return;": "",
+            r"row\.n >= state\.fresh\[row\.b\]": "true",
+            r"turn\.kept\(1, row\.b, source\)": "turn.kept(0, row.b, source)",
+            r"given = combined;": "",
+            r"row\.i \+ 1 < turn\.window": "false",
+            r"read && ": "",
+            r" \|\| row\.n < turn\.state\.frontier\[row\.b\]": "",
+            r"kept\[c\] = raw\[c\];": "",
+            r"    __syncwarp\(\);\n(?=\})": "",
+            r"        __syncwarp\(\);\n(?=        extrapolate)": "",
+            r"change = warp_largest\(change\);": "",
+            r"if \(frontier >= state\.tokens\) continue;": "",
+            r"frontier - turn\.first_token\(b\)": "0",
+            r"turn\.window - skipped": "turn.window",
+            r"settled = begin \+ ": "settled = ",
+            r" && found\.bad_sample < 0": "",
+            r"all\.bad_sample < 0 \|\| one\.bad_sample < all\.bad_sample": "true",
+            r"found\.more \|\| frontier": "frontier",
+            r"all\.more \|\| one\.more": "one.more",
+            r"state\.fresh\[b\] = frontier \+ count;": "",
+            r"__syncthreads\(\);": "",
+            r" && all\.bad_sample < 0": "",
+            r"sweep \+ 1 < turn\.most_sweeps": "true",
+            r"set_again\(again, more\);": "",
+        },
+    ),
+    *mutations(
+        "ops/jacobi_solve/jacobi_rule.h",
+        {
+            r"settled < count \? settled \+ 1 : count": "settled + 1",
+            r"source < options\.first \? -1 : source": "source",
+            r"/ options\.frame_tokens \+ 1": "/ options.frame_tokens + 2",
+            r" && value > -1e6F": "",
+            r"options\.affine\.activation == Activation::none \|\| c >= channels": "c < channels",
+            r"guidance\.annealed \? ": "false ? ",
+        },
+    ),
+    *mutations(
+        "cuda/repeat.cuh",
+        {
+            r"value \? 1U : 0U": "1U",
+            r"again\.in_node\) cudaGraph": "true) cudaGraph",
+            r"own\.graph, 1, cudaGraphCondAssignDefault": "own.graph, 0, cudaGraphCondAssignDefault",
+            r"step\(\[&\] \{ return ask\(more, answer, stream\); \}\);": "answer = 0;",
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_mutation_is_caught(mutation: Mutation) -> None:
+    expected = _expected()
+
+    def check(kernels: Kernels) -> None:
+        got = _outcomes(kernels)
+        assert len(got) == len(expected)
+        assert all(_same(a, b) for a, b in zip(got, expected, strict=True))
+
+    assert_caught(SOLVE, mutation, check)
