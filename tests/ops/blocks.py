@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starflow_ext import ops
 from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.linear_pack import pack_weight
 from starflow_ext.rope_append import Rotation
 
+# Distance from the reference by what is stored and what enters the products; values are of order 1.
+BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 0.1, "int8": 5e-5, "two_bfloat16": 2e-5}
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "gated, post-norms, q/k norms": {"gated": True, "post": True, "qk": True, "norm": "rms_norm", "bias": False},
@@ -21,14 +24,14 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def block(options: dict[str, Any], storage: Any = "float32") -> BlockWeights:
+def block(options: dict[str, Any], storage: Any = "float32", device: str = "cpu") -> BlockWeights:
     g = torch.Generator().manual_seed(5)
     width, heads, kv_heads = options.get("width", 40), options.get("heads", 2), options.get("kv_heads", 1)
     head_dim, hidden, channels = options.get("head_dim", 12), options.get("hidden", 50), 5
     normed = options.get("normed", True)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
+        return torch.randn(*shape, generator=g).to(device)
 
     def linear(out: int, depth: int) -> PackedLinear:
         weight = pack_weight(draw(out, depth) * depth**-0.5, storage, keep=False)
@@ -67,15 +70,30 @@ def state_of(weights: BlockWeights, rows: int, slots: int, text: int = 2, **opti
     angles = torch.rand(slots, weights.head_dim // 2, generator=g) * 6
     rotation = Rotation(angles.cos(), angles.sin())
     width = weights.proj_in.weight.out_channels
+    rotation = Rotation(*(table.to(weights.device) for table in rotation))
     return BlockState.allocate(
         weights,
         rows,
         slots,
         text_tokens=text,
-        temperature=torch.linspace(0.8, 1.2, rows),
-        position=0.3 * torch.randn(slots - text, width, generator=g),
-        condition=0.3 * torch.randn(rows, width, generator=g),
+        temperature=torch.linspace(0.8, 1.2, rows).to(weights.device),
+        position=0.3 * torch.randn(slots - text, width, generator=g).to(weights.device),
+        condition=0.3 * torch.randn(rows, width, generator=g).to(weights.device),
         query_rotation=rotation,
         key_rotation=Rotation(rotation.sin, rotation.cos),
         **options,
     )
+
+
+def sweeps(weights: BlockWeights, state: BlockState, activations: Any = None) -> list[Tensor]:
+    """Text, a prefix, two windows at other places in each row, and what the caches then hold."""
+    g = torch.Generator().manual_seed(7)
+    rows = state.keys.shape[1]
+    width, channels = weights.proj_in.weight.shape
+    text = torch.randn(rows, state.text_tokens, width, generator=g).to(weights.device)
+    out = [ops.jacobi_sweep(weights, state, text, torch.zeros(rows, dtype=torch.int64), text=True)]
+    for start, tokens, keep in ((torch.full((rows,), 2), 70, None), (70 + torch.arange(rows), 9, 72)):
+        x = torch.randn(rows, tokens, channels, generator=g).to(weights.device)
+        kept = None if keep is None else torch.full((rows,), keep)
+        out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, activations=activations))
+    return [*out, state.keys.float(), state.values.float()]

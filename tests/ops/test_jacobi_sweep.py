@@ -2,37 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import starflow_ext
 from starflow_ext import ops
 from starflow_ext.jacobi_solve import SolveProgress
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights
 
-from .blocks import KINDS, block, state_of
-
-# Distance from the reference by what is stored and what enters the products; values are of order 1.
-BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 0.1, "int8": 5e-5, "two_bfloat16": 2e-5}
-
-
-def sweeps(weights: BlockWeights, state: BlockState, activations: Any = "float32") -> list[Tensor]:
-    """Text, a prefix, two windows at other places in each row, and what the caches then hold."""
-    g = torch.Generator().manual_seed(7)
-    rows = state.keys.shape[1]
-    width, channels = weights.proj_in.weight.shape
-    text = torch.randn(rows, state.text_tokens, width, generator=g)
-    out = [ops.jacobi_sweep(weights, state, text, torch.zeros(rows, dtype=torch.int64), text=True)]
-    for start, tokens, keep in ((torch.full((rows,), 2), 70, None), (70 + torch.arange(rows), 9, 72)):
-        x = torch.randn(rows, tokens, channels, generator=g)
-        kept = None if keep is None else torch.full((rows,), keep)
-        out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, activations=activations))
-    return [*out, state.keys.float(), state.values.float()]
+from .blocks import BOUNDS, KINDS, block, state_of, sweeps
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -46,6 +28,18 @@ def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) ->
         expected = sweeps(weights, state_of(weights, 3, 90, storage=cache))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
+
+
+def test_the_reference_takes_both_layouts_of_a_cache() -> None:
+    """Of the CPU's kernels and of CUDA's; what is cached is the same."""
+    weights = block({"qk": True})
+    panels, rows = (state_of(weights, 3, 90) for _ in range(2))
+    shape = (*rows.keys.shape[:3], rows.slots * weights.head_dim)
+    rows = replace(rows, keys=torch.zeros(shape), values=torch.zeros(shape), layout="rows")
+    with starflow_ext.reference_mode():
+        expected, got = sweeps(weights, panels), sweeps(weights, rows)
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

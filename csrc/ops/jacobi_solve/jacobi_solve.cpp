@@ -133,7 +133,7 @@ Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const T
         checked<int64_t>("frontier", frontier, keys, ScalarType::Long, {batch}),
         checked<int64_t>("fresh", fresh, keys, ScalarType::Long, {batch}),
         checked<float>("kept", kept, keys, ScalarType::Float, {halves, batch, tokens, block.out_channels()})};
-    if (keys.is_cuda()) cuda::refuse_capture(op, keys, "the host reads how far the solve has come");
+    if (keys.is_cuda()) cuda::refuse_capture(op, keys, "the host reads how far it has come");
     const Tensor at = on_host(frontier);
     const auto* tokens_at = static_cast<const int64_t*>(at.data_ptr());
     bool unfinished = false;
