@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/row_norm.h"
 
 namespace starflow::STARFLOW_ISA {
@@ -170,4 +171,14 @@ int run() {
 }  // namespace
 }  // namespace starflow::STARFLOW_ISA
 
-int main() { return starflow::STARFLOW_ISA::run(); }
+int main() {
+#if defined(__AMX_BF16__)
+    // Asks the operating system for the tiles.
+    const std::string& refused = starflow::cpu::why_not(starflow::cpu::Isa::amx);
+    if (!refused.empty()) {
+        std::printf("%s\n", refused.c_str());
+        return 1;
+    }
+#endif
+    return starflow::STARFLOW_ISA::run();
+}
