@@ -54,7 +54,8 @@ struct Row {
     __device__ bool in(const Turn& turn) const { return b < turn.state.batch; }
 };
 
-// Linear guidance: `to` gets what the two halves say together. By all lanes of a warp, which see it afterwards.
+// Linear guidance: `to`, which may be `given`, gets what the two halves say together. By all lanes of a warp, which see
+// it afterwards.
 __device__ void extrapolate(const Turn& turn, int64_t n, const float* given, const float* free, float* to) {
     const float weight = linear_weight(turn.options.guidance, n, turn.state.tokens);
     for (int64_t c = lane(); c < turn.out; c += warp_size) {
@@ -122,7 +123,6 @@ __global__ void __launch_bounds__(block_threads) update_kernel(Turn turn) {
     float* given = turn.raw_row(0, row.b, row.i);
     const float* free = guidance.weight > 0.0 ? turn.raw_row(1, row.b, row.i) : nullptr;
     if (guidance.weight > 0.0 && guidance.linear) {
-        __syncwarp();
         extrapolate(turn, row.n, given, free, given);
     }
     float* x = turn.x(row.b, row.n);

@@ -30,8 +30,8 @@ struct Gather {
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + block_threads - 1) / block_threads); }
 
 // One warp a row: the token that it reads, rounded; what is added to its embedding, or its embedding; the turns of its
-// slot. Reads and writes 4 values of the residual stream at a time where `width` is 4. Without a word on the blocks of a
-// multiprocessor ptxas takes 32 registers and spills.
+// slot. Reads and writes 4 values of the residual stream at a time where `width` is 4. Without a word on the blocks of
+// a multiprocessor ptxas takes 32 registers and spills.
 template <int width>
 __global__ void __launch_bounds__(block_threads, 4) gather_kernel(Gather g) {
     const SweepCudaArgs& args = g.args;
