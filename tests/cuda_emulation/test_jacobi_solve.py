@@ -180,9 +180,10 @@ def _long(kernels: Kernels) -> list[Any]:
     solved, _ = problem.run(kernels)
     problem.x[:, 1:37] = solved.x[:, 1:37]
     problem.options = replace(problem.options, tolerance=0.2)
-    again, (done,) = problem.run(kernels)
-    assert done.accepted[0] >= 36
-    return [again, done.accepted]
+    again, done = problem.run(kernels)
+    assert len(done) == 1
+    assert done[0].accepted[:1] >= [36]
+    return [again, done[0].accepted]
 
 
 def test_a_window_of_more_rows_than_a_warp(kernels: Kernels) -> None:
@@ -269,7 +270,8 @@ def _outcomes(kernels: Kernels) -> list[Any]:
         (Problem(frames, range(3), tokens=12), "graph", 3),
         (Problem(guided, tokens=9), "step", 64),
         (Problem(replace(CASES["annealed shift"], first_token=1, tolerance=3.0), tokens=12), "loop", 4),
-        (Problem(Options(window=3, tolerance=0.2), [0, 1, 2, 3] * 4 + [0], tokens=6), "graph", 64),
+        # Sample 0 alone needs a sweep more than the others, of its own warp too.
+        (Problem(Options(window=3, tolerance=0.5), [0] + [1] * 8, tokens=8), "graph", 64),
         (nan, "graph", 64),
         (wild, "graph", 64),
         (last, "graph", 64),
@@ -318,7 +320,7 @@ MUTATIONS = [
             r"all\.bad_sample < 0 \|\| one\.bad_sample < all\.bad_sample": "true",
             r"found\.more \|\| frontier": "frontier",
             r"all\.more \|\| one\.more": "one.more",
-            r"state\.fresh\[b\] = frontier \+ count;": "",
+            r"state\.fresh\[b\] = frontier \+ count;": ";",
             r"__syncthreads\(\);": "",
             r" && all\.bad_sample < 0": "",
             r"sweep \+ 1 < turn\.most_sweeps": "true",
