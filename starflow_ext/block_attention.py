@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
 from starflow_ext._check import (
@@ -127,8 +128,10 @@ def block_attention(
     float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
     depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
     256, 128 with a gradient) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
-    keys of few queries are split over the device, and a row's bits depend on that number of parts. Plain torch for
-    float64. Under autocast the operands are rounded to its dtype, as by torch's own attention.
+    keys of few queries are split over the device, and a row's bits depend on that number of parts. Compute capability
+    9.0 has a kernel of its own, chosen by device, dtype, ``head_dim`` and the places of keys and values alone
+    (``explain`` says where it runs). Plain torch for float64. Under autocast the operands are rounded to its dtype, as
+    by torch's own attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
@@ -268,6 +271,32 @@ def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _why_torch(q: Tensor) -> str:
     """Why a call is left to torch, or nothing."""
     return "q is float64" if q.dtype == torch.float64 else ""
+
+
+# By the numbers of ForwardKernel in csrc/ops/block_attention/block_attention_schedule.h.
+_FORWARD_KERNELS: Final = (
+    "wgmma and TMA (sm_90a)",
+    "mma.sync, as the device is not of compute capability 9",
+    "mma.sync, as this build has no sm_90a",
+    "mma.sync, as q is float32",
+    "mma.sync, as head_dim is above 128",
+    "mma.sync, as there are no keys",
+    "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
+    "mma.sync, as rows of k or v lie on top of each other",
+)
+
+
+def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
+    """Which kernel a device of compute capability ``major`` runs, and why."""
+    number = operators().block_attention_forward_kernel.default(*_operands(q, k, v), major)
+    return _FORWARD_KERNELS[number]
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
+    """Of a call on a CUDA device; "" where there is none, or no memory to look at."""
+    if is_fake(q) or not torch.cuda.is_available():
+        return ""
+    return _forward_kernel(q, k, v, torch.cuda.get_device_capability(q.device)[0])
 
 
 def _split(value: Any) -> tuple[Any, Tensor | None]:
@@ -509,6 +538,7 @@ SPEC = Spec(
     variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
     refuses=lambda variant, q, **arguments: _why_torch(q),
     lower=_lower,
+    kernel=_kernel,
     cases={
         **{
             f"window of 64, {keys} keys, {dtype_text(dtype)}": _case(1, 16, 64, keys, dtype)

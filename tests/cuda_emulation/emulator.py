@@ -65,6 +65,9 @@ SEEDS = range(8)
 # -fno-tree-sra leaves an access of 16 bytes whole. Products and sums are fused by nvcc, but not here.
 COMMON = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
 KERNEL = ("-fsanitize=thread", "-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
+# Of a source for sm_90a: TMA by the emulated driver, and CUTLASS without its checks, which are assembly.
+SM90 = ("-DSTARFLOW_SM90=1", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DNDEBUG")
+SM90 += ("-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0")
 
 
 class EmulationError(Exception):
@@ -115,6 +118,8 @@ class Report:
     products: int
     matrices: int
     async_copies: int
+    group_products: int
+    tensor_copies: int
     bank_conflicts: int
     shared_bytes: int
     threads: int
@@ -156,7 +161,9 @@ class _Declarations:
 
     def __init__(self, source: Path) -> None:
         text = "\n".join(re.sub(r"//[^\n]*", "", path.read_text()) for path in _reached(source))
-        self.launchers = {name: args for args, name in re.findall(r"STARFLOW_DECLARE_CUDA\((\w+), (\w+)\)", text)}
+        self.launchers = {
+            name: args for args, name in re.findall(r"STARFLOW_DECLARE_(?:CUDA|SM90)\((\w+), (\w+)\)", text)
+        }
         self._bodies = dict(re.findall(r"\bstruct (\w+) \{(.*?)\n\};", text, re.DOTALL))
         self.enums = {
             name: [value.strip() for value in values.split(",")]
@@ -333,7 +340,7 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 @cache
 def _runtime() -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    return _compile("runtime", f'#include "{EMULATOR}/runtime.cpp"\n', ("-O2",), files)
+    return _compile("runtime", f'#include "{EMULATOR}/hopper.cpp"\n', ("-O2",), files)
 
 
 @cache
@@ -374,6 +381,8 @@ def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ..
             f"return sizeof(starflow::{args}); }}\n"
         )
     files += [found for found in EMULATOR.rglob("*") if found.is_file()]
+    if path.stem.endswith("_sm90"):
+        flags = (*SM90, *flags)
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
     runtime = _runtime()
     library = _compile(

@@ -80,6 +80,11 @@ RULES = (
     Rule(rf"rope_append backward_kernel<(float, 2|{HALF}, 4)>", registers=80, wide=0.2),
     Rule(r"block_attention forward_kernel<Forward<float, .*", least={"HMMA": 96, "LDGSTS": 4}),
     Rule(rf"block_attention forward_kernel<Forward<{HALF}, .*", least={"HMMA": 64, "LDSM": 32, "LDGSTS": 4}),
+    # Two products of 128 keys, by wgmma of a depth of 16, in their two places each; keys and values by TMA.
+    Rule(rf"block_attention_sm90 forward_kernel<Forward<{HALF}, 64, 1>>", "sm_90a", 128, {"HGMMA": 24, "UTMALDG": 2}),
+    Rule(rf"block_attention_sm90 forward_kernel<Forward<{HALF}, 64, 2>>", "sm_90a", 168, {"HGMMA": 24, "UTMALDG": 2}),
+    Rule(rf"block_attention_sm90 forward_kernel<Forward<{HALF}, 128, 1>>", "sm_90a", 255, {"HGMMA": 32, "UTMALDG": 4}),
+    Rule(rf"block_attention_sm90 forward_kernel<Forward<{HALF}, 128, 2>>", "sm_90a", 168, {"HGMMA": 32, "UTMALDG": 4}),
     Rule(r"block_attention_backward grad_\w+<Backward<float, .*", least={"HMMA": 256, "LDGSTS": 6}),
     Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, .*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}),
     Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),

@@ -93,6 +93,14 @@ HeadRows rows_of(const Tensor& tensor) {
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// Those of `with_channels`, without making it.
+HeadRows rows_with_channels(const Tensor& tensor) {
+    if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return rows_of(tensor);
+    const int64_t row = tensor.size(3);
+    const int64_t head = tensor.size(2) * row;
+    return {nullptr, tensor.size(1) * head, head, row};
+}
+
 // Values of one tensor for each sample, in the type that kernels read; the tensors live as long as this.
 struct Prepared {
     AttentionMask mask{};
@@ -160,10 +168,12 @@ void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_chann
 
 void run_cuda(const Tensor& q, AttentionArgs args) {
     check_cuda(q, args.shape, most_head_dim, "");
-    const AttentionSchedule schedule =
-        attention_schedule(args.shape, cuda::device_arch(q.get_device_index()).multiprocessors);
+    const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
+    const AttentionSchedule schedule = attention_schedule(args.shape, device.multiprocessors);
     args.tile_rows = schedule.tile_rows;
     args.splits = schedule.splits;
+    args.sm90 =
+        forward_kernel_for(args.shape, args.k, args.v, device.major, STARFLOW_SM90 != 0) == ForwardKernel::wgmma;
     const Tensor parts = empty_like_shape(q, {parts_elements(args.shape, schedule.splits)}, ScalarType::Float);
     args.parts = static_cast<float*>(parts.data_ptr());
     cuda::launch(op, q, args, block_attention_cuda);
@@ -213,6 +223,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     return run_forward(q, k, v,
                        {causal, q_start, q_starts, k_length, k_lengths, prefix, frame_tokens, look_ahead, window,
                         temperature, temperatures});
+}
+
+// The number of the ForwardKernel that a device of compute capability `major` would run.
+int64_t forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, int64_t major) {
+    const AttentionShape shape = check(q, k, v, {});
+    return static_cast<int64_t>(forward_kernel_for(shape, rows_with_channels(k), rows_with_channels(v),
+                                                   static_cast<int>(major), STARFLOW_SM90 != 0));
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Optional& grad_lse, const Tensor& q,
@@ -277,11 +294,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "Tensor lse, bool causal, int? q_start, Tensor? q_starts, int? k_length, Tensor? k_lengths, int prefix, "
         "int frame_tokens, int look_ahead, int window, float temperature, Tensor? temperatures) "
         "-> (Tensor, Tensor, Tensor)");
+    m.def("block_attention_forward_kernel(Tensor q, Tensor k, Tensor v, int major) -> int");
 }
 
 STARFLOW_IMPLEMENT(m) {
     m.impl("block_attention", TORCH_BOX(&forward));
     m.impl("block_attention_backward", TORCH_BOX(&backward));
+    m.impl("block_attention_forward_kernel", TORCH_BOX(&forward_kernel));
 }
 
 }  // namespace starflow

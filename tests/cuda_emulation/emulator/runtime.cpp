@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "hopper.h"
 #include "memory.h"
 #include "products.h"
 
@@ -113,6 +114,7 @@ struct Device {
     std::vector<Thread> threads;  // as many as a block ever had: stacks are kept
     std::vector<Warp> warps;
     Barrier barriers[most_barriers];
+    Hopper hopper;
     int block_threads = 0;
     int live = 0;
     int ready = 0;
@@ -171,11 +173,7 @@ void wait(const char* what) {
 }
 
 void release(Barrier& barrier) {
-    std::vector<int> warps;
-    for (const int number : barrier.waiting) warps.push_back(number / warp_lanes);
-    std::sort(warps.begin(), warps.end());
-    warps.erase(std::unique(warps.begin(), warps.end()), warps.end());
-    device.races.synchronise(warps);
+    device.races.synchronise(barrier.waiting);
     for (const int number : barrier.waiting) wake(number);
     barrier.waiting.clear();
 }
@@ -256,13 +254,12 @@ void request(const void* site, int target, const char* p, size_t bytes, bool wri
 }
 
 // Global memory is the tensors that the test gave.
-void touch_global(const void* site, const char* p, size_t bytes, bool write) {
+int tensor_at(const char* p, size_t bytes, bool write) {
     for (int i = 0; i < device.tensor_count; ++i) {
         EmulationTensor& tensor = device.tensors[i];
         if (p >= tensor.begin && p + bytes <= tensor.end) {
             (write ? tensor.bytes_written : tensor.bytes_read) += static_cast<int64_t>(bytes);
-            request(site, i, p, bytes, write);
-            return;
+            return i;
         }
     }
     const EmulationTensor* nearest = nullptr;
@@ -277,6 +274,10 @@ void touch_global(const void* site, const char* p, size_t bytes, bool write) {
         fail("%s %zu bytes of global memory at %p, but no tensor was given", plural(write), bytes, p);
     fail("%s %zu bytes at offset %td of %s, which has %td bytes", plural(write), bytes, p - nearest->begin,
          nearest->name, nearest->end - nearest->begin);
+}
+
+void touch_global(const void* site, const char* p, size_t bytes, bool write) {
+    request(site, tensor_at(p, bytes, write), p, bytes, write);
 }
 
 void touch(const void* site, const void* address, size_t bytes, bool write, bool whole) {
@@ -308,6 +309,7 @@ void finish_thread() {
     for (auto& group : thread.copies) land(group);
     thread.state = State::finished;
     --device.live;
+    device.hopper.left_late = device.hopper.left_late || (device.live == 0 && !device.hopper.copies.empty());
     Warp& warp = device.warps[warp_of(thread)];
     warp.live &= ~(1U << lane_of(thread));
     release_if_all_came();
@@ -366,6 +368,10 @@ int choose() {
     return number;
 }
 
+// Of hopper.cpp. What is wrong with what a block has left behind, or "".
+void land_tensor_copy(size_t which);
+std::string left_in_flight();
+
 void diagnose_deadlock() {
     device.error = "deadlock:";
     int listed = 0;
@@ -391,6 +397,9 @@ void run_block(dim3 block) {
     const int warps = (device.block_threads + warp_lanes - 1) / warp_lanes;
     device.warps.assign(warps, {});
     for (Barrier& barrier : device.barriers) barrier = {};
+    device.hopper = {};
+    device.hopper.products.resize(warps);
+    device.hopper.descriptors.resize((warps + warps_of_group - 1) / warps_of_group);
     device.ready = device.votes = 0;
     // NaN in every floating type.
     std::memset(device.arena, 0xff, device.shared_bytes);
@@ -403,13 +412,19 @@ void run_block(dim3 block) {
         device.warps[i / warp_lanes].live |= 1U << (i % warp_lanes);
         wake(i);
     }
-    while (device.ready > 0 && device.error.empty()) {
+    while ((device.ready > 0 || !device.hopper.copies.empty()) && device.error.empty()) {
+        // Copies of tensors arrive in any order, and late.
+        if (!device.hopper.copies.empty() && (device.ready == 0 || draw() % 64 == 0)) {
+            land_tensor_copy(draw() % device.hopper.copies.size());
+            continue;
+        }
         device.current = &device.threads[choose()];
         threadIdx = device.current->index;
         emulation_switch(&device.scheduler, device.current->stack_pointer);
     }
     device.current = nullptr;
     if (device.error.empty() && device.live > 0) diagnose_deadlock();
+    if (device.error.empty()) device.error = left_in_flight();
     device.requests.finish({});
 }
 
@@ -521,9 +536,12 @@ int barrier_count(bool value, int* arrived) {
 
 void warp_barrier(uint32_t mask) {
     int nothing = 0;
-    meet(mask, "__syncwarp", nothing, [](void**, uint32_t) {
-        // Of whichever lanes came; the last of them acts.
-        device.races.synchronise({warp_of(*device.current)});
+    meet(mask, "__syncwarp", nothing, [](void**, uint32_t arrived) {
+        std::vector<int> came;
+        for (int l = 0; l < warp_lanes; ++l) {
+            if ((arrived >> l & 1) != 0) came.push_back(warp_of(*device.current) * warp_lanes + l);
+        }
+        device.races.synchronise(came);
     });
 }
 
