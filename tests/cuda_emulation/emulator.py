@@ -64,7 +64,9 @@ SEEDS = range(8)
 
 # -fno-tree-sra leaves an access of 16 bytes whole. Products and sums are fused by nvcc, but not here.
 COMMON = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
-KERNEL = ("-fsanitize=thread", "-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
+KERNEL = ("-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
+# For the emulator to see every access, or for AddressSanitizer to look at a thread's own arrays too.
+SEEN, SANITIZED = ("-fsanitize=thread",), ("-fsanitize=address", "-g1")
 # Of a source for sm_90a: TMA by the emulated driver, and CUTLASS without its checks, which are assembly.
 SM90 = ("-DSTARFLOW_SM90=1", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DNDEBUG")
 SM90 += ("-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0")
@@ -338,19 +340,27 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 
 
 @cache
-def _runtime() -> Path:
+def _runtime(sanitized: bool) -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    return _compile("runtime", f'#include "{EMULATOR}/hopper.cpp"\n', ("-O2",), files)
+    text = f'#include "{EMULATOR}/hopper.cpp"\n'
+    return _compile("runtime", text, ("-O2", *SANITIZED) if sanitized else ("-O2",), files, _linked(sanitized))
+
+
+def _linked(sanitized: bool) -> tuple[str, ...]:
+    return SANITIZED if sanitized else ()
 
 
 @cache
-def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = ()) -> Kernels:
+def emulated(
+    source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = (), *, sanitized: bool = False
+) -> Kernels:
     """Compile a ``.cu`` file for the emulated device.
 
     Args:
         source: path in csrc/, or beside this file.
         mutation: a change of one of its files.
         flags: further options of the compiler, such as a definition that leaves instantiations out.
+        sanitized: by AddressSanitizer, for a process that has it loaded; nothing is counted then, and no race noticed.
 
     Returns:
         Its launchers: those that it and its headers declare by STARFLOW_DECLARE_CUDA, and that it defines.
@@ -384,10 +394,10 @@ def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ..
     if path.stem.endswith("_sm90"):
         flags = (*SM90, *flags)
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
-    runtime = _runtime()
-    library = _compile(
-        path.stem, "".join(calls), (*KERNEL, *flags, *include), iter(files), (str(runtime), f"-Wl,-rpath,{CACHE}")
-    )
+    runtime = _runtime(sanitized)
+    checked = SANITIZED if sanitized else SEEN
+    link = (str(runtime), f"-Wl,-rpath,{CACHE}", *_linked(sanitized))
+    library = _compile(path.stem, "".join(calls), (*KERNEL, *checked, *flags, *include), iter(files), link)
     return Kernels(library, declarations)
 
 

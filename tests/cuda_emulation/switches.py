@@ -44,9 +44,9 @@ class Switches:
             assert count, f"{pattern} matches nothing in {source}"
         self._mutation = Mutation(source, 0, len((CSRC / source).read_text()), text)
 
-    def kernels(self, place: int | None, flags: tuple[str, ...] = ()) -> Kernels:
+    def kernels(self, place: int | None, flags: tuple[str, ...] = (), *, sanitized: bool = False) -> Kernels:
         """The library with one mutation on, or none."""
-        kernels = emulated(self.source, self._mutation, flags)
+        kernels = emulated(self.source, self._mutation, flags, sanitized=sanitized)
         kernels.set_int("planted", -1 if place is None else place)
         return kernels
 

@@ -238,7 +238,7 @@ EDITS = {
 }
 
 
-def _check_forward(kernels: Kernels) -> None:
+def check_forward(kernels: Kernels) -> None:
     calls = ((64, 64, 1), (40, 128, 1), (17, 64, 1), (24, 64, 2), (17, 64, 2))
     for seed, (head_dim, rows, splits) in enumerate(calls):
         for dtype in (torch.bfloat16, torch.float32)[: 2 if rows == 64 else 1]:
@@ -260,7 +260,7 @@ def _check_backward(kernels: Kernels) -> None:
             battery.assert_near(got, want, SPEC.bounds[dtype]._replace(relative=0.0, absolute=bound), name)
 
 
-CHECKS = {FORWARD: _check_forward, BACKWARD: _check_backward}
+CHECKS = {FORWARD: check_forward, BACKWARD: _check_backward}
 SWITCHES = {
     FORWARD: Switches(FORWARD, {FORWARD: FORWARD_MUTATIONS, SHARED: SHARED_MUTATIONS, TILES: TILES_MUTATIONS}, EDITS),
     BACKWARD: Switches(BACKWARD, {BACKWARD: BACKWARD_MUTATIONS, TILES: TILES_MUTATIONS}, EDITS),

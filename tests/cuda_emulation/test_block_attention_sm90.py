@@ -240,7 +240,7 @@ def _checked() -> list[tuple[str, Call, int, int, tuple[Tensor, Tensor]]]:
     return found
 
 
-def _check(kernels: Kernels) -> None:
+def check(kernels: Kernels) -> None:
     for seed, (label, call, rows, splits, want) in enumerate(_checked()):
         report, out, lse = _run(kernels, seed, call, rows, splits)
         assert_forward(torch.bfloat16, label, (out, lse), want)
@@ -248,10 +248,10 @@ def _check(kernels: Kernels) -> None:
 
 
 def test_source_without_a_mutation_passes() -> None:
-    _check(SWITCHES.kernels(None))
+    check(SWITCHES.kernels(None))
 
 
 @pytest.mark.parametrize("place", range(len(SWITCHES.places)), ids=SWITCHES.places.__getitem__)
 def test_mutation_is_caught(place: int) -> None:
     with pytest.raises((EmulationError, AssertionError)):
-        _check(SWITCHES.kernels(place))
+        check(SWITCHES.kernels(place))

@@ -1,6 +1,9 @@
 #include "runtime.h"
 
 #include <link.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -58,7 +61,17 @@ extern const char _end[] __attribute__((visibility("hidden")));
 namespace emulation {
 namespace {
 
+// AddressSanitizer puts room around every variable, and knows nothing of fibers that never return.
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t stack_bytes = 2 << 20;
+void sanitize(const char* begin, size_t valid, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(begin, valid);
+    ASAN_POISON_MEMORY_REGION(begin + valid, bytes - valid);
+}
+#else
 constexpr size_t stack_bytes = 256 << 10;
+void sanitize(const char*, size_t, size_t) {}
+#endif
 constexpr size_t page_bytes = 4096;
 constexpr size_t largest_shared = 227 << 10;
 constexpr int most_barriers = 16;
@@ -334,6 +347,7 @@ void prepare(Thread& thread, int number, dim3 block) {
     thread.number = number;
     thread.index = {number % block.x, number / block.x % block.y, number / block.x / block.y};
     thread.copies.clear();
+    sanitize(thread.stack, stack_bytes, stack_bytes);
     // What emulation_switch pops: six registers, then the address to go to, with the stack as after a call.
     void** top = reinterpret_cast<void**>(thread.stack + stack_bytes - 64);
     std::fill(top, top + 8, nullptr);
@@ -471,6 +485,7 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void
     device.image = image;
     device.fixed = thread_local_memory(image);
     device.shared_bytes = shared_bytes;
+    sanitize(device.arena, shared_bytes, largest_shared);
     gridDim = grid;
     blockDim = block;
     ++device.counts.launches;
