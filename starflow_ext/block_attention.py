@@ -24,9 +24,8 @@ from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
-# Of the CUDA kernels, like the constants in csrc/ops/block_attention/block_attention_schedule.h.
+# Of the CUDA kernels, like the constant in csrc/ops/block_attention/block_attention_schedule.h.
 _MOST_HEAD_DIM: Final = 256
-_MOST_GRADIENT_HEAD_DIM: Final = 128
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def block_attention(
     The mask is a rule of positions and never in memory; work is proportional to what is visible. Softmax and sums are
     float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
     depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
-    256, 128 with a gradient) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
+    256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
     keys of few queries are split over the device, and a row's bits depend on that number of parts. Compute capability
     9.0 has a kernel of its own, chosen by device, dtype, ``head_dim`` and the places of keys and values alone
     (``explain`` says where it runs). Plain torch for float64. Under autocast the operands are rounded to its dtype, as
@@ -359,9 +358,7 @@ def check(
         check_floating(op, name, tensor)
         check_device(op, name, tensor, "q", q)
     if q.is_cuda and not in_reference_mode() and not _why_torch(q):
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        most, purpose = (_MOST_GRADIENT_HEAD_DIM, " for a gradient") if gradient else (_MOST_HEAD_DIM, "")
-        require(q.shape[-1] <= most, op, "q has head_dim", q.shape[-1], f"at most {most}{purpose} on cuda")
+        require(q.shape[-1] <= _MOST_HEAD_DIM, op, "q has head_dim", q.shape[-1], f"at most {_MOST_HEAD_DIM} on cuda")
     causal = frames is None if causal is None else causal
     require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
     if frames is not None and not causal and q_start is None:

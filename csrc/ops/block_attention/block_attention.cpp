@@ -154,11 +154,11 @@ Tensor new_by_token(const Tensor& like, const AttentionShape& shape, int64_t hea
 }
 
 // What the CUDA kernels take: they count rows, keys and blocks in 32 bits.
-void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_channels, const char* purpose) {
+void check_cuda(const Tensor& q, const AttentionShape& shape) {
     cuda::check_build(op, "q", q);
     require(
-        shape.head_dim <= most_channels, op, "q has head_dim", [&] { return shape.head_dim; },
-        [&] { return "at most " + std::to_string(most_channels) + purpose + " on cuda"; });
+        shape.head_dim <= most_head_dim, op, "q has head_dim", [&] { return shape.head_dim; },
+        [] { return "at most " + std::to_string(most_head_dim) + " on cuda"; });
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
     const int64_t rows = shape.batch * shape.heads * shape.queries;
     require(rows <= most, op, "q has rows", [&] { return rows; }, [&] { return "at most " + std::to_string(most); });
@@ -167,7 +167,7 @@ void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_chann
 }
 
 void run_cuda(const Tensor& q, AttentionArgs args) {
-    check_cuda(q, args.shape, most_head_dim, "");
+    check_cuda(q, args.shape);
     const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
     const AttentionSchedule schedule = attention_schedule(args.shape, device.multiprocessors);
     args.tile_rows = schedule.tile_rows;
@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
     args.grad_k = rows_of(grad_k);
     args.grad_v = rows_of(grad_v);
     if (q.is_cuda()) {
-        check_cuda(q, shape, most_gradient_head_dim, " for a gradient");
+        check_cuda(q, shape);
         const Tensor dots = empty_like_shape(logs, shape_of(logs), ScalarType::Float);
         args.dots = static_cast<float*>(dots.data_ptr());
         cuda::launch(op, q, args, block_attention_backward_cuda);

@@ -7,7 +7,6 @@ namespace starflow {
 namespace {
 
 inline constexpr int64_t most_head_dim = 256;
-inline constexpr int64_t most_gradient_head_dim = 128;
 
 // Channels of a tile: head_dim, padded with zeros to a size that there is a kernel for.
 constexpr int64_t tile_width(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
@@ -80,8 +79,10 @@ inline ForwardKernel forward_kernel_for(const AttentionShape& shape, const HeadR
     return by_keys != ForwardKernel::wgmma ? by_keys : forward_kernel_by_rows(shape, v);
 }
 
-// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums.
+// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums. Of 256 channels
+// these do not fit the registers of a warp, and two or four warps share 16 rows.
 constexpr AttentionTile backward_tile(int element_bytes, int64_t width) {
+    if (width == 256) return element_bytes == 4 ? AttentionTile{16, 16, 4} : AttentionTile{64, 16, 8};
     if (element_bytes == 4) return width == 64 ? AttentionTile{64, 32, 4} : AttentionTile{32, 16, 2};
     return width == 64 ? AttentionTile{64, 64, 4} : AttentionTile{64, 32, 4};
 }
