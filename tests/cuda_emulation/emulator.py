@@ -15,18 +15,24 @@ what is left out or None is zero. Results are written into the tensors that were
 
 - an access outside of the tensors that were given, or of the block's shared memory;
 - two threads at one byte of shared memory without a barrier between them, whichever came first this time, and any
-  access to what ``cp.async`` still writes: by happens-before, in every schedule;
-- warp collectives that lanes reach with different masks, barriers that not all reach, misaligned copies.
+  access to what ``cp.async`` or TMA still writes, or any write to what ``wgmma`` still reads: by happens-before, in
+  every schedule;
+- what TMA or ``wgmma`` should see of a thread's writes, without a fence of proxies;
+- warp collectives that lanes reach with different masks, warps of a group that come to different ``wgmma``, barriers
+  that not all reach, too many arrivals at an mbarrier, misaligned copies, what is in flight when a block ends.
 
-The seed orders threads: at random, or one warp far ahead. Shared memory is NaN before each block. The ``Report`` has
-bytes and sectors of each tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
+The seed orders threads: at random, or one warp far ahead; copies of TMA arrive late and in any order. Shared memory is
+NaN before each block, and sums of ``wgmma`` until they are waited for. The ``Report`` has bytes and sectors of each
+tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
 
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
-and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async: emulator/include has their few headers with assembly.
-Not modelled: speed, weak memory order, the memory between blocks, TMA, mbarrier, wgmma.
+and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async, and in ``<op>_sm90.cu`` for TMA, mbarriers and wgmma of
+16 bits: emulator/include has their few headers with assembly. Not modelled: speed, weak memory order, the memory
+between blocks, clusters, stores by TMA; ``setmaxnreg`` does nothing.
 
 Mutation tests: ``mutations`` makes one Mutation of each place where a pattern matches, and ``assert_caught`` compiles
-the mutated source and wants the check to fail. A check takes the compiled ``Kernels``::
+the mutated source and wants the check to fail (``switches`` compiles all mutations of a source at once). A check takes
+the compiled ``Kernels``::
 
     SOURCE = "ops/block_attention/block_attention.cu"
 
