@@ -25,14 +25,16 @@ class Explanation:
         op: name of the op.
         runs: the variant that would run.
         refused: every other variant, with the reason.
+        kernel: of an op with several CUDA kernels, which one would run, and why; else "".
     """
 
     op: str
     runs: str
     refused: Mapping[str, str]
+    kernel: str = ""
 
     def __str__(self) -> str:
-        lines = [f"{self.op} runs as {self.runs}"]
+        lines = [f"{self.op} runs as {self.runs}" + (f": {self.kernel}" if self.kernel else "")]
         lines += [f"  not {variant}: {reason}" for variant, reason in self.refused.items()]
         return "\n".join(lines)
 
@@ -65,7 +67,9 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     arguments = spec.arguments(*args, **kwargs)
     spec.check(**arguments)
     device = tensors(tuple(arguments.values()))[0].device
-    return Explanation(op, *_choose(spec.variants, device, partial(spec.refuses, **arguments)))
+    runs, refused = _choose(spec.variants, device, partial(spec.refuses, **arguments))
+    kernel = spec.kernel(**arguments) if spec.kernel is not None and runs == "cuda" else ""
+    return Explanation(op, runs, refused, kernel)
 
 
 def _choose(

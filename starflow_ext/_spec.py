@@ -83,6 +83,8 @@ class Spec:
         refuses: variant, then every argument of ``call`` by name; why that variant would not take the call, or "".
         lower: every argument of ``call`` by name to the native operator and its arguments; by default the operator of
             the op's name and the arguments in order.
+        kernel: every argument of ``call`` by name, on a CUDA device, to which of several kernels would run and why; ""
+            where there is no such device.
         on_cuda: a call on the CPU to the same call on a CUDA device; by default every tensor is moved.
         cases: calls that the benchmarks time, by name.
         bytes_moved: bytes that a call must move at least; by default every argument and every result once.
@@ -103,6 +105,7 @@ class Spec:
     variants: tuple[str, ...] = VARIANTS
     refuses: Callable[..., str] = lambda variant, **arguments: ""
     lower: Callable[..., tuple[Any, tuple[Any, ...]]] | None = None
+    kernel: Callable[..., str] | None = None
     on_cuda: Callable[[Sample], Sample] = lambda sample: sample.map(Tensor.cuda)
     cases: Mapping[str, Callable[[torch.Generator], Sample]] = field(default_factory=dict)
     bytes_moved: Callable[[Sample], int] | None = None

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, overload
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
 from starflow_ext._check import (
@@ -23,9 +24,8 @@ from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
-# Of the CUDA kernels, like the constants in csrc/ops/block_attention/block_attention_schedule.h.
+# Of the CUDA kernels, like the constant in csrc/ops/block_attention/block_attention_schedule.h.
 _MOST_HEAD_DIM: Final = 256
-_MOST_GRADIENT_HEAD_DIM: Final = 128
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,11 @@ def block_attention(
     The mask is a rule of positions and never in memory; work is proportional to what is visible. Softmax and sums are
     float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
     depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
-    256, 128 with a gradient) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
-    keys of few queries are split over the device, and a row's bits depend on that number of parts. Plain torch for
-    float64. Under autocast the operands are rounded to its dtype, as by torch's own attention.
+    256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
+    keys of few queries are split over the device, and a row's bits depend on that number of parts. Compute capability
+    9.0 has a kernel of its own, chosen by device, dtype, ``head_dim`` and the places of keys and values alone
+    (``explain`` says where it runs). Plain torch for float64. Under autocast the operands are rounded to its dtype, as
+    by torch's own attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
@@ -270,6 +272,32 @@ def _why_torch(q: Tensor) -> str:
     return "q is float64" if q.dtype == torch.float64 else ""
 
 
+# By the numbers of ForwardKernel in csrc/ops/block_attention/block_attention_schedule.h.
+_FORWARD_KERNELS: Final = (
+    "wgmma and TMA (sm_90a)",
+    "mma.sync, as the device is not of compute capability 9",
+    "mma.sync, as this build has no sm_90a",
+    "mma.sync, as q is float32",
+    "mma.sync, as head_dim is above 128",
+    "mma.sync, as there are no keys",
+    "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
+    "mma.sync, as rows of k or v lie on top of each other",
+)
+
+
+def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
+    """Which kernel a device of compute capability ``major`` runs, and why."""
+    number = operators().block_attention_forward_kernel.default(*_operands(q, k, v), major)
+    return _FORWARD_KERNELS[number]
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
+    """Of a call on a CUDA device; "" where there is none, or no memory to look at."""
+    if is_fake(q) or not torch.cuda.is_available():
+        return ""
+    return _forward_kernel(q, k, v, torch.cuda.get_device_capability(q.device)[0])
+
+
 def _split(value: Any) -> tuple[Any, Tensor | None]:
     """One number for all samples, or one for each."""
     return (None, value) if isinstance(value, Tensor) else (value, None)
@@ -330,9 +358,7 @@ def check(
         check_floating(op, name, tensor)
         check_device(op, name, tensor, "q", q)
     if q.is_cuda and not in_reference_mode() and not _why_torch(q):
-        gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        most, purpose = (_MOST_GRADIENT_HEAD_DIM, " for a gradient") if gradient else (_MOST_HEAD_DIM, "")
-        require(q.shape[-1] <= most, op, "q has head_dim", q.shape[-1], f"at most {most}{purpose} on cuda")
+        require(q.shape[-1] <= _MOST_HEAD_DIM, op, "q has head_dim", q.shape[-1], f"at most {_MOST_HEAD_DIM} on cuda")
     causal = frames is None if causal is None else causal
     require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
     if frames is not None and not causal and q_start is None:
@@ -509,6 +535,7 @@ SPEC = Spec(
     variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
     refuses=lambda variant, q, **arguments: _why_torch(q),
     lower=_lower,
+    kernel=_kernel,
     cases={
         **{
             f"window of 64, {keys} keys, {dtype_text(dtype)}": _case(1, 16, 64, keys, dtype)

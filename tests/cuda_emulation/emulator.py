@@ -15,18 +15,24 @@ name of a value, or a torch.dtype; what is left out or None is zero. Results are
 
 - an access outside of the tensors that were given, or of the block's shared memory;
 - two threads at one byte of shared memory without a barrier between them, whichever came first this time, and any
-  access to what ``cp.async`` still writes: by happens-before, in every schedule;
-- warp collectives that lanes reach with different masks, barriers that not all reach, misaligned copies.
+  access to what ``cp.async`` or TMA still writes, or any write to what ``wgmma`` still reads: by happens-before, in
+  every schedule;
+- what TMA or ``wgmma`` should see of a thread's writes, without a fence of proxies;
+- warp collectives that lanes reach with different masks, warps of a group that come to different ``wgmma``, barriers
+  that not all reach, too many arrivals at an mbarrier, misaligned copies, what is in flight when a block ends.
 
-The seed orders threads: at random, or one warp far ahead. Shared memory is NaN before each block. The ``Report`` has
-bytes and sectors of each tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
+The seed orders threads: at random, or one warp far ahead; copies of TMA arrive late and in any order. Shared memory is
+NaN before each block, and sums of ``wgmma`` until they are waited for. The ``Report`` has bytes and sectors of each
+tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
 
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
-and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async: emulator/include has their few headers with assembly.
-Not modelled: speed, weak memory order, the memory between blocks, TMA, mbarrier, wgmma.
+and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async, and in ``<op>_sm90.cu`` for TMA, mbarriers and wgmma of
+16 bits: emulator/include has their few headers with assembly. Not modelled: speed, weak memory order, the memory
+between blocks, clusters, stores by TMA; ``setmaxnreg`` does nothing.
 
 Mutation tests: ``mutations`` makes one Mutation of each place where a pattern matches, and ``assert_caught`` compiles
-the mutated source and wants the check to fail. A check takes the compiled ``Kernels``::
+the mutated source and wants the check to fail (``switches`` compiles all mutations of a source at once). A check takes
+the compiled ``Kernels``::
 
     SOURCE = "ops/block_attention/block_attention.cu"
 
@@ -64,7 +70,12 @@ SEEDS = range(8)
 
 # -fno-tree-sra leaves an access of 16 bytes whole. Products and sums are fused by nvcc, but not here.
 COMMON = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
-KERNEL = ("-fsanitize=thread", "-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
+KERNEL = ("-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
+# For the emulator to see every access, or for AddressSanitizer to look at a thread's own arrays too.
+SEEN, SANITIZED = ("-fsanitize=thread",), ("-fsanitize=address", "-g1")
+# Of a source for sm_90a: TMA by the emulated driver, and CUTLASS without its checks, which are assembly.
+SM90 = ("-DSTARFLOW_SM90=1", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DNDEBUG")
+SM90 += ("-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0")
 
 
 class EmulationError(Exception):
@@ -115,6 +126,8 @@ class Report:
     products: int
     matrices: int
     async_copies: int
+    group_products: int
+    tensor_copies: int
     bank_conflicts: int
     shared_bytes: int
     threads: int
@@ -156,7 +169,9 @@ class _Declarations:
 
     def __init__(self, source: Path) -> None:
         text = "\n".join(re.sub(r"//[^\n]*", "", path.read_text()) for path in _reached(source))
-        self.launchers = {name: args for args, name in re.findall(r"STARFLOW_DECLARE_CUDA\((\w+), (\w+)\)", text)}
+        self.launchers = {
+            name: args for args, name in re.findall(r"STARFLOW_DECLARE_(?:CUDA|SM90)\((\w+), (\w+)\)", text)
+        }
         self._bodies = dict(re.findall(r"\bstruct (\w+) \{(.*?)\n\};", text, re.DOTALL))
         self.enums = {
             name: [value.strip() for value in values.split(",")]
@@ -342,31 +357,39 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 
 
 @cache
-def _runtime() -> Path:
+def _runtime(sanitized: bool) -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    return _compile(
-        "runtime", "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("runtime", "graphs")), ("-O2",), files
-    )
+    text = "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("hopper", "graphs"))
+    return _compile("runtime", text, ("-O2", *SANITIZED) if sanitized else ("-O2",), files, _linked(sanitized))
+
+
+def _linked(sanitized: bool) -> tuple[str, ...]:
+    return SANITIZED if sanitized else ()
 
 
 @cache
-def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = ()) -> Kernels:
+def emulated(
+    source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = (), *, sanitized: bool = False
+) -> Kernels:
     """Compile a ``.cu`` file for the emulated device, and those whose launchers it calls, without the mutation.
 
     Args:
         source: path in csrc/, or beside this file.
         mutation: a change of one of its files.
         flags: further options of the compiler, such as a definition that leaves instantiations out.
+        sanitized: by AddressSanitizer, for a process that has it loaded; nothing is counted then, and no race noticed.
 
     Returns:
         Its launchers: those that it and its headers declare by STARFLOW_DECLARE_CUDA, and that it defines.
     """
-    library, declarations = _library(source, mutation, flags)
+    library, declarations = _library(source, mutation, flags, sanitized)
     return Kernels(library, declarations)
 
 
 @cache
-def _library(source: str, mutation: Mutation | None, flags: tuple[str, ...]) -> tuple[Path, _Declarations]:
+def _library(
+    source: str, mutation: Mutation | None, flags: tuple[str, ...], sanitized: bool
+) -> tuple[Path, _Declarations]:
     """The library of a source, which shows its launchers, and what was read of it."""
     path = next(folder / source for folder in (CSRC, HERE) if (folder / source).is_file())
     files = _reached(path)
@@ -375,7 +398,9 @@ def _library(source: str, mutation: Mutation | None, flags: tuple[str, ...]) -> 
     defined = {
         name for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
     }
-    called = sorted(name for name in declarations.launchers if name not in defined and re.search(rf"\b{name}\b", text))
+    # Those for sm_90a are null where a source is not for it.
+    others = [name for name in declarations.launchers if name not in defined and "_sm90" not in name]
+    called = sorted(name for name in others if re.search(rf"\b{name}\b", text))
     declarations.launchers = {name: args for name, args in declarations.launchers.items() if name in defined}
     overlay: tuple[str, ...] = ()
     if mutation is not None:
@@ -400,10 +425,13 @@ def _library(source: str, mutation: Mutation | None, flags: tuple[str, ...]) -> 
             f"return sizeof(starflow::{args}); }}\n"
         )
     files += [found for found in EMULATOR.rglob("*") if found.is_file()]
+    if path.stem.endswith("_sm90"):
+        flags = (*SM90, *flags)
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
-    others = [str(_library(_defining(name), None, flags)[0]) for name in called]
-    link = (*others, str(_runtime()), f"-Wl,-rpath,{CACHE}")
-    library = _compile(path.stem, "".join(calls), (*KERNEL, *flags, *include), iter(files), link)
+    beside = [str(_library(_defining(name), None, flags, sanitized)[0]) for name in called]
+    checked = SANITIZED if sanitized else SEEN
+    link = (*beside, str(_runtime(sanitized)), f"-Wl,-rpath,{CACHE}", *_linked(sanitized))
+    library = _compile(path.stem, "".join(calls), (*KERNEL, *checked, *flags, *include), iter(files), link)
     return library, declarations
 
 

@@ -95,6 +95,73 @@ def test_a_mistake_in_a_pipeline(mistake: str, noticed: str, seed: int) -> None:
         _product(seed, mistake=mistake)
 
 
+def _group_product(
+    seed: int, *, swizzle: int = 128, across: bool = False, rows: int = 64, mistake: str = "none"
+) -> tuple[Report, float]:
+    a, b = torch.randn(rows, 192).bfloat16(), torch.randn(192, 64).bfloat16()
+    right = b if across else b.T.contiguous()
+    out = torch.empty(64, 64)
+    given = {"a": a, "b": right, "out": out, "rows": rows, "depth": 192, "swizzle": swizzle, "across": across}
+    report = emulated("planted_sm90.cu").launch("group_product_cuda", seed, **given, mistake=mistake)
+    expected = torch.zeros(64, 64, dtype=torch.float64)
+    expected[:rows] = a.double() @ b.double()
+    return report, float((out - expected).abs().max())
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["along", "across"])
+@pytest.mark.parametrize("swizzle", [32, 64, 128])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_product_of_a_group(seed: int, swizzle: int, across: bool) -> None:
+    """CuTe's descriptors of each layout, on tiles that TMA brought; rows that the tensor lacks are zeros."""
+    rows = (64, 37)[seed % 2]
+    report, error = _group_product(seed, swizzle=swizzle, across=across, rows=rows)
+    assert error < 192 * 2.0**-24 * 64
+    assert report.group_products == 3 * 4 * 4  # steps, warps, and depths of 16
+    assert report.tensor_copies == 3 * 2 * (128 // swizzle)
+    assert report.read == {"a": rows * 192 * 2, "b": 64 * 192 * 2, "out": 0}
+    assert report.bank_conflicts == 0
+
+
+# Whichever of the two comes first.
+TOO_EARLY = (
+    "race: (wgmma reads shared memory at .*, which (an asynchronous copy still writes|a copy wrote that was not waited)"
+    "|TMA writes shared memory at .*, which may still be read by wgmma)"
+)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "mistake, noticed",
+    [
+        ("no_mbarrier_fence", "TMA on an mbarrier that was set up without a fence"),
+        (
+            "no_barrier",
+            "on an mbarrier that another thread set up without a barrier since|where no mbarrier was set up",
+        ),
+        ("no_wait_for_tma", TOO_EARLY),
+        ("other_parity", f"{TOO_EARLY}|deadlock"),
+        ("no_wait_for_readers", "more than 1 arrivals at an mbarrier in one phase"),
+        ("too_many_bytes", "deadlock: thread .* waits in a phase of an mbarrier"),
+        ("too_few_bytes", "deadlock: thread .* waits in a phase of an mbarrier"),
+        ("two_arrivals", "more than 1 arrivals at an mbarrier in one phase"),
+        ("misaligned", "TMA to .*, no multiple of 128 in shared memory"),
+        ("no_mbarrier", "where no mbarrier was set up"),
+        ("no_fence_of_wgmma", "wgmma without a wgmma.fence since the last wait"),
+        ("no_commit", "race: TMA writes shared memory at .*, which may still be read by wgmma"),
+        ("no_wait_for_wgmma", "race: TMA writes shared memory at .*, which may still be read by wgmma"),
+        (
+            "written_by_a_thread",
+            "which a thread wrote without a proxy fence and a barrier since"
+            "|writes 2 bytes of shared memory at .*, which may still be read by wgmma",
+        ),
+        ("other_operands", "warps of a group come to different wgmma"),
+    ],
+)
+def test_a_mistake_with_tma_and_wgmma(mistake: str, noticed: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=noticed):
+        _group_product(seed, mistake=mistake)
+
+
 @pytest.mark.parametrize(
     "mutation", mutations("cuda/reduce.cuh", {"warp_size / 2; offset > 0": "warp_size / 4; offset > 0"})
 )

@@ -157,11 +157,67 @@ void check_schedules() {
     if (whole.tile_rows != 128 || whole.splits != 1) wrong("tiles of training", 0);
 }
 
+// Which kernel runs a forward pass on CUDA: whatever the queries are.
+void check_forward_kernels() {
+    alignas(16) static uint16_t memory[16];
+    const AttentionShape usual{2, 4, 2, 64, 300, 64, Dtype::bfloat16};
+    const HeadRows rows{memory, 2 * 300 * 64, 64, 2 * 64};
+    const auto check = [&](const char* what, ForwardKernel expected, const AttentionShape& shape, const HeadRows& k,
+                           const HeadRows& v, int major = 9, bool built = true) {
+        for (const int64_t queries : {1, 64, 4096}) {
+            AttentionShape asked = shape;
+            asked.queries = queries;
+            if (forward_kernel_for(asked, k, v, major, built) != expected) wrong(what, 0);
+        }
+    };
+    const auto with = [](const AttentionShape& shape, const auto& change) {
+        AttentionShape changed = shape;
+        change(changed);
+        return changed;
+    };
+    const auto moved = [&](const auto& change) {
+        HeadRows changed = rows;
+        change(changed);
+        return changed;
+    };
+    using enum ForwardKernel;
+    check("the usual call", wgmma, usual, rows, rows);
+    for (const int major : {8, 10, 12}) check("another device", other_device, usual, rows, rows, major);
+    check("a build without sm_90a", not_built, usual, rows, rows, 9, false);
+    check("float16", wgmma, with(usual, [](auto& s) { s.data = Dtype::float16; }), rows, rows);
+    check("float32", float32, with(usual, [](auto& s) { s.data = Dtype::float32; }), rows, rows);
+    for (const int64_t head_dim : {1, 17, 128}) {
+        check("a head", wgmma, with(usual, [&](auto& s) { s.head_dim = head_dim; }), rows, rows);
+    }
+    for (const int64_t head_dim : {129, 256}) {
+        check("a wide head", wide_head, with(usual, [&](auto& s) { s.head_dim = head_dim; }), rows, rows);
+    }
+    check("no keys", no_keys, with(usual, [](auto& s) { s.keys = 0; }), rows, rows);
+    const HeadRows shifted = moved([](auto& r) { r.data = memory + 4; });
+    check("keys that start anywhere", unaligned, usual, shifted, rows);
+    check("values that start anywhere", unaligned, usual, rows, shifted);
+    const HeadRows odd_rows = moved([](auto& r) { r.row_stride = 2 * 64 + 4; });
+    const HeadRows odd_heads = moved([](auto& r) { r.head_stride = 65; });
+    const HeadRows odd_samples = moved([](auto& r) { r.batch_stride += 2; });
+    for (const HeadRows& odd : {odd_rows, odd_heads, odd_samples}) check("distances", unaligned, usual, odd, rows);
+    const AttentionShape one = with(usual, [](auto& s) { s.batch = s.kv_heads = s.keys = 1; });
+    for (const HeadRows& odd : {odd_rows, odd_heads, odd_samples}) check("one of each", wgmma, one, odd, rows);
+    const HeadRows same_row = moved([](auto& r) { r.row_stride = 0; });
+    const HeadRows same_head = moved([](auto& r) { r.head_stride = 0; });
+    const HeadRows same_sample = moved([](auto& r) { r.batch_stride = 0; });
+    const HeadRows dense = moved([](auto& r) { r.row_stride = 32; });
+    for (const HeadRows& over : {same_row, same_head, same_sample, dense}) {
+        check("rows on top of each other", overlapping, usual, rows, over);
+    }
+    for (const HeadRows& over : {same_row, same_head, same_sample}) check("one of each", wgmma, one, rows, over);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
     const int masks = std::atoi(arguments[1]);
     for (int i = 0; i < masks; ++i) check_mask(i);
     check_schedules();
+    check_forward_kernels();
     std::printf("%d masks\n", masks);
 }

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import starflow_ext
 from starflow_ext import ops
 from starflow_ext._load import native
-from starflow_ext.block_attention import SPEC, FrameMask
+from starflow_ext.block_attention import SPEC, FrameMask, _forward_kernel
 
 from .battery import assert_refused, plain
 
@@ -235,18 +235,44 @@ def test_float64_runs_plain_torch() -> None:
     assert explanation.refused["scalar"] == "q is float64"
 
 
+def test_which_cuda_kernel_runs() -> None:
+    """By device, dtype, head_dim and the places of keys and values; the rest is in tests/native."""
+    q, k = (_draw(2, 4, rows, 64).bfloat16() for rows in (3, 9))
+    built = "90a-real" in str(native.build_info()["cuda_architectures"]).split(";")
+
+    def on_hopper(kernel: str) -> str:
+        return kernel if built else "mma.sync, as this build has no sm_90a"
+
+    for major in (8, 10, 12):
+        assert _forward_kernel(q, k, k, major) == "mma.sync, as the device is not of compute capability 9"
+    assert _forward_kernel(q, k, k, 9) == on_hopper("wgmma and TMA (sm_90a)")
+    assert _forward_kernel(q, k.mT.contiguous().mT, k, 9) == on_hopper("wgmma and TMA (sm_90a)")
+    for changed, kernel in (
+        ((q.float(), k.float(), k.float()), "mma.sync, as q is float32"),
+        ([torch.cat((x, x, x), -1) for x in (q, k, k)], "mma.sync, as head_dim is above 128"),
+        ((q, k[:, :, :0], k[:, :, :0]), "mma.sync, as there are no keys"),
+        (
+            (q, k, torch.empty(2, 4, 9, 68).bfloat16()[..., 2:66]),
+            "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
+        ),
+        ((q, k[:1].expand(2, 4, 9, 64), k), "mma.sync, as rows of k or v lie on top of each other"),
+    ):
+        assert _forward_kernel(*changed, 9) == on_hopper(kernel)
+
+
+def test_explanation_tells_the_kernel() -> None:
+    explanation = starflow_ext.Explanation("block_attention", "cuda", {}, "mma.sync, as q is float32")
+    assert str(explanation) == "block_attention runs as cuda: mma.sync, as q is float32"
+
+
 def test_head_dims_without_a_cuda_kernel_are_refused() -> None:
     """By the head_dim alone, whether there is a device or not."""
     with FakeTensorMode():
-        for head_dim, options, expected in (
-            (257, {}, "at most 256 on cuda"),
-            (129, {"requires_grad": True}, "at most 128 for a gradient on cuda"),
-        ):
-            q = torch.empty(1, 1, 2, head_dim, device="cuda", **options)
-            with pytest.raises(RuntimeError, match=f"block_attention: q has head_dim {head_dim}, expected {expected}"):
+        for gradient in (False, True):
+            q = torch.empty(1, 1, 2, 257, device="cuda", requires_grad=gradient)
+            with pytest.raises(RuntimeError, match="block_attention: q has head_dim 257, expected at most 256 on cuda"):
                 ops.block_attention(q, q, q)
-        q = torch.empty(1, 1, 2, 129, device="cuda", requires_grad=True)
-        with torch.no_grad():
+            q = torch.empty(1, 1, 2, 256, device="cuda", requires_grad=gradient)
             assert ops.block_attention(q, q, q).is_cuda
 
 

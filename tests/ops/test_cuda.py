@@ -198,3 +198,36 @@ def test_errors_of_the_sweep(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         ops.jacobi_sweep(weights, state_of(weights, 2, 10), call.pop("rows"), call.pop("start"), **call)
     assert str(error.value).splitlines()[0] == f"jacobi_sweep: {message}"
+
+
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+@pytest.mark.skipif(not HOPPER, reason="no device of compute capability 9")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 72, 128])
+@pytest.mark.parametrize("queries, keys", [(1, 5000), (64, 3000), (700, 1000)])
+def test_attention_by_wgmma(dtype: torch.dtype, head_dim: int, queries: int, keys: int) -> None:
+    """Few queries (keys in parts) and many, NaN behind the keys of a sample, against float64 and the other kernel."""
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (
+        torch.randn((2, heads, rows, head_dim), generator=generator, dtype=torch.float64).to(dtype)
+        for heads, rows in ((4, queries), (2, keys), (2, keys))
+    )
+    length = torch.tensor([keys, keys - 77])
+    options = {"causal": True, "q_start": length - queries, "k_length": length, "return_lse": True}
+    for x in (k, v):
+        x[1, :, keys - 77 :] = 0.0
+    want = ops.block_attention(*(x.double() for x in (q, k, v)), **options)
+    for x in (k, v):
+        x[1, :, keys - 77 :] = torch.nan
+    options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    q, k, v = (x.cuda() for x in (q, k, v))
+    # The same keys one element further on, which TMA does not take.
+    moved = torch.empty((*k.shape[:-1], head_dim + 9), dtype=dtype, device="cuda")[..., 1 : head_dim + 1].copy_(k)
+    for keys_there, kernel in ((k, "wgmma"), (moved, "mma.sync")):
+        assert starflow_ext.explain("block_attention", q, keys_there, v, **options).kernel.startswith(kernel)
+        out, lse = ops.block_attention(q, keys_there, v, **options)
+        spec = ops.SPECS["block_attention"]
+        assert_near(out.cpu(), want[0], spec.bounds[dtype], kernel)
+        assert_near(lse.cpu(), want[1], spec.bounds[torch.float32], kernel)

@@ -53,6 +53,7 @@ class Rule:
         architectures: regular expression for the whole architecture.
         registers: at most, of a thread.
         least: instructions that must be there, by opcode.
+        most: and those of which there may be no more.
         wide: least share of 16-byte accesses among those to global memory.
     """
 
@@ -60,6 +61,7 @@ class Rule:
     architectures: str = r"sm_\w+"
     registers: int = 255
     least: Mapping[str, int] = field(default_factory=dict)
+    most: Mapping[str, int] = field(default_factory=dict)
     wide: float = 0.0
 
     def __str__(self) -> str:
@@ -84,6 +86,18 @@ RULES = (
     Rule(rf"rope_append backward_kernel<(float, 2|{HALF}, 4)>", registers=80, wide=0.2),
     Rule(r"block_attention forward_kernel<Forward<float, .*", least={"HMMA": 96, "LDGSTS": 4}),
     Rule(rf"block_attention forward_kernel<Forward<{HALF}, .*", least={"HMMA": 64, "LDSM": 32, "LDGSTS": 4}),
+    # Two products of 128 keys, by wgmma of a depth of 16, in two places each; keys and values by TMA. Four waits: ptxas
+    # puts one behind each wgmma where it cannot keep several in flight.
+    *(
+        Rule(
+            rf"block_attention_sm90 forward_kernel<Forward<{HALF}, {width}, {groups}>>",
+            "sm_90a",
+            registers=registers,
+            least={"HGMMA": (width + 128) // 8, "UTMALDG": width // 32},
+            most={"WARPGROUP.DEPBAR": 4},
+        )
+        for width, groups, registers in ((64, 1, 128), (64, 2, 168), (128, 1, 255), (128, 2, 168))
+    ),
     Rule(r"block_attention_backward grad_\w+<Backward<float, .*", least={"HMMA": 256, "LDGSTS": 6}),
     Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, .*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}),
     Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
@@ -191,6 +205,8 @@ def test_rule(rule: Rule, root: Path, kernels: list[Kernel]) -> None:
             assert kernel.registers <= rule.registers, f"{kernel} has {kernel.registers} registers"
             for opcode, least in rule.least.items():
                 assert kernel.count(opcode) >= least, f"{kernel} has {kernel.count(opcode)} {opcode}"
+            for opcode, most in rule.most.items():
+                assert kernel.count(opcode) <= most, f"{kernel} has {kernel.count(opcode)} {opcode}"
             accesses = kernel.count("LDG", "STG")
             wide = kernel.count("LDG.128", "STG.128")
             assert wide >= rule.wide * accesses, f"{kernel} has {wide} accesses of 16 bytes among {accesses}"

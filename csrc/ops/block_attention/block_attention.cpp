@@ -93,6 +93,14 @@ HeadRows rows_of(const Tensor& tensor) {
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
+// Those of `with_channels`, without making it.
+HeadRows rows_with_channels(const Tensor& tensor) {
+    if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return rows_of(tensor);
+    const int64_t row = tensor.size(3);
+    const int64_t head = tensor.size(2) * row;
+    return {nullptr, tensor.size(1) * head, head, row};
+}
+
 // Values of one tensor for each sample, in the type that kernels read; the tensors live as long as this.
 struct Prepared {
     AttentionMask mask{};
@@ -146,11 +154,11 @@ Tensor new_by_token(const Tensor& like, const AttentionShape& shape, int64_t hea
 }
 
 // What the CUDA kernels take: they count rows, keys and blocks in 32 bits.
-void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_channels, const char* purpose) {
+void check_cuda(const Tensor& q, const AttentionShape& shape) {
     cuda::check_build(op, "q", q);
     require(
-        shape.head_dim <= most_channels, op, "q has head_dim", [&] { return shape.head_dim; },
-        [&] { return "at most " + std::to_string(most_channels) + purpose + " on cuda"; });
+        shape.head_dim <= most_head_dim, op, "q has head_dim", [&] { return shape.head_dim; },
+        [] { return "at most " + std::to_string(most_head_dim) + " on cuda"; });
     constexpr int64_t most = std::numeric_limits<int32_t>::max();
     const int64_t rows = shape.batch * shape.heads * shape.queries;
     require(rows <= most, op, "q has rows", [&] { return rows; }, [&] { return "at most " + std::to_string(most); });
@@ -159,11 +167,13 @@ void check_cuda(const Tensor& q, const AttentionShape& shape, int64_t most_chann
 }
 
 void run_cuda(const Tensor& q, AttentionArgs args) {
-    check_cuda(q, args.shape, most_head_dim, "");
-    const AttentionSchedule schedule =
-        attention_schedule(args.shape, cuda::device_arch(q.get_device_index()).multiprocessors);
+    check_cuda(q, args.shape);
+    const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
+    const AttentionSchedule schedule = attention_schedule(args.shape, device.multiprocessors);
     args.tile_rows = schedule.tile_rows;
     args.splits = schedule.splits;
+    args.sm90 =
+        forward_kernel_for(args.shape, args.k, args.v, device.major, STARFLOW_SM90 != 0) == ForwardKernel::wgmma;
     const Tensor parts = empty_like_shape(q, {parts_elements(args.shape, schedule.splits)}, ScalarType::Float);
     args.parts = static_cast<float*>(parts.data_ptr());
     cuda::launch(op, q, args, block_attention_cuda);
@@ -215,6 +225,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                         temperature, temperatures});
 }
 
+// The number of the ForwardKernel that a device of compute capability `major` would run.
+int64_t forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, int64_t major) {
+    const AttentionShape shape = check(q, k, v, {});
+    return static_cast<int64_t>(forward_kernel_for(shape, rows_with_channels(k), rows_with_channels(v),
+                                                   static_cast<int>(major), STARFLOW_SM90 != 0));
+}
+
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Optional& grad_lse, const Tensor& q,
                                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                                             bool causal, OptionalInt q_start, const Optional& q_starts,
@@ -251,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
     args.grad_k = rows_of(grad_k);
     args.grad_v = rows_of(grad_v);
     if (q.is_cuda()) {
-        check_cuda(q, shape, most_gradient_head_dim, " for a gradient");
+        check_cuda(q, shape);
         const Tensor dots = empty_like_shape(logs, shape_of(logs), ScalarType::Float);
         args.dots = static_cast<float*>(dots.data_ptr());
         cuda::launch(op, q, args, block_attention_backward_cuda);
@@ -277,11 +294,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "Tensor lse, bool causal, int? q_start, Tensor? q_starts, int? k_length, Tensor? k_lengths, int prefix, "
         "int frame_tokens, int look_ahead, int window, float temperature, Tensor? temperatures) "
         "-> (Tensor, Tensor, Tensor)");
+    m.def("block_attention_forward_kernel(Tensor q, Tensor k, Tensor v, int major) -> int");
 }
 
 STARFLOW_IMPLEMENT(m) {
     m.impl("block_attention", TORCH_BOX(&forward));
     m.impl("block_attention_backward", TORCH_BOX(&backward));
+    m.impl("block_attention_forward_kernel", TORCH_BOX(&forward_kernel));
 }
 
 }  // namespace starflow

@@ -1,10 +1,10 @@
 // Attention on CUDA, on tensor cores of every architecture from sm_80 on; formula and mask are in block_attention.h,
-// tiles and parts in block_attention_schedule.h.
+// tiles and parts in block_attention_schedule.h. sm_90a has a kernel of its own, block_attention_sm90.cu.
 //
 // A block holds a tile of rows of one key head and passes over the tiles of keys that it sees, two in shared memory:
 // while one is computed with, the next one comes. Each warp has 16 or 32 rows to itself: products, online softmax and
 // sums stay in its registers, where the weights are the left operand of the next product.
-#include "ops/block_attention/block_attention_tiles.cuh"
+#include "ops/block_attention/block_attention_forward.cuh"
 
 namespace starflow {
 namespace {
@@ -37,68 +37,6 @@ struct Forward {
 
     using Sums = float[row_blocks][2 * width_blocks][4];
     using Weights = float[row_blocks][2 * column_blocks][4];
-
-    // What a thread knows of its rows: g and g + 8 of each 16.
-    struct Row {
-        float largest;
-        float total;  // of this thread's columns
-    };
-
-    // Hidden keys of the tile from `key` on weigh nothing.
-    __device__ static void hide(const VisibleInTile<rows>& seen, int warp_row, int key, Weights& weights) {
-#pragma unroll
-        for (int m = 0; m < row_blocks; ++m) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const VisibleKeysOf<int> visible = seen.get(warp_row + 16 * m + 8 * h + lane() / 4);
-#pragma unroll
-                for (int n = 0; n < 2 * column_blocks; ++n) {
-#pragma unroll
-                    for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                        if (!visible.has(key + 8 * n + lane() % 4 * 2 + i % 2)) weights[m][n][i] = -INFINITY;
-                    }
-                }
-            }
-        }
-    }
-
-    // Products to weights relative to each row's largest product so far; what was summed before shrinks to it.
-    __device__ static void weigh(float slope, Row (&state)[row_blocks][2], Weights& weights, Sums& sums) {
-#pragma unroll
-        for (int m = 0; m < row_blocks; ++m) {
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                Row& row = state[m][h];
-                float most = row.largest;
-#pragma unroll
-                for (int n = 0; n < 2 * column_blocks; ++n) {
-                    most = fmaxf(most, fmaxf(weights[m][n][2 * h], weights[m][n][2 * h + 1]));
-                }
-                most = quad_largest(most);
-                // Of a row that has seen no key yet, any finite number makes all weights 0.
-                const float known = most == -INFINITY ? 0.0F : most;
-                // Subtracted first: exactly 1 where the largest stays. A fused product and difference would not be, and
-                // thousands of keys would add that up.
-                const float shrink = power_of_two((row.largest - known) * slope);
-                const float offset = known * slope;
-                row.largest = most;
-                row.total *= shrink;
-#pragma unroll
-                for (int n = 0; n < 2 * column_blocks; ++n) {
-#pragma unroll
-                    for (int i = 2 * h; i < 2 * h + 2; ++i) {
-                        weights[m][n][i] = power_of_two(weights[m][n][i] * slope - offset);
-                        row.total += weights[m][n][i];
-                    }
-                }
-#pragma unroll
-                for (int n = 0; n < 2 * width_blocks; ++n) {
-                    sums[m][n][2 * h] *= shrink;
-                    sums[m][n][2 * h + 1] *= shrink;
-                }
-            }
-        }
-    }
 };
 
 template <class F>
@@ -117,33 +55,19 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
 
     const AttentionShape& shape = args.shape;
     const auto head_dim = static_cast<int>(shape.head_dim);
-    const auto group = static_cast<unsigned>(group_of(shape));
-    const auto all_rows = static_cast<unsigned>(rows_of(shape));
-    const unsigned row_tiles = (all_rows + F::rows - 1) / F::rows;
-    const auto splits = static_cast<unsigned>(args.splits);
-    const auto kv_heads = static_cast<unsigned>(shape.kv_heads);
-    const unsigned split = blockIdx.x % splits;
-    // The last rows see the most keys where there is a causal mask: longest first.
-    const unsigned first = (row_tiles - 1 - blockIdx.x / splits % row_tiles) * F::rows;
-    const unsigned head = blockIdx.x / splits / row_tiles;
-    const unsigned b = head / kv_heads;
-    const unsigned kv_head = head % kv_heads;
-    const unsigned end = first + F::rows < all_rows ? first + F::rows : all_rows;
-
+    const auto block = ForwardBlock<F::rows>::here(args);
     auto& visible_to = *reinterpret_cast<VisibleInTile<F::rows>*>(memory + F::tiles_bytes);
-    for (unsigned row = threadIdx.x; row < F::rows; row += F::threads) {
-        visible_to.set(row, visible_in_tile(args.mask, shape, b, (first + row) / group));
-    }
+    block.template see<F::threads>(args, visible_to);
     __syncthreads();
     // Read again where it is needed: registers are for the sums.
-    const auto seen = [&] { return VisibleByRows::between(visible_to.get(0), visible_to.get(end - 1 - first)); };
+    const auto seen = [&] { return block.seen(visible_to); };
     const KeyTiles tiles = KeyTiles::of(seen().any, F::columns);
-    const int tile_begin = static_cast<int>(static_cast<int64_t>(tiles.count) * split / splits);
-    const int tile_end = static_cast<int>(static_cast<int64_t>(tiles.count) * (split + 1) / splits);
+    const int tile_begin = block.part_begin(args, tiles, 0);
+    const int tile_end = block.part_begin(args, tiles, 1);
 
     // Keys that no row of the tile sees are not read: what lies there may be NaN.
-    const auto* keys = head_at<const Element>(args.k, b, kv_head);
-    const auto* values = head_at<const Element>(args.v, b, kv_head);
+    const auto* keys = head_at<const Element>(args.k, block.b, block.kv_head);
+    const auto* values = head_at<const Element>(args.v, block.b, block.kv_head);
     const auto fetch_keys = [&](int i, int stage) {
         const VisibleKeysOf<int> any = seen().any;
         const int begin = tiles.tile(i) * F::columns;
@@ -156,19 +80,13 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     };
 
     const int warp_row = warp() * F::warp_rows;
-    typename F::Row state[F::row_blocks][2];
-#pragma unroll
-    for (int m = 0; m < F::row_blocks; ++m) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) state[m][h] = {-INFINITY, 0.0F};
-    }
+    SoftmaxRow state[F::row_blocks][2];
     typename F::Sums sums = {};
-    const float scale = scale_of(args.scale, b);
+    const float scale = scale_of(args.scale, block.b);
 
     if (tile_begin < tile_end) {
-        fetch<F::rows, F::threads>(queries, args.q.data, head_dim, wide, [&](int row) {
-            return first + row < end ? row_at<const Element>(args.q, shape, b, kv_head, first + row) : nullptr;
-        });
+        fetch<F::rows, F::threads>(queries, args.q.data, head_dim, wide,
+                                   [&](int row) { return block.template row<const Element>(args.q, shape, row); });
         fetch_keys(tile_begin, 0);
     }
     typename F::Operand kept[F::keeps_queries ? F::row_blocks : 1][F::keeps_queries ? F::width_blocks : 1];
@@ -211,8 +129,8 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
             }
         }
         const int key = tiles.tile(i) * F::columns;
-        if (!seen().every.all_in(key, key + F::columns)) F::hide(visible_to, warp_row, key, weights);
-        F::weigh(scale * log2_of_e, state, weights, sums);
+        if (!seen().every.all_in(key, key + F::columns)) hide(visible_to, warp_row, key, weights);
+        weigh(scale * log2_of_e, state, weights, [&](int m, int h, float shrink) { scale_sums(sums[m], h, shrink); });
 #pragma unroll
         for (int k = 0; k < F::column_blocks; ++k) {
             typename F::Operand left[F::row_blocks];
@@ -231,42 +149,9 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
         }
     }
 
-    const int64_t all = shape.batch * shape.heads * shape.queries;
-    float* const logs = args.splits > 1 ? args.parts + splits * all * shape.head_dim + split * all : args.lse;
     // A warp's rows of the queries, which it alone has read, become those of the result.
     __syncwarp();
-#pragma unroll
-    for (int m = 0; m < F::row_blocks; ++m) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            const typename F::Row& row = state[m][h];
-            const int in_tile = warp_row + 16 * m + 8 * h + lane() / 4;
-            const unsigned r = first + in_tile;
-            const float total = quad_sum(row.total);
-            const float inverse = total == 0.0F ? 0.0F : 1.0F / total;
-            const int64_t index = index_of(shape, b, kv_head, r);
-            if (r < end && lane() % 4 == 0) {
-                logs[index] = total == 0.0F ? -INFINITY : row.largest * scale + logf(total);
-            }
-            if (args.splits > 1) {
-                if (r < end) {
-                    write_sums(args.parts + (split * all + index) * shape.head_dim, head_dim, sums[m], h, inverse);
-                }
-            } else if constexpr (sizeof(Element) == 2) {
-                write_sums(queries, in_tile, sums[m], h, inverse);
-            } else if (r < end) {
-                write_sums(row_at<Element>(args.out, shape, b, kv_head, r), head_dim, sums[m], h, inverse);
-            }
-        }
-    }
-    if constexpr (sizeof(Element) == 2) {
-        if (args.splits > 1) return;
-        __syncwarp();
-        flush<F::warp_rows>(queries, warp_row, head_dim, wide, [&](int row) {
-            const unsigned r = first + warp_row + row;
-            return r < end ? row_at<Element>(args.out, shape, b, kv_head, r) : nullptr;
-        });
-    }
+    finish_rows(args, block, queries, warp_row, wide, scale, state, sums);
 }
 
 // The results of the parts of the keys, joined by their logarithms: out = sum of exp(lse[s] - lse) out[s]. One warp a
@@ -303,13 +188,7 @@ int launch_forward(const AttentionArgs& args, void* stream) {
     const AttentionShape& shape = args.shape;
     const int64_t blocks = divide_up(rows_of(shape), F::rows) * shape.batch * shape.kv_heads * args.splits;
     const bool wide = whole_chunks(shape, args.q, args.k, args.v, args.out);
-    const int code =
-        enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes, stream, args, wide);
-    if (code != 0 || args.splits == 1) return code;
-    constexpr int threads = 256;
-    const int64_t rows = shape.batch * shape.heads * shape.queries;
-    return enqueue(join_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads, 0,
-                   stream, args);
+    return enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes, stream, args, wide);
 }
 
 // Large tiles exist for 16 bits, up to a width of 128.
@@ -326,16 +205,26 @@ int launch_by_width(const AttentionArgs& args, void* stream) {
     return launch_forward<Element, 256, false>(args, stream);
 }
 
+template <class Element>
+int launch(const AttentionArgs& args, void* stream) {
+    const int code = args.sm90 ? block_attention_sm90_cuda(args, stream) : launch_by_width<Element>(args, stream);
+    if (code != 0 || args.splits == 1) return code;
+    constexpr int threads = 256;
+    const int64_t rows = args.shape.batch * args.shape.heads * args.shape.queries;
+    return enqueue(join_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads, 0,
+                   stream, args);
+}
+
 }  // namespace
 
 int block_attention_cuda(const AttentionArgs& args, void* stream) {
     switch (args.shape.data) {
         case Dtype::bfloat16:
-            return launch_by_width<BFloat16>(args, stream);
+            return launch<BFloat16>(args, stream);
         case Dtype::float16:
-            return launch_by_width<Float16>(args, stream);
+            return launch<Float16>(args, stream);
         default:
-            return launch_by_width<float>(args, stream);
+            return launch<float>(args, stream);
     }
 }
 

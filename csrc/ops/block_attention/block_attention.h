@@ -71,6 +71,7 @@ struct AttentionArgs {
     // float32 (splits, batch, heads, queries, head_dim), then their lse (splits, batch, heads, queries). Null with one.
     int64_t splits;
     float* parts;
+    bool sm90;  // CUDA: what block_attention_sm90.cu has runs (`forward_kernel_for` is wgmma)
 };
 
 struct AttentionBackwardArgs {
@@ -100,6 +101,7 @@ struct AttentionBackwardKernels {
 STARFLOW_DECLARE_DOT_VARIANTS(AttentionKernels, block_attention)
 STARFLOW_DECLARE_DOT_VARIANTS(AttentionBackwardKernels, block_attention_backward)
 STARFLOW_DECLARE_CUDA(AttentionArgs, block_attention_cuda)
+STARFLOW_DECLARE_SM90(AttentionArgs, block_attention_sm90_cuda)
 STARFLOW_DECLARE_CUDA(AttentionBackwardArgs, block_attention_backward_cuda)
 
 }  // namespace starflow

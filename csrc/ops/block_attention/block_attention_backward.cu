@@ -43,9 +43,14 @@ struct Backward {
     static constexpr int threads = tile.threads();
     static constexpr int column_blocks = columns / 16;
     static constexpr int width_blocks = width_ / 16;
-    static_assert(tile.rows_of_warp() == 16);
+    // Warps that share 16 rows: each computes their products, and sums a part of the channels.
+    static constexpr int row_warps = rows / 16;
+    static constexpr int parts = tile.warps / row_warps;
+    static constexpr int part_width = width_ / parts;
+    static constexpr int part_blocks = width_blocks / parts;
+    static_assert(tile.warps % row_warps == 0 && width_blocks % parts == 0);
 
-    using Sums = float[2 * width_blocks][4];
+    using Sums = float[2 * part_blocks][4];
     using Weights = float[2 * column_blocks][4];
 
     // Queries as columns: of each its logarithm, its D, and what it sees.
@@ -71,6 +76,9 @@ struct Backward {
         __device__ Tile tile_at(int offset) const { return {reinterpret_cast<Element*>(bytes + offset)}; }
     };
 
+    __device__ static int warp_row() { return warp() % row_warps * 16; }
+    __device__ static int part() { return parts == 1 ? 0 : warp() / row_warps; }
+
     // A warp's 16 rows times all columns.
     __device__ static void multiply(Tile rows_tile, int row, Tile columns_tile, Weights& products) {
 #pragma unroll
@@ -83,34 +91,52 @@ struct Backward {
             }
         }
     }
-    // sums += weights times the columns' channels.
+    // sums += weights times this warp's channels of the columns.
     __device__ static void accumulate(const Weights& weights, Tile columns_tile, Sums& sums) {
 #pragma unroll
         for (int k = 0; k < column_blocks; ++k) {
             const Operand left = Products::left_from(weights[2 * k], weights[2 * k + 1]);
 #pragma unroll
-            for (int n = 0; n < width_blocks; ++n) {
+            for (int n = 0; n < part_blocks; ++n) {
                 if (n % 4 == 0) hold_loads();
                 Products::add(sums[2 * n], sums[2 * n + 1], left,
-                              Products::right_by_rows(columns_tile, 16 * k, 16 * n));
+                              Products::right_by_rows(columns_tile, 16 * k, part() * part_width + 16 * n));
             }
         }
     }
-    // A warp's sums to global memory, through rows of a tile that it alone still uses.
+    // A warp's sums to global memory, through rows of a tile that it and those of its rows alone still use.
     template <class Target>
-    __device__ static void write(Tile through, int row, const Sums& sums, float factor, int head_dim, bool wide,
+    __device__ static void write(Tile through, const Sums& sums, float factor, int head_dim, bool wide,
                                  const Target& target) {
+        const int first_channel = part() * part_width;
         if constexpr (sizeof(Element) == 2) {
-            __syncwarp();
+            sync_rows();
 #pragma unroll
-            for (int h = 0; h < 2; ++h) write_sums(through, row + 8 * h + lane() / 4, sums, h, factor);
-            __syncwarp();
-            flush<16>(through, row, head_dim, wide, target);
+            for (int h = 0; h < 2; ++h) {
+                write_sums(through, warp_row() + 8 * h + lane() / 4, sums, h, factor, first_channel);
+            }
+            sync_rows();
+            constexpr int share = 16 / parts;
+            const int first_row = part() * share;
+            flush<share>(through, warp_row() + first_row, head_dim, wide,
+                         [&](int row) { return target(first_row + row); });
         } else {
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
-                if (Element* to = target(8 * h + lane() / 4)) write_sums(to, head_dim, sums, h, factor);
+                if (Element* to = target(8 * h + lane() / 4)) {
+                    write_sums(to + first_channel, head_dim - first_channel, sums, h, factor);
+                }
             }
+        }
+    }
+
+  private:
+    // The warps that share rows.
+    __device__ static void sync_rows() {
+        if constexpr (parts == 1) {
+            __syncwarp();
+        } else {
+            __syncthreads();
         }
     }
 };
@@ -153,7 +179,7 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
         });
     };
 
-    const int warp_row = warp() * 16;
+    const int warp_row = B::warp_row();
     const float scale = scale_of(args.scale, b);
     const float slope = scale * log2_of_e;
     VisibleKeysOf<int> sees[2];
@@ -198,7 +224,7 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
         }
         B::accumulate(grads, memory.columns_of(stage, 0), sums);
     }
-    B::write(memory.rows_of(0), warp_row, sums, scale, head_dim, wide, [&](int row) {
+    B::write(memory.rows_of(0), sums, scale, head_dim, wide, [&](int row) {
         const unsigned r = first + warp_row + row;
         return r < end ? row_at<Element>(args.grad_q, shape, b, kv_head, r) : nullptr;
     });
@@ -258,7 +284,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
         });
     };
 
-    const int warp_row = warp() * 16;
+    const int warp_row = B::warp_row();
     const float scale = scale_of(args.scale, b);
     const float slope = scale * log2_of_e;
     typename B::Sums key_sums = {};
@@ -306,7 +332,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     }
     const auto write = [&](int operand, const typename B::Sums& sums, float factor, const HeadRows& to) {
         auto* rows = head_at<Element>(to, b, kv_head);
-        B::write(memory.rows_of(operand), warp_row, sums, factor, head_dim, wide, [&](int row) {
+        B::write(memory.rows_of(operand), sums, factor, head_dim, wide, [&](int row) {
             const int key = first + warp_row + row;
             return key < end ? rows + key * to.row_stride : nullptr;
         });
@@ -338,8 +364,14 @@ int launch_backward(const AttentionBackwardArgs& args, void* stream) {
 
 template <class Element>
 int launch_by_width(const AttentionBackwardArgs& args, void* stream) {
-    return tile_width(args.shape.head_dim) == 64 ? launch_backward<Element, 64>(args, stream)
-                                                 : launch_backward<Element, 128>(args, stream);
+    switch (tile_width(args.shape.head_dim)) {
+        case 64:
+            return launch_backward<Element, 64>(args, stream);
+        case 128:
+            return launch_backward<Element, 128>(args, stream);
+        default:
+            return launch_backward<Element, 256>(args, stream);
+    }
 }
 
 }  // namespace

@@ -7,7 +7,6 @@ namespace starflow {
 namespace {
 
 inline constexpr int64_t most_head_dim = 256;
-inline constexpr int64_t most_gradient_head_dim = 128;
 
 // Channels of a tile: head_dim, padded with zeros to a size that there is a kernel for.
 constexpr int64_t tile_width(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
@@ -37,8 +36,53 @@ constexpr AttentionTile forward_tile(int element_bytes, int64_t width, bool larg
     return large && width <= 128 ? AttentionTile{128, columns, 4} : AttentionTile{64, columns, 4};
 }
 
-// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums.
+// Keys of a tile of the kernel of sm_90a, whose rows are 64 or 128 as above: products of wgmma with fewer columns wait
+// for shared memory.
+inline constexpr int sm90_columns = 128;
+
+// Which kernel a forward pass on CUDA runs: `wgmma` is that of sm_90a, the others say why not.
+enum class ForwardKernel : int32_t {
+    wgmma,
+    other_device,
+    not_built,
+    float32,
+    wide_head,
+    no_keys,
+    unaligned,
+    overlapping
+};
+
+// Whether TMA brings these keys or values: it takes distances of whole 16 bytes, none of them 0.
+inline ForwardKernel forward_kernel_by_rows(const AttentionShape& shape, const HeadRows& rows) {
+    constexpr int64_t chunk = 8;
+    bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
+    bool apart = shape.keys == 1 || rows.row_stride >= shape.head_dim;
+    const auto check = [&](int64_t count, int64_t stride) {
+        aligned = aligned && (count == 1 || stride % chunk == 0);
+        apart = apart && (count == 1 || stride > 0);
+    };
+    check(shape.keys, rows.row_stride);
+    check(shape.kv_heads, rows.head_stride);
+    check(shape.batch, rows.batch_stride);
+    return !aligned ? ForwardKernel::unaligned : !apart ? ForwardKernel::overlapping : ForwardKernel::wgmma;
+}
+
+// `major` of the device's compute capability. Not by the queries: a row has the bits that it has alone.
+inline ForwardKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
+                                        bool built) {
+    if (major != 9) return ForwardKernel::other_device;
+    if (!built) return ForwardKernel::not_built;
+    if (shape.data == Dtype::float32) return ForwardKernel::float32;
+    if (tile_width(shape.head_dim) > 128) return ForwardKernel::wide_head;
+    if (shape.keys == 0) return ForwardKernel::no_keys;
+    const ForwardKernel by_keys = forward_kernel_by_rows(shape, k);
+    return by_keys != ForwardKernel::wgmma ? by_keys : forward_kernel_by_rows(shape, v);
+}
+
+// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums. Of 256 channels
+// these do not fit the registers of a warp, and two or four warps share 16 rows.
 constexpr AttentionTile backward_tile(int element_bytes, int64_t width) {
+    if (width == 256) return element_bytes == 4 ? AttentionTile{16, 16, 4} : AttentionTile{64, 16, 8};
     if (element_bytes == 4) return width == 64 ? AttentionTile{64, 32, 4} : AttentionTile{32, 16, 2};
     return width == 64 ? AttentionTile{64, 64, 4} : AttentionTile{64, 32, 4};
 }

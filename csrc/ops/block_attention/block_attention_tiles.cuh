@@ -300,16 +300,17 @@ __device__ void write_sums(float* to, int head_dim, const float (&sums)[blocks][
     }
 }
 
-// The same to a row of a tile of 16 bits.
+// The same to a row of a tile of 16 bits, from a channel on.
 template <class Tile, int blocks>
-__device__ void write_sums(Tile tile, int row, const float (&sums)[blocks][4], int half, float factor) {
+__device__ void write_sums(Tile tile, int row, const float (&sums)[blocks][4], int half, float factor,
+                           int first_channel = 0) {
     using Pair = Packed<typename Tile::Element, 2>;
 #pragma unroll
     for (int n = 0; n < blocks; ++n) {
         Pair pair;
         narrow(sums[n][2 * half] * factor, pair.values[0]);
         narrow(sums[n][2 * half + 1] * factor, pair.values[1]);
-        *reinterpret_cast<Pair*>(tile.at(row, 8 * n + lane() % 4 * 2)) = pair;
+        *reinterpret_cast<Pair*>(tile.at(row, first_channel + 8 * n + lane() % 4 * 2)) = pair;
     }
 }
 

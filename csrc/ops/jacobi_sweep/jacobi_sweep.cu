@@ -250,6 +250,8 @@ class Sweep {
         // One part of the keys, so that a row's bits depend on nothing but the row.
         attention.tile_rows = attention_schedule(attention.shape, args_.device.multiprocessors).tile_rows;
         attention.splits = 1;
+        attention.sm90 = args_.device.sm90 &&
+                         forward_kernel_for(attention.shape, attention.k, attention.v, 9, true) == ForwardKernel::wgmma;
         call(block_attention_cuda, attention);
     }
 

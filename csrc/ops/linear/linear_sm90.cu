@@ -7,6 +7,7 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 
 #include "cuda/enqueue.cuh"
+#include "cuda/named_barrier.cuh"
 #include "ops/linear/linear_finish.cuh"
 
 namespace starflow {
@@ -117,8 +118,7 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
         for (int i = 0; i < cute::size(sums); ++i) sums(i) += part_sums(i);
     }
 
-    // Among those that multiply. CUTLASS's own does not tell the compiler that memory changes.
-    const auto sync = [] { asm volatile("bar.sync 1, %0;" : : "n"(Tile::threads) : "memory"); };
+    const auto sync = [] { sync_named<Tile::threads>(1); };
     // The operands are done with, by the other group too.
     sync();
     const auto places = product.get_slice(thread).partition_C(cute::make_identity_tensor(shape));

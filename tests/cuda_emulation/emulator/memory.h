@@ -12,71 +12,174 @@ namespace emulation {
 
 inline constexpr int warp_lanes = 32;
 
-// Happens-before by clocks of warps. A warp's clock moves on when it synchronises; within one tick of it only accesses
-// of the same lane are ordered. Of another warp, everything before the clock that was last learned of it is.
+// What a thread knows, or what a barrier passes on: of each agent, up to which of its clocks everything comes before.
+struct Knowledge {
+    std::vector<uint32_t> seen;
+    std::vector<uint32_t> fenced;  // the same of writes that the asynchronous proxy sees
+
+    void join(const Knowledge& other) {
+        for (size_t a = 0; a < seen.size(); ++a) {
+            seen[a] = seen[a] > other.seen[a] ? seen[a] : other.seen[a];
+            fenced[a] = fenced[a] > other.fenced[a] ? fenced[a] : other.fenced[a];
+        }
+    }
+    void meet(const Knowledge& other) {
+        for (size_t a = 0; a < seen.size(); ++a) {
+            seen[a] = seen[a] < other.seen[a] ? seen[a] : other.seen[a];
+            fenced[a] = fenced[a] < other.fenced[a] ? fenced[a] : other.fenced[a];
+        }
+    }
+};
+
+// Happens-before by clocks of agents: the threads; for each mbarrier the copies that it counts; for each warp its
+// products of wgmma, which read shared memory by themselves until they are waited for. A clock moves on when its agent
+// tells others what it has done. Copies of tensors and wgmma are of the asynchronous proxy: they see what a thread
+// wrote once there is a proxy fence between.
 class Races {
   public:
+    static constexpr int most_mbarriers = 64;
+    static constexpr size_t chunk = 16;  // what the asynchronous proxy reads and writes
+
     void reset(size_t bytes, int warps) {
         warps_ = warps;
+        threads_ = warps * warp_lanes;
         writes_.assign(bytes, {});
         reads_.assign(bytes * warps, {});
-        now_.assign(warps, 1);
-        seen_.assign(static_cast<size_t>(warps) * warps, 0);
+        product_reads_.assign((bytes / chunk + 1) * warps, 0);
+        any_products_ = false;
+        const size_t agents = threads_ + most_mbarriers + warps;
+        now_.assign(agents, 1);
+        known_.assign(threads_, nothing());
     }
 
-    // All earlier accesses of these warps before all later ones of them.
-    void synchronise(const std::vector<int>& warps) {
-        for (const int w : warps) ++now_[w];
-        for (int v = 0; v < warps_; ++v) {
-            uint32_t newest = 0;
-            for (const int w : warps) newest = newest > seen(w, v) ? newest : seen(w, v);
-            for (const int w : warps) seen(w, v) = newest;
+    Knowledge nothing() const {
+        const std::vector<uint32_t> never(threads_ + most_mbarriers + warps_, 0);
+        return {never, never};
+    }
+
+    // All earlier accesses of these threads before all later ones of them.
+    void synchronise(const std::vector<int>& threads) {
+        if (threads.empty()) return;
+        Knowledge all = known_[threads[0]];
+        uint32_t latest = 0;
+        for (const int t : threads) {
+            all.join(known_[t]);
+            latest = latest > now_[t] ? latest : now_[t];
         }
-        for (const int w : warps) {
-            for (const int v : warps) seen(w, v) = now_[v];
+        for (const int t : threads) {
+            all.seen[t] = latest;
+            now_[t] = latest + 1;
         }
+        for (const int t : threads) known_[t] = all;
+    }
+
+    // What this thread knows and has done, to a barrier; and from one.
+    void publish(int thread, Knowledge& to) {
+        known_[thread].seen[thread] = now_[thread];
+        to.join(known_[thread]);
+        ++now_[thread];
+    }
+    void learn(int thread, const Knowledge& from) { known_[thread].join(from); }
+
+    // The asynchronous proxy sees what this thread knows to be written.
+    void fence(int thread) {
+        Knowledge& known = known_[thread];
+        known.seen[thread] = now_[thread];
+        for (size_t a = 0; a < known.seen.size(); ++a) {
+            if (known.fenced[a] < known.seen[a]) known.fenced[a] = known.seen[a];
+        }
+        ++now_[thread];
     }
 
     // The word for what is wrong, or null.
     const char* read(size_t begin, size_t bytes, int warp, int lane) {
+        const int thread = warp * warp_lanes + lane;
         for (size_t i = begin; i < begin + bytes; ++i) {
-            if (const char* wrong = after_write(i, warp, lane)) return wrong;
+            if (const char* wrong = after_write(i, thread)) return wrong;
             Read& read = reads_[i * warps_ + warp];
-            if (read.clock == now_[warp] && read.lane != lane) {
-                read.lane = several;
+            if (read.lane == lane || comes_before(read, warp, thread)) {
+                read = {now_[thread], static_cast<uint8_t>(lane)};
             } else {
-                read = {now_[warp], static_cast<uint8_t>(lane)};
+                read = {read.clock > now_[thread] ? read.clock : now_[thread], several};
             }
         }
         return nullptr;
     }
 
     const char* write(size_t begin, size_t bytes, int warp, int lane, bool in_flight) {
+        const int thread = warp * warp_lanes + lane;
         for (size_t i = begin; i < begin + bytes; ++i) {
-            if (const char* wrong = after_write(i, warp, lane)) return wrong;
-            for (int v = 0; v < warps_; ++v) {
-                const Read& read = reads_[i * warps_ + v];
-                if (read.clock != 0 && !ordered(read.clock, v, read.lane, warp, lane)) {
-                    return "may still be read by another thread";
-                }
-            }
-            writes_[i] = {now_[warp], static_cast<uint8_t>(warp), static_cast<uint8_t>(lane), in_flight};
+            if (const char* wrong = after_write(i, thread)) return wrong;
+            if (const char* wrong = after_reads(i, thread)) return wrong;
+            writes_[i] = {now_[thread], static_cast<uint16_t>(thread), in_flight};
         }
         return nullptr;
     }
 
     // A write in flight has arrived, and is now one of this thread.
     void arrive(size_t begin, size_t bytes, int warp, int lane) {
+        const int thread = warp * warp_lanes + lane;
         for (size_t i = begin; i < begin + bytes; ++i) {
-            writes_[i] = {now_[warp], static_cast<uint8_t>(warp), static_cast<uint8_t>(lane), false};
+            writes_[i] = {now_[thread], static_cast<uint16_t>(thread), false};
+        }
+    }
+
+    // Whether what lies there was written before all that this thread does now.
+    const char* written(size_t begin, size_t bytes, int thread) {
+        for (size_t i = begin; i < begin + bytes; ++i) {
+            if (const char* wrong = after_write(i, thread)) return wrong;
+        }
+        return nullptr;
+    }
+
+    // A thread begins a copy of a tensor to whole chunks.
+    const char* begin_copy(size_t begin, size_t bytes, int thread) {
+        for (size_t i = begin; i < begin + bytes; ++i) {
+            if (const char* wrong = after_write_by_proxy(i, known_[thread])) return wrong;
+            if (const char* wrong = after_reads(i, thread)) return wrong;
+            writes_[i] = {now_[thread], static_cast<uint16_t>(thread), true};
+        }
+        return nullptr;
+    }
+    // It has arrived: known to those who wait for the mbarrier.
+    void end_copy(size_t begin, size_t bytes, int mbarrier) {
+        const int agent = threads_ + mbarrier;
+        for (size_t i = begin; i < begin + bytes; ++i) writes_[i] = {now_[agent], static_cast<uint16_t>(agent), false};
+    }
+    void tell_copies(int mbarrier, Knowledge& to) {
+        const int agent = threads_ + mbarrier;
+        to.seen[agent] = to.fenced[agent] = now_[agent]++;
+    }
+
+    // What every lane of a warp knows.
+    Knowledge common(int warp) {
+        Knowledge all = known_[warp * warp_lanes];
+        for (int l = 1; l < warp_lanes; ++l) all.meet(known_[warp * warp_lanes + l]);
+        return all;
+    }
+    // A warp's wgmma begins to read a chunk.
+    const char* read_by_product(size_t begin, int warp, const Knowledge& known) {
+        for (size_t i = begin; i < begin + chunk; ++i) {
+            if (const char* wrong = after_write_by_proxy(i, known)) return wrong;
+        }
+        product_reads_[begin / chunk * warps_ + warp] = now_[product_agent(warp)];
+        any_products_ = true;
+        return nullptr;
+    }
+    // The products that the warp has begun up to here have a number, which is told to its threads when they have
+    // waited.
+    uint32_t number_of_products(int warp) { return now_[product_agent(warp)]++; }
+    void end_products(int warp, uint32_t number) {
+        for (int l = 0; l < warp_lanes; ++l) {
+            uint32_t& seen = known_[warp * warp_lanes + l].seen[product_agent(warp)];
+            seen = seen > number ? seen : number;
         }
     }
 
   private:
     struct Write {
         uint32_t clock = 0;  // 0: never written
-        uint8_t warp = 0;
-        uint8_t lane = 0;
+        uint16_t agent = 0;
         bool in_flight = false;
     };
     struct Read {
@@ -85,26 +188,55 @@ class Races {
     };
     static constexpr uint8_t several = warp_lanes;
 
-    uint32_t& seen(int warp, int of) { return seen_[static_cast<size_t>(warp) * warps_ + of]; }
-
-    bool ordered(uint32_t clock, int by_warp, int by_lane, int warp, int lane) {
-        return by_warp == warp ? by_lane == lane || clock < now_[warp] : clock < seen(warp, by_warp);
+    bool comes_before(const Read& read, int warp, int thread) const {
+        if (read.clock == 0) return true;
+        const int first = warp * warp_lanes + (read.lane == several ? 0 : read.lane);
+        const int end = read.lane == several ? first + warp_lanes : first + 1;
+        for (int t = first; t < end; ++t) {
+            if (t != thread && read.clock > known_[thread].seen[t]) return false;
+        }
+        return true;
     }
 
-    const char* after_write(size_t i, int warp, int lane) {
+    int product_agent(int warp) const { return threads_ + most_mbarriers + warp; }
+
+    const char* after_write(size_t i, int thread) const {
+        const Write& write = writes_[i];
+        if (write.clock == 0) return nullptr;
+        if (write.in_flight) return "an asynchronous copy still writes";
+        if (write.agent == thread || write.clock <= known_[thread].seen[write.agent]) return nullptr;
+        return "another thread wrote without a barrier since";
+    }
+
+    const char* after_write_by_proxy(size_t i, const Knowledge& known) const {
         const Write& write = writes_[i];
         if (write.in_flight) return "an asynchronous copy still writes";
-        if (write.clock != 0 && !ordered(write.clock, write.warp, write.lane, warp, lane)) {
-            return "another thread wrote without a barrier since";
+        if (write.clock == 0) return nullptr;
+        if (write.agent >= threads_) {
+            return write.clock <= known.seen[write.agent] ? nullptr : "a copy wrote that was not waited for";
+        }
+        return write.clock <= known.fenced[write.agent] ? nullptr
+                                                        : "a thread wrote without a proxy fence and a barrier since";
+    }
+
+    const char* after_reads(size_t i, int thread) const {
+        for (int v = 0; v < warps_; ++v) {
+            if (!comes_before(reads_[i * warps_ + v], v, thread)) return "may still be read by another thread";
+            if (!any_products_) continue;
+            const uint32_t product = product_reads_[i / chunk * warps_ + v];
+            if (product > known_[thread].seen[product_agent(v)]) return "may still be read by wgmma";
         }
         return nullptr;
     }
 
     int warps_ = 0;
+    int threads_ = 0;
+    bool any_products_ = false;
     std::vector<Write> writes_;
-    std::vector<Read> reads_;  // of each byte, each warp's last
+    std::vector<Read> reads_;              // of each byte, each warp's last
+    std::vector<uint32_t> product_reads_;  // of each chunk, each warp's last by wgmma
     std::vector<uint32_t> now_;
-    std::vector<uint32_t> seen_;
+    std::vector<Knowledge> known_;
 };
 
 // One instruction of a warp: the addresses of those lanes that take part.

@@ -1,6 +1,9 @@
 #include "runtime.h"
 
 #include <link.h>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -11,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "hopper.h"
 #include "memory.h"
 #include "products.h"
 
@@ -57,7 +61,17 @@ extern const char _end[] __attribute__((visibility("hidden")));
 namespace emulation {
 namespace {
 
+// AddressSanitizer puts room around every variable, and knows nothing of fibers that never return.
+#ifdef __SANITIZE_ADDRESS__
+constexpr size_t stack_bytes = 2 << 20;
+void sanitize(const char* begin, size_t valid, size_t bytes) {
+    ASAN_UNPOISON_MEMORY_REGION(begin, valid);
+    ASAN_POISON_MEMORY_REGION(begin + valid, bytes - valid);
+}
+#else
 constexpr size_t stack_bytes = 256 << 10;
+void sanitize(const char*, size_t, size_t) {}
+#endif
 constexpr size_t page_bytes = 4096;
 constexpr size_t largest_shared = 227 << 10;
 constexpr int most_barriers = 16;
@@ -113,6 +127,7 @@ struct Device {
     std::vector<Thread> threads;  // as many as a block ever had: stacks are kept
     std::vector<Warp> warps;
     Barrier barriers[most_barriers];
+    Hopper hopper;
     int block_threads = 0;
     int live = 0;
     int ready = 0;
@@ -171,11 +186,7 @@ void wait(const char* what) {
 }
 
 void release(Barrier& barrier) {
-    std::vector<int> warps;
-    for (const int number : barrier.waiting) warps.push_back(number / warp_lanes);
-    std::sort(warps.begin(), warps.end());
-    warps.erase(std::unique(warps.begin(), warps.end()), warps.end());
-    device.races.synchronise(warps);
+    device.races.synchronise(barrier.waiting);
     for (const int number : barrier.waiting) wake(number);
     barrier.waiting.clear();
 }
@@ -256,13 +267,12 @@ void request(const void* site, int target, const char* p, size_t bytes, bool wri
 }
 
 // Global memory is the tensors that the test gave.
-void touch_global(const void* site, const char* p, size_t bytes, bool write) {
+int tensor_at(const char* p, size_t bytes, bool write) {
     for (int i = 0; i < device.tensor_count; ++i) {
         EmulationTensor& tensor = device.tensors[i];
         if (p >= tensor.begin && p + bytes <= tensor.end) {
             (write ? tensor.bytes_written : tensor.bytes_read) += static_cast<int64_t>(bytes);
-            request(site, i, p, bytes, write);
-            return;
+            return i;
         }
     }
     const EmulationTensor* nearest = nullptr;
@@ -277,6 +287,10 @@ void touch_global(const void* site, const char* p, size_t bytes, bool write) {
         fail("%s %zu bytes of global memory at %p, but no tensor was given", plural(write), bytes, p);
     fail("%s %zu bytes at offset %td of %s, which has %td bytes", plural(write), bytes, p - nearest->begin,
          nearest->name, nearest->end - nearest->begin);
+}
+
+void touch_global(const void* site, const char* p, size_t bytes, bool write) {
+    request(site, tensor_at(p, bytes, write), p, bytes, write);
 }
 
 void touch(const void* site, const void* address, size_t bytes, bool write, bool whole) {
@@ -308,6 +322,7 @@ void finish_thread() {
     for (auto& group : thread.copies) land(group);
     thread.state = State::finished;
     --device.live;
+    device.hopper.left_late = device.hopper.left_late || (device.live == 0 && !device.hopper.copies.empty());
     Warp& warp = device.warps[warp_of(thread)];
     warp.live &= ~(1U << lane_of(thread));
     release_if_all_came();
@@ -332,6 +347,7 @@ void prepare(Thread& thread, int number, dim3 block) {
     thread.number = number;
     thread.index = {number % block.x, number / block.x % block.y, number / block.x / block.y};
     thread.copies.clear();
+    sanitize(thread.stack, stack_bytes, stack_bytes);
     // What emulation_switch pops: six registers, then the address to go to, with the stack as after a call.
     void** top = reinterpret_cast<void**>(thread.stack + stack_bytes - 64);
     std::fill(top, top + 8, nullptr);
@@ -366,6 +382,10 @@ int choose() {
     return number;
 }
 
+// Of hopper.cpp. What is wrong with what a block has left behind, or "".
+void land_tensor_copy(size_t which);
+std::string left_in_flight();
+
 void diagnose_deadlock() {
     device.error = "deadlock:";
     int listed = 0;
@@ -391,6 +411,9 @@ void run_block(dim3 block) {
     const int warps = (device.block_threads + warp_lanes - 1) / warp_lanes;
     device.warps.assign(warps, {});
     for (Barrier& barrier : device.barriers) barrier = {};
+    device.hopper = {};
+    device.hopper.products.resize(warps);
+    device.hopper.descriptors.resize((warps + warps_of_group - 1) / warps_of_group);
     device.ready = device.votes = 0;
     // NaN in every floating type.
     std::memset(device.arena, 0xff, device.shared_bytes);
@@ -403,13 +426,19 @@ void run_block(dim3 block) {
         device.warps[i / warp_lanes].live |= 1U << (i % warp_lanes);
         wake(i);
     }
-    while (device.ready > 0 && device.error.empty()) {
+    while ((device.ready > 0 || !device.hopper.copies.empty()) && device.error.empty()) {
+        // Copies of tensors arrive in any order, and late.
+        if (!device.hopper.copies.empty() && (device.ready == 0 || draw() % 64 == 0)) {
+            land_tensor_copy(draw() % device.hopper.copies.size());
+            continue;
+        }
         device.current = &device.threads[choose()];
         threadIdx = device.current->index;
         emulation_switch(&device.scheduler, device.current->stack_pointer);
     }
     device.current = nullptr;
     if (device.error.empty() && device.live > 0) diagnose_deadlock();
+    if (device.error.empty()) device.error = left_in_flight();
     device.requests.finish({});
 }
 
@@ -456,6 +485,7 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void
     device.image = image;
     device.fixed = thread_local_memory(image);
     device.shared_bytes = shared_bytes;
+    sanitize(device.arena, shared_bytes, largest_shared);
     gridDim = grid;
     blockDim = block;
     ++device.counts.launches;
@@ -521,9 +551,12 @@ int barrier_count(bool value, int* arrived) {
 
 void warp_barrier(uint32_t mask) {
     int nothing = 0;
-    meet(mask, "__syncwarp", nothing, [](void**, uint32_t) {
-        // Of whichever lanes came; the last of them acts.
-        device.races.synchronise({warp_of(*device.current)});
+    meet(mask, "__syncwarp", nothing, [](void**, uint32_t arrived) {
+        std::vector<int> came;
+        for (int l = 0; l < warp_lanes; ++l) {
+            if ((arrived >> l & 1) != 0) came.push_back(warp_of(*device.current) * warp_lanes + l);
+        }
+        device.races.synchronise(came);
     });
 }
 

@@ -65,6 +65,37 @@ EMULATION_API void load_matrices(int matrices, bool transposed, const void* row,
 // mma.sync m16n8k16 of 16-bit types, m16n8k8 and m16n8k4 of tf32: sum += a b in float32.
 EMULATION_API void multiply_add(Format format, int depth, float* sum, const uint32_t* a, const uint32_t* b);
 
+// mbarrier: init, fence.mbarrier_init, arrive and expect_tx (0 of either: without it), try_wait by parity.
+EMULATION_API void init_mbarrier(const void* mbarrier, uint32_t arrivals);
+EMULATION_API void fence_mbarriers();
+EMULATION_API void arrive_at(const void* mbarrier, uint32_t arrivals, uint32_t expected_bytes);
+EMULATION_API void wait_for_phase(const void* mbarrier, uint32_t parity);
+EMULATION_API bool phase_has_ended(const void* mbarrier, uint32_t parity);
+// fence.proxy.async: copies of tensors and wgmma see what this thread has written, or knows to be written.
+EMULATION_API void fence_proxy();
+
+// cp.async.bulk.tensor: a box of a tensor to shared memory, whose bytes the mbarrier counts.
+EMULATION_API void copy_tensor(const void* map, const void* mbarrier, void* to, const int* coordinates, int rank);
+
+// wgmma of one warp of a group, m64nNk16 of 16-bit types. An operand lies in shared memory as its descriptor says, a
+// row of it (of a) or a column (of b) running along the depth, or across it.
+struct GroupProduct {
+    Format format;
+    int columns;
+    bool left_in_registers;
+    bool left_across;
+    bool right_across;
+    bool accumulate;
+    uint64_t left;
+    uint64_t right;
+    const uint32_t* const* left_registers;  // 4 places
+    float* const* sums;                     // columns / 2 places
+};
+EMULATION_API void fence_products();
+EMULATION_API void multiply_group(const GroupProduct& product);
+EMULATION_API void commit_products();
+EMULATION_API void wait_for_products(int pending);
+
 }  // namespace emulation
 
 // What tests/cuda_emulation/emulator.py calls.
@@ -87,6 +118,8 @@ struct EmulationCounts {
     int64_t products;        // mma of a warp
     int64_t matrices;        // 8 x 8 loaded by ldmatrix
     int64_t async_copies;    // of a thread
+    int64_t group_products;  // wgmma of a warp
+    int64_t tensor_copies;   // by TMA
     int64_t bank_conflicts;  // further passes over the banks than the bytes of a request need
     int64_t shared_bytes;    // the largest launch's, dynamic
     int64_t threads;         // the largest launch's, of a block

@@ -1,0 +1,14 @@
+// A barrier of some warps of a block. tests/cuda_emulation has this file for a device in software.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace starflow::cuda {
+
+// Of `threads` threads, whole warps that all come here; barrier 0 is __syncthreads. CUTLASS's own does not tell the
+// compiler that memory changes.
+template <int threads>
+__device__ void sync_named(int barrier) {
+    asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(threads) : "memory");
+}
+
+}  // namespace starflow::cuda

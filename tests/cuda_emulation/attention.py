@@ -1,0 +1,151 @@
+"""Calls of block_attention for its tests on the emulated device, and their results in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow_ext._spec import Sample
+from starflow_ext.block_attention import SPEC, FrameMask
+
+from ..ops import battery
+
+OPTIONS = ("causal", "q_start", "q_starts", "k_length", "k_lengths", "prefix", "frame_tokens", "look_ahead", "window")
+
+
+@dataclass(frozen=True)
+class Call:
+    """What both launchers take, from the arguments of the public function."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    common: Mapping[str, Any]
+
+    @staticmethod
+    def of(arguments: Mapping[str, Any]) -> Call:
+        _, (q, k, v, *values) = SPEC.lowered(Sample("", arguments))
+        options = dict(zip((*OPTIONS, "temperature", "temperatures"), values, strict=True))
+        batch, heads, queries, head_dim = q.shape
+        kv_heads, keys = k.shape[1:3]
+        start, length = options["q_start"], options["k_length"]
+        root, temperatures = head_dim**0.5, options["temperatures"]
+        return Call(
+            q,
+            k,
+            v,
+            {
+                "shape": {
+                    "batch": batch,
+                    "heads": heads,
+                    "kv_heads": kv_heads,
+                    "queries": queries,
+                    "keys": keys,
+                    "head_dim": head_dim,
+                    "data": q.dtype,
+                },
+                "mask": {
+                    "causal": options["causal"],
+                    "frames": options["frame_tokens"] > 0,
+                    "prefix": options["prefix"],
+                    "frame_tokens": max(1, options["frame_tokens"]),
+                    "look_ahead": options["look_ahead"],
+                    "window": options["window"],
+                    "start": keys - queries if start is None else start,
+                    "starts": options["q_starts"],
+                    "length": keys if length is None else length,
+                    "lengths": options["k_lengths"],
+                },
+                "scale": {
+                    "scale": 1.0 / (root * options["temperature"]),
+                    "root": root,
+                    "temperatures": None if temperatures is None else temperatures.double(),
+                },
+                "q": q,
+                "k": k,
+                "v": v,
+            },
+        )
+
+    @property
+    def wide(self) -> bool:
+        return self.q.shape[-1] % (4 if self.q.dtype == torch.float32 else 8) == 0
+
+
+def by_token(like: Tensor) -> Tensor:
+    """As the op allocates results, but rows as far apart as those of ``like``; NaN where nothing is written."""
+    batch, heads, tokens, head_dim = like.shape
+    return like.new_full((batch, tokens, heads, like.stride(2)), torch.nan).transpose(1, 2)[..., :head_dim]
+
+
+def usual_calls(dtype: torch.dtype) -> Iterator[Sample]:
+    """Calls of the battery that have a row; of the large one two of the six samples."""
+    for sample in battery.samples(SPEC, (dtype,)):
+        if sample.arguments["q"].numel() > 0:
+            yield sample.map(lambda tensor: tensor[:2]) if sample.label == "large" else sample
+
+
+@cache
+def exact(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    found = []
+    for sample in usual_calls(dtype):
+        doubles = battery.in_float64(sample)
+        found.append(SPEC.reference(**{**SPEC.arguments(**doubles.arguments), "return_lse": True}))
+    return found
+
+
+def assert_forward(dtype: torch.dtype, label: str, got: tuple[Tensor, Tensor], want: tuple[Tensor, Tensor]) -> None:
+    battery.assert_near(got[0], want[0], SPEC.bounds[dtype], label)
+    battery.assert_near(got[1], want[1], SPEC.bounds[torch.float32], f"{label}, lse")
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def arguments_for(
+    dtype: torch.dtype, head_dim: int = 64, queries: int = 70, keys: int = 150, **options: Any
+) -> dict[str, Any]:
+    """Two samples, two heads on one of keys, keys of different lengths, a prefix and frames, rows that see nothing."""
+    return {
+        "q": draw(2, 2, queries, head_dim, dtype=dtype, seed=1),
+        "k": draw(2, 1, keys, head_dim, dtype=dtype, seed=2),
+        "v": draw(2, 1, keys, head_dim, dtype=dtype, seed=3),
+        "causal": True,
+        "frames": FrameMask(prefix=20, frame_tokens=30, look_ahead=1, window=2),
+        "q_start": torch.tensor([keys - queries, -3]),
+        "k_length": torch.tensor([keys, keys - 13]),
+        **options,
+    }
+
+
+def in_rows(tensor: Tensor, skip: int = 0) -> Tensor:
+    """The same in rows of 24 elements where it has less, from a place on, with NaN around it."""
+    head_dim = tensor.shape[-1]
+    rows = tensor.new_full((*tensor.shape[:-1], skip + max(24, head_dim)), torch.nan)
+    rows[..., skip : skip + head_dim] = tensor
+    return rows[..., skip : skip + head_dim]
+
+
+def small(dtype: torch.dtype, head_dim: int, skip: int = 0) -> dict[str, Any]:
+    """Rows and keys that fill no tile, and NaN behind each sample's keys."""
+    options = {"q_start": torch.tensor([-3, 103]), "k_length": torch.tensor([140, 131])}
+    arguments = arguments_for(dtype, head_dim, queries=37, keys=140, **options)
+    for name in ("k", "v"):
+        arguments[name][1, :, 131:] = torch.nan
+    return {**arguments, **{name: in_rows(arguments[name], skip) for name in ("q", "k", "v")}}
+
+
+@cache
+def small_exact(dtype: torch.dtype, head_dim: int) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor, tuple[Tensor, ...]]:
+    arguments = small(dtype, head_dim)
+    finite = {name: arguments[name].nan_to_num(0.0).double().requires_grad_() for name in ("q", "k", "v")}
+    out, lse = SPEC.reference(**{**SPEC.arguments(**{**arguments, **finite}), "return_lse": True})
+    above = draw(*out.shape, dtype=dtype, seed=4)
+    grads = torch.autograd.grad((out * above.double()).sum(), list(finite.values()))
+    return (out.detach(), lse.detach()), above, torch.zeros_like(lse, dtype=torch.float32), grads

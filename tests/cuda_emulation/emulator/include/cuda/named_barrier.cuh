@@ -1,0 +1,12 @@
+// csrc/cuda/named_barrier.cuh for the emulated device.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace starflow::cuda {
+
+template <int threads>
+void sync_named(int barrier) {
+    emulation::barrier(barrier, threads);
+}
+
+}  // namespace starflow::cuda
