@@ -261,13 +261,14 @@ class Trainer:
             if posterior is not None:
                 posterior = posterior.to(self.device)
             pixels = batch.pixels.to(self.device)
-            if batch.last:
-                parts = (pixels[:, -1:], pixels)
-                draws = (None, None) if posterior is None else (posterior[:, :1], posterior[:, 1:])
+            if batch.reference is None:
+                latents = self.codec.encode(pixels, noise=posterior)
+            else:
+                parts = (batch.reference.to(self.device), pixels)
+                sizes = [self.codec.latent_frames(part.shape[1]) for part in parts]
+                draws = (None, None) if posterior is None else posterior.split(sizes, 1)
                 encoded = [self.codec.encode(part, noise=draw) for part, draw in zip(parts, draws, strict=True)]
                 latents = torch.cat(encoded, 1)
-            else:
-                latents = self.codec.encode(pixels, noise=posterior)
             finite = torch.isfinite(latents).flatten(1).all(1).tolist()
             if not all(finite):
                 raise TrainingError(
