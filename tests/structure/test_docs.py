@@ -6,6 +6,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,16 @@ def test_code_of_a_page(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names: dict[str, object] = {"__name__": "__main__"}
     for block in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL):
         exec(compile(block, page.name, "exec"), names)
+
+
+def test_the_site_builds_without_a_warning(root: Path, tmp_path: Path) -> None:
+    """Every page is in the navigation, every link and every anchor has its target, every name of the reference is."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
+    for page in (root / "docs").glob("*.md"):
+        where = tmp_path if page.stem == "index" else tmp_path / page.stem
+        assert (where / "index.html").is_file(), page
