@@ -58,6 +58,10 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         raise ConfigError("data.path is None, expected a folder of videos or images")
     folder = Path(data.path)
     folder = folder / split if (folder / split).is_dir() else folder
+    whole = all((folder / name).is_dir() for name in ("source", "target"))
+    require(
+        whole or not pairs, "data.path", str(folder), "a folder with subfolders source and target (with source_prob)"
+    )
     return VideoFolder(
         folder / "target" if pairs else folder,
         sources=folder / "source" if pairs else None,
@@ -220,7 +224,12 @@ class Features:
         return self._known[caption]
 
 
-def _source(clip: Clip) -> Tensor:
+def source_of(clip: Clip) -> Tensor:
+    """The source of a clip of a pair.
+
+    Raises:
+        ConfigError: it has none.
+    """
     if clip.source is None:
         raise ConfigError(f"training: clip {clip.name} has no source, expected one with train.source_prob above 0")
     return clip.source
@@ -317,7 +326,7 @@ class Batches:
         if train.last_frame_prob > 0 and choose.random() < train.last_frame_prob:
             return "last", torch.stack([clip.pixels[-1:] for clip in clips])
         if train.source_prob > 0 and choose.random() < train.source_prob:
-            return "v2v", stack_clips([replace(clip, pixels=_source(clip)) for clip in clips])[0]
+            return "v2v", stack_clips([replace(clip, pixels=source_of(clip)) for clip in clips])[0]
         return None, None
 
     def run(self, first: int, end: int) -> Generator[Batch, None, None]:

@@ -454,6 +454,11 @@ class Pipeline:
         else:
             schedule = replace(solver, certificate=True) if certificate and isinstance(solver, Window) else solver
         mode = _mode(last_image, source)
+        if mode is None and config.train.source_prob == 1.0 and not (still and config.train.image_prob):
+            raise ValueError(
+                "sample: source is None, expected a video: the model was trained on clips behind their sources alone "
+                "(train.source_prob is 1)"
+            )
         if mode == "last" and config.train.last_frame_prob == 0.0:
             raise ValueError(
                 "sample: last_image is given, expected a model that was trained to arrive at a frame "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from starflow.batches import Batches, make_dataset, make_parts, with_vocabulary
 from starflow.config import ConfigError, RunConfig
@@ -77,6 +78,15 @@ def test_data_without_sources_is_named(paired: RunConfig, tmp_path: Path) -> Non
         train(config, tmp_path, quiet=True, dataset=Alone())
 
 
+def test_samples_while_training_are_of_sources(paired: RunConfig, tmp_path: Path) -> None:
+    train(replace(paired, train=replace(paired.train, steps=1, sample_every=1)), tmp_path, quiet=True)
+    with Image.open(tmp_path / "samples" / "step-00000001.png") as sheet:
+        # Two frames of the source and two of what was made of it.
+        assert sheet.width >= 4 * 16
+    with pytest.raises(ValueError, match=r"source is None, expected a video: .* \(train.source_prob is 1\)"):
+        Pipeline.load(tmp_path).sample("negative")
+
+
 def test_a_clip_follows_its_source(paired: RunConfig, tmp_path: Path) -> None:
     config = replace(
         paired,
@@ -116,5 +126,5 @@ def test_words_are_taken_from_a_folder_of_pairs(tmp_path: Path) -> None:
     assert filled.text["vocabulary"] == ["car", "red", "v2v"]
     assert (filled.text["size"], filled.flow.txt_size, filled.flow.txt_dim) == (3, 3, 3)
     (tmp_path / "target").rename(tmp_path / "targets")
-    with pytest.raises(FileNotFoundError, match=r"VideoFolder: folder .*target does not exist"):
+    with pytest.raises(ConfigError, match=r"data.path is '.*', expected a folder with subfolders source and target"):
         make_dataset(config)
