@@ -260,7 +260,7 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
             times.append(time.perf_counter() - begin)
     seconds = min(times)
     flops = 2.0 * 2 * tokens * (weights.nbytes / 2 + layers * width * 2 * (text + frame // 2 + tokens))
-    least = max(flops / (ceilings["bf16"] or ceilings["fma"]), weights.nbytes / ceilings["read_256MB"])
+    least = max(flops / ceilings["bf16"], weights.nbytes / ceilings["read_256MB"])
     return {
         "share of the roofline": least / seconds,
         "seconds a sweep": seconds,

@@ -33,7 +33,7 @@ def main() -> None:
     figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     intensity = np.logspace(0, 3, 200)
     for kind, color in (("float32", "tab:blue"), ("bfloat16", "tab:orange")):
-        peak = ceilings["bf16" if kind == "bfloat16" and ceilings["bf16"] else "fma"]
+        peak = ceilings["bf16" if kind == "bfloat16" else "fma"]
         for memory, style in (("16MB", "-"), ("64MB", "--")):
             roof = np.minimum(peak, ceilings[f"read_{memory}"] * intensity)
             axes.plot(intensity, roof / 1e9, style, color=color, lw=1, label=f"{kind}, reading {memory}")

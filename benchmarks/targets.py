@@ -119,14 +119,19 @@ def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02)
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What the processor can do on as many threads as torch uses: FLOP/s and bytes/s."""
+    """What the processor can do on as many threads as torch uses: FLOP/s and bytes/s.
+
+    `bf16` are products of bfloat16 at the level that runs: below avx512_bf16 they are computed in float32.
+    """
     source = Path(__file__).with_name("ceilings.cpp")
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "ceilings"
         command = ["g++", "-O3", "-march=native", "-std=c++20", "-pthread", str(source), "-o", str(binary)]
         subprocess.run(command, check=True)
         done = subprocess.run([str(binary), str(torch.get_num_threads())], check=True, capture_output=True, text=True)
-    return dict(json.loads(done.stdout))
+    found = json.loads(done.stdout)
+    unit = {"avx512_bf16": "bf16_registers", "amx": "bf16_tiles"}.get(native.selected_isa(), "fma")
+    return {"fma": found["fma"], "bf16": found[unit], **found}
 
 
 def needs_products_of_bfloat16() -> None:
@@ -332,9 +337,10 @@ def sweep() -> Iterator[Figure]:
         (768, "bfloat16", 3.0, 4.5),
     ):
         runs = {positions: _sweep(width, positions, precision) for positions in (320, 2048)}
-        peak = ceilings()["bf16" if precision == "bfloat16" and native.selected_isa() == "avx512_bf16" else "fma"]
         raw: dict[str, Any] = {str(p): [run["torch"], run["ours"]] for p, run in runs.items()}
-        raw["share of peak"] = runs[320]["flops"] / runs[320]["ours"] / peak
+        raw["share of peak"] = (
+            runs[320]["flops"] / runs[320]["ours"] / ceilings()["bf16" if precision == "bfloat16" else "fma"]
+        )
         raw["points"] = [
             [f"sweep, width {width}, {positions} positions, {precision}", run["flops"], run["bytes"], run["ours"]]
             for positions, run in runs.items()

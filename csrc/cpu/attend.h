@@ -58,13 +58,14 @@ struct PanelCache {
     }
 };
 
-// Calls visitor(Product{}) with what attention multiplies by, for keys and values stored so: registers on every level.
-// A block of 64 keys is two cells deep, which leaves tiles of AMX little to do for each time they are filled.
+// Calls visitor(Product{}) with what attention multiplies by, for keys and values stored so.
 template <class Visitor>
 inline void visit_attention_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
     switch (storage) {
         case Storage::bfloat16:
-#if defined(__AVX512BF16__)
+#if defined(STARFLOW_TILES)
+            if (activations == Activations::bfloat16) return visitor(TileProduct<1, 1>{});
+#elif defined(__AVX512BF16__)
             if (activations == Activations::bfloat16) return visitor(PairsProduct{});
 #endif
             return visitor(WidenedPairsProduct<1>{});
@@ -75,48 +76,85 @@ inline void visit_attention_product(Storage storage, [[maybe_unused]] Activation
     }
 }
 
-// Store element (column c of panel `panel`, depth k), whatever the layout of the storage.
-inline void put_element(float* panel, int64_t k, int64_t c, float value) { panel[k * panel_columns + c] = value; }
-template <class Half>
-inline void put_half(Half* to, float value) {
-#if defined(__AVX2__)
-    store(to, Vec<float>(value), FirstLanes{1});
-#else
-    narrow(value, to);
-#endif
-}
-inline void put_element(Float16* panel, int64_t k, int64_t c, float value) {
-    put_half(panel + k * panel_columns + c, value);
-}
-inline void put_element(BFloat16* panel, int64_t k, int64_t c, float value) {
-    put_half(panel + (k / 2 * panel_columns + c) * 2 + k % 2, value);
-}
+template <class Element>
+inline constexpr bool is_bfloat16 = false;
+template <>
+inline constexpr bool is_bfloat16<BFloat16> = true;
 
-// A key's and a value's row into the cache.
+// A row in the type of a cache, to be spread over its panels: one element a panel row, so by scalar stores.
+template <class Element>
+struct CacheRow {
+    static constexpr int64_t most = 256;  // channels at a time
+    alignas(64) Element elements[most];
+
+    // Channels [c, c + count) of the row, and a zero behind an odd count.
+    void read(const float* row, int64_t c, int64_t count) {
+        using V = Vec<float>;
+        for (int64_t i = 0; i < count; i += V::lanes) {
+            const FirstLanes left{static_cast<int>(count - i)};
+            store(elements + i,
+                  i + V::lanes <= count ? load(row + c + i, AllLanes{}) : keep(load(row + c + i, left), left, 0.0F),
+                  AllLanes{});
+        }
+    }
+};
+
+// A key's and a value's row into the cache. bfloat16 lies in pairs along the depth (csrc/cpu/panels.h), for keys their
+// channels, for values the slots.
 template <class Element>
 inline void put_key(char* keys, int64_t slot, int64_t head_dim, int64_t head_depth, const float* key) {
     auto* panel = reinterpret_cast<Element*>(keys) + slot / panel_columns * head_depth * panel_columns;
-    for (int64_t c = 0; c < head_dim; ++c) put_element(panel, c, slot % panel_columns, key[c]);
+    const int64_t column = slot % panel_columns;
+    CacheRow<Element> row;
+    for (int64_t begin = 0; begin < head_dim; begin += row.most) {
+        const int64_t count = head_dim - begin < row.most ? head_dim - begin : row.most;
+        row.read(key, begin, count);
+        Element* to = panel + begin * panel_columns;
+        if constexpr (is_bfloat16<Element>) {
+            for (int64_t c = 0; c < count; c += 2) {
+                __builtin_memcpy(to + (c / 2 * panel_columns + column) * 2, row.elements + c, 2 * sizeof(Element));
+            }
+        } else {
+            for (int64_t c = 0; c < count; ++c) to[c * panel_columns + column] = row.elements[c];
+        }
+    }
 }
 template <class Element>
 inline void put_value(char* values, int64_t slot, int64_t slots, int64_t head_dim, const float* value) {
-    for (int64_t c = 0; c < head_dim; ++c) {
-        auto* panel = reinterpret_cast<Element*>(values) + c / panel_columns * slots * panel_columns;
-        put_element(panel, slot, c % panel_columns, value[c]);
+    CacheRow<Element> row;
+    for (int64_t begin = 0; begin < head_dim; begin += panel_columns) {
+        const int64_t count = head_dim - begin < panel_columns ? head_dim - begin : panel_columns;
+        row.read(value, begin, count);
+        Element* panel = reinterpret_cast<Element*>(values) + begin * slots;
+        if constexpr (is_bfloat16<Element>) {
+            Element* to = panel + (slot / 2 * panel_columns) * 2 + slot % 2;
+            for (int64_t c = 0; c < count; ++c) to[2 * c] = row.elements[c];
+        } else {
+            __builtin_memcpy(panel + slot * panel_columns, row.elements, count * sizeof(Element));
+        }
     }
 }
 
 // What a tile of query rows needs while it runs.
 struct AttendScratch {
-    float* products;  // (group rows, 64), as two panels
+    float* products;  // (rows of a strip, 64), as two panels
     char* weights;    // packed rows of 64
     float* out;       // (value panels, rows, 32)
     float* largest;   // (rows,)
     float* total;     // (rows, lanes): what a row's weights sum to so far, by lane
+    int64_t rows;
 
     static constexpr int64_t lanes = Vec<float>::lanes;
+    static constexpr int64_t strip_rows = 32;  // at least most_strip_rows of every product
+    // On tiles a smaller last group is multiplied whole: sums lie up to 15 rows behind the last.
+    static constexpr int64_t room(int64_t rows) { return rows + 15; }
+    static constexpr int64_t out_bytes(int64_t rows, int64_t head_dim) {
+        return room(rows) * round_up(head_dim, depth_multiple) * 4;
+    }
+    static constexpr int64_t products_bytes = strip_rows * key_block * 4;
+    static constexpr int64_t weights_bytes = packed_bytes(strip_rows, key_block);
     static constexpr int64_t bytes(int64_t rows, int64_t head_dim) {
-        return most_product_rows * key_block * 8 + rows * (round_up(head_dim, depth_multiple) + lanes + 1) * 4 + 5 * 64;
+        return products_bytes + weights_bytes + out_bytes(rows, head_dim) + rows * (lanes + 1) * 4 + 5 * 64;
     }
     static AttendScratch in(char* memory, int64_t rows, int64_t head_dim) {
         AttendScratch s;
@@ -125,12 +163,18 @@ struct AttendScratch {
             memory += round_up(size, 64);
             return taken;
         };
-        s.products = reinterpret_cast<float*>(take(most_product_rows * key_block * 4));
-        s.weights = take(most_product_rows * key_block * 4);
-        s.out = reinterpret_cast<float*>(take(rows * round_up(head_dim, depth_multiple) * 4));
+        s.products = reinterpret_cast<float*>(take(products_bytes));
+        s.weights = take(weights_bytes);
+        s.out = reinterpret_cast<float*>(take(out_bytes(rows, head_dim)));
         s.largest = reinterpret_cast<float*>(take(rows * 4));
         s.total = reinterpret_cast<float*>(take(rows * lanes * 4));
+        s.rows = rows;
         return s;
+    }
+
+    // Channel c of a row's result, not yet divided by its total.
+    float* result(int64_t r, int64_t c) const {
+        return out + (c / panel_columns * room(rows) + r) * panel_columns + c % panel_columns;
     }
 };
 
@@ -138,17 +182,19 @@ inline constexpr float no_product = -3.0e38F;  // below every product; what a hi
 inline constexpr float log2_of_e = 1.44269504F;
 inline constexpr float least_power = -125.0F;  // 2 to it is nothing beside the largest weight, which is 1
 
-// Softmax weights of a group's rows [begin, begin + count) over the block of keys at `block`, packed, from its
-// products. `shrink` becomes by what each row's earlier sums are to be multiplied; false where nothing changes.
+// Softmax weights of a strip, rows [begin, begin + weights.rows) of the tile, over the block of keys at `block`, from
+// its products, whose panels hold `room` rows. `shrink` becomes by what each row's earlier sums are to be multiplied;
+// false where nothing changes.
 template <class Product>
-inline bool weigh(const AttendScratch& s, int64_t count, int64_t begin, int64_t block, const VisibleKeys* visible,
-                  float scale, float (&shrink)[round_up(most_product_rows, Vec<float>::lanes)]) {
+inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t begin, int64_t room, int64_t block,
+                  const VisibleKeys* visible, float scale, float (&shrink)[AttendScratch::strip_rows]) {
     using V = Vec<float>;
     using Cell = typename Product::Cell;
     constexpr int registers = key_block / V::lanes;
+    const int64_t count = weights.rows;
     const V slope(scale * log2_of_e);
     const auto products = [&](int64_t row, int64_t key) {
-        return s.products + (key / panel_columns * count + row) * panel_columns + key % panel_columns;
+        return s.products + (key / panel_columns * room + row) * panel_columns + key % panel_columns;
     };
     bool grows = false;
     for (int64_t r = 0; r < count; ++r) {
@@ -178,6 +224,8 @@ inline bool weigh(const AttendScratch& s, int64_t count, int64_t begin, int64_t 
     }
     for (int64_t r = 0; r < count; ++r) {
         const V offset(0.0F - s.largest[begin + r]);
+        char* packed = weights.row(r);
+        const int64_t stride = weights.stride(r);
         V total(0.0F);
         const auto weigh_row = [&](const auto& hide) {
             STARFLOW_UNROLL
@@ -186,8 +234,8 @@ inline bool weigh(const AttendScratch& s, int64_t count, int64_t begin, int64_t 
                 const V product = load(products(r, k), AllLanes{});
                 const V weight = hide(product, power_of_two(maximum(V(least_power), (product + offset) * slope)));
                 total = total + weight;
-                auto* cell = reinterpret_cast<Cell*>(s.weights + (k / Product::cell * count + r) * cell_bytes);
-                store(cell + k % Product::cell, weight, AllLanes{});
+                store(reinterpret_cast<Cell*>(packed + k / Product::cell * stride) + k % Product::cell, weight,
+                      AllLanes{});
             }
         };
         if (visible[begin + r].all_in(block, block + key_block)) {
@@ -205,11 +253,12 @@ inline bool weigh(const AttendScratch& s, int64_t count, int64_t begin, int64_t 
 }
 
 // One tile of query rows. `cache.block(b)` gives the BlockPanels of the keys from b on, a multiple of 64.
-// Leaves out (value panels, rows, 32), not yet divided by the total, largest and total in the scratch.
+// Leaves result, largest and total in the scratch.
 template <class Product, class Cache>
 inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_dim, const VisibleKeys* visible,
                    float scale, const AttendScratch& s) {
     using V = Vec<float>;
+    static_assert(Product::terms == 1 && most_strip_rows<Product> <= AttendScratch::strip_rows);
     const int64_t rows = queries.rows;
     const int64_t panels = round_up(head_dim, panel_columns) / panel_columns;
     int64_t highest = 0;
@@ -219,7 +268,11 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
         s.largest[r] = no_product;
         store(s.total + r * V::lanes, V(0.0F), AllLanes{});
     }
-    for (int64_t i = 0; i < panels * rows * panel_columns; i += V::lanes) store(s.out + i, V(0.0F), AllLanes{});
+    for (int64_t i = 0; i < AttendScratch::out_bytes(rows, head_dim) / 4; i += V::lanes) {
+        store(s.out + i, V(0.0F), AllLanes{});
+    }
+    const Strips<Product> strips(queries.group);
+    const int64_t parts = 4 * ((queries.groups() + strip_groups<Product> - 1) / strip_groups<Product>);
     for (int64_t block = 0; block < highest; block += key_block) {
         const auto seen_by = [&](int64_t begin, int64_t end) {
             for (int64_t r = begin; r < end; ++r) {
@@ -229,25 +282,28 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
         };
         if (!seen_by(0, rows)) continue;
         const BlockPanels held = cache.block(block);
-        for (int64_t g = 0; g < queries.groups(); ++g) {
-            const int64_t count = queries.rows_in(g);
+        int64_t part = 0;
+        for (int64_t g = 0; g < queries.groups(); g += strip_groups<Product>, part += 4) {
             const int64_t begin = g * queries.group;
+            const int64_t most = strip_groups<Product> * queries.group;
+            const int64_t count = rows - begin < most ? rows - begin : most;
+            // Panels of tiles have room for whole groups.
+            const int64_t room = on_tiles<Product> ? most : count;
             // While this block is computed with, the next one comes: a core alone waits for memory as long as it
             // computes with 64 rows.
-            const auto fetch = [&](int64_t part) {
-                cache.touch_part(block + key_block, 4 * g + part, 4 * queries.groups());
-            };
+            const auto fetch = [&](int64_t step) { cache.touch_part(block + key_block, part + step, parts); };
             if (!seen_by(begin, begin + count)) continue;
-            const MultiplyGroup multiply = GroupTable<Product, Product::most_rows>::pick(count);
             for (int64_t half = 0; half < key_block / panel_columns; ++half) {
                 fetch(half);
-                multiply(queries.group_data(g), held.keys + half * held.key_panel_bytes, 0, 0, queries.cells,
-                         s.products + half * panel_columns * count, false);
+                multiply_strip<Product>(queries, g, held.keys + half * held.key_panel_bytes,
+                                        s.products + half * panel_columns * room, false);
             }
-            float shrink[round_up(most_product_rows, V::lanes)] = {};
-            const bool shrinks = weigh<Product>(s, count, begin, block, visible, scale, shrink);
+            const PackedRows weights{s.weights, count, key_block / Product::cell,
+                                     on_tiles<Product> ? queries.group : count};
+            alignas(64) float shrink[AttendScratch::strip_rows] = {};
+            const bool shrinks = weigh<Product>(s, weights, begin, room, block, visible, scale, shrink);
             for (int64_t p = 0; p < panels; ++p) {
-                float* out = s.out + (p * rows + begin) * panel_columns;
+                float* out = s.result(begin, p * panel_columns);
                 if (shrinks) {
                     for (int64_t r = 0; r < count; ++r) {
                         for (int64_t c = 0; c < panel_columns; c += V::lanes) {
@@ -257,8 +313,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
                     }
                 }
                 if (p < 2) fetch(2 + p);
-                multiply(s.weights, held.values + p * held.value_panel_bytes, 0, 0, key_block / Product::cell, out,
-                         true);
+                multiply_strip<Product>(weights, 0, held.values + p * held.value_panel_bytes, out, true);
             }
         }
     }

@@ -205,20 +205,27 @@ inline PackedRows packed_rows(void* data, int64_t rows, int64_t depth) {
             even_groups(rows, Product::most_rows)};
 }
 
+// Bytes of the sums of a panel. On tiles a smaller last group is summed whole: up to 15 rows behind the last.
+inline constexpr int64_t sums_bytes(int64_t rows) {
+    return (rows + 15) * panel_columns * static_cast<int64_t>(sizeof(float));
+}
+
 // Most bytes that packed rows take, in any product of this level. A tile of a smaller last group is read whole: up to
 // 16 cells behind the rows.
 inline constexpr int64_t packed_bytes(int64_t rows, int64_t depth) {
     return rows * round_up(depth, depth_multiple) * static_cast<int64_t>(sizeof(float)) + 16 * cell_bytes;
 }
 
-// Row r from `value(channel, lanes)`, a register of 'lanes' channels at a time; zeros behind the depth.
+// Cells [first, last) of row r from `value(channel, lanes)`, a register of 'lanes' channels at a time; zeros behind the
+// depth. `first` and `last` are multiples of the terms.
 template <class Product, class Value>
-inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const Value& value) {
+inline void pack_cells(const PackedRows& packed, int64_t r, int64_t first, int64_t last, int64_t depth,
+                       const Value& value) {
     using V = Vec<float>;
     using Cell = typename Product::Cell;
-    char* to = packed.row(r);
     const int64_t stride = packed.stride(r);
-    for (int64_t i = 0; i < packed.cells; i += Product::terms, to += Product::terms * stride) {
+    char* to = packed.row(r) + first * stride;
+    for (int64_t i = first; i < last; i += Product::terms, to += Product::terms * stride) {
         auto* cell = reinterpret_cast<Cell*>(to);
         for (int k = 0; k < Product::cell; k += V::lanes) {
             const int64_t c = i / Product::terms * Product::cell + k;
@@ -238,6 +245,12 @@ inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const V
             }
         }
     }
+}
+
+// A whole row.
+template <class Product, class Value>
+inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const Value& value) {
+    pack_cells<Product>(packed, r, 0, packed.cells, depth, value);
 }
 
 // -- the whole product ------------------------------------------------------------------------------------------------
@@ -260,6 +273,39 @@ inline constexpr bool on_tiles = false;
 
 namespace starflow::STARFLOW_ISA {
 namespace {
+
+// Rows that multiply_strip multiplies at a time: a group, on tiles two.
+template <class Product>
+inline constexpr int64_t strip_groups = on_tiles<Product> ? 2 : 1;
+template <class Product>
+inline constexpr int64_t most_strip_rows = strip_groups<Product> * Product::most_rows;
+
+// The strip that begins with group g times one panel over the whole depth: sums (its rows, 32) += or = the product. For
+// loops that do something else between products; tiles must be configured for the group (`Strips`).
+template <class Product>
+inline void multiply_strip(const PackedRows& rows, int64_t g, const char* panel, float* sums, bool accumulate) {
+    if constexpr (on_tiles<Product>) {
+        multiply_pair<Product>(rows, g, 0, panel, 0, rows.cells, sums, accumulate, {nullptr, 0});
+    } else {
+        GroupTable<Product, Product::most_rows>::pick(rows.rows_in(g))(rows.group_data(g), panel, 0, 0, rows.cells,
+                                                                       sums, accumulate);
+    }
+}
+
+// What must live while strips of groups of `group` rows are multiplied.
+template <bool tiles>
+struct StripUnit {
+    explicit StripUnit(int64_t) {}
+};
+#if defined(STARFLOW_TILES)
+template <>
+struct StripUnit<true> {
+    explicit StripUnit(int64_t group) : tiles(group) {}
+    Tiles tiles;
+};
+#endif
+template <class Product>
+using Strips = StripUnit<on_tiles<Product>>;
 
 // Panels [first, last) of `weights`: sums (rows, 32) of each, then epilogue(panel, sums).
 template <class Product, class Epilogue>

@@ -139,6 +139,11 @@ struct BlockPacking<PairsProduct> {
 };
 #endif
 
+#if defined(STARFLOW_TILES) && defined(__AVX512BF16__)
+template <>
+struct BlockPacking<TileProduct<1, 1>> : BlockPacking<PairsProduct> {};
+#endif
+
 // Panels (padded_rows / 32) of depth `panel_depth`.
 template <class Product, class T>
 inline void pack_columns(const BlockRows<T>& rows, int64_t padded_rows, int64_t panel_depth, char* panels) {

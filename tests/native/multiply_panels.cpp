@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "cpu/row_norm.h"
 
 namespace starflow::STARFLOW_ISA {
@@ -77,12 +78,10 @@ std::vector<float> multiply(const Problem& problem, const std::vector<char>& pan
     std::memset(memory, 0xff, static_cast<size_t>(packed_bytes(rows, problem.depth)));
     const PackedRows packed = packed_rows<Product>(memory, rows, problem.depth);
     const RowNorm norm{NormKind::none, nullptr, nullptr, 0.0F};
-    for (int64_t r = 0; r < rows; ++r) {
-        pack_normalised_row<Product>(packed, r, problem.x.data() + (first_row + r) * problem.depth, problem.depth,
-                                     norm);
-    }
+    pack_normalised_rows<Product>(packed, problem.depth, norm,
+                                  [&](int64_t r) { return problem.x.data() + (first_row + r) * problem.depth; });
     std::vector<float> out(static_cast<size_t>(rows * problem.columns));
-    std::vector<float> sums(static_cast<size_t>(rows * panel_columns + 16), std::numeric_limits<float>::quiet_NaN());
+    std::vector<float> sums(static_cast<size_t>(sums_bytes(rows) / 4), std::numeric_limits<float>::quiet_NaN());
     multiply_panels<Product>(packed, weights, 0, weights.count(), sums.data(), [&](int64_t p, const float* sum) {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < panel_columns && p * panel_columns + c < problem.columns; ++c) {
@@ -170,4 +169,14 @@ int run() {
 }  // namespace
 }  // namespace starflow::STARFLOW_ISA
 
-int main() { return starflow::STARFLOW_ISA::run(); }
+int main() {
+#if defined(__AMX_BF16__)
+    // Asks the operating system for the tiles.
+    const std::string& refused = starflow::cpu::why_not(starflow::cpu::Isa::amx);
+    if (!refused.empty()) {
+        std::printf("%s\n", refused.c_str());
+        return 1;
+    }
+#endif
+    return starflow::STARFLOW_ISA::run();
+}

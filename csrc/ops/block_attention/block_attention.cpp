@@ -172,7 +172,7 @@ void run_cuda(const Tensor& q, AttentionArgs args) {
 void run_cpu(AttentionArgs args) {
     const AttentionShape& shape = args.shape;
     const AttentionKernels& kernels = variants.pick();
-    args.tile_rows = tile_rows(shape, kernels.row_multiple);
+    args.tile_rows = tile_rows(shape, kernels.row_multiple(shape.data));
     const int64_t tiles = divide_up(rows_of(shape), args.tile_rows);
     cpu::parallel_rows(shape.batch * shape.kv_heads * tiles, args.tile_rows * work_of_row(shape),
                        [&](int64_t begin, int64_t end) {

@@ -88,7 +88,7 @@ struct AttentionKernels {
     int64_t (*forward_scratch)(const AttentionArgs& args);
     // Items [begin, end): a tile of rows of a key head of a sample.
     void (*forward)(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch);
-    int64_t row_multiple;  // a good tile is a multiple
+    int64_t (*row_multiple)(Dtype data);  // a good tile is a multiple
 };
 
 struct AttentionBackwardKernels {

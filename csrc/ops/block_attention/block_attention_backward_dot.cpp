@@ -317,7 +317,7 @@ int64_t scratch_bytes(const AttentionBackwardArgs& args) { return Scratch(args, 
 
 void backward(const AttentionBackwardArgs& args, int64_t begin, int64_t end, void* memory) {
     const Scratch scratch(args, static_cast<char*>(memory));
-    visit_attention(args.shape.data, [&](auto element, auto product) {
+    visit_register_attention(args.shape.data, [&](auto element, auto product) {
         for (int64_t item = begin; item < end; ++item) {
             Head<decltype(product), decltype(element)>(args, scratch, item / args.shape.kv_heads,
                                                        item % args.shape.kv_heads)

@@ -96,11 +96,16 @@ void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t 
         T* out = row_at<T>(args.out, shape, b, kv_head, first + r);
         const Vec<float> inverse(attended_scale(attended, r));
         over_channels<Vec<float>>(head_dim, [&](int64_t c, auto lanes) {
-            const float* from = attended.out + (c / panel_columns * rows + r) * panel_columns + c % panel_columns;
-            store(out + c, load(from, lanes) * inverse, lanes);
+            store(out + c, load(attended.result(r, c), lanes) * inverse, lanes);
         });
         args.lse[index_of(shape, b, kv_head, first + r)] = attended_log(attended, r, scale);
     }
+}
+
+int64_t row_multiple(Dtype data) {
+    int64_t rows = 1;
+    visit_attention(data, [&](auto, auto product) { rows = most_strip_rows<decltype(product)>; });
+    return rows;
 }
 
 int64_t forward_scratch(const AttentionArgs& args) { return Scratch(args, nullptr).bytes; }
@@ -126,6 +131,6 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, void* memory
 
 }  // namespace
 
-const AttentionKernels block_attention{forward_scratch, forward, most_product_rows};
+const AttentionKernels block_attention{forward_scratch, forward, row_multiple};
 
 }  // namespace starflow::STARFLOW_ISA

@@ -11,27 +11,32 @@ namespace {
 struct Shared {
     float* h;         // (rows, width): the residual stream
     float* qkv;       // (rows, (heads + 2 kv_heads) * head_dim)
-    float* attended;  // (rows, heads * head_dim); before a post-norm, the branch of the MLP
-    float* hidden;    // (rows, hidden); before a post-norm, the branch of the attention
-    int64_t h_stride, qkv_stride, attended_stride, hidden_stride;
+    float* attended;  // (rows, heads * head_dim)
+    char* hidden;     // packed rows of `hidden`, as the second product of the MLP takes them
+    float* gated;     // (rows, hidden): what a gate multiplies
+    float* branch;    // (rows, width): before a post-norm
+    int64_t h_stride, qkv_stride, attended_stride, gated_stride;
     int64_t bytes;
 
     Shared(const SweepBlock& block, int64_t rows, char* memory) {
         const int64_t heads = block.heads * block.head_dim;
         h_stride = row_stride(block.width);
         qkv_stride = row_stride(heads + 2 * block.kv_heads * block.head_dim);
-        attended_stride = row_stride(heads > block.width ? heads : block.width);
-        hidden_stride = row_stride(block.hidden > block.width ? block.hidden : block.width);
+        attended_stride = row_stride(heads);
+        gated_stride = row_stride(block.hidden);
         int64_t offset = 0;
-        const auto take = [&](int64_t stride) {
-            auto* taken = reinterpret_cast<float*>(memory + offset);
-            offset += round_up(rows * stride * 4, 64);
+        const auto take = [&](int64_t size) {
+            char* taken = memory + offset;
+            offset += round_up(size, 64);
             return taken;
         };
-        h = take(h_stride);
-        qkv = take(qkv_stride);
-        attended = take(attended_stride);
-        hidden = take(hidden_stride);
+        const auto take_rows = [&](int64_t stride) { return reinterpret_cast<float*>(take(rows * stride * 4)); };
+        h = take_rows(h_stride);
+        qkv = take_rows(qkv_stride);
+        attended = take_rows(attended_stride);
+        hidden = take(packed_bytes(rows, block.hidden));
+        gated = take_rows(gated_stride);
+        branch = take_rows(h_stride);
         bytes = offset;
     }
 };
@@ -59,7 +64,7 @@ struct Own {
             return taken;
         };
         packed = take(packed_bytes(rows, deepest(block)));
-        sums = reinterpret_cast<float*>(take(rows * panel_columns * 4));
+        sums = reinterpret_cast<float*>(take(sums_bytes(rows)));
         queries = take(packed_bytes(attend_rows, block.head_dim));
         scratch = take(AttendScratch::bytes(attend_rows, block.head_dim));
         // Members' memory ends in an odd line, so that they do not share sets of a cache.
@@ -93,6 +98,8 @@ inline void over_panel(const Panels& weights, int64_t p, int64_t r, const float*
     }
 }
 
+inline constexpr RowNorm no_norm{NormKind::none, nullptr, nullptr, 0.0F};
+
 struct Sweep {
     const SweepArgs& args;
     const TeamSlice& team;
@@ -107,29 +114,47 @@ struct Sweep {
         return Own(block, args.rows, args.own + member * sized.bytes);
     }
 
-    // rows W^T for a member's panels. pack(product, packed rows, r) packs one row; write(column, r, value, lanes).
-    template <class Pack, class Write>
-    void multiply(int64_t member, const Panels& weights, const Pack& pack, const Write& write) const {
-        const int64_t first = team.first(member, weights.count());
-        const int64_t last = team.last(member, weights.count());
-        if (first == last) return;
+    // Panels [first, last).
+    struct PanelRange {
+        int64_t first, last;
+    };
+    PanelRange share_of(int64_t member, const Panels& weights) const {
+        return {team.first(member, weights.count()), team.last(member, weights.count())};
+    }
+
+    // Some panels of rows W^T, the rows row_of(r) normalised; finish(panel, sums) for each.
+    template <int count, class RowOf, class Finish>
+    void multiply(int64_t member, const Panels& weights, const PanelRange (&ranges)[count], const RowNorm& norm,
+                  const RowOf& row_of, const Finish& finish) const {
         const Own mine = own(member);
         visit_product(weights.storage, block.activations, [&](auto product) {
             using Product = decltype(product);
             const PackedRows packed = packed_rows<Product>(mine.packed, args.rows, weights.depth);
-            for (int64_t r = 0; r < args.rows; ++r) pack(product, packed, r);
-            multiply_panels<Product>(packed, weights, first, last, mine.sums, [&](int64_t p, const float* sums) {
-                for (int64_t r = 0; r < args.rows; ++r) {
-                    over_panel(weights, p, r, sums,
-                               [&](int64_t column, Vec<float> value, auto lanes) { write(column, r, value, lanes); });
-                }
-            });
+            pack_normalised_rows<Product>(packed, weights.depth, norm, row_of);
+            for (const PanelRange& range : ranges) {
+                multiply_panels<Product>(packed, weights, range.first, range.last, mine.sums, finish);
+            }
         });
     }
 
-    template <class Product>
-    static void pack_plain(const PackedRows& packed, int64_t r, const float* row, int64_t depth) {
-        pack_row<Product>(packed, r, depth, [&](int64_t c, auto lanes) { return load(row + c, lanes); });
+    // A member's share of rows W^T; write(column, r, value, lanes).
+    template <class RowOf, class Write>
+    void multiply_share(int64_t member, const Panels& weights, const RowNorm& norm, const RowOf& row_of,
+                        const Write& write) const {
+        const PanelRange share = share_of(member, weights);
+        if (share.first == share.last) return;
+        multiply(member, weights, {share}, norm, row_of, written(weights, write));
+    }
+
+    // finish(panel, sums) that calls write(column, r, value, lanes).
+    template <class Write>
+    auto written(const Panels& weights, const Write& write) const {
+        return [this, &weights, &write](int64_t p, const float* sums) {
+            for (int64_t r = 0; r < args.rows; ++r) {
+                over_panel(weights, p, r, sums,
+                           [&](int64_t column, Vec<float> value, auto lanes) { write(column, r, value, lanes); });
+            }
+        };
     }
 
     void embed(int64_t member) const {
@@ -141,14 +166,12 @@ struct Sweep {
             }
             return;
         }
-        multiply(
-            member, block.proj_in,
-            [&](auto product, const PackedRows& packed, int64_t r) {
+        multiply_share(
+            member, block.proj_in, no_norm,
+            [&](int64_t r) {
                 const SweepWindow& window = args.windows[args.window_of_row[r]];
                 const bool start = window.slot + r - window.first_row == block.text_tokens;
-                const float* row =
-                    start && block.start_token != nullptr ? block.start_token : args.previous + r * block.channels;
-                pack_plain<decltype(product)>(packed, r, row, block.channels);
+                return start && block.start_token != nullptr ? block.start_token : args.previous + r * block.channels;
             },
             [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
                 const SweepWindow& window = args.windows[args.window_of_row[r]];
@@ -194,32 +217,30 @@ struct Sweep {
 
     int64_t head_size() const { return cache_head_bytes(block.cache, block.slots, block.head_dim); }
 
-    // Queries are turned where they lie; keys and values go into the caches.
-    void append(int64_t member, const SweepLayer& layer) const {
-        const int64_t parts = block.heads + block.kv_heads;
-        const int64_t items = args.rows * parts;
+    // Of rows [first, last) and key heads [head, end): queries are turned where they lie, keys and values go into the
+    // caches.
+    void append(const SweepLayer& layer, int64_t first, int64_t last, int64_t head, int64_t end) const {
+        const int64_t group = block.heads / block.kv_heads;
         const int64_t head_depth = round_up(block.head_dim, depth_multiple);
         const int64_t slots = round_up(block.slots, key_block);
         visit_cache([&](auto element) {
             using Element = decltype(element);
-            for (int64_t i = team.first(member, items); i < team.last(member, items); ++i) {
-                const int64_t r = i / parts;
-                const int64_t part = i % parts;
+            for (int64_t r = first; r < last; ++r) {
                 const SweepWindow& window = args.windows[args.window_of_row[r]];
                 const int64_t slot = window.slot + r - window.first_row;
                 float* row = shared.qkv + r * shared.qkv_stride;
-                if (part < block.heads) {
-                    turn(row + part * block.head_dim, layer.query_norm, block.query_cos, block.query_sin, slot);
-                    continue;
+                for (int64_t q = head * group; q < end * group; ++q) {
+                    turn(row + q * block.head_dim, layer.query_norm, block.query_cos, block.query_sin, slot);
                 }
                 if (slot < window.keep) continue;
-                const int64_t head = part - block.heads;
-                float* key = row + part * block.head_dim;
-                turn(key, layer.key_norm, block.key_cos, block.key_sin, slot);
-                const int64_t offset = (window.cache_row * block.kv_heads + head) * head_size();
-                put_key<Element>(layer.keys + offset, slot, block.head_dim, head_depth, key);
-                put_value<Element>(layer.values + offset, slot, slots, block.head_dim,
-                                   key + block.kv_heads * block.head_dim);
+                for (int64_t k = head; k < end; ++k) {
+                    float* key = row + (block.heads + k) * block.head_dim;
+                    turn(key, layer.key_norm, block.key_cos, block.key_sin, slot);
+                    const int64_t offset = (window.cache_row * block.kv_heads + k) * head_size();
+                    put_key<Element>(layer.keys + offset, slot, block.head_dim, head_depth, key);
+                    put_value<Element>(layer.values + offset, slot, slots, block.head_dim,
+                                       key + block.kv_heads * block.head_dim);
+                }
             }
         });
     }
@@ -230,18 +251,20 @@ struct Sweep {
         return group >= attend_rows ? 1 : attend_rows / group;
     }
 
-    void attend_all(int64_t member, const SweepLayer& layer) const {
+    // Key heads [head, end) of all windows, each tile that takes(item) numbered so.
+    template <class Takes>
+    void attend_heads(int64_t member, const SweepLayer& layer, int64_t head, int64_t end, const Takes& takes) const {
         visit_attention_product(block.cache, block.activations, [&](auto product) {
             using Product = decltype(product);
             int64_t item = 0;
             const int64_t tokens = tile_tokens();
             for (int64_t w = 0; w < args.window_count; ++w) {
                 const SweepWindow& window = args.windows[w];
-                for (int64_t head = 0; head < block.kv_heads; ++head) {
+                for (int64_t k = head; k < end; ++k) {
                     for (int64_t begin = 0; begin < window.count; begin += tokens, ++item) {
-                        if (item % team.barrier.members != member) continue;
+                        if (!takes(item)) continue;
                         const int64_t left = window.count - begin;
-                        attend_tile<Product>(member, layer, window, head, begin, left < tokens ? left : tokens);
+                        attend_tile<Product>(member, layer, window, k, begin, left < tokens ? left : tokens);
                     }
                 }
             }
@@ -279,33 +302,67 @@ struct Sweep {
                              (head * group + some + r % heads) * block.head_dim;
                 const Vec<float> inverse(attended_scale(scratch, r));
                 over_channels(block.head_dim, [&](int64_t c, auto lanes) {
-                    const float* from =
-                        scratch.out + (c / panel_columns * rows + r) * panel_columns + c % panel_columns;
-                    store(out + c, load(from, lanes) * inverse, lanes);
+                    store(out + c, load(scratch.result(r, c), lanes) * inverse, lanes);
                 });
             }
         }
     }
 
+    // Queries, keys, values and attention. Where the key heads are shared out evenly, a member goes from the projection
+    // to the results of its own heads without waiting for the others, and what it wrote stays in its caches.
+    void attention(const SweepLayer& layer) const {
+        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
+        const auto put = [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+            store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
+        };
+        const int64_t members = team.barrier.members;
+        const int64_t own_heads = block.kv_heads / members;
+        const int64_t own_channels = own_heads * block.head_dim;
+        if (block.kv_heads % members == 0 && own_channels % panel_columns == 0) {
+            team.run([&](int64_t member) {
+                const int64_t group = block.heads / block.kv_heads;
+                const int64_t panels = own_channels / panel_columns;
+                const int64_t queries = panels * group;
+                const int64_t keys = members * queries;
+                const int64_t values = keys + members * panels;
+                const PanelRange ranges[] = {{member * queries, member * queries + queries},
+                                             {keys + member * panels, keys + member * panels + panels},
+                                             {values + member * panels, values + member * panels + panels}};
+                multiply(member, layer.qkv, ranges, layer.attention_norm, stream, written(layer.qkv, put));
+                const int64_t head = member * own_heads;
+                append(layer, 0, args.rows, head, head + own_heads);
+                attend_heads(member, layer, head, head + own_heads, [](int64_t) { return true; });
+            });
+            return;
+        }
+        team.run([&](int64_t member) { multiply_share(member, layer.qkv, layer.attention_norm, stream, put); });
+        team.run([&](int64_t member) {
+            append(layer, team.first(member, args.rows), team.last(member, args.rows), 0, block.kv_heads);
+        });
+        team.run([&](int64_t member) {
+            attend_heads(member, layer, 0, block.kv_heads, [&](int64_t item) { return item % members == member; });
+        });
+    }
+
     // A branch's last product, added to the residual stream: at once, or after its norm (a phase more).
-    template <class Pack>
-    void add_branch(const Panels& weights, const RowNorm& post, float* branch, int64_t branch_stride,
-                    const Pack& pack) const {
+    // multiply(member, write) is the product.
+    template <class Multiply>
+    void add_branch(const RowNorm& post, const Multiply& multiply_branch) const {
         const bool normed = post.kind != NormKind::none;
         team.run([&](int64_t member) {
-            multiply(member, weights, pack, [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+            multiply_branch(member, [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+                const int64_t at = r * shared.h_stride + column;
                 if (normed) {
-                    store(branch + r * branch_stride + column, value, lanes);
+                    store(shared.branch + at, value, lanes);
                 } else {
-                    float* at = shared.h + r * shared.h_stride + column;
-                    store(at, load(at, lanes) + value, lanes);
+                    store(shared.h + at, load(shared.h + at, lanes) + value, lanes);
                 }
             });
         });
         if (!normed) return;
         team.run([&](int64_t member) {
             for (int64_t r = team.first(member, args.rows); r < team.last(member, args.rows); ++r) {
-                float* row = branch + r * branch_stride;
+                float* row = shared.branch + r * shared.h_stride;
                 normalise_row(row, block.width, post);
                 float* at = shared.h + r * shared.h_stride;
                 over_channels(block.width, [&](int64_t c, auto lanes) {
@@ -315,42 +372,67 @@ struct Sweep {
         });
     }
 
-    void run_layer(const SweepLayer& layer) const {
-        const auto pack_stream = [&](const RowNorm& norm) {
-            return [this, &norm](auto product, const PackedRows& packed, int64_t r) {
-                pack_normalised_row<decltype(product)>(packed, r, shared.h + r * shared.h_stride, block.width, norm);
-            };
-        };
-        team.run([&](int64_t member) {
-            multiply(member, layer.qkv, pack_stream(layer.attention_norm),
-                     [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-                         store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
-                     });
+    // Panel p of the hidden rows, from its sums, becomes part of the packed rows of the product `down`.
+    void pack_hidden(const Panels& down, int64_t p, const float* sums) const {
+        visit_product(down.storage, block.activations, [&](auto product) {
+            using Product = decltype(product);
+            constexpr int64_t cells = panel_columns / Product::cell * Product::terms;
+            const PackedRows packed = packed_rows<Product>(shared.hidden, args.rows, block.hidden);
+            for (int64_t r = 0; r < args.rows; ++r) {
+                const float* row = sums + r * panel_columns - p * panel_columns;
+                pack_cells<Product>(packed, r, p * cells, (p + 1) * cells, block.hidden,
+                                    [&](int64_t c, auto lanes) { return load(row + c, lanes); });
+            }
         });
-        team.run([&](int64_t member) { append(member, layer); });
-        team.run([&](int64_t member) { attend_all(member, layer); });
-        add_branch(layer.proj, layer.attention_post, shared.hidden, shared.hidden_stride,
-                   [&](auto product, const PackedRows& packed, int64_t r) {
-                       pack_plain<decltype(product)>(packed, r, shared.attended + r * shared.attended_stride,
-                                                     layer.proj.depth);
-                   });
+    }
+
+    void mlp(const SweepLayer& layer) const {
+        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
         team.run([&](int64_t member) {
             const bool gated = layer.gate.data != nullptr;
-            multiply(member, layer.up, pack_stream(layer.mlp_norm),
-                     [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-                         store(shared.hidden + r * shared.hidden_stride + column, gated ? value : gelu(value), lanes);
-                     });
-            if (!gated) return;
-            multiply(member, layer.gate, pack_stream(layer.mlp_norm),
-                     [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-                         float* at = shared.hidden + r * shared.hidden_stride + column;
-                         store(at, gelu_tanh(value) * load(at, lanes), lanes);
-                     });
+            if (gated) {
+                multiply_share(member, layer.up, layer.mlp_norm, stream,
+                               [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+                                   store(shared.gated + r * shared.gated_stride + column, value, lanes);
+                               });
+            }
+            const Panels& last = gated ? layer.gate : layer.up;
+            const PanelRange share = share_of(member, last);
+            if (share.first == share.last) return;
+            float* sums = own(member).sums;
+            multiply(member, last, {share}, layer.mlp_norm, stream, [&](int64_t p, const float*) {
+                for (int64_t r = 0; r < args.rows; ++r) {
+                    over_panel(last, p, r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                        if (gated) {
+                            const float* other = shared.gated + r * shared.gated_stride + column;
+                            value = gelu_tanh(value) * load(other, lanes);
+                        } else {
+                            value = gelu(value);
+                        }
+                        store(sums + r * panel_columns + column % panel_columns, value, lanes);
+                    });
+                }
+                pack_hidden(layer.down, p, sums);
+            });
         });
-        add_branch(layer.down, layer.mlp_post, shared.attended, shared.attended_stride,
-                   [&](auto product, const PackedRows& packed, int64_t r) {
-                       pack_plain<decltype(product)>(packed, r, shared.hidden + r * shared.hidden_stride, block.hidden);
-                   });
+        add_branch(layer.mlp_post, [&](int64_t member, const auto& write) {
+            const PanelRange share = share_of(member, layer.down);
+            visit_product(layer.down.storage, block.activations, [&](auto product) {
+                using Product = decltype(product);
+                multiply_panels<Product>(packed_rows<Product>(shared.hidden, args.rows, block.hidden), layer.down,
+                                         share.first, share.last, own(member).sums, written(layer.down, write));
+            });
+        });
+    }
+
+    void run_layer(const SweepLayer& layer) const {
+        attention(layer);
+        add_branch(layer.attention_post, [&](int64_t member, const auto& write) {
+            multiply_share(
+                member, layer.proj, no_norm, [&](int64_t r) { return shared.attended + r * shared.attended_stride; },
+                write);
+        });
+        mlp(layer);
     }
 
     void run() const {
@@ -358,12 +440,8 @@ struct Sweep {
         for (int64_t l = 0; l < block.layer_count; ++l) run_layer(block.layers[l]);
         if (args.raw == nullptr) return;
         team.run([&](int64_t member) {
-            multiply(
-                member, block.proj_out,
-                [&](auto product, const PackedRows& packed, int64_t r) {
-                    pack_normalised_row<decltype(product)>(packed, r, shared.h + r * shared.h_stride, block.width,
-                                                           block.final_norm);
-                },
+            multiply_share(
+                member, block.proj_out, block.final_norm, [&](int64_t r) { return shared.h + r * shared.h_stride; },
                 [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
                     store(args.raw + r * block.proj_out.columns + column, value, lanes);
                 });

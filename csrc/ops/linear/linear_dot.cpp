@@ -86,12 +86,9 @@ void finish_panel(const LinearArgs& args, int64_t first, int64_t count, int64_t 
 template <class Product, class T>
 void pack_rows(const PackedRows& packed, const LinearArgs& args, int64_t first) {
     const T* x = static_cast<const T*>(args.x.data);
-    for (int64_t r = 0; r < packed.rows; ++r) {
-        pack_normalised_row<Product>(packed, r, x + (first + r) * args.x.row_stride, args.weights.depth, args.norm);
-    }
+    pack_normalised_rows<Product>(packed, args.weights.depth, args.norm,
+                                  [&](int64_t r) { return x + (first + r) * args.x.row_stride; });
 }
-
-int64_t sums_bytes(int64_t rows) { return rows * panel_columns * static_cast<int64_t>(sizeof(float)); }
 
 int64_t scratch_bytes(const LinearArgs& args) {
     return sums_bytes(args.row_block) + packed_bytes(args.row_block, args.weights.depth);
