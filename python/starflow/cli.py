@@ -173,7 +173,9 @@ def _train(args: argparse.Namespace) -> int:
         words = [word for word in text["vocabulary"] if word not in get_args(CaptionMode)]
         print(f"words of a prompt, at most {text['size']}: {', '.join(words)}")
     elif text.get("names"):
-        print(f"prompts: {', '.join(text['names'])}")
+        # Without what captions begin with where something is given, which is not for the user to type.
+        modes = tuple(f"({mode}) " for mode in get_args(CaptionMode))
+        print(f"prompts: {', '.join(name for name in text['names'] if not name.startswith(modes))}")
     return 0
 
 
