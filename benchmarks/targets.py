@@ -583,7 +583,7 @@ def stream_memory() -> Iterator[Figure]:
 # -- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def _resident(command: list[str]) -> tuple[float, int]:
+def _peak(command: list[str]) -> tuple[float, int]:
     """Seconds of a command and the most bytes that were resident, mapped files included."""
     begin = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -609,7 +609,7 @@ def convert_3b() -> Iterator[Figure]:
         for dtype in ("bfloat16", "int8"):
             out = Path(folder) / dtype
             command = [sys.executable, "-m", "starflow", "convert", "starflow_3B_t2i_256x256", str(source), str(out)]
-            seconds, most = _resident([*command, "--dtype", dtype])
+            seconds, most = _peak([*command, "--dtype", dtype])
             written = sum(file.stat().st_size for file in out.iterdir())
             raw = {"seconds": seconds, "GB read": size / 1e9, "GB written": written / 1e9}
             yield Figure(f"convert_3b_{dtype}", most / 2**30, "GiB resident", 8.0, 1.0, lower=True, raw=raw)
