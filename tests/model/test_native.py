@@ -4,6 +4,7 @@ last bit: any window at tolerance 0 is token by token, whatever the batch and th
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -63,6 +64,21 @@ def test_every_level_decodes_as_in_plain_torch(isa: str) -> None:
     with starflow_ext.reference_mode():
         expected = decode(DEEP, z, Sequential(), 0.8)
     torch.testing.assert_close(decode(DEEP, z, Window(size=9, tolerance=0.0), 0.8), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or torch without CUDA")
+@pytest.mark.parametrize("weight", [0.0, 0.8])
+def test_cuda_decodes_as_the_cpu(weight: float) -> None:
+    z = latents(DEEP)
+    y, free = condition(DEEP, len(z)), null(DEEP, len(z))
+    with starflow_ext.reference_mode():
+        expected = decode(DEEP, z, Sequential(), weight)
+    flow = copy.deepcopy(DEEP).cuda()
+    options = {"null": free.cuda(), "guidance": weight, "precision": "float16"}
+    got = [flow.decode(z.cuda(), y.cuda(), schedule=s, **options).x for s in (Sequential(), Window(9, 0.0))]
+    torch.testing.assert_close(got[0].cpu(), expected, atol=5e-2, rtol=5e-2)
+    assert torch.equal(*got)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
