@@ -110,12 +110,18 @@ def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02)
         call()
         repeats.append(max(1, round(least / max(time.perf_counter() - begin, 1e-7))))
     times: list[list[float]] = [[] for _ in calls]
-    for _ in range(rounds):
-        for call, count, taken in zip(calls, repeats, times, strict=True):
-            begin = time.perf_counter()
-            for _ in range(count):
-                call()
-            taken.append((time.perf_counter() - begin) / count)
+    # As timeit does: a call should not pay for what another one left.
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(rounds):
+            for call, count, taken in zip(calls, repeats, times, strict=True):
+                begin = time.perf_counter()
+                for _ in range(count):
+                    call()
+                taken.append((time.perf_counter() - begin) / count)
+    finally:
+        gc.enable()
     return [statistics.median(taken) for taken in times]
 
 
