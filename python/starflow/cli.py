@@ -949,9 +949,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--solver", type=_solver, metavar="TEXT", help=_SOLVER_HELP)
     how.add_argument(
         "--precision",
-        choices=("float32", "float16", "bfloat16", "int8"),
-        help="how decoding on the CPU stores weights and takes products: float16 and int8 read fewer bytes at float32 "
-        "products, bfloat16 is fastest where the processor multiplies it and needs a tolerance of 0.05 (default: the "
+        choices=("float32", "two_bfloat16", "float16", "bfloat16", "int8"),
+        help="how decoding stores weights and takes products: on the CPU float16 and int8 read fewer bytes at float32 "
+        "products, bfloat16 is fastest where the processor multiplies it and needs a tolerance of 0.05, two_bfloat16 "
+        "lies between (for processors with AMX); on a GPU float16 and bfloat16 decode by native kernels (default: the "
         "model's, float32 if it says nothing)",
     )
     how.add_argument(

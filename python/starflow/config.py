@@ -412,7 +412,8 @@ class SampleConfig:
         guidance: weight of classifier-free guidance.
         temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
-        precision: of the arithmetic on the CPU: "float32", "float16", "bfloat16" or "int8" (see docs/solver.md).
+        precision: of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
+            docs/solver.md).
         fps: frames a second of what is written.
         prompts: what training samples from while it runs.
     """
@@ -420,7 +421,7 @@ class SampleConfig:
     guidance: float = 0.0
     temperature: float = 1.0
     solver: str = "window"
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    precision: Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"] = "float32"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()
 

@@ -49,7 +49,7 @@ def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -
     changed or replaced. What writes to a parameter's `.data` escapes that; call `forget` then.
 
     Args:
-        conditioner: network on the CPU.
+        conditioner: network, packed where it is.
         storage: of the weights (see `starflow_ext.pack_weight`); None keeps their own dtype.
     """
     # Parameters made under inference mode count no versions: there they cannot be changed in place either.

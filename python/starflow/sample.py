@@ -314,7 +314,7 @@ class Pipeline:
             temperature: factor of the noise that clips are made from, by default the model's. At 1 they are draws from
                 the density of the flow; below, they vary less and keep together better.
             solver: a schedule or its text (see `parse_solver`), by default the model's.
-            precision: of the arithmetic on the CPU (see `starflow.network.Precision`), by default the model's.
+            precision: of the arithmetic (see `starflow.network.Precision`), by default the model's.
             certificate: measure the backward error.
             image: the first frame: a file, or a tensor ([clips,] channels, height, width) in [-1, 1].
             video: a clip to continue: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1]. The

@@ -8,8 +8,8 @@ r"""Run the CUDA kernels of csrc/ on the CPU: the same source and launchers, com
 
 The keywords are the fields of the launcher's struct, which is read from the header beside the ``.cu`` file. A struct
 takes a mapping; a view (a struct that begins with ``data``: Rows, Heads, HeadRows, Matrix) takes a CPU tensor, from
-which pointer, strides and dtype come; a pointer takes a tensor; an enum takes the name of a value, or a torch.dtype;
-what is left out or None is zero. Results are written into the tensors that were given.
+which pointer, strides and dtype come; a pointer takes a tensor, or of structs a list of mappings; an enum takes the
+name of a value, or a torch.dtype; what is left out or None is zero. Results are written into the tensors given.
 
 ``launch`` raises EmulationError for whatever a device would punish, and for most of what it would not:
 
@@ -209,6 +209,7 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_end.restype = ctypes.c_char_p
         self._declarations = declarations
+        self._arrays: list[ctypes.Array[Any]] = []
         for args in declarations.launchers.values():
             size = getattr(self._library, f"size_of_{args}")()
             assert ctypes.sizeof(declarations.struct(args)) == size, f"{args} was not read as the compiler reads it"
@@ -217,6 +218,7 @@ class Kernels:
         """Call a launcher; the keywords are the fields of its struct."""
         name = self._declarations.launchers[launcher]
         tensors: dict[str, Tensor] = {}
+        self._arrays.clear()
         args = self._struct(name, values, "", tensors)
         held = [
             (key.encode(), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for key, tensor in tensors.items()
@@ -233,6 +235,11 @@ class Kernels:
             for field in ("read", "written", "sectors_read", "sectors_written")
         }
         return Report(**{field: getattr(counts, field) for field, _ in _Counts._fields_}, **by_name)
+
+    @property
+    def runtime(self) -> Any:
+        """The functions of the device in software that are for tests (emulator/runtime.h, graphs.h)."""
+        return self._library
 
     def set_int(self, name: str, value: int) -> None:
         """Give a global ``int`` of the source, declared ``extern "C"`` and visible, a value."""
@@ -258,6 +265,10 @@ class Kernels:
             return value.data_ptr() if kind is ctypes.c_void_p else self._view(name, value)
         if isinstance(value, Mapping):
             return self._struct(name, value, f"{path}.", tensors)
+        if isinstance(value, list):
+            items = [self._struct(name, item, f"{path}[{i}].", tensors) for i, item in enumerate(value)]
+            self._arrays.append((self._declarations.struct(name) * len(items))(*items))
+            return ctypes.addressof(self._arrays[-1])
         return value
 
     def _view(self, name: str, tensor: Tensor) -> ctypes.Structure:
@@ -333,12 +344,14 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 @cache
 def _runtime() -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    return _compile("runtime", f'#include "{EMULATOR}/runtime.cpp"\n', ("-O2",), files)
+    return _compile(
+        "runtime", "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("runtime", "graphs")), ("-O2",), files
+    )
 
 
 @cache
 def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = ()) -> Kernels:
-    """Compile a ``.cu`` file for the emulated device.
+    """Compile a ``.cu`` file for the emulated device, and those whose launchers it calls, without the mutation.
 
     Args:
         source: path in csrc/, or beside this file.
@@ -348,13 +361,22 @@ def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ..
     Returns:
         Its launchers: those that it and its headers declare by STARFLOW_DECLARE_CUDA, and that it defines.
     """
+    library, declarations = _library(source, mutation, flags)
+    return Kernels(library, declarations)
+
+
+@cache
+def _library(source: str, mutation: Mutation | None, flags: tuple[str, ...]) -> tuple[Path, _Declarations]:
+    """The library of a source, which shows its launchers, and what was read of it."""
     path = next(folder / source for folder in (CSRC, HERE) if (folder / source).is_file())
     files = _reached(path)
     declarations = _Declarations(path)
     text = path.read_text()
-    declarations.launchers = {
-        name: args for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
+    defined = {
+        name for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
     }
+    called = sorted(name for name in declarations.launchers if name not in defined and re.search(rf"\b{name}\b", text))
+    declarations.launchers = {name: args for name, args in declarations.launchers.items() if name in defined}
     overlay: tuple[str, ...] = ()
     if mutation is not None:
         folder = CACHE / "mutated" / hashlib.sha256(mutation.applied().encode()).hexdigest()[:16]
@@ -365,7 +387,11 @@ def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ..
         files.append(changed)
         if CSRC / mutation.file == path:
             path = changed
-    calls = [f'#include "{path}"\n']
+    shown = "".join(
+        f'struct {args}; __attribute__((visibility("default"))) int {name}(const {args}&, void*);\n'
+        for name, args in declarations.launchers.items()
+    )
+    calls = [f'namespace starflow {{\n{shown}}}\n#include "{path}"\n']
     for name, args in declarations.launchers.items():
         calls.append(
             f'extern "C" __attribute__((visibility("default"))) int run_{name}(const void* args) {{ '
@@ -375,11 +401,18 @@ def emulated(source: str, mutation: Mutation | None = None, flags: tuple[str, ..
         )
     files += [found for found in EMULATOR.rglob("*") if found.is_file()]
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
-    runtime = _runtime()
-    library = _compile(
-        path.stem, "".join(calls), (*KERNEL, *flags, *include), iter(files), (str(runtime), f"-Wl,-rpath,{CACHE}")
-    )
-    return Kernels(library, declarations)
+    others = [str(_library(_defining(name), None, flags)[0]) for name in called]
+    link = (*others, str(_runtime()), f"-Wl,-rpath,{CACHE}")
+    library = _compile(path.stem, "".join(calls), (*KERNEL, *flags, *include), iter(files), link)
+    return library, declarations
+
+
+@cache
+def _defining(launcher: str) -> str:
+    """The source of a launcher."""
+    found = [path for path in CSRC.rglob("*.cu") if re.search(rf"\bint {launcher}\(const ", path.read_text())]
+    (source,) = found
+    return str(source.relative_to(CSRC))
 
 
 def assert_caught(
