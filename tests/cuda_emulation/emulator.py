@@ -21,6 +21,9 @@ name of a value, or a torch.dtype; what is left out or None is zero. Results are
 The seed orders threads: at random, or one warp far ahead. Shared memory is NaN before each block. The ``Report`` has
 bytes and sectors of each tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
 
+Streams that capture, graphs and their WHILE nodes are in emulator/graphs.cpp, under the names of the CUDA runtime:
+captured launches are kept with their arguments, and run by the graph.
+
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
 and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async: emulator/include has their few headers with assembly.
 Not modelled: speed, weak memory order, the memory between blocks, TMA, mbarrier, wgmma.
