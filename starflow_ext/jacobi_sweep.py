@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal
 
 import torch
@@ -101,6 +102,12 @@ class BlockWeights:
     def device(self) -> torch.device:
         """Where they are packed, and the block runs."""
         return self.proj_in.weight.device
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of projections and layers in the order of csrc/ops/jacobi_common/sweep_block.h."""
+        found = self.proj_in.tensors() + self.proj_out.tensors()
+        return (*found, *(tensor for layer in self.layers for tensor in layer.tensors()))
 
     @property
     def nbytes(self) -> int:
@@ -298,9 +305,7 @@ def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:
         *(state.key_rotation or (None, None)),
     )
     fixed = (weights.start_token, state.position, state.condition, *tables, state.temperature, weights.final_norm)
-    found = [_ABSENT if tensor is None else tensor for tensor in fixed]
-    found += weights.proj_in.tensors() + weights.proj_out.tensors()
-    return found + [tensor for layer in weights.layers for tensor in layer.tensors()]
+    return [*(_ABSENT if tensor is None else tensor for tensor in fixed), *weights.tensors]
 
 
 def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:

@@ -24,24 +24,27 @@ from starflow_ext.rope_append import Rotation
 # How decoding stores weights, keys and values, and what products are taken of. The residual stream, norms, softmax and
 # the affine update are float32 always.
 #   float32   the weights as they are; float32 products (bfloat16 ones for weights in bfloat16)
+#   two_bfloat16  weights and what they multiply as sums of two bfloat16 (16 bits), three products of these; attention
+#             in float32: for processors with tiles, where it is faster than float32
 #   float16   weights, keys and values rounded to float16, float32 products: half the bytes, nearly float32's accuracy
 #   bfloat16  everything that enters a product rounded to bfloat16: fastest where the machine multiplies bfloat16;
 #             its own noise is some 0.05 in units of the tokens' scale, so tolerances below that buy nothing
 #   int8      weights rounded to 255 steps an output channel, float32 products, float16 keys and values
 # On CUDA float16 and bfloat16 alone decode natively, and there float16 rounds everything that enters a product too;
 # float32 stands for the dtype of the weights where that is one of them, else plain torch decodes.
-Precision = Literal["float32", "float16", "bfloat16", "int8"]
+Precision = Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
 class _How:
     weights: Storage | None
-    activations: Literal["float32", "bfloat16"] | None
+    activations: Literal["float32", "two_bfloat16", "bfloat16"] | None
     cache: CacheStorage
 
 
 _HOW: Final[dict[str, _How]] = {
     "float32": _How(None, "float32", "float32"),
+    "two_bfloat16": _How("two_bfloat16", "two_bfloat16", "float32"),
     "float16": _How("float16", "float32", "float16"),
     "bfloat16": _How("bfloat16", "bfloat16", "bfloat16"),
     "int8": _How("int8", "float32", "float16"),

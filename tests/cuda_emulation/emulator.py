@@ -25,6 +25,9 @@ The seed orders threads: at random, or one warp far ahead; copies of TMA arrive 
 NaN before each block, and sums of ``wgmma`` until they are waited for. The ``Report`` has bytes and sectors of each
 tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
 
+Streams that capture, graphs and their WHILE nodes are in emulator/graphs.cpp, under the names of the CUDA runtime:
+captured launches are kept with their arguments, and run by the graph.
+
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
 and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async, and in ``<op>_sm90.cu`` for TMA, mbarriers and wgmma of
 16 bits: emulator/include has their few headers with assembly. Not modelled: speed, weak memory order, the memory

@@ -88,7 +88,7 @@ def test_cuda_decodes_as_the_cpu(weight: float) -> None:
     frames=st.integers(1, 3),
     threads=st.integers(1, 4),
     weight=st.sampled_from([0.0, 1.5]),
-    precision=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+    precision=st.sampled_from(["float32", "two_bfloat16", "float16", "bfloat16", "int8"]),
 )
 def test_bits_do_not_depend_on_window_batch_or_threads(
     size: int, batch: int, frames: int, threads: int, weight: float, precision: Precision
@@ -113,7 +113,13 @@ def test_bits_do_not_depend_on_window_batch_or_threads(
 
 @pytest.mark.parametrize(
     "precision, tolerance, most",
-    [("float32", 1e-3, 1e-2), ("float16", 1e-3, 2e-2), ("int8", 1e-3, 0.3), ("bfloat16", 0.05, 0.5)],
+    [
+        ("float32", 1e-3, 1e-2),
+        ("two_bfloat16", 1e-3, 1e-2),
+        ("float16", 1e-3, 2e-2),
+        ("int8", 1e-3, 0.3),
+        ("bfloat16", 0.05, 0.5),
+    ],
 )
 def test_certificate_is_taken_in_float32(precision: Precision, tolerance: float, most: float) -> None:
     z, y = latents(DEEP), condition(DEEP)

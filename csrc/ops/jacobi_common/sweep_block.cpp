@@ -31,6 +31,20 @@ std::optional<Storage> storage_of(const Tensor& panels) {
     }
 }
 
+// Of a tensor of a block, put together only for a message: a block has hundreds, and each sweep checks them.
+struct Name {
+    int64_t layer;  // or -1
+    const char* part;
+    const char* detail = "";
+
+    Name of(const char* what) const { return {layer, part, what}; }
+    // "layers[2].qkv.bias" and what is said of it.
+    auto says(const char* what) const {
+        return [*this, what] { return text() + what; };
+    }
+    std::string text() const { return (layer < 0 ? "" : "layers[" + std::to_string(layer) + "].") + part + detail; }
+};
+
 // Takes the tensors of a block one after the other, all on the device of the caches. `product` is what products on a
 // CUDA device are taken of.
 class Reader {
@@ -38,46 +52,47 @@ class Reader {
     Reader(const char* op, const BlockTensors& block)
         : op_(op), tensors_(block.weights), like_(block.keys), product_(block.activations) {}
 
-    const Tensor& next(const std::string& name) {
+    const Tensor& next(const Name& name) {
         require(
             at_ < tensors_.size(), op_, "weights holds", [&] { return std::to_string(tensors_.size()) + " tensors"; },
-            [&] { return name + " as one more"; });
+            [&] { return name.text() + " as one more"; });
         const Tensor& tensor = tensors_[at_++];
-        const bool here = tensor.numel() == 0 || device_text(tensor) == device_text(like_);
+        const bool here = tensor.numel() == 0 || (tensor.is_cuda() == like_.is_cuda() &&
+                                                  tensor.get_device_index() == like_.get_device_index());
         require(
-            here && tensor.is_contiguous(), op_, name + " is",
+            here && tensor.is_contiguous(), op_, name.says(" is"),
             [&] { return "strided or not on " + device_text(like_); },
             [&] { return "a contiguous tensor on " + device_text(like_); });
         return tensor;
     }
 
     // A float32 tensor with `count` elements, or null where it is empty.
-    const float* floats(const std::string& name, int64_t count) {
+    const float* floats(const Name& name, int64_t count) {
         const Tensor& tensor = next(name);
         if (tensor.numel() == 0) return nullptr;
         require(
-            tensor.scalar_type() == ScalarType::Float, op_, name + " has dtype", [&] { return dtype_text(tensor); },
+            tensor.scalar_type() == ScalarType::Float, op_, name.says(" has dtype"), [&] { return dtype_text(tensor); },
             [] { return "float32"; });
         require(
-            tensor.numel() == count, op_, name + " has", [&] { return shape_text(shape_of(tensor)); },
+            tensor.numel() == count, op_, name.says(" has"), [&] { return shape_text(shape_of(tensor)); },
             [&] { return std::to_string(count) + " elements"; });
         return static_cast<const float*>(tensor.data_ptr());
     }
 
-    Panels panels(const std::string& name, int64_t columns, int64_t depth, bool optional = false) {
+    Panels panels(const Name& name, int64_t columns, int64_t depth, bool optional = false) {
         const Tensor& tensor = next(name);
         Panels panels{nullptr, nullptr, nullptr, columns, depth, Storage::float32};
         if (tensor.numel() > 0 || !optional) {
             panels.storage = like_.is_cuda() ? matrix(name, tensor, panels) : packed(name, tensor, panels);
             panels.data = tensor.data_ptr();
         }
-        panels.column_scale = floats(name + ".column_scale", columns);
-        panels.bias = floats(name + ".bias", columns);
+        panels.column_scale = floats(name.of(".column_scale"), columns);
+        panels.bias = floats(name.of(".bias"), columns);
         return panels;
     }
 
-    RowNorm norm(const std::string& name, NormKind kind, int64_t width, bool with_bias) {
-        RowNorm norm{kind, floats(name + ".weight", width), with_bias ? floats(name + ".bias", width) : nullptr,
+    RowNorm norm(const Name& name, NormKind kind, int64_t width, bool with_bias) {
+        RowNorm norm{kind, floats(name.of(".weight"), width), with_bias ? floats(name.of(".bias"), width) : nullptr,
                      kind == NormKind::layer ? 1e-5F : 1e-6F};
         if (norm.weight == nullptr) norm.kind = NormKind::none;
         return norm;
@@ -91,15 +106,15 @@ class Reader {
 
   private:
     // Checks a weight in the panels that CPU kernels read.
-    Storage packed(const std::string& name, const Tensor& tensor, Panels panels) const {
+    Storage packed(const Name& name, const Tensor& tensor, Panels panels) const {
         const std::optional<Storage> storage = storage_of(tensor);
         require(
-            storage.has_value(), op_, name + " has dtype", [&] { return dtype_text(tensor); },
+            storage.has_value(), op_, name.says(" has dtype"), [&] { return dtype_text(tensor); },
             [] { return "float32, float16, bfloat16 or int8"; });
         panels.storage = *storage;
         const int64_t bytes = panels.count() * panels.panel_bytes();
         require(
-            tensor.numel() * static_cast<int64_t>(tensor.element_size()) == bytes, op_, name + " has",
+            tensor.numel() * static_cast<int64_t>(tensor.element_size()) == bytes, op_, name.says(" has"),
             [&] { return shape_text(shape_of(tensor)); },
             [&] {
                 return std::to_string(panels.count()) + " panels of depth " + std::to_string(panels.padded_depth()) +
@@ -109,20 +124,20 @@ class Reader {
     }
 
     // Checks a weight in the rows that CUDA kernels read.
-    Storage matrix(const std::string& name, const Tensor& tensor, const Panels& panels) const {
+    Storage matrix(const Name& name, const Tensor& tensor, const Panels& panels) const {
         const Storage storage = product_ == "bfloat16" ? Storage::bfloat16 : Storage::float16;
         require(
-            tensor.scalar_type() == panels_type(storage), op_, name + " has dtype", [&] { return dtype_text(tensor); },
-            [&] { return product_ + " like activations"; });
+            tensor.scalar_type() == panels_type(storage), op_, name.says(" has dtype"),
+            [&] { return dtype_text(tensor); }, [&] { return product_ + " like activations"; });
         const std::vector<int64_t> expected = device_rows_shape(panels.columns, panels.depth);
         require(
-            shape_of(tensor) == expected, op_, name + " has shape", [&] { return shape_text(shape_of(tensor)); },
+            shape_of(tensor) == expected, op_, name.says(" has shape"), [&] { return shape_text(shape_of(tensor)); },
             [&] {
                 return shape_text(expected) + " for a weight of shape " + shape_text({panels.columns, panels.depth});
             });
         const auto address = reinterpret_cast<uintptr_t>(tensor.data_ptr());
         require(
-            address % 16 == 0, op_, name + " is at", [&] { return "address " + std::to_string(address); },
+            address % 16 == 0, op_, name.says(" is at"), [&] { return "address " + std::to_string(address); },
             [] { return "a multiple of 16 bytes"; });
         return storage;
     }
@@ -220,38 +235,37 @@ Block::Block(const char* op, const BlockTensors& tensors) {
 
     Reader read(op, tensors);
     const int64_t half = b.head_dim / 2;
-    b.start_token = read.floats("start_token", b.channels);
-    b.position = read.floats("position", (b.slots - b.text_tokens) * b.width);
-    b.condition = read.floats("condition", b.cache_rows * b.width);
-    b.query_cos = read.floats("query_cos", b.slots * half);
-    b.query_sin = read.floats("query_sin", b.slots * half);
-    b.key_cos = read.floats("key_cos", b.slots * half);
-    b.key_sin = read.floats("key_sin", b.slots * half);
-    b.temperature = read.floats("temperature", b.cache_rows);
+    b.start_token = read.floats({-1, "start_token"}, b.channels);
+    b.position = read.floats({-1, "position"}, (b.slots - b.text_tokens) * b.width);
+    b.condition = read.floats({-1, "condition"}, b.cache_rows * b.width);
+    b.query_cos = read.floats({-1, "query_cos"}, b.slots * half);
+    b.query_sin = read.floats({-1, "query_sin"}, b.slots * half);
+    b.key_cos = read.floats({-1, "key_cos"}, b.slots * half);
+    b.key_sin = read.floats({-1, "key_sin"}, b.slots * half);
+    b.temperature = read.floats({-1, "temperature"}, b.cache_rows);
     require(
         b.temperature != nullptr, op, "temperature is", [] { return "empty"; },
         [] { return "one number a cache row"; });
-    b.final_norm = read.norm("final_norm", NormKind::rms, b.width, false);
-    b.proj_in = read.panels("proj_in", b.width, b.channels);
-    b.proj_out = read.panels("proj_out", out, b.width);
+    b.final_norm = read.norm({-1, "final_norm"}, NormKind::rms, b.width, false);
+    b.proj_in = read.panels({-1, "proj_in"}, b.width, b.channels);
+    b.proj_out = read.panels({-1, "proj_out"}, out, b.width);
     layers_.resize(b.layer_count);
     const int64_t attended = b.heads * b.head_dim;
     char* layer_keys = static_cast<char*>(keys.data_ptr());
     char* layer_values = static_cast<char*>(values.data_ptr());
     for (int64_t l = 0; l < b.layer_count; ++l) {
-        const std::string name = "layers[" + std::to_string(l) + "].";
         SweepLayer& layer = layers_[l];
-        layer.qkv = read.panels(name + "qkv", attended + 2 * b.kv_heads * b.head_dim, b.width);
-        layer.proj = read.panels(name + "proj", b.width, attended);
-        layer.up = read.panels(name + "up", b.hidden, b.width);
-        layer.gate = read.panels(name + "gate", b.hidden, b.width, true);
-        layer.down = read.panels(name + "down", b.width, b.hidden);
-        layer.attention_norm = read.norm(name + "attention_norm", kind, b.width, true);
-        layer.query_norm = read.norm(name + "query_norm", NormKind::rms, b.head_dim, false);
-        layer.key_norm = read.norm(name + "key_norm", NormKind::rms, b.head_dim, false);
-        layer.attention_post = read.norm(name + "attention_post", NormKind::rms, b.width, false);
-        layer.mlp_norm = read.norm(name + "mlp_norm", kind, b.width, true);
-        layer.mlp_post = read.norm(name + "mlp_post", NormKind::rms, b.width, false);
+        layer.qkv = read.panels({l, "qkv"}, attended + 2 * b.kv_heads * b.head_dim, b.width);
+        layer.proj = read.panels({l, "proj"}, b.width, attended);
+        layer.up = read.panels({l, "up"}, b.hidden, b.width);
+        layer.gate = read.panels({l, "gate"}, b.hidden, b.width, true);
+        layer.down = read.panels({l, "down"}, b.width, b.hidden);
+        layer.attention_norm = read.norm({l, "attention_norm"}, kind, b.width, true);
+        layer.query_norm = read.norm({l, "query_norm"}, NormKind::rms, b.head_dim, false);
+        layer.key_norm = read.norm({l, "key_norm"}, NormKind::rms, b.head_dim, false);
+        layer.attention_post = read.norm({l, "attention_post"}, NormKind::rms, b.width, false);
+        layer.mlp_norm = read.norm({l, "mlp_norm"}, kind, b.width, true);
+        layer.mlp_post = read.norm({l, "mlp_post"}, NormKind::rms, b.width, false);
         layer.keys = layer_keys + l * b.cache_rows * b.kv_heads * head_bytes;
         layer.values = layer_values + l * b.cache_rows * b.kv_heads * head_bytes;
     }

@@ -206,10 +206,11 @@ __global__ void __launch_bounds__(block_threads) accept_kernel(Turn turn, Again 
     set_again(again, more);
 }
 
-// Nothing was done yet.
-__global__ void begin_kernel(int64_t* report) {
-    report[report_more] = 1;
-    report[report_sweeps] = 0;
+// Nothing was done yet: a thread each of the report's numbers.
+__global__ void __launch_bounds__(block_threads) begin_kernel(int64_t* report, int64_t numbers) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= numbers) return;
+    report[i] = i == report_more ? 1 : i == report_bad_sample || i == report_bad_token ? -1 : 0;
 }
 
 }  // namespace
@@ -252,7 +253,9 @@ int jacobi_solve_cuda(const SolveCudaArgs& args, void* stream) {
     sweep.workspace = workspace + layout.sweep;
 
     const auto blocks = static_cast<unsigned>((args.state.batch * turn.window + block_warps - 1) / block_warps);
-    const int code = enqueue(begin_kernel, 1, 1, 0, stream, args.report);
+    const int64_t numbers = report_accepted + args.most_sweeps;
+    const int code = enqueue(begin_kernel, static_cast<unsigned>((numbers + block_threads - 1) / block_threads),
+                             block_threads, 0, stream, args.report, numbers);
     if (code != 0) return code;
     return repeat(args.repeat, args.report + report_more, stream, [&](void* to, const Again& again) {
         int launched = enqueue(guess_kernel, blocks, block_threads, 0, to, turn);

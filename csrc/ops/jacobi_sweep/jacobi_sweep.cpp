@@ -29,6 +29,7 @@ void run_cpu(const Block& block, const Tensor& rows, const int64_t* start, const
     const SweepBlock& b = block.args();
     const int64_t tokens = rows.size(1);
     std::vector<SweepWindow> windows;
+    windows.reserve(b.cache_rows);
     for (int64_t row = 0; row < b.cache_rows; ++row) windows.push_back({row, start[row], tokens, keep[row], 0});
     Sweeper sweeper(b, sweep_kernels(), {torch_threads(), run_on_torch_threads}, b.cache_rows * tokens);
     const auto* data = static_cast<const float*>(rows.data_ptr());

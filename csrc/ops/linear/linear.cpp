@@ -113,7 +113,7 @@ void run_items(const LinearArgs& args, const LinearKernels& kernels) {
     // A product of float32 takes a thirtieth of a nanosecond, of which an item has 32 for each row and depth.
     cpu::parallel_rows(blocks * args.weights.count(), args.row_block * args.weights.depth,
                        [&](int64_t begin, int64_t end) {
-                           kernels.multiply(args, begin, end, cpu::scratch(kernels.scratch_bytes(args)));
+                           kernels.multiply(args, begin, end, cpu::scratch<LinearKernels>(kernels.scratch_bytes(args)));
                        });
 }
 
