@@ -8,6 +8,7 @@ before each call. The ceilings, a copy and a product in bfloat16, are measured i
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,8 +17,13 @@ import pytest
 import torch
 
 from starflow_ext import ops
+from starflow_ext._load import native
+from starflow_ext._mode import reference_mode
 from starflow_ext._spec import Sample, Spec, tensors
-from starflow_ext.linear_pack import PackedWeight
+from starflow_ext.jacobi_solve import SolveProgress, SweepCount
+from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
+from starflow_ext.linear_pack import PackedWeight, pack_weight
+from starflow_ext.rope_append import Rotation
 
 from .bench_ops import check, draw, implementation, outcome
 
@@ -107,3 +113,110 @@ def test_op(
         rate = spec.operations(sample) / best
         benchmark.extra_info["TFLOP/s"] = round(rate / 1e12, 2)
         benchmark.extra_info["percent of product"] = round(100 * rate / ceilings["product"], 1)
+
+
+# Two layers of the deep block of the published 7B model, in bfloat16, on the cache of a whole clip after its text.
+WIDTH, HEADS, HEAD_DIM, HIDDEN, CHANNELS, TEXT, TOKENS, FRAME = 4096, 64, 64, 16384, 48, 256, 33390, 1590
+
+
+@pytest.fixture(scope="module")
+def deep() -> BlockWeights:
+    """The layers with random weights."""
+    generator = torch.Generator("cuda").manual_seed(5)
+
+    def linear(out: int, depth: int) -> PackedLinear:
+        weight = torch.randn(out, depth, generator=generator, device="cuda", dtype=torch.bfloat16) * depth**-0.5
+        return PackedLinear(pack_weight(weight, keep=False), torch.zeros(out, device="cuda"))
+
+    ones, zeros = torch.ones(WIDTH, device="cuda"), torch.zeros(WIDTH, device="cuda")
+    layers = tuple(
+        LayerWeights(
+            qkv=linear(3 * WIDTH, WIDTH),
+            proj=linear(WIDTH, WIDTH),
+            up=linear(HIDDEN, WIDTH),
+            down=linear(WIDTH, HIDDEN),
+            attention_norm=(ones, zeros),
+            mlp_norm=(ones, zeros),
+        )
+        for _ in range(2)
+    )
+    ends = linear(WIDTH, CHANNELS), linear(2 * CHANNELS, WIDTH)
+    return BlockWeights(HEADS, HEADS, HEAD_DIM, *ends, layers, "layer_norm", final_norm=zeros)
+
+
+def _state(deep: BlockWeights, rows: int) -> BlockState:
+    angles = torch.rand(TEXT + TOKENS, HEAD_DIM // 2, device="cuda")
+    rotation = Rotation(angles.cos(), angles.sin())
+    return BlockState.allocate(
+        deep,
+        rows,
+        TEXT + TOKENS,
+        text_tokens=TEXT,
+        storage="bfloat16",
+        query_rotation=rotation,
+        key_rotation=rotation,
+    )
+
+
+@pytest.mark.parametrize("variant", ["torch", "cuda"])
+@pytest.mark.parametrize("window", [1, 64, 128, 1590])
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.benchmark(timer=Moment)
+def test_sweep(
+    rows: int,
+    window: int,
+    variant: str,
+    deep: BlockWeights,
+    ceilings: dict[str, float],
+    cold_cache: partial[Any],
+    benchmark: Any,
+) -> None:
+    """At the middle of the clip."""
+    state = _state(deep, rows)
+    start = torch.full((rows,), TEXT + TOKENS // 2)
+    x = torch.randn(rows, window, CHANNELS, device="cuda")
+    call = partial(ops.jacobi_sweep, deep, state, x, start)
+    benchmark.group = f"jacobi_sweep, {rows} x {window}"
+    with torch.inference_mode(), reference_mode() if variant == "torch" else nullcontext():
+        got = call()
+        with reference_mode():
+            # Activations are rounded by the kernels alone.
+            torch.testing.assert_close(got, call(), atol=0.1, rtol=0.1)
+        benchmark.pedantic(call, setup=cold_cache, rounds=ROUNDS, warmup_rounds=2)
+    seen = 2 * 2 * rows * (int(start[0]) + window) * WIDTH * 2
+    best = benchmark.stats.stats.min
+    # Two operations for each weight of two bytes.
+    rate = 2 * rows * window * deep.nbytes / 2 / best
+    benchmark.extra_info.update(
+        {
+            "variant": variant,
+            "device": torch.cuda.get_device_name(),
+            "percent of copy": round(100 * (deep.nbytes + seen) / best / ceilings["copy"], 1),
+            "percent of product": round(100 * rate / ceilings["product"], 1),
+        }
+    )
+
+
+@pytest.mark.parametrize("way", ["graph", "step", "loop"])
+@pytest.mark.parametrize("window", [16, 128])
+@pytest.mark.benchmark(timer=Moment)
+def test_solve(window: int, way: str, deep: BlockWeights, benchmark: Any) -> None:
+    """32 sweeps with guidance, the same however they are repeated; what is between sweeps is what differs."""
+    state = _state(deep, 2)
+    z = torch.randn(1, TOKENS, CHANNELS, device="cuda")
+    options = {"first": 0, "first_token": 0, "frame_tokens": FRAME, "window": window, "tolerance": 0.0}
+
+    def solve() -> SweepCount:
+        x = torch.zeros(1, TOKENS + 1, CHANNELS, device="cuda")
+        progress = SolveProgress.begin(x, 0, halves=2, out_channels=2 * CHANNELS)
+        return ops.jacobi_solve(deep, state, progress, z, guidance=3.5, soft_clip=4.0, most_sweeps=32, **options)
+
+    native.set_repeat(way)
+    try:
+        with torch.inference_mode():
+            assert len(solve().accepted) == 32
+            benchmark.group = f"jacobi_solve, 32 sweeps of 2 x {window}"
+            benchmark.pedantic(solve, rounds=ROUNDS, warmup_rounds=2)
+    finally:
+        native.set_repeat("")
+    benchmark.extra_info.update({"variant": way, "device": torch.cuda.get_device_name()})

@@ -1,7 +1,7 @@
 """Draw what benchmarks/targets.py measured of products and sweeps against what the processor can do at most.
 
-    python benchmarks/targets.py --group cpu > benchmarks/results/targets.jsonl
-    python benchmarks/roofline.py benchmarks/results/targets.jsonl docs/images/roofline.svg
+    python benchmarks/targets.py --group cpu > benchmarks/results/targets_xeon.jsonl
+    python benchmarks/roofline.py benchmarks/results/targets_xeon.jsonl docs/images/roofline.svg
 
 A point is one call: its operations over the bytes of weights and caches that it must read, and its rate.
 """

@@ -5,13 +5,14 @@
 
 #include "build_config.h"
 #include "cpu/isa.h"
+#include "cuda/repeat.h"
 #include "cuda/runtime.h"
 
 namespace py = pybind11;
 namespace cpu = starflow::cpu;
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-    m.doc() = "Build and machine information, and the choice of CPU variants.";
+    m.doc() = "Build and machine information, and the choice of variants.";
     m.def("build_info", [] {
         py::dict info;
         info["version"] = STARFLOW_VERSION;
@@ -37,6 +38,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     });
     m.def("selected_isa", [] { return std::string(cpu::isa_names[static_cast<int>(cpu::selected())]); });
     m.def("set_isa", &cpu::set_override, py::arg("name"));
+    m.def("repeat", &starflow::cuda::repeat_name);
+    m.def("set_repeat", &starflow::cuda::set_repeat, py::arg("name"));
     m.def("cuda_devices", [] {
         const starflow::cuda::DeviceCount found = starflow::cuda::count_devices();
         return py::make_tuple(found.devices, found.reason);

@@ -62,8 +62,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
     require(op in ops.__all__, "explain", "op is", f'"{op}"', f"one of {', '.join(ops.__all__)}")
     spec = ops.SPECS.get(op)
     if spec is None:
-        inspect.signature(getattr(ops, op)).bind(*args, **kwargs)
-        return Explanation(op, *_choose(ops.LOOPS[op], torch.device("cpu"), lambda variant: ""))
+        given = inspect.signature(getattr(ops, op)).bind(*args, **kwargs).arguments
+        return Explanation(op, *_choose(ops.LOOPS[op], given["weights"].device, lambda variant: ""))
     arguments = spec.arguments(*args, **kwargs)
     spec.check(**arguments)
     device = tensors(tuple(arguments.values()))[0].device
@@ -115,15 +115,20 @@ def support_table() -> str:
     for name in ops.__all__:
         spec = ops.SPECS.get(name)
         if spec is None:
-            levels = ", ".join(ops.LOOPS[name])
+            levels, cuda = _places(ops.LOOPS[name])
             lines.append(
-                f"| `{name}` | float32 | {levels} | no | no | by storage, see tests/ops/test_jacobi_sweep.py |"
+                f"| `{name}` | float32 | {levels} | {cuda} | no | by storage, see tests/ops/test_jacobi_sweep.py |"
             )
             continue
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(d[0] for d in spec.dtypes))
-        levels = ", ".join(variant for variant in spec.variants if variant != "cuda")
-        cuda = "sm_80 and later" if "cuda" in spec.variants else "plain torch"
+        levels, cuda = _places(spec.variants)
         gradient = "first order" if spec.differentiable else "no"
         relative, absolute = spec.bounds[torch.float32]
         lines.append(f"| `{name}` | {dtypes} | {levels} | {cuda} | {gradient} | {relative:g} relative + {absolute:g} |")
     return "\n".join(lines)
+
+
+def _places(variants: tuple[str, ...]) -> tuple[str, str]:
+    """Write the levels of the CPU, and what runs on CUDA."""
+    levels = ", ".join(variant for variant in variants if variant != "cuda")
+    return levels, "sm_80 and later" if "cuda" in variants else "plain torch"

@@ -32,6 +32,11 @@ class _Heads:
     """Keys and values of one layer as (cache rows, kv_heads, slots, head_dim) in the dtype of the arithmetic."""
 
     def __init__(self, state: BlockState, layer: int, head_dim: int, dtype: torch.dtype) -> None:
+        self._stored = (state.keys[layer], state.values[layer])
+        self._panels = None
+        if state.layout == "rows":
+            self.keys, self.values = (stored.unflatten(-1, (-1, head_dim)).to(dtype) for stored in self._stored)
+            return
         wide = -(-head_dim // 32) * 32
         slots = state.keys.shape[-1] // wide
         self._panels = (_columns(state.keys[layer], wide), _columns(state.values[layer], slots))
@@ -42,18 +47,22 @@ class _Heads:
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, kept: Tensor) -> None:
         """Put (cache rows, kv_heads, tokens, head_dim) at `slots` (cache rows, tokens), but where `kept`."""
-        rows = torch.arange(len(slots))[:, None]
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
         head_dim = k.shape[-1]
         for own, new in ((self.keys, k), (self.values, v)):
             now = own[rows, :, slots]
             own[rows, :, slots] = torch.where(kept[..., None, None], now, new.transpose(1, 2).to(now.dtype))
-        keys, values = self._panels
-        wide = F.pad(self.keys, (0, keys[0, 0].flatten(2).shape[-1] - head_dim))
-        keys.copy_(wide.reshape(keys.shape))
-        columns = F.pad(self.values.transpose(-2, -1), (0, 0, 0, values.shape[2] * 32 - head_dim))
-        values.copy_(columns.reshape(values.shape))
+        if self._panels is None:
+            for stored, own in zip(self._stored, (self.keys, self.values), strict=True):
+                stored.copy_(own.flatten(2))
+        else:
+            keys, values = self._panels
+            wide = F.pad(self.keys, (0, keys[0, 0].flatten(2).shape[-1] - head_dim))
+            keys.copy_(wide.reshape(keys.shape))
+            columns = F.pad(self.values.transpose(-2, -1), (0, 0, 0, values.shape[2] * 32 - head_dim))
+            values.copy_(columns.reshape(values.shape))
         # What is read is what was stored, rounded.
-        dtype = keys.dtype
+        dtype = self._stored[0].dtype
         self.keys, self.values = self.keys.to(dtype).to(k.dtype), self.values.to(dtype).to(v.dtype)
 
 
@@ -81,8 +90,8 @@ def jacobi_sweep_reference(
     weights: BlockWeights, state: BlockState, rows: Tensor, start: Tensor, keep: Tensor, text: bool
 ) -> Tensor:
     """Compute ``jacobi_sweep`` with products of float32; arguments as there."""
-    tokens = rows.shape[1]
-    slots = start[:, None] + torch.arange(tokens)
+    start, keep = start.to(rows.device), keep.to(rows.device)
+    slots = start[:, None] + torch.arange(rows.shape[1], device=rows.device)
     kept = slots < keep[:, None]
     h = rows
     if not text:
@@ -123,7 +132,7 @@ def _attention(
     k = _turn(k, layer.key_norm, state.key_rotation, slots)
     cached = _Heads(state, index, weights.head_dim, h.dtype)
     cached.write(k, v, slots, kept)
-    mask = torch.arange(cached.keys.shape[2]) <= slots[..., None]
+    mask = torch.arange(cached.keys.shape[2], device=slots.device) <= slots[..., None]
     out = F.scaled_dot_product_attention(
         q / state.temperature.to(q.dtype)[:, None, None, None],
         cached.keys,
@@ -162,7 +171,7 @@ def jacobi_solve_reference(
         """Overwrite x (tokens, channels) by its decoded value; raw (halves, tokens, out channels)."""
         weight = guidance
         if guidance > 0.0 and guided != "gaussian":
-            by_token = guidance * (tokens / max(total - 1, 1) if annealed else torch.ones(len(tokens)))
+            by_token = guidance * (tokens / max(total - 1, 1) if annealed else torch.ones(len(tokens), device=x.device))
             moved = raw[0] + by_token[:, None] * (raw[0] - raw[1])
             parts = ["b"] if activation == "none" else ["a", "b"]
             pieces = zip(raw[0].split(channels, -1), moved.split(channels, -1), parts, strict=True)
@@ -173,26 +182,22 @@ def jacobi_solve_reference(
         accepted.append(0)
         for sample in range(batch):
             frontier = int(progress.frontier[sample])
-            tokens = torch.arange(frontier, min(frontier + window, total))
+            tokens = torch.arange(frontier, min(frontier + window, total), device=z.device)
             if len(tokens) == 0:
                 continue
             x, noise, kept = progress.x[sample], z[sample], progress.kept[:, sample]
             fresh = int(progress.fresh[sample])
             source = tokens - ((tokens - fresh).div(frame_tokens, rounding_mode="floor") + 1) * frame_tokens
             wanted = (tokens >= fresh) & (source >= first)
-            guess = torch.zeros(int(wanted.sum()), channels)
+            guess = z.new_zeros(int(wanted.sum()), channels)
             update(guess, noise[tokens[wanted]], kept[:, source[wanted]], tokens[wanted])
             x[tokens[wanted] + 1] = guess
             progress.fresh[sample] = max(fresh, int(tokens[-1]) + 1)
             wild = ~(x[tokens[1:]].abs() < _WILD)
             x[tokens[1:]] = torch.where(wild, noise[tokens[1:] - 1], x[tokens[1:]])
-            caches = torch.arange(halves) * batch + sample
-            own = _rows_of(state, caches)
-            slot = torch.full((halves,), frontier - first_token + state.text_tokens)
-            raw = jacobi_sweep_reference(
-                weights, own, x[tokens].expand(halves, -1, -1), slot, torch.zeros_like(slot), False
-            )
-            state.keys[:, caches], state.values[:, caches] = own.keys, own.values
+            caches = torch.arange(halves, device=z.device) * batch + sample
+            slot = torch.full((halves,), frontier - first_token + state.text_tokens, device=z.device)
+            raw = _evaluate(weights, state, caches, x[tokens].expand(halves, -1, -1), slot)
             kept[:, tokens] = raw
             moved = x[tokens + 1]
             change = update(moved, noise[tokens], raw, tokens)
@@ -207,6 +212,14 @@ def jacobi_solve_reference(
     return rows, tuple(accepted), None
 
 
+def _evaluate(weights: BlockWeights, state: BlockState, caches: Tensor, x: Tensor, start: Tensor) -> Tensor:
+    """Sweep over some rows of the caches alone."""
+    own = _rows_of(state, caches)
+    raw = jacobi_sweep_reference(weights, own, x, start, torch.zeros_like(start), False)
+    state.keys[:, caches], state.values[:, caches] = own.keys, own.values
+    return raw
+
+
 def _rows_of(state: BlockState, rows: Tensor) -> BlockState:
     """Return copies of some rows of the caches, with what is added to them."""
     return type(state)(
@@ -219,4 +232,5 @@ def _rows_of(state: BlockState, rows: Tensor) -> BlockState:
         None if state.condition is None else state.condition[rows],
         state.query_rotation,
         state.key_rotation,
+        state.layout,
     )

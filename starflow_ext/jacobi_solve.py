@@ -12,7 +12,14 @@ from starflow_ext._affine import Activation
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._sweep_reference import jacobi_solve_reference
-from starflow_ext.jacobi_sweep import Activations, BlockState, BlockWeights, block_sizes, block_tensors
+from starflow_ext.jacobi_sweep import (
+    Activations,
+    BlockState,
+    BlockWeights,
+    activations_of,
+    block_sizes,
+    block_tensors,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +29,7 @@ class SolveProgress:
     Attributes:
         x: (batch, tokens + 1, channels) float32; row n + 1 holds token n. Tokens that are given, or guessed before
             anything is evaluated, stand there at the start.
-        frontier: (batch,) int64 first token of each sample that is not final.
+        frontier: (batch,) int64 first token of each sample that is not final; all tensors on one device.
         fresh: (batch,) int64 first token of each sample that was never evaluated.
         kept: (halves, batch, tokens, out channels) float32: the network's last output for each token.
     """
@@ -36,7 +43,7 @@ class SolveProgress:
     def begin(cls, x: Tensor, first: int, *, halves: int, out_channels: int) -> SolveProgress:
         """Start at token ``first`` of all samples; the other arguments as the attributes."""
         batch, tokens = x.shape[0], x.shape[1] - 1
-        frontier = torch.full((batch,), first)
+        frontier = torch.full((batch,), first, device=x.device)
         return cls(x, frontier, frontier.clone(), x.new_zeros(halves, batch, tokens, out_channels))
 
 
@@ -63,7 +70,7 @@ def jacobi_solve(
     soft_clip: float = 0.0,
     guidance: float = 0.0,
     guided: str = "gaussian",
-    activations: Activations = "float32",
+    activations: Activations | None = None,
     most_sweeps: int = 64,
 ) -> SweepCount:
     """Sweep until every token is final, or ``most_sweeps`` times.
@@ -72,6 +79,9 @@ def jacobi_solve(
     tokens before it in the window moved by less than ``tolerance`` in units of their own scale; the first always does.
     With tolerance 0 that is token-by-token decoding, to the last bit, for any window; and a sample's result never
     depends on its batch.
+
+    On CUDA the device decides what is accepted and whether there is another sweep; the host waits once, for the end of
+    the call. Every sample has as many rows in each sweep there, until all are done.
 
     Args:
         weights, state: the block; with guidance, the caches hold the conditional samples before the unconditional ones.
@@ -91,7 +101,8 @@ def jacobi_solve(
         What was done; ``bad`` is (sample, token) where a final token is NaN or infinite, which ends the solve.
 
     Raises:
-        RuntimeError: if a shape, a dtype or an option is wrong.
+        RuntimeError: if a shape, a dtype or an option is wrong; on CUDA also while the current stream is captured into
+            a graph.
 
     Reference:
         Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021); the acceptance
@@ -125,7 +136,7 @@ def jacobi_solve(
         z,
         block_tensors(weights, state),
         block_sizes(weights, state),
-        activations,
+        activations_of(weights, activations),
         [first, first_token, frame_tokens, window],
         tolerance,
         activation,

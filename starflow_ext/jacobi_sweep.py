@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, Literal
 
 import torch
@@ -17,7 +18,8 @@ from starflow_ext.linear_pack import PackedWeight, Storage, pack_weight
 from starflow_ext.norm import NormKind
 from starflow_ext.rope_append import Pairing, Rotation
 
-Activations = Literal["float32", "bfloat16", "two_bfloat16"]
+Activations = Literal["float32", "float16", "bfloat16", "two_bfloat16"]
+CacheLayout = Literal["panels", "rows"]
 CacheStorage = Literal["float32", "float16", "bfloat16"]
 
 KEY_BLOCK: Final = 64  # csrc/cpu/panels.h: caches hold whole blocks of keys
@@ -97,6 +99,17 @@ class BlockWeights:
     final_norm: Tensor | None = None
 
     @property
+    def device(self) -> torch.device:
+        """Where they are packed, and the block runs."""
+        return self.proj_in.weight.device
+
+    @cached_property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of projections and layers in the order of csrc/ops/jacobi_common/sweep_block.h."""
+        found = self.proj_in.tensors() + self.proj_out.tensors()
+        return (*found, *(tensor for layer in self.layers for tensor in layer.tensors()))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed weights."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer.tensors())
@@ -147,13 +160,15 @@ class BlockState:
     Slots are positions of the network's input: text first, then the grid.
 
     Attributes:
-        keys, values: (layers, cache rows, kv_heads, elements of a head) panels; keys are rotated.
+        keys, values: (layers, cache rows, kv_heads, elements of a head); keys are rotated.
         slots: of each cache row.
         text_tokens: slots taken by text.
         temperature: (cache rows,) divides the products of queries and keys.
         position: (grid slots, width) added to the embedded tokens, or None.
         condition: (cache rows, width) added to the embedded tokens, or None.
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
+        layout: of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", (slots, head_dim) side
+            by side, which those of CUDA do.
     """
 
     keys: Tensor
@@ -165,6 +180,7 @@ class BlockState:
     condition: Tensor | None = None
     query_rotation: Rotation | None = None
     key_rotation: Rotation | None = None
+    layout: CacheLayout = "panels"
 
     @classmethod
     def allocate(
@@ -181,7 +197,7 @@ class BlockState:
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
     ) -> BlockState:
-        """Allocate caches of ``slots`` slots for ``rows`` rows; the other arguments as the attributes.
+        """Allocate caches of ``slots`` slots for ``rows`` rows, where the weights are; the others as the attributes.
 
         Raises:
             RuntimeError: if ``storage`` is none of "float32", "float16", "bfloat16".
@@ -193,11 +209,27 @@ class BlockState:
             f'"{storage}"',
             " or ".join(map(repr, _CACHE_DTYPES)),
         )
-        depth = -(-weights.head_dim // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
-        shape = (len(weights.layers), rows, weights.kv_heads, -(-slots // KEY_BLOCK) * KEY_BLOCK * depth)
-        keys, values = (torch.zeros(shape, dtype=_CACHE_DTYPES[storage]) for _ in range(2))
-        temperature = torch.ones(rows) if temperature is None else temperature
-        return cls(keys, values, slots, text_tokens, temperature, position, condition, query_rotation, key_rotation)
+        device = weights.device
+        layout: CacheLayout = "rows" if device.type == "cuda" else "panels"
+        elements = slots * weights.head_dim
+        if layout == "panels":
+            depth = -(-weights.head_dim // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
+            elements = -(-slots // KEY_BLOCK) * KEY_BLOCK * depth
+        shape = (len(weights.layers), rows, weights.kv_heads, elements)
+        keys, values = (torch.zeros(shape, dtype=_CACHE_DTYPES[storage], device=device) for _ in range(2))
+        temperature = torch.ones(rows, device=device) if temperature is None else temperature
+        return cls(
+            keys,
+            values,
+            slots,
+            text_tokens,
+            temperature,
+            position,
+            condition,
+            query_rotation,
+            key_rotation,
+            layout,
+        )
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +244,7 @@ def jacobi_sweep(
     start: Tensor,
     *,
     keep: Tensor | None = None,
-    activations: Activations = "float32",
+    activations: Activations | None = None,
     text: bool = False,
 ) -> Tensor:
     """Run a block's network over a window of tokens of each cache row, with what is cached before them.
@@ -225,16 +257,19 @@ def jacobi_sweep(
         state: caches; written.
         rows: (cache rows, tokens, channels) float32: the network's input at slots ``start ..``; with ``text`` (cache
             rows, tokens, width): text in the residual stream.
-        start: (cache rows,) int64 first slot of each window.
-        keep: (cache rows,) int64 slots below it are not written; None writes all.
-        activations: how activations enter products with bfloat16 weights (see ``linear``).
+        start: (cache rows,) int64 first slot of each window. The host checks it: with ``rows`` on a CUDA device it is
+            best on the CPU; from the device it is read, which waits for the stream.
+        keep: (cache rows,) int64 slots below it are not written; None writes all. On a device like ``start``.
+        activations: how activations enter products (see ``linear``); None: "float32", on CUDA the storage of the
+            weights, which is all that there is.
         text: ``rows`` is embedded text; only keys and values are wanted.
 
     Returns:
         raw: (cache rows, tokens, out channels) float32; with ``text``, no tokens.
 
     Raises:
-        RuntimeError: if a shape or dtype is wrong, or the caches are too short; the message says how long they must be.
+        RuntimeError: if a shape or dtype is wrong, or the caches are too short; the message says how long they must be;
+            on CUDA also while the current stream is captured into a graph.
 
     Reference:
         Gu et al., STARFlow-V (2025), parallel Jacobi iteration; the network is that of ``starflow.conditioner``.
@@ -250,10 +285,17 @@ def jacobi_sweep(
         keep,
         block_tensors(weights, state),
         block_sizes(weights, state),
-        activations,
+        activations_of(weights, activations),
         text,
     )
     return raw
+
+
+def activations_of(weights: BlockWeights, activations: Activations | None) -> str:
+    """Return how activations enter products where the caller left it open."""
+    if activations is not None:
+        return activations
+    return weights.proj_in.weight.storage if weights.device.type == "cuda" else "float32"
 
 
 def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:
@@ -263,9 +305,7 @@ def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:
         *(state.key_rotation or (None, None)),
     )
     fixed = (weights.start_token, state.position, state.condition, *tables, state.temperature, weights.final_norm)
-    found = [_ABSENT if tensor is None else tensor for tensor in fixed]
-    found += weights.proj_in.tensors() + weights.proj_out.tensors()
-    return found + [tensor for layer in weights.layers for tensor in layer.tensors()]
+    return [*(_ABSENT if tensor is None else tensor for tensor in fixed), *weights.tensors]
 
 
 def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:

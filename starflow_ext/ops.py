@@ -33,10 +33,8 @@ __all__ = [
     "rope_append",
 ]
 
-# What the solver runs on packed weights and caches of its own, on the CPU: too much state for a Spec. Their levels.
-LOOPS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(
-    ("jacobi_solve", "jacobi_sweep"), tuple(variant for variant in _linear.SPEC.variants if variant != "cuda")
-)
+# What the solver runs on packed weights and caches of its own: too much state for a Spec. Their variants.
+LOOPS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("jacobi_solve", "jacobi_sweep"), _linear.SPEC.variants)
 
 # The ops that are functions of their tensors.
 SPECS: Final[Mapping[str, Spec]] = {

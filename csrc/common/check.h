@@ -4,17 +4,24 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "common/tensor.h"
 
 namespace starflow {
 
-// RuntimeError in Python. The message is built only when the check fails.
-template <class Got, class Expected>
-void require(bool condition, const char* op, const std::string& argument, const Got& got, const Expected& expected) {
+// RuntimeError in Python. The message is built only when the check fails, of an argument too that is a function.
+template <class Argument, class Got, class Expected>
+void require(bool condition, const char* op, const Argument& argument, const Got& got, const Expected& expected) {
     if (condition) return;
     std::ostringstream sentence;
-    sentence << op << ": " << argument << ' ' << got() << ", expected " << expected();
+    sentence << op << ": ";
+    if constexpr (std::is_invocable_v<Argument>) {
+        sentence << argument();
+    } else {
+        sentence << argument;
+    }
+    sentence << ' ' << got() << ", expected " << expected();
     throw std::runtime_error(sentence.str());
 }
 

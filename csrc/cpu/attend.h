@@ -180,7 +180,11 @@ struct AttendScratch {
 
 inline constexpr float no_product = -3.0e38F;  // below every product; what a hidden key counts as
 inline constexpr float log2_of_e = 1.44269504F;
-inline constexpr float least_power = -125.0F;  // 2 to it is nothing beside the largest weight, which is 1
+inline constexpr float least_power = -125.0F;  // 2 to it is nothing beside the largest weight
+
+// The largest product is taken anew only where one exceeds it by so many powers of two: finding it takes as long as a
+// sixth of the weights, and few blocks of keys behind the first have it.
+inline constexpr float most_power = 6.0F;
 
 // Softmax weights of a strip, rows [begin, begin + weights.rows) of the tile, over the block of keys at `block`, from
 // its products, whose panels hold `room` rows. `shrink` becomes by what each row's earlier sums are to be multiplied;
@@ -193,6 +197,7 @@ inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t beg
     constexpr int registers = key_block / V::lanes;
     const int64_t count = weights.rows;
     const V slope(scale * log2_of_e);
+    const float slack = most_power / (scale * log2_of_e);
     const auto products = [&](int64_t row, int64_t key) {
         return s.products + (key / panel_columns * room + row) * panel_columns + key % panel_columns;
     };
@@ -211,8 +216,7 @@ inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t beg
         V most = load(products(r, 0), AllLanes{});
         for (int64_t k = V::lanes; k < key_block; k += V::lanes) most = maximum(load(products(r, k), AllLanes{}), most);
         const float before = s.largest[begin + r];
-        const float found = largest(most);
-        const float now = found > before ? found : before;
+        const float now = any_greater(most, V(before + slack)) ? largest(most) : before;
         s.largest[begin + r] = now;
         shrink[r] = before - now;
         grows |= now != before;
@@ -224,6 +228,15 @@ inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t beg
     }
     for (int64_t r = 0; r < count; ++r) {
         const V offset(0.0F - s.largest[begin + r]);
+        const V power_offset = offset * slope;
+        // A weight on its way into a product of bfloat16 keeps 8 bits.
+        const auto weight_of = [&](V product) {
+            if constexpr (is_bfloat16<Cell>) {
+                return coarse_power_of_two(maximum(V(least_power), multiply_add(product, slope, power_offset)));
+            } else {
+                return power_of_two(maximum(V(least_power), (product + offset) * slope));
+            }
+        };
         char* packed = weights.row(r);
         const int64_t stride = weights.stride(r);
         V total(0.0F);
@@ -232,7 +245,7 @@ inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t beg
             for (int i = 0; i < registers; ++i) {
                 const int64_t k = i * V::lanes;
                 const V product = load(products(r, k), AllLanes{});
-                const V weight = hide(product, power_of_two(maximum(V(least_power), (product + offset) * slope)));
+                const V weight = hide(product, weight_of(product));
                 total = total + weight;
                 store(reinterpret_cast<Cell*>(packed + k / Product::cell * stride) + k % Product::cell, weight,
                       AllLanes{});

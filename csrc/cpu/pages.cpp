@@ -7,10 +7,10 @@
 
 namespace starflow::cpu {
 
-void prefer_large_pages([[maybe_unused]] const Tensor& result) {
+void prefer_large_pages([[maybe_unused]] const Tensor& result, [[maybe_unused]] int64_t least) {
 #ifdef __linux__
     const auto bytes = static_cast<uintptr_t>(result.numel()) * result.element_size();
-    if (!result.is_cpu() || bytes < large_bytes) return;
+    if (!result.is_cpu() || bytes < static_cast<uintptr_t>(least)) return;
     const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
     char* start = static_cast<char*>(result.data_ptr());
     const uintptr_t skipped = (page - reinterpret_cast<uintptr_t>(start) % page) % page;

@@ -9,9 +9,10 @@ namespace starflow::cpu {
 // Results from this size on come from fresh pages of the system, and do not stay in the caches.
 inline constexpr int64_t large_bytes = int64_t{8} * 1024 * 1024;
 
-// Ask for 2 MB pages under a new large tensor: the first touch of each 4 KB page costs more than computing what it
-// holds (filling 64 MB: 87 ms, and 19 ms with large pages). Advice only: a system that has none ignores it.
-void prefer_large_pages(const Tensor& result);
+// Ask for 2 MB pages under a new tensor of at least `least` bytes: the first touch of each 4 KB page costs more than
+// computing what it holds (filling 64 MB: 87 ms, and 19 ms with large pages). Advice only: a system that has none
+// ignores it.
+void prefer_large_pages(const Tensor& result, int64_t least = large_bytes);
 
 }  // namespace starflow::cpu
 

@@ -8,8 +8,9 @@
 
 namespace starflow::cpu {
 
-// At least `bytes` on a cache line, not initialised, until this thread asks again.
-inline void* scratch(int64_t bytes) {
+// At least `bytes` on a cache line, not initialised, until this thread asks again for the same owner.
+template <class Owner>
+void* scratch(int64_t bytes) {
     struct Buffer {
         void* data = nullptr;
         size_t size = 0;

@@ -106,6 +106,9 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return Vec<float>(_mm256
 inline Vec<float> select_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
     return Vec<float>(_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
 }
+inline bool any_greater(Vec<float> a, Vec<float> b) {
+    return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)) != 0;
+}
 inline Vec<float> keep(Vec<float> a, AllLanes, float) { return a; }
 inline Vec<float> keep(Vec<float> a, FirstLanes n, float rest) {
     return Vec<float>(_mm256_blendv_ps(_mm256_set1_ps(rest), a.v, _mm256_castsi256_ps(first_lanes(n))));

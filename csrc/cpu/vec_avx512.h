@@ -128,6 +128,7 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return Vec<float>(_mm512
 inline Vec<float> select_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
     return Vec<float>(_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), no.v, yes.v));
 }
+inline bool any_greater(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ) != 0; }
 inline Vec<float> keep(Vec<float> a, AllLanes, float) { return a; }
 inline Vec<float> keep(Vec<float> a, FirstLanes n, float rest) {
     return Vec<float>(_mm512_mask_blend_ps(first_lanes(n), _mm512_set1_ps(rest), a.v));

@@ -35,6 +35,18 @@ inline Vec<float> power_of_two(Vec<float> x) {
     return times_power_of_two(multiply_add(q, r, V(1.0F)), n);
 }
 
+// 2^x for |x| <= 125 where it is rounded to bfloat16 next and only sums of many keep more; NaN stays. Relative error
+// below 2.8e-6.
+inline Vec<float> coarse_power_of_two(Vec<float> x) {
+    using V = Vec<float>;
+    const V n = round_to_integer(x);
+    const V r = x - n;
+    V q = multiply_add(V(0.0095700463F), r, V(0.0559177436F));
+    q = multiply_add(q, r, V(0.240247443F));
+    q = multiply_add(q, r, V(0.69312185F));
+    return times_power_of_two(multiply_add(q, r, V(0.999999285F)), n);
+}
+
 // 2 * atanh(s) for |s| <= 1/3: the odd series that both logarithms end in.
 inline Vec<float> twice_atanh(Vec<float> s) {
     using V = Vec<float>;
@@ -94,6 +106,16 @@ inline Vec<float> gelu(Vec<float> x) {
     h = multiply_add(h, t, V(0.11962927F));
     const V tail = h * t * exponential(maximum(V(-87.0F), V(-0.5F) * x * x));
     return x * select_greater(V(0.0F), x, tail, V(1.0F) - tail);
+}
+
+// gelu(x) where it is rounded to bfloat16 next: Phi(x) = 1 / (1 + 2^-q), q = log2(Phi(x) / Phi(-x)), an odd function,
+// as a polynomial of degree 5 fitted up to |x| = 6. Error below 7.5e-5, and below 6.5e-4 of results above 0.01,
+// where rounding adds up to 2e-3; half the time of gelu.
+inline Vec<float> coarse_gelu(Vec<float> x) {
+    using V = Vec<float>;
+    const V w = minimum(x * x, V(36.0F));
+    const V slope = multiply_add(multiply_add(V(-0.00112004043F), w, V(0.107555941F)), w, V(2.30011702F));
+    return x * reciprocal(V(1.0F) + coarse_power_of_two(clamp(V(0.0F) - x * slope, V(-125.0F), V(125.0F))));
 }
 
 // gelu(x) with Phi(x) = (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), u = sqrt(2 / pi) (x + 0.044715 x^3).

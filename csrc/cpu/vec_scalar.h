@@ -93,6 +93,7 @@ inline Vec<float> maximum(Vec<float> a, Vec<float> b) { return Vec<float>(a.v > 
 inline Vec<float> select_greater(Vec<float> a, Vec<float> b, Vec<float> yes, Vec<float> no) {
     return a.v > b.v ? yes : no;
 }
+inline bool any_greater(Vec<float> a, Vec<float> b) { return a.v > b.v; }
 inline Vec<float> keep(Vec<float> a, AllLanes, float) { return a; }
 inline Vec<float> keep(Vec<float> a, FirstLanes, float) { return a; }
 inline Vec<float> maximum_magnitude(Vec<float> a, Vec<float> b) {

@@ -41,6 +41,12 @@ void check_build(const char* op, const std::string& name, const Tensor& data) {
         [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
 }
 
+void refuse_capture(const char* op, const Tensor& data, const std::string& why) {
+    require(
+        !is_capturing(current_stream(data.get_device_index())), op, "stream is", [] { return "capturing a graph"; },
+        [&] { return "one that is not: " + why; });
+}
+
 void check(const char* op, int code) {
     if (code != 0) throw std::runtime_error(std::string(op) + ": CUDA says \"" + error_text(code) + '"');
 }

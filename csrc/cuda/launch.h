@@ -10,6 +10,10 @@ void* current_stream(int32_t device);
 // Refuses data on a CUDA device where this build has no kernels for one.
 void check_build(const char* op, const std::string& name, const Tensor& data);
 
+// Refuses a call whose host has to read what the device computes, while torch's current stream is captured into a
+// graph.
+void refuse_capture(const char* op, const Tensor& data, const std::string& why);
+
 // Throws std::runtime_error with the runtime's words if `code` is not success.
 void check(const char* op, int code);
 

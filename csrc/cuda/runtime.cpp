@@ -30,11 +30,21 @@ DeviceArch device_arch(int device) {
             attribute(cudaDevAttrMultiProcessorCount)};
 }
 
+bool is_capturing(void* stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaError_t code = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+    if (code != cudaSuccess)
+        throw std::runtime_error("starflow_ext: of a stream CUDA says \"" + error_text(code) + '"');
+    return status != cudaStreamCaptureStatusNone;
+}
+
 std::string error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 #else
 DeviceCount count_devices() { return {0, "this build has no CUDA"}; }
 
 DeviceArch device_arch(int) { throw std::runtime_error("starflow_ext: this build has no CUDA"); }
+
+bool is_capturing(void*) { throw std::runtime_error("starflow_ext: this build has no CUDA"); }
 
 std::string error_text(int code) { return "error " + std::to_string(code) + " in a build without CUDA"; }
 #endif

@@ -23,6 +23,9 @@ struct DeviceArch {
 // Throws std::runtime_error where there is no such device.
 DeviceArch device_arch(int device);
 
+// Whether what is enqueued on a stream is captured into a graph. Throws std::runtime_error if the runtime says neither.
+bool is_capturing(void* stream);
+
 // The runtime's words for an error code.
 std::string error_text(int code);
 

@@ -11,12 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, FlowConfig, RunConfig, require
-from starflow.data import ClipDataset, MovingDigits, VideoFolder, assemble, nearest_aspect, sample_group, stack_clips
+from starflow.data import (
+    CaptionMode,
+    Clip,
+    ClipDataset,
+    MovingDigits,
+    VideoFolder,
+    assemble,
+    nearest_aspect,
+    sample_group,
+    stack_clips,
+)
 from starflow.noise import draw_batch, stream
 from starflow.text import STOP_WORDS, TextEncoder, make_text_encoder, split_words
 
@@ -25,28 +36,35 @@ CAPTION_CACHE = 4096
 
 
 def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
-    """The data set that a run is trained or tested on.
+    """The data set that a run is trained or tested on; with `train.source_prob` one of pairs.
 
     Args:
         config: of the run.
         split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
-            whole folder; clips are cut as `data.cut` says for "train" and evenly for "test".
+            whole folder; clips are cut as `data.cut` says for "train" and evenly for "test". Pairs are in subfolders
+            "target" and "source" of that.
 
     Raises:
         ConfigError: options that the kind of data cannot honour.
         ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
     """
-    data = config.data
+    data, pairs = config.data, config.train.source_prob > 0
     if data.kind == "digits":
         require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
         require(data.channels == 1, "data.channels", data.channels, "1 for digits")
         require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for digits, which are square")
-        return MovingDigits(frames=data.frames, size=data.height, split=split)
+        return MovingDigits(frames=data.frames, size=data.height, split=split, pairs=pairs)
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
     folder = Path(data.path)
+    folder = folder / split if (folder / split).is_dir() else folder
+    whole = all((folder / name).is_dir() for name in ("source", "target"))
+    require(
+        whole or not pairs, "data.path", str(folder), "a folder with subfolders source and target (with source_prob)"
+    )
     return VideoFolder(
-        folder / split if (folder / split).is_dir() else folder,
+        folder / "target" if pairs else folder,
+        sources=folder / "source" if pairs else None,
         frames=data.frames,
         height=data.height,
         width=data.width,
@@ -87,14 +105,18 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
         return config
     if not isinstance(dataset, VideoFolder):
         raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
-    kinds: list[dict[str, bool]] = [{}]
-    kinds += [{"extend": True}] if train.drop_image else []
-    kinds += [{"last": True}] if train.last_frame_prob else []
-    kinds += [{"image": True}] if train.image_prob else []
+    chances: dict[CaptionMode, float] = {
+        "extend": train.drop_image,
+        "last": train.last_frame_prob,
+        "v2v": train.source_prob,
+    }
+    kinds: list[tuple[CaptionMode | None, bool]] = [(None, False)]
+    kinds += [(mode, False) for mode, chance in chances.items() if chance]
+    kinds += [(None, True)] if train.image_prob else []
     captions = [
-        caption_for(config, caption, size=size, **kind)
+        caption_for(config, caption, size=size, mode=mode, image=image)
         for caption in dataset.captions
-        for kind in kinds
+        for mode, image in kinds
         for size in dataset.sizes
     ]
     if option == "names":
@@ -144,8 +166,7 @@ def caption_for(
     config: RunConfig,
     caption: str,
     *,
-    extend: bool = False,
-    last: bool = False,
+    mode: CaptionMode | None = None,
     drop: bool = False,
     image: bool = False,
     size: tuple[int, int] | None = None,
@@ -155,8 +176,7 @@ def caption_for(
     Args:
         config: of the run.
         caption: what the clip shows.
-        extend: the first frame is cut off.
-        last: the last frame stands before the clip.
+        mode: what is special about the clip.
         drop: the caption of nothing.
         image: a single frame without time.
         size: height and width in pixels, by default those of the configuration.
@@ -168,7 +188,6 @@ def caption_for(
     aspect = None
     if config.data.mix_aspect:
         aspect = nearest_aspect(*(size or (config.data.height, config.data.width)))
-    mode: Literal["extend", "last"] | None = "extend" if extend else "last" if last else None
     return assemble(caption, mode=mode, drop=drop, fps=fps, noise_level=noise_level, aspect_ratio=aspect)
 
 
@@ -205,6 +224,17 @@ class Features:
         return self._known[caption]
 
 
+def source_of(clip: Clip) -> Tensor:
+    """The source of a clip of a pair.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if clip.source is None:
+        raise ConfigError(f"training: clip {clip.name} has no source, expected one with train.source_prob above 0")
+    return clip.source
+
+
 @dataclass(frozen=True)
 class Batch:
     """A training batch before the codec.
@@ -213,10 +243,10 @@ class Batch:
         pixels: (batch, frames, channels, height, width), or (batch, channels, height, width) for images.
         captions: as the flow reads them.
         names: of the clips.
-        noise: like the latents, standard normal.
+        noise: like the latents, standard normal, the reference's frames first.
         posterior: the same, for a codec with a posterior.
         extend: the first latent frame is to be dropped, after noising.
-        last: the last frame, encoded alone, is to stand before the clip: noise and posterior have a frame more.
+        reference: like `pixels`, what is encoded by itself and stands before the clip: its last frame or its source.
     """
 
     pixels: Tensor
@@ -225,7 +255,7 @@ class Batch:
     noise: Tensor
     posterior: Tensor | None
     extend: bool
-    last: bool = False
+    reference: Tensor | None = None
 
 
 class Batches:
@@ -268,24 +298,36 @@ class Batches:
         if image:
             pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
             shape = (shape[0], *shape[2:])
-        # The last to be chosen, and only where it can be: what else a seed chooses stays.
-        last = train.last_frame_prob > 0 and not image and not extend and choose.random() < train.last_frame_prob
-        if last:
-            shape = (shape[0], shape[1] + 1, *shape[2:])
+        mode, reference = self._reference(clips, choose) if not image and not extend else (None, None)
+        if reference is not None:
+            shape = (shape[0], codec.latent_frames(reference.shape[1]) + shape[1], *shape[2:])
+        mode = "extend" if extend else mode
         size = (pixels.shape[-2], pixels.shape[-1])
         dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, extend=extend, last=last, drop=bool(drop), image=image, size=size)
+                caption_for(self._config, caption, mode=mode, drop=bool(drop), image=image, size=size)
                 for caption, drop in zip(captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],
             draw_batch(train.seed, step, shape, first=rows.start),
             None if codec.exact else draw_batch(train.seed, step, shape, first=rows.start, purpose="posterior"),
             extend,
-            last,
+            reference,
         )
+
+    def _reference(
+        self, clips: Sequence[Clip], choose: np.random.Generator
+    ) -> tuple[CaptionMode | None, Tensor | None]:
+        """What stands before the clips of a step, if anything, and how captions tell it."""
+        train = self._config.train
+        # The last to be chosen, and only where they can be: what else a seed chooses stays.
+        if train.last_frame_prob > 0 and choose.random() < train.last_frame_prob:
+            return "last", torch.stack([clip.pixels[-1:] for clip in clips])
+        if train.source_prob > 0 and choose.random() < train.source_prob:
+            return "v2v", stack_clips([replace(clip, pixels=source_of(clip)) for clip in clips])[0]
+        return None, None
 
     def run(self, first: int, end: int) -> Generator[Batch, None, None]:
         """The batches of the steps `first .. end - 1`."""

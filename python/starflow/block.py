@@ -11,7 +11,7 @@ from starflow.affine import Affine
 from starflow.conditioner import Conditioner, Layout, make_layout
 from starflow.config import FlowConfig
 from starflow.guidance import Guidance
-from starflow.network import NativeNetwork, NativeWindow, Precision
+from starflow.network import NativeNetwork, NativeWindow, Precision, refuse_precision
 from starflow.solver import break_even
 from starflow.state import DecodeState
 from starflow.tokens import Order, to_grid, to_sequence, token_order
@@ -162,16 +162,12 @@ class BlockDecoder:
                 self._temperature[rows:] *= self.guidance.temperature
         self._native: NativeNetwork | None = None
         self._state: DecodeState | None = None
-        if NativeNetwork.runs(conditioner):
+        if NativeNetwork.runs(conditioner, precision):
             self._native = NativeNetwork(
                 conditioner, layout, self.halves * rows, self._context, self._temperature, precision
             )
             return
-        if precision != "float32":
-            raise ValueError(
-                f"decode: precision is {precision!r}, expected 'float32' where plain torch decodes (weights on "
-                f"{self.device} in {str(conditioner.dtype).removeprefix('torch.')})"
-            )
+        refuse_precision(conditioner, precision)
         text = conditioner.text_tokens(self._context)
         self._state = DecodeState.allocate(conditioner, self.halves * rows, layout.tokens, text, device=self.device)
         if text:

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import yaml
 
@@ -145,6 +145,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace) -> int:
     from starflow.checkpoints import read_header
+    from starflow.data import CaptionMode
     from starflow.distributed import rank_and_size
     from starflow.train import train
 
@@ -166,12 +167,15 @@ def _train(args: argparse.Namespace) -> int:
     if rank_and_size()[0]:
         return 0
     text = read_header(folder).config.text
-    prompt = ' "PROMPT"' if text else ""
-    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{prompt}")
+    given = (' "PROMPT"' if text else "") + (" --source VIDEO" if config.train.source_prob else "")
+    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {_PROG} sample {folder}{given}")
     if text.get("kind") == "words":
-        print(f"words of a prompt, at most {text['size']}: {', '.join(text['vocabulary'])}")
+        words = [word for word in text["vocabulary"] if word not in get_args(CaptionMode)]
+        print(f"words of a prompt, at most {text['size']}: {', '.join(words)}")
     elif text.get("names"):
-        print(f"prompts: {', '.join(text['names'])}")
+        # Without what captions begin with where something is given, which is not for the user to type.
+        modes = tuple(f"({mode}) " for mode in get_args(CaptionMode))
+        print(f"prompts: {', '.join(name for name in text['names'] if not name.startswith(modes))}")
     return 0
 
 
@@ -242,6 +246,7 @@ def _sample_options(args: argparse.Namespace) -> dict[str, Any]:
         "video",
         "given",
         "last_image",
+        "source",
         "edit",
         "edit_prompt",
         "look_ahead",
@@ -313,7 +318,7 @@ def _stream(args: argparse.Namespace, pipeline: Pipeline, prompts: list[str], fp
                 prompt,
                 fps=args.fps,
                 image=meter.frames == 1,
-                last=args.last_image is not None,
+                mode="last" if args.last_image else "v2v" if args.source else None,
                 size=(height, width),
             )
             told = {"prompt": prompt, "caption": caption, "seed": args.seed + row, "model": str(args.model)}
@@ -467,7 +472,12 @@ def _clip_name(row: int, prompt: str, seed: int) -> str:
 
 def _sources(args: argparse.Namespace) -> dict[str, Any]:
     """The files that clips were made from."""
-    return {"given_from": args.image or args.video, "last_image": args.last_image, "edited_from": args.edit}
+    return {
+        "given_from": args.image or args.video,
+        "last_image": args.last_image,
+        "source": args.source,
+        "edited_from": args.edit,
+    }
 
 
 def _together(clips: int) -> dict[str, Any]:
@@ -798,6 +808,7 @@ examples:
   {_PROG} sample runs/mine "a three moving up" --image first_frame.png
   {_PROG} sample runs/mine "a three moving up" --image first_frame.png --last-image last_frame.png
   {_PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
+  {_PROG} sample runs/pairs negative --source three.mp4
   {_PROG} sample runs/mine "an eight moving up" --edit three.mp4 --edit-prompt "a three moving up"
   {_PROG} sample runs/mine "a three moving up" --frames 2000 --stream
   {_PROG} sample runs/mine --solver window:16:0.001 --certificate"""
@@ -922,6 +933,12 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
         help="picture that the clip ends with, alone or together with --image (a model trained with "
         "train.last_frame_prob)",
     )
+    beginning.add_argument(
+        "--source",
+        metavar="FILE",
+        help="video to make another one of, as the prompt says, as long as those of training (a model trained on "
+        "pairs, train.source_prob)",
+    )
     either.add_argument(
         "--edit",
         metavar="FILE",
@@ -932,9 +949,10 @@ def _add_sample(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--solver", type=_solver, metavar="TEXT", help=_SOLVER_HELP)
     how.add_argument(
         "--precision",
-        choices=("float32", "float16", "bfloat16", "int8"),
-        help="how decoding on the CPU stores weights and takes products: float16 and int8 read fewer bytes at float32 "
-        "products, bfloat16 is fastest where the processor multiplies it and needs a tolerance of 0.05 (default: the "
+        choices=("float32", "two_bfloat16", "float16", "bfloat16", "int8"),
+        help="how decoding stores weights and takes products: on the CPU float16 and int8 read fewer bytes at float32 "
+        "products, bfloat16 is fastest where the processor multiplies it and needs a tolerance of 0.05, two_bfloat16 "
+        "lies between (for processors with AMX); on a GPU float16 and bfloat16 decode by native kernels (default: the "
         "model's, float32 if it says nothing)",
     )
     how.add_argument(

@@ -275,7 +275,7 @@ class DataConfig:
 
     Args:
         kind: "digits" (moving handwritten digits, made on the fly) or "folder" (video and image files).
-        path: the folder.
+        path: the folder; of pairs (`train.source_prob`) one with subfolders `source` and `target`.
         frames: pixel frames of a clip.
         height, width: clips are resized to cover this and centre-cropped.
         fps: frames a second that files are read at; None keeps each file's own.
@@ -335,7 +335,9 @@ class TrainConfig:
         drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
             (and the caption says "(extend) "), so that the flow learns to continue. last_frame_prob: probability that
             its last frame, encoded alone, stands before a clip (and the caption says "(last) "), so that the flow
-            learns to arrive there.
+            learns to arrive there. source_prob: of the steps that are neither, and not of images, the share in which
+            the source of each clip stands before it (and the caption says "(v2v) "), so that the flow learns to make
+            one of the other; above 0 the data must be pairs.
         image_prob: probability that a step trains on single frames as images, `image_batch_size` of them (default
             `batch_size`). image_frame: which frame of a clip: "any", or "first" for data whose clips begin in a way of
             their own, which single frames from later on would blur.
@@ -366,6 +368,7 @@ class TrainConfig:
     drop_label: float = 0.1
     drop_image: float = 0.0
     last_frame_prob: float = 0.0
+    source_prob: float = 0.0
     image_prob: float = 0.0
     image_batch_size: int | None = None
     image_frame: Literal["any", "first"] = "any"
@@ -385,7 +388,7 @@ class TrainConfig:
             require(
                 size >= 1 and size % self.accumulate == 0, "train.accumulate", self.accumulate, f"a divisor of {size}"
             )
-        for name in ("drop_label", "drop_image", "last_frame_prob", "image_prob", "ema"):
+        for name in ("drop_label", "drop_image", "last_frame_prob", "source_prob", "image_prob", "ema"):
             require(0.0 <= getattr(self, name) <= 1.0, f"train.{name}", getattr(self, name), "a number from 0 to 1")
         numbers = ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay")
         counts = ("warmup_steps", "checkpoint_every", "sample_every")
@@ -409,7 +412,8 @@ class SampleConfig:
         guidance: weight of classifier-free guidance.
         temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
-        precision: of the arithmetic on the CPU: "float32", "float16", "bfloat16" or "int8" (see docs/solver.md).
+        precision: of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
+            docs/solver.md).
         fps: frames a second of what is written.
         prompts: what training samples from while it runs.
     """
@@ -417,7 +421,7 @@ class SampleConfig:
     guidance: float = 0.0
     temperature: float = 1.0
     solver: str = "window"
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
+    precision: Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"] = "float32"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()
 

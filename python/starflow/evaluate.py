@@ -30,6 +30,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.data import (
+    CaptionMode,
     Clip,
     VideoError,
     VideoFolder,
@@ -171,7 +172,8 @@ def score(
 
     Args:
         pipeline: with the flow.
-        clips: pixels (frames, channels, height, width) in [-1, 1] with their captions; shapes may differ.
+        clips: pixels (frames, channels, height, width) in [-1, 1] with their captions; shapes may differ. A clip with a
+            source is scored given that, as a model of pairs was trained; the bits are those of the clip alone.
         seed: of the noise; clip i has the noise of seed + i.
         batch: clips computed together.
         order_check: also score every clip with its frames shuffled and reversed.
@@ -227,8 +229,16 @@ def _bits(
     """Bits per dimension of each token, (clips, latent frames, height, width), float64."""
     texts = [_condition(pipeline, clip, fps) for clip in clips]
     y = None if texts[0] is None else torch.cat([text for text in texts if text is not None])
+    sources = [clip.source for clip in clips if clip.source is not None]
+    if sources and sources[0].shape[1:] != pixels.shape[2:]:
+        raise ValueError(
+            f"score: {clips[0].name} has a source of {list(sources[0].shape[1:])} (channels, height, width), expected "
+            f"{list(pixels.shape[2:])} like the clip"
+        )
     try:
-        latents = pipeline.codec.encode(pixels.to(pipeline.device))
+        parts = [torch.stack(sources), pixels] if sources else [pixels]
+        encoded = [pipeline.codec.encode(part.to(pipeline.device)) for part in parts]
+        latents = torch.cat(encoded, 1)
     except ValueError as error:
         raise ValueError(f"score: {clips[0].name}: {error}") from None
     finite = latents.isfinite().flatten(1).all(1).tolist()
@@ -238,7 +248,7 @@ def _bits(
         )
     _, frames, channels, height, width = latents.shape
     drawn = noise.draw(seeds, frames, channels, height, width, purpose="train").to(latents)
-    nats = pipeline.flow.log_prob(latents + sigma * drawn, y, by="token").double()
+    nats = pipeline.flow.log_prob(latents + sigma * drawn, y, by="token").double()[:, -encoded[-1].shape[1] :]
     dimensions = channels * height * width / nats[0, 0].numel()
     return (-(nats / dimensions + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
 
@@ -251,7 +261,8 @@ def _condition(pipeline: Pipeline, clip: Clip, fps: float | None) -> Tensor | No
     """What the flow reads for the caption of one clip."""
     try:
         size = (clip.pixels.shape[-2], clip.pixels.shape[-1])
-        return pipeline.condition([clip.caption], fps=fps, image=len(clip.pixels) == 1, size=size)
+        mode: CaptionMode | None = None if clip.source is None else "v2v"
+        return pipeline.condition([clip.caption], fps=fps, image=len(clip.pixels) == 1, mode=mode, size=size)
     except ValueError as error:
         raise ValueError(f"score: {clip.name}: {error}") from None
 
@@ -261,10 +272,14 @@ def _groups(clips: Sequence[Clip], batch: int) -> Iterator[tuple[int, list[Clip]
     first = 0
     while first < len(clips):
         end = first + 1
-        while end < min(first + batch, len(clips)) and clips[end].pixels.shape == clips[first].pixels.shape:
+        while end < min(first + batch, len(clips)) and _shapes(clips[end]) == _shapes(clips[first]):
             end += 1
         yield first, list(clips[first:end])
         first = end
+
+
+def _shapes(clip: Clip) -> tuple[torch.Size, torch.Size | None]:
+    return clip.pixels.shape, None if clip.source is None else clip.source.shape
 
 
 def _shuffle(frames: int, seed: int) -> Tensor:

@@ -185,7 +185,7 @@ class Flow(nn.Module):
             window_context: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
                 from the one before it; the default is three quarters of the window, at least one.
             temperature: divides the attention logits of every block.
-            precision: of the native decoding on the CPU (see `starflow.network.Precision`); a certificate is taken in
+            precision: of the native decoding (see `starflow.network.Precision`); a certificate is taken in
                 float32 whatever it is.
 
         Returns:

@@ -188,8 +188,8 @@ def clip_of(config: RunConfig) -> Clip:
     """The tokens of a training clip, without reading codec or text encoder where they have folders of their own."""
     data, patch = config.data, config.flow.patch_size
     spatial, frames = _compression(config)
-    # The longest that training shows: with the last frame before the others.
-    frames += config.train.last_frame_prob > 0
+    # The longest that training shows: with its source before it, or its last frame.
+    frames += frames if config.train.source_prob > 0 else config.train.last_frame_prob > 0
     return Clip(frames, data.height // (spatial * patch), data.width // (spatial * patch), config.flow.txt_size)
 
 

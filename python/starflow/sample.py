@@ -24,7 +24,7 @@ from starflow.batches import Features, caption_for
 from starflow.checkpoints import load_model
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import VideoError, frames_at, probe, read_image, read_video, to_pixels
+from starflow.data import CaptionMode, VideoError, frames_at, probe, read_image, read_video, to_pixels
 from starflow.decoding import Conditions, Span
 from starflow.denoiser import tweedie_step
 from starflow.flow import Flow
@@ -226,7 +226,7 @@ class Pipeline:
         *,
         fps: float | None = None,
         image: bool = False,
-        last: bool = False,
+        mode: CaptionMode | None = None,
         size: tuple[int, int] | None = None,
     ) -> str:
         """The caption as training assembled it: with frame rate, noise level and shape only where it did.
@@ -235,14 +235,14 @@ class Pipeline:
             prompt: what the clip shows; "" for the empty half of guidance.
             fps: frames a second, by default those of the training clips.
             image: a single frame.
-            last: the frame to end with is given.
+            mode: "last" where the frame to end with is given, "v2v" where a source is.
             size: height and width in pixels, by default those of the training clips.
         """
         data = self.config.data
         told = data if fps is None else replace(data, fps=fps)
         # Single frames were told apart from clips only where training saw both.
         still = image and data.frames > 1
-        return caption_for(replace(self.config, data=told), prompt, image=still, last=last, size=size)
+        return caption_for(replace(self.config, data=told), prompt, image=still, mode=mode, size=size)
 
     def condition(
         self,
@@ -250,13 +250,13 @@ class Pipeline:
         *,
         fps: float | None = None,
         image: bool = False,
-        last: bool = False,
+        mode: CaptionMode | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor | None:
         """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
-            prompts, fps, image, last, size: see `caption`.
+            prompts, fps, image, mode, size: see `caption`.
 
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
@@ -265,7 +265,7 @@ class Pipeline:
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            captions = [self.caption(prompt, fps=fps, image=image, last=last, size=size) for prompt in prompts]
+            captions = [self.caption(prompt, fps=fps, image=image, mode=mode, size=size) for prompt in prompts]
             features = self._features(captions)
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
@@ -293,6 +293,7 @@ class Pipeline:
         video: str | Path | Tensor | None = None,
         given: int | None = None,
         last_image: str | Path | Tensor | None = None,
+        source: str | Path | Tensor | None = None,
         edit: str | Path | Tensor | None = None,
         edit_prompt: str = "",
         denoise: Denoise = True,
@@ -313,13 +314,15 @@ class Pipeline:
             temperature: factor of the noise that clips are made from, by default the model's. At 1 they are draws from
                 the density of the flow; below, they vary less and keep together better.
             solver: a schedule or its text (see `parse_solver`), by default the model's.
-            precision: of the arithmetic on the CPU (see `starflow.network.Precision`), by default the model's.
+            precision: of the arithmetic (see `starflow.network.Precision`), by default the model's.
             certificate: measure the backward error.
             image: the first frame: a file, or a tensor ([clips,] channels, height, width) in [-1, 1].
             video: a clip to continue: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1]. The
                 new clip begins with its last `given` frames.
             given: frames taken from `video`; by default as many as it has, at most half of `frames`.
             last_image: the frame to end with, like `image`, for a model that was trained so (`train.last_frame_prob`).
+            source: a clip to make another one of, as the prompt says, like `video`, for a model that was trained on
+                pairs (`train.source_prob`): as many frames as its clips have, all of them.
             edit: a clip to make again under another text, like `video`: from its first frame on, `frames` of it. Its
                 noise is found by the flow and decoded under the prompt; guidance is 0 unless it is given.
             edit_prompt: what that clip shows.
@@ -358,6 +361,7 @@ class Pipeline:
             video=video,
             given=given,
             last_image=last_image,
+            source=source,
             edit=edit,
             edit_prompt=edit_prompt,
             denoise=denoise,
@@ -379,7 +383,7 @@ class Pipeline:
             noisy=noisy,
             prompts=names,
             captions=tuple(
-                self.caption(name, fps=fps, image=still, last=last_image is not None, size=size) for name in names
+                self.caption(name, fps=fps, image=still, mode=_mode(last_image, source), size=size) for name in names
             ),
             seeds=session.seeds,
             given=0 if beginning is None else beginning.pixels.shape[1],
@@ -405,6 +409,7 @@ class Pipeline:
         video: str | Path | Tensor | None = None,
         given: int | None = None,
         last_image: str | Path | Tensor | None = None,
+        source: str | Path | Tensor | None = None,
         edit: str | Path | Tensor | None = None,
         edit_prompt: str = "",
         denoise: Denoise = True,
@@ -429,13 +434,13 @@ class Pipeline:
         names = (prompts,) if isinstance(prompts, str) else tuple(prompts)
         numbers = self._seeds(len(names), seed, seeds)
         fps = config.data.fps if fps is None else fps
-        source = None
+        edited = None
         if edit is not None:
-            if image is not None or video is not None or last_image is not None:
-                raise ValueError("sample: edit is given, expected no image, video or last_image beside it")
+            if image is not None or video is not None or last_image is not None or source is not None:
+                raise ValueError("sample: edit is given, expected no image, video, last_image or source beside it")
             shape = self._latent_shape(config.data.frames, height, width)
-            source = self._pixels("edit", edit, frames, shape, fps, len(names), exactly=frames is not None, end=False)
-            frames = source.shape[1]
+            edited = self._pixels("edit", edit, frames, shape, fps, len(names), exactly=frames is not None, end=False)
+            frames = edited.shape[1]
             guidance = 0.0 if guidance is None else guidance
         length = config.data.frames if frames is None else frames
         weight = config.sample.guidance if guidance is None else guidance
@@ -448,24 +453,41 @@ class Pipeline:
             schedule = parse_solver(config.sample.solver if solver is None else solver, certificate=certificate)
         else:
             schedule = replace(solver, certificate=True) if certificate and isinstance(solver, Window) else solver
-        if last_image is not None and config.train.last_frame_prob == 0.0:
+        mode = _mode(last_image, source)
+        if mode is None and config.train.source_prob == 1.0 and not (still and config.train.image_prob):
+            raise ValueError(
+                "sample: source is None, expected a video: the model was trained on clips behind their sources alone "
+                "(train.source_prob is 1)"
+            )
+        if mode == "last" and config.train.last_frame_prob == 0.0:
             raise ValueError(
                 "sample: last_image is given, expected a model that was trained to arrive at a frame "
                 "(train.last_frame_prob > 0)"
             )
+        if mode == "v2v":
+            self._check_paired(length, last_image, window, window_context)
         if weight and self.text is None:
             raise ValueError(f"guidance is {weight:g}, expected 0: the model was trained without text")
 
         size = (shape[2] * self.codec.spatial, shape[3] * self.codec.spatial)
 
         def read(told: Sequence[str]) -> Tensor | None:
-            return self.condition(told, fps=fps, image=still, last=last_image is not None, size=size)
+            return self.condition(told, fps=fps, image=still, mode=mode, size=size)
 
         y, null = read(names), None
         if weight and c.num_classes == 0:
             null = self.condition([""], fps=fps, image=still, size=size)
             null = None if null is None else null.expand(len(names), -1, -1)
-        span = self._span(shape[0], window, window_context, window_sink, int(last_image is not None))
+        reference = None
+        if last_image is not None:
+            reference = self._pixels("last_image", last_image, 1, shape, fps, len(names))
+        elif source is not None:
+            reference = self._pixels("source", source, None, shape, fps, len(names), end=False)
+        before = 0 if reference is None else self.codec.latent_frames(reference.shape[1])
+        if source is None:
+            span = self._span(shape[0], window, window_context, window_sink, before)
+        else:
+            span = Span(before + shape[0])
         conditions = Conditions(
             y, null, Guidance(weight), schedule, precision=config.sample.precision if precision is None else precision
         )
@@ -483,14 +505,11 @@ class Pipeline:
             renew=renew,
         )
         beginning = self._beginning(image, video, given, length, shape, fps, len(names))
-        reference = None
-        if last_image is not None:
-            reference = self._pixels("last_image", last_image, 1, shape, fps, len(names))
         if beginning is not None or reference is not None:
             session.prefill(beginning, reference=reference)
         session.planned = shape[0] - session.frames
-        if source is not None:
-            session.planned = session.encode(source, edit_prompt if self.text is not None else None)
+        if edited is not None:
+            session.planned = session.encode(edited, edit_prompt if self.text is not None else None)
         return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
@@ -566,6 +585,22 @@ class Pipeline:
             carried, window=window + reference, context=(carried.context or 0) + reference, sink=sink + reference
         )
 
+    def _check_paired(self, frames: int, last_image: object, window: int | None, window_context: int | None) -> None:
+        """Refuses what a clip that is made of a source cannot have."""
+        data = self.config.data
+        if self.config.train.source_prob == 0.0:
+            raise ValueError(
+                "sample: source is given, expected a model that was trained to make one clip of another "
+                "(train.source_prob > 0)"
+            )
+        for name, value in (("last_image", last_image), ("window", window), ("window_context", window_context)):
+            if value is not None:
+                raise ValueError(f"sample: {name} is given beside source, expected one of them")
+        if frames > data.frames:
+            raise ValueError(
+                f"sample: frames is {frames}, expected at most {data.frames} with a source, as in the pairs of training"
+            )
+
     def _beginning(
         self,
         image: str | Path | Tensor | None,
@@ -611,7 +646,7 @@ class Pipeline:
 
         Args:
             frames: of a video, at most or exactly so many, from its end or its start; None takes as many as the
-                training clips have.
+                training clips have. A source must have so many.
             shape: latent frames, channels, height and width of the clips.
         """
         if self.flow.config.temporal_causal == 0:
@@ -632,6 +667,8 @@ class Pipeline:
             raise ValueError(
                 f"sample: {name} has shape {list(pixels.shape)}, expected {clips} clips of {list(expected)} frames"
             )
+        if not bool(pixels.isfinite().all()):
+            raise ValueError(f"sample: {name} holds values that are not finite, expected numbers in [-1, 1]")
         try:
             self.codec.latent_frames(pixels.shape[1])
         except ValueError as error:
@@ -664,6 +701,11 @@ class Pipeline:
         return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
 
 
+def _mode(last_image: object, source: object) -> CaptionMode | None:
+    """How captions tell what stands before a clip."""
+    return "last" if last_image is not None else "v2v" if source is not None else None
+
+
 def _image(image: str | Path | Tensor, *, height: int, width: int, channels: int, name: str) -> Tensor:
     """A picture as the one frame of a clip, ([clips,] 1, channels, height, width)."""
     if isinstance(image, Tensor):
@@ -689,6 +731,7 @@ def _video(
     option = "given" if end else "frames"
     if most < 1:
         raise ValueError(f"sample: {option} is {most}, expected at least 1")
+    at = ""
     if isinstance(video, Tensor):
         found, what = video.shape[-4] if video.dim() > 3 else 0, name
     else:
@@ -696,7 +739,9 @@ def _video(
             raise VideoError(f"sample: {name} is {str(video)!r}, which does not exist, expected a video file")
         info, what = probe(video, count=True), str(video)
         rate = info.fps if fps is None else fps
-        found = frames_at(info, rate)
+        found, at = frames_at(info, rate), f" at {rate:g} a second"
+    if name == "source" and found != most:
+        raise ValueError(f"sample: source has {found} frames{at}, expected {most} like the sources of training")
     if found < most and exactly:
         raise ValueError(f"sample: {option} is {most}, expected at most the {found} frames of {what}")
     count = min(most, found)

@@ -496,7 +496,8 @@ def _window(
         return
     done = native.begin(x, first)
     if isinstance(at.kept, Tensor):
-        done = SolveProgress(x, torch.tensor(at.frontier), torch.tensor(at.fresh), at.kept)
+        frontier, fresh = (torch.tensor(tokens, device=x.device) for tokens in (at.frontier, at.fresh))
+        done = SolveProgress(x, frontier, fresh, at.kept)
     count = native.sweep(done, z, first, size, tolerance, most_sweeps)
     progress.rows += count.rows // model.halves
     progress.accepted += count.accepted

@@ -29,7 +29,17 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from starflow.batches import Batch, Batches, Features, caption_for, make_dataset, make_parts, open_text, with_vocabulary
+from starflow.batches import (
+    Batch,
+    Batches,
+    Features,
+    caption_for,
+    make_dataset,
+    make_parts,
+    open_text,
+    source_of,
+    with_vocabulary,
+)
 from starflow.block import Encoded
 from starflow.checkpoints import MODEL, latest_state, load_state, read_state, save_model, save_state, saving
 from starflow.codecs import Codec
@@ -261,13 +271,14 @@ class Trainer:
             if posterior is not None:
                 posterior = posterior.to(self.device)
             pixels = batch.pixels.to(self.device)
-            if batch.last:
-                parts = (pixels[:, -1:], pixels)
-                draws = (None, None) if posterior is None else (posterior[:, :1], posterior[:, 1:])
+            if batch.reference is None:
+                latents = self.codec.encode(pixels, noise=posterior)
+            else:
+                parts = (batch.reference.to(self.device), pixels)
+                sizes = [self.codec.latent_frames(part.shape[1]) for part in parts]
+                draws = (None, None) if posterior is None else posterior.split(sizes, 1)
                 encoded = [self.codec.encode(part, noise=draw) for part, draw in zip(parts, draws, strict=True)]
                 latents = torch.cat(encoded, 1)
-            else:
-                latents = self.codec.encode(pixels, noise=posterior)
             finite = torch.isfinite(latents).flatten(1).all(1).tolist()
             if not all(finite):
                 raise TrainingError(
@@ -436,7 +447,7 @@ def _train(
             if end or stop or _due(done.step, recipe.checkpoint_every):
                 trainer.save(folder)
             if _due(done.step, recipe.sample_every):
-                _write_samples(trainer, folder)
+                _write_samples(trainer, folder, dataset)
             if stop and not end:
                 raise KeyboardInterrupt
     trainer.save_model(folder)
@@ -461,19 +472,29 @@ def _write_log(log: SummaryWriter, done: TrainStep) -> None:
             log.add_scalar(name, value, done.step)
 
 
-def _write_samples(trainer: Trainer, folder: Path) -> None:
-    """Samples of the averaged weights: the same noise each time, so that progress can be seen."""
+def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None:
+    """Samples of the averaged weights: the same noise each time, so that progress can be seen.
+
+    Of pairs: what becomes of the first sources of the data, each before its row.
+    """
     from starflow.sample import Pipeline
 
     config, flow = trainer.config, trainer.averaged()
     if not trainer.world.first:
         return
-    prompts = config.sample.prompts or ("",) * 4
     pipeline = Pipeline(flow, config, trainer.codec, trainer.text, device=trainer.device)
-    sampled = pipeline.sample(prompts, seed=config.train.seed)
+    if config.train.source_prob:
+        clips = [dataset.item(index) for index in range(min(4, len(dataset)))]
+        prompts = tuple(clip.caption if trainer.text is not None else "" for clip in clips)
+        sources = torch.stack([source_of(clip) for clip in clips])
+        made = pipeline.sample(prompts, seed=config.train.seed, source=sources).pixels
+        shown = torch.cat([sources, made], 1)
+    else:
+        prompts = config.sample.prompts or ("",) * 4
+        shown = pipeline.sample(prompts, seed=config.train.seed).pixels
     target = folder / "samples" / f"step-{trainer.step:08d}.png"
     target.parent.mkdir(exist_ok=True)
-    write_contact_sheet(target, [to_frames(clip) for clip in sampled.pixels], list(prompts))
+    write_contact_sheet(target, [to_frames(clip) for clip in shown], list(prompts))
 
 
 @contextmanager

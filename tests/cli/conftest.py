@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,3 +85,18 @@ def model(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "model.safetensors"
     save_model(path, pipeline.flow, pipeline.config, pipeline.codec, pipeline.text)
     return path
+
+
+@pytest.fixture(scope="session")
+def paired() -> Pipeline:
+    """A pipeline with random weights whose configuration says that it was trained on pairs."""
+    config = make_config()
+    words = {**config.text, "vocabulary": [*config.text["vocabulary"][:-1], "v2v"], "size": 4}
+    return make_pipeline(
+        replace(
+            config,
+            flow=replace(config.flow, txt_size=4),
+            text=words,
+            train=replace(config.train, source_prob=1.0),
+        )
+    )

@@ -18,7 +18,7 @@ import torch
 import starflow.data
 from starflow.cli import main, make_config
 from starflow.config import ConfigError, RunConfig
-from starflow.data import probe, read_image, read_video
+from starflow.data import probe, read_image, read_video, write_video
 from starflow.flow import Flow
 from starflow.published import published_state
 from starflow.sample import Pipeline
@@ -144,6 +144,23 @@ def test_train_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert run("sample", folder, "--out", tmp_path / "out") == 0
     assert run("train", "--steps", 2, "--no-resume", *args) == 1
     assert "expected an empty folder" in error(capsys)
+
+
+def test_a_folder_of_pairs_trains_a_model_that_takes_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs, folder, out = tmp_path / "pairs", tmp_path / "run", tmp_path / "out"
+    for place, level in (("source", 0), ("target", 255)):
+        (pairs / place).mkdir(parents=True)
+        write_video(pairs / place / "brighter.mp4", torch.full((9, 48, 48, 3), level, dtype=torch.uint8), 8.0)
+    args = ["--data", pairs, "--out", folder, "--quiet", "--set", "train.batch_size=2", "--set", "train.source_prob=1"]
+    assert run("train", "--steps", 1, "--set", "data.caption_second=false", *args) == 0
+    said = capsys.readouterr().out
+    assert f'sample {folder} "PROMPT" --source VIDEO\n' in said
+    assert "prompts: brighter\n" in said
+    write_video(tmp_path / "dark.mp4", torch.zeros(8, 48, 48, 3, dtype=torch.uint8), 8.0)
+    assert run("sample", folder, "brighter", "--source", tmp_path / "dark.mp4", "--out", out) == 0
+    assert json.loads((out / "000-brighter-seed0.json").read_text())["caption"] == "(v2v) brighter"
 
 
 def test_a_folder_of_real_clips_is_asked_for_by_name_and_second(

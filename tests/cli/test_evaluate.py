@@ -53,6 +53,27 @@ def test_a_clip_does_not_depend_on_its_batch(pipeline: Pipeline) -> None:
         assert alone.frames == pytest.approx(together[place].frames, abs=1e-4)
 
 
+def test_a_clip_is_scored_given_its_source(paired: Pipeline) -> None:
+    given = replace(clip(0), source=clip(1).pixels)
+    (got,) = score(paired, [given], seed=5, per_token=True)
+    latents = paired.codec.encode(torch.cat([clip(1).pixels, given.pixels])[None])
+    noisy = latents + paired.config.train.noise_std * noise.draw([5], *latents.shape[1:], purpose="train")
+    nats = paired.flow.log_prob(noisy, paired.condition([given.caption], mode="v2v"), by="frame").detach()
+    expected = (-nats[0, FRAMES:] / SIZE**2 / math.log(2)).tolist()
+    assert got.frames == pytest.approx(expected, rel=1e-5)
+    assert got.tokens is not None
+    assert len(got.tokens) == FRAMES
+    # Clips with sources and without do not share a batch.
+    mixed = score(paired, [given, clip(2), replace(given, source=clip(3).pixels)], seed=5)
+    assert mixed[0].frames == pytest.approx(got.frames, abs=1e-4)
+    assert mixed[0].bits_per_dim != pytest.approx(mixed[2].bits_per_dim, abs=1e-4)
+    small = replace(given, source=given.source[..., :8])
+    with pytest.raises(
+        ValueError, match=r"clip0 has a source of \[1, 16, 8\] \(channels, height, width\), expected \[1, "
+    ):
+        score(paired, [small])
+
+
 def test_order_check(pipeline: Pipeline) -> None:
     given = clip(4)
     still = Clip(given.pixels[:1].expand(FRAMES, -1, -1, -1), given.caption, "still")

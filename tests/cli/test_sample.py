@@ -6,13 +6,14 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from starflow import Chunks, Sequential, Window, noise
 from starflow.config import RunConfig, TrainConfig
-from starflow.data import enlarge, to_frames, to_pixels, write_video
+from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
 from starflow.sample import Pipeline, parse_solver, solver_text
 from starflow.solver import NotFiniteError
 
@@ -195,7 +196,7 @@ def test_a_frame_to_end_with_is_seen_and_not_shown(configure: Configure, build: 
     assert torch.equal(sampled.pixels[:, 0], first[None])
     assert not torch.equal(pipeline.sample(PROMPT, image=first, last_image=other).pixels, sampled.pixels)
     # It is what a flow makes of a clip whose first two frames are these.
-    text = pipeline.condition([PROMPT], last=True)
+    text = pipeline.condition([PROMPT], mode="last")
     clean = pipeline.codec.encode(torch.stack([last, first])[None])
     prefix = clean + config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
     z = noise.draw([0], FRAMES + 1, *clean.shape[2:])
@@ -290,7 +291,7 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"last_image": torch.zeros(1, 16, 16)}, "expected a model that was trained to arrive at a frame"),
         (
             {"edit": torch.zeros(4, 1, 16, 16), "image": torch.zeros(1, 16, 16)},
-            "expected no image, video or last_image",
+            "expected no image, video, last_image or source beside it",
         ),
         ({"edit": torch.zeros(3, 1, 16, 16), "frames": 4}, "frames is 4, expected at most the 3 frames of edit"),
         ({"edit": torch.zeros(0, 1, 16, 16)}, "edit gives 0 frames, which the codec cannot hold"),
@@ -345,3 +346,78 @@ def test_weights_that_are_not_finite(configure: Configure, build: Build) -> None
 def test_parts_that_do_not_fit(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="text is None, expected a text encoder"):
         Pipeline(pipeline.flow, pipeline.config, pipeline.codec, None)
+
+
+def test_a_source_is_seen_and_not_shown(paired: Pipeline, tmp_path: Path) -> None:
+    source, other = torch.rand(2, FRAMES, 1, SIZE, SIZE) * 2 - 1
+    sampled = paired.sample(PROMPT, source=source)
+    assert sampled.captions == (f"(v2v) {PROMPT}",)
+    assert (sampled.given, sampled.pixels.shape) == (0, (1, FRAMES, 1, SIZE, SIZE))
+    assert not torch.allclose(paired.sample(PROMPT, source=other).noisy, sampled.noisy, atol=1e-3)
+    # It is what a flow makes of a clip that begins with the source.
+    text = paired.condition([PROMPT], mode="v2v")
+    clean = paired.codec.encode(source[None])
+    prefix = clean + paired.config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
+    z = noise.draw([0], 2 * FRAMES, *clean.shape[2:])
+    decoded = paired.flow.decode(z, text, prefix=prefix, schedule=parse_solver(paired.config.sample.solver))
+    assert torch.equal(sampled.noisy, decoded.x[:, FRAMES:])
+    # The clip may begin with a given frame, and end before the source does.
+    first = torch.rand(1, SIZE, SIZE) * 2 - 1
+    begun = paired.sample(PROMPT, source=source, image=first, frames=FRAMES - 1)
+    assert (begun.given, begun.pixels.shape[1]) == (1, FRAMES - 1)
+    assert torch.equal(begun.pixels[0, 0], first)
+    # Frame by frame the same; of one's own for each clip.
+    session = paired.session(PROMPT, source=source)
+    frames = torch.cat([frames.noisy for frames in session.extend(FRAMES, last=True)], 1)
+    assert torch.equal(frames, sampled.noisy)
+    both = paired.sample([PROMPT] * 2, seeds=[0, 0], source=torch.stack([source, other]))
+    torch.testing.assert_close(both.noisy[:1], sampled.noisy, atol=1e-4, rtol=1e-4)
+    path = tmp_path / "source.mp4"
+    write_video(path, to_frames(source).expand(-1, -1, -1, 3).contiguous(), 8.0, lossless=True)
+    read = paired.sample(PROMPT, source=path)
+    torch.testing.assert_close(read.noisy, sampled.noisy, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"source": torch.zeros(FRAMES + 1, 1, SIZE, SIZE)},
+            f"sample: source has {FRAMES + 1} frames, expected {FRAMES} like the sources of training",
+        ),
+        (
+            {"source": torch.zeros(FRAMES - 1, 1, SIZE, SIZE)},
+            f"sample: source has {FRAMES - 1} frames, expected {FRAMES} like the sources of training",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE + 4)},
+            rf"sample: source has shape \[1, {FRAMES}, 1, {SIZE}, {SIZE + 4}\], expected 1 clips of "
+            rf"\[1, {SIZE}, {SIZE}\] frames",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "frames": FRAMES + 1},
+            f"sample: frames is {FRAMES + 1}, expected at most {FRAMES} with a source, as in the pairs of training",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "window": 3},
+            "sample: window is given beside source, expected one of them",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "edit": torch.zeros(FRAMES, 1, SIZE, SIZE)},
+            "sample: edit is given, expected no image, video, last_image or source beside it",
+        ),
+        ({"source": "nowhere.mp4"}, "sample: source is 'nowhere.mp4', which does not exist, expected a video file"),
+        (
+            {"source": torch.full((FRAMES, 1, SIZE, SIZE), math.nan)},
+            r"sample: source holds values that are not finite, expected numbers in \[-1, 1\]",
+        ),
+    ],
+)
+def test_sources_that_do_not_fit(paired: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, VideoError), match=f"^{message}$"):
+        paired.sample(PROMPT, **options)
+
+
+def test_a_source_needs_a_model_of_pairs(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"source is given, expected a model that was trained to make one clip of"):
+        pipeline.sample(PROMPT, source=torch.zeros(FRAMES, 1, SIZE, SIZE))

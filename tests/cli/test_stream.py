@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from starflow.checkpoints import save_model
 from starflow.cli import main
 from starflow.config import RunConfig
 from starflow.data import VideoWriter, enlarge, probe, read_video, to_frames, write_video
@@ -226,3 +227,29 @@ def test_images_do_not_slide(configure: Callable[..., RunConfig], build: Callabl
     with pytest.raises(ValueError, match="window is 3, expected None: the model's shallow blocks look over time"):
         still.sample(PROMPT, window=3)
     assert still.sample(PROMPT, frames=6).pixels.shape[1] == 6
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_a_clip_is_made_of_a_source(paired: Pipeline, tmp_path: Path, stream: list[str]) -> None:
+    model, source, out = tmp_path / "model.safetensors", tmp_path / "source.mp4", tmp_path / "out"
+    save_model(model, paired.flow, paired.config, paired.codec, paired.text)
+    write_video(source, to_frames(torch.rand(4, 1, 16, 16) * 2 - 1), 8.0, lossless=True)
+    assert run("sample", model, PROMPT, "--source", source, "--lossless", "--scale", 8, *stream, "--out", out) == 0
+    (made,) = out.glob("*.mp4")
+    expected = enlarge(to_frames(paired.sample(PROMPT, source=source).pixels[0]), 8)
+    assert int((read_video(made, channels=1).int() - expected.int()).abs().max()) <= 1
+    said = json.loads(made.with_suffix(".json").read_text())
+    assert (said["source"], said["caption"], said["given_frames"]) == (str(source), f"(v2v) {PROMPT}", 0)
+
+
+def test_a_source_of_another_length_is_told(
+    paired: Pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, source = tmp_path / "model.safetensors", tmp_path / "source.mp4"
+    save_model(model, paired.flow, paired.config, paired.codec, paired.text)
+    write_video(source, to_frames(torch.zeros(9, 1, 16, 16)), 8.0)
+    assert run("sample", model, PROMPT, "--source", source, "--out", tmp_path / "out") == 1
+    assert capsys.readouterr().err == (
+        "starflow: error: sample: source has 9 frames at 8 a second, expected 4 like the sources of training\n"
+    )
+    assert not (tmp_path / "out").exists()

@@ -8,8 +8,8 @@ r"""Run the CUDA kernels of csrc/ on the CPU: the same source and launchers, com
 
 The keywords are the fields of the launcher's struct, which is read from the header beside the ``.cu`` file. A struct
 takes a mapping; a view (a struct that begins with ``data``: Rows, Heads, HeadRows, Matrix) takes a CPU tensor, from
-which pointer, strides and dtype come; a pointer takes a tensor; an enum takes the name of a value, or a torch.dtype;
-what is left out or None is zero. Results are written into the tensors that were given.
+which pointer, strides and dtype come; a pointer takes a tensor, or of structs a list of mappings; an enum takes the
+name of a value, or a torch.dtype; what is left out or None is zero. Results are written into the tensors given.
 
 ``launch`` raises EmulationError for whatever a device would punish, and for most of what it would not:
 
@@ -24,6 +24,9 @@ what is left out or None is zero. Results are written into the tensors that were
 The seed orders threads: at random, or one warp far ahead; copies of TMA arrive late and in any order. Shared memory is
 NaN before each block, and sums of ``wgmma`` until they are waited for. The ``Report`` has bytes and sectors of each
 tensor, bank conflicts, barriers and products of tensor cores. Blocks run one after another.
+
+Streams that capture, graphs and their WHILE nodes are in emulator/graphs.cpp, under the names of the CUDA runtime:
+captured launches are kept with their arguments, and run by the graph.
 
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
 and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async, and in ``<op>_sm90.cu`` for TMA, mbarriers and wgmma of
@@ -224,6 +227,7 @@ class Kernels:
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_end.restype = ctypes.c_char_p
         self._declarations = declarations
+        self._arrays: list[ctypes.Array[Any]] = []
         for args in declarations.launchers.values():
             size = getattr(self._library, f"size_of_{args}")()
             assert ctypes.sizeof(declarations.struct(args)) == size, f"{args} was not read as the compiler reads it"
@@ -232,6 +236,7 @@ class Kernels:
         """Call a launcher; the keywords are the fields of its struct."""
         name = self._declarations.launchers[launcher]
         tensors: dict[str, Tensor] = {}
+        self._arrays.clear()
         args = self._struct(name, values, "", tensors)
         held = [
             (key.encode(), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for key, tensor in tensors.items()
@@ -248,6 +253,11 @@ class Kernels:
             for field in ("read", "written", "sectors_read", "sectors_written")
         }
         return Report(**{field: getattr(counts, field) for field, _ in _Counts._fields_}, **by_name)
+
+    @property
+    def runtime(self) -> Any:
+        """The functions of the device in software that are for tests (emulator/runtime.h, graphs.h)."""
+        return self._library
 
     def set_int(self, name: str, value: int) -> None:
         """Give a global ``int`` of the source, declared ``extern "C"`` and visible, a value."""
@@ -273,6 +283,10 @@ class Kernels:
             return value.data_ptr() if kind is ctypes.c_void_p else self._view(name, value)
         if isinstance(value, Mapping):
             return self._struct(name, value, f"{path}.", tensors)
+        if isinstance(value, list):
+            items = [self._struct(name, item, f"{path}[{i}].", tensors) for i, item in enumerate(value)]
+            self._arrays.append((self._declarations.struct(name) * len(items))(*items))
+            return ctypes.addressof(self._arrays[-1])
         return value
 
     def _view(self, name: str, tensor: Tensor) -> ctypes.Structure:
@@ -348,7 +362,7 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 @cache
 def _runtime(sanitized: bool) -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    text = f'#include "{EMULATOR}/hopper.cpp"\n'
+    text = "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("hopper", "graphs"))
     return _compile("runtime", text, ("-O2", *SANITIZED) if sanitized else ("-O2",), files, _linked(sanitized))
 
 
@@ -360,7 +374,7 @@ def _linked(sanitized: bool) -> tuple[str, ...]:
 def emulated(
     source: str, mutation: Mutation | None = None, flags: tuple[str, ...] = (), *, sanitized: bool = False
 ) -> Kernels:
-    """Compile a ``.cu`` file for the emulated device.
+    """Compile a ``.cu`` file for the emulated device, and those whose launchers it calls, without the mutation.
 
     Args:
         source: path in csrc/, or beside this file.
@@ -371,13 +385,29 @@ def emulated(
     Returns:
         Its launchers: those that it and its headers declare by STARFLOW_DECLARE_CUDA, and that it defines.
     """
+    library, declarations = _library(source, mutation, flags, sanitized)
+    return Kernels(library, declarations)
+
+
+@cache
+def _library(
+    source: str, mutation: Mutation | None, flags: tuple[str, ...], sanitized: bool
+) -> tuple[Path, _Declarations]:
+    """The library of a source, which shows its launchers, and what was read of it."""
     path = next(folder / source for folder in (CSRC, HERE) if (folder / source).is_file())
     files = _reached(path)
     declarations = _Declarations(path)
     text = path.read_text()
-    declarations.launchers = {
-        name: args for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
+    defined = {
+        name for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
     }
+    # Those of sm_90a are null for other sources.
+    called = sorted(
+        name
+        for name in declarations.launchers
+        if name not in defined and not name.endswith("_sm90_cuda") and re.search(rf"\b{name}\b", text)
+    )
+    declarations.launchers = {name: args for name, args in declarations.launchers.items() if name in defined}
     overlay: tuple[str, ...] = ()
     if mutation is not None:
         folder = CACHE / "mutated" / hashlib.sha256(mutation.applied().encode()).hexdigest()[:16]
@@ -388,7 +418,11 @@ def emulated(
         files.append(changed)
         if CSRC / mutation.file == path:
             path = changed
-    calls = [f'#include "{path}"\n']
+    shown = "".join(
+        f'struct {args}; __attribute__((visibility("default"))) int {name}(const {args}&, void*);\n'
+        for name, args in declarations.launchers.items()
+    )
+    calls = [f'namespace starflow {{\n{shown}}}\n#include "{path}"\n']
     for name, args in declarations.launchers.items():
         calls.append(
             f'extern "C" __attribute__((visibility("default"))) int run_{name}(const void* args) {{ '
@@ -400,11 +434,19 @@ def emulated(
     if path.stem.endswith("_sm90"):
         flags = (*SM90, *flags)
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
-    runtime = _runtime(sanitized)
+    others = [str(_library(_defining(name), None, flags, sanitized)[0]) for name in called]
     checked = SANITIZED if sanitized else SEEN
-    link = (str(runtime), f"-Wl,-rpath,{CACHE}", *_linked(sanitized))
+    link = (*others, str(_runtime(sanitized)), f"-Wl,-rpath,{CACHE}", *_linked(sanitized))
     library = _compile(path.stem, "".join(calls), (*KERNEL, *checked, *flags, *include), iter(files), link)
-    return Kernels(library, declarations)
+    return library, declarations
+
+
+@cache
+def _defining(launcher: str) -> str:
+    """The source of a launcher."""
+    found = [path for path in CSRC.rglob("*.cu") if re.search(rf"\bint {launcher}\(const ", path.read_text())]
+    (source,) = found
+    return str(source.relative_to(CSRC))
 
 
 def assert_caught(

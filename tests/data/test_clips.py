@@ -250,3 +250,55 @@ def test_folder_errors_name_what_was_expected(folder, tmp_path_factory):
     (folder / "a.json").write_text('{"text": "x"}')
     with pytest.raises(ValueError, match=r'VideoFolder: .*a\.json holds no caption, expected \{"caption"'):
         open_folder(folder)
+
+
+# Pairs
+
+
+@pytest.fixture
+def pairs(folder, tmp_path_factory):
+    """The folder of above, as targets, and sources of the same names in another format."""
+    sources = tmp_path_factory.mktemp("source")
+    (sources / "sub").mkdir()
+    # Longer, and at twice the rate: second by second the same numbers plus 10.
+    write_video(sources / "a.mkv", counting(40, first=10).repeat_interleave(2, 0), 50, lossless=True)
+    write_video(sources / "sub" / "b.mp4", counting(12, first=40), 25, lossless=True)
+    return folder, sources
+
+
+def test_pairs_are_cut_at_the_same_second(pairs):
+    folder, sources = pairs
+    clips = open_folder(folder, sources=sources, clips_per_file=3)
+    assert len(clips) == 6
+    for index in range(6):
+        clip = clips.item(index, epoch=2)
+        assert clip.source.shape == clip.pixels.shape
+        assert numbers(Clip(clip.source, "", "")) == [number + 10 for number in numbers(clip)]
+    # The shorter of both ends it: the last clip that b gives begins at frame 8 of 12.
+    last = open_folder(folder, sources=sources, clips_per_file=3, cut="even").item(5)
+    assert numbers(last) == [38, 39, 40, 41]
+    assert clips.item(0).caption == "counting up"
+    assert open_folder(folder).item(0).source is None
+
+
+def test_pairs_have_the_shape_of_the_clip(pairs):
+    folder, sources = pairs
+    frames = torch.full((30, 16, 48, 1), 100, dtype=torch.uint8)
+    write_video(sources / "a.mkv", frames, 25, lossless=True)
+    clip = open_folder(folder, sources=sources, aspect_multiple=4).item(0)
+    assert clip.source.shape == clip.pixels.shape == (4, 1, 16, 16)
+
+
+def test_a_clip_without_source_is_skipped_by_name(pairs, caplog):
+    folder, sources = pairs
+    (sources / "a.mkv").unlink()
+    clips = open_folder(folder, sources=sources)
+    assert len(clips) == 1
+    assert f"skipped: {folder / 'a.mp4'}: no file of this name in {sources}, expected the source of the clip" in [
+        record.getMessage() for record in caplog.records
+    ]
+    (sources / "sub" / "b.mp4").write_bytes(b"not a video")
+    with pytest.raises(ValueError, match=f"no readable video with a source in {sources} in {folder}, expected at lea"):
+        open_folder(folder, sources=sources)
+    with pytest.raises(FileNotFoundError, match="VideoFolder: folder nowhere does not exist"):
+        open_folder(folder, sources="nowhere")

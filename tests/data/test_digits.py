@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from starflow.data import DIGITS, DIRECTIONS, VOCABULARY, Clip, DigitJudge, MovingDigits, to_frames, to_pixels
+from starflow.data import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, Clip, DigitJudge, MovingDigits, to_frames, to_pixels
 from starflow.data.digits import _load, _split
 
 
@@ -30,6 +30,19 @@ def test_a_clip_is_a_function_of_its_index_epoch_and_seed():
     assert first.caption == second.caption
     for other in (MovingDigits(seed=1).item(5, epoch=2, seed=3), MovingDigits().item(5, epoch=1, seed=3)):
         assert not torch.equal(first.pixels, other.pixels)
+
+
+def test_pairs_are_told_by_the_change_alone():
+    pairs, plain = MovingDigits(frames=6, pairs=True), MovingDigits(frames=6)
+    seen = set()
+    for index in range(12):
+        pair, alone = pairs.item(index), plain.item(index)
+        assert torch.equal(pair.source, alone.pixels)
+        assert alone.source is None
+        expected = {"negative": -alone.pixels, "backwards": alone.pixels.flip(0)}[pair.caption]
+        assert torch.equal(pair.pixels, expected)
+        seen.add(pair.caption)
+    assert seen == set(CHANGES)
 
 
 @pytest.mark.parametrize("frames, size", [(1, 32), (8, 32), (40, 24), (8, 64)])

@@ -4,6 +4,7 @@ last bit: any window at tolerance 0 is token by token, whatever the batch and th
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -65,6 +66,21 @@ def test_every_level_decodes_as_in_plain_torch(isa: str) -> None:
     torch.testing.assert_close(decode(DEEP, z, Window(size=9, tolerance=0.0), 0.8), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device, or torch without CUDA")
+@pytest.mark.parametrize("weight", [0.0, 0.8])
+def test_cuda_decodes_as_the_cpu(weight: float) -> None:
+    z = latents(DEEP)
+    y, free = condition(DEEP, len(z)), null(DEEP, len(z))
+    with starflow_ext.reference_mode():
+        expected = decode(DEEP, z, Sequential(), weight)
+    flow = copy.deepcopy(DEEP).cuda()
+    options = {"null": free.cuda(), "guidance": weight, "precision": "float16"}
+    got = [flow.decode(z.cuda(), y.cuda(), schedule=s, **options).x for s in (Sequential(), Window(9, 0.0))]
+    torch.testing.assert_close(got[0].cpu(), expected, atol=5e-2, rtol=5e-2)
+    assert torch.equal(*got)
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     size=st.integers(1, 50),
@@ -72,7 +88,7 @@ def test_every_level_decodes_as_in_plain_torch(isa: str) -> None:
     frames=st.integers(1, 3),
     threads=st.integers(1, 4),
     weight=st.sampled_from([0.0, 1.5]),
-    precision=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
+    precision=st.sampled_from(["float32", "two_bfloat16", "float16", "bfloat16", "int8"]),
 )
 def test_bits_do_not_depend_on_window_batch_or_threads(
     size: int, batch: int, frames: int, threads: int, weight: float, precision: Precision
@@ -97,7 +113,13 @@ def test_bits_do_not_depend_on_window_batch_or_threads(
 
 @pytest.mark.parametrize(
     "precision, tolerance, most",
-    [("float32", 1e-3, 1e-2), ("float16", 1e-3, 2e-2), ("int8", 1e-3, 0.3), ("bfloat16", 0.05, 0.5)],
+    [
+        ("float32", 1e-3, 1e-2),
+        ("two_bfloat16", 1e-3, 1e-2),
+        ("float16", 1e-3, 2e-2),
+        ("int8", 1e-3, 0.3),
+        ("bfloat16", 0.05, 0.5),
+    ],
 )
 def test_certificate_is_taken_in_float32(precision: Precision, tolerance: float, most: float) -> None:
     z, y = latents(DEEP), condition(DEEP)

@@ -71,7 +71,8 @@ void run_team(int64_t members, const TeamWork& work) {
 struct Problem {
     int64_t batch = any(1, 3), frame = any(1, 9), frames = any(1, 3), text = any(0, 3), shifted = any(0, 1);
     int64_t tokens = frame * frames, channels = any(1, 20), kv_heads = any(1, 2), group = any(1, 3);
-    int64_t head_dim = 2 * any(1, 20), width = any(1, 70), hidden = any(1, 90), halves = any(1, 2), layer_count = any(1, 2);
+    int64_t head_dim = 2 * any(1, 20), width = any(1, 70), hidden = any(1, 90), halves = any(1, 2),
+            layer_count = any(1, 2);
     bool gated = any(0, 1) == 1, normed = any(0, 1) == 1;
     Storage storage = any(0, 1) == 1 ? Storage::float32 : Storage::bfloat16;
     Storage cache = any(0, 1) == 1 ? Storage::float32 : Storage::bfloat16;
@@ -116,9 +117,30 @@ struct Problem {
             const auto from = condition.begin() + (r / samples * batch + r % samples) * width;
             conditions.insert(conditions.end(), from, from + width);
         }
-        SweepBlock block{channels, width, heads, kv_heads, head_dim, hidden, layer_count, layers.data(), in.panels,
-                         out.panels, post, start.data(), position.data(), conditions.data(), cos.data(), sin.data(),
-                         sin.data(), cos.data(), temperature.data(), rows, text, slots, cache, Activations::bfloat16};
+        SweepBlock block{channels,
+                         width,
+                         heads,
+                         kv_heads,
+                         head_dim,
+                         hidden,
+                         layer_count,
+                         layers.data(),
+                         in.panels,
+                         out.panels,
+                         post,
+                         start.data(),
+                         position.data(),
+                         conditions.data(),
+                         cos.data(),
+                         sin.data(),
+                         sin.data(),
+                         cos.data(),
+                         temperature.data(),
+                         rows,
+                         text,
+                         slots,
+                         cache,
+                         Activations::bfloat16};
         const Team team{threads, run_team};
         Sweeper sweeper(block, STARFLOW_ISA::jacobi_sweep, team, rows * std::min(window, tokens));
         if (text > 0) {
@@ -134,7 +156,11 @@ struct Problem {
                         x.data() + (b * (tokens + 1) + 1) * channels);
         }
         const SolveState state{samples, tokens, x.data(), noise.data(), frontier.data(), fresh.data(), kept.data()};
-        const SolveOptions options{shifted, shifted, frame, window, tolerance,
+        const SolveOptions options{shifted,
+                                   shifted,
+                                   frame,
+                                   window,
+                                   tolerance,
                                    {Activation::softplus, 4.0, false},
                                    {halves == 2 ? 0.7 : 0.0, false, true, true, false}};
         const SolveCount count = solve(block, sweeper, STARFLOW_ISA::jacobi_update, options, state, 1 << 20);

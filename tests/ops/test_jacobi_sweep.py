@@ -2,107 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 import starflow_ext
 from starflow_ext import ops
 from starflow_ext.jacobi_solve import SolveProgress
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
-from starflow_ext.linear_pack import pack_weight
-from starflow_ext.rope_append import Rotation
 
-# Distance from the reference by what is stored and what enters the products; values are of order 1.
-BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 0.1, "int8": 5e-5, "two_bfloat16": 2e-5}
-
-
-def block(options: dict[str, Any], storage: Any = "float32") -> BlockWeights:
-    g = torch.Generator().manual_seed(5)
-    width, heads, kv_heads = options.get("width", 40), options.get("heads", 2), options.get("kv_heads", 1)
-    head_dim, hidden, channels = options.get("head_dim", 12), options.get("hidden", 50), 5
-    normed = options.get("normed", True)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g)
-
-    def linear(out: int, depth: int) -> PackedLinear:
-        weight = pack_weight(draw(out, depth) * depth**-0.5, storage, keep=False)
-        return PackedLinear(weight, 0.1 * draw(out) if options.get("bias", True) else None)
-
-    def layer() -> LayerWeights:
-        return LayerWeights(
-            qkv=linear((heads + 2 * kv_heads) * head_dim, width),
-            proj=linear(width, heads * head_dim),
-            up=linear(hidden, width),
-            gate=linear(hidden, width) if options.get("gated") else None,
-            down=linear(width, hidden),
-            attention_norm=(1 + 0.1 * draw(width), 0.1 * draw(width)) if normed else (None, None),
-            mlp_norm=(1 + 0.1 * draw(width), 0.1 * draw(width)) if normed else (None, None),
-            query_norm=0.1 * draw(head_dim) if options.get("qk") else None,
-            key_norm=0.1 * draw(head_dim) if options.get("qk") else None,
-            attention_post=0.1 * draw(width) if options.get("post") else None,
-            mlp_post=0.1 * draw(width) if options.get("post") else None,
-        )
-
-    return BlockWeights(
-        heads,
-        kv_heads,
-        head_dim,
-        linear(width, channels),
-        linear(2 * channels, width),
-        tuple(layer() for _ in range(2)),
-        options.get("norm", "layer_norm") if normed else None,
-        start_token=draw(channels),
-        final_norm=0.1 * draw(width) if options.get("final", True) else None,
-    )
-
-
-def state_of(weights: BlockWeights, rows: int, slots: int, text: int = 2, **options: Any) -> BlockState:
-    g = torch.Generator().manual_seed(6)
-    angles = torch.rand(slots, weights.head_dim // 2, generator=g) * 6
-    rotation = Rotation(angles.cos(), angles.sin())
-    width = weights.proj_in.weight.out_channels
-    return BlockState.allocate(
-        weights,
-        rows,
-        slots,
-        text_tokens=text,
-        temperature=torch.linspace(0.8, 1.2, rows),
-        position=0.3 * torch.randn(slots - text, width, generator=g),
-        condition=0.3 * torch.randn(rows, width, generator=g),
-        query_rotation=rotation,
-        key_rotation=Rotation(rotation.sin, rotation.cos),
-        **options,
-    )
-
-
-def sweeps(weights: BlockWeights, state: BlockState, activations: Any = "float32") -> list[Tensor]:
-    """Text, a prefix, two windows at other places in each row, and what the caches then hold."""
-    g = torch.Generator().manual_seed(7)
-    rows = state.keys.shape[1]
-    width, channels = weights.proj_in.weight.shape
-    text = torch.randn(rows, state.text_tokens, width, generator=g)
-    out = [ops.jacobi_sweep(weights, state, text, torch.zeros(rows, dtype=torch.int64), text=True)]
-    for start, tokens, keep in ((torch.full((rows,), 2), 70, None), (70 + torch.arange(rows), 9, 72)):
-        x = torch.randn(rows, tokens, channels, generator=g)
-        kept = None if keep is None else torch.full((rows,), keep)
-        out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, activations=activations))
-    return [*out, state.keys.float(), state.values.float()]
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "gated, post-norms, q/k norms": {"gated": True, "post": True, "qk": True, "norm": "rms_norm", "bias": False},
-    "no norms": {"normed": False, "final": False, "post": True},
-    "whole tiles": {"width": 64, "heads": 4, "kv_heads": 4, "head_dim": 32, "hidden": 128},
-    "one channel more": {"width": 33, "heads": 3, "kv_heads": 3, "head_dim": 34, "hidden": 31},
-    "large heads": {"heads": 2, "kv_heads": 2, "head_dim": 256},
-}
+from .blocks import BOUNDS, KINDS, block, state_of, sweeps
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -116,6 +28,18 @@ def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) ->
         expected = sweeps(weights, state_of(weights, 3, 90, storage=cache))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
+
+
+def test_the_reference_takes_both_layouts_of_a_cache() -> None:
+    """Of the CPU's kernels and of CUDA's; what is cached is the same."""
+    weights = block({"qk": True})
+    panels, rows = (state_of(weights, 3, 90) for _ in range(2))
+    shape = (*rows.keys.shape[:3], rows.slots * weights.head_dim)
+    rows = replace(rows, keys=torch.zeros(shape), values=torch.zeros(shape), layout="rows")
+    with starflow_ext.reference_mode():
+        expected, got = sweeps(weights, panels), sweeps(weights, rows)
+    for a, b in zip(got[:3], expected[:3], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

@@ -74,6 +74,10 @@ RULES = (
     Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.95),
     # One store of four bytes a row, of the change.
     Rule(rf"jacobi_update update_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.85),
+    # The stream by 16 bytes; tokens and tables, of which there are few, one by one.
+    Rule(r"jacobi_sweep gather_kernel<4>", registers=64, wide=0.15),
+    Rule(r"jacobi_sweep add_kernel", registers=32, wide=1.0),
+    Rule(r"jacobi_solve (guess|update|accept)_kernel", registers=64),
     # A row is held in registers: few beside it leave room for other warps, whose work covers the time of loads.
     Rule(rf"norm forward_kernel<(float, 4|{HALF}, 8)>", registers=64, wide=1.0),
     Rule(rf"norm backward_kernel<(float, 4|{HALF}, 8)>", registers=96, wide=1.0),

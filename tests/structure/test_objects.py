@@ -79,8 +79,8 @@ def test_products_use_the_instructions_that_were_made_for_them(objects: Path, to
         for path in (objects / f"starflow_{level}.dir").rglob("*_dot.cpp.o"):
             text = "\n".join(_instructions(tool, path))
             assert text.count(product) > 10, (path.name, level)
-            # Attention has too little depth in a block of keys for tiles.
-            tiles = level == "amx" and "attention" not in path.name
+            # The gradient of attention is multiplied in registers on every level.
+            tiles = level == "amx" and "backward" not in path.name
             assert (text.count("tdpbf16ps") > 10) == tiles, (path.name, level)
 
 

@@ -49,6 +49,11 @@ def test_arithmetic_is_what_torch_counts(tiny, local: bool, options: dict) -> No
     assert counted(flow, clip, backward=True) == pytest.approx(3 * forward, rel=0.03)
 
 
+def test_the_longest_clip_of_training_is_counted(tiny) -> None:
+    assert clip_of(tiny(last_frame_prob=0.1)).frames == 5
+    assert clip_of(tiny(last_frame_prob=0.1, source_prob=0.1)).frames == 8
+
+
 def test_only_pairs_that_see_each_other_are_counted(tiny) -> None:
     config = tiny(flow={"denoiser_window": 1})
     flow, clip = Flow(config.flow), clip_of(config)

@@ -184,10 +184,10 @@ void run_cpu(AttentionArgs args) {
     const AttentionKernels& kernels = variants.pick();
     args.tile_rows = tile_rows(shape, kernels.row_multiple(shape.data));
     const int64_t tiles = divide_up(rows_of(shape), args.tile_rows);
-    cpu::parallel_rows(shape.batch * shape.kv_heads * tiles, args.tile_rows * work_of_row(shape),
-                       [&](int64_t begin, int64_t end) {
-                           kernels.forward(args, begin, end, cpu::scratch(kernels.forward_scratch(args)));
-                       });
+    cpu::parallel_rows(
+        shape.batch * shape.kv_heads * tiles, args.tile_rows * work_of_row(shape), [&](int64_t begin, int64_t end) {
+            kernels.forward(args, begin, end, cpu::scratch<AttentionKernels>(kernels.forward_scratch(args)));
+        });
 }
 
 std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const Tensor& v, const Options& options) {
@@ -274,10 +274,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
         cuda::launch(op, q, args, block_attention_backward_cuda);
     } else {
         const AttentionBackwardKernels& kernels = backward_variants.pick();
-        cpu::parallel_rows(shape.batch * shape.kv_heads, (shape.queries + 1) * work_of_row(shape),
-                           [&](int64_t begin, int64_t end) {
-                               kernels.backward(args, begin, end, cpu::scratch(kernels.scratch(args)));
-                           });
+        cpu::parallel_rows(
+            shape.batch * shape.kv_heads, (shape.queries + 1) * work_of_row(shape), [&](int64_t begin, int64_t end) {
+                kernels.backward(args, begin, end, cpu::scratch<AttentionKernels>(kernels.scratch(args)));
+            });
     }
     return {grad_q, grad_k, grad_v};
 }

@@ -5,6 +5,7 @@
 
 #include "common/tensor.h"
 #include "ops/jacobi_common/sweeper.h"
+#include "ops/linear/linear_plan.h"
 
 namespace starflow {
 
@@ -18,7 +19,7 @@ namespace starflow {
 // and the numbers: channels, width, heads, kv_heads, head_dim, hidden, out channels, text tokens, slots, kind of the
 // norms (0 none, 1 layer, 2 rms).
 struct BlockTensors {
-    Tensor keys;    // (layers, cache rows, kv_heads, elements of a head)
+    Tensor keys;    // (layers, cache rows, kv_heads, elements of a head): panels; on CUDA slots times head_dim
     Tensor values;  // like keys
     std::vector<Tensor> weights;
     std::vector<int64_t> sizes;
@@ -39,6 +40,12 @@ class Block {
     std::vector<SweepLayer> layers_;
     SweepBlock args_{};
 };
+
+// The device of a tensor, as schedules of CUDA kernels see it.
+CudaDevice cuda_device(const Tensor& data);
+
+// The tensor in memory of the host. Of one on a CUDA device that takes the stream to come here.
+Tensor on_host(const Tensor& tensor);
 
 // The kernels of the selected level, and a team of torch's own threads, for a Sweeper.
 const SweepKernels& sweep_kernels();

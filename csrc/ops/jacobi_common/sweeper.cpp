@@ -4,18 +4,13 @@
 
 #include <algorithm>
 
+#include "cpu/scratch.h"
+
 namespace starflow {
 namespace {
 
 // Rows that run together at most: their activations stay in the second-level cache.
 constexpr int64_t rows_at_once = 256;
-
-constexpr int64_t alignment = 64;
-
-char* aligned(std::vector<char>& buffer) {
-    const auto address = reinterpret_cast<uintptr_t>(buffer.data());
-    return buffer.data() + ((address + alignment - 1) / alignment * alignment - address);
-}
 
 }  // namespace
 
@@ -24,9 +19,12 @@ Sweeper::Sweeper(const SweepBlock& block, const SweepKernels& kernels, const Tea
       kernels_(kernels),
       team_(team),
       most_rows_(std::max<int64_t>(1, std::min(rows, rows_at_once))),
-      shared_(kernels.shared_bytes(block, most_rows_) + alignment),
-      own_(kernels.own_bytes(block, most_rows_) * team.members + alignment),
-      window_of_row_(most_rows_) {}
+      window_of_row_(most_rows_) {
+    const int64_t shared_bytes = round_up(kernels.shared_bytes(block, most_rows_), 64);
+    shared_ =
+        static_cast<char*>(cpu::scratch<Sweeper>(shared_bytes + kernels.own_bytes(block, most_rows_) * team.members));
+    own_ = shared_ + shared_bytes;
+}
 
 void Sweeper::sweep(const std::vector<SweepWindow>& windows, const float* previous, const float* embedded, float* raw) {
     std::vector<SweepWindow> part;
@@ -69,8 +67,8 @@ void Sweeper::run(const std::vector<SweepWindow>& windows, int64_t rows, const f
                          previous,
                          embedded,
                          raw,
-                         aligned(shared_),
-                         aligned(own_)};
+                         shared_,
+                         own_};
     Barrier barrier{.members = team_.members, .yield = [] { sched_yield(); }};
     team_.run(team_.members, [&](int64_t begin, int64_t end) { kernels_.sweep(args, TeamSlice{barrier, begin, end}); });
 }

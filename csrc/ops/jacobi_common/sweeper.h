@@ -15,7 +15,7 @@ struct Team {
     void (*run)(int64_t members, const TeamWork& work);
 };
 
-// Holds the buffers of sweeps, allocated once; those of more rows than fit run in parts.
+// Sweeps in the calling thread's scratch memory, one Sweeper at a time; those of more rows than fit run in parts.
 class Sweeper {
   public:
     Sweeper(const SweepBlock& block, const SweepKernels& kernels, const Team& team, int64_t rows);
@@ -32,8 +32,8 @@ class Sweeper {
     const SweepKernels& kernels_;
     Team team_;
     int64_t most_rows_;
-    std::vector<char> shared_;
-    std::vector<char> own_;
+    char* shared_;
+    char* own_;
     std::vector<int32_t> window_of_row_;
 };
 

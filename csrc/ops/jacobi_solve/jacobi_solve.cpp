@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/check.h"
+#include "common/devices.h"
 #include "cpu/isa.h"
 #include "ops/affine_common/affine_check.h"
 #include "ops/jacobi_common/sweep_block.h"
+#include "ops/jacobi_solve/jacobi_solve_cuda.h"
 
 namespace starflow {
 namespace {
@@ -17,13 +18,16 @@ constexpr const char* op = "jacobi_solve";
 const cpu::Variants<JacobiUpdateKernels> update_variants{STARFLOW_VARIANTS(jacobi_update)};
 
 template <class T>
-T* checked(const char* name, const Tensor& tensor, ScalarType type, const std::vector<int64_t>& shape) {
+T* checked(const char* name, const Tensor& tensor, const Tensor& keys, ScalarType type,
+           const std::vector<int64_t>& shape) {
     require(
-        tensor.scalar_type() == type && shape_of(tensor) == shape && tensor.is_cpu() && tensor.is_contiguous(), op,
-        std::string(name) + " has shape",
+        tensor.scalar_type() == type && shape_of(tensor) == shape && device_text(tensor) == device_text(keys) &&
+            tensor.is_contiguous(),
+        op, std::string(name) + " has shape",
         [&] { return shape_text(shape_of(tensor)) + " and dtype " + dtype_text(tensor); },
         [&] {
-            return shape_text(shape) + (type == ScalarType::Float ? " float32" : " int64") + ", contiguous, on cpu";
+            return shape_text(shape) + (type == ScalarType::Float ? " float32" : " int64") + ", contiguous, on " +
+                   device_text(keys);
         });
     return static_cast<T*>(tensor.data_ptr());
 }
@@ -63,6 +67,42 @@ SolveOptions options_of(const Block& block, const std::vector<int64_t>& numbers,
             {guidance, guided != "gaussian", has('a'), has('b'), has('+')}};
 }
 
+SolveCount run_cpu(const Block& block, const SolveOptions& options, const SolveState& state, int64_t most_sweeps) {
+    const int64_t rows = halves_of(options.guidance) * state.batch * std::min(options.window, state.tokens);
+    Sweeper sweeper(block.args(), sweep_kernels(), {torch_threads(), run_on_torch_threads}, rows);
+    return solve(block.args(), sweeper, update_variants.pick(), options, state, most_sweeps);
+}
+
+SolveCount run_cuda(const Block& block, const Tensor& keys, const SolveOptions& options, const SolveState& state,
+                    int64_t most_sweeps) {
+    SolveCudaArgs args{};
+    args.block = block.args();
+    args.device = cuda_device(keys);
+    args.most_rows = sweep_most_rows;
+    args.options = options;
+    args.state = state;
+    args.most_sweeps = most_sweeps;
+    args.repeat = cuda::chosen_repeat();
+    const Tensor report = empty_like_shape(keys, {report_accepted + most_sweeps}, ScalarType::Long);
+    args.report = static_cast<int64_t*>(report.data_ptr());
+    int64_t bytes = 0;
+    args.workspace_bytes = &bytes;
+    cuda::launch(op, keys, args, jacobi_solve_cuda);
+    const Tensor workspace = empty_like_shape(keys, {bytes}, ScalarType::Byte);
+    args.workspace = workspace.data_ptr();
+    cuda::launch(op, keys, args, jacobi_solve_cuda);
+
+    const Tensor seen = on_host(report);
+    const auto* said = static_cast<const int64_t*>(seen.data_ptr());
+    const int64_t sweeps = said[report_sweeps];
+    SolveCount count;
+    count.accepted.assign(said + report_accepted, said + report_accepted + sweeps);
+    count.rows = sweeps * args.block.cache_rows * window_rows(options, state);
+    count.bad_sample = said[report_bad_sample];
+    count.bad_token = said[report_bad_token];
+    return count;
+}
+
 Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const Tensor& kept, const Tensor& keys,
            const Tensor& values, const Tensor& z, const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes,
            const std::string& activations, const std::vector<int64_t>& numbers, double tolerance,
@@ -85,24 +125,31 @@ Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const T
     require(
         needed <= block.args().slots, op, "keys has", [&] { return std::to_string(block.args().slots) + " slots"; },
         [&] { return "at least " + std::to_string(needed); });
-    SolveState state{batch,
-                     tokens,
-                     checked<float>("x", x, ScalarType::Float, {batch, tokens + 1, channels}),
-                     checked<float>("z", z, ScalarType::Float, {batch, tokens, channels}),
-                     checked<int64_t>("frontier", frontier, ScalarType::Long, {batch}),
-                     checked<int64_t>("fresh", fresh, ScalarType::Long, {batch}),
-                     checked<float>("kept", kept, ScalarType::Float, {halves, batch, tokens, block.out_channels()})};
+    const SolveState state{
+        batch,
+        tokens,
+        checked<float>("x", x, keys, ScalarType::Float, {batch, tokens + 1, channels}),
+        checked<float>("z", z, keys, ScalarType::Float, {batch, tokens, channels}),
+        checked<int64_t>("frontier", frontier, keys, ScalarType::Long, {batch}),
+        checked<int64_t>("fresh", fresh, keys, ScalarType::Long, {batch}),
+        checked<float>("kept", kept, keys, ScalarType::Float, {halves, batch, tokens, block.out_channels()})};
+    if (keys.is_cuda()) cuda::refuse_capture(op, keys, "the host reads how far it has come");
+    const Tensor at = on_host(frontier);
+    const auto* tokens_at = static_cast<const int64_t*>(at.data_ptr());
+    bool unfinished = false;
     for (int64_t b = 0; b < batch; ++b) {
         require(
-            state.frontier[b] >= options.first && state.frontier[b] <= tokens, op, "frontier holds",
-            [&] { return std::to_string(state.frontier[b]); },
+            tokens_at[b] >= options.first && tokens_at[b] <= tokens, op, "frontier holds",
+            [&] { return std::to_string(tokens_at[b]); },
             [&] { return "tokens from " + std::to_string(options.first) + " to " + std::to_string(tokens); });
+        unfinished = unfinished || tokens_at[b] < tokens;
     }
-    const int64_t rows = halves * batch * std::min(options.window, tokens);
-    Sweeper sweeper(block.args(), sweep_kernels(), {torch_threads(), run_on_torch_threads}, rows);
-    const SolveCount count = solve(block.args(), sweeper, update_variants.pick(), options, state, most_sweeps);
-    const auto sweeps = static_cast<int64_t>(count.accepted.size());
-    const Tensor report = empty_like_shape(z, {3 + sweeps}, ScalarType::Long);
+    SolveCount count;
+    if (unfinished && most_sweeps > 0) {
+        count = keys.is_cuda() ? run_cuda(block, keys, options, state, most_sweeps)
+                               : run_cpu(block, options, state, most_sweeps);
+    }
+    const Tensor report = empty_like_shape(at, {3 + static_cast<int64_t>(count.accepted.size())}, ScalarType::Long);
     auto* out = static_cast<int64_t*>(report.data_ptr());
     out[0] = count.rows;
     out[1] = count.bad_sample;
@@ -120,6 +167,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "str activation, float soft_clip, float guidance, str guided, int most_sweeps) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("jacobi_solve", TORCH_BOX(&run)); }
+STARFLOW_IMPLEMENT(m) { m.impl("jacobi_solve", TORCH_BOX(&run)); }
 
 }  // namespace starflow

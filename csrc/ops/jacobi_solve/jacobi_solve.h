@@ -13,41 +13,10 @@
 #include <vector>
 
 #include "ops/jacobi_common/sweeper.h"
+#include "ops/jacobi_solve/jacobi_rule.h"
 #include "ops/jacobi_update/jacobi_update.h"
 
 namespace starflow {
-
-// How two predictions become one: the Gaussian rule of jacobi_update, or the network's outputs extrapolated,
-// given + w (given - free), in the channels of the log-scale, of the shift, or both; w grows along the clip if
-// annealed.
-struct SolveGuidance {
-    double weight;
-    bool linear;
-    bool log_scale;
-    bool shift;
-    bool annealed;
-};
-
-struct SolveOptions {
-    int64_t first;         // first token that is solved for
-    int64_t first_token;   // of the network: slot 0 predicts it
-    int64_t frame_tokens;  // of a frame
-    int64_t window;        // rows of a sample
-    double tolerance;
-    AffineOptions affine;
-    SolveGuidance guidance;
-};
-
-// Progress between calls, in tensors of the caller: each row of `frontier` is where a sample stands.
-struct SolveState {
-    int64_t batch;
-    int64_t tokens;
-    float* x;           // (batch, tokens + 1, channels): row n + 1 holds token n
-    const float* z;     // (batch, tokens, channels)
-    int64_t* frontier;  // (batch,)
-    int64_t* fresh;     // (batch,) first token that was never evaluated
-    float* kept;        // (halves, batch, tokens, out channels): the network's last output
-};
 
 // What the sweeps did: tokens made final by each, rows that were evaluated, and the first token that is not finite.
 struct SolveCount {

@@ -8,9 +8,6 @@
 namespace starflow {
 namespace {
 
-// Provisional tokens beyond this are divergence, not data.
-constexpr float wild = 1e6F;
-
 class Solver {
   public:
     Solver(const SweepBlock& block, Sweeper& sweeper, const JacobiUpdateKernels& update, const SolveOptions& options,
@@ -22,7 +19,7 @@ class Solver {
           state_(state),
           channels_(block.channels),
           out_(block.proj_out.columns),
-          halves_(options.guidance.weight > 0.0 ? 2 : 1) {
+          halves_(halves_of(options.guidance)) {
         const int64_t rows = state.batch * std::min(options.window, state.tokens);
         x_.resize(rows * channels_);
         z_.resize(rows * channels_);
@@ -73,14 +70,12 @@ class Solver {
 
     // x_ <- shift + scale * z_ for `rows` rows of raw_ (conditional rows, then as many unconditional ones).
     void update(int64_t rows) {
-        const SolveGuidance& g = options_.guidance;
-        const bool gaussian = g.weight > 0.0 && !g.linear;
         const JacobiUpdateArgs args{{1, rows, channels_, Dtype::float32, Dtype::float32, options_.affine},
                                     {x_.data(), 0, channels_},
                                     {z_.data(), 0, channels_},
                                     {raw_.data(), rows * out_, out_},
                                     change_.data(),
-                                    gaussian ? g.weight : 0.0};
+                                    gaussian_weight(options_.guidance)};
         update_.update(args, 0, rows);
     }
 
@@ -88,14 +83,11 @@ class Solver {
     void combine(int64_t row, int64_t rows, int64_t n) {
         const SolveGuidance& g = options_.guidance;
         if (g.weight <= 0.0 || !g.linear) return;
-        const auto last = static_cast<double>(std::max<int64_t>(state_.tokens - 1, 1));
-        const auto weight = static_cast<float>(g.annealed ? g.weight * static_cast<double>(n) / last : g.weight);
+        const float weight = linear_weight(g, n, state_.tokens);
         float* given = raw_.data() + row * out_;
         const float* free = raw_.data() + (rows + row) * out_;
-        const bool shift_alone = options_.affine.activation == Activation::none;
         for (int64_t c = 0; c < out_; ++c) {
-            const bool guided = shift_alone || c >= channels_ ? g.shift : g.log_scale;
-            if (guided) given[c] += weight * (given[c] - free[c]);
+            if (extrapolates(options_, c, channels_)) given[c] += weight * (given[c] - free[c]);
         }
     }
 
@@ -104,9 +96,8 @@ class Solver {
         for (const Span& span : spans_) {
             const int64_t fresh = std::max(state_.fresh[span.sample], span.token);
             for (int64_t n = fresh; n < span.token + span.count; ++n) {
-                const int64_t frames = (n - state_.fresh[span.sample]) / options_.frame_tokens + 1;
-                if (n - frames * options_.frame_tokens < options_.first) continue;
-                wanted.push_back({span.sample, n, n - frames * options_.frame_tokens, 0});
+                const int64_t source = guess_source(n, state_.fresh[span.sample], options_);
+                if (source >= 0) wanted.push_back({span.sample, n, source, 0});
             }
             state_.fresh[span.sample] = std::max(state_.fresh[span.sample], span.token + span.count);
         }
@@ -138,10 +129,8 @@ class Solver {
         for (const Span& span : spans_) {
             for (int64_t i = 0; i < span.count; ++i) {
                 float* read = token(span.sample, span.token + i - 1);
-                // What is read of tokens that are not final must be finite: one NaN would reach every later row. Any
-                // value in its place is as right, for it is only a guess.
                 for (int64_t c = 0; i > 0 && c < channels_; ++c) {
-                    if (!(std::abs(read[c]) < wild)) read[c] = noise(span.sample, span.token + i - 1)[c];
+                    if (is_wild(read[c])) read[c] = noise(span.sample, span.token + i - 1)[c];
                 }
                 std::copy_n(read, channels_, previous_.data() + (span.row + i) * channels_);
             }
@@ -168,9 +157,8 @@ class Solver {
         for (const Span& span : spans_) {
             const float* change = change_.data() + span.row;
             int64_t settled = 0;
-            // NaN never settles.
-            while (settled < span.count && change[settled] < static_cast<float>(options_.tolerance)) ++settled;
-            const int64_t reached = std::min(settled + 1, span.count);
+            while (settled < span.count && settles(change[settled], options_)) ++settled;
+            const int64_t reached = reached_tokens(settled, span.count);
             // Of what is accepted only the last token can be other than finite: those before it moved by a number.
             if (!std::isfinite(change[reached - 1]) && count.bad_token < 0) {
                 count.bad_sample = span.sample;

@@ -1,22 +1,62 @@
 // Schema and checks; formula and phases are in jacobi_sweep.h.
 #include "ops/jacobi_sweep/jacobi_sweep.h"
 
-#include "common/check.h"
+#include "common/devices.h"
 #include "ops/jacobi_common/sweep_block.h"
+#include "ops/jacobi_sweep/jacobi_sweep_cuda.h"
 
 namespace starflow {
 namespace {
 
 constexpr const char* op = "jacobi_sweep";
 
-const int64_t* numbers(const char* name, const Tensor& tensor, int64_t count) {
+// One number for each cache row, in memory of the host. They are checked there, so on a CUDA device that is where they
+// are best: else the host waits for the stream.
+Tensor numbers(const char* name, const Tensor& tensor, const SweepBlock& block, const Tensor& keys) {
     require(
-        tensor.scalar_type() == ScalarType::Long && tensor.dim() == 1 && tensor.size(0) == count && tensor.is_cpu() &&
-            tensor.is_contiguous(),
+        tensor.scalar_type() == ScalarType::Long && shape_of(tensor) == std::vector<int64_t>{block.cache_rows} &&
+            (tensor.is_cpu() || device_text(tensor) == device_text(keys)),
         op, std::string(name) + " has shape",
         [&] { return shape_text(shape_of(tensor)) + " and dtype " + dtype_text(tensor); },
-        [&] { return shape_text({count}) + " int64 on cpu: one number a cache row"; });
-    return static_cast<const int64_t*>(tensor.data_ptr());
+        [&] {
+            return shape_text({block.cache_rows}) + " int64 on cpu" +
+                   (keys.is_cpu() ? "" : " or " + device_text(keys)) + ": one number a cache row";
+        });
+    return torch::stable::contiguous(on_host(tensor));
+}
+
+void run_cpu(const Block& block, const Tensor& rows, const int64_t* start, const int64_t* keep, bool text, float* raw) {
+    const SweepBlock& b = block.args();
+    const int64_t tokens = rows.size(1);
+    std::vector<SweepWindow> windows;
+    windows.reserve(b.cache_rows);
+    for (int64_t row = 0; row < b.cache_rows; ++row) windows.push_back({row, start[row], tokens, keep[row], 0});
+    Sweeper sweeper(b, sweep_kernels(), {torch_threads(), run_on_torch_threads}, b.cache_rows * tokens);
+    const auto* data = static_cast<const float*>(rows.data_ptr());
+    sweeper.sweep(windows, text ? nullptr : data, text ? data : nullptr, raw);
+}
+
+void run_cuda(const Block& block, const Tensor& rows, const Tensor& start, const Tensor& keep, bool text, float* raw) {
+    const torch::stable::Device device(torch::stable::DeviceType::CUDA, rows.get_device_index());
+    const Tensor slots = torch::stable::to(start, device);
+    const Tensor kept = torch::stable::to(keep, device);
+    SweepCudaArgs args{};
+    args.block = block.args();
+    args.device = cuda_device(rows);
+    args.most_rows = sweep_most_rows;
+    args.tokens = rows.size(1);
+    args.source = rows_of(rows);
+    args.samples = args.block.cache_rows;
+    args.embedded = text;
+    args.slots = static_cast<const int64_t*>(slots.data_ptr());
+    args.keep = static_cast<const int64_t*>(kept.data_ptr());
+    args.raw = raw;
+    int64_t bytes = 0;
+    args.workspace_bytes = &bytes;
+    cuda::launch(op, rows, args, jacobi_sweep_cuda);
+    const Tensor workspace = empty_like_shape(rows, {bytes}, ScalarType::Byte);
+    args.workspace = workspace.data_ptr();
+    cuda::launch(op, rows, args, jacobi_sweep_cuda);
 }
 
 Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& start, const Tensor& keep,
@@ -27,16 +67,17 @@ Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const T
     const int64_t depth = text ? b.width : b.channels;
     require(
         rows.scalar_type() == ScalarType::Float && rows.dim() == 3 && rows.size(0) == b.cache_rows &&
-            rows.size(2) == depth && rows.is_cpu() && rows.is_contiguous(),
+            rows.size(2) == depth && device_text(rows) == device_text(keys) && rows.is_contiguous(),
         op, "rows has shape", [&] { return shape_text(shape_of(rows)) + " and dtype " + dtype_text(rows); },
         [&] {
             return "(" + std::to_string(b.cache_rows) + ", tokens, " + std::to_string(depth) +
-                   "), float32, contiguous, on cpu";
+                   "), float32, contiguous, on " + device_text(keys);
         });
+    if (rows.is_cuda()) cuda::refuse_capture(op, rows, "slots are checked by the host");
     const int64_t tokens = rows.size(1);
-    const int64_t* first = numbers("start", start, b.cache_rows);
-    const int64_t* kept = numbers("keep", keep, b.cache_rows);
-    std::vector<SweepWindow> windows;
+    const Tensor slots = numbers("start", start, b, keys);
+    const Tensor kept = numbers("keep", keep, b, keys);
+    const auto* first = static_cast<const int64_t*>(slots.data_ptr());
     for (int64_t row = 0; row < b.cache_rows; ++row) {
         require(
             first[row] >= 0 && first[row] + tokens <= b.slots, op, "start holds",
@@ -46,14 +87,16 @@ Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const T
                        " tokens: the caches have " + std::to_string(b.slots) + " slots, " +
                        std::to_string(first[row] + tokens) + " are needed";
             });
-        windows.push_back({row, first[row], tokens, kept[row], 0});
     }
     const Tensor raw =
         empty_like_shape(rows, {b.cache_rows, text ? 0 : tokens, block.out_channels()}, ScalarType::Float);
-    Sweeper sweeper(b, sweep_kernels(), {torch_threads(), run_on_torch_threads}, b.cache_rows * tokens);
-    const auto* data = static_cast<const float*>(rows.data_ptr());
-    sweeper.sweep(windows, text ? nullptr : data, text ? data : nullptr,
-                  text ? nullptr : static_cast<float*>(raw.data_ptr()));
+    float* out = text ? nullptr : static_cast<float*>(raw.data_ptr());
+    if (tokens == 0) return raw;
+    if (rows.is_cuda()) {
+        run_cuda(block, rows, slots, kept, text, out);
+    } else {
+        run_cpu(block, rows, first, static_cast<const int64_t*>(kept.data_ptr()), text, out);
+    }
     return raw;
 }
 
@@ -65,6 +108,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "int[] sizes, str activations, bool text) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(starflow_ext, CPU, m) { m.impl("jacobi_sweep", TORCH_BOX(&run)); }
+STARFLOW_IMPLEMENT(m) { m.impl("jacobi_sweep", TORCH_BOX(&run)); }
 
 }  // namespace starflow

@@ -8,11 +8,12 @@
 // and values of a window are written at its slots, and a token sees all slots up to its own.
 //
 // Memory: all weights once (width 256: 3 MB a layer in float32), the visible part of the caches once for each 64 rows.
-// Phases of a layer, with a barrier behind each: queries, keys and values (each member its panels) | rotation and cache
-// (its rows and heads) | attention (its samples, heads and tiles of rows) | projection (its panels) | first half of the
-// MLP (its panels) | second half (its panels). Every member packs all rows for itself, normalised: a line that another
-// core wrote costs more than computing it again. No sum is split over members, so that results do not depend on how
-// many there are.
+// Phases of a layer, with a barrier behind each: queries, keys, values, rotation, cache and attention (a member its
+// heads) | projection (its panels) | first half of the MLP (its panels) | second half (its panels). Where the members do
+// not divide the key heads the first phase is three: projections (its panels) | rotation and cache (its rows) |
+// attention (its samples, heads and tiles of rows). Every member packs all rows for itself, normalised: a line that
+// another core wrote costs more than computing it again. No sum is split over members, so that results do not depend on
+// how many there are.
 #pragma once
 #include "cpu/norm_kind.h"
 #include "cpu/panels.h"

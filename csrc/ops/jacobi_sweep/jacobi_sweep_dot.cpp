@@ -35,8 +35,15 @@ struct Shared {
         qkv = take_rows(qkv_stride);
         attended = take_rows(attended_stride);
         hidden = take(packed_bytes(rows, block.hidden));
-        gated = take_rows(gated_stride);
-        branch = take_rows(h_stride);
+        bool gates = false;
+        bool norms = false;
+        for (int64_t l = 0; l < block.layer_count; ++l) {
+            const SweepLayer& layer = block.layers[l];
+            gates |= layer.gate.data != nullptr;
+            norms |= layer.attention_post.kind != NormKind::none || layer.mlp_post.kind != NormKind::none;
+        }
+        gated = take_rows(gates ? gated_stride : 0);
+        branch = take_rows(norms ? h_stride : 0);
         bytes = offset;
     }
 };
@@ -372,16 +379,28 @@ struct Sweep {
         });
     }
 
-    // Panel p of the hidden rows, from its sums, becomes part of the packed rows of the product `down`.
-    void pack_hidden(const Panels& down, int64_t p, const float* sums) const {
-        visit_product(down.storage, block.activations, [&](auto product) {
+    // Panel p of the hidden rows, from the sums of the product `last` of the first half, becomes part of the packed
+    // rows of the second.
+    void pack_hidden(const SweepLayer& layer, const Panels& last, int64_t p, const float* sums) const {
+        visit_product(layer.down.storage, block.activations, [&](auto product) {
             using Product = decltype(product);
             constexpr int64_t cells = panel_columns / Product::cell * Product::terms;
             const PackedRows packed = packed_rows<Product>(shared.hidden, args.rows, block.hidden);
+            const bool gated = layer.gate.data != nullptr;
             for (int64_t r = 0; r < args.rows; ++r) {
-                const float* row = sums + r * panel_columns - p * panel_columns;
+                alignas(64) float row[panel_columns];
+                over_panel(last, p, r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                    if (gated) {
+                        value = gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
+                    } else if constexpr (is_bfloat16<typename Product::Cell> && Product::terms == 1) {
+                        value = coarse_gelu(value);
+                    } else {
+                        value = gelu(value);
+                    }
+                    store(row + column % panel_columns, value, lanes);
+                });
                 pack_cells<Product>(packed, r, p * cells, (p + 1) * cells, block.hidden,
-                                    [&](int64_t c, auto lanes) { return load(row + c, lanes); });
+                                    [&](int64_t c, auto lanes) { return load(row + c % panel_columns, lanes); });
             }
         });
     }
@@ -399,21 +418,8 @@ struct Sweep {
             const Panels& last = gated ? layer.gate : layer.up;
             const PanelRange share = share_of(member, last);
             if (share.first == share.last) return;
-            float* sums = own(member).sums;
-            multiply(member, last, {share}, layer.mlp_norm, stream, [&](int64_t p, const float*) {
-                for (int64_t r = 0; r < args.rows; ++r) {
-                    over_panel(last, p, r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
-                        if (gated) {
-                            const float* other = shared.gated + r * shared.gated_stride + column;
-                            value = gelu_tanh(value) * load(other, lanes);
-                        } else {
-                            value = gelu(value);
-                        }
-                        store(sums + r * panel_columns + column % panel_columns, value, lanes);
-                    });
-                }
-                pack_hidden(layer.down, p, sums);
-            });
+            multiply(member, last, {share}, layer.mlp_norm, stream,
+                     [&](int64_t p, const float* sums) { pack_hidden(layer, last, p, sums); });
         });
         add_branch(layer.mlp_post, [&](int64_t member, const auto& write) {
             const PanelRange share = share_of(member, layer.down);

@@ -1,7 +1,7 @@
 // One sweep's update on CUDA; the formula and the bytes are in jacobi_update.h. One warp a row, every architecture.
 #include "ops/jacobi_update/jacobi_update.h"
 
-#include "ops/affine_common/affine_terms.cuh"
+#include "ops/jacobi_update/jacobi_update_row.cuh"
 
 namespace starflow {
 namespace {
@@ -20,36 +20,18 @@ __global__ void update_kernel(JacobiUpdateArgs args) {
     Data* x = row_of<Data>(args.x, b, t);
     const Data* z = row_of<const Data>(args.z, b, t);
     const Raw* raw = row_of<const Raw>(args.raw, b, t);
+    const Raw* free = weight > T(0) ? row_of<const Raw>(args.raw, shape.batch + b, t) : nullptr;
     T change = 0;
     for (int64_t c = lane() * width; c < shape.channels; c += warp_size * width) {
-        const RawTerms<T, width> terms(raw, shape, c);
-        T shift[width];
-        T scale[width];
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            shift[i] = terms.shift[i];
-            scale[i] = terms.scale[i].scale;
-        }
-        if (weight > T(0)) {
-            const RawTerms<T, width> other(row_of<const Raw>(args.raw, shape.batch + b, t), shape, c);
-#pragma unroll
-            for (int i = 0; i < width; ++i) {
-                T ratio = scale[i] / other.scale[i].scale;
-                ratio = ratio > T(1) ? T(1) : ratio;
-                const T pull = weight * ratio * ratio;
-                const T precision = T(1) + weight - pull;
-                shift[i] = ((T(1) + weight) * shift[i] - pull * other.shift[i]) / precision;
-                scale[i] /= sqrt(precision);
-            }
-        }
+        const GuidedTerms<T, width> terms(raw, free, weight, shape, c);
         T old[width];
         T updated[width];
         load<width>(x + c, old);
         load<width>(z + c, updated);
 #pragma unroll
         for (int i = 0; i < width; ++i) {
-            updated[i] = shift[i] + scale[i] * updated[i];
-            change = larger(change, abs(updated[i] - old[i]) / scale[i]);
+            updated[i] = terms.shift[i] + terms.scale[i] * updated[i];
+            change = larger(change, abs(updated[i] - old[i]) / terms.scale[i]);
         }
         store<width>(x + c, updated);
     }

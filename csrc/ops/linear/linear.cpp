@@ -10,6 +10,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cuda/runtime.h"
+#include "ops/linear/linear_plan.h"
 #include "ops/linear/packed_weight.h"
 
 namespace starflow {
@@ -112,48 +113,18 @@ void run_items(const LinearArgs& args, const LinearKernels& kernels) {
     // A product of float32 takes a thirtieth of a nanosecond, of which an item has 32 for each row and depth.
     cpu::parallel_rows(blocks * args.weights.count(), args.row_block * args.weights.depth,
                        [&](int64_t begin, int64_t end) {
-                           kernels.multiply(args, begin, end, cpu::scratch(kernels.scratch_bytes(args)));
+                           kernels.multiply(args, begin, end, cpu::scratch<LinearKernels>(kernels.scratch_bytes(args)));
                        });
-}
-
-// Whether each row, and a vector, can be accessed `width` neighbours at a time; true of what is not there.
-bool aligned(const Matrix& matrix, int64_t width) {
-    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
-    return matrix.data == nullptr ||
-           (reinterpret_cast<uintptr_t>(matrix.data) % (width * size) == 0 && matrix.row_stride % width == 0);
-}
-bool aligned(const float* vector, int64_t width) {
-    return reinterpret_cast<uintptr_t>(vector) % (width * sizeof(float)) == 0;
 }
 
 void run_cuda(const LinearArgs& call, const Tensor& x) {
     require(
         STARFLOW_CUDA != 0, op, "x is on", [&] { return device_text(x); },
         [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
-    constexpr int64_t width = 4;
-    const int64_t channels = call.weights.depth;
-    const int64_t columns = call.weights.columns;
     const cuda::DeviceArch device = cuda::device_arch(x.get_device_index());
-    LinearCudaArgs args{};
-    args.call = call;
-    args.depth = linear_round_up(channels, linear_row_multiple);
-    const Dtype dtype = call.weights.storage == Storage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
-    args.input = call.x;
-    if (call.rows == 1) args.input.row_stride = args.depth;  // whatever it is said to be
-    // TMA takes no rows on top of each other.
-    args.copied = call.x.dtype != dtype || call.norm.kind != NormKind::none || args.depth != channels ||
-                  args.input.row_stride < args.depth || !aligned(args.input, linear_row_multiple);
-    args.wide_input = channels % width == 0 && aligned(call.x, width) && aligned(call.norm.weight, width) &&
-                      aligned(call.norm.bias, width);
-    args.wide_result = columns % width == 0 && aligned(call.weights.bias, width) && aligned(call.multiply, width) &&
-                       aligned(call.residual, width) && aligned(call.out, width) && aligned(call.product, width);
-    // TMA takes no matrix without columns.
-    args.sm90 = STARFLOW_SM90 != 0 && device.major == 9 && channels > 0;
-    args.schedule = linear_schedule(call.rows, columns, channels, device.multiprocessors);
-    args.layout = linear_workspace(args.schedule, args.copied ? call.rows * args.depth * 2 : 0);
+    LinearCudaArgs args = plan_linear(call, {device.multiprocessors, STARFLOW_SM90 != 0 && device.major == 9});
     const Tensor workspace = empty_like_shape(x, {args.layout.bytes}, ScalarType::Byte);
-    args.workspace = workspace.data_ptr();
-    if (args.copied) args.input = {args.workspace, args.depth, dtype};
+    place_workspace(args, workspace.data_ptr());
     cuda::launch(op, x, args, linear_cuda);
 }
 

@@ -1,6 +1,6 @@
 """Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
-from starflow.data.captions import aspect_size, assemble, nearest_aspect
+from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
     Clip,
     ClipDataset,
@@ -12,7 +12,7 @@ from starflow.data.clips import (
     to_frames,
     to_pixels,
 )
-from starflow.data.digits import DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
+from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
 from starflow.data.video import (
     VideoError,
     VideoInfo,
@@ -29,9 +29,11 @@ from starflow.data.video import (
 )
 
 __all__ = [
+    "CHANGES",
     "DIGITS",
     "DIRECTIONS",
     "VOCABULARY",
+    "CaptionMode",
     "Clip",
     "ClipDataset",
     "DigitJudge",

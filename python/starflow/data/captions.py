@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
-__all__ = ["ASPECT_RATIOS", "aspect_size", "assemble", "nearest_aspect"]
+__all__ = ["ASPECT_RATIOS", "CaptionMode", "aspect_size", "assemble", "nearest_aspect"]
+
+CaptionMode: TypeAlias = Literal["extend", "last", "v2v"]
+"""What is special about a clip: its first frame is cut off, its last frame or its source clip stands before it."""
 
 ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
 """Width to height of the published training buckets."""
@@ -16,7 +19,7 @@ _GEMMA = "<start_of_turn>user\nPlease generate {what} about: {caption}<end_of_tu
 def assemble(
     text: str,
     *,
-    mode: Literal["extend", "last", "v2v"] | None = None,
+    mode: CaptionMode | None = None,
     drop: bool = False,
     fps: float | None = None,
     noise_level: float | None = None,
@@ -46,7 +49,7 @@ def assemble(
 
     Reference: Gu et al., STARFlow-V, 2025, training details.
     """
-    if mode not in (None, "extend", "last", "v2v"):
+    if mode not in (None, *get_args(CaptionMode)):
         raise ValueError(f'assemble: mode is "{mode}", expected "extend", "last", "v2v" or None')
     if template not in (None, "gemma"):
         raise ValueError(f'assemble: template is "{template}", expected "gemma" or None')

@@ -16,7 +16,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -52,11 +52,13 @@ class Clip:
         pixels: float32 of shape (frames, channels, height, width), in [-1, 1]. An image is one frame.
         caption: what it shows; "" where nobody said.
         name: where it comes from, for logs and error messages.
+        source: of a pair, the clip that this one is made of, like `pixels`.
     """
 
     pixels: torch.Tensor
     caption: str
     name: str
+    source: torch.Tensor | None = None
 
 
 class ClipDataset(Protocol):
@@ -199,15 +201,20 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One readable file of a folder: how many frames it has at the wanted rate, its captions, and (height, width)."""
+class _File:
+    """One readable file: its rate (0 of an image), its frames at that, its captions, and (height, width) of its clips.
+
+    Of a pair the file of the clips, with the file of their sources; `available` is what both have.
+    """
 
     path: Path
     name: str
+    rate: float
     available: int
     captions: tuple[str, ...]
     info: VideoInfo | None
     size: tuple[int, int]
+    source: _File | None = None
 
 
 def captions_of(path: Path, *, by_name: bool = False) -> tuple[str, ...]:
@@ -259,8 +266,12 @@ class VideoFolder:
     Frames are scaled to cover height x width, cropped in the middle, and chosen by timestamp as in `read_video`.
     Decoded files are kept in memory as uint8 up to `cache_bytes`; a file larger than that is read clip by clip.
 
+    With `sources` clips come in pairs: that of `folder/sub/NAME.mp4` has its source from `sources/sub/NAME.*`, from the
+    same second on, at the same rate and in the same size. A file without source is skipped with one line in the log.
+
     Args:
         folder: with the files, searched through all its subfolders.
+        sources: folder with the sources of the clips; None for clips without.
         frames: in a clip.
         height, width: of a clip.
         fps: frames per second of the clips, or None for each file's own nominal rate.
@@ -294,10 +305,13 @@ class VideoFolder:
         caption_second: bool = False,
         cache_bytes: int = 1 << 30,
         aspect_multiple: int | None = None,
+        sources: str | Path | None = None,
     ) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"VideoFolder: folder {self.folder} does not exist")
+        self.sources = None if sources is None else Path(sources)
+        for place in (self.folder, self.sources):
+            if place is not None and not place.is_dir():
+                raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
         for name, value, least in (
             ("frames", frames, 1),
             ("height", height, 1),
@@ -328,34 +342,35 @@ class VideoFolder:
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._broken: set[Path] = set()
-        self._sources = self._scan()
+        self._pairs: dict[Path, Path] = {}  # sources by their names without suffix
+        self._files = self._scan()
 
     def __len__(self) -> int:
-        return len(self._sources) * self.clips_per_file
+        return len(self._files) * self.clips_per_file
 
     @property
     def captions(self) -> tuple[str, ...]:
         """Every caption that a clip may have, file after file."""
         return tuple(
             dict.fromkeys(
-                self._caption(source, caption, start)
-                for source in self._sources
-                for caption in source.captions
-                for start in range(source.available - self.frames + 1)
+                self._caption(file, caption, start)
+                for file in self._files
+                for caption in file.captions
+                for start in range(file.available - self.frames + 1)
             )
         )
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """Every (height, width) that a clip may have."""
-        return tuple(dict.fromkeys(source.size for source in self._sources))
+        return tuple(dict.fromkeys(file.size for file in self._files))
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Indices of the items of each shape."""
         found: dict[tuple[int, int], list[int]] = {size: [] for size in self.sizes}
         for index in range(len(self)):
-            found[self._sources[index // self.clips_per_file].size].append(index)
+            found[self._files[index // self.clips_per_file].size].append(index)
         return tuple(tuple(items) for items in found.values())
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
@@ -380,75 +395,82 @@ class VideoFolder:
             raise IndexError(f"VideoFolder: index is {index}, expected 0 to {len(self) - 1}")
         first, part = divmod(index, self.clips_per_file)
         rng = np.random.default_rng([seed, epoch, index])
-        for offset in range(len(self._sources)):
-            source = self._sources[(first + offset) % len(self._sources)]
-            if source.path in self._broken or source.size != self._sources[first].size:
+        for offset in range(len(self._files)):
+            file = self._files[(first + offset) % len(self._files)]
+            if file.path in self._broken or file.size != self._files[first].size:
                 continue
-            last = source.available - self.frames
+            last = file.available - self.frames
             if self.cut == "random":
                 start = int(rng.integers(last + 1))
             elif self.clips_per_file == 1:
                 start = last // 2
             else:
                 start = round(last * part / (self.clips_per_file - 1))
-            caption = source.captions[int(rng.integers(len(source.captions)))]
+            caption = file.captions[int(rng.integers(len(file.captions)))]
             try:
-                frames = self._read(source, start)
+                pixels = to_pixels(self._read(file, start))
+                source = None if file.source is None else to_pixels(self._read(file.source, start))
             except VideoError as error:
-                self._broken.add(source.path)
+                self._broken.add(file.path)
                 logger.warning("skipped: %s", error)
                 continue
-            return Clip(to_pixels(frames), self._caption(source, caption, start), f"{source.name}@{start}")
+            return Clip(pixels, self._caption(file, caption, start), f"{file.name}@{start}", source)
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
 
-    def _caption(self, source: _Source, caption: str, start: int) -> str:
+    def _caption(self, file: _File, caption: str, start: int) -> str:
         """The caption of a clip that begins at frame `start` of its file."""
-        if not self.caption_second or source.info is None:
-            return caption
-        return caption_at(caption, start / (self.fps or source.info.fps))
+        return caption_at(caption, start / file.rate) if self.caption_second and file.rate else caption
 
-    def _scan(self) -> list[_Source]:
+    def _scan(self) -> list[_File]:
         paths, ignored = [], 0
-        for path in sorted(self.folder.rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(self.folder).parts)
-            if hidden or path.is_dir() or path.suffix.lower() in SIDECAR_SUFFIXES:
-                continue
+        for path in _found(self.folder):
             if path.suffix.lower() in IMAGE_SUFFIXES and self.frames > 1:
                 ignored += 1
                 continue
             paths.append(path)
-        sources = []
+        if self.sources is not None:
+            # Without suffix: a clip and its source may be stored in different formats.
+            self._pairs = {path.relative_to(self.sources).with_suffix(""): path for path in _found(self.sources)}
+        files = []
         # Threads, since the work is done by ffmpeg processes.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            for source in pool.map(self._try_open, paths):
-                if isinstance(source, VideoError):
-                    logger.warning("skipped: %s", source)
+            for file in pool.map(self._try_open, paths):
+                if isinstance(file, VideoError):
+                    logger.warning("skipped: %s", file)
                 else:
-                    sources.append(source)
+                    files.append(file)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
-        if not sources:
-            raise ValueError(f"VideoFolder: no readable video in {self.folder}, expected at least one (see the log)")
-        return sources
+        if not files:
+            what = "video" if self.sources is None else f"video with a source in {self.sources}"
+            raise ValueError(f"VideoFolder: no readable {what} in {self.folder}, expected at least one (see the log)")
+        return files
 
-    def _try_open(self, path: Path) -> _Source | VideoError:
+    def _try_open(self, path: Path) -> _File | VideoError:
         try:
-            return self._open(path)
+            file = self._open(path, self.folder)
+            if self.sources is None:
+                return file
+            source = self._pairs.get(path.relative_to(self.folder).with_suffix(""))
+            if source is None:
+                raise VideoError(f"{path}: no file of this name in {self.sources}, expected the source of the clip")
+            paired = replace(self._open(source, self.sources, file.rate), size=file.size)
+            return replace(file, source=paired, available=min(file.available, paired.available))
         except VideoError as error:
             return error
 
-    def _open(self, path: Path) -> _Source:
-        name = str(path.relative_to(self.folder))
+    def _open(self, path: Path, folder: Path, rate: float | None = None) -> _File:
+        """A file of a folder, read at the given rate, or else that of the clips or its own."""
+        name, captions = str(path.relative_to(folder)), captions_of(path, by_name=self.name_captions)
         if path.suffix.lower() in IMAGE_SUFFIXES:
             height, width = read_image(path, channels=1).shape[1:3]
-            captions = captions_of(path, by_name=self.name_captions)
-            return _Source(path, name, 1, captions, None, self._size(height, width))
+            return _File(path, name, 0.0, 1, captions, None, self._size(height, width))
         info = probe(path, count=True)
-        available = frames_at(info, self.fps or info.fps)
+        rate = rate or self.fps or info.fps
+        available = frames_at(info, rate)
         if available < self.frames:
             raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
-        captions = captions_of(path, by_name=self.name_captions)
-        return _Source(path, name, available, captions, info, self._size(info.height, info.width))
+        return _File(path, name, rate, available, captions, info, self._size(info.height, info.width))
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the clips of a file."""
@@ -457,25 +479,35 @@ class VideoFolder:
         side = round(math.sqrt(self.height * self.width))
         return aspect_size(side, nearest_aspect(height, width), self.aspect_multiple)
 
-    def _read(self, source: _Source, start: int) -> torch.Tensor:
+    def _read(self, file: _File, start: int) -> torch.Tensor:
         """uint8 (frames, height, width, channels) from frame `start` on, counted at the wanted rate."""
         with self._lock:
-            cached = self._cache.get(source.path)
+            cached = self._cache.get(file.path)
             if cached is not None:
-                self._cache.move_to_end(source.path)
+                self._cache.move_to_end(file.path)
         if cached is None:
-            if source.available * math.prod(source.size) * self.channels > self.cache_bytes:
-                return self._decode(source, start, self.frames)
-            cached = self._decode(source, 0, source.available)
+            if file.available * math.prod(file.size) * self.channels > self.cache_bytes:
+                return self._decode(file, start, self.frames)
+            cached = self._decode(file, 0, file.available)
             with self._lock:
-                self._cache[source.path] = cached
+                self._cache[file.path] = cached
                 while sum(entry.nbytes for entry in self._cache.values()) > self.cache_bytes and len(self._cache) > 1:
                     self._cache.popitem(last=False)
         return cached[start : start + self.frames]
 
-    def _decode(self, source: _Source, start: int, frames: int) -> torch.Tensor:
-        size = {"height": source.size[0], "width": source.size[1], "channels": self.channels}
-        if source.info is None:
-            return read_image(source.path, **size)
-        fps = self.fps or source.info.fps
-        return read_video(source.path, frames=frames, fps=fps, start=start / fps, info=source.info, **size)
+    def _decode(self, file: _File, start: int, frames: int) -> torch.Tensor:
+        size = {"height": file.size[0], "width": file.size[1], "channels": self.channels}
+        if file.info is None:
+            return read_image(file.path, **size)
+        return read_video(file.path, frames=frames, fps=file.rate, start=start / file.rate, info=file.info, **size)
+
+
+def _found(folder: Path) -> list[Path]:
+    """Files below a folder but hidden ones and captions, in order."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if not path.is_dir()
+        and path.suffix.lower() not in SIDECAR_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]

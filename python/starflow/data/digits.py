@@ -2,14 +2,15 @@
 
 The 8x8 digits of scikit-learn (UCI optical recognition of handwritten digits) are drawn at a little over half of the
 frame, anti-aliased, on a black ground. `DigitJudge` reads digit and direction back from a
-clip, so that a sample can be scored against its caption.
+clip, so that a sample can be scored against its caption. With a change named in place of a description it is a set of
+pairs, for flows that make one clip of another.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 
 from starflow.data.clips import Clip
 
-__all__ = ["DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "MovingDigits"]
+__all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "MovingDigits"]
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -38,6 +39,12 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 
 VOCABULARY = (*DIGITS, "up", "down", "left", "right", "still")
 """The words of the captions that carry meaning, for `starflow.text.WordEncoder`."""
+
+CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "negative": torch.neg,
+    "backwards": lambda pixels: pixels.flip(0),
+}
+"""What the caption of a pair says, and what it makes of the source (frames, 1, height, width)."""
 
 # The digit takes 7/12 of the frame, starts in the middle and moves by whole pixels (one a frame in frames below 48), so
 # that a frame is the one before it, moved a little, to the last bit: that much a small flow learns in minutes, while
@@ -109,7 +116,9 @@ class MovingDigits:
     """Captioned clips of one handwritten digit that moves in a straight line and bounces off the walls.
 
     A caption is such as "a three moving up and left" or "a seven standing still"; it states the initial direction,
-    which holds for the first steps of every clip. Clips depend on (seed of the set, split, index, epoch, seed) alone.
+    which holds for the first steps of every clip. With `pairs` a clip is another one changed, its source, and the
+    caption is the name of the change alone, such as "negative": what is seen and how it moves, only the source tells.
+    Clips depend on (seed of the set, split, index, epoch, seed) alone.
 
     Args:
         frames: in a clip.
@@ -117,6 +126,7 @@ class MovingDigits:
         split: "train" or "test"; no digit image is in both.
         seed: of the set.
         length: items in one epoch.
+        pairs: clips have a source.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -132,6 +142,7 @@ class MovingDigits:
         split: Literal["train", "test"] = "train",
         seed: int = 0,
         length: int = 10000,
+        pairs: bool = False,
     ) -> None:
         for name, value, least in (("frames", frames, 1), ("size", size, 16), ("seed", seed, 0), ("length", length, 1)):
             if value < least:
@@ -144,6 +155,7 @@ class MovingDigits:
         self.split = split
         self.seed = seed
         self.length = length
+        self.pairs = pairs
 
     def __len__(self) -> int:
         return self.length
@@ -157,7 +169,7 @@ class MovingDigits:
             seed: of the run.
 
         Returns:
-            the clip, pixels (frames, 1, size, size).
+            the clip, pixels (frames, 1, size, size), and its source like it where there are pairs.
 
         Raises:
             IndexError: when there is no such index.
@@ -168,8 +180,11 @@ class MovingDigits:
         images, labels = _load()
         which = int(rng.choice(_split(self.split)))
         direction = str(rng.choice(list(DIRECTIONS)))
-        clip = self._render(images[which], direction)
-        return Clip(clip, _caption(DIGITS[labels[which]], direction), f"digits/{self.split}/{index}")
+        clip, name = self._render(images[which], direction), f"digits/{self.split}/{index}"
+        if self.pairs:
+            change = str(rng.choice(list(CHANGES)))
+            return Clip(CHANGES[change](clip), change, name, source=clip)
+        return Clip(clip, _caption(DIGITS[labels[which]], direction), name)
 
     def _render(self, image: torch.Tensor, direction: str) -> torch.Tensor:
         low = self.size * _GLYPH / 2.0

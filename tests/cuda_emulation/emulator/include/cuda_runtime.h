@@ -2,3 +2,4 @@
 #include_next <cuda_runtime.h>
 
 #include "../device.h"
+#include "../graphs.h"

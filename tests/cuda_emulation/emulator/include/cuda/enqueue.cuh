@@ -3,20 +3,22 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <type_traits>
 
 #define STARFLOW_SHARED_MEMORY(name) unsigned char* const name = ::emulation::shared_memory()
 
 namespace starflow::cuda {
 
 template <class... Parameters, class... Arguments>
-int enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void*,
+int enqueue(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
             const Arguments&... arguments) {
     const auto run = [=] { kernel(static_cast<Parameters>(arguments)...); };
     using Run = decltype(run);
     const emulation::Region image{__ehdr_start, _end};
-    return emulation::launch(
-        grid, block, shared_bytes, image, [](const void* closure) { (*static_cast<const Run*>(closure))(); }, &run,
-        sizeof(run));
+    static_assert(std::is_trivially_copyable_v<Run>);
+    return emulation::launch_on(
+        stream, grid, block, shared_bytes, image, [](const void* closure) { (*static_cast<const Run*>(closure))(); },
+        &run, sizeof(run));
 }
 
 }  // namespace starflow::cuda

@@ -1,0 +1,56 @@
+// A call of linear on CUDA before it is launched: what is copied, how wide accesses are, tiles, parts, workspace. Host
+// code, no torch and no CUDA: linear's entry and the sweeps of jacobi_sweep plan their products here.
+#pragma once
+#include "ops/linear/linear.h"
+
+namespace starflow {
+
+// The device as schedules see it.
+struct CudaDevice {
+    int64_t multiprocessors;
+    bool sm90;  // has the kernels for sm_90a
+};
+
+// Whether an address, and every row from it, takes `width` neighbours; what is not there does.
+static inline bool takes_neighbours(const Matrix& matrix, int64_t width) {
+    const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
+    return matrix.data == nullptr ||
+           (reinterpret_cast<uintptr_t>(matrix.data) % (width * size) == 0 && matrix.row_stride % width == 0);
+}
+static inline bool takes_neighbours(const float* vector, int64_t width) {
+    return reinterpret_cast<uintptr_t>(vector) % (width * sizeof(float)) == 0;
+}
+
+// All but the workspace, of which `layout.bytes` are needed: see place_workspace.
+static inline LinearCudaArgs plan_linear(const LinearArgs& call, const CudaDevice& device) {
+    constexpr int64_t width = 4;
+    const int64_t channels = call.weights.depth;
+    const int64_t columns = call.weights.columns;
+    LinearCudaArgs args{};
+    args.call = call;
+    args.depth = linear_round_up(channels, linear_row_multiple);
+    const Dtype dtype = call.weights.storage == Storage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
+    args.input = call.x;
+    if (call.rows == 1) args.input.row_stride = args.depth;  // whatever it is said to be
+    // TMA takes no rows on top of each other.
+    args.copied = call.x.dtype != dtype || call.norm.kind != NormKind::none || args.depth != channels ||
+                  args.input.row_stride < args.depth || !takes_neighbours(args.input, linear_row_multiple);
+    args.wide_input = channels % width == 0 && takes_neighbours(call.x, width) &&
+                      takes_neighbours(call.norm.weight, width) && takes_neighbours(call.norm.bias, width);
+    args.wide_result = columns % width == 0 && takes_neighbours(call.weights.bias, width) &&
+                       takes_neighbours(call.multiply, width) && takes_neighbours(call.residual, width) &&
+                       takes_neighbours(call.out, width) && takes_neighbours(call.product, width);
+    // TMA takes no matrix without columns.
+    args.sm90 = device.sm90 && channels > 0;
+    args.schedule = linear_schedule(call.rows, columns, channels, device.multiprocessors);
+    args.layout = linear_workspace(args.schedule, args.copied ? call.rows * args.depth * 2 : 0);
+    if (args.copied) args.input = {nullptr, args.depth, dtype};
+    return args;
+}
+
+static inline void place_workspace(LinearCudaArgs& args, void* workspace) {
+    args.workspace = workspace;
+    if (args.copied) args.input.data = workspace;
+}
+
+}  // namespace starflow

@@ -1,0 +1,182 @@
+"""jacobi_sweep on the emulated device, all launches of all layers, against its reference in plain torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from starflow_ext._sweep_reference import jacobi_sweep_reference
+from starflow_ext.jacobi_sweep import BlockState, BlockWeights
+
+from ..ops.blocks import KINDS, block, state_of
+from .blocks import SWEEP, DeviceBlock, reference_caches, sweep_kernels
+from .emulator import SEEDS, Kernels, Mutation, assert_caught, mutations
+
+# Distance from the reference, whose products are of float32; values are of order 1.
+BOUNDS = {"float16": 5e-3, "bfloat16": 4e-2}
+SLOTS = 40
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return sweep_kernels()
+
+
+def _calls(weights: BlockWeights) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Text, a prefix, and two windows at other places in each row: rows, start, keep, text."""
+    g = torch.Generator().manual_seed(7)
+    width, channels = weights.proj_in.weight.shape
+    starts = torch.zeros(3, dtype=torch.int64)
+    return [
+        (torch.randn(3, 2, width, generator=g), starts, starts, True),
+        (torch.randn(3, 23, channels, generator=g), starts + 2, starts, False),
+        (torch.randn(3, 9, channels, generator=g), 23 + torch.arange(3), starts + 25 - torch.arange(3) % 2, False),
+    ]
+
+
+def _sweeps(
+    kernels: Kernels, weights: BlockWeights, state: BlockState, expected: BlockState | None = None, **how: Any
+) -> tuple[Tensor, ...]:
+    """What the sweeps put out, and what the caches then hold; near the reference on another state."""
+    device = DeviceBlock.of(weights, state)
+    bound = BOUNDS[weights.proj_in.weight.storage]
+    results = []
+    for rows, start, keep, text in _calls(weights):
+        _, raw = device.sweep(kernels, rows, start, keep, text=text, **how)
+        results.append(raw)
+        if expected is not None:
+            want = jacobi_sweep_reference(weights, expected, rows, start, keep, text)
+            torch.testing.assert_close(raw, want, atol=bound, rtol=bound)
+    # Slots that no window of a row has reached are as they were.
+    reached = torch.arange(SLOTS) < 32 + torch.arange(3)[:, None]
+    for index, cache in enumerate((device.keys, device.values)):
+        seen = reached[None, :, None, :, None].expand_as(cache)
+        assert cache[~seen].isnan().all()
+        results.append(cache[seen])
+        if expected is not None:
+            want = reference_caches(weights, expected)[index][seen]
+            torch.testing.assert_close(cache[seen].float(), want, atol=bound, rtol=bound)
+    return tuple(results)
+
+
+def _checked(kernels: Kernels, options: dict[str, Any], storage: Any, cache: Any, **how: Any) -> tuple[Tensor, ...]:
+    state, expected = (state_of(block(options, storage), 3, SLOTS, storage=cache) for _ in range(2))
+    return _sweeps(kernels, block(options, storage), state, expected, **how)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("storage, cache", [("float16", "float16"), ("bfloat16", "float32")])
+def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, cache: Any, kernels: Kernels) -> None:
+    _checked(kernels, KINDS[kind], storage, cache)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "float16"])
+def test_every_type_of_cache(cache: Any, kernels: Kernels) -> None:
+    _checked(kernels, {}, "bfloat16", cache)
+
+
+def _without(state: BlockState) -> BlockState:
+    return replace(state, position=None, condition=None, query_rotation=None, key_rotation=None)
+
+
+def _bare(kernels: Kernels) -> None:
+    """Nothing added to tokens, no positions, no start token; and one of the two alone."""
+    weights = block({}, "float16")
+    bare = replace(weights, start_token=None)
+    for change in (_without, lambda state: replace(state, condition=None), lambda state: replace(state, position=None)):
+        state, expected = (change(state_of(weights, 3, SLOTS, storage="float16")) for _ in range(2))
+        _sweeps(kernels, bare, state, expected)
+
+
+def test_what_may_be_absent(kernels: Kernels) -> None:
+    _bare(kernels)
+
+
+def _pieces(kernels: Kernels) -> None:
+    """Whole windows, or parts of one, after one another: the same bits."""
+    weights = block({"gated": True, "post": True}, "float16")
+    expected = _sweeps(kernels, weights, state_of(weights, 3, SLOTS, storage="float16"))
+    # Two windows of 9 and none of 23; one and a part.
+    for most_rows in (20, 9, 5):
+        state = state_of(weights, 3, SLOTS, storage="float16")
+        for got, want in zip(_sweeps(kernels, weights, state, most_rows=most_rows), expected, strict=True):
+            assert torch.equal(got, want), most_rows
+
+
+def test_any_number_of_rows_together_gives_the_same_bits(kernels: Kernels) -> None:
+    _pieces(kernels)
+
+
+def _halves(kernels: Kernels) -> None:
+    """Cache rows beyond the samples read the samples again."""
+    weights = block({}, "float16")
+    rows, start = torch.randn(2, 5, 5), torch.full((4,), 2)
+    raws = []
+    for given in (rows, rows.repeat(2, 1, 1)):
+        device = DeviceBlock.of(weights, state_of(weights, 4, 7, storage="float16"))
+        device.keys[:, :, :, :2] = device.values[:, :, :, :2] = 0.0
+        raws.append(device.sweep(kernels, given, start)[1])
+    assert torch.equal(*raws)
+
+
+def test_halves_read_the_same_samples(kernels: Kernels) -> None:
+    _halves(kernels)
+
+
+def test_every_schedule_gives_the_same_bits(kernels: Kernels) -> None:
+    weights = block({"post": True}, "bfloat16")
+    expected = _sweeps(kernels, weights, state_of(weights, 3, SLOTS, storage="bfloat16"))
+    for seed in SEEDS[1:]:
+        state = state_of(weights, 3, SLOTS, storage="bfloat16")
+        for got, want in zip(_sweeps(kernels, weights, state, seed=seed), expected, strict=True):
+            assert torch.equal(got, want)
+
+
+def test_launches(kernels: Kernels) -> None:
+    """As jacobi_sweep_cuda.h counts them; no depth is cut here."""
+    # Products that something is launched in front of: rows of no multiple of 16 bytes, or normalised ones.
+    for kind, layer, prepared in (({}, 6, 3), ({"gated": True}, 7, 4), ({"gated": True, "post": True}, 11, 4)):
+        weights = block(kind, "float16")
+        device = DeviceBlock.of(weights, state_of(weights, 3, SLOTS, storage="float16"))
+        report, _ = device.sweep(kernels, torch.zeros(3, 4, 5), torch.full((3,), 2))
+        assert report.launches == 3 + 2 * layer + 2 + 2 * prepared
+
+
+MUTATIONS = mutations(
+    SWEEP,
+    {
+        r"row >= g\.piece\.rows\(\)": "false",
+        r"args\.slots\[cache_row\] \+ token": "args.slots[cache_row] + row % g.piece.tokens",
+        r"g\.piece\.first_window \+ window": "window",
+        r"g\.piece\.first_token \+ row": "row",
+        r"row % g\.piece\.tokens == 0 && lane\(\) == 0": "row == 0",
+        r"slot == block\.text_tokens && ": "",
+        r"cache_row % args\.samples": "cache_row",
+        r"\(slot - block\.text_tokens\)": "slot",
+        r"if \(at >= count\) return;": "",
+        r"block_\.width % wide == 0 && ": "",
+        r"added \? stream_h\(\) : Matrix\{\}": "Matrix{}",
+        r"piece_\.first_window \* args_\.tokens \+ piece_\.first_token": "0",
+        r"layer \+\s+piece_\.first_window[^;]*": "layer",
+        r"args_\.keep \+ piece_\.first_window": "args_.keep",
+        r"turn\(2, ": "turn(0, ",
+        r"table\(first_table \+ 1\)": "table(first_table)",
+        r"attention\.mask\.causal = true;": "",
+        r"Epilogue::gelu, hidden": "Epilogue::none, hidden",
+    },
+)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=str)
+def test_mutation_is_caught(mutation: Mutation) -> None:
+    def check(kernels: Kernels) -> None:
+        _checked(kernels, KINDS["one channel more"] | {"gated": True, "post": True, "qk": True}, "float16", "float16")
+        _bare(kernels)
+        _pieces(kernels)
+        _halves(kernels)
+
+    assert_caught(SWEEP, mutation, check)
