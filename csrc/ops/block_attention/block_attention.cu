@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
 
     // A warp's rows of the queries, which it alone has read, become those of the result.
     __syncwarp();
-    finish_rows(args, block, queries, warp_row, wide, scale, state, sums);
+    finish_rows<F::rows>(args, queries, warp_row, wide, scale, state, sums);
 }
 
 // The results of the parts of the keys, joined by their logarithms: out = sum of exp(lse[s] - lse) out[s]. One warp a

@@ -121,11 +121,12 @@ __device__ void scale_sums(float (&sums)[blocks][4], int h, float factor) {
 
 // A warp's results and logarithms to memory, from row `warp_row` of the tile on; with several parts of the keys to
 // those of this one. 16 bits go by way of `tile`, whose rows the warp has to itself.
-template <class Tile, int rows, int row_blocks, int blocks>
-__device__ void finish_rows(const AttentionArgs& args, const ForwardBlock<rows>& block, Tile tile, int warp_row,
-                            bool wide, float scale, const SoftmaxRow (&state)[row_blocks][2],
-                            const float (&sums)[row_blocks][blocks][4]) {
+template <int rows, class Tile, int row_blocks, int blocks>
+__device__ void finish_rows(const AttentionArgs& args, Tile tile, int warp_row, bool wide, float scale,
+                            const SoftmaxRow (&state)[row_blocks][2], const float (&sums)[row_blocks][blocks][4]) {
     using Element = typename Tile::Element;
+    // Computed again: kept from the start, it would take registers that sums need.
+    const auto block = ForwardBlock<rows>::here(args);
     const AttentionShape& shape = args.shape;
     const auto head_dim = static_cast<int>(shape.head_dim);
     const int64_t all = shape.batch * shape.heads * shape.queries;

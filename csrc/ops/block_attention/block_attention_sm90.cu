@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
         // A group's rows of the queries, which all of its warps have read, become those of the result.
         sync_named<F::group_threads>(2 + group);
     }
-    finish_rows(args, block, queries, warp_row, wide, scale, state, sums);
+    finish_rows<F::rows>(args, queries, warp_row, wide, scale, state, sums);
 }
 
 int map_heads(CUtensorMap& map, const HeadRows& rows, const AttentionShape& shape) {
