@@ -99,7 +99,11 @@ RULES = (
         for width, groups, registers in ((64, 1, 128), (64, 2, 168), (128, 1, 255), (128, 2, 168))
     ),
     Rule(r"block_attention_backward grad_\w+<Backward<float, .*", least={"HMMA": 256, "LDGSTS": 6}),
-    Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, .*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}),
+    # Of 256 channels a warp has a part, and less to multiply: 80.
+    Rule(
+        rf"block_attention_backward grad_\w+<Backward<{HALF}, (64|128).*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}
+    ),
+    Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, 256.*", least={"HMMA": 80, "LDSM": 72, "LDGSTS": 6}),
     Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
     Rule(r"linear_sm90 multiply<.*", "sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
 )
