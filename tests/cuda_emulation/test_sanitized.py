@@ -15,7 +15,8 @@ import pytest
 
 from .emulator import ROOT
 
-RUN = "from tests.cuda_emulation import sanitized; sanitized.{0}()"
+# The checkout last and not where it runs: its source folders would hide the installed packages.
+RUN = f"import sys; sys.path.append({str(ROOT)!r}); from tests.cuda_emulation import sanitized; sanitized.{{0}}()"
 
 
 def _run(what: str) -> subprocess.CompletedProcess[str]:
@@ -30,7 +31,8 @@ def _run(what: str) -> subprocess.CompletedProcess[str]:
     options = "detect_leaks=0:detect_stack_use_after_return=0"
     return subprocess.run(
         [sys.executable, "-c", RUN.format(what)],
-        env=os.environ | {"LD_PRELOAD": str(library), "ASAN_OPTIONS": options, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"LD_PRELOAD": str(library), "ASAN_OPTIONS": options},
+        cwd=ROOT / "tests",
         capture_output=True,
         text=True,
         check=False,
