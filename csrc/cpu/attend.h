@@ -182,8 +182,8 @@ inline constexpr float no_product = -3.0e38F;  // below every product; what a hi
 inline constexpr float log2_of_e = 1.44269504F;
 inline constexpr float least_power = -125.0F;  // 2 to it is nothing beside the largest weight
 
-// The largest product is taken anew only where one exceeds it by so many powers of two: finding it takes as long as a
-// sixth of the weights, and few blocks of keys behind the first have it.
+// The largest product is taken anew only where one exceeds it by so many powers of two: what finds it are shuffles, and
+// sums that were scaled by an earlier one must be scaled again.
 inline constexpr float most_power = 6.0F;
 
 // Softmax weights of a strip, rows [begin, begin + weights.rows) of the tile, over the block of keys at `block`, from

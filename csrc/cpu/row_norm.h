@@ -59,33 +59,18 @@ inline void normalise_row(float* x, int64_t channels, const RowNorm& norm) {
                   [&](int64_t c, auto lanes) { store(x + c, normalised(x, c, lanes, moments, norm), lanes); });
 }
 
-// All rows of `packed` from row_of(r) (depth,), normalised; as they are for NormKind::none. A few cells of all rows of
-// a group at a time: cells of one row lie a power of two apart, in few sets of the first-level cache (64 rows of 1024
-// channels: 6 us instead of 13 on a Xeon). The moments take a row up to twice through the cache before, which is less
-// than one product with it.
+// All rows of `packed` from row_of(r) (depth,), normalised; as they are for NormKind::none. The moments take a row up
+// to twice through the first-level cache before, which is less than one product with it.
 template <class Product, class RowOf>
 inline void pack_normalised_rows(const PackedRows& packed, int64_t depth, const RowNorm& norm, const RowOf& row_of) {
-    constexpr int64_t together = 4 * Product::terms;
-    RowMoments moments[Product::most_rows];
-    for (int64_t begin = 0; begin < packed.rows; begin += packed.group) {
-        const int64_t left = packed.rows - begin;
-        const int64_t count = left < packed.group ? left : packed.group;
-        if (norm.kind != NormKind::none) {
-            for (int64_t r = 0; r < count; ++r) moments[r] = row_moments(row_of(begin + r), depth, norm);
-        }
-        for (int64_t first = 0; first < packed.cells; first += together) {
-            const int64_t last = first + together < packed.cells ? first + together : packed.cells;
-            for (int64_t r = 0; r < count; ++r) {
-                const auto* x = row_of(begin + r);
-                if (norm.kind == NormKind::none) {
-                    pack_cells<Product>(packed, begin + r, first, last, depth,
-                                        [&](int64_t c, auto lanes) { return load(x + c, lanes); });
-                } else {
-                    pack_cells<Product>(packed, begin + r, first, last, depth, [&](int64_t c, auto lanes) {
-                        return normalised(x, c, lanes, moments[r], norm);
-                    });
-                }
-            }
+    for (int64_t r = 0; r < packed.rows; ++r) {
+        const auto* x = row_of(r);
+        if (norm.kind == NormKind::none) {
+            pack_row<Product>(packed, r, depth, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
+        } else {
+            const RowMoments moments = row_moments(x, depth, norm);
+            pack_row<Product>(packed, r, depth,
+                              [&](int64_t c, auto lanes) { return normalised(x, c, lanes, moments, norm); });
         }
     }
 }

@@ -352,7 +352,7 @@ struct Sweep {
     }
 
     // A branch's last product, added to the residual stream: at once, or after its norm (a phase more).
-    // multiply(member, write) is the product.
+    // multiply_branch(member, write) is the product.
     template <class Multiply>
     void add_branch(const RowNorm& post, const Multiply& multiply_branch) const {
         const bool normed = post.kind != NormKind::none;
