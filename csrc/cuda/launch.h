@@ -24,4 +24,17 @@ void launch(const char* op, const Tensor& data, const Args& args, int (*launcher
     check(op, launcher(args, current_stream(data.get_device_index())));
 }
 
+// The same for a launcher that asks for memory: without a workspace it enqueues nothing, and *workspace_bytes gets the
+// size. The memory is torch's, which gives it to others on this stream alone once the call has returned.
+template <class Args>
+void launch_in_workspace(const char* op, const Tensor& data, Args args, int (*launcher)(const Args&, void*)) {
+    int64_t bytes = 0;
+    args.workspace = nullptr;
+    args.workspace_bytes = &bytes;
+    launch(op, data, args, launcher);
+    const Tensor workspace = empty_like_shape(data, {bytes}, ScalarType::Byte);
+    args.workspace = workspace.data_ptr();
+    launch(op, data, args, launcher);
+}
+
 }  // namespace starflow::cuda

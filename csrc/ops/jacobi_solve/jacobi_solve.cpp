@@ -85,12 +85,7 @@ SolveCount run_cuda(const Block& block, const Tensor& keys, const SolveOptions& 
     args.repeat = cuda::chosen_repeat();
     const Tensor report = empty_like_shape(keys, {report_accepted + most_sweeps}, ScalarType::Long);
     args.report = static_cast<int64_t*>(report.data_ptr());
-    int64_t bytes = 0;
-    args.workspace_bytes = &bytes;
-    cuda::launch(op, keys, args, jacobi_solve_cuda);
-    const Tensor workspace = empty_like_shape(keys, {bytes}, ScalarType::Byte);
-    args.workspace = workspace.data_ptr();
-    cuda::launch(op, keys, args, jacobi_solve_cuda);
+    cuda::launch_in_workspace(op, keys, args, jacobi_solve_cuda);
 
     const Tensor seen = on_host(report);
     const auto* said = static_cast<const int64_t*>(seen.data_ptr());

@@ -51,12 +51,7 @@ void run_cuda(const Block& block, const Tensor& rows, const Tensor& start, const
     args.slots = static_cast<const int64_t*>(slots.data_ptr());
     args.keep = static_cast<const int64_t*>(kept.data_ptr());
     args.raw = raw;
-    int64_t bytes = 0;
-    args.workspace_bytes = &bytes;
-    cuda::launch(op, rows, args, jacobi_sweep_cuda);
-    const Tensor workspace = empty_like_shape(rows, {bytes}, ScalarType::Byte);
-    args.workspace = workspace.data_ptr();
-    cuda::launch(op, rows, args, jacobi_sweep_cuda);
+    cuda::launch_in_workspace(op, rows, args, jacobi_sweep_cuda);
 }
 
 Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& start, const Tensor& keep,
