@@ -61,24 +61,26 @@ def workspace(kernels: Kernels, launcher: str, call: Mapping[str, Any]) -> Tenso
 
 @dataclass
 class DeviceBlock:
-    """A block and its state; the caches are rows of head_dim elements."""
+    """A block and its state on a device of some architecture; the caches are rows of head_dim elements."""
 
     weights: BlockWeights
     state: BlockState
     keys: Tensor
     values: Tensor
+    sm90: bool = False
 
     @classmethod
-    def of(cls, weights: BlockWeights, state: BlockState) -> DeviceBlock:
+    def of(cls, weights: BlockWeights, state: BlockState, *, sm90: bool = False) -> DeviceBlock:
         shape = (*state.keys.shape[:3], state.slots, weights.head_dim)
         # What was never written must not be read.
         keys, values = (torch.full(shape, torch.nan, dtype=state.keys.dtype) for _ in range(2))
-        return cls(weights, state, keys, values)
+        return cls(weights, state, keys, values, sm90)
 
     def rows(self, caches: Tensor) -> DeviceBlock:
         """A copy of some rows of the caches."""
         state = _sweep_reference._rows_of(self.state, caches)
-        return DeviceBlock(self.weights, state, self.keys[:, caches].contiguous(), self.values[:, caches].contiguous())
+        keys, values = (cache[:, caches].contiguous() for cache in (self.keys, self.values))
+        return DeviceBlock(self.weights, state, keys, values, self.sm90)
 
     def _layer(self, index: int, layer: LayerWeights) -> Mapping[str, Any]:
         kind = self.weights.norm
@@ -127,7 +129,7 @@ class DeviceBlock:
 
     @property
     def device(self) -> Mapping[str, Any]:
-        return {"multiprocessors": MULTIPROCESSORS}
+        return {"multiprocessors": MULTIPROCESSORS, "sm90": self.sm90}
 
     def sweep(
         self,

@@ -30,8 +30,9 @@ captured launches are kept with their arguments, and run by the graph.
 
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
 and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async, and in ``<op>_sm90.cu`` for TMA, mbarriers and wgmma of
-16 bits: emulator/include has their few headers with assembly. Not modelled: speed, weak memory order, the memory
-between blocks, clusters, stores by TMA; ``setmaxnreg`` does nothing.
+16 bits, which launchers of other sources call as in a build for sm_90a; emulator/include has their few headers with
+assembly. Not modelled: speed, weak memory order, the memory between blocks, clusters, stores by TMA; ``setmaxnreg``
+does nothing.
 
 Mutation tests: ``mutations`` makes one Mutation of each place where a pattern matches, and ``assert_caught`` compiles
 the mutated source and wants the check to fail (``switches`` compiles all mutations of a source at once). A check takes
@@ -76,8 +77,10 @@ COMMON = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 KERNEL = ("-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
 # For the emulator to see every access, or for AddressSanitizer to look at a thread's own arrays too.
 SEEN, SANITIZED = ("-fsanitize=thread",), ("-fsanitize=address", "-g1")
+# Launchers may call those for sm_90a, as in a build for it.
+WITH_SM90 = ("-DSTARFLOW_SM90=1",)
 # Of a source for sm_90a: TMA by the emulated driver, and CUTLASS without its checks, which are assembly.
-SM90 = ("-DSTARFLOW_SM90=1", "-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DNDEBUG")
+SM90 = ("-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DNDEBUG")
 SM90 += ("-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0")
 
 
@@ -406,8 +409,10 @@ def _library(
     defined = {
         name for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
     }
-    # Those for sm_90a are null where a source is not for it.
-    others = [name for name in declarations.launchers if name not in defined and "_sm90" not in name]
+    for_sm90 = path.stem.endswith("_sm90")
+    # The sanitizer would take minutes for all tiles of sm_90a: there, they are null for those that call them.
+    with_sm90 = for_sm90 or not sanitized
+    others = [name for name in declarations.launchers if name not in defined and (with_sm90 or "_sm90" not in name)]
     called = sorted(name for name in others if re.search(rf"\b{name}\b", text))
     declarations.launchers = {name: args for name, args in declarations.launchers.items() if name in defined}
     overlay: tuple[str, ...] = ()
@@ -433,13 +438,12 @@ def _library(
             f"return sizeof(starflow::{args}); }}\n"
         )
     files += [found for found in EMULATOR.rglob("*") if found.is_file()]
-    if path.stem.endswith("_sm90"):
-        flags = (*SM90, *flags)
+    own = (*flags, *(WITH_SM90 if with_sm90 else ()), *(SM90 if for_sm90 else ()))
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
     beside = [str(_library(_defining(name), None, flags, sanitized)[0]) for name in called]
     checked = SANITIZED if sanitized else SEEN
     link = (*beside, str(_runtime(sanitized)), f"-Wl,-rpath,{CACHE}", *_linked(sanitized))
-    library = _compile(path.stem, "".join(calls), (*KERNEL, *checked, *flags, *include), iter(files), link)
+    library = _compile(path.stem, "".join(calls), (*KERNEL, *checked, *own, *include), iter(files), link)
     return library, declarations
 
 

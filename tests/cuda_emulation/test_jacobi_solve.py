@@ -33,7 +33,16 @@ def kernels() -> Kernels:
 class Problem:
     """A block, noise for a batch of some of four samples, and solves of it that begin anew."""
 
-    def __init__(self, options: Options, samples: Sequence[int] = (0, 1), tokens: int = TOKENS, **kind: Any) -> None:
+    def __init__(
+        self,
+        options: Options,
+        samples: Sequence[int] = (0, 1),
+        tokens: int = TOKENS,
+        *,
+        sm90: bool = False,
+        **kind: Any,
+    ) -> None:
+        self.sm90 = sm90
         self.options, self.batch, self.tokens = options, len(samples), tokens
         self.weights = block(kind, "float16")
         g = torch.Generator().manual_seed(8)
@@ -49,7 +58,7 @@ class Problem:
         return _sweep_reference._rows_of(state, self.caches)
 
     def device(self) -> DeviceBlock:
-        return DeviceBlock.of(self.weights, self.state())
+        return DeviceBlock.of(self.weights, self.state(), sm90=self.sm90)
 
     def progress(self) -> SolveProgress:
         out = self.weights.proj_out.weight.out_channels
@@ -155,6 +164,20 @@ def test_any_window_at_tolerance_0_is_token_by_token_to_the_last_bit(kernels: Ke
         got, (done,) = Problem(replace(options, window=window), tokens=12).run(kernels)
         assert torch.equal(got.x, expected.x)
         assert done.accepted == [2] * 11
+
+
+def test_on_sm_90a(kernels: Kernels) -> None:
+    """By TMA and wgmma, whose tensor maps graphs keep: any window at tolerance 0 has the bits of one of 1."""
+    kind = {"width": 64, "heads": 4, "kv_heads": 2, "head_dim": 16, "hidden": 128}
+    results = []
+    for way, window in (("loop", 1), ("graph", 4), ("step", 4)):
+        options = Options(tolerance=0.0, guidance=0.8, window=window)
+        progress, (done,) = Problem(options, tokens=6, sm90=True, **kind).run(kernels, repeat=way)
+        assert done.report.products == 0
+        assert done.report.group_products > 0
+        assert done.accepted == [2] * 5
+        results.append(progress.x)
+    assert all(torch.equal(x, results[0]) for x in results)
 
 
 def test_parts_of_a_window_give_the_same_bits(kernels: Kernels) -> None:

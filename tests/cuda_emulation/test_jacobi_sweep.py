@@ -18,7 +18,9 @@ from .emulator import SEEDS, Kernels, Mutation, assert_caught, mutations, some
 
 # Distance from the reference, whose products are of float32; values are of order 1.
 BOUNDS = {"float16": 5e-3, "bfloat16": 4e-2}
-SLOTS = 40
+# Tokens in front of the last windows, and slots for all.
+PREFIX = 23
+SLOTS = PREFIX + 17
 
 
 @pytest.fixture(scope="module")
@@ -26,33 +28,49 @@ def kernels() -> Kernels:
     return sweep_kernels()
 
 
-def _calls(weights: BlockWeights) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+def _calls(weights: BlockWeights, prefix: int) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
     """Text, a prefix, and two windows at other places in each row: rows, start, keep, text."""
     g = torch.Generator().manual_seed(7)
     width, channels = weights.proj_in.weight.shape
     starts = torch.zeros(3, dtype=torch.int64)
     return [
         (torch.randn(3, 2, width, generator=g), starts, starts, True),
-        (torch.randn(3, 23, channels, generator=g), starts + 2, starts, False),
-        (torch.randn(3, 9, channels, generator=g), 23 + torch.arange(3), starts + 25 - torch.arange(3) % 2, False),
+        (torch.randn(3, prefix, channels, generator=g), starts + 2, starts, False),
+        (
+            torch.randn(3, 9, channels, generator=g),
+            prefix + torch.arange(3),
+            starts + prefix + 2 - torch.arange(3) % 2,
+            False,
+        ),
     ]
 
 
 def _sweeps(
-    kernels: Kernels, weights: BlockWeights, state: BlockState, expected: BlockState | None = None, **how: Any
+    kernels: Kernels,
+    weights: BlockWeights,
+    state: BlockState,
+    expected: BlockState | None = None,
+    *,
+    sm90: bool = False,
+    **how: Any,
 ) -> tuple[Tensor, ...]:
-    """What the sweeps put out, and what the caches then hold; near the reference on another state."""
-    device = DeviceBlock.of(weights, state)
+    """What the sweeps put out, and what the caches then hold; near the reference on another state.
+
+    On sm_90a by the kernels of TMA and wgmma alone.
+    """
+    device = DeviceBlock.of(weights, state, sm90=sm90)
+    prefix = state.slots - (SLOTS - PREFIX)
     bound = BOUNDS[weights.proj_in.weight.storage]
     results = []
-    for rows, start, keep, text in _calls(weights):
-        _, raw = device.sweep(kernels, rows, start, keep, text=text, **how)
+    for rows, start, keep, text in _calls(weights, prefix):
+        report, raw = device.sweep(kernels, rows, start, keep, text=text, **how)
+        assert (report.group_products > 0, report.products == 0) == (sm90, sm90)
         results.append(raw)
         if expected is not None:
             want = jacobi_sweep_reference(weights, expected, rows, start, keep, text)
             torch.testing.assert_close(raw, want, atol=bound, rtol=bound)
     # Slots that no window of a row has reached are as they were.
-    reached = torch.arange(SLOTS) < 32 + torch.arange(3)[:, None]
+    reached = torch.arange(state.slots) < prefix + 9 + torch.arange(3)[:, None]
     for index, cache in enumerate((device.keys, device.values)):
         seen = reached[None, :, None, :, None].expand_as(cache)
         assert cache[~seen].isnan().all()
@@ -77,6 +95,30 @@ def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, cache: Any, 
 @pytest.mark.parametrize("cache", ["bfloat16", "float16"])
 def test_every_type_of_cache(cache: Any, kernels: Kernels) -> None:
     _checked(kernels, {}, "bfloat16", cache)
+
+
+# Of heads whose caches TMA takes; one is padded to a tile of 128 channels.
+ON_SM90: dict[str, dict[str, Any]] = {
+    "whole tiles": KINDS["whole tiles"],
+    "gated, post-norms, q/k norms": KINDS["gated, post-norms, q/k norms"] | {"head_dim": 16},
+    "wide heads": {"heads": 3, "kv_heads": 1, "head_dim": 72},
+}
+
+
+@pytest.mark.parametrize("kind, storage", list(zip(ON_SM90, ("float16", "bfloat16", "bfloat16"), strict=True)), ids=str)
+def test_sweeps_on_sm_90a(kind: str, storage: Any, kernels: Kernels) -> None:
+    """Windows at other places in each row, whose keys reach into a second tile."""
+    weights = block(ON_SM90[kind], storage)
+    state, expected = (state_of(weights, 3, SLOTS + 120, storage=storage) for _ in range(2))
+    _sweeps(kernels, weights, state, expected, sm90=True)
+
+
+def test_any_number_of_rows_together_gives_the_same_bits_on_sm_90a(kernels: Kernels) -> None:
+    weights = block(ON_SM90["gated, post-norms, q/k norms"], "float16")
+    first, again = (state_of(weights, 3, SLOTS, storage="float16") for _ in range(2))
+    expected = _sweeps(kernels, weights, first, sm90=True)
+    for got, want in zip(_sweeps(kernels, weights, again, sm90=True, most_rows=20, seed=1), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def _without(state: BlockState) -> BlockState:

@@ -21,8 +21,6 @@ from .emulator import SEEDS, Kernels, Mutation, Report, assert_caught, emulated,
 SOURCE = "ops/linear/linear.cu"
 # Two of its tiles, compiled in a moment.
 SMALL = "linear_small.cu"
-# All of those of sm_90a, by CUTLASS's own collective.
-SM90 = "linear_sm90.cu"
 TILES = ((16, 64), (32, 64), (64, 64), (128, 64), (128, 128))
 HALVES = (torch.bfloat16, torch.float16)
 OUT = (torch.float32, *HALVES)
@@ -57,6 +55,21 @@ class Result:
     product: Tensor | None
 
 
+@dataclass(frozen=True)
+class OnSm90:
+    """The kernels of sm_90a, by CUTLASS's own collective."""
+
+    kernels: Kernels
+
+    def launch(self, launcher: str, seed: int, **values: Any) -> Report:
+        report = self.kernels.launch(launcher, seed, **values, sm90=True)
+        assert report.products == 0
+        return report
+
+
+Launching = Kernels | OnSm90
+
+
 def _ceil(value: int, by: int) -> int:
     return -(-value // by)
 
@@ -87,7 +100,7 @@ def _view(tensor: Tensor | None) -> Any:
     return {} if tensor is None else tensor
 
 
-def _launch(kernels: Kernels, call: Call, seed: int = 0, gap: int = GAP) -> Result:
+def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Result:
     """As csrc/ops/linear/linear.cpp does; results have `gap` more columns, which must stay as they are."""
     (rows, channels), out_channels = call.x.shape, call.weight.shape[0]
     packed = call.weight.new_zeros(device_rows_shape(out_channels, channels))
@@ -193,39 +206,39 @@ def _near(got: Tensor, expected: Tensor, bound: Tensor, label: str) -> None:
     assert not wrong.any(), f"{label}: {got[wrong][:4].tolist()} instead of {expected[wrong][:4].tolist()}"
 
 
-def _run(kernels: Kernels, call: Call, seed: int = 0) -> Result:
+def _run(kernels: Launching, call: Call, seed: int = 0) -> Result:
     result = _launch(kernels, call, seed)
     _check(call, result, f"{list(call.x.shape)} to {call.weight.shape[0]}, tile {call.tile}, {call.parts} parts")
     return result
 
 
-@pytest.fixture(scope="module", params=[SOURCE, SM90], ids=["sm_80", "sm_90a"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    return emulated(request.param)
+@pytest.fixture(scope="module", params=[SOURCE, "sm_90a"], ids=["sm_80", "sm_90a"])
+def kernels(request: pytest.FixtureRequest) -> Launching:
+    return OnSm90(emulated(SOURCE)) if request.param == "sm_90a" else emulated(SOURCE)
 
 
-@pytest.fixture(scope="module", params=[SMALL, SM90], ids=["sm_80", "sm_90a"])
-def small(request: pytest.FixtureRequest) -> Kernels:
-    return emulated(request.param)
+@pytest.fixture(scope="module", params=[SMALL, "sm_90a"], ids=["sm_80", "sm_90a"])
+def small(request: pytest.FixtureRequest) -> Launching:
+    return OnSm90(emulated(SOURCE)) if request.param == "sm_90a" else emulated(SMALL)
 
 
 @pytest.mark.parametrize("weight", HALVES, ids=dtype_text)
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
-def test_every_tile(tile: tuple[int, int], weight: torch.dtype, split: bool, kernels: Kernels) -> None:
+def test_every_tile(tile: tuple[int, int], weight: torch.dtype, split: bool, kernels: Launching) -> None:
     """Two tiles of rows and of columns, the second ones nearly empty; three parts of unequal length."""
     rows, columns = tile
     call = _call(rows + 3, 4 * DEPTH + 24, columns + 4, weight, tile=tile, parts=3, split=split, epilogue="gelu")
     _run(kernels, replace(call, residual=_draw(rows + 3, columns + 4, seed=9)))
 
 
-def _epilogues(small: Kernels) -> None:
+def _epilogues(small: Launching) -> None:
     for epilogue, multiply, residual, stored in combinations(EPILOGUES, (None, True), (None, True), OUT):
         call = _call(5, 40, 20, epilogue=epilogue, multiply=multiply, residual=residual, stored=stored, product=True)
         _run(small, call)
 
 
-def test_epilogues(small: Kernels) -> None:
+def test_epilogues(small: Launching) -> None:
     _epilogues(small)
     for dtype in HALVES:
         call = _call(17, 40, 21, multiply=True, residual=True, bias=None)
@@ -234,7 +247,7 @@ def test_epilogues(small: Kernels) -> None:
         _run(small, replace(call, multiply=call.multiply.to(dtype), residual=call.residual.to(dtype), stored=dtype))
 
 
-def _edges(small: Kernels) -> None:
+def _edges(small: Launching) -> None:
     seeds = 0
     for rows, out, channels in (
         *((rows, 9, 20) for rows in (1, 15, 16, 17, 33)),
@@ -246,7 +259,7 @@ def _edges(small: Kernels) -> None:
             _run(small, _call(rows, channels, out, tile=tile), seeds)
 
 
-def test_edges(small: Kernels) -> None:
+def test_edges(small: Launching) -> None:
     _edges(small)
 
 
@@ -256,7 +269,7 @@ def test_nothing_in() -> None:
         _run(emulated(SMALL), _call(3, 0, 9, tile=tile))
 
 
-def test_nothing(kernels: Kernels) -> None:
+def test_nothing(kernels: Launching) -> None:
     for rows, out in ((0, 5), (5, 0), (0, 0)):
         assert _launch(kernels, _call(rows, 40, out)).report.launches == 0
 
@@ -265,7 +278,7 @@ def _bits(result: Result) -> Tensor:
     return result.out.contiguous().view(torch.int32)
 
 
-def _parts(small: Kernels) -> None:
+def _parts(small: Launching) -> None:
     """Split or in turn, in any tile, and whatever the other rows are: the same bits."""
     for parts, steps in ((2, 2), (3, 7), (5, 9)):
         call = _call(19, steps * DEPTH - 8, 70, parts=parts, tile=(32, 64))
@@ -277,17 +290,17 @@ def _parts(small: Kernels) -> None:
         assert torch.equal(_bits(alone), _bits(expected)[18:])
 
 
-def test_parts_of_the_depth(small: Kernels) -> None:
+def test_parts_of_the_depth(small: Launching) -> None:
     _parts(small)
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_a_row_has_the_same_bits_in_every_tile(tile: tuple[int, int], kernels: Kernels) -> None:
+def test_a_row_has_the_same_bits_in_every_tile(tile: tuple[int, int], kernels: Launching) -> None:
     call = _call(3, 2 * DEPTH, 70, parts=2)
     assert torch.equal(_bits(_run(kernels, replace(call, tile=tile))), _bits(_run(kernels, call)))
 
 
-def _places(small: Kernels) -> None:
+def _places(small: Launching) -> None:
     """x, what the epilogue reads and what it writes at any address and distance: the same bits."""
     call = _call(5, 64, 20, multiply=True, residual=True, epilogue="gelu")
     call = replace(call, x=call.x.bfloat16())
@@ -311,11 +324,11 @@ def _places(small: Kernels) -> None:
     assert torch.equal(_bits(_launch(small, call, gap=1)), _bits(expected))
 
 
-def test_any_place_in_memory(small: Kernels) -> None:
+def test_any_place_in_memory(small: Launching) -> None:
     _places(small)
 
 
-def _norms(small: Kernels) -> None:
+def _norms(small: Launching) -> None:
     for channels, dtype in combinations((64, 50, 1, 600), OUT):
         for norm in (
             InputNorm(_draw(channels, seed=8), _draw(channels, seed=9)),
@@ -326,11 +339,11 @@ def _norms(small: Kernels) -> None:
             _run(small, replace(call, x=(2 + call.x).to(dtype)))
 
 
-def test_norm_on_the_way_in(small: Kernels) -> None:
+def test_norm_on_the_way_in(small: Launching) -> None:
     _norms(small)
 
 
-def test_float32_enters_rounded_to_the_nearest(kernels: Kernels) -> None:
+def test_float32_enters_rounded_to_the_nearest(kernels: Launching) -> None:
     """Ties to even: as torch rounds."""
     x = torch.tensor([[1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 0, 0, 0, 0]])
     for dtype in HALVES:
@@ -338,7 +351,7 @@ def test_float32_enters_rounded_to_the_nearest(kernels: Kernels) -> None:
         assert torch.equal(result.out, x.to(dtype).float())
 
 
-def test_a_nan_stays_in_its_row_and_an_infinity_of_the_weight_in_its_column(small: Kernels) -> None:
+def test_a_nan_stays_in_its_row_and_an_infinity_of_the_weight_in_its_column(small: Launching) -> None:
     call = _call(9, 80, 50)
     call.x[4, 79] = torch.nan
     call.weight[33, 0] = torch.inf
@@ -349,14 +362,14 @@ def test_a_nan_stays_in_its_row_and_an_infinity_of_the_weight_in_its_column(smal
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
-def test_every_schedule_gives_the_same_bits(split: bool, small: Kernels) -> None:
+def test_every_schedule_gives_the_same_bits(split: bool, small: Launching) -> None:
     call = _call(20, 5 * DEPTH, 72, tile=(32, 64), parts=2, split=split, norm=InputNorm(_draw(5 * DEPTH)))
     expected = _run(small, call, SEEDS[0])
     for seed in SEEDS[1:]:
         assert torch.equal(_bits(_run(small, call, seed)), _bits(expected))
 
 
-def _traffic(small: Kernels, split: bool) -> None:
+def _traffic(small: Launching, split: bool) -> None:
     """The weight once for each tile of rows, x once for each of columns, the rest once; and no bank met twice."""
     call = _call(33, 4 * DEPTH, 128, tile=(32, 64), parts=2, split=split, multiply=True, residual=True)
     report = _launch(small, replace(call, x=call.x.bfloat16())).report
@@ -380,7 +393,7 @@ def _traffic(small: Kernels, split: bool) -> None:
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
-def test_bytes_moved_and_banks(split: bool, small: Kernels) -> None:
+def test_bytes_moved_and_banks(split: bool, small: Launching) -> None:
     _traffic(small, split)
 
 
@@ -390,7 +403,7 @@ def test_bytes_moved_and_banks(split: bool, small: Kernels) -> None:
 MULTIPLY, FINISH, INPUT = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input"))
 
 
-def _split(small: Kernels) -> None:
+def _split(small: Launching) -> None:
     _traffic(small, True)
     _parts(small)
 
