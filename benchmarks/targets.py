@@ -5,7 +5,7 @@
 A line has `name`, `value`, `unit`, `goal` (what shall hold), `moonshot`, `holds`, the raw medians in seconds, and what
 else explains it. A ratio is of medians of the competitor and of this project, run in turn in this process; shares are
 of ceilings that are measured first, in the same run (benchmarks/ceilings.cpp). What the machine lacks is skipped by
-name, with the reason.
+name, with the reason. The figures of CUDA are of what can be counted without a GPU (benchmarks/cuda_static.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cuda_static  # noqa: F401  (its targets)
 import models
 import token_order as study
 import torch
+from figures import TARGETS, Figure, Skipped, target
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,61 +45,6 @@ from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext.jacobi_sweep import BlockState, jacobi_sweep
 from starflow_ext.rope_append import Cache, Rotation
-
-
-class Skipped(Exception):  # noqa: N818  (not an error: the machine lacks something)
-    """A target that this machine cannot measure; the message says why."""
-
-
-@dataclass
-class Figure:
-    """One line of the output.
-
-    Attributes:
-        name: of the target.
-        value: what was measured. unit: of what.
-        goal, moonshot: what shall hold, and what the ceiling allows.
-        lower: smaller is better.
-        raw: medians in seconds, and other facts.
-    """
-
-    name: str
-    value: float
-    unit: str
-    goal: float
-    moonshot: float
-    lower: bool = False
-    raw: dict[str, Any] = field(default_factory=dict)
-
-    def line(self) -> str:
-        """Return the JSON line."""
-        holds = self.value <= self.goal if self.lower else self.value >= self.goal
-        rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in self.raw.items()}
-        return json.dumps(
-            {
-                "name": self.name,
-                "value": float(f"{self.value:.4g}"),
-                "unit": self.unit,
-                "goal": self.goal,
-                "moonshot": self.moonshot,
-                "holds": holds,
-                **rounded,
-            }
-        )
-
-
-Target = Callable[[], Iterator[Figure]]
-TARGETS: dict[str, tuple[str, Target]] = {}
-
-
-def target(group: str) -> Callable[[Target], Target]:
-    """Enter a function of this file under its name."""
-
-    def enter(function: Target) -> Target:
-        TARGETS[function.__name__] = (group, function)
-        return function
-
-    return enter
 
 
 def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02) -> list[float]:
@@ -689,7 +635,8 @@ def main() -> int:
     for name, (group, function) in TARGETS.items():
         if (args.names and name not in args.names) or (args.group and group != args.group):
             continue
-        if not args.list and not started:
+        # Of what needs no GPU, there is none.
+        if not args.list and not started and group != "cuda":
             print(json.dumps({"name": "ceilings", "isa": native.selected_isa(), **ceilings()}), flush=True)
             started = True
         if args.list:

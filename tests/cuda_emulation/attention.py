@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from starflow_ext._check import dtype_text
 from starflow_ext._spec import Sample
 from starflow_ext.block_attention import SPEC, FrameMask
 
 from ..ops import battery
+from .emulator import Kernels, Report
+
+HALVES = (torch.float16, torch.bfloat16)
+FORWARD = "ops/block_attention/block_attention.cu"
+FORWARD_SM90 = "ops/block_attention/block_attention_sm90.cu"
 
 OPTIONS = ("causal", "q_start", "q_starts", "k_length", "k_lengths", "prefix", "frame_tokens", "look_ahead", "window")
 
@@ -81,6 +88,56 @@ def by_token(like: Tensor) -> Tensor:
     """As the op allocates results, but rows as far apart as those of ``like``; NaN where nothing is written."""
     batch, heads, tokens, head_dim = like.shape
     return like.new_full((batch, tokens, heads, like.stride(2)), torch.nan).transpose(1, 2)[..., :head_dim]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a launch of the forward pass left; `parts` are the results of the parts of the keys."""
+
+    report: Report
+    out: Tensor
+    lse: Tensor
+    parts: Tensor | None
+
+
+def run_forward(kernels: Kernels, launcher: str, seed: int, call: Call, rows: int = 64, splits: int = 1) -> Run:
+    """In tiles of so many rows, with the keys in so many parts."""
+    out, lse = by_token(call.q), torch.full(call.q.shape[:3], torch.nan)
+    parts = torch.full((splits * (call.q.numel() + lse.numel()),), torch.nan) if splits > 1 else None
+    report = kernels.launch(launcher, seed, **call.common, out=out, lse=lse, tile_rows=rows, splits=splits, parts=parts)
+    return Run(report, out, lse, parts)
+
+
+@dataclass(frozen=True)
+class ForwardKernel:
+    """A kernel of the forward pass: its launcher, type, channels and rows."""
+
+    source: str
+    dtype: torch.dtype
+    width: int
+    rows: int
+
+    @property
+    def launcher(self) -> str:
+        return f"{Path(self.source).stem}_cuda"
+
+    def __str__(self) -> str:
+        return f"{Path(self.source).stem} {dtype_text(self.dtype)}, {self.width} channels, {self.rows} rows"
+
+
+FORWARD_KERNELS = (
+    *(ForwardKernel(FORWARD, torch.float32, width, rows) for width, rows in ((64, 64), (128, 64), (256, 32))),
+    *(
+        ForwardKernel(FORWARD, dtype, width, rows)
+        for dtype in HALVES
+        for width, rows in ((64, 64), (64, 128), (128, 64), (128, 128), (256, 64))
+    ),
+    *(
+        ForwardKernel(FORWARD_SM90, dtype, width, rows)
+        for dtype in HALVES
+        for width, rows in ((64, 64), (64, 128), (128, 64), (128, 128))
+    ),
+)
 
 
 def usual_calls(dtype: torch.dtype) -> Iterator[Sample]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from math import prod
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -15,96 +13,34 @@ from starflow_ext._check import arithmetic_dtype
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
 from ..ops import battery
-from .emulator import SEEDS, Kernels, Mutation, Report, assert_caught, emulated, mutations
+from .affine import CALLS, OPS, rows_of, run, shape_of, source_of, traffic
+from .emulator import SEEDS, Kernels, Mutation, assert_caught, emulated, mutations
 
-OPS = ("affine_forward", "affine_inverse", "jacobi_update")
 SPECS = [ops.SPECS[name] for name in OPS]
 DIFFERENTIABLE = [spec for spec in SPECS if spec.differentiable]
-
-
-def _source(name: str) -> str:
-    return f"ops/{name}/{name}.cu"
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """(..., tokens, channels) as (batch, tokens, channels)."""
-    return tensor.reshape(prod(tensor.shape[:-2]), *tensor.shape[-2:])
-
-
-def _shape(data: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> dict[str, Any]:
-    batch, tokens, channels = data.shape
-    options = {"activation": "exponential" if activation == "exp" else activation}
-    options |= {"soft_clip": soft_clip, "shifted": shifted}
-    return {
-        "batch": batch,
-        "tokens": tokens,
-        "channels": channels,
-        "data": data.dtype,
-        "raw": raw.dtype,
-        "options": options,
-    }
-
-
-def _forward(
-    kernels: Kernels, seed: int, x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
-) -> tuple[Report, tuple[Tensor, ...]]:
-    rows, raws = _rows(x), _rows(raw)
-    z, log_det = torch.empty_like(rows), rows.new_empty(rows.shape[:2], dtype=arithmetic_dtype(x.dtype))
-    shape = _shape(rows, raws, activation, soft_clip, shifted)
-    report = kernels.launch("affine_forward_cuda", seed, shape=shape, x=rows, raw=raws, z=z, log_det=log_det)
-    return report, (z.reshape(x.shape), log_det.reshape(x.shape[:-1]))
-
-
-def _inverse(
-    kernels: Kernels, seed: int, z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
-) -> tuple[Report, tuple[Tensor, ...]]:
-    rows, raws = _rows(z), _rows(raw)
-    x = torch.empty_like(rows)
-    shape = _shape(rows, raws, activation, soft_clip, shifted)
-    return kernels.launch("affine_inverse_cuda", seed, shape=shape, z=rows, raw=raws, x=x), (x.reshape(z.shape),)
-
-
-def _update(
-    kernels: Kernels, seed: int, x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float
-) -> tuple[Report, tuple[Tensor, ...]]:
-    change = x.new_empty(x.shape[:2], dtype=torch.float32)
-    shape = _shape(x, raw, activation, soft_clip, False)
-    given = {"x": x, "z": z, "raw": raw, "change": change, "guidance": guidance}
-    return kernels.launch("jacobi_update_cuda", seed, shape=shape, **given), (change, x)
-
-
-CALLS: dict[str, Callable[..., tuple[Report, tuple[Tensor, ...]]]] = {
-    "affine_forward": _forward,
-    "affine_inverse": _inverse,
-    "jacobi_update": _update,
-}
-
-
-def _run(spec: Spec, kernels: Kernels, seed: int, sample: Sample) -> tuple[Report, tuple[Tensor, ...]]:
-    return CALLS[spec.name](kernels, seed, **spec.arguments(**battery.copied(sample).arguments))
 
 
 def _values(spec: Spec, kernels: Kernels, dtypes: Dtypes) -> None:
     """Every sample of the op, each in another schedule."""
     pairs = zip(battery.samples(spec, dtypes), battery.exact(spec.name, dtypes), strict=True)
     for seed, (sample, expected) in enumerate(pairs):
-        _, results = _run(spec, kernels, seed, sample)
+        _, results = run(spec, kernels, seed, sample)
         for got, want in zip(results, expected, strict=True):
             battery.assert_near(got, want, battery.bound_of(spec, sample, got.dtype), sample.label)
 
 
 @battery.with_dtypes(SPECS)
 def test_value(spec: Spec, dtypes: Dtypes) -> None:
-    _values(spec, emulated(_source(spec.name)), dtypes)
+    _values(spec, emulated(source_of(spec.name)), dtypes)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_every_schedule_gives_the_same_bits(spec: Spec) -> None:
-    kernels = emulated(_source(spec.name))
+    kernels = emulated(source_of(spec.name))
     sample = battery.plain(spec)
-    _, expected = _run(spec, kernels, SEEDS[0], sample)
+    _, expected = run(spec, kernels, SEEDS[0], sample)
     for seed in SEEDS[1:]:
-        battery.assert_equal(_run(spec, kernels, seed, sample)[1], expected)
+        battery.assert_equal(run(spec, kernels, seed, sample)[1], expected)
 
 
 def _gradients(spec: Spec, kernels: Kernels, seed: int, sample: Sample) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -120,14 +56,14 @@ def _gradients(spec: Spec, kernels: Kernels, seed: int, sample: Sample) -> Itera
     # Without a scale the log-determinant is a constant.
     weighed = sum((result * grad.double()).sum() for result, grad in zip(results, upstream, strict=True))
     expected = torch.autograd.grad(weighed, [exact[name] for name in spec.differentiable])
-    rows, raws = _rows(data), _rows(raw)
+    rows, raws = rows_of(data), rows_of(raw)
     grad_data, grad_raw = torch.empty_like(rows), torch.empty_like(raws)
     fields = {"raw": raws, "grad_raw": grad_raw}
     if spec.name == "affine_forward":
-        fields |= {"x": rows, "grad_z": _rows(upstream[0]), "grad_log_det": upstream[1], "grad_x": grad_data}
+        fields |= {"x": rows, "grad_z": rows_of(upstream[0]), "grad_log_det": upstream[1], "grad_x": grad_data}
     else:
-        fields |= {"z": rows, "grad_x": _rows(upstream[0]), "grad_z": grad_data}
-    shape = _shape(rows, raws, *list(arguments.values())[2:])
+        fields |= {"z": rows, "grad_x": rows_of(upstream[0]), "grad_z": grad_data}
+    shape = shape_of(rows, raws, *list(arguments.values())[2:])
     kernels.launch(f"{spec.name}_backward_cuda", seed, shape=shape, **fields)
     got = (grad_data.reshape(data.shape), grad_raw.reshape(raw.shape))
     yield from zip(spec.differentiable, got, expected, strict=True)
@@ -149,36 +85,28 @@ def _gradients_near(spec: Spec, kernels: Kernels, dtypes: Dtypes) -> None:
 
 @battery.with_dtypes(DIFFERENTIABLE)
 def test_gradient(spec: Spec, dtypes: Dtypes) -> None:
-    _gradients_near(spec, emulated(_source(spec.name)), dtypes)
+    _gradients_near(spec, emulated(source_of(spec.name)), dtypes)
 
 
 def _moved(spec: Spec, kernels: Kernels, dtypes: Dtypes, channels: int) -> None:
     """Every byte of an argument is read once, every byte of a result written once, and nothing else is touched."""
-    data, other = dtypes
-    x = torch.randn(2, 3, channels).to(data)
-    raw = torch.randn(2, 3, 2 * channels).to(other)
-    given: dict[str, Any] = {
-        "affine_forward": {"x": x, "raw": raw},
-        "affine_inverse": {"z": x, "raw": raw},
-        "jacobi_update": {"x": x, "z": x.clone(), "raw": torch.cat([raw, raw]), "guidance": 1.5},
-    }[spec.name]
-    made = {"affine_forward": ("z", "log_det"), "affine_inverse": ("x",), "jacobi_update": ("change", "x")}[spec.name]
-    report, results = _run(spec, kernels, 0, Sample("", given))
-    nothing = dict.fromkeys(report.read, 0)
-    assert report.read == nothing | {name: value.nbytes for name, value in given.items() if isinstance(value, Tensor)}
-    assert report.written == nothing | {name: value.nbytes for name, value in zip(made, results, strict=True)}
+    moved = traffic(spec, kernels, dtypes, channels)
+    assert moved.read == moved.given
+    assert moved.written == moved.made
 
 
 @battery.with_dtypes(SPECS)
 @pytest.mark.parametrize("channels", [64, 61])
 def test_each_input_is_read_once_and_each_result_written_once(spec: Spec, dtypes: Dtypes, channels: int) -> None:
-    _moved(spec, emulated(_source(spec.name)), dtypes, channels)
+    _moved(spec, emulated(source_of(spec.name)), dtypes, channels)
 
 
 def test_a_warp_reads_whole_sectors() -> None:
     """16 bytes a lane: a row of 128 floats is 16 sectors of 32 bytes, no more."""
     x = torch.randn(2, 3, 128)
-    report, _ = _inverse(emulated(_source("affine_inverse")), 0, x, torch.cat([x, x], -1), "softplus", 0.0, False)
+    report, _ = CALLS["affine_inverse"](
+        emulated(source_of("affine_inverse")), 0, x, torch.cat([x, x], -1), "softplus", 0.0, False
+    )
     assert report.sectors_read == {"z": 6 * 16, "raw": 6 * 32, "x": 0}
     assert report.sectors_written == {"z": 0, "raw": 0, "x": 6 * 16}
 
@@ -196,7 +124,7 @@ def _anywhere(spec: Spec, kernels: Kernels, skip: int, gap: int) -> None:
         return whole[..., skip : skip + channels]
 
     sample = battery.plain(spec).map(four_tokens)
-    _, expected = _run(spec, kernels, 0, sample)
+    _, expected = run(spec, kernels, 0, sample)
     # Not through battery.copied, which would put them side by side.
     _, results = CALLS[spec.name](kernels, 1, **spec.arguments(**sample.map(moved).arguments))
     for got, want in zip(results, expected, strict=True):
@@ -207,18 +135,20 @@ def _not_a_number(kernels: Kernels) -> None:
     """A token with NaN in any channel has changed by NaN: it is never taken for settled."""
     x = torch.randn(2, 3, 48)
     x[1, 1, 17] = float("nan")
-    _, (change, _) = _update(kernels, 0, x, torch.randn(2, 3, 48), torch.randn(2, 3, 96), "softplus", 0.0, 0.0)
+    _, (change, _) = CALLS["jacobi_update"](
+        kernels, 0, x, torch.randn(2, 3, 48), torch.randn(2, 3, 96), "softplus", 0.0, 0.0
+    )
     assert change.isnan().nonzero().tolist() == [[1, 1]]
 
 
 def test_a_token_that_is_not_a_number_never_settles() -> None:
-    _not_a_number(emulated(_source("jacobi_update")))
+    _not_a_number(emulated(source_of("jacobi_update")))
 
 
 @pytest.mark.parametrize("skip, gap", [(0, 1), (1, 0), (1, 3), (4, 4)])
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_rows_may_lie_anywhere(spec: Spec, skip: int, gap: int) -> None:
-    _anywhere(spec, emulated(_source(spec.name)), skip, gap)
+    _anywhere(spec, emulated(source_of(spec.name)), skip, gap)
 
 
 PACKED = "cuda/packed.cuh"
@@ -232,14 +162,14 @@ SHIFTED = {r"t < behind": "false", r" - behind": ""}
 REDUCED = {r"if \(lane\(\) == 0\)": ""}
 MUTATIONS = {
     "affine_forward": [
-        *mutations(_source("affine_forward"), BOUNDS | SHIFTED | REDUCED),
+        *mutations(source_of("affine_forward"), BOUNDS | SHIFTED | REDUCED),
         *mutations(
             "cuda/reduce.cuh", {r"(?<=\n    for \(int offset = )warp_size / 2(?=[^}]*value \+=)": "warp_size / 4"}
         ),
     ],
-    "affine_inverse": [*mutations(_source("affine_inverse"), BOUNDS | SHIFTED), *mutations(PACKED, ALIGNMENT)],
+    "affine_inverse": [*mutations(source_of("affine_inverse"), BOUNDS | SHIFTED), *mutations(PACKED, ALIGNMENT)],
     "jacobi_update": [
-        *mutations(_source("jacobi_update"), BOUNDS | REDUCED),
+        *mutations(source_of("jacobi_update"), BOUNDS | REDUCED),
         *mutations("cuda/reduce.cuh", {"a > b \\|\\| a != a": "a > b"}),
     ],
 }
@@ -260,4 +190,4 @@ def test_mutation_is_caught(name: str, mutation: Mutation) -> None:
         else:
             _not_a_number(kernels)
 
-    assert_caught(_source(name), mutation, check)
+    assert_caught(source_of(name), mutation, check)

@@ -14,6 +14,8 @@ from starflow_ext.block_attention import SPEC
 
 from ..ops import battery
 from .attention import (
+    FORWARD,
+    HALVES,
     Call,
     arguments_for,
     assert_forward,
@@ -21,6 +23,7 @@ from .attention import (
     draw,
     exact,
     in_rows,
+    run_forward,
     small,
     small_exact,
     usual_calls,
@@ -28,9 +31,8 @@ from .attention import (
 from .emulator import SEEDS, EmulationError, Kernels, Report, emulated
 from .switches import BOUND, NOT, STATEMENT, Switches
 
-FORWARD = "ops/block_attention/block_attention.cu"
 BACKWARD = "ops/block_attention/block_attention_backward.cu"
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALVES)
 # Of gradients, relative to the largest: weights and products are rounded before each product.
 GRADIENT_BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Rows of a tile, and parts of the keys. Tiles of 128 rows exist for 16 bits; float32 has one size for each width.
@@ -38,12 +40,8 @@ SCHEDULES = ((64, 1), (128, 1), (64, 3), (64, 2), (128, 4))
 
 
 def _forward(kernels: Kernels, seed: int, call: Call, rows: int = 64, splits: int = 1) -> tuple[Report, Tensor, Tensor]:
-    out, lse = by_token(call.q), torch.full(call.q.shape[:3], torch.nan)
-    parts = torch.full((splits * call.q.numel() + splits * lse.numel(),), torch.nan) if splits > 1 else None
-    report = kernels.launch(
-        "block_attention_cuda", seed, **call.common, out=out, lse=lse, tile_rows=rows, splits=splits, parts=parts
-    )
-    return report, out, lse
+    run = run_forward(kernels, "block_attention_cuda", seed, call, rows, splits)
+    return run.report, run.out, run.lse
 
 
 def _assert_values(kernels: Kernels, dtype: torch.dtype) -> None:

@@ -14,12 +14,10 @@ from starflow_ext._spec import Sample
 from starflow_ext.block_attention import SPEC, FrameMask
 
 from ..ops import battery
-from .attention import Call, arguments_for, assert_forward, by_token, exact, usual_calls
+from .attention import FORWARD_SM90, HALVES, Call, arguments_for, assert_forward, exact, run_forward, usual_calls
 from .emulator import SEEDS, EmulationError, Kernels, Report, emulated
 from .switches import BOUND, NOT, STATEMENT, Switches
 
-SOURCE = "ops/block_attention/block_attention_sm90.cu"
-DTYPES = (torch.float16, torch.bfloat16)
 # Keys of a tile, and the number of tiles that are in shared memory at a time.
 COLUMNS = 128
 STAGES = 2
@@ -35,17 +33,13 @@ def _joined(parts: Tensor, logs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run(kernels: Kernels, seed: int, call: Call, rows: int = 64, splits: int = 1) -> tuple[Report, Tensor, Tensor]:
-    out, lse = by_token(call.q), torch.full(call.q.shape[:3], torch.nan)
+    run = run_forward(kernels, "block_attention_sm90_cuda", seed, call, rows, splits)
+    if run.parts is None:
+        return run.report, run.out, run.lse
     size = call.q.numel() * splits
-    parts = torch.full((size + splits * lse.numel(),), torch.nan) if splits > 1 else None
-    report = kernels.launch(
-        "block_attention_sm90_cuda", seed, **call.common, out=out, lse=lse, tile_rows=rows, splits=splits, parts=parts
-    )
-    if parts is None:
-        return report, out, lse
-    double = parts.double()
-    joined, lse = _joined(double[:size].view(splits, *call.q.shape), double[size:].view(splits, *lse.shape))
-    return report, joined.to(call.q.dtype), lse.float()
+    double = run.parts.double()
+    joined, lse = _joined(double[:size].view(splits, *call.q.shape), double[size:].view(splits, *run.lse.shape))
+    return run.report, joined.to(call.q.dtype), lse.float()
 
 
 def _in_chunks(tensor: Tensor, skip: int = 0, gap: int = 0) -> Tensor:
@@ -66,7 +60,7 @@ def _calls(dtype: torch.dtype) -> Iterator[tuple[Sample, tuple[Tensor, Tensor]]]
             yield Sample(sample.label, {**sample.arguments, **placed}), want
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_value(dtype: torch.dtype) -> None:
     """Every mask, size and option of the battery, each in another schedule, by other tiles and parts of the keys."""
     calls = list(_calls(dtype))
@@ -74,18 +68,18 @@ def test_value(dtype: torch.dtype) -> None:
     for i, (sample, want) in enumerate(calls):
         rows, splits = SCHEDULES[i % len(SCHEDULES)]
         call = Call.of(sample.arguments)
-        report, out, lse = _run(emulated(SOURCE), i, call, rows, splits)
+        report, out, lse = _run(emulated(FORWARD_SM90), i, call, rows, splits)
         assert_forward(dtype, f"{sample.label}, {rows} rows, {splits} parts", (out, lse), want)
         # Of a row that is whole chunks; what wgmma reads always is.
         assert report.bank_conflicts == 0 or not call.wide, sample.label
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("rows, splits", [(64, 2), (128, 1)])
 def test_every_schedule_gives_the_same_bits(dtype: torch.dtype, head_dim: int, rows: int, splits: int) -> None:
     """More tiles than stages, so that each stage is used again."""
-    kernels = emulated(SOURCE)
+    kernels = emulated(FORWARD_SM90)
     call = Call.of(_long(dtype, head_dim))
     report, *expected = _run(kernels, SEEDS[0], call, rows, splits)
     assert report.tensor_copies > 2 * STAGES * (head_dim // 64) * report.blocks
@@ -93,11 +87,11 @@ def test_every_schedule_gives_the_same_bits(dtype: torch.dtype, head_dim: int, r
         battery.assert_equal(tuple(_run(kernels, seed, call, rows, splits)[1:]), tuple(expected))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_rows_stand_alone(dtype: torch.dtype, head_dim: int) -> None:
     """With the keys in one part, a query's bits are those that it has alone, in a tile of any size."""
-    kernels = emulated(SOURCE)
+    kernels = emulated(FORWARD_SM90)
     arguments = {**arguments_for(dtype, head_dim, keys=400), "q_start": 300}
     _, together, _ = _run(kernels, 0, Call.of(arguments), 128)
     for i in (0, 1, 37, 69):
@@ -128,7 +122,7 @@ def test_visible_tiles_are_read_once() -> None:
     for name in ("k", "v"):
         arguments[name] = torch.where(hidden, torch.nan, arguments[name])
     call = Call.of(arguments)
-    report, out, lse = _run(emulated(SOURCE), 0, call)
+    report, out, lse = _run(emulated(FORWARD_SM90), 0, call)
     finite = {name: arguments[name].nan_to_num(0.0) for name in ("k", "v")}
     doubles = battery.in_float64(Sample("", {**arguments, **finite}))
     want = SPEC.reference(**{**SPEC.arguments(**doubles.arguments), "return_lse": True})
@@ -144,7 +138,7 @@ def test_visible_tiles_are_read_once() -> None:
 
 def test_rows_may_lie_anywhere() -> None:
     """Queries and results at any address and distance, keys at multiples of 16 bytes: the same bits."""
-    kernels = emulated(SOURCE)
+    kernels = emulated(FORWARD_SM90)
     arguments = arguments_for(torch.bfloat16)
     _, *expected = _run(kernels, 0, Call.of(arguments))
     for skip, gap, of_keys in ((1, 0, 0), (0, 3, 8), (8, 8, 16)):
@@ -160,7 +154,7 @@ def test_what_tma_does_not_take_is_an_error() -> None:
     for name in ("k", "v"):
         for placed in (_in_chunks(arguments[name], 4), _in_chunks(arguments[name], 0, 4)):
             with pytest.raises(EmulationError, match="block_attention_sm90_cuda: error 1 of the CUDA runtime"):
-                _run(emulated(SOURCE), 0, Call.of({**arguments, name: placed}))
+                _run(emulated(FORWARD_SM90), 0, Call.of({**arguments, name: placed}))
 
 
 def _long(dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
@@ -218,7 +212,7 @@ EDITS = {
     "launch_by_width<Float16>": "launch_by_width<BFloat16>",
     r"launch_forward<Element, 128\b": "launch_forward<Element, 64",
 }
-SWITCHES = Switches(SOURCE, {SOURCE: MUTATIONS, SHARED: SHARED_MUTATIONS, MAPS: MAPS_MUTATIONS}, EDITS)
+SWITCHES = Switches(FORWARD_SM90, {FORWARD_SM90: MUTATIONS, SHARED: SHARED_MUTATIONS, MAPS: MAPS_MUTATIONS}, EDITS)
 
 
 def _whole() -> dict[str, Any]:

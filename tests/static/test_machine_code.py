@@ -1,13 +1,12 @@
 """What the machine code of every CUDA kernel in the built library must hold, and must not, for each architecture.
 
-A kernel is named by its source and its template arguments: "norm forward_kernel<float, 4>". Nothing here runs a kernel.
+Nothing here runs a kernel.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,33 +14,7 @@ import pytest
 
 from starflow_ext._load import native
 
-Tool = Callable[..., list[str]]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel in the code of one architecture."""
-
-    architecture: str
-    name: str
-    registers: int
-    stack: int
-    instructions: Counter[str]
-
-    def __str__(self) -> str:
-        return f"{self.name} of {self.architecture}"
-
-    def count(self, *opcodes: str) -> int:
-        """Instructions of an opcode, whatever its modifiers; with "LDG.128", those that have these modifiers too."""
-
-        def matches(instruction: str, opcode: str) -> bool:
-            parts = instruction.split(".")
-            first, *modifiers = opcode.split(".")
-            return parts[0] == first and set(modifiers) <= set(parts[1:])
-
-        return sum(
-            number for name, number in self.instructions.items() if any(matches(name, opcode) for opcode in opcodes)
-        )
+from .machine_code import Kernel, read
 
 
 @dataclass(frozen=True)
@@ -71,7 +44,8 @@ class Rule:
 HALF = r"B?Float16"
 RULES = (
     Rule(rf"affine_\w+ forward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=64, wide=0.95),
-    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.95),
+    # For sm_100f and sm_120f ptxas takes one of 72 to pieces.
+    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.94),
     # One store of four bytes a row, of the change.
     Rule(rf"jacobi_update update_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.85),
     # The stream by 16 bytes; tokens and tables, of which there are few, one by one.
@@ -80,7 +54,9 @@ RULES = (
     Rule(r"jacobi_solve (guess|update|accept)_kernel", registers=64),
     # A row is held in registers: few beside it leave room for other warps, whose work covers the time of loads.
     Rule(rf"norm forward_kernel<(float, 4|{HALF}, 8)>", registers=64, wide=1.0),
-    Rule(rf"norm backward_kernel<(float, 4|{HALF}, 8)>", registers=96, wide=1.0),
+    Rule(rf"norm backward_kernel<(float, 4|{HALF}, 8)>", r"sm_(80|90a)", registers=96, wide=1.0),
+    # Two blocks of 256 threads a multiprocessor, as with 96.
+    Rule(rf"norm backward_kernel<(float, 4|{HALF}, 8)>", r"sm_1\w+", registers=128, wide=1.0),
     # Half-split planes are two accesses of 8 bytes.
     Rule(rf"rope_append forward_kernel<(float, 2|{HALF}, 4)>", registers=64, wide=0.15),
     Rule(rf"rope_append backward_kernel<(float, 2|{HALF}, 4)>", registers=80, wide=0.2),
@@ -109,67 +85,11 @@ RULES = (
 )
 
 
-def _source(mangled: str) -> str:
-    """The source that an anonymous namespace of nvcc's is named after."""
-    found = re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+?)_cu_", mangled)
-    return found[1] if found else "shared"
-
-
-def _short(demangled: str) -> str:
-    """The name and its template arguments, without namespaces and parameters."""
-    name = re.sub(r"starflow::|cuda::|cute::|cutlass::|\(anonymous namespace\)::|\(bool\)|^void ", "", demangled)
-    name = name.replace("> >", ">>")
-    depth = 0
-    for place, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if character == "(" and depth == 0:
-            return name[:place]
-    return name
-
-
-def _names(tool: Tool, mangled: Iterable[str]) -> dict[str, str]:
-    symbols = list(mangled)
-    return {s: f"{_source(s)} {_short(name)}" for s, name in zip(symbols, tool("c++filt", *symbols), strict=True)}
-
-
-def _sections(lines: Iterable[str], head: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Architecture, mangled name and lines of each function."""
-    architecture, name, found = "", "", []
-    for line in lines:
-        if match := re.match(r"arch = (\w+)", line):
-            if name:
-                yield architecture, name, found
-            architecture, name = match[1], ""
-        elif match := re.match(head, line):
-            if name:
-                yield architecture, name, found
-            name, found = match[1], []
-        elif name:
-            found.append(line)
-    if name:
-        yield architecture, name, found
-
-
-def read(tool: Tool, path: Path) -> list[Kernel]:
-    """The kernels of a library or an object."""
-    usage = {}
-    for architecture, name, lines in _sections(tool("cuobjdump", "-res-usage", path), r"\s*Function (\S+):"):
-        usage[architecture, name] = [int(re.search(rf"{key}:(\d+)", lines[0])[1]) for key in ("REG", "STACK")]
-    code = list(_sections(tool("cuobjdump", "-sass", path), r"\s*Function : (\S+)"))
-    names = _names(tool, {name for _, name, _ in code})
-    kernels = []
-    for architecture, name, lines in code:
-        found = (re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line) for line in lines)
-        instructions = Counter(match[1] for match in found if match)
-        kernels.append(Kernel(architecture, names[name], *usage[architecture, name], instructions))
-    return kernels
-
-
 @pytest.fixture(scope="module")
-def kernels(library: Path, tool: Tool) -> list[Kernel]:
+def kernels(library: Path) -> list[Kernel]:
     if not native.build_info()["cuda"]:
         pytest.skip("this build has no CUDA kernels")
-    found = read(tool, library)
+    found = read(library)
     assert found
     return found
 
@@ -191,8 +111,15 @@ def test_every_architecture_has_every_kernel(kernels: list[Kernel]) -> None:
 
 
 def test_nothing_is_spilled_or_kept_in_local_memory(kernels: list[Kernel]) -> None:
-    wrong = [str(kernel) for kernel in kernels if kernel.stack or kernel.count("LDL", "STL")]
+    wrong = [str(kernel) for kernel in kernels if kernel.in_local_memory]
     assert wrong == []
+
+
+def test_products_are_those_of_tensor_cores(kernels: list[Kernel]) -> None:
+    """As CUTLASS's kernels for one architecture have not a single one of them when compiled for another."""
+    multiplying = [kernel for kernel in kernels if kernel.multiplies]
+    assert {kernel.architecture for kernel in multiplying} == {kernel.architecture for kernel in kernels}
+    assert [str(kernel) for kernel in multiplying if not kernel.tensor_core_instructions] == []
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
