@@ -98,11 +98,13 @@ class PanelColumns {
         }
     }
 
+    bool whole() const { return width_ == panel_columns; }
+
     // Run visitor(column, value, lanes) over row r, a register at a time.
     template <class Visitor>
     void row(int64_t r, const float* sums, const Visitor& visitor) const {
         const float* from = sums + r * panel_columns;
-        if (width_ == panel_columns) {
+        if (whole()) {
             STARFLOW_UNROLL
             for (int i = 0; i < registers; ++i) {
                 visitor(begin_ + i * V::lanes, finished(from, i), AllLanes{});
@@ -437,17 +439,28 @@ struct Sweep {
             const PackedRows packed = packed_rows<Product>(shared.hidden, args.rows, block.hidden);
             const bool gated = layer.gate.data != nullptr;
             const PanelColumns columns(last, p);
+            constexpr bool rounded = is_bfloat16<typename Product::Cell> && Product::terms == 1;
+            const auto activated = [&](int64_t r, int64_t column, Vec<float> value, auto lanes) {
+                if (gated) return gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
+                if constexpr (rounded) return coarse_gelu(value);
+                return gelu(value);
+            };
+            if constexpr (rounded && Product::cell == panel_columns) {
+                // A whole panel is one cell of each row.
+                if (columns.whole()) {
+                    for (int64_t r = 0; r < args.rows; ++r) {
+                        auto* cell = reinterpret_cast<typename Product::Cell*>(packed.row(r) + p * packed.stride(r));
+                        columns.row(r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                            store(cell + column % panel_columns, activated(r, column, value, lanes), lanes);
+                        });
+                    }
+                    return;
+                }
+            }
             for (int64_t r = 0; r < args.rows; ++r) {
                 alignas(64) float row[panel_columns];
                 columns.row(r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
-                    if (gated) {
-                        value = gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
-                    } else if constexpr (is_bfloat16<typename Product::Cell> && Product::terms == 1) {
-                        value = coarse_gelu(value);
-                    } else {
-                        value = gelu(value);
-                    }
-                    store(row + column % panel_columns, value, lanes);
+                    store(row + column % panel_columns, activated(r, column, value, lanes), lanes);
                 });
                 pack_cells<Product>(packed, r, p * cells, (p + 1) * cells, block.hidden,
                                     [&](int64_t c, auto lanes) { return load(row + c % panel_columns, lanes); });
