@@ -82,28 +82,63 @@ struct Own {
 int64_t shared_bytes(const SweepBlock& block, int64_t rows) { return Shared(block, rows, nullptr).bytes; }
 int64_t own_bytes(const SweepBlock& block, int64_t rows) { return Own(block, rows, nullptr).bytes; }
 
-// Run visitor(to + column, value, lanes) for the columns of panel p that exist, a register at a time.
-template <class Visitor>
-inline void over_panel(const Panels& weights, int64_t p, int64_t r, const float* sums, const Visitor& visitor) {
+// The columns of panel p that exist, of rows of sums, with what a product adds to them.
+class PanelColumns {
     using V = Vec<float>;
-    const float* row = sums + r * panel_columns;
-    for (int64_t c = 0; c < panel_columns; c += V::lanes) {
-        const int64_t column = p * panel_columns + c;
-        const int64_t left = weights.columns - column;
-        if (left <= 0) return;
-        const auto finish = [&](auto lanes) {
-            V value = load(row + c, lanes);
-            if (weights.column_scale != nullptr) value = value * load(weights.column_scale + column, lanes);
-            if (weights.bias != nullptr) value = value + load(weights.bias + column, lanes);
-            visitor(column, value, lanes);
-        };
-        if (left >= V::lanes) {
-            finish(AllLanes{});
-        } else {
-            finish(FirstLanes{static_cast<int>(left)});
+    static constexpr int registers = panel_columns / V::lanes;
+
+  public:
+    PanelColumns(const Panels& weights, int64_t p)
+        : begin_(p * panel_columns),
+          width_(weights.columns - begin_ < panel_columns ? weights.columns - begin_ : panel_columns),
+          scaled_(weights.column_scale != nullptr) {
+        for (int i = 0; i < registers; ++i) {
+            scale_[i] = of(weights.column_scale, i, 1.0F);
+            bias_[i] = of(weights.bias, i, 0.0F);
         }
     }
-}
+
+    bool whole() const { return width_ == panel_columns; }
+
+    // Run visitor(column, value, lanes) over row r, a register at a time.
+    template <class Visitor>
+    void row(int64_t r, const float* sums, const Visitor& visitor) const {
+        const float* from = sums + r * panel_columns;
+        if (whole()) {
+            STARFLOW_UNROLL
+            for (int i = 0; i < registers; ++i) {
+                visitor(begin_ + i * V::lanes, finished(from, i), AllLanes{});
+            }
+            return;
+        }
+        for (int i = 0; i < registers; ++i) {
+            const int64_t left = width_ - i * V::lanes;
+            if (left >= V::lanes) {
+                visitor(begin_ + i * V::lanes, finished(from, i), AllLanes{});
+            } else if (left > 0) {
+                visitor(begin_ + i * V::lanes, finished(from, i), FirstLanes{static_cast<int>(left)});
+            }
+        }
+    }
+
+  private:
+    V of(const float* values, int i, float none) const {
+        const int64_t left = width_ - i * V::lanes;
+        if (values == nullptr || left <= 0) return V(none);
+        const float* from = values + begin_ + i * V::lanes;
+        return left >= V::lanes ? load(from, AllLanes{}) : load(from, FirstLanes{static_cast<int>(left)});
+    }
+    V finished(const float* from, int i) const {
+        const V sum = load(from + i * V::lanes, AllLanes{});
+        return (scaled_ ? sum * scale_[i] : sum) + bias_[i];
+    }
+
+    int64_t begin_;
+    int64_t width_;
+    bool scaled_;
+    V scale_[registers];
+    V bias_[registers];
+};
 
 inline constexpr RowNorm no_norm{NormKind::none, nullptr, nullptr, 0.0F};
 
@@ -157,9 +192,10 @@ struct Sweep {
     template <class Write>
     auto written(const Panels& weights, const Write& write) const {
         return [this, &weights, &write](int64_t p, const float* sums) {
+            const PanelColumns columns(weights, p);
             for (int64_t r = 0; r < args.rows; ++r) {
-                over_panel(weights, p, r, sums,
-                           [&](int64_t column, Vec<float> value, auto lanes) { write(column, r, value, lanes); });
+                columns.row(r, sums,
+                            [&](int64_t column, Vec<float> value, auto lanes) { write(column, r, value, lanes); });
             }
         };
     }
@@ -193,16 +229,20 @@ struct Sweep {
             });
     }
 
-    // Norm (none too) of one head in place, then its rotation by the tables at `slot`.
+    // Norm (none too) of one head in place, and its rotation by the tables at `slot`.
     void turn(float* head, const RowNorm& norm, const float* cos, const float* sin, int64_t slot) const {
-        normalise_row(head, block.head_dim, norm);
-        if (cos == nullptr) return;
+        if (cos == nullptr) return normalise_row(head, block.head_dim, norm);
+        const bool normed = norm.kind != NormKind::none;
+        const RowMoments moments = normed ? row_moments(head, block.head_dim, norm) : RowMoments{0.0F, 1.0F};
+        const auto value = [&](int64_t c, auto lanes) {
+            return normed ? normalised(head, c, lanes, moments, norm) : load(head + c, lanes);
+        };
         const int64_t half = block.head_dim / 2;
         cos += slot * half;
         sin += slot * half;
         over_channels(half, [&](int64_t c, auto lanes) {
-            const Vec<float> u = load(head + c, lanes);
-            const Vec<float> v = load(head + half + c, lanes);
+            const Vec<float> u = value(c, lanes);
+            const Vec<float> v = value(half + c, lanes);
             const Vec<float> cosine = load(cos + c, lanes);
             const Vec<float> sine = load(sin + c, lanes);
             store(head + c, u * cosine - v * sine, lanes);
@@ -315,13 +355,22 @@ struct Sweep {
         }
     }
 
+    // The team's share of queries, keys and values, where they lie before they are turned.
+    template <class Multiply>
+    void project(const SweepLayer& layer, const Multiply& multiply_some) const {
+        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
+        multiply_some(layer.qkv, layer.attention_norm, stream,
+                      [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+                          store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
+                      });
+    }
+    void project_share(int64_t member, const SweepLayer& layer) const {
+        project(layer, [&](const auto&... arguments) { multiply_share(member, arguments...); });
+    }
+
     // Queries, keys, values and attention. Where the key heads are shared out evenly, a member goes from the projection
     // to the results of its own heads without waiting for the others, and what it wrote stays in its caches.
     void attention(const SweepLayer& layer) const {
-        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
-        const auto put = [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-            store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
-        };
         const int64_t members = team.barrier.members;
         const int64_t own_heads = block.kv_heads / members;
         const int64_t own_channels = own_heads * block.head_dim;
@@ -335,14 +384,16 @@ struct Sweep {
                 const PanelRange ranges[] = {{member * queries, member * queries + queries},
                                              {keys + member * panels, keys + member * panels + panels},
                                              {values + member * panels, values + member * panels + panels}};
-                multiply(member, layer.qkv, ranges, layer.attention_norm, stream, written(layer.qkv, put));
+                project(layer, [&](const Panels& weights, const RowNorm& norm, const auto& row_of, const auto& write) {
+                    multiply(member, weights, ranges, norm, row_of, written(weights, write));
+                });
                 const int64_t head = member * own_heads;
                 append(layer, 0, args.rows, head, head + own_heads);
                 attend_heads(member, layer, head, head + own_heads, [](int64_t) { return true; });
             });
             return;
         }
-        team.run([&](int64_t member) { multiply_share(member, layer.qkv, layer.attention_norm, stream, put); });
+        team.run([&](int64_t member) { project_share(member, layer); });
         team.run([&](int64_t member) {
             append(layer, team.first(member, args.rows), team.last(member, args.rows), 0, block.kv_heads);
         });
@@ -387,17 +438,29 @@ struct Sweep {
             constexpr int64_t cells = panel_columns / Product::cell * Product::terms;
             const PackedRows packed = packed_rows<Product>(shared.hidden, args.rows, block.hidden);
             const bool gated = layer.gate.data != nullptr;
+            const PanelColumns columns(last, p);
+            constexpr bool rounded = is_bfloat16<typename Product::Cell> && Product::terms == 1;
+            const auto activated = [&](int64_t r, int64_t column, Vec<float> value, auto lanes) {
+                if (gated) return gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
+                if constexpr (rounded) return coarse_gelu(value);
+                return gelu(value);
+            };
+            if constexpr (rounded && Product::cell == panel_columns) {
+                // A whole panel is one cell of each row.
+                if (columns.whole()) {
+                    for (int64_t r = 0; r < args.rows; ++r) {
+                        auto* cell = reinterpret_cast<typename Product::Cell*>(packed.row(r) + p * packed.stride(r));
+                        columns.row(r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                            store(cell + column % panel_columns, activated(r, column, value, lanes), lanes);
+                        });
+                    }
+                    return;
+                }
+            }
             for (int64_t r = 0; r < args.rows; ++r) {
                 alignas(64) float row[panel_columns];
-                over_panel(last, p, r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
-                    if (gated) {
-                        value = gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
-                    } else if constexpr (is_bfloat16<typename Product::Cell> && Product::terms == 1) {
-                        value = coarse_gelu(value);
-                    } else {
-                        value = gelu(value);
-                    }
-                    store(row + column % panel_columns, value, lanes);
+                columns.row(r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                    store(row + column % panel_columns, activated(r, column, value, lanes), lanes);
                 });
                 pack_cells<Product>(packed, r, p * cells, (p + 1) * cells, block.hidden,
                                     [&](int64_t c, auto lanes) { return load(row + c % panel_columns, lanes); });
@@ -431,8 +494,7 @@ struct Sweep {
         });
     }
 
-    void run_layer(const SweepLayer& layer) const {
-        attention(layer);
+    void after_attention(const SweepLayer& layer) const {
         add_branch(layer.attention_post, [&](int64_t member, const auto& write) {
             multiply_share(
                 member, layer.proj, no_norm, [&](int64_t r) { return shared.attended + r * shared.attended_stride; },
@@ -441,9 +503,11 @@ struct Sweep {
         mlp(layer);
     }
 
-    void run() const {
+    void begin() const {
         team.run([&](int64_t member) { embed(member); });
-        for (int64_t l = 0; l < block.layer_count; ++l) run_layer(block.layers[l]);
+    }
+
+    void finish() const {
         if (args.raw == nullptr) return;
         team.run([&](int64_t member) {
             multiply_share(
@@ -453,9 +517,39 @@ struct Sweep {
                 });
         });
     }
+
+    // All members on the same rows.
+    void run() const {
+        begin();
+        for (int64_t l = 0; l < block.layer_count; ++l) {
+            attention(block.layers[l]);
+            after_attention(block.layers[l]);
+        }
+        finish();
+    }
+
+    // A team of one on its own rows: what comes before others' keys of layer l are needed, and after those of l - 1.
+    void run_between(int64_t l) const {
+        if (l == 0) {
+            begin();
+        } else {
+            attend_heads(0, block.layers[l - 1], 0, block.kv_heads, [](int64_t) { return true; });
+            after_attention(block.layers[l - 1]);
+        }
+        if (l == block.layer_count) return finish();
+        project_share(0, block.layers[l]);
+        append(block.layers[l], 0, args.rows, 0, block.kv_heads);
+    }
 };
 
-void sweep(const SweepArgs& args, const TeamSlice& team) { Sweep(args, team).run(); }
+void sweep(const SweepArgs* parts, int64_t count, const TeamSlice& team) {
+    if (count == 1) return Sweep(parts[0], team).run();
+    Barrier nobody{.members = 1, .yield = nullptr};
+    const TeamSlice alone{nobody, 0, 1};
+    for (int64_t l = 0; l <= parts[0].block.layer_count; ++l) {
+        team.run([&](int64_t member) { Sweep(parts[member], alone).run_between(l); });
+    }
+}
 
 }  // namespace
 
