@@ -35,9 +35,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.affine import Affine
 from starflow.files import write_text
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
+
+
+class AffineMaps(Protocol):
+    """The map `x = shift + scale * z` of each token of a call; `starflow.affine.Affine` is the one of networks."""
+
+    @property
+    def raw(self) -> Tensor:
+        """What tells the maps, (rows, tokens, ...): rows of the batch, twice as many with guidance."""
+
+    def like(self, raw: Tensor) -> AffineMaps:
+        """The maps that `raw` tells, of the same kind."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise, and the log-determinant of each token."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise to data."""
+
+    def update_(self, x: Tensor, z: Tensor) -> Tensor:
+        """Overwrites `x` by its decoded value; returns the largest change of each token in units of its scale."""
 
 
 class Autoregressive(Protocol):
@@ -65,7 +84,7 @@ class Autoregressive(Protocol):
     def default_window(self, batch: int, first: int) -> int:
         """Rows of a sample in a call where the schedule names none; arguments as of `break_even`."""
 
-    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> AffineMaps:
         """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`.
 
         What is cached of the first `final` tokens of each sample stays.
@@ -571,7 +590,9 @@ def places(starts: list[int], width: int, device: torch.device) -> Places:
 
 
 def _tokens(starts: list[int], width: int, device: torch.device) -> Tensor:
-    """Numbers of the tokens of a window, (batch, width)."""
+    """Numbers of the tokens of a window, (batch, width); (1, width) where all start together."""
+    if min(starts) == max(starts):
+        return torch.arange(starts[0], starts[0] + width, device=device)[None]
     return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
 
 
@@ -598,7 +619,7 @@ def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, fr
 class _Kept:
     """The network's last output for each token, from which tokens one frame later are guessed."""
 
-    def __init__(self, affine: Affine, first: int, frame: int, batch: int, total: int) -> None:
+    def __init__(self, affine: AffineMaps, first: int, frame: int, batch: int, total: int) -> None:
         self._like, self._first, self._frame = affine, first, frame
         self._raw = affine.raw.new_zeros(affine.raw.shape[0] // batch, batch, total, affine.raw.shape[-1])
 
@@ -608,7 +629,7 @@ class _Kept:
         copied._raw = self._raw.clone()
         return copied
 
-    def keep(self, affine: Affine, here: Places) -> None:
+    def keep(self, affine: AffineMaps, here: Places) -> None:
         halves = affine.raw.view(self._raw.shape[0], self._raw.shape[1], *affine.raw.shape[1:])
         for kept, raw in zip(self._raw, halves, strict=True):
             kept[here] = raw
@@ -624,7 +645,7 @@ class _Kept:
         rows = torch.arange(len(starts), device=z.device)[:, None]
         raw = self._raw[:, rows, source.clamp(min=0)].flatten(0, 1)
         guess = x[rows, tokens + 1]
-        replace(self._like, raw=raw).update_(guess, z[rows, tokens])
+        self._like.like(raw).update_(guess, z[rows, tokens])
         x[rows, tokens + 1] = torch.where(wanted[..., None], guess, x[rows, tokens + 1])
 
 
