@@ -637,7 +637,11 @@ def token_order() -> Iterator[Figure]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        runs = {(order, seed): study.measure(order, 8, seed) for order in ("raster", "spread") for seed in range(3)}
+        runs = {
+            (order, seed): study.measure(study.Recipe(order, 8, seed))
+            for order in ("raster", "spread")
+            for seed in range(3)
+        }
     finally:
         torch.set_num_threads(threads)
     spread, raster = ([run for (name, _), run in runs.items() if name == order] for order in ("spread", "raster"))
