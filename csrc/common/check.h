@@ -25,6 +25,11 @@ void require(bool condition, const char* op, const Argument& argument, const Got
     throw std::runtime_error(sentence.str());
 }
 
+// "x has shape", put together only when it is said.
+inline auto named(const char* name, const char* rest) {
+    return [=] { return std::string(name) + rest; };
+}
+
 // A dtype that kernels compute with.
 void check_floating(const char* op, const char* name, const Tensor& tensor);
 

@@ -1,5 +1,6 @@
 #include "common/tensor.h"
 
+#include <algorithm>
 #include <sstream>
 
 namespace starflow {
@@ -20,6 +21,12 @@ std::optional<int64_t> leading_stride(const Tensor& tensor) {
         extent *= tensor.size(d);
     }
     return stride;
+}
+
+int32_t device_type_of(const Tensor& tensor) {
+    int32_t type = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    return type;
 }
 
 }  // namespace
@@ -87,8 +94,26 @@ std::string number_text(double value) {
 
 ScalarType arithmetic_type(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
 
+// torch::stable::new_empty goes through the dispatcher: 1.1 us against 0.4 while all is cached, and more where it is
+// not.
 Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
-    return torch::stable::new_empty(like, shape, type);
+    std::vector<int64_t> strides(shape.size(), 1);
+    for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
+    const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+    AtenTensorHandle empty = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
+                                                           strides.data(), dtype, device_type_of(like),
+                                                           like.get_device_index(), &empty));
+    return Tensor(empty);
+}
+
+bool same_device(const Tensor& a, const Tensor& b) {
+    return device_type_of(a) == device_type_of(b) && a.get_device_index() == b.get_device_index();
+}
+
+bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape) {
+    const auto sizes = tensor.sizes();
+    return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
 bool has_rows(const Tensor& tensor) {

@@ -23,6 +23,8 @@ std::string number_text(double value);
 std::string shape_text(const std::vector<int64_t>& shape);
 std::vector<int64_t> shape_of(const Tensor& tensor);
 ScalarType arithmetic_type(Dtype dtype);
+bool same_device(const Tensor& a, const Tensor& b);
+bool has_shape(const Tensor& tensor, const std::vector<int64_t>& shape);
 Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type);
 
 // The tensor itself where its channels lie side by side and its leading dimensions are one stride, else a copy.

@@ -68,8 +68,8 @@ void check_log_det(const char* op, const Tensor& grad_log_det, const Tensor& dat
         shape_of(grad_log_det) == expected, op, "grad_log_det has shape",
         [&] { return shape_text(shape_of(grad_log_det)); }, [&] { return shape_text(expected); });
     require(
-        device_text(grad_log_det) == device_text(data), op, "grad_log_det is on",
-        [&] { return device_text(grad_log_det); }, [&] { return device_text(data); });
+        same_device(grad_log_det, data), op, "grad_log_det is on", [&] { return device_text(grad_log_det); },
+        [&] { return device_text(data); });
 }
 
 }  // namespace starflow

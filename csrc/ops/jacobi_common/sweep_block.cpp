@@ -213,7 +213,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     require(
         keys.dim() == 4 && cache.has_value() && *cache != Storage::int8 && keys.is_contiguous() &&
             keys.scalar_type() == values.scalar_type() && shape_of(keys) == shape_of(values) &&
-            device_text(values) == device_text(keys) && values.is_contiguous(),
+            same_device(values, keys) && values.is_contiguous(),
         op, "keys has shape", [&] { return shape_text(shape_of(keys)) + " and dtype " + dtype_text(keys); },
         [] {
             return "(layers, cache rows, kv_heads, elements of a head) in float32, float16 or bfloat16, like values";

@@ -21,8 +21,7 @@ template <class T>
 T* checked(const char* name, const Tensor& tensor, const Tensor& keys, ScalarType type,
            const std::vector<int64_t>& shape) {
     require(
-        tensor.scalar_type() == type && shape_of(tensor) == shape && device_text(tensor) == device_text(keys) &&
-            tensor.is_contiguous(),
+        tensor.scalar_type() == type && has_shape(tensor, shape) && same_device(tensor, keys) && tensor.is_contiguous(),
         op, std::string(name) + " has shape",
         [&] { return shape_text(shape_of(tensor)) + " and dtype " + dtype_text(tensor); },
         [&] {

@@ -15,7 +15,7 @@ constexpr const char* op = "jacobi_sweep";
 Tensor numbers(const char* name, const Tensor& tensor, const SweepBlock& block, const Tensor& keys) {
     require(
         tensor.scalar_type() == ScalarType::Long && shape_of(tensor) == std::vector<int64_t>{block.cache_rows} &&
-            (tensor.is_cpu() || device_text(tensor) == device_text(keys)),
+            (tensor.is_cpu() || same_device(tensor, keys)),
         op, std::string(name) + " has shape",
         [&] { return shape_text(shape_of(tensor)) + " and dtype " + dtype_text(tensor); },
         [&] {
@@ -67,7 +67,7 @@ Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const T
     const int64_t depth = text ? b.width : b.channels;
     require(
         rows.scalar_type() == ScalarType::Float && rows.dim() == 3 && rows.size(0) == b.cache_rows &&
-            rows.size(2) == depth && device_text(rows) == device_text(keys) && rows.is_contiguous(),
+            rows.size(2) == depth && same_device(rows, keys) && rows.is_contiguous(),
         op, "rows has shape", [&] { return shape_text(shape_of(rows)) + " and dtype " + dtype_text(rows); },
         [&] {
             return "(" + std::to_string(b.cache_rows) + ", tokens, " + std::to_string(depth) +

@@ -36,17 +36,16 @@ Activations activations_of(const std::string& name) {
     return name == "bfloat16" ? Activations::bfloat16 : Activations::two_bfloat16;
 }
 
-void check_matrix(const std::string& name, const Tensor& tensor, const Tensor& panels,
-                  const std::vector<int64_t>& expected) {
+void check_matrix(const char* name, const Tensor& tensor, const Tensor& panels, const std::vector<int64_t>& expected) {
     require(
-        device_text(tensor) == device_text(panels), op, name + " is on", [&] { return device_text(tensor); },
+        same_device(tensor, panels), op, named(name, " is on"), [&] { return device_text(tensor); },
         [&] { return device_text(panels) + " for a packed weight"; });
     const std::optional<Dtype> dtype = dtype_of(tensor);
     require(
-        dtype.has_value() && dtype != Dtype::float64, op, name + " has dtype", [&] { return dtype_text(tensor); },
+        dtype.has_value() && dtype != Dtype::float64, op, named(name, " has dtype"), [&] { return dtype_text(tensor); },
         [] { return "float32, bfloat16 or float16"; });
     require(
-        shape_of(tensor) == expected, op, name + " has shape", [&] { return shape_text(shape_of(tensor)); },
+        has_shape(tensor, expected), op, named(name, " has shape"), [&] { return shape_text(shape_of(tensor)); },
         [&] { return shape_text(expected); });
 }
 
@@ -69,7 +68,7 @@ Matrix matrix_of(Tensor& tensor) {
 Matrix matrix_of(Optional& tensor) { return tensor ? matrix_of(*tensor) : Matrix{nullptr, 0, Dtype::float32}; }
 
 // A vector of float32 side by side; `tensor` becomes a copy where it is not one.
-const float* vector_of(const std::string& name, Optional& tensor, const Tensor& panels, int64_t size) {
+const float* vector_of(const char* name, Optional& tensor, const Tensor& panels, int64_t size) {
     if (!tensor) return nullptr;
     check_matrix(name, *tensor, panels, {size});
     if (tensor->scalar_type() != ScalarType::Float) tensor = torch::stable::to(*tensor, ScalarType::Float);

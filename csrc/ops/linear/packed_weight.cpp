@@ -59,15 +59,15 @@ void check_panels(const char* op, const Tensor& panels, const Tensor& column_sca
         panels.scalar_type() == panels_type(storage) && panels.is_contiguous(), op, "panels has dtype",
         [&] { return dtype_text(panels); }, [&] { return "contiguous panels of storage \"" + name + '"'; });
     require(
-        shape_of(panels) == expected, op, "panels has shape", [&] { return shape_text(shape_of(panels)); },
+        has_shape(panels, expected), op, "panels has shape", [&] { return shape_text(shape_of(panels)); },
         [&] { return shape_text(expected) + " for a weight of shape " + shape_text({out_channels, in_channels}); });
     const std::vector<int64_t> scales{storage == Storage::int8 ? out_channels : 0};
     require(
-        device_text(column_scale) == device_text(panels) && column_scale.scalar_type() == ScalarType::Float &&
+        same_device(column_scale, panels) && column_scale.scalar_type() == ScalarType::Float &&
             column_scale.is_contiguous(),
         op, "column_scale has dtype", [&] { return dtype_text(column_scale); }, [] { return "contiguous float32"; });
     require(
-        shape_of(column_scale) == scales, op, "column_scale has shape",
+        has_shape(column_scale, scales), op, "column_scale has shape",
         [&] { return shape_text(shape_of(column_scale)); }, [&] { return shape_text(scales); });
 }
 
