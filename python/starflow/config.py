@@ -60,9 +60,8 @@ class FlowConfig:
             bit-reversed order (far apart first) with separate query and key positions; so do the others, in orders of
             their own (see `starflow.tokens.token_order`).
         position_embed: the input of a block also tells where the predicted token stands (cosines and sines of its
-            rotary angles); the published models do not. content_position_embed: so is told where the token stands
-            whose content the input holds, the one visited before. text_embed: nor do the published models add the sum
-            of the text features to every token of a block that reads text.
+            rotary angles); the published models do not. text_embed: nor do they add the sum of the text features to
+            every token of a block that reads text.
         temporal_causal: 0 flips whole sequences; > 0 flips inside each frame and is the denoiser's look-ahead.
         shallow_block_local: shallow blocks see one frame at a time. local_attn_window: frames of a sampling window.
         learnable_self_denoiser, conditional_denoiser, denoiser_window: the score network and what it sees.
@@ -101,7 +100,6 @@ class FlowConfig:
     seq_order: Literal["L2R", "R2L"] = "R2L"
     top_order: Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"] = "raster"
     position_embed: bool = False
-    content_position_embed: bool = False
     text_embed: bool = False
     temporal_causal: int = 0
     shallow_block_local: bool = False
@@ -137,12 +135,6 @@ class FlowConfig:
             )
         require(not self.text_embed or self.txt_size > 0, "flow.text_embed", self.text_embed, "txt_size > 0 with it")
         require(not self.position_embed or self.rope, "flow.position_embed", self.position_embed, "rope with it")
-        require(
-            not self.content_position_embed or self.position_embed,
-            "flow.content_position_embed",
-            self.content_position_embed,
-            "position_embed with it",
-        )
         if self.rope:
             require(self.head_dim % 4 == 0, "flow.head_dim", self.head_dim, "a multiple of 4 with rope")
             if self.third_axis:

@@ -47,7 +47,6 @@ def test_included_configs(name: str, tmp_path: Path) -> None:
         ({"channels": 64.0}, "flow.channels is 64.0, expected an integer"),
         ({"channels": True}, "flow.channels is True, expected an integer"),
         ({"channels": 0}, "flow.channels is 0, expected an integer >= 1"),
-        ({"content_position_embed": True}, "flow.content_position_embed is True, expected position_embed with it"),
         ({"img_size": 9, "patch_size": 2}, "flow.img_size is 9, expected a multiple of patch_size"),
         ({"layers_per_block": 3}, "flow.layers_per_block is 3, expected a list"),
         ({"layers_per_block": []}, r"flow.layers_per_block is \(\), expected one entry a block"),
