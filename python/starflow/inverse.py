@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from starflow import solver
-from starflow.solver import Schedule, SolveReport, Window, places
+from starflow.solver import Schedule, SolveReport, Window, places, token_numbers
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -120,12 +120,16 @@ class FunctionDecoder:
 
     def _flat(self, x: Tensor) -> Tensor:
         """(batch, tokens, channels) in the order along the axis."""
+        if x.dim() == 2:
+            return x.unsqueeze(-1)
         x = x.movedim(self._axis, 1)
         return x.reshape(*x.shape[:2], self._x.shape[2])
 
     def like_z(self, x: Tensor) -> Tensor:
         """(batch, tokens, channels) to the shape and order of `z`."""
         x = x if self._place is None else x.index_select(1, self._place)
+        if len(self._shape) == 2:
+            return x.squeeze(-1)
         return x.reshape(*x.shape[:2], *self._shape[2:]).movedim(1, self._axis)
 
     def given(self, known: Tensor) -> Tensor:
@@ -157,8 +161,8 @@ class FunctionDecoder:
         starts = start.tolist() if isinstance(start, Tensor) else [start] * batch
         here = places(starts, width, previous.device)
         if final is not None:
-            rows = torch.arange(width, device=final.device) + (start[:, None] if isinstance(start, Tensor) else start)
-            previous = torch.where((rows < final[:, None])[..., None], self._x[here], previous)
+            kept = (token_numbers(starts, width, final.device) < final[:, None])[..., None]
+            previous = torch.where(kept, self._x[here], previous)
         self._x[here] = previous
         window = slice(min(starts), max(starts) + width)
         scale, shift = self._call(window)
@@ -212,6 +216,8 @@ class Given:
     def update_(self, x: Tensor, z: Tensor) -> Tensor:
         """Overwrites `x` by its decoded value; returns the largest change of each token in units of its scale."""
         new = self.decode(z)
-        change = x.sub_(new).abs_().div_(self.scale).amax(-1)
+        change = (new - x).abs_().div_(self.scale)
+        # A token is often one number.
+        change = change.squeeze(-1) if change.shape[-1] == 1 else change.amax(-1)
         x.copy_(new)
         return change
