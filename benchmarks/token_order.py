@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from starflow import Window, noise
 from starflow.batches import Batches, make_dataset, make_parts
@@ -61,6 +62,7 @@ class Recipe:
         frames: of a clip.
         width: of the network.
         precision: of training.
+        shallow_order: of the shallow block.
     """
 
     order: str
@@ -71,11 +73,12 @@ class Recipe:
     frames: int = 3
     width: int = 64
     precision: str = "float32"
+    shallow_order: str = "raster"
 
     @property
     def study(self) -> Recipe:
         """What flows that are compared with each other have in common."""
-        return dataclasses.replace(self, order="raster", seed=0)
+        return dataclasses.replace(self, order="raster", seed=0, shallow_order="raster")
 
 
 @dataclass(frozen=True)
@@ -150,6 +153,7 @@ def config(recipe: Recipe) -> RunConfig:
             "temporal_causal": 1,
             "shallow_block_local": True,
             "top_order": recipe.order,
+            "shallow_order": recipe.shallow_order,
             "position_embed": True,
             **reads,
         },
@@ -237,7 +241,7 @@ def run(recipes: Sequence[Recipe]) -> None:
 def studies(runs: Sequence[Run]) -> dict[Recipe, list[Run]]:
     """The runs by what they have in common, where a raster flow is among them; each in the order of the tables."""
     found: dict[Recipe, list[Run]] = {}
-    for item in sorted(runs, key=lambda item: ORDERS.index(item.recipe.order)):
+    for item in sorted(runs, key=lambda item: (*map(ORDERS.index, (item.recipe.order, item.recipe.shallow_order)),)):
         found.setdefault(item.recipe.study, []).append(item)
     return {
         study: items
@@ -260,13 +264,19 @@ def name(study: Recipe) -> str:
 
 
 def rows(items: Sequence[Run]) -> dict[str, list[tuple[Run, float]]]:
-    """The runs of a study by their order, with their bits above raster of the same seed."""
-    raster = {item.recipe.seed: item for item in items if item.recipe.order == "raster"}
+    """The runs of a study by their orders, with their bits above raster (reversed in the shallow block), by seed."""
+    raster = {
+        item.recipe.seed: item
+        for item in items
+        if (item.recipe.order, item.recipe.shallow_order) == ("raster", "raster")
+    }
     found: dict[str, list[tuple[Run, float]]] = {}
     for item in items:
         if item.recipe.seed in raster:
             gain = item.bits_per_dim - raster[item.recipe.seed].bits_per_dim
-            found.setdefault(item.recipe.order, []).append((item, gain))
+            shallow = item.recipe.shallow_order
+            label = item.recipe.order + ("" if shallow == "raster" else f", shallow {shallow}")
+            found.setdefault(label, []).append((item, gain))
     return found
 
 
@@ -274,8 +284,8 @@ def table(items: Sequence[Run]) -> str:
     """Markdown: one row an order, means over seeds; bits as differences from raster of the same seed."""
     lines = [
         "| order | bits per dimension | above raster, by seed | sweeps a frame, window of 1, 2, 3 frames "
-        "| evaluations a token | worst error |",
-        "|---|---|---|---|---|---|",
+        "| evaluations a token | shallow sweeps | worst error |",
+        "|---|---|---|---|---|---|---|",
     ]
     for label, mine in rows(items).items():
         means = [
@@ -289,15 +299,17 @@ def table(items: Sequence[Run]) -> str:
         lines.append(
             f"| {label} | {statistics.mean(item.bits_per_dim for item, _ in mine):.4f} "
             f"| {' '.join(f'{gain:+.4f}' for _, gain in mine) if label != 'raster' else ''} "
-            f"| {means[0]} | {means[1]} | {max(item.backward_error for item, _ in mine):.3f} |"
+            f"| {means[0]} | {means[1]} | {statistics.mean(item.shallow_sweeps for item, _ in mine):.1f} "
+            f"| {max(item.backward_error for item, _ in mine):.3f} |"
         )
     return "\n".join(lines)
 
 
 def plot(found: dict[Recipe, list[Run]]) -> Figure:
-    """Bits per dimension above raster over sweeps a frame, one panel a study, a dot a seed.
+    """Bits per dimension above raster over sweeps a frame, one panel a study, one dot a flow.
 
-    The window is one of two frames where that was measured (circles), else of one (squares).
+    The window is one of two frames where that was measured (circles), else of one (squares). Open dots are of flows
+    whose shallow block has another order than reversed raster.
     """
     columns = min(len(found), 3)
     lines = -(-len(found) // columns)
@@ -306,23 +318,26 @@ def plot(found: dict[Recipe, list[Run]]) -> Figure:
     for panel in panels[len(found) :]:
         panel.remove()
     for panel, (study, items) in zip(panels, found.items(), strict=False):
-        for order, mine in rows(items).items():
+        for label, mine in rows(items).items():
+            order, _, shallow = label.partition(",")
             for item, gain in mine:
                 panel.plot(
                     item.sweeps[min(1, len(item.sweeps) - 1)],
                     gain,
                     "o" if len(item.sweeps) > 1 else "s",
                     color=f"C{ORDERS.index(order)}",
+                    fillstyle="none" if shallow else "full",
                     markersize=5,
                 )
         panel.axhline(0.0, color="0.7", linewidth=0.8)
         panel.set_title(name(study).replace(", width", ",\nwidth"), fontsize=8)
         panel.set(xlim=(0, None))
-    for index, order in enumerate(ORDERS):
-        figure.gca().plot([], [], "o", color=f"C{index}", label=order)
     figure.supxlabel("sweeps a frame", fontsize=9)
     figure.supylabel("bits per dimension above raster", fontsize=9)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=f"C{index}", label=order) for index, order in enumerate(ORDERS)
+    ]
+    figure.legend(handles=handles, loc="outside right center", fontsize=7)
     return figure
 
 
@@ -345,6 +360,7 @@ def main() -> int:
     parser.add_argument("--data", choices=("digits", "footage"), default="digits")
     parser.add_argument("--frames", type=int, default=3)
     parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--shallow-order", choices=ORDERS, default="raster")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
     if args.what == "show":
@@ -361,6 +377,7 @@ def main() -> int:
                 args.frames,
                 args.width,
                 args.precision,
+                args.shallow_order,
             )
             for side in args.sides
             for seed in args.seeds
