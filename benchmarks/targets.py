@@ -400,8 +400,8 @@ def _decode(precision: str, schedule: Any, seed: int = 0, *, native_path: bool =
 
 
 def _window(tolerance: float) -> Window:
-    """As many rows as pay: tiles take 64 for little more than 32."""
-    return Window(64 if native.selected_isa() == "amx" else 32, tolerance)
+    """As many rows as pay: tiles take 96 for little more than 32."""
+    return Window(96 if native.selected_isa() == "amx" else 32, tolerance)
 
 
 def _sample(name: str, precision: str, window: Window, goal: float, moonshot: float, most: float) -> Iterator[Figure]:

@@ -216,7 +216,7 @@ class BlockState:
             depth = -(-weights.head_dim // _DEPTH_MULTIPLE) * _DEPTH_MULTIPLE
             elements = -(-slots // KEY_BLOCK) * KEY_BLOCK * depth
         shape = (len(weights.layers), rows, weights.kv_heads, elements)
-        keys, values = (torch.zeros(shape, dtype=_CACHE_DTYPES[storage], device=device) for _ in range(2))
+        keys, values = torch.zeros((2, *shape), dtype=_CACHE_DTYPES[storage], device=device)
         temperature = torch.ones(rows, device=device) if temperature is None else temperature
         return cls(
             keys,

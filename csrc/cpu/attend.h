@@ -9,6 +9,7 @@
 #pragma once
 #include "common/visible_keys.h"
 #include "cpu/matmul.h"
+#include "cpu/rows.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
@@ -121,17 +122,19 @@ inline void put_key(char* keys, int64_t slot, int64_t head_dim, int64_t head_dep
 }
 template <class Element>
 inline void put_value(char* values, int64_t slot, int64_t slots, int64_t head_dim, const float* value) {
-    CacheRow<Element> row;
     for (int64_t begin = 0; begin < head_dim; begin += panel_columns) {
         const int64_t count = head_dim - begin < panel_columns ? head_dim - begin : panel_columns;
-        row.read(value, begin, count);
         Element* panel = reinterpret_cast<Element*>(values) + begin * slots;
-        if constexpr (is_bfloat16<Element>) {
-            Element* to = panel + (slot / 2 * panel_columns) * 2 + slot % 2;
-            for (int64_t c = 0; c < count; ++c) to[2 * c] = row.elements[c];
-        } else {
-            __builtin_memcpy(panel + slot * panel_columns, row.elements, count * sizeof(Element));
-        }
+        over_channels<Vec<float>>(count, [&](int64_t c, auto lanes) {
+            const Vec<float> a = load(value + begin + c, lanes);
+            if constexpr (is_bfloat16<Element>) {
+                const int64_t left = count - c;
+                store_into_pairs(panel + (slot / 2 * panel_columns + c) * 2, static_cast<int>(slot % 2), a,
+                                 left < Vec<float>::lanes ? static_cast<int>(left) : Vec<float>::lanes);
+            } else {
+                store(panel + slot * panel_columns + c, a, lanes);
+            }
+        });
     }
 }
 

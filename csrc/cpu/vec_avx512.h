@@ -78,6 +78,14 @@ inline Pairs load_pairs(const BFloat16* p) { return {_mm512_loadu_si512(p)}; }
 inline Pairs load_pairs(const BFloat16* p, int count) {
     return {_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << count) - 1), p)};
 }
+// The first `count` values, each into its pair: as the first of it or the second. The other is not written: a store of
+// whole pairs could undo what another thread puts there.
+inline void store_into_pairs(BFloat16* pairs, int second, Vec<float> a, int count) {
+    const __m512i wide = _mm512_cvtepu16_epi32(narrow(a.v, pairs));
+    const __m512i placed = second != 0 ? _mm512_slli_epi32(wide, 16) : wide;
+    const auto first = static_cast<__mmask32>(0x55555555U & ((uint64_t{1} << (2 * count)) - 1));
+    _mm512_mask_storeu_epi16(pairs, second != 0 ? first << 1U : first, placed);
+}
 inline Vec<float> as_floats(Pairs a) { return Vec<float>(_mm512_castsi512_ps(a.v)); }
 inline void store_pairs(BFloat16* p, Pairs a) { _mm512_storeu_si512(p, a.v); }
 // Two rows of 32 values as pairs of one value of each: those of the first 16, those of the last.

@@ -249,7 +249,7 @@ class _Local(_Stage):
 
 
 # Of the window's rows, the share that a frame of a frame-local block takes.
-LOCAL_SHARE = 4
+LOCAL_SHARE = 6
 
 
 class _Causal(_Stage):

@@ -447,9 +447,12 @@ def certify(model: Autoregressive, x: Tensor, z: Tensor, first: int = 0) -> floa
 
 def _require_finite(tokens: Tensor, first: int, what: str) -> None:
     """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
-    finite = tokens.isfinite()
-    if not bool(finite.all()):
-        sample, token, _ = (~finite).nonzero()[0].tolist()
+    if math.isfinite(tokens.sum(dtype=torch.float64)):
+        return
+    bad = ~tokens.isfinite().all(-1)
+    # The sum of large float64 may overflow.
+    if bool(bad.any()):
+        sample, token = bad.nonzero()[0].tolist()
         raise _not_finite(what, sample, first + token)
 
 

@@ -177,11 +177,10 @@ def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
 
 def to_sequence(grid: Tensor, order: Tensor) -> Tensor:
     """Grid (batch, frames, height, width, channels) to the sequence (batch, tokens, channels) in `order`."""
-    return grid.flatten(1, 3)[:, order.to(grid.device)]
+    return grid.flatten(1, 3).index_select(1, order.to(grid.device))
 
 
 def to_grid(sequence: Tensor, order: Tensor, frames: int, height: int, width: int) -> Tensor:
     """Inverse of `to_sequence`."""
-    grid = torch.empty_like(sequence)
-    grid[:, order.to(sequence.device)] = sequence
+    grid = torch.empty_like(sequence).index_copy_(1, order.to(sequence.device), sequence)
     return grid.view(grid.shape[0], frames, height, width, -1)

@@ -30,6 +30,21 @@ def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) ->
         torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
 
 
+@pytest.mark.parametrize("kind", ["plain", "whole tiles"])
+def test_any_number_of_threads_gives_the_same_bits(kind: str, isa: str) -> None:
+    """With few rows, which members share, and with many, of which each takes its own: 210, cut inside a window."""
+    weights = block(KINDS[kind], "bfloat16")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(sweeps(weights, state_of(weights, 3, 90, storage="bfloat16"), "bfloat16"))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
 def test_the_reference_takes_both_layouts_of_a_cache() -> None:
     """Of the CPU's kernels and of CUDA's; what is cached is the same."""
     weights = block({"qk": True})

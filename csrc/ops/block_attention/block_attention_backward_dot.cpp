@@ -78,12 +78,11 @@ struct Scratch {
     }
 };
 
-// sums += or = rows times one panel, group by group.
+// sums += or = rows times one panel. All rows here are multiples of 32: on tiles every group is whole.
 template <class Product>
 inline void multiply_rows(const PackedRows& rows, const char* panel, float* sums, bool accumulate) {
-    for (int64_t g = 0; g < rows.groups(); ++g) {
-        GroupTable<Product, Product::most_rows>::pick(rows.rows_in(g))(
-            rows.group_data(g), panel, 0, 0, rows.cells, sums + g * rows.group * panel_columns, accumulate);
+    for (int64_t g = 0; g < rows.groups(); g += strip_groups<Product>) {
+        multiply_strip<Product>(rows, g, panel, sums + g * rows.group * panel_columns, accumulate);
     }
 }
 
@@ -317,10 +316,11 @@ int64_t scratch_bytes(const AttentionBackwardArgs& args) { return Scratch(args, 
 
 void backward(const AttentionBackwardArgs& args, int64_t begin, int64_t end, void* memory) {
     const Scratch scratch(args, static_cast<char*>(memory));
-    visit_register_attention(args.shape.data, [&](auto element, auto product) {
+    visit_attention(args.shape.data, [&](auto element, auto product) {
+        using Product = decltype(product);
+        const Strips<Product> strips(even_groups(tile, Product::most_rows));
         for (int64_t item = begin; item < end; ++item) {
-            Head<decltype(product), decltype(element)>(args, scratch, item / args.shape.kv_heads,
-                                                       item % args.shape.kv_heads)
+            Head<Product, decltype(element)>(args, scratch, item / args.shape.kv_heads, item % args.shape.kv_heads)
                 .run();
         }
     });

@@ -8,13 +8,15 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// Calls visitor(T{}, Product{}): products of bfloat16 where the data is and the level has them, in registers. On a
-// level without, panels hold float32, and nothing is rounded on its way into a product.
+// Calls visitor(T{}, Product{}): products of bfloat16 where the data is and the level has them, on tiles if it can. On
+// a level without, panels hold float32, and nothing is rounded on its way into a product.
 template <class Visitor>
-inline void visit_register_attention(Dtype data, const Visitor& visitor) {
+inline void visit_attention(Dtype data, const Visitor& visitor) {
     switch (data) {
         case Dtype::bfloat16:
-#if defined(__AVX512BF16__)
+#if defined(STARFLOW_TILES) && defined(__AVX512BF16__)
+            return visitor(BFloat16{}, TileProduct<1, 1>{});
+#elif defined(__AVX512BF16__)
             return visitor(BFloat16{}, PairsProduct{});
 #else
             return visitor(BFloat16{}, WidenedProduct<float>{});
@@ -24,15 +26,6 @@ inline void visit_register_attention(Dtype data, const Visitor& visitor) {
         default:
             return visitor(float{}, WidenedProduct<float>{});
     }
-}
-
-// The same with the tiles of this level, where it has them.
-template <class Visitor>
-inline void visit_attention(Dtype data, const Visitor& visitor) {
-#if defined(STARFLOW_TILES) && defined(__AVX512BF16__)
-    if (data == Dtype::bfloat16) return visitor(BFloat16{}, TileProduct<1, 1>{});
-#endif
-    visit_register_attention(data, visitor);
 }
 
 // Bytes of keys or values of `rows` keys as panels of the widest storage.

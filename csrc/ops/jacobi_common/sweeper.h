@@ -28,13 +28,20 @@ class Sweeper {
     void run(const std::vector<SweepWindow>& windows, int64_t rows, const float* previous, const float* embedded,
              float* raw);
 
+    int64_t shared_bytes(int64_t rows) const;
+    int64_t memory_bytes(int64_t rows, int64_t members) const;
+    // The members of the team, which each take rows of their own, or 1: all rows, of which they share out the work.
+    int64_t parts_of(const std::vector<SweepWindow>& windows, int64_t rows) const;
+
     const SweepBlock& block_;
     const SweepKernels& kernels_;
     Team team_;
     int64_t most_rows_;
-    char* shared_;
-    char* own_;
+    int64_t layer_bytes_;  // weights
+    char* memory_;
     std::vector<int32_t> window_of_row_;
+    std::vector<SweepWindow> cut_;
+    std::vector<SweepArgs> parts_;
 };
 
 }  // namespace starflow

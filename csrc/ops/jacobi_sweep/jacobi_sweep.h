@@ -1,19 +1,23 @@
 // jacobi_sweep: one block's network over windows of tokens, all layers in one call of one team of threads.
 //
-//   h = previous W_in^T + b + position[slot] + condition[sample]                   row 0 of a clip reads the start
-//   token each layer: h += post(attention(rope(norm(h) W_qkv^T)) W_proj^T),  h += post(mlp(norm(h))) raw = norm(h)
-//   W_out^T + b
+//   h = previous W_in^T + b + position[slot] + condition[sample]     row 0 of a clip reads the start token
+//   each layer: h += post(attention(rope(norm(h) W_qkv^T)) W_proj^T),  h += post(mlp(norm(h)))
+//   raw = norm(h) W_out^T + b
 //
 // Rows are the tokens of all windows, one behind the other; a window is a run of slots of one row of the caches. Keys
 // and values of a window are written at its slots, and a token sees all slots up to its own.
 //
-// Memory: all weights once (width 256: 3 MB a layer in float32), the visible part of the caches once for each 64 rows.
-// Phases of a layer, with a barrier behind each: queries, keys, values, rotation, cache and attention (a member its
-// heads) | projection (its panels) | first half of the MLP (its panels) | second half (its panels). Where the members
-// do not divide the key heads the first phase is three: projections (its panels) | rotation and cache (its rows) |
-// attention (its samples, heads and tiles of rows). Every member packs all rows for itself, normalised: a line that
-// another core wrote costs more than computing it again. No sum is split over members, so that results do not depend on
-// how many there are.
+// The members of a team work in one of two ways (`Sweeper` chooses); no sum is split over members, so that results
+// depend neither on the way nor on how many there are.
+//
+// All on the same rows: weights and caches are read once. Phases of a layer, with a barrier behind each: queries, keys,
+// values, rotation, cache and attention (a member its heads) | projection (its panels) | first half of the MLP (its
+// panels) | second half (its panels). Where the members do not divide the key heads the first phase is three:
+// projections (its panels) | rotation and cache (its rows) | attention (its samples, heads and tiles of rows). Every
+// member packs all rows for itself, normalised: a line that another core wrote costs more than computing it again.
+//
+// Each on rows of its own: every member reads all weights, but nothing that another wrote except keys and values, and
+// there is one barrier a layer, behind them.
 #pragma once
 #include "cpu/norm_kind.h"
 #include "cpu/panels.h"
@@ -99,7 +103,8 @@ static inline int64_t row_stride(int64_t width) { return round_up(width, 32) + 1
 struct SweepKernels {
     int64_t (*shared_bytes)(const SweepBlock& block, int64_t rows);
     int64_t (*own_bytes)(const SweepBlock& block, int64_t rows);
-    void (*sweep)(const SweepArgs& args, const TeamSlice& team);
+    // One part that all members share, or one for each.
+    void (*sweep)(const SweepArgs* parts, int64_t count, const TeamSlice& team);
 };
 
 STARFLOW_DECLARE_DOT_VARIANTS(SweepKernels, jacobi_sweep)

@@ -193,16 +193,20 @@ struct Sweep {
             });
     }
 
-    // Norm (none too) of one head in place, then its rotation by the tables at `slot`.
+    // Norm (none too) of one head in place, and its rotation by the tables at `slot`.
     void turn(float* head, const RowNorm& norm, const float* cos, const float* sin, int64_t slot) const {
-        normalise_row(head, block.head_dim, norm);
-        if (cos == nullptr) return;
+        if (cos == nullptr) return normalise_row(head, block.head_dim, norm);
+        const bool normed = norm.kind != NormKind::none;
+        const RowMoments moments = normed ? row_moments(head, block.head_dim, norm) : RowMoments{0.0F, 1.0F};
+        const auto value = [&](int64_t c, auto lanes) {
+            return normed ? normalised(head, c, lanes, moments, norm) : load(head + c, lanes);
+        };
         const int64_t half = block.head_dim / 2;
         cos += slot * half;
         sin += slot * half;
         over_channels(half, [&](int64_t c, auto lanes) {
-            const Vec<float> u = load(head + c, lanes);
-            const Vec<float> v = load(head + half + c, lanes);
+            const Vec<float> u = value(c, lanes);
+            const Vec<float> v = value(half + c, lanes);
             const Vec<float> cosine = load(cos + c, lanes);
             const Vec<float> sine = load(sin + c, lanes);
             store(head + c, u * cosine - v * sine, lanes);
@@ -315,13 +319,22 @@ struct Sweep {
         }
     }
 
+    // The team's share of queries, keys and values, where they lie before they are turned.
+    template <class Multiply>
+    void project(const SweepLayer& layer, const Multiply& multiply_some) const {
+        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
+        multiply_some(layer.qkv, layer.attention_norm, stream,
+                      [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+                          store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
+                      });
+    }
+    void project_share(int64_t member, const SweepLayer& layer) const {
+        project(layer, [&](const auto&... arguments) { multiply_share(member, arguments...); });
+    }
+
     // Queries, keys, values and attention. Where the key heads are shared out evenly, a member goes from the projection
     // to the results of its own heads without waiting for the others, and what it wrote stays in its caches.
     void attention(const SweepLayer& layer) const {
-        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
-        const auto put = [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-            store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
-        };
         const int64_t members = team.barrier.members;
         const int64_t own_heads = block.kv_heads / members;
         const int64_t own_channels = own_heads * block.head_dim;
@@ -335,14 +348,16 @@ struct Sweep {
                 const PanelRange ranges[] = {{member * queries, member * queries + queries},
                                              {keys + member * panels, keys + member * panels + panels},
                                              {values + member * panels, values + member * panels + panels}};
-                multiply(member, layer.qkv, ranges, layer.attention_norm, stream, written(layer.qkv, put));
+                project(layer, [&](const Panels& weights, const RowNorm& norm, const auto& row_of, const auto& write) {
+                    multiply(member, weights, ranges, norm, row_of, written(weights, write));
+                });
                 const int64_t head = member * own_heads;
                 append(layer, 0, args.rows, head, head + own_heads);
                 attend_heads(member, layer, head, head + own_heads, [](int64_t) { return true; });
             });
             return;
         }
-        team.run([&](int64_t member) { multiply_share(member, layer.qkv, layer.attention_norm, stream, put); });
+        team.run([&](int64_t member) { project_share(member, layer); });
         team.run([&](int64_t member) {
             append(layer, team.first(member, args.rows), team.last(member, args.rows), 0, block.kv_heads);
         });
@@ -431,8 +446,7 @@ struct Sweep {
         });
     }
 
-    void run_layer(const SweepLayer& layer) const {
-        attention(layer);
+    void after_attention(const SweepLayer& layer) const {
         add_branch(layer.attention_post, [&](int64_t member, const auto& write) {
             multiply_share(
                 member, layer.proj, no_norm, [&](int64_t r) { return shared.attended + r * shared.attended_stride; },
@@ -441,9 +455,11 @@ struct Sweep {
         mlp(layer);
     }
 
-    void run() const {
+    void begin() const {
         team.run([&](int64_t member) { embed(member); });
-        for (int64_t l = 0; l < block.layer_count; ++l) run_layer(block.layers[l]);
+    }
+
+    void finish() const {
         if (args.raw == nullptr) return;
         team.run([&](int64_t member) {
             multiply_share(
@@ -453,9 +469,39 @@ struct Sweep {
                 });
         });
     }
+
+    // All members on the same rows.
+    void run() const {
+        begin();
+        for (int64_t l = 0; l < block.layer_count; ++l) {
+            attention(block.layers[l]);
+            after_attention(block.layers[l]);
+        }
+        finish();
+    }
+
+    // A team of one on its own rows: what comes before others' keys of layer l are needed, and after those of l - 1.
+    void run_between(int64_t l) const {
+        if (l == 0) {
+            begin();
+        } else {
+            attend_heads(0, block.layers[l - 1], 0, block.kv_heads, [](int64_t) { return true; });
+            after_attention(block.layers[l - 1]);
+        }
+        if (l == block.layer_count) return finish();
+        project_share(0, block.layers[l]);
+        append(block.layers[l], 0, args.rows, 0, block.kv_heads);
+    }
 };
 
-void sweep(const SweepArgs& args, const TeamSlice& team) { Sweep(args, team).run(); }
+void sweep(const SweepArgs* parts, int64_t count, const TeamSlice& team) {
+    if (count == 1) return Sweep(parts[0], team).run();
+    Barrier nobody{.members = 1, .yield = nullptr};
+    const TeamSlice alone{nobody, 0, 1};
+    for (int64_t l = 0; l <= parts[0].block.layer_count; ++l) {
+        team.run([&](int64_t member) { Sweep(parts[member], alone).run_between(l); });
+    }
+}
 
 }  // namespace
 
