@@ -82,28 +82,63 @@ struct Own {
 int64_t shared_bytes(const SweepBlock& block, int64_t rows) { return Shared(block, rows, nullptr).bytes; }
 int64_t own_bytes(const SweepBlock& block, int64_t rows) { return Own(block, rows, nullptr).bytes; }
 
-// Run visitor(to + column, value, lanes) for the columns of panel p that exist, a register at a time.
-template <class Visitor>
-inline void over_panel(const Panels& weights, int64_t p, int64_t r, const float* sums, const Visitor& visitor) {
+// The columns of panel p that exist, of rows of sums, with what a product adds to them.
+class PanelColumns {
     using V = Vec<float>;
-    const float* row = sums + r * panel_columns;
-    for (int64_t c = 0; c < panel_columns; c += V::lanes) {
-        const int64_t column = p * panel_columns + c;
-        const int64_t left = weights.columns - column;
-        if (left <= 0) return;
-        const auto finish = [&](auto lanes) {
-            V value = load(row + c, lanes);
-            if (weights.column_scale != nullptr) value = value * load(weights.column_scale + column, lanes);
-            if (weights.bias != nullptr) value = value + load(weights.bias + column, lanes);
-            visitor(column, value, lanes);
-        };
-        if (left >= V::lanes) {
-            finish(AllLanes{});
-        } else {
-            finish(FirstLanes{static_cast<int>(left)});
+    static constexpr int registers = panel_columns / V::lanes;
+
+  public:
+    PanelColumns(const Panels& weights, int64_t p)
+        : begin_(p * panel_columns),
+          width_(weights.columns - begin_ < panel_columns ? weights.columns - begin_ : panel_columns),
+          scaled_(weights.column_scale != nullptr) {
+        for (int i = 0; i < registers; ++i) {
+            scale_[i] = of(weights.column_scale, i, 1.0F);
+            bias_[i] = of(weights.bias, i, 0.0F);
         }
     }
-}
+
+    bool whole() const { return width_ == panel_columns; }
+
+    // Run visitor(column, value, lanes) over row r, a register at a time.
+    template <class Visitor>
+    void row(int64_t r, const float* sums, const Visitor& visitor) const {
+        const float* from = sums + r * panel_columns;
+        if (whole()) {
+            STARFLOW_UNROLL
+            for (int i = 0; i < registers; ++i) {
+                visitor(begin_ + i * V::lanes, finished(from, i), AllLanes{});
+            }
+            return;
+        }
+        for (int i = 0; i < registers; ++i) {
+            const int64_t left = width_ - i * V::lanes;
+            if (left >= V::lanes) {
+                visitor(begin_ + i * V::lanes, finished(from, i), AllLanes{});
+            } else if (left > 0) {
+                visitor(begin_ + i * V::lanes, finished(from, i), FirstLanes{static_cast<int>(left)});
+            }
+        }
+    }
+
+  private:
+    V of(const float* values, int i, float none) const {
+        const int64_t left = width_ - i * V::lanes;
+        if (values == nullptr || left <= 0) return V(none);
+        const float* from = values + begin_ + i * V::lanes;
+        return left >= V::lanes ? load(from, AllLanes{}) : load(from, FirstLanes{static_cast<int>(left)});
+    }
+    V finished(const float* from, int i) const {
+        const V sum = load(from + i * V::lanes, AllLanes{});
+        return (scaled_ ? sum * scale_[i] : sum) + bias_[i];
+    }
+
+    int64_t begin_;
+    int64_t width_;
+    bool scaled_;
+    V scale_[registers];
+    V bias_[registers];
+};
 
 inline constexpr RowNorm no_norm{NormKind::none, nullptr, nullptr, 0.0F};
 
@@ -157,9 +192,10 @@ struct Sweep {
     template <class Write>
     auto written(const Panels& weights, const Write& write) const {
         return [this, &weights, &write](int64_t p, const float* sums) {
+            const PanelColumns columns(weights, p);
             for (int64_t r = 0; r < args.rows; ++r) {
-                over_panel(weights, p, r, sums,
-                           [&](int64_t column, Vec<float> value, auto lanes) { write(column, r, value, lanes); });
+                columns.row(r, sums,
+                            [&](int64_t column, Vec<float> value, auto lanes) { write(column, r, value, lanes); });
             }
         };
     }
@@ -402,17 +438,29 @@ struct Sweep {
             constexpr int64_t cells = panel_columns / Product::cell * Product::terms;
             const PackedRows packed = packed_rows<Product>(shared.hidden, args.rows, block.hidden);
             const bool gated = layer.gate.data != nullptr;
+            const PanelColumns columns(last, p);
+            constexpr bool rounded = is_bfloat16<typename Product::Cell> && Product::terms == 1;
+            const auto activated = [&](int64_t r, int64_t column, Vec<float> value, auto lanes) {
+                if (gated) return gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
+                if constexpr (rounded) return coarse_gelu(value);
+                return gelu(value);
+            };
+            if constexpr (rounded && Product::cell == panel_columns) {
+                // A whole panel is one cell of each row.
+                if (columns.whole()) {
+                    for (int64_t r = 0; r < args.rows; ++r) {
+                        auto* cell = reinterpret_cast<typename Product::Cell*>(packed.row(r) + p * packed.stride(r));
+                        columns.row(r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                            store(cell + column % panel_columns, activated(r, column, value, lanes), lanes);
+                        });
+                    }
+                    return;
+                }
+            }
             for (int64_t r = 0; r < args.rows; ++r) {
                 alignas(64) float row[panel_columns];
-                over_panel(last, p, r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
-                    if (gated) {
-                        value = gelu_tanh(value) * load(shared.gated + r * shared.gated_stride + column, lanes);
-                    } else if constexpr (is_bfloat16<typename Product::Cell> && Product::terms == 1) {
-                        value = coarse_gelu(value);
-                    } else {
-                        value = gelu(value);
-                    }
-                    store(row + column % panel_columns, value, lanes);
+                columns.row(r, sums, [&](int64_t column, Vec<float> value, auto lanes) {
+                    store(row + column % panel_columns, activated(r, column, value, lanes), lanes);
                 });
                 pack_cells<Product>(packed, r, p * cells, (p + 1) * cells, block.hidden,
                                     [&](int64_t c, auto lanes) { return load(row + c % panel_columns, lanes); });
