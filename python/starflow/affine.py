@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,10 @@ class Affine:
     soft_clip: float = 0.0
     shifted: bool = False
     guidance: float = 0.0
+
+    def like(self, raw: Tensor) -> Affine:
+        """The maps of another output of the same network."""
+        return replace(self, raw=raw)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise: `z = (x - shift) / scale` like `x`, and log |dz/dx| of each token (batch, tokens)."""

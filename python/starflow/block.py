@@ -32,8 +32,9 @@ class FlowBlock(nn.Module):
         self.frame_local = config.shallow_block_local and not self.top
         flipped = (index % 2 == 0) == (config.seq_order == "L2R")
         self.order: Order = "raster"
-        if self.top and config.top_order != "raster":
-            self.order = config.top_order
+        chosen = config.top_order if self.top else config.shallow_order
+        if chosen != "raster":
+            self.order = chosen
         elif flipped:
             self.order = "reverse_in_frame" if config.temporal_causal > 0 else "reverse"
         # Whether the block goes from the last frame to the first.

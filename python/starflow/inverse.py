@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from starflow import solver
-from starflow.affine import Affine
-from starflow.solver import Schedule, SolveReport, Window, places
+from starflow.solver import Schedule, SolveReport, Window, places, token_numbers
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -116,16 +116,20 @@ class FunctionDecoder:
     def sequence(self, x: Tensor) -> Tensor:
         """Shape and order of `z` to (batch, tokens, channels)."""
         x = self._flat(x)
-        return x if self._order is None else x[:, self._order]
+        return x if self._order is None else x.index_select(1, self._order)
 
     def _flat(self, x: Tensor) -> Tensor:
         """(batch, tokens, channels) in the order along the axis."""
+        if x.dim() == 2:
+            return x.unsqueeze(-1)
         x = x.movedim(self._axis, 1)
         return x.reshape(*x.shape[:2], self._x.shape[2])
 
     def like_z(self, x: Tensor) -> Tensor:
         """(batch, tokens, channels) to the shape and order of `z`."""
-        x = x if self._place is None else x[:, self._place]
+        x = x if self._place is None else x.index_select(1, self._place)
+        if len(self._shape) == 2:
+            return x.squeeze(-1)
         return x.reshape(*x.shape[:2], *self._shape[2:]).movedim(1, self._axis)
 
     def given(self, known: Tensor) -> Tensor:
@@ -151,22 +155,23 @@ class FunctionDecoder:
     def native_window(self) -> None:
         """None: a function is called from plain torch."""
 
-    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Given:
         """Affine maps of the tokens `start ..`; arguments as of `starflow.solver.Autoregressive.evaluate`."""
         batch, width, _ = previous.shape
         starts = start.tolist() if isinstance(start, Tensor) else [start] * batch
         here = places(starts, width, previous.device)
         if final is not None:
-            rows = torch.arange(width, device=final.device) + (start[:, None] if isinstance(start, Tensor) else start)
-            previous = torch.where((rows < final[:, None])[..., None], self._x[here], previous)
+            kept = (token_numbers(starts, width, final.device) < final[:, None])[..., None]
+            previous = torch.where(kept, self._x[here], previous)
         self._x[here] = previous
         window = slice(min(starts), max(starts) + width)
-        raw = self._call(window)
+        scale, shift = self._call(window)
         first = window.start if self._windowed else 0
-        return Affine(raw[places([token - first for token in starts], width, raw.device)], "exp")
+        there = places([token - first for token in starts], width, previous.device)
+        return Given(scale[there], shift[there])
 
-    def _call(self, window: slice) -> Tensor:
-        """Log-scale and shift, (batch, tokens, 2 * channels), of the tokens of `window` or of all."""
+    def _call(self, window: slice) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (batch, tokens, channels), of the tokens of `window` or of all."""
         x = self.like_z(self._x[:, 1:])
         returned: Any = self._fn(x, window) if self._windowed else self._fn(x)
         if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)):
@@ -181,6 +186,38 @@ class FunctionDecoder:
         least = float(scale.amin())
         if least < 0.0:
             raise ValueError(f"solve: fn returned scale {least:g}, expected numbers > 0")
-        parts = (self._flat(scale.to(x.dtype).log()), self._flat(shift.to(x.dtype)))
-        raw = torch.cat(parts, -1)
-        return raw if self._order is None else raw[:, self._order]
+        return self.sequence(scale.to(x.dtype)), self.sequence(shift.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Affine maps as a function returned them, both (batch, tokens, channels): a `starflow.solver.AffineMaps`."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @property
+    def raw(self) -> Tensor:
+        """(batch, tokens, 2 * channels): scale, then shift."""
+        return torch.cat([self.scale, self.shift], -1)
+
+    def like(self, raw: Tensor) -> Given:
+        """The maps in `raw`."""
+        return Given(*raw.chunk(2, -1))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise, and the log-determinant of each token."""
+        return (x - self.shift) / self.scale, -self.scale.log().sum(-1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise to data."""
+        return torch.addcmul(self.shift, self.scale, z)
+
+    def update_(self, x: Tensor, z: Tensor) -> Tensor:
+        """Overwrites `x` by its decoded value; returns the largest change of each token in units of its scale."""
+        new = self.decode(z)
+        change = (new - x).abs_().div_(self.scale)
+        # A token is often one number.
+        change = change.squeeze(-1) if change.shape[-1] == 1 else change.amax(-1)
+        x.copy_(new)
+        return change

@@ -577,6 +577,8 @@ class Pipeline:
                     "(flow.shallow_block_local)"
                 )
             return Span(reference + frames)
+        if window is not None and window < 1:
+            raise ValueError(f"sample: window is {window}, expected at least 1 latent frame")
         window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
         if window == 1:
             return Span(reference + frames)

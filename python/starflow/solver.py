@@ -35,9 +35,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.affine import Affine
 from starflow.files import write_text
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
+
+
+class AffineMaps(Protocol):
+    """The map `x = shift + scale * z` of each token of a call; `starflow.affine.Affine` is the one of networks."""
+
+    @property
+    def raw(self) -> Tensor:
+        """What tells the maps, (rows, tokens, ...): rows of the batch, twice as many with guidance."""
+
+    def like(self, raw: Tensor) -> AffineMaps:
+        """The maps that `raw` tells, of the same kind."""
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise, and the log-determinant of each token."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise to data."""
+
+    def update_(self, x: Tensor, z: Tensor) -> Tensor:
+        """Overwrites `x` by its decoded value; returns the largest change of each token in units of its scale."""
 
 
 class Autoregressive(Protocol):
@@ -65,7 +84,7 @@ class Autoregressive(Protocol):
     def default_window(self, batch: int, first: int) -> int:
         """Rows of a sample in a call where the schedule names none; arguments as of `break_even`."""
 
-    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> AffineMaps:
         """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`.
 
         What is cached of the first `final` tokens of each sample stays.
@@ -522,24 +541,24 @@ def _sweep(
     """One sweep of the window in plain torch."""
     # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
     batch, total, frontier = z.shape[0], z.shape[1], at.frontier
-    width = min(size, total - min(frontier))
+    low = min(frontier)
+    width = min(size, total - low)
     # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
     # cached of them stays, so that a sample does not depend on the batch that it is in.
-    starts = [min(token, total - width) for token in frontier]
+    starts = [low] * batch if low + width == total else [min(token, total - width) for token in frontier]
     again = starts != frontier
     here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
     if isinstance(at.kept, _Kept) and max(starts) + width > min(at.fresh):
         at.kept.guess_(x, z, starts, width, at.fresh)
     _tame_(x, z, here, starts, width, frontier)
-    together = min(starts) == max(starts)
-    begin = starts[0] if together else torch.tensor(starts, device=z.device)
+    begin = starts[0] if _together(starts) else torch.tensor(starts, device=z.device)
     final = torch.tensor(frontier, device=z.device) if again else None
     affine = model.evaluate(x[here], begin, final)
     moved = x[after].clone()
     change = affine.update_(moved, z[here])
     accepted = change < tolerance
     if final is not None:
-        done = _tokens(starts, width, z.device) < final[:, None]
+        done = token_numbers(starts, width, z.device) < final[:, None]
         moved = torch.where(done[..., None], x[after], moved)
         accepted |= done
     x[after] = moved
@@ -548,10 +567,11 @@ def _sweep(
             at.kept = _Kept(affine, first, model.frame_tokens, batch, model.tokens)
         assert isinstance(at.kept, _Kept)
         at.kept.keep(affine, here)
-    at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
+    if min(at.fresh) < max(starts) + width:
+        at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
     # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-    settled: list[int] = accepted.cumprod(1).sum(1).tolist()
-    reached = [start + min(count + 1, width) for start, count in zip(starts, settled, strict=True)]
+    settled = accepted.cumprod(1).sum(1)
+    reached: list[int] = (settled.add_(1).clamp_(max=width) + begin).tolist()
     if not math.isfinite(float(change.amax())):
         # Of what is accepted only the last token can be other than finite: those before it moved by a number.
         for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
@@ -566,15 +586,22 @@ def _sweep(
 Places = tuple[slice, slice] | tuple[Tensor, Tensor]
 
 
+def _together(starts: list[int]) -> bool:
+    """Whether all samples start at one token."""
+    return starts.count(starts[0]) == len(starts)
+
+
 def places(starts: list[int], width: int, device: torch.device) -> Places:
     """Indices of `width` tokens from `starts` on, one for each sample: slices where all start together."""
-    if min(starts) == max(starts):
+    if _together(starts):
         return slice(None), slice(starts[0], starts[0] + width)
-    return torch.arange(len(starts), device=device)[:, None], _tokens(starts, width, device)
+    return torch.arange(len(starts), device=device)[:, None], token_numbers(starts, width, device)
 
 
-def _tokens(starts: list[int], width: int, device: torch.device) -> Tensor:
-    """Numbers of the tokens of a window, (batch, width)."""
+def token_numbers(starts: list[int], width: int, device: torch.device) -> Tensor:
+    """Numbers of the tokens of a window, (batch, width); (1, width) where all start together."""
+    if _together(starts):
+        return torch.arange(starts[0], starts[0] + width, device=device)[None]
     return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
 
 
@@ -592,7 +619,7 @@ def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, fr
     size = read.abs()
     if float(size.amax()) < _WILD:
         return
-    tokens = _tokens(starts, width, z.device)
+    tokens = token_numbers(starts, width, z.device)
     provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
     noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
     x[here] = torch.where(provisional[..., None] & ~(size < _WILD), noise, read)
@@ -601,7 +628,7 @@ def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, fr
 class _Kept:
     """The network's last output for each token, from which tokens one frame later are guessed."""
 
-    def __init__(self, affine: Affine, first: int, frame: int, batch: int, total: int) -> None:
+    def __init__(self, affine: AffineMaps, first: int, frame: int, batch: int, total: int) -> None:
         self._like, self._first, self._frame = affine, first, frame
         self._raw = affine.raw.new_zeros(affine.raw.shape[0] // batch, batch, total, affine.raw.shape[-1])
 
@@ -611,14 +638,14 @@ class _Kept:
         copied._raw = self._raw.clone()
         return copied
 
-    def keep(self, affine: Affine, here: Places) -> None:
+    def keep(self, affine: AffineMaps, here: Places) -> None:
         halves = affine.raw.view(self._raw.shape[0], self._raw.shape[1], *affine.raw.shape[1:])
         for kept, raw in zip(self._raw, halves, strict=True):
             kept[here] = raw
 
     def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
         """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
-        tokens = _tokens(starts, width, z.device)
+        tokens = token_numbers(starts, width, z.device)
         ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
         wanted = (ahead >= 0) & (source >= self._first)
@@ -627,7 +654,7 @@ class _Kept:
         rows = torch.arange(len(starts), device=z.device)[:, None]
         raw = self._raw[:, rows, source.clamp(min=0)].flatten(0, 1)
         guess = x[rows, tokens + 1]
-        replace(self._like, raw=raw).update_(guess, z[rows, tokens])
+        self._like.like(raw).update_(guess, z[rows, tokens])
         x[rows, tokens + 1] = torch.where(wanted[..., None], guess, x[rows, tokens + 1])
 
 

@@ -421,6 +421,11 @@ def _train(
     if last is not None:
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
+        if trainer.step > config.train.steps:
+            raise TrainingError(
+                f"training: train.steps is {config.train.steps}, expected at least {trainer.step}: {folder} was "
+                "trained so far"
+            )
     recipe = config.train
     speed = _Speed(recipe.batch_size)
     with ExitStack() as stack:

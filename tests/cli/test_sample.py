@@ -273,6 +273,7 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
     "options, message",
     [
         ({"frames": 0}, "frames is 0, expected at least 1"),
+        ({"window": 0}, "sample: window is 0, expected at least 1 latent frame"),
         ({"height": 18}, "height is 18, expected a positive multiple of 4"),
         ({"seed": -1}, "seed is -1, expected an integer >= 0"),
         ({"seeds": [1, 2]}, "seeds has 2 entries, expected 1"),

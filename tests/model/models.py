@@ -53,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     "video": VIDEO,
     "video spread": VIDEO | {"top_order": "spread"},
     "video spread embeddings": VIDEO | {"top_order": "spread", "position_embed": True, "text_embed": True},
+    "video orders in all blocks": VIDEO | {"top_order": "farthest", "shallow_order": "spread", "position_embed": True},
     "video spread shifted": VIDEO | {"top_order": "spread", "sos": False},
     "video shallow blocks over time": VIDEO | {"shallow_block_local": False, "cond_top_only": False},
     "video backwards in time": VIDEO

@@ -343,6 +343,8 @@ def test_a_run_that_died_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
     same(whole, flow)
     same(whole, load_model(tmp_path / "cut").flow)
     same(whole, train(config, tmp_path / "cut", quiet=True, on_step=lambda done: pytest.fail("was complete")))
+    with pytest.raises(TrainingError, match=r"train\.steps is 4, expected at least 6: .*cut was trained so far"):
+        train(tiny(steps=4, checkpoint_every=3, accumulate=2, drop_label=0.5), tmp_path / "cut", quiet=True)
 
 
 def test_a_killed_process_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
