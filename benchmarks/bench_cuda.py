@@ -115,6 +115,25 @@ def test_op(
         benchmark.extra_info["percent of product"] = round(100 * rate / ceilings["product"], 1)
 
 
+@pytest.mark.parametrize("variant", ["flash-attn", "cuda"])
+@pytest.mark.parametrize("queries, keys", [(64, 1024), (64, 16384), (1590, 33390), (4096, 4096)])
+@pytest.mark.benchmark(timer=Moment)
+def test_attention_beside_flash_attn(
+    queries: int, keys: int, variant: str, cold_cache: partial[Any], benchmark: Any
+) -> None:
+    """Causal, the queries being the last of the keys, 32 heads of 128 in bfloat16; skipped without flash-attn."""
+    flash = pytest.importorskip("flash_attn")
+    q, k, v = (torch.randn(1, n, 32, 128, device="cuda", dtype=torch.bfloat16) for n in (queries, keys, keys))
+    theirs = partial(flash.flash_attn_func, q, k, v, causal=True)
+    ours = partial(ops.block_attention, *(x.transpose(1, 2) for x in (q, k, v)), causal=True, q_start=keys - queries)
+    benchmark.group = f"block_attention, {queries} queries, {keys} keys"
+    with torch.inference_mode():
+        torch.testing.assert_close(ours().transpose(1, 2), theirs(), atol=2e-2, rtol=2e-2)
+        call = ours if variant == "cuda" else theirs
+        benchmark.pedantic(call, setup=cold_cache, rounds=ROUNDS, warmup_rounds=2)
+    benchmark.extra_info.update({"variant": variant, "device": torch.cuda.get_device_name()})
+
+
 # Two layers of the deep block of the published 7B model, in bfloat16, on the cache of a whole clip after its text.
 WIDTH, HEADS, HEAD_DIM, HIDDEN, CHANNELS, TEXT, TOKENS, FRAME = 4096, 64, 64, 16384, 48, 256, 33390, 1590
 

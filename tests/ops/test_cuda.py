@@ -54,6 +54,35 @@ def test_it_runs_on_the_current_stream(spec: Spec) -> None:
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_calls_are_captured_into_a_graph(spec: Spec) -> None:
+    """Every op of one call; sweeps and solves read numbers on the host and refuse."""
+    sample = spec.on_cuda(plain(spec))
+    expected = outcome(spec, sample)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = outcome(spec, sample)
+    for _ in range(2):
+        for result in got:
+            result.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_it_runs_where_the_data_is(spec: Spec) -> None:
+    """On the second device, while the first is the current one."""
+    with torch.cuda.device(1):
+        sample = spec.on_cuda(plain(spec))
+        expected = outcome(spec, sample)
+    got = outcome(spec, sample)
+    assert all(result.device.index == 1 for result in got)
+    assert_equal(got, expected)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
 def test_explain_tells_kernel_from_plain_torch(spec: Spec) -> None:
     runs = starflow_ext.explain(spec.name, **spec.on_cuda(plain(spec)).arguments).runs
     assert runs == ("cuda" if "cuda" in spec.variants else "torch")
