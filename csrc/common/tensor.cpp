@@ -94,8 +94,7 @@ std::string number_text(double value) {
 
 ScalarType arithmetic_type(Dtype dtype) { return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float; }
 
-// torch::stable::new_empty goes through the dispatcher: 1.1 us against 0.4 while all is cached, and more where it is
-// not.
+// torch::stable::new_empty goes through the dispatcher, by the op's name.
 Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, ScalarType type) {
     std::vector<int64_t> strides(shape.size(), 1);
     for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);

@@ -44,8 +44,9 @@ class Rule:
 HALF = r"B?Float16"
 RULES = (
     Rule(rf"affine_\w+ forward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=64, wide=0.95),
-    # For sm_100f and sm_120f ptxas takes one of 72 to pieces.
-    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.94),
+    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", r"sm_(80|90a)", registers=96, wide=0.95),
+    # ptxas takes one of 72 to pieces.
+    Rule(rf"affine_\w+ backward_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", r"sm_1\w+", registers=96, wide=0.94),
     # One store of four bytes a row, of the change.
     Rule(rf"jacobi_update update_kernel<(float, float, 4|{HALF}, {HALF}, 8)>", registers=96, wide=0.85),
     # The stream by 16 bytes; tokens and tables, of which there are few, one by one.
