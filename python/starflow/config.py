@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 ConfigType = TypeVar("ConfigType")
+FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -98,8 +99,8 @@ class FlowConfig:
     use_bias: bool = True
     hf_style_rope: bool = False
     seq_order: Literal["L2R", "R2L"] = "R2L"
-    top_order: Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"] = "raster"
-    shallow_order: Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"] = "raster"
+    top_order: FrameOrder = "raster"
+    shallow_order: FrameOrder = "raster"
     position_embed: bool = False
     text_embed: bool = False
     temporal_causal: int = 0

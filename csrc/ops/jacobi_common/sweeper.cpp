@@ -18,6 +18,11 @@ constexpr int64_t rows_at_once = 256;
 constexpr int64_t bytes_saved = 107;
 constexpr int64_t least_part_rows = 16;  // of a tile
 
+template <class T>
+T* moved(T* rows, int64_t by) {
+    return rows == nullptr ? nullptr : rows + by;
+}
+
 int64_t bytes_of(const SweepLayer& layer) {
     int64_t bytes = 0;
     for (const Panels* weights : {&layer.qkv, &layer.proj, &layer.gate, &layer.up, &layer.down}) {
@@ -67,9 +72,9 @@ void Sweeper::sweep(const std::vector<SweepWindow>& windows, const float* previo
     const auto flush = [&] {
         if (rows == 0) return;
         run(part, rows, previous, embedded, raw);
-        previous = previous == nullptr ? nullptr : previous + rows * block_.channels;
-        embedded = embedded == nullptr ? nullptr : embedded + rows * block_.width;
-        raw = raw == nullptr ? nullptr : raw + rows * block_.proj_out.columns;
+        previous = moved(previous, rows * block_.channels);
+        embedded = moved(embedded, rows * block_.width);
+        raw = moved(raw, rows * block_.proj_out.columns);
         part.clear();
         rows = 0;
     };
@@ -111,10 +116,8 @@ void Sweeper::run(const std::vector<SweepWindow>& windows, int64_t rows, const f
         }
         char* shared = memory_ + part * part_bytes;
         parts_.push_back({block_, cut_.data() + first_window, static_cast<int64_t>(cut_.size() - first_window),
-                          window_of_row_.data() + first, last - first,
-                          previous == nullptr ? nullptr : previous + first * block_.channels,
-                          embedded == nullptr ? nullptr : embedded + first * block_.width,
-                          raw == nullptr ? nullptr : raw + first * block_.proj_out.columns, shared,
+                          window_of_row_.data() + first, last - first, moved(previous, first * block_.channels),
+                          moved(embedded, first * block_.width), moved(raw, first * block_.proj_out.columns), shared,
                           shared + shared_bytes(last - first)});
     }
     Barrier barrier{.members = team_.members, .yield = [] { sched_yield(); }};

@@ -22,7 +22,7 @@ T* checked(const char* name, const Tensor& tensor, const Tensor& keys, ScalarTyp
            const std::vector<int64_t>& shape) {
     require(
         tensor.scalar_type() == type && has_shape(tensor, shape) && same_device(tensor, keys) && tensor.is_contiguous(),
-        op, std::string(name) + " has shape",
+        op, named(name, " has shape"),
         [&] { return shape_text(shape_of(tensor)) + " and dtype " + dtype_text(tensor); },
         [&] {
             return shape_text(shape) + (type == ScalarType::Float ? " float32" : " int64") + ", contiguous, on " +

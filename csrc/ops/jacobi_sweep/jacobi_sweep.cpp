@@ -16,7 +16,7 @@ Tensor numbers(const char* name, const Tensor& tensor, const SweepBlock& block, 
     require(
         tensor.scalar_type() == ScalarType::Long && shape_of(tensor) == std::vector<int64_t>{block.cache_rows} &&
             (tensor.is_cpu() || same_device(tensor, keys)),
-        op, std::string(name) + " has shape",
+        op, named(name, " has shape"),
         [&] { return shape_text(shape_of(tensor)) + " and dtype " + dtype_text(tensor); },
         [&] {
             return shape_text({block.cache_rows}) + " int64 on cpu" +

@@ -355,17 +355,18 @@ struct Sweep {
         }
     }
 
-    // The team's share of queries, keys and values, where they lie before they are turned.
-    template <class Multiply>
-    void project(const SweepLayer& layer, const Multiply& multiply_some) const {
-        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
-        multiply_some(layer.qkv, layer.attention_norm, stream,
-                      [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-                          store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
-                      });
+    // A row of the residual stream.
+    auto stream() const {
+        return [this](int64_t r) { return shared.h + r * shared.h_stride; };
+    }
+    // Writes queries, keys and values to where they lie before they are turned.
+    auto put_projected() const {
+        return [this](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+            store(shared.qkv + r * shared.qkv_stride + column, value, lanes);
+        };
     }
     void project_share(int64_t member, const SweepLayer& layer) const {
-        project(layer, [&](const auto&... arguments) { multiply_share(member, arguments...); });
+        multiply_share(member, layer.qkv, layer.attention_norm, stream(), put_projected());
     }
 
     // Queries, keys, values and attention. Where the key heads are shared out evenly, a member goes from the projection
@@ -384,9 +385,8 @@ struct Sweep {
                 const PanelRange ranges[] = {{member * queries, member * queries + queries},
                                              {keys + member * panels, keys + member * panels + panels},
                                              {values + member * panels, values + member * panels + panels}};
-                project(layer, [&](const Panels& weights, const RowNorm& norm, const auto& row_of, const auto& write) {
-                    multiply(member, weights, ranges, norm, row_of, written(weights, write));
-                });
+                const auto put = put_projected();
+                multiply(member, layer.qkv, ranges, layer.attention_norm, stream(), written(layer.qkv, put));
                 const int64_t head = member * own_heads;
                 append(layer, 0, args.rows, head, head + own_heads);
                 attend_heads(member, layer, head, head + own_heads, [](int64_t) { return true; });
@@ -469,11 +469,10 @@ struct Sweep {
     }
 
     void mlp(const SweepLayer& layer) const {
-        const auto stream = [&](int64_t r) { return shared.h + r * shared.h_stride; };
         team.run([&](int64_t member) {
             const bool gated = layer.gate.data != nullptr;
             if (gated) {
-                multiply_share(member, layer.up, layer.mlp_norm, stream,
+                multiply_share(member, layer.up, layer.mlp_norm, stream(),
                                [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
                                    store(shared.gated + r * shared.gated_stride + column, value, lanes);
                                });
@@ -481,7 +480,7 @@ struct Sweep {
             const Panels& last = gated ? layer.gate : layer.up;
             const PanelRange share = share_of(member, last);
             if (share.first == share.last) return;
-            multiply(member, last, {share}, layer.mlp_norm, stream,
+            multiply(member, last, {share}, layer.mlp_norm, stream(),
                      [&](int64_t p, const float* sums) { pack_hidden(layer, last, p, sums); });
         });
         add_branch(layer.mlp_post, [&](int64_t member, const auto& write) {
@@ -510,11 +509,10 @@ struct Sweep {
     void finish() const {
         if (args.raw == nullptr) return;
         team.run([&](int64_t member) {
-            multiply_share(
-                member, block.proj_out, block.final_norm, [&](int64_t r) { return shared.h + r * shared.h_stride; },
-                [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
-                    store(args.raw + r * block.proj_out.columns + column, value, lanes);
-                });
+            multiply_share(member, block.proj_out, block.final_norm, stream(),
+                           [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
+                               store(args.raw + r * block.proj_out.columns + column, value, lanes);
+                           });
         });
     }
 
