@@ -135,17 +135,6 @@ struct TileProduct {
 
 inline constexpr int64_t panel_row_bytes = panel_columns * 4;  // a row of sums, and a pair of rows of weights
 
-// What to fetch of the weights that come next while a pair of groups is multiplied: its share of the lines two parts
-// ahead. Asking for all of them while the first pair is multiplied holds the buffers that loads need. 64 rows on a Xeon
-// with AMX, weights in the third-level cache and in memory: 2.3 and 1.2 TFLOP/s so, 2.65 and 1.75 with shares, 1.0 and
-// 1.0 without any.
-struct Ahead {
-    const char* next;  // of this pair, or null
-    int64_t lines;     // a cell
-    static constexpr int64_t line = 64;
-    static constexpr int64_t distance = 2 * block_bytes;
-};
-
 // One or two groups times the panel, over `cells` cells of each row: sums += or = the product.
 template <class Product, int groups>
 inline void multiply_tiles(const char* const (&rows)[2], const int64_t (&strides)[2], const char* panel, int64_t other,
@@ -187,11 +176,7 @@ inline void multiply_tiles(const char* const (&rows)[2], const int64_t (&strides
         if constexpr (Product::weight_terms == 2) multiply(2 * i, weights + other);
         if constexpr (Product::terms == 2) multiply(2 * i + 1, weights);
         multiply(Product::terms * i, weights);
-        if (next == nullptr) continue;
-        for (int64_t l = 0; l < ahead.lines; ++l, next += Ahead::line) {
-            __builtin_prefetch(next, 0, 2);
-            if constexpr (Product::weight_terms == 2) __builtin_prefetch(next + other, 0, 2);
-        }
+        fetch<Product>(next, ahead, other);
     }
     tile_store<Tiles::sums_00>(sums[0], panel_row_bytes);
     tile_store<Tiles::sums_01>(sums[0] + 16, panel_row_bytes);
@@ -233,23 +218,17 @@ inline void multiply_panels_on_tiles(const PackedRows& rows, const Panels& weigh
     // One pair streams the panel; more pass over a part of it that stays in the first-level cache.
     const int64_t block = pairs == 1 ? all : block_bytes / weight_cell;
     const int64_t other = weights.padded_depth() * panel_columns * static_cast<int64_t>(sizeof(BFloat16));
-    constexpr int64_t lines = weight_cell / Ahead::line;
-    const int64_t sharing = pairs < lines ? pairs : lines;
-    const int64_t share = (lines + sharing - 1) / sharing;
+    const FetchShares<Product> ahead(weights, all, pairs);
     const Tiles tiles(rows.group);
     for (int64_t p = first; p < last; ++p) {
         const char* panel = static_cast<const char*>(weights.data) + p * weights.panel_bytes();
         for (int64_t cell = 0; cell < all; cell += block) {
             const int64_t cells = all - cell < block ? all - cell : block;
             const char* part = panel + cell * weight_cell;
-            // In the next panel, where this one ends before.
-            const int64_t ahead_of_panel = cell * weight_cell + Ahead::distance - all * weight_cell;
-            const char* next =
-                ahead_of_panel < 0 ? part + Ahead::distance : panel + weights.panel_bytes() + ahead_of_panel;
             for (int64_t pair = 0; pair < pairs; ++pair) {
-                const Ahead ahead{pair < sharing ? next + pair * share * cells * Ahead::line : nullptr, share};
                 multiply_pair<Product>(rows, 2 * pair, cell, part, other, cells,
-                                       sums + 2 * pair * rows.group * panel_columns, cell > 0, ahead);
+                                       sums + 2 * pair * rows.group * panel_columns, cell > 0,
+                                       ahead.share(pair, panel, cell, cells));
             }
         }
         epilogue(p, sums);

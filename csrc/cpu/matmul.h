@@ -36,6 +36,7 @@ struct WidenedProduct {
     using Cell = float;
     static constexpr int cell = 16;  // depth of a cell
     static constexpr int terms = 1;  // cells that hold a depth: their sum is the activation
+    static constexpr int weight_terms = 1;
     static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * static_cast<int64_t>(sizeof(Weight));  // bytes a depth
 
@@ -57,40 +58,37 @@ struct WidenedProduct {
 };
 
 // Float32 activations, weights in bfloat16, or as the sum of two of them.
-template <int weight_terms>
+template <int weight_terms_>
 struct WidenedPairsProduct {
     using Cell = float;
     static constexpr int cell = 16;
     static constexpr int terms = 1;
-    static constexpr int most_rows = most_product_rows > 6 ? most_product_rows - 2 : most_product_rows;
+    static constexpr int weight_terms = weight_terms_;
+    static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * 2;
 
     template <int rows>
     static void step(const float* a, const char* b, int64_t other, int column,
                      Vec<float> (&sums)[rows][product_vectors]) {
         using V = Vec<float>;
+        // One depth at a time, so that a pair is loaded twice: both halves of it would take two registers more than
+        // AVX2 has beside the sums (70 GFLOP/s in place of 95 on a Zen 3).
         STARFLOW_UNROLL
-        for (int k = 0; k < cell; k += 2) {
-            const BFloat16* pairs = reinterpret_cast<const BFloat16*>(b + k * weight_step) + 2 * column;
-            V even[product_vectors];
-            V odd[product_vectors];
+        for (int k = 0; k < cell; ++k) {
+            const char* pairs = b + k / 2 * 2 * weight_step + column * 4;
+            const auto half = [k](const char* from) {
+                const Pairs pair = load_pairs(reinterpret_cast<const BFloat16*>(from));
+                return k % 2 == 0 ? first_of(pair) : second_of(pair);
+            };
+            V w[product_vectors];
             for (int v = 0; v < product_vectors; ++v) {
-                const Pairs high = load_pairs(pairs + 2 * v * V::lanes);
-                even[v] = first_of(high);
-                odd[v] = second_of(high);
-                if constexpr (weight_terms == 2) {
-                    const Pairs low = load_pairs(pairs + other + 2 * v * V::lanes);
-                    even[v] = even[v] + first_of(low);
-                    odd[v] = odd[v] + second_of(low);
-                }
+                w[v] = half(pairs + v * V::lanes * 4);
+                if constexpr (weight_terms == 2) w[v] = w[v] + half(pairs + other + v * V::lanes * 4);
             }
             STARFLOW_UNROLL
             for (int r = 0; r < rows; ++r) {
-                const V first(a[r * cell + k]);
-                const V second(a[r * cell + k + 1]);
-                for (int v = 0; v < product_vectors; ++v) {
-                    sums[r][v] = multiply_add(second, odd[v], multiply_add(first, even[v], sums[r][v]));
-                }
+                const V x(a[r * cell + k]);
+                for (int v = 0; v < product_vectors; ++v) sums[r][v] = multiply_add(x, w[v], sums[r][v]);
             }
         }
     }
@@ -102,6 +100,7 @@ struct PairsProduct {
     using Cell = BFloat16;
     static constexpr int cell = 32;
     static constexpr int terms = 1;
+    static constexpr int weight_terms = 1;
     static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * 2;
 
@@ -123,15 +122,67 @@ struct PairsProduct {
 };
 #endif
 
+// -- what to fetch of the weights that come next ----------------------------------------------------------------------
+
+// Depth of the part of a panel that all groups of rows pass over before the next part: 16 KB, half of the first-level
+// cache, the other half being the rows'.
+inline constexpr int64_t block_bytes = 16 * 1024;
+
+// Lines to fetch while rows are multiplied.
+struct Ahead {
+    const char* next;  // or null
+    int64_t lines;     // a cell
+};
+
+// Into the second level: the first is full. `other` is the distance of the second term of the weights.
+template <class Product>
+inline void fetch(const char*& next, const Ahead& ahead, int64_t other) {
+    if (next == nullptr) return;
+    for (int64_t l = 0; l < ahead.lines; ++l, next += 64) {
+        __builtin_prefetch(next, 0, 2);
+        if constexpr (Product::weight_terms == 2) __builtin_prefetch(next + other, 0, 2);
+    }
+}
+
+// The lines two parts ahead, in equal shares of those that pass over the present part. One that asked for all would
+// hold the buffers that loads need: 64 rows on tiles of a Xeon, weights in the third-level cache and in memory, 2.3
+// and 1.2 TFLOP/s so, 2.65 and 1.75 with shares, 1.0 and 1.0 without any; 16 rows on a core of a Zen 3, float32,
+// weights in memory: 67 GFLOP/s with all asked by the last, 87 with shares, 62 without any.
+template <class Product>
+class FetchShares {
+  public:
+    // `cells`: of the weights' depth.
+    FetchShares(const Panels& weights, int64_t cells, int64_t shares)
+        : panel_bytes_(weights.panel_bytes()),
+          depth_bytes_(cells * cell_weight),
+          lines_((lines + shares - 1) / shares) {}
+
+    // That of number `share` while `cells` cells from `cell` on are multiplied.
+    Ahead share(int64_t share, const char* panel, int64_t cell, int64_t cells) const {
+        if (share * lines_ >= lines) return {nullptr, 0};
+        const int64_t at = cell * cell_weight + 2 * block_bytes;
+        // In the next panel, where this one ends before.
+        const char* next = panel + (at < depth_bytes_ ? at : panel_bytes_ + at - depth_bytes_);
+        return {next + share * lines_ * cells * 64, lines_};
+    }
+
+  private:
+    static constexpr int64_t cell_weight = Product::cell * Product::weight_step;
+    static constexpr int64_t lines = cell_weight / 64;
+    int64_t panel_bytes_;
+    int64_t depth_bytes_;
+    int64_t lines_;
+};
+
 // -- a group of rows times a panel ------------------------------------------------------------------------------------
 
-// sums (rows, 32) += or = the product over `cells` cells. `other` is the distance of the second term of the weights,
-// `ahead` that of the weights to fetch meanwhile, or 0.
+// sums (rows, 32) += or = the product over `cells` cells. `other`: bytes to the second term of the weights.
 template <class Product, int rows>
-void multiply_group(const void* cells_of_rows, const char* panel, int64_t other, int64_t ahead, int64_t cells,
+void multiply_group(const void* cells_of_rows, const char* panel, int64_t other, const Ahead& ahead, int64_t cells,
                     float* sums, bool accumulate) {
     using V = Vec<float>;
     using Cell = typename Product::Cell;
+    const char* next = ahead.next;
     for (int column = 0; column < panel_columns; column += product_vectors * V::lanes) {
         V sum[rows][product_vectors];
         STARFLOW_UNROLL
@@ -144,11 +195,7 @@ void multiply_group(const void* cells_of_rows, const char* panel, int64_t other,
         const auto* a = static_cast<const Cell*>(cells_of_rows);
         const char* b = panel;
         for (int64_t i = 0; i < cells; ++i) {
-            if (ahead != 0) {
-                for (int64_t line = 0; line < Product::cell * Product::weight_step; line += 64) {
-                    __builtin_prefetch(b + ahead + line, 0, 2);
-                }
-            }
+            fetch<Product>(next, ahead, other);
             Product::template step<rows>(a, b, other, column, sum);
             a += rows * Product::cell;
             b += Product::cell * Product::weight_step;
@@ -162,7 +209,7 @@ void multiply_group(const void* cells_of_rows, const char* panel, int64_t other,
     }
 }
 
-using MultiplyGroup = void (*)(const void*, const char*, int64_t, int64_t, int64_t, float*, bool);
+using MultiplyGroup = void (*)(const void*, const char*, int64_t, const Ahead&, int64_t, float*, bool);
 
 template <class Product, int rows>
 struct GroupTable {
@@ -255,9 +302,8 @@ inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const V
 
 // -- the whole product ------------------------------------------------------------------------------------------------
 
-// Depth of the part of a panel that all groups of rows pass over before the next part: 16 KB, half of the first-level
-// cache, the other half being the rows'.
-inline constexpr int64_t block_bytes = 16 * 1024;
+// What a core's second-level cache surely keeps of the weights.
+inline constexpr int64_t second_level_bytes = 1 << 20;
 
 // What multiplies panels by tiles instead of registers has its own multiply_panels in amx.h.
 template <class Product>
@@ -287,8 +333,8 @@ inline void multiply_strip(const PackedRows& rows, int64_t g, const char* panel,
     if constexpr (on_tiles<Product>) {
         multiply_pair<Product>(rows, g, 0, panel, 0, rows.cells, sums, accumulate, {nullptr, 0});
     } else {
-        GroupTable<Product, Product::most_rows>::pick(rows.rows_in(g))(rows.group_data(g), panel, 0, 0, rows.cells,
-                                                                       sums, accumulate);
+        GroupTable<Product, Product::most_rows>::pick(rows.rows_in(g))(rows.group_data(g), panel, 0, {nullptr, 0},
+                                                                       rows.cells, sums, accumulate);
     }
 }
 
@@ -317,23 +363,24 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
     if constexpr (on_tiles<Product>) {
         multiply_panels_on_tiles<Product>(rows, weights, first, last, sums, epilogue);
     } else {
-        constexpr int64_t cell_weight_bytes = Product::cell * Product::weight_step;
+        constexpr int64_t cell_weight = Product::cell * Product::weight_step;
+        constexpr int64_t passes = panel_columns / (product_vectors * Vec<float>::lanes);
         const int64_t groups = rows.groups();
-        const int64_t block = groups == 1 ? rows.cells : block_bytes / cell_weight_bytes;
-        const int64_t other = weights.padded_depth() * panel_columns;
+        // One group that finds its weights in the second-level cache is a tenth faster without fetches and parts.
+        const bool parted = groups > 1 || (last - first) * weights.panel_bytes() > second_level_bytes;
+        const int64_t block = parted ? block_bytes / cell_weight : rows.cells;
+        const int64_t other = weights.padded_depth() * panel_columns * 2;
+        const FetchShares<Product> ahead(weights, rows.cells, groups * passes);
         for (int64_t p = first; p < last; ++p) {
             const char* panel = static_cast<const char*>(weights.data) + p * weights.panel_bytes();
             for (int64_t cell = 0; cell < rows.cells; cell += block) {
                 const int64_t cells = rows.cells - cell < block ? rows.cells - cell : block;
                 for (int64_t g = 0; g < groups; ++g) {
                     const int64_t count = rows.rows_in(g);
-                    // The first group streams this part of the panel, the others find it in the cache: without a fetch
-                    // of the next part meanwhile, memory would idle. Into the second level, because the first is full
-                    // (80 to 105 GFLOP/s with 16 rows times 3072 x 3072 of float32 on a Zen 4; into the first: 70).
-                    const int64_t ahead = groups > 1 && g == groups - 1 ? block * cell_weight_bytes : 0;
                     GroupTable<Product, Product::most_rows>::pick(count)(
-                        rows.group_data(g) + cell * count * cell_bytes, panel + cell * cell_weight_bytes, other, ahead,
-                        cells, sums + g * rows.group * panel_columns, cell > 0);
+                        rows.group_data(g) + cell * count * cell_bytes, panel + cell * cell_weight, other,
+                        parted ? ahead.share(g * passes, panel, cell, cells) : Ahead{nullptr, 0}, cells,
+                        sums + g * rows.group * panel_columns, cell > 0);
                 }
             }
             epilogue(p, sums);
