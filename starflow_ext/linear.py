@@ -25,6 +25,20 @@ ACTIVATIONS: Final = ("float32", "bfloat16", "two_bfloat16")
 _NATIVE: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
+def _slow_in_torch() -> frozenset[torch.dtype]:
+    """Half types whose products torch computes one element at a time on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset((torch.bfloat16, torch.float16))
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, known in supported.items() if not known)
+
+
+_SLOW_IN_TORCH: Final = _slow_in_torch()
+
+
 class InputNorm(NamedTuple):
     """A norm of ``x`` on its way into the product; arguments as of ``norm``."""
 
@@ -130,7 +144,7 @@ def _torch(
     x, weight = x.contiguous(), weight.contiguous()
     if norm is not None:
         x = normalise(x, norm.weight, norm.bias, kind=norm.kind)
-    out = F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    out = _product(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
     if epilogue != "none":
         out = F.gelu(out, approximate="tanh" if epilogue == "gelu_tanh" else "none")
     if multiply is not None:
@@ -138,6 +152,14 @@ def _torch(
     if residual is None:
         return out.to(dtype)
     return (residual + out.to(torch.promote_types(out.dtype, residual.dtype))).to(residual.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, in float32 where torch is slow in the dtype (a training step on a Zen 3: 30 s in place of 1 s)."""
+    if not x.is_cpu or x.dtype not in _SLOW_IN_TORCH:
+        return F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
 
 
 def _rounded(x: Tensor, weight: Tensor, norm: InputNorm | None) -> tuple[Tensor, Tensor, InputNorm | None]:
@@ -343,9 +365,9 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         values = unpack(panels, column_scale, out_channels, in_channels, storage)
     rows = _rows(grad).to(values.dtype)
     if ctx.needs_input_grad[0]:
-        grads[0] = (rows @ values).reshape(x.shape).to(x.dtype)
+        grads[0] = _product(rows, values.t()).reshape(x.shape).to(x.dtype)
     if ctx.needs_input_grad[1]:
-        grads[1] = (rows.t() @ _rows(x).to(values.dtype)).to(weight.dtype)
+        grads[1] = _product(rows.t(), _rows(x).to(values.dtype).t()).to(weight.dtype)
     if ctx.needs_input_grad[7]:
         grads[7] = rows.sum(0, dtype=torch.float32).to(ctx.dtypes[0])
     return tuple(grads)

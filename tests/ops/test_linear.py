@@ -169,6 +169,22 @@ def test_autocast_rounds_a_plain_weight_as_torch_does() -> None:
     assert weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("slow", [True, False])
+def test_half_types_that_torch_multiplies_slowly(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is torch's in float32, and so are its gradients; either way they are those of rounded operands."""
+    monkeypatch.setattr(starflow_ext.linear, "_SLOW_IN_TORCH", frozenset((torch.bfloat16,) if slow else ()))
+    x, weight = _draw(6, 64).requires_grad_(), _draw(20, 64, seed=6).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ops.linear(x, weight)
+    grad = _draw(6, 20, seed=7).bfloat16()
+    got = torch.autograd.grad(out, (x, weight), grad)
+    rounded = [tensor.detach().bfloat16().double() for tensor in (x, weight, grad)]
+    want = rounded[0] @ rounded[1].T, rounded[2] @ rounded[1], rounded[2].T @ rounded[0]
+    assert out.dtype == torch.bfloat16
+    for a, b in zip((out, *got), want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2.0**-8, atol=2.0**-8)
+
+
 def test_explain() -> None:
     x, weight = torch.zeros(3, 40), torch.zeros(30, 40)
     plain = starflow_ext.explain("linear", x, weight)
