@@ -44,13 +44,6 @@ inline Vec<float> normalised(const T* x, int64_t c, Lanes lanes, const RowMoment
     return norm.bias == nullptr ? weighted : weighted + load(norm.bias + c, lanes);
 }
 
-template <class Visitor>
-inline void over_channels(int64_t channels, const Visitor& visitor) {
-    int64_t c = 0;
-    for (; c + Vec<float>::lanes <= channels; c += Vec<float>::lanes) visitor(c, AllLanes{});
-    if (c < channels) visitor(c, FirstLanes{static_cast<int>(channels - c)});
-}
-
 // A row normalised where it lies.
 inline void normalise_row(float* x, int64_t channels, const RowNorm& norm) {
     if (norm.kind == NormKind::none) return;

@@ -20,7 +20,7 @@ inline void put(Storage* p, V value, FirstLanes lanes, bool) {
 }
 
 // Call step(c, lanes) over a row: whole registers, then what is left.
-template <class V, class Step>
+template <class V = Vec<float>, class Step>
 inline void over_channels(int64_t channels, const Step& step) {
     int64_t c = 0;
     for (; c + V::lanes <= channels; c += V::lanes) step(c, AllLanes{});

@@ -115,3 +115,18 @@ inline V clamp(V x, V lo, V hi) {
 #include "cpu/vec_scalar.h"
 #endif
 #include "cpu/vec_math.h"
+
+#if !defined(__AVX512F__)
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+// The first `count` values, each into its pair: as the first of it or the second.
+inline void store_into_pairs(BFloat16* pairs, int second, Vec<float> a, int count) {
+    BFloat16 values[Vec<float>::lanes];
+    store(values, a, AllLanes{});
+    for (int i = 0; i < count; ++i) pairs[2 * i + second] = values[i];
+}
+
+}  // namespace
+}  // namespace starflow::STARFLOW_ISA
+#endif

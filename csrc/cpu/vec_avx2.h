@@ -78,12 +78,6 @@ struct Pairs {
     __m256i v;
 };
 inline Pairs load_pairs(const BFloat16* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-// The first `count` values, each into its pair: as the first of it or the second.
-inline void store_into_pairs(BFloat16* pairs, int second, Vec<float> a, int count) {
-    BFloat16 values[Vec<float>::lanes];
-    store(values, a, AllLanes{});
-    for (int i = 0; i < count; ++i) pairs[2 * i + second] = values[i];
-}
 inline Vec<float> first_of(Pairs a) { return Vec<float>(_mm256_castsi256_ps(_mm256_slli_epi32(a.v, 16))); }
 inline Vec<float> second_of(Pairs a) {
     return Vec<float>(_mm256_castsi256_ps(_mm256_and_si256(a.v, _mm256_set1_epi32(static_cast<int>(0xffff0000)))));

@@ -74,12 +74,6 @@ struct Pairs {
     BFloat16 v[2];
 };
 inline Pairs load_pairs(const BFloat16* p) { return {{p[0], p[1]}}; }
-// The first `count` values, each into its pair: as the first of it or the second.
-inline void store_into_pairs(BFloat16* pairs, int second, Vec<float> a, int count) {
-    BFloat16 values[Vec<float>::lanes];
-    store(values, a, AllLanes{});
-    for (int i = 0; i < count; ++i) pairs[2 * i + second] = values[i];
-}
 inline Vec<float> first_of(Pairs a) { return Vec<float>(widen(a.v[0])); }
 inline Vec<float> second_of(Pairs a) { return Vec<float>(widen(a.v[1])); }
 

@@ -280,9 +280,11 @@ class Session:
         """The session's conditions with another text."""
         if isinstance(text, Tensor):
             return self._checked(replace(self.conditions, y=text))
+        prompts = [text] * self.shape[0] if isinstance(text, str) else text
+        if not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
+            raise ValueError(f"session: text is {text!r}, expected a prompt, one for each clip, or features")
         if self._read is None:
             raise ValueError(f"session: text is {text!r}, expected features (the session has no text encoder)")
-        prompts = [text] * self.shape[0] if isinstance(text, str) else list(text)
         if len(prompts) != self.shape[0]:
             raise ValueError(f"session: text has {len(prompts)} prompts, expected {self.shape[0]} like the clips")
         return self._checked(replace(self.conditions, y=self._read(prompts)))
@@ -320,6 +322,8 @@ class Session:
                 )
             self._sources.append(noise.to(self._device))
         else:
+            if not isinstance(noise, int | None) or isinstance(noise, bool):
+                raise ValueError(f"session: frames is {noise!r}, expected a number of them, noise or None")
             count = math.inf if noise is None else noise
             if count < 1:
                 raise ValueError(f"session: frames is {noise}, expected at least 1")

@@ -295,6 +295,9 @@ WRONG: list[tuple[Callable[[Session], object], str]] = [
     (lambda s: (s.prefill(pixels(1)), s.prefill(pixels(1))), "prefill comes after frames"),
     (lambda s: (list(s.extend(1)), s.prefill(pixels(1))), "prefill comes after frames"),
     (lambda s: s.extend(0), "frames is 0, expected at least 1"),
+    (lambda s: s.extend("x"), "frames is 'x', expected a number of them, noise or None"),
+    (lambda s: s.change(3), "text is 3, expected a prompt, one for each clip, or features"),
+    (lambda s: s.change(["a", None]), r"text is \['a', None\], expected a prompt, one for"),
     (
         lambda s: s.extend(torch.zeros(2, 0, 4, 3, 5)),
         r"noise has shape \[2, 0, 4, 3, 5\], expected \(2 clips, at least 1",
