@@ -95,15 +95,15 @@ def published_config(
     kind, spatial, folder = _CODECS[name]
     codec: dict[str, Any] = {"kind": kind, "folder": str(codec_folder or folder)}
     if suffix:
+        require(isinstance(_number(suffix), float), "vae", f"{name}:{suffix}", "a number behind the colon")
         codec["suffix_scale"] = float(suffix)
     encoder = str(options.pop("text", ""))
     if encoder not in _TEXT_WIDTHS:
         raise ConfigError(f"text is {encoder!r}, expected one of {', '.join(_TEXT_WIDTHS)}")
-    size = options.get("txt_size", 0)
     text = {
         "kind": "t5",
         "folder": str(text_folder or encoder.rpartition("/")[2]),
-        "size": size,
+        "size": options.get("txt_size", 0),
         "truncate": True,
         "zero_empty": False,
     }
@@ -111,8 +111,12 @@ def published_config(
     require(isinstance(side, int) and side % spatial == 0, "img_size", side, f"a multiple of {spatial} pixels")
     data: dict[str, Any] = {"kind": "folder", "channels": 3, "height": side, "width": side, "frames": 1}
     if "vid_size" in options:
-        frames, _, fps = str(options.pop("vid_size")).partition(":")
-        data.update(frames=int(frames), fps=float(fps))
+        size = options.pop("vid_size")
+        told = re.fullmatch(r"(\d+):(\d+(?:\.\d+)?)", str(size))
+        if told is None:
+            # Without quotes yaml reads 81:16 as a number to the base of 60.
+            raise ConfigError(f"vid_size is {size!r}, expected frames:fps in quotes, such as '81:16'")
+        data.update(frames=int(told[1]), fps=float(told[2]))
     data["caption_fps"] = bool(options.pop("fps_cond", False))
     data["mix_aspect"] = bool(options.pop("mix_aspect", False))
     sample: dict[str, Any] = {"guidance": float(options.pop("cfg", 0.0))}

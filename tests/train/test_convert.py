@@ -247,6 +247,8 @@ def test_published_options_that_cannot_be_honoured_are_named(tmp_path: Path) -> 
         ({"new_option": 1}, "flow.new_option is not an option"),
         ({"vae": "other"}, "vae is 'other', expected one of stabilityai/sd-vae-ft-ema"),
         ({"text": "other"}, "text is 'other', expected one of google/flan-t5-xl"),
+        ({"vid_size": 4876}, "vid_size is 4876, expected frames:fps in quotes, such as '81:16'"),
+        ({"vae": "Wan-AI/Wan2.2-TI2V-5B-Diffusers:x"}, "5B-Diffusers:x', expected a number behind the colon"),
         ({"adaln": 1}, "adaln is 1, expected 0"),
         ({"img_size": 250}, "img_size is 250, expected a multiple of 8 pixels"),
         ({"use_pretrained_lm": "gemma"}, "flow.use_pretrained_lm is set, expected unset"),
