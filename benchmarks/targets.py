@@ -498,9 +498,8 @@ def _frames_a_second(size: int, goal: float, moonshot: float) -> Iterator[Figure
         "as trained": {},
         "no guidance": {"guidance": 0.0},
         "no look-ahead": {"look_ahead": 0},
+        "bfloat16": {"precision": "bfloat16", "solver": "window:64:0.05"},
     }
-    if native.selected_isa() in ("avx512_bf16", "amx"):
-        ways["bfloat16"] = {"precision": "bfloat16", "solver": "window:64:0.05"}
     rates: dict[str, Any] = {name: 1.0 / _stream(size, 72, **options)["frame"] for name, options in ways.items()}
     raw = rates | {"threads": torch.get_num_threads(), "isa": native.selected_isa()}
     yield Figure(f"stream_fps_{size}", rates["as trained"], "decoded frames/s", goal, moonshot, raw=raw)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from starflow.conditioner import make_layout
 from starflow.config import FlowConfig
-from starflow.layers import Attending, Transformer
+from starflow.layers import Attending, Transformer, Weights
+from starflow.packed import pack_linears
 from starflow.rope import concatenate
 from starflow.tokens import patchify, unpatchify
+from starflow_ext._mode import in_reference_mode
 from starflow_ext.block_attention import FrameMask
 
 if TYPE_CHECKING:
@@ -78,19 +80,28 @@ class Denoiser(Transformer):
         image = x.dim() == 4
         grid = patchify(x, config.patch_size, channel_first=config.channel_first_patches)
         _, frames, height, width, _ = grid.shape
-        h = self.embed(grid.flatten(1, 3))
+        weights = self._packed()
+        h = self.embed(grid.flatten(1, 3), weights)
         count = 0
         if self.proj_text is not None and text is not None:
-            h = torch.cat([self.embed_text(text), h], 1)
+            h = torch.cat([self.embed_text(text, weights), h], 1)
             count = text.shape[1]
         layout = make_layout(config, "raster", frames, height, width, count, still=image)
         rotation = concatenate(layout.text, layout.query, h.device)
         mask = None
         if not image and config.temporal_causal > 0:
             mask = FrameMask(count, height * width, config.temporal_causal, config.denoiser_window)
-        h = self.run(h, Attending(rotation, rotation, causal=False, frames=mask))
-        out = self.put_out(h[:, count:]).to(x.dtype).reshape(grid.shape)
+        h = self.run(h, Attending(rotation, rotation, causal=False, frames=mask, weights=weights))
+        out = self.put_out(h[:, count:], weights).to(x.dtype).reshape(grid.shape)
         return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
+
+    def _packed(self) -> Weights | None:
+        """The weights as the native products take them, where a clip is made: on the CPU, in inference mode."""
+        weight = self.proj_in.weight
+        sampling = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+        if not sampling or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():
+            return None
+        return pack_linears(self)
 
     def denoise(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
         """One step to clean data: `x - step * prediction` (see `tweedie_step`; the default is the published one)."""

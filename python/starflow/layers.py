@@ -6,8 +6,9 @@ Jacobi iteration never gets under. Every op goes through `starflow_ext.ops`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +17,21 @@ from torch.utils.checkpoint import checkpoint
 from starflow.config import FlowConfig
 from starflow_ext import ops
 from starflow_ext.block_attention import FrameMask
+from starflow_ext.linear import InputNorm
+from starflow_ext.linear_pack import PackedWeight
 from starflow_ext.norm import NormKind
 from starflow_ext.rope_append import Cache, Rotation
 
 MLP_EXPANSION = 4
 
+# Packed weights of linear layers (see `starflow.packed.pack_linears`).
+Weights = Mapping[nn.Module, PackedWeight]
+_HALF_TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Attending:
-    """What the attention of a pass needs to know, the same for all layers.
+    """What a pass needs to know, the same for all layers.
 
     Args:
         query_rotation, key_rotation: angles of the tokens of this pass; None without rotary positions.
@@ -34,6 +41,7 @@ class Attending:
         start: first cache slot, one number or one for each sample.
         final: slots of each sample below it are not written.
         temperature: divides the attention logits, one number or one for each row of the batch.
+        weights: of all linear layers, packed, for a pass without a gradient; None multiplies by the modules' own.
     """
 
     query_rotation: Rotation | None = None
@@ -44,6 +52,7 @@ class Attending:
     start: int | Tensor = 0
     final: Tensor | None = None
     temperature: float | Tensor = 1.0
+    weights: Weights | None = None
 
 
 class Norm(nn.Module):
@@ -90,6 +99,25 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return steps.round().to(torch.int8), scale
 
 
+def _multiply(
+    linear: nn.Linear | Int8Linear,
+    x: Tensor,
+    weights: Weights | None,
+    *,
+    norm: nn.Module | None = None,
+    residual: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`linear` of the normalised `x`, in one native call where its weight is packed; options as of `ops.linear`."""
+    if weights is None:
+        normed = x if norm is None else norm(x)
+        return ops.linear(normed, linear.weight, linear.bias, residual=residual, **options)
+    packed = weights[linear]
+    fused = InputNorm(norm.weight, norm.bias, norm.kind) if isinstance(norm, Norm) else None
+    out = ops.linear(x, packed, linear.bias, norm=fused, residual=residual, **options)
+    return out if residual is not None else out.to(_HALF_TYPES.get(packed.storage, torch.float32))
+
+
 def _pre_norm(config: FlowConfig, width: int) -> nn.Module:
     return nn.Identity() if config.norm_type == "none" else Norm(width, config.norm_type)
 
@@ -110,7 +138,8 @@ class Attention(nn.Module):
 
     def forward(self, h: Tensor, attending: Attending, cache: Cache | None) -> Tensor:
         """(batch, tokens, width) to the same."""
-        qkv = ops.linear(self.norm(h), self.qkv.weight, self.qkv.bias)
+        weights = attending.weights
+        qkv = _multiply(self.qkv, h, weights, norm=self.norm)
         q, k, v = ops.rope_append(
             qkv,
             heads=self.heads,
@@ -135,8 +164,8 @@ class Attention(nn.Module):
         )
         out = out.transpose(1, 2).flatten(2)
         if self.post_norm is None:
-            return ops.linear(out, self.proj.weight, self.proj.bias, residual=h)
-        branch: Tensor = self.post_norm(ops.linear(out, self.proj.weight, self.proj.bias))
+            return _multiply(self.proj, out, weights, residual=h)
+        branch: Tensor = self.post_norm(_multiply(self.proj, out, weights))
         return h + branch
 
 
@@ -152,17 +181,16 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, width, bias=config.use_bias)
         self.post_norm = Norm(width, "rms_norm") if config.use_post_norm else None
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, h: Tensor, weights: Weights | None = None) -> Tensor:
         """(batch, tokens, width) to the same."""
-        x = self.norm(h)
         if self.gate is None:
-            x = ops.linear(x, self.up.weight, self.up.bias, epilogue="gelu")
+            x = _multiply(self.up, h, weights, norm=self.norm, epilogue="gelu")
         else:
-            up = ops.linear(x, self.up.weight, self.up.bias)
-            x = ops.linear(x, self.gate.weight, self.gate.bias, epilogue="gelu_tanh", multiply=up)
+            up = _multiply(self.up, h, weights, norm=self.norm)
+            x = _multiply(self.gate, h, weights, norm=self.norm, epilogue="gelu_tanh", multiply=up)
         if self.post_norm is None:
-            return ops.linear(x, self.down.weight, self.down.bias, residual=h)
-        branch: Tensor = self.post_norm(ops.linear(x, self.down.weight, self.down.bias))
+            return _multiply(self.down, x, weights, residual=h)
+        branch: Tensor = self.post_norm(_multiply(self.down, x, weights))
         return h + branch
 
 
@@ -176,7 +204,7 @@ class Layer(nn.Module):
 
     def forward(self, h: Tensor, attending: Attending, cache: Cache | None) -> Tensor:
         """(batch, tokens, width) to the same."""
-        out: Tensor = self.mlp(self.attention(h, attending, cache))
+        out: Tensor = self.mlp(self.attention(h, attending, cache), attending.weights)
         return out
 
 
@@ -222,14 +250,14 @@ class Transformer(nn.Module):
         """Dtype of the weights."""
         return self.proj_in.weight.dtype
 
-    def embed_text(self, text: Tensor) -> Tensor:
+    def embed_text(self, text: Tensor, weights: Weights | None = None) -> Tensor:
         """Text features (batch, text tokens, text_dim) to the residual stream."""
         assert self.proj_text is not None
-        return _stream(ops.linear(text, self.proj_text.weight, self.proj_text.bias))
+        return _stream(_multiply(self.proj_text, text, weights))
 
-    def embed(self, tokens: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, weights: Weights | None = None) -> Tensor:
         """Grid tokens (batch, tokens, channels) to the residual stream."""
-        return _stream(ops.linear(tokens, self.proj_in.weight, self.proj_in.bias))
+        return _stream(_multiply(self.proj_in, tokens, weights))
 
     def run(self, h: Tensor, attending: Attending) -> Tensor:
         """All layers and the final norm over the residual stream (batch, tokens, width)."""
@@ -239,9 +267,9 @@ class Transformer(nn.Module):
             h = _recomputed(layer, h, attending) if recompute and index % recompute == 0 else layer(h, attending, cache)
         return h if self.final_norm is None else self.final_norm(h)
 
-    def put_out(self, h: Tensor) -> Tensor:
+    def put_out(self, h: Tensor, weights: Weights | None = None) -> Tensor:
         """Residual stream to the output (batch, tokens, out_channels)."""
-        return ops.linear(h, self.proj_out.weight, self.proj_out.bias)
+        return _multiply(self.proj_out, h, weights)
 
 
 def _stream(h: Tensor) -> Tensor:

@@ -1,18 +1,20 @@
-"""Packed weights of a block's network, made once and kept while the weights stay as they are."""
+"""Packed weights of a network, made once and kept while the weights stay as they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from starflow.conditioner import Conditioner
-from starflow.layers import MLP, Attention, Int8Linear, Layer, Norm
+from starflow.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
 from starflow.mapped import release
 from starflow_ext.jacobi_sweep import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
-from starflow_ext.linear_pack import Storage, pack_weight
+from starflow_ext.linear_pack import PackedWeight, Storage, pack_weight
 from starflow_ext.rope_append import Pairing
 
 
@@ -68,15 +70,22 @@ def _state(parameter: nn.Parameter | None) -> tuple[int, int | None]:
     return parameter.data_ptr(), None if parameter.is_inference() else parameter._version
 
 
-@dataclass(frozen=True)
-class _Kept:
-    stamp: _Stamp
-    network: PackedNetwork
-
-
-_kept: WeakKeyDictionary[Conditioner, dict[Storage | None, _Kept]] = WeakKeyDictionary()
+# What was packed of a network, by how, each with what the network held then.
+_kept: WeakKeyDictionary[Transformer, dict[str | None, tuple[_Stamp, Any]]] = WeakKeyDictionary()
 # Networks whose own weights lie in a file: once packed, memory need not hold them too.
-_mapped: WeakSet[Conditioner] = WeakSet()
+_mapped: WeakSet[Transformer] = WeakSet()
+
+
+_Packed = TypeVar("_Packed")
+
+
+def _keep(network: Transformer, how: str | None, pack: Callable[[], _Packed]) -> _Packed:
+    by_way = _kept.setdefault(network, {})
+    kept = by_way.get(how)
+    if kept is None or not kept[0].holds():
+        kept = by_way[how] = _Stamp(network), pack()
+    packed: _Packed = kept[1]
+    return packed
 
 
 def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> PackedNetwork:
@@ -89,21 +98,33 @@ def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -
         conditioner: network, packed where it is.
         storage: of the weights (see `starflow_ext.pack_weight`); None keeps their own dtype.
     """
-    by_storage = _kept.setdefault(conditioner, {})
-    kept = by_storage.get(storage)
-    if kept is None or not kept.stamp.holds():
-        kept = by_storage[storage] = _Kept(_Stamp(conditioner), _pack(conditioner, storage))
-    return kept.network
+    return _keep(conditioner, storage, lambda: _pack(conditioner, storage))
 
 
-def forget(conditioner: Conditioner) -> None:
+def pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
+    """The weights of all linear layers of a network in their own dtype, kept like those of `pack_conditioner`."""
+    return _keep(network, "linears", lambda: _pack_linears(network))
+
+
+def forget(network: Transformer) -> None:
     """Drops the packed weights of a network."""
-    _kept.pop(conditioner, None)
+    _kept.pop(network, None)
 
 
 def keep_mapped(module: nn.Module) -> None:
     """Says that the weights of the networks in a module lie in a file, so that packing leaves one copy in memory."""
-    _mapped.update(network for network in module.modules() if isinstance(network, Conditioner))
+    _mapped.update(network for network in module.modules() if isinstance(network, Transformer))
+
+
+@torch.no_grad()
+def _pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
+    packed: dict[nn.Module, PackedWeight] = {}
+    for linear in network.modules():
+        if isinstance(linear, nn.Linear | Int8Linear):
+            packed[linear] = pack_weight(linear.weight, "int8" if isinstance(linear, Int8Linear) else None, keep=False)
+            if network in _mapped:
+                release([*linear.parameters(), *linear.buffers()])
+    return packed
 
 
 @torch.no_grad()

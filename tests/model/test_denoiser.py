@@ -52,6 +52,25 @@ def test_text_is_seen_everywhere_and_time_zero_sees_everything(monkeypatch: pyte
     assert frames_seen(network, latents(flow, image=False), y, 0) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("changes", [{}, {"norm_type": "none"}, {"use_swiglu": True, "use_post_norm": True}])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2)])
+def test_packed_weights_predict_the_same(changes: dict[str, object], dtype: torch.dtype, bound: float) -> None:
+    """In inference mode the products are the native ones of packed weights; a changed weight is packed anew."""
+    flow, network = denoiser(**changes)
+    x, y = latents(flow), condition(flow)
+    network.to(dtype)
+    for _ in range(2):
+        with torch.no_grad():
+            expected = network(x, y)
+        with torch.inference_mode():
+            got = network(x, y)
+        assert got.dtype == expected.dtype
+        assert (got - expected).norm() < bound * expected.norm()
+        assert not torch.equal(got, expected)
+        with torch.no_grad():
+            network.layers[0].mlp.up.weight.mul_(-1.0)
+
+
 @pytest.mark.parametrize("prefix", [0, 3, 5])
 @pytest.mark.parametrize("window", [None, 1, 2, 4])
 @pytest.mark.parametrize("look_ahead", [1, 2])
