@@ -62,7 +62,8 @@ def linear(
 
     A packed weight runs the native kernels of its device, with sums, norm and epilogue in float32; a row's bits depend
     neither on the other rows nor on the number of threads. A plain tensor runs torch's own product, unless
-    ``activations`` is given: packing for one call takes longer than it saves. float64 runs torch's too.
+    ``activations`` is given: packing for one call takes longer than it saves. float64 runs torch's too. Half types that
+    torch multiplies one element at a time on this processor it multiplies in float32.
 
     On CUDA a packed weight is bfloat16 or float16, and ``x`` enters the product rounded to the same type; tensor cores
     multiply and sum in float32. The gradient is torch's own products there. These kernels have not run on a device yet
