@@ -106,6 +106,17 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(storage: Any, activations: 
         assert torch.equal(alone, together[first:last]), (first, last)
 
 
+@pytest.mark.parametrize("storage", STORAGES)
+def test_one_group_of_rows_streams_large_weights_in_parts(storage: Any, isa: str) -> None:
+    """Weights that the second-level cache does not keep are taken part by part, to the same bits."""
+    x, packed = _draw(64, 600), pack_weight(_draw(8000, 600, seed=6), storage)
+    together = ops.linear(x, packed, activations="float32")
+    for rows in (1, 5):
+        assert torch.equal(ops.linear(x[:rows], packed, activations="float32"), together[:rows])
+    narrow = ops.linear(x[:1], pack_weight(_draw(8000, 600, seed=6)[:64], storage), activations="float32")
+    assert torch.equal(narrow, together[:1, :64])
+
+
 def test_any_number_of_threads(isa: str) -> None:
     x, packed = _draw(333, 200), pack_weight(_draw(130, 200, seed=6))
     before, results = torch.get_num_threads(), []
