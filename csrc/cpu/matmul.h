@@ -302,7 +302,7 @@ inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const V
 
 // -- the whole product ------------------------------------------------------------------------------------------------
 
-// What a core's second-level cache surely keeps of the weights.
+// More weights than these come from beyond the second-level cache.
 inline constexpr int64_t second_level_bytes = 1 << 20;
 
 // What multiplies panels by tiles instead of registers has its own multiply_panels in amx.h.

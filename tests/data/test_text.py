@@ -96,7 +96,9 @@ def test_classes_become_one_hot_rows():
 
 
 @pytest.mark.parametrize(
-    "encoder", [WordEncoder(VOCABULARY, 3), ClassEncoder(4), ClassEncoder(2, ["cat", "dog"])], ids=str
+    "encoder",
+    [WordEncoder(VOCABULARY, 3), ClassEncoder(4), ClassEncoder(2, ["cat", "dog"])],
+    ids=["words", "numbered classes", "named classes"],
 )
 def test_a_configuration_makes_the_same_encoder_again(encoder):
     config = json.loads(json.dumps(encoder.to_config()))
