@@ -186,8 +186,9 @@ class MLP(nn.Module):
         if self.gate is None:
             x = _multiply(self.up, h, weights, norm=self.norm, epilogue="gelu")
         else:
-            up = _multiply(self.up, h, weights, norm=self.norm)
-            x = _multiply(self.gate, h, weights, norm=self.norm, epilogue="gelu_tanh", multiply=up)
+            x = self.norm(h)
+            up = _multiply(self.up, x, weights)
+            x = _multiply(self.gate, x, weights, epilogue="gelu_tanh", multiply=up)
         if self.post_norm is None:
             return _multiply(self.down, x, weights, residual=h)
         branch: Tensor = self.post_norm(_multiply(self.down, x, weights))
