@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from starflow.batches import make_dataset
 from starflow.data import Clip
 from starflow.evaluate import ClipScore, Reference, noise_floor, score
-from starflow.sample import Pipeline
+from starflow.sampling import Pipeline
+from starflow.training import make_dataset
 
 ORDINARY, JUDGED = 96, 64
 # Factors of the noise level that the model was trained at.

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.data import DIGITS, DigitJudge
-from starflow.sample import Pipeline
+from starflow.sampling import Pipeline
 
 SIZE = 32
 # Name -> options of `Pipeline.session`; the training clips have 6 frames, and so has the window.

@@ -18,20 +18,17 @@ import torch
 from torch import Tensor
 
 from starflow import Flow, FlowConfig, Guidance
-from starflow.block import FlowBlock
-from starflow.cli import make_config
-from starflow.conditioner import Conditioner
+from starflow.cli.options import make_config
 from starflow.config import RunConfig
 from starflow.data import DIGITS, Clip, MovingDigits
-from starflow.flow import nll_of
-from starflow.layers import Attending
 from starflow.mapped import release
-from starflow.packed import pack_conditioner
-from starflow.published import published_state
-from starflow.sample import Pipeline
-from starflow.solver import Schedule, certify, solve
-from starflow.tokens import to_sequence
-from starflow.train import train
+from starflow.model import Conditioner, FlowBlock, nll_of, pack_conditioner, to_sequence
+from starflow.model.layers import Attending
+from starflow.sampling import Pipeline
+from starflow.solver import BlockDecoder, Schedule, certify
+from starflow.solver.loop import invert
+from starflow.storage import published_state
+from starflow.training import train
 from starflow_ext import ops, pack_weight
 from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.rope_append import Cache, Rotation
@@ -171,8 +168,8 @@ def deep_block(
     z = to_sequence(grid, layout.order)
     guidance = Guidance(weight)
     with torch.inference_mode():
-        x, report = solve(block.decoder(layout, 1, y, null, guidance), z, schedule)
-        error = certify(block.decoder(layout, 1, y, null, guidance), x, z)
+        x, report = invert(BlockDecoder(block, layout, 1, y, null, guidance), z, schedule)
+        error = certify(BlockDecoder(block, layout, 1, y, null, guidance), x, z)
     return report.evaluations_per_token / (2 if weight else 1), report.sweeps, error
 
 

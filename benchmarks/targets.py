@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import starflow_ext
+from starflow import decode
 from starflow.solver import Chunks, Sequential, Window
 from starflow_ext import ops
 from starflow_ext._load import native
@@ -331,9 +332,9 @@ def _decode(precision: str, schedule: Any, seed: int = 0, *, native_path: bool =
     flow, y, _ = models.trained()
     z = torch.randn(1, *models.LATENTS, generator=torch.Generator().manual_seed(seed))
     if native_path:
-        return flow.decode(z, y, schedule=schedule, precision=precision)
+        return decode(flow, z, y, schedule=schedule, precision=precision)
     with starflow_ext.reference_mode():
-        return flow.decode(z, y, schedule=schedule)
+        return decode(flow, z, y, schedule=schedule)
 
 
 def _window(tolerance: float) -> Window:
@@ -440,7 +441,7 @@ def long_video() -> Iterator[Figure]:
     def decode(frames: int) -> Callable[[], Any]:
         z = torch.randn(1, frames, *models.LATENTS[1:], generator=torch.Generator().manual_seed(0))
         y = torch.randn(1, 16, models.TEXT_DIM, generator=torch.Generator().manual_seed(1))
-        return lambda: flow.decode(z, y, schedule=Window(64, 0.01), window_context=4)
+        return lambda: decode(flow, z, y, schedule=Window(64, 0.01), window_context=4)
 
     times = interleaved(*(decode(frames) for frames in (12, 28, 72, 88)), rounds=5)
     early, late = (times[1] - times[0]) / 16, (times[3] - times[2]) / 16

@@ -30,13 +30,13 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from starflow import Window, noise
-from starflow.batches import Batches, make_dataset, make_parts
+from starflow import Window, decode, noise
 from starflow.config import RunConfig, from_mapping
-from starflow.data.video import probe, read_video, write_video
+from starflow.data.read import probe, read_video
+from starflow.data.write import write_video
 from starflow.evaluate import score
-from starflow.sample import Pipeline
-from starflow.train import Trainer
+from starflow.sampling import Pipeline
+from starflow.training import Batches, Trainer, make_dataset, make_parts
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "token_order.json"
@@ -195,7 +195,7 @@ def measure(recipe: Recipe) -> Run:
         deep = []
         for number, prompt in enumerate(prompts):
             z = noise.draw([number], recipe.frames, PATCH * PATCH, recipe.side, recipe.side)
-            done = pipeline.flow.decode(z, pipeline.condition([prompt]), schedule=schedule)
+            done = decode(pipeline.flow, z, pipeline.condition([prompt]), schedule=schedule)
             first, second = done.reports
             assert first is not None
             assert second is not None

@@ -1,10 +1,9 @@
-"""STARFlow-V: video generation by one normalizing flow."""
+"""STARFlow-V in PyTorch: flows over images and videos, their solver and everything around them."""
 
 from starflow.config import ConfigError, FlowConfig
-from starflow.flow import Decoded, Flow
-from starflow.guidance import Guidance
-from starflow.inverse import solve
-from starflow.solver import Chunks, Sequential, SolveReport, Window
+from starflow.model import Flow, Guidance
+from starflow.sampling import Pipeline, Session
+from starflow.solver import Chunks, Decoded, Sequential, SolveReport, Window, decode, solve
 
 __all__ = [
     "Chunks",
@@ -13,8 +12,11 @@ __all__ = [
     "Flow",
     "FlowConfig",
     "Guidance",
+    "Pipeline",
     "Sequential",
+    "Session",
     "SolveReport",
     "Window",
+    "decode",
     "solve",
 ]

@@ -17,7 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,20 +25,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
-
-from starflow.block import Encoded
-from starflow.flow import Flow
-from starflow.layers import Transformer
 
 # Tensors in pieces and their checkpoints are imported where they are used: they take most of a second.
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
-    from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["ALONE", "DistributedError", "Engine", "World", "join", "local", "rank_and_size", "whole"]
+__all__ = ["ALONE", "DistributedError", "World", "join", "local", "rank_and_size", "whole"]
 
 logger = logging.getLogger(__name__)
 
@@ -210,89 +204,6 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # -- gradients --------------------------------------------------------------------------------------------------------
-
-
-class _Encoder(nn.Module):
-    """The blocks of a flow as a module whose call is `Flow.encode`, as DistributedDataParallel needs it."""
-
-    def __init__(self, flow: Flow) -> None:
-        super().__init__()
-        self.blocks = flow.blocks
-        self._encode = flow.encode
-
-    def forward(self, x: Tensor, y: Tensor | None) -> Encoded:
-        """See `Flow.encode`."""
-        return self._encode(x, y)
-
-
-class Engine:
-    """Calls a flow so that gradients become means over the processes.
-
-    Args:
-        flow: the same in all processes, whole.
-        world: of the run.
-        parallel: "ddp" keeps a replica of everything in each process, "fsdp" a piece.
-
-    Attributes:
-        encode: as `Flow.encode`.
-        denoiser: as the flow's, or None.
-    """
-
-    encode: Callable[[Tensor, Tensor | None], Encoded]
-    denoiser: Callable[[Tensor, Tensor | None], Tensor] | None
-
-    def __init__(self, flow: Flow, world: World, parallel: Parallel) -> None:
-        self.encode, self.denoiser = flow.encode, flow.denoiser
-        self._replicas: list[DistributedDataParallel] = []
-        self._sharded: list[FSDPModule] = []
-        if world.size > 1 and parallel == "fsdp":
-            self._sharded = shard(flow, world)
-        elif world.size > 1:
-            device = [world.device] if world.device.type == "cuda" else None
-            modules = [_Encoder(flow), *([] if flow.denoiser is None else [flow.denoiser])]
-            with warnings.catch_warnings():
-                # The option's other name is unknown to the torch that this package still runs with.
-                warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
-                self._replicas = [
-                    DistributedDataParallel(
-                        module, device_ids=device, broadcast_buffers=False, gradient_as_bucket_view=True
-                    )
-                    for module in modules
-                ]
-            self.encode = self._replicas[0]
-            self.denoiser = None if flow.denoiser is None else self._replicas[1]
-
-    @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
-        """Gradients of a part of the batch: sent to the other processes only with the last one."""
-        for network in self._sharded:
-            network.set_requires_gradient_sync(last)
-        with ExitStack() as stack:
-            if self._sharded:
-                stack.enter_context(warnings.catch_warnings())
-                # It fears for views that are written to; nothing here writes to a network's output.
-                warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
-            for replica in () if last else self._replicas:
-                stack.enter_context(replica.no_sync())
-            yield
-
-
-def shard(flow: Flow, world: World) -> list[FSDPModule]:
-    """Cuts every parameter of a flow into as many pieces as there are processes, in place.
-
-    A layer is made whole while it computes, forward and backward, and so is the rest of each network.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    networks = [module for module in flow.modules() if isinstance(module, Transformer)]
-    sharded: list[FSDPModule] = []
-    for network in networks:
-        for layer in network.layers:
-            fully_shard(layer, mesh=mesh)
-        sharded.append(fully_shard(network, mesh=mesh))
-    return sharded
 
 
 # -- the processes ----------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from starflow import Flow, FlowConfig
-from starflow.checkpoints import save_model
 from starflow.codecs import make_codec
 from starflow.config import DataConfig, RunConfig, SampleConfig
 from starflow.data import VOCABULARY
-from starflow.sample import Pipeline
+from starflow.sampling import Pipeline
+from starflow.storage import save_model
 from starflow.text import make_text_encoder
 
 SIZE = 16

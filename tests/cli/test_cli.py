@@ -16,12 +16,13 @@ import pytest
 import torch
 
 import starflow.data
-from starflow.cli import main, make_config
+from starflow.cli import main
+from starflow.cli.options import make_config
 from starflow.config import ConfigError, RunConfig
 from starflow.data import probe, read_image, read_video, write_video
-from starflow.flow import Flow
-from starflow.published import published_state
-from starflow.sample import Pipeline
+from starflow.model import Flow
+from starflow.sampling import Pipeline
+from starflow.storage import published_state
 
 PROMPT = "a three moving up"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from starflow.cli.demo import DemoFigures, demo
 from starflow.data import probe
-from starflow.demo import DemoFigures, demo
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from starflow.codecs import make_codec
 from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, read_clips, score
-from starflow.sample import Pipeline
+from starflow.sampling import Pipeline
 
 FRAMES, SIZE = 4, 16
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from starflow import Chunks, Sequential, Window, noise
+from starflow import Chunks, Sequential, Window, decode, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
-from starflow.sample import Pipeline, parse_solver, solver_text
-from starflow.solver import NotFiniteError
+from starflow.sampling import Pipeline
+from starflow.solver import NotFiniteError, parse_solver, solver_text
 
 PROMPT = "a three moving up"
 # As in conftest.
@@ -200,7 +200,7 @@ def test_a_frame_to_end_with_is_seen_and_not_shown(configure: Configure, build: 
     clean = pipeline.codec.encode(torch.stack([last, first])[None])
     prefix = clean + config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
     z = noise.draw([0], FRAMES + 1, *clean.shape[2:])
-    decoded = pipeline.flow.decode(z, text, prefix=prefix, schedule=parse_solver(config.sample.solver))
+    decoded = decode(pipeline.flow, z, text, prefix=prefix, schedule=parse_solver(config.sample.solver))
     assert torch.equal(sampled.noisy, decoded.x[:, 1:])
     alone = pipeline.sample(PROMPT, last_image=last, frames=FRAMES + 3)
     assert (alone.pixels.shape[1], alone.given) == (FRAMES + 3, 0)
@@ -360,7 +360,7 @@ def test_a_source_is_seen_and_not_shown(paired: Pipeline, tmp_path: Path) -> Non
     clean = paired.codec.encode(source[None])
     prefix = clean + paired.config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
     z = noise.draw([0], 2 * FRAMES, *clean.shape[2:])
-    decoded = paired.flow.decode(z, text, prefix=prefix, schedule=parse_solver(paired.config.sample.solver))
+    decoded = decode(paired.flow, z, text, prefix=prefix, schedule=parse_solver(paired.config.sample.solver))
     assert torch.equal(sampled.noisy, decoded.x[:, FRAMES:])
     # The clip may begin with a given frame, and end before the source does.
     first = torch.rand(1, SIZE, SIZE) * 2 - 1

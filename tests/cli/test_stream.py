@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from starflow.checkpoints import save_model
 from starflow.cli import main
 from starflow.config import RunConfig
 from starflow.data import VideoWriter, enlarge, probe, read_video, to_frames, write_video
-from starflow.sample import Pipeline
+from starflow.sampling import Pipeline
+from starflow.storage import save_model
 
 PROMPT = "a three moving up"
 

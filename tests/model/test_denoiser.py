@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from starflow import Flow
-from starflow.denoiser import STEP, Denoiser, score_denoise, score_target, tweedie_step
+from starflow.model import STEP, Denoiser, score_target, tweedie_step
+from starflow.sampling import score_denoise
 from starflow_ext.block_attention import FrameMask, block_attention
 
 from .models import VIDEO, condition, latents, make_flow

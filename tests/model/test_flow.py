@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import starflow_ext
-from starflow import Flow, FlowConfig, Sequential, Window
-from starflow.flow import nll_of
-from starflow.tokens import to_grid, to_sequence
+from starflow import Flow, FlowConfig, Sequential, Window, decode
+from starflow.model import nll_of, to_grid, to_sequence
 
 from .models import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
 
@@ -29,9 +28,9 @@ def test_round_trips(name: str) -> None:
     noise = encoded.z / flow.from_grid(
         flow._prior_variance(encoded.latents[0]).sqrt().expand_as(encoded.latents[0]), x.dim() == 4
     )
-    torch.testing.assert_close(flow.decode(noise, y, schedule=EXACT).x, x, atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(decode(flow, noise, y, schedule=EXACT).x, x, atol=1e-7, rtol=1e-7)
     z = latents(flow, image=x.dim() == 4, seed=5)
-    decoded = flow.decode(z, y, schedule=EXACT)
+    decoded = decode(flow, z, y, schedule=EXACT)
     assert torch.equal(decoded.latents[-1], flow.encode(decoded.x, y).latents[0])
     back = flow.encode(decoded.x.clone(), y).latents[-1]
     scaled = flow.encode(z, y).latents[0] * flow._prior_variance(back).sqrt()
@@ -151,7 +150,7 @@ def test_an_image_is_a_video_of_one_frame(name: str) -> None:
     x, y = latents(flow, image=True), condition(flow)
     torch.testing.assert_close(flow.encode(x, y).z, flow.encode(x[:, None], y).z[:, 0])
     torch.testing.assert_close(flow.log_prob(x, y), flow.log_prob(x[:, None], y))
-    image, clip = (flow.decode(z, y, schedule=EXACT).x for z in (x, x[:, None]))
+    image, clip = (decode(flow, z, y, schedule=EXACT).x for z in (x, x[:, None]))
     torch.testing.assert_close(image, clip[:, 0])
 
 
@@ -160,12 +159,12 @@ def test_a_sample_does_not_depend_on_its_batch(name: str) -> None:
     flow = make_flow(CASES[name])
     x, y = inputs(name, flow, batch=3)
     together = flow.encode(x, y)
-    decoded = flow.decode(x, y, schedule=EXACT).x
+    decoded = decode(flow, x, y, schedule=EXACT).x
     for i in range(3):
         one = slice(i, i + 1)
         alone = flow.encode(x[one], None if y is None else y[one])
         torch.testing.assert_close(together.z[one], alone.z, atol=1e-5, rtol=1e-5)
-        sample = flow.decode(x[one], None if y is None else y[one], schedule=EXACT).x
+        sample = decode(flow, x[one], None if y is None else y[one], schedule=EXACT).x
         torch.testing.assert_close(decoded[one], sample, atol=1e-4, rtol=1e-4)
 
 
@@ -180,7 +179,7 @@ def test_native_ops_agree_with_plain_torch_end_to_end(name: str) -> None:
         with mode:
             loss = flow.nll(leaf, y).mean()
             loss.backward()
-            decoded = flow.decode(x, y, null=null(flow), guidance=1.5 if flow.config.txt_size else 0.0, schedule=EXACT)
+            decoded = decode(flow, x, y, null=null(flow), guidance=1.5 if flow.config.txt_size else 0.0, schedule=EXACT)
         gradients = [p.grad.clone() for p in flow.parameters() if p.grad is not None]
         results.append([loss.detach(), leaf.grad, decoded.x, *gradients])
     for got, expected in zip(*results, strict=True):
@@ -297,9 +296,9 @@ def test_errors_of_decoding_name_the_argument() -> None:
         ({"temperature": 0.0}, "flow: temperature is 0.0, expected a finite number > 0"),
     ]:
         with pytest.raises(ValueError, match=message):
-            flow.decode(z, y, **given)
+            decode(flow, z, y, **given)
     with pytest.raises(ValueError, match=r"flow: z has shape \[2, 3\]"):
-        flow.decode(torch.zeros(2, 3), y)
+        decode(flow, torch.zeros(2, 3), y)
     free = make_flow(IMAGE)
     with pytest.raises(ValueError, match=r"guidance is 2.0, expected 0 without text or classes to guide by"):
         free.decode(latents(free), guidance=2.0, schedule=Sequential())

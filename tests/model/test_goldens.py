@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from starflow import Chunks, Decoded, Flow, FlowConfig, Guidance, Sequential, Window
+from starflow import Chunks, Decoded, Flow, FlowConfig, Guidance, Sequential, Window, decode
 from starflow.data.captions import aspect_size, assemble
-from starflow.denoiser import score_denoise, score_target
-from starflow.flow import nll_of
-from starflow.published import load_published, published_name, published_state
-from starflow.rope import concatenate, grid_positions, rotation, text_positions
-from starflow.schedule import cosine_lr
-from starflow.tokens import patchify, token_order, unpatchify
+from starflow.model import concatenate, nll_of, patchify, score_target, token_order, unpatchify
+from starflow.model.rope import grid_positions, rotation, text_positions
+from starflow.sampling import score_denoise
+from starflow.storage import load_published, published_state
+from starflow.storage.published import published_name
+from starflow.training.optim import cosine_lr
 from starflow_ext.block_attention import FrameMask
 from starflow_ext.ops import jacobi_update
 from starflow_ext.rope_append import rotate
@@ -168,7 +168,7 @@ class Sampler:
         self.calls = golden.about["calls"]
 
     def __call__(self, z: Tensor, schedule: Any, *, weight: float = 0.0, **options: Any) -> Decoded:
-        return self.flow.decode(z, self.y, null=self.null, guidance=weight, schedule=schedule, **options)
+        return decode(self.flow, z, self.y, null=self.null, guidance=weight, schedule=schedule, **options)
 
 
 def check_samples(golden: Golden, flow: Flow, y: Tensor | None, null: Tensor | None) -> None:
@@ -279,7 +279,7 @@ def run_starflow(golden: Golden, flow: Flow) -> None:
     if golden.has("img.in.x"):
         with torch.no_grad():
             check_encode(golden, flow, y, "img.")
-        golden.check("img.out.rev", flow.decode(golden.take("img.in.z"), y, schedule=Sequential()).x)
+        golden.check("img.out.rev", decode(flow, golden.take("img.in.z"), y, schedule=Sequential()).x)
 
 
 def run_tarflow(golden: Golden, flow: Flow) -> None:
@@ -316,7 +316,7 @@ def run_tarflow(golden: Golden, flow: Flow) -> None:
             temperature=call.get("attn_temp", 1.0),
         )
         for schedule in (Window(size=5, tolerance=0.0), Sequential()):
-            decoded = flow.decode(z, y, guidance=guidance, schedule=schedule)
+            decoded = decode(flow, z, y, guidance=guidance, schedule=schedule)
             close(decoded.x, golden.take(f"out.{name}"), f"out.{name} by {schedule}")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from starflow import Flow
-from starflow.tokens import patchify
+from starflow.model import patchify
 
 from .models import CASES, VIDEO, condition, inputs, latents, make_flow
 

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import starflow_ext
-from starflow import Chunks, Flow, Guidance, Sequential, Window
-from starflow.network import Precision
-from starflow.packed import pack_conditioner
-from starflow.solver import NotFiniteError, Schedule
+from starflow import Chunks, Flow, Guidance, Sequential, Window, decode
+from starflow.model import pack_conditioner
+from starflow.solver import NotFiniteError, Precision, Schedule
 from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext.jacobi_sweep import BlockState
@@ -38,13 +37,13 @@ def isa(request: pytest.FixtureRequest) -> Any:
     native.set_isa("")
 
 
-def decode(flow: Flow, z: Tensor, schedule: Schedule, weight: float = 0.0, **options: Any) -> Tensor:
+def sampled(flow: Flow, z: Tensor, schedule: Schedule, weight: float = 0.0, **options: Any) -> Tensor:
     batch = len(z)
     y, free = condition(flow, batch), null(flow, batch)
     guidance = Guidance(
         weight, "gaussian" if free is not None else "linear", temperature=1.0 if free is not None else 0.7
     )
-    return flow.decode(z, y, null=free, guidance=guidance, schedule=schedule, **options).x
+    return decode(flow, z, y, null=free, guidance=guidance, schedule=schedule, **options).x
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -53,17 +52,17 @@ def test_every_architecture_decodes_as_in_plain_torch(name: str, weight: float) 
     flow = make_flow(CASES[name])
     z = latents(flow)
     for schedule in (Sequential(), Window(size=7, tolerance=0.0), Chunks(5, 0.0, 40)):
-        got = decode(flow, z, schedule, weight)
+        got = sampled(flow, z, schedule, weight)
         with starflow_ext.reference_mode():
-            expected = decode(flow, z, schedule, weight)
+            expected = sampled(flow, z, schedule, weight)
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_every_level_decodes_as_in_plain_torch(isa: str) -> None:
     z = latents(DEEP)
     with starflow_ext.reference_mode():
-        expected = decode(DEEP, z, Sequential(), 0.8)
-    torch.testing.assert_close(decode(DEEP, z, Window(size=9, tolerance=0.0), 0.8), expected, atol=1e-4, rtol=1e-4)
+        expected = sampled(DEEP, z, Sequential(), 0.8)
+    torch.testing.assert_close(sampled(DEEP, z, Window(size=9, tolerance=0.0), 0.8), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.cuda
@@ -73,10 +72,10 @@ def test_cuda_decodes_as_the_cpu(weight: float) -> None:
     z = latents(DEEP)
     y, free = condition(DEEP, len(z)), null(DEEP, len(z))
     with starflow_ext.reference_mode():
-        expected = decode(DEEP, z, Sequential(), weight)
+        expected = sampled(DEEP, z, Sequential(), weight)
     flow = copy.deepcopy(DEEP).cuda()
     options = {"null": free.cuda(), "guidance": weight, "precision": "float16"}
-    got = [flow.decode(z.cuda(), y.cuda(), schedule=s, **options).x for s in (Sequential(), Window(9, 0.0))]
+    got = [decode(flow, z.cuda(), y.cuda(), schedule=s, **options).x for s in (Sequential(), Window(9, 0.0))]
     torch.testing.assert_close(got[0].cpu(), expected, atol=5e-2, rtol=5e-2)
     assert torch.equal(*got)
 
@@ -98,7 +97,7 @@ def test_bits_do_not_depend_on_window_batch_or_threads(
 
     def run(schedule: Schedule, count: int) -> Tensor:
         some = {"null": free[:count], "guidance": weight, "schedule": schedule, "precision": precision}
-        return DEEP.decode(z[:count], y[:count], **some).x
+        return decode(DEEP, z[:count], y[:count], **some).x
 
     expected = run(Sequential(), 4)[:batch]
     before = torch.get_num_threads()
@@ -124,7 +123,7 @@ def test_bits_do_not_depend_on_window_batch_or_threads(
 def test_certificate_is_taken_in_float32(precision: Precision, tolerance: float, most: float) -> None:
     z, y = latents(DEEP), condition(DEEP)
     schedule = Window(size=15, tolerance=tolerance, certificate=True)
-    decoded = DEEP.decode(z, y, schedule=schedule, precision=precision)
+    decoded = decode(DEEP, z, y, schedule=schedule, precision=precision)
     assert decoded.backward_error is not None
     assert decoded.backward_error < most
     with starflow_ext.reference_mode():
@@ -138,9 +137,9 @@ def test_precision_of_plain_torch_is_refused() -> None:
         starflow_ext.reference_mode(),
         pytest.raises(ValueError, match=r"^decode: precision is 'int8', expected 'float32' where plain torch decodes"),
     ):
-        DEEP.decode(latents(DEEP), condition(DEEP), precision="int8")
+        decode(DEEP, latents(DEEP), condition(DEEP), precision="int8")
     with pytest.raises(ValueError, match=r"^decode: precision is 'int7', expected one of 'float32'"):
-        DEEP.decode(latents(DEEP), condition(DEEP), precision="int7")
+        decode(DEEP, latents(DEEP), condition(DEEP), precision="int7")
 
 
 @pytest.mark.parametrize("part", ["layers.0.mlp.up.weight", "proj_out.bias"])
@@ -150,7 +149,7 @@ def test_weights_that_are_not_finite_end_the_solve(part: str) -> None:
     with torch.no_grad():
         parameter.view(-1)[3] = float("nan")
     with pytest.raises(NotFiniteError, match=r"^solve: the solution of token 0 of sample 0 is not finite"):
-        flow.decode(latents(flow), condition(flow), schedule=Window(size=8, tolerance=0.01))
+        decode(flow, latents(flow), condition(flow), schedule=Window(size=8, tolerance=0.01))
 
 
 def test_changed_weights_are_packed_again() -> None:

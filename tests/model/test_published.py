@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from starflow import Flow, FlowConfig
-from starflow.published import from_published, load_published, our_name, published_name, published_state
+from starflow.storage import from_published, load_published, published_state
+from starflow.storage.published import our_name, published_name
 
 from .models import CASES, VIDEO, make_flow
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from starflow import FlowConfig
-from starflow.conditioner import make_layout
-from starflow.rope import grid_positions, rotation, text_positions
-from starflow.tokens import token_order
+from starflow.model import make_layout, token_order
+from starflow.model.rope import grid_positions, rotation, text_positions
 from starflow_ext.rope_append import Pairing, rope_append, rotate
 
 from .models import VIDEO

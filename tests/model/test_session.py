@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow import Chunks, Flow, Guidance, Sequential, Window, noise
+from starflow import Chunks, Flow, Guidance, Sequential, Window, decode, noise
 from starflow.codecs import BlockTransform
-from starflow.decoding import Conditions, Decoding, Span
-from starflow.session import Denoising, Frames, Session
-from starflow.solver import NotFiniteError, Schedule, Solve
-from starflow.tokens import to_sequence
+from starflow.model import to_sequence
+from starflow.sampling import Denoising, Frames, Session
+from starflow.solver import BlockDecoder, Conditions, Decoding, NotFiniteError, Schedule, Span
+from starflow.solver.loop import Inversion
 
 from .models import CASES, VIDEO, condition, latents, make_flow, null
 
@@ -106,7 +106,7 @@ def test_a_flow_that_goes_backwards_waits_for_the_whole_clip() -> None:
     frames = together(list(made.extend(1, last=True)), "noisy")
     z = noise.draw((3, 4), 3, *SHAPE[1:])
     options = {"null": null(flow), "guidance": 1.0, "schedule": LOOSE}
-    assert torch.equal(frames, flow.decode(z, condition(flow), **options).x)
+    assert torch.equal(frames, decode(flow, z, condition(flow), **options).x)
 
 
 @pytest.mark.parametrize("frames", [3, 8])
@@ -114,7 +114,7 @@ def test_noisy_frames_are_those_of_decode(frames: int) -> None:
     """The inverse of the flow at once, whose windows are those of the model."""
     got = together(list(session().extend(frames, last=True)), "noisy")
     z = noise.draw((3, 4), frames, *SHAPE[1:])
-    decoded = LONG.decode(z, condition(LONG), null=null(LONG), guidance=1.0, schedule=LOOSE, window_context=2)
+    decoded = decode(LONG, z, condition(LONG), null=null(LONG), guidance=1.0, schedule=LOOSE, window_context=2)
     assert torch.equal(got, decoded.x)
 
 
@@ -124,7 +124,7 @@ def test_frames_behind_a_beginning_are_those_of_decode_with_a_prefix() -> None:
     got = together(list(made.extend(3, last=True)), "noisy")
     z = noise.draw((3, 4), 5, *SHAPE[1:])
     options = {"null": null(LONG), "guidance": 1.0, "schedule": LOOSE, "window_context": 2}
-    decoded = LONG.decode(z, condition(LONG), prefix=given.noisy, **options)
+    decoded = decode(LONG, z, condition(LONG), prefix=given.noisy, **options)
     assert torch.equal(got, decoded.x[:, 2:])
     torch.testing.assert_close(given.noisy - given.latents, 0.2 * noise.draw((3, 4), 2, *SHAPE[1:], purpose="train"))
 
@@ -263,7 +263,7 @@ def test_solves_do_not_depend_on_pieces() -> None:
     z = to_sequence(grid, layout.order)
     results = []
     for cuts in ([45], [1, 9, 20, 45], list(range(1, 46))):
-        solve = Solve(block.decoder(layout, 2, condition(flow)), LOOSE, z[:, :0])
+        solve = Inversion(BlockDecoder(block, layout, 2, condition(flow)), LOOSE, z[:, :0])
         begin = 0
         for end in cuts:
             solve.extend(z[:, begin:end], more=end < 45)
@@ -279,7 +279,7 @@ def test_chunks_come_at_once() -> None:
     z = noise.draw((3, 4), 3, *SHAPE[1:])
     got = together(list(session(schedule=Chunks(4), kind="none").extend(3, last=True, together=True)), "noisy")
     options = {"null": null(LONG), "guidance": 1.0, "schedule": Chunks(4)}
-    assert torch.equal(got, LONG.decode(z, condition(LONG), **options).x)
+    assert torch.equal(got, decode(LONG, z, condition(LONG), **options).x)
 
 
 WRONG: list[tuple[Callable[[Session], object], str]] = [

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from starflow import Chunks, Flow, Guidance, Sequential, Window, solver
-from starflow.block import BlockDecoder
-from starflow.solver import NotFiniteError, Schedule, SolveReport, break_even, certify, solve
-from starflow.tokens import to_sequence
+from starflow import Chunks, Flow, Guidance, Sequential, Window, decode, solver
+from starflow.model import to_sequence
+from starflow.solver import BlockDecoder, NotFiniteError, Schedule, SolveReport, break_even, certify
+from starflow.solver.loop import invert
 
 from .models import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
 
@@ -32,7 +32,7 @@ def decoder(flow: Flow, z: Tensor, guidance: Guidance | None = None) -> tuple[Bl
     grid = flow.encode(z, condition(flow, len(z))).latents[0]
     y, free = condition(flow, len(z)), null(flow, len(z))
     layout = block.layout(*grid.shape[1:4], y, image=z.dim() == 4)
-    return block.decoder(layout, len(z), y, free, guidance), to_sequence(grid, layout.order)
+    return BlockDecoder(block, layout, len(z), y, free, guidance), to_sequence(grid, layout.order)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -55,8 +55,8 @@ def test_any_window_at_tolerance_zero_is_token_by_token(
         "guidance": weight,
         "prefix": latents(flow, batch=batch, frames=known, seed=9) if 0 < known < frames else None,
     }
-    expected = flow.decode(z, schedule=Sequential(), **options)
-    got = flow.decode(z, schedule=Window(size=size, tolerance=0.0), **options)
+    expected = decode(flow, z, schedule=Sequential(), **options)
+    got = decode(flow, z, schedule=Window(size=size, tolerance=0.0), **options)
     torch.testing.assert_close(got.x, expected.x, atol=1e-4, rtol=1e-4)
 
 
@@ -68,12 +68,12 @@ def test_linear_guidance_by_any_schedule(name: str, options: dict) -> None:
     y = torch.tensor([3, 1])
     guidance = Guidance(0.7, kind="linear", **options)
     results = [
-        flow.decode(z, y, guidance=guidance, schedule=schedule).x
+        decode(flow, z, y, guidance=guidance, schedule=schedule).x
         for schedule in (Sequential(), Window(size=5, tolerance=0.0), Chunks(6, 0.0, 17))
     ]
     for got in results[1:]:
         torch.testing.assert_close(got, results[0], atol=1e-4, rtol=1e-4)
-    plain = flow.decode(z, y, schedule=Sequential()).x
+    plain = decode(flow, z, y, schedule=Sequential()).x
     nothing = name == "tarflow shift only" and options == {"parts": "a"}  # there is no log-scale to extrapolate
     assert ((results[0] - plain).abs().max() < 1e-5) == nothing
 
@@ -85,7 +85,7 @@ def test_temperatures_multiply() -> None:
 
     def sample(temperature: float, own: float) -> Tensor:
         guidance = Guidance(0.7, kind="linear", temperature=own)
-        return flow.decode(z, y, guidance=guidance, schedule=Sequential(), temperature=temperature).x
+        return decode(flow, z, y, guidance=guidance, schedule=Sequential(), temperature=temperature).x
 
     assert not torch.equal(sample(0.5, 2.0), sample(1.0, 2.0))
     torch.testing.assert_close(sample(0.5, 1.0), sample(0.5, 1.0 + 1e-9), atol=1e-5, rtol=1e-5)
@@ -95,7 +95,7 @@ def test_one_token_with_annealed_guidance() -> None:
     flow = make_flow(TARFLOW | {"img_size": 2, "sos": True, "num_classes": 2})
     z, y = latents(flow), torch.tensor([0, 1])
     guidance = Guidance(1.0, kind="linear", annealed=True)
-    assert flow.decode(z, y, guidance=guidance).x.isfinite().all()
+    assert decode(flow, z, y, guidance=guidance).x.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["video", "spread"])
@@ -106,7 +106,7 @@ def test_tolerance_bounds_the_backward_error(name: str, weight: float) -> None:
     options = {"y": condition(flow), "null": null(flow), "guidance": weight}
     rows = []
     for tolerance in (0.1, 0.01, 0.001):
-        decoded = flow.decode(z, schedule=Window(size=12, tolerance=tolerance, certificate=True), **options)
+        decoded = decode(flow, z, schedule=Window(size=12, tolerance=tolerance, certificate=True), **options)
         assert decoded.backward_error is not None
         assert decoded.backward_error < 10 * tolerance
         rows.append(sum(report.rows for report in decoded.reports if report is not None))
@@ -118,9 +118,9 @@ def test_every_sample_has_its_own_frontier(size: int) -> None:
     flow = MODELS["spread"]
     z, y = latents(flow, batch=4), condition(flow, 4)
     schedule = Window(size=size, tolerance=0.01)
-    together = flow.decode(z, y, schedule=schedule).x
+    together = decode(flow, z, y, schedule=schedule).x
     for i in range(4):
-        alone = flow.decode(z[i : i + 1], y[i : i + 1], schedule=schedule).x  # type: ignore[index]
+        alone = decode(flow, z[i : i + 1], y[i : i + 1], schedule=schedule).x  # type: ignore[index]
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
@@ -129,7 +129,7 @@ def test_every_sample_has_its_own_frontier(size: int) -> None:
 @pytest.mark.parametrize("known", [0, 4])
 def test_reports_add_up(schedule: Schedule, name: str, known: int) -> None:
     model, z = decoder(MODELS[name], latents(MODELS[name]), Guidance(1.0))
-    x, report = solve(model, z, schedule, z[:, :known] if known else None)
+    x, report = invert(model, z, schedule, z[:, :known] if known else None)
     assert torch.equal(x[:, :known], z[:, :known])
     assert report.samples == 2
     assert report.tokens == z.shape[1] - max(known, model.first_token)
@@ -148,7 +148,7 @@ def test_reports_add_up(schedule: Schedule, name: str, known: int) -> None:
 def test_work_of_a_window() -> None:
     """Sweeps take a full window, narrower only where fewer tokens are left."""
     model, z = decoder(MODELS["video"], latents(MODELS["video"], batch=1))
-    _, report = solve(model, z, Window(size=10, tolerance=0.0))
+    _, report = invert(model, z, Window(size=10, tolerance=0.0))
     left, rows = z.shape[1], 0
     for accepted in report.accepted:
         rows += min(10, left)
@@ -161,8 +161,8 @@ def test_work_of_a_window() -> None:
 def test_chunks_with_a_tiny_threshold_are_token_by_token(name: str, block: int) -> None:
     flow = MODELS[name]
     z, y = inputs("video", flow)
-    expected = flow.decode(z, y, schedule=Sequential()).x
-    got = flow.decode(z, y, schedule=Chunks(block, 1e-14, 300)).x
+    expected = decode(flow, z, y, schedule=Sequential()).x
+    got = decode(flow, z, y, schedule=Chunks(block, 1e-14, 300)).x
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -175,13 +175,13 @@ def test_noise_that_is_not_finite_is_named(schedule: Schedule) -> None:
         model, z = decoder(MODELS["video"], latents(MODELS["video"]))
         z[1, 5, 0] = value
         with pytest.raises(NotFiniteError, match="the noise of token 5 of sample 1 is not finite"):
-            solve(model, z, schedule)
+            invert(model, z, schedule)
         known = z.clone()
         model, _ = decoder(MODELS["video"], latents(MODELS["video"]))
         with pytest.raises(NotFiniteError, match="the given data of token 5 of sample 1 is not finite"):
-            solve(model, torch.zeros_like(z), schedule, known[:, :7])
+            invert(model, torch.zeros_like(z), schedule, known[:, :7])
         model, _ = decoder(MODELS["video"], latents(MODELS["video"]))
-        solve(model, z, schedule, torch.zeros_like(z[:, :6]))  # noise of given tokens is not read
+        invert(model, z, schedule, torch.zeros_like(z[:, :6]))  # noise of given tokens is not read
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES, Chunks(4, 0.0, 10**9)])
@@ -191,7 +191,7 @@ def test_weights_that_are_not_finite_end_the_solve_at_once(schedule: Schedule) -
         schedule = Chunks(4, 0.0, 50)
     flow._blocks()[-1].conditioner.proj_out.weight.data[0, 0] = float("nan")  # type: ignore[union-attr]
     with pytest.raises(NotFiniteError, match="the solution of token 0 of sample 0 is not finite"):
-        flow.decode(latents(flow), schedule=schedule)
+        decode(flow, latents(flow), schedule=schedule)
 
 
 def test_a_token_in_the_middle_that_is_not_finite_is_the_one_named() -> None:
@@ -202,7 +202,7 @@ def test_a_token_in_the_middle_that_is_not_finite_is_the_one_named() -> None:
     block.conditioner.pos_embed.data[visited[9]] = float("nan")  # type: ignore[union-attr]
     for schedule in (Sequential(), Window(size=1), Chunks(1)):
         with pytest.raises(NotFiniteError, match="the solution of token 9 of sample 0 is not finite"):
-            flow.decode(latents(flow), schedule=schedule)
+            decode(flow, latents(flow), schedule=schedule)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38, 3.0])
@@ -212,11 +212,11 @@ def test_the_guess_does_not_decide_the_result(name: str, value: float) -> None:
     options = VIDEO | {"soft_clip": 0.0, "sos": name == "video"}
     flow = make_flow(options)
     z, y = inputs("video", flow)
-    expected = flow.decode(z, y, schedule=Sequential()).x
+    expected = decode(flow, z, y, schedule=Sequential()).x
     for block in flow._blocks():
         block.guess.fill_(value)
     for size in (4, 40):
-        got = flow.decode(z, y, schedule=Window(size=size, tolerance=0.0)).x
+        got = decode(flow, z, y, schedule=Window(size=size, tolerance=0.0)).x
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -224,14 +224,14 @@ def test_the_guess_does_not_decide_the_result(name: str, value: float) -> None:
 def test_the_certificate_sees_a_corrupted_solution(name: str) -> None:
     flow = MODELS[name]
     model, z = decoder(flow, latents(flow), Guidance(0.8))
-    x, _ = solve(model, z, Sequential())
+    x, _ = invert(model, z, Sequential())
     assert certify(model, x, z) < 1e-4
     wrong = x.clone()
     wrong[1, 20] += 0.01
     assert certify(model, wrong, z) > 1e-3
     assert certify(model, wrong, z, first=z.shape[1]) == 0.0
     # What was given has no noise of its own, whatever it is.
-    given_x, report = solve(model, z, Window(size=5, tolerance=0.0, certificate=True), z[:, :7] + 1.0)
+    given_x, report = invert(model, z, Window(size=5, tolerance=0.0, certificate=True), z[:, :7] + 1.0)
     assert report.backward_error is not None
     assert report.backward_error < 1e-4
     assert torch.equal(given_x[:, :7], z[:, :7] + 1.0)
@@ -271,13 +271,13 @@ def test_break_even_without_a_writable_folder(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("STARFLOW_CACHE", str(tmp_path / "file" / "below"))
     flow = MODELS["video"]
     model, z = decoder(flow, latents(flow))
-    assert solve(model, z, Window())[0].isfinite().all()
+    assert invert(model, z, Window())[0].isfinite().all()
 
 
 def test_one_token_needs_no_measurement(cache: Path) -> None:
     flow = make_flow(IMAGE)
     z = torch.randn(2, 3, 1, 1)
-    torch.testing.assert_close(flow.decode(z).x, flow.decode(z, schedule=Sequential()).x)
+    torch.testing.assert_close(decode(flow, z).x, decode(flow, z, schedule=Sequential()).x)
     assert not cache.exists()
 
 
@@ -304,6 +304,6 @@ def test_options_out_of_range(make, message: str) -> None:
 def test_shapes_that_do_not_fit() -> None:
     model, z = decoder(MODELS["video"], latents(MODELS["video"]))
     with pytest.raises(ValueError, match=r"solve: z has shape \[2, 44, 2\], expected \(batch, 45, channels\)"):
-        solve(model, z[:, 1:], Sequential())
+        invert(model, z[:, 1:], Sequential())
     with pytest.raises(ValueError, match=r"solve: known has shape \[1, 3, 2\], expected at most \[2, 45, 2\]"):
-        solve(model, z, Sequential(), z[:1, :3])
+        invert(model, z, Sequential(), z[:1, :3])

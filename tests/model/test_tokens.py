@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from starflow.tokens import Order, patchify, to_grid, to_sequence, token_order, unpatchify
+from starflow.model import Order, patchify, to_grid, to_sequence, token_order, unpatchify
 
 ORDERS: tuple[Order, ...] = get_args(Order)
 SIZES = [(1, 1, 1), (1, 4, 4), (3, 2, 5), (2, 7, 3), (2, 8, 8), (3, 1, 6)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow import Flow, FlowConfig, Sequential, Window
+from starflow import Flow, FlowConfig, Sequential, Window, decode
 from starflow.codecs import make_codec
 from starflow.data.digits import DIGITS, MovingDigits
 
@@ -62,11 +62,11 @@ def text(words: list[str]) -> Tensor:
 def test_backward_error_is_below_ten_tolerances(trained: Flow, weight: float, tolerance: float) -> None:
     z = torch.randn(3, 3, 16, 4, 4)
     options = {"y": text(["three", "eight", "zero"]), "null": text([""] * 3), "guidance": weight}
-    fast = trained.decode(z, schedule=Window(size=16, tolerance=tolerance, certificate=True), **options)
+    fast = decode(trained, z, schedule=Window(size=16, tolerance=tolerance, certificate=True), **options)
     assert fast.backward_error is not None
     assert fast.backward_error < 10 * tolerance
-    exact = trained.decode(z, schedule=Window(size=16, tolerance=0.0, certificate=True), **options)
+    exact = decode(trained, z, schedule=Window(size=16, tolerance=0.0, certificate=True), **options)
     assert exact.backward_error is not None
     assert exact.backward_error < 1e-4
-    torch.testing.assert_close(exact.x, trained.decode(z, schedule=Sequential(), **options).x, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(exact.x, decode(trained, z, schedule=Sequential(), **options).x, atol=1e-4, rtol=1e-4)
     assert fast.reports[0].sweeps < exact.reports[0].sweeps  # type: ignore[union-attr]

@@ -16,10 +16,10 @@ import pytest
 import starflow
 import starflow_ext
 from starflow import Flow
-from starflow.batches import make_parts
-from starflow.checkpoints import MODEL, save_model
-from starflow.cli import make_parser
+from starflow.cli.main import make_parser
 from starflow.config import RunConfig
+from starflow.storage import MODEL, save_model
+from starflow.training import make_parts
 
 MODULES = sorted(
     module.name

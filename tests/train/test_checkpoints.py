@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from starflow.checkpoints import (
+from starflow.model import Flow
+from starflow.storage import (
     CheckpointError,
     latest_state,
     load_flow,
@@ -24,10 +25,9 @@ from starflow.checkpoints import (
     read_header,
     save_model,
     save_state,
-    write_tensors,
 )
-from starflow.flow import Flow
-from starflow.train import make_parts
+from starflow.storage.tensors import write_tensors
+from starflow.training import make_parts
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from starflow.checkpoints import CheckpointError, load_flow, load_model, model_files, read_header
+from starflow import decode
 from starflow.config import ConfigError, FlowConfig, RunConfig, config_names, from_mapping, to_mapping
-from starflow.convert import convert, published_config
-from starflow.layers import Int8Linear, to_int8
+from starflow.model import Int8Linear, to_int8
 from starflow.solver import Window
+from starflow.storage import CheckpointError, convert, load_flow, load_model, model_files, published_config, read_header
 from starflow_ext import pack_weight
 
 FOLDER = Path(os.environ.get("STARFLOW_GOLDENS") or Path(__file__).parents[1] / "goldens")
@@ -167,7 +167,7 @@ def test_a_folder_of_files_holds_the_same_model_in_any_storage(tmp_path: Path, s
     torch.testing.assert_close(flow.encode(x, y).z, tensors["out.z"], atol=bound, rtol=bound)
     # The denoiser and the native decoding read the same weights.
     precision = loaded.sample.precision
-    decoded = flow.decode(flow.encode(x, y).z, y, schedule=Window(4, 0.0), precision=precision)
+    decoded = decode(flow, flow.encode(x, y).z, y, schedule=Window(4, 0.0), precision=precision)
     assert (decoded.x - x).abs().max() < (2e-3 if storage == "float32" else 0.1)
 
 

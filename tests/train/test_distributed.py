@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from starflow.checkpoints import latest_state, load_model, save_model
 from starflow.cli import main
 from starflow.config import ConfigError, RunConfig
-from starflow.flow import Flow
-from starflow.train import TrainStep, make_parts, train
+from starflow.model import Flow
+from starflow.storage import latest_state, load_model, save_model
+from starflow.training import TrainStep, make_parts, train
 
 Curve = list[tuple[int, float, float, float]]
 

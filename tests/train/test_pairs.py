@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow.batches import Batches, make_dataset, make_parts, with_vocabulary
 from starflow.config import ConfigError, RunConfig
 from starflow.data import CHANGES, Clip, write_video
 from starflow.evaluate import score
-from starflow.sample import Pipeline
-from starflow.train import Trainer, train
+from starflow.sampling import Pipeline
+from starflow.training import Batches, Trainer, make_dataset, make_parts, train
+from starflow.training.batches import with_vocabulary
 
 WORDS = {"kind": "words", "size": 2, "vocabulary": ["v2v", *CHANGES]}
 

@@ -11,12 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import starflow_ext
-from starflow.batches import Batches, make_dataset, make_parts
-from starflow.conditioner import make_layout
 from starflow.config import ConfigError, RunConfig
-from starflow.flow import Flow, nll_of
-from starflow.plan import Clip, Plan, clip_of, fitting, forward_flops, plan, step_flops
-from starflow.train import Trainer
+from starflow.model import Flow, make_layout, nll_of
+from starflow.training import Batches, Plan, Trainer, fitting, make_dataset, make_parts, plan
+from starflow.training.plan import Clip, clip_of, forward_flops, step_flops
 
 CPU = torch.device("cpu")
 

@@ -18,15 +18,16 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow.batches import Batch, Batches, Features, with_vocabulary
-from starflow.checkpoints import CheckpointError, latest_state, load_model
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, write_video
-from starflow.flow import Flow
-from starflow.sample import Pipeline
-from starflow.schedule import cosine_lr
-from starflow.text import ClassEncoder
-from starflow.train import PATIENCE, TRACK_RATE, Trainer, TrainingError, make_dataset, make_parts, train
+from starflow.model import Flow
+from starflow.sampling import Pipeline
+from starflow.storage import CheckpointError, latest_state, load_model
+from starflow.text import ClassEncoder, Features
+from starflow.training import Batch, Batches, Trainer, TrainingError, make_dataset, make_parts, train
+from starflow.training.batches import with_vocabulary
+from starflow.training.optim import cosine_lr
+from starflow.training.trainer import PATIENCE, TRACK_RATE
 
 CPU = torch.device("cpu")
 
@@ -356,7 +357,7 @@ import os, signal, torch
 from pathlib import Path
 from starflow.config import RunConfig
 from starflow.distributed import World
-from starflow.train import train
+from starflow.training import train
 torch.set_num_threads(1)
 save = World.save
 def killed(world, tensors, folder):

@@ -13,20 +13,10 @@ from starflow.data.clips import (
     to_pixels,
 )
 from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
-from starflow.data.video import (
-    VideoError,
-    VideoInfo,
-    VideoWriter,
-    enlarge,
-    ffmpeg_binary,
-    frames_at,
-    probe,
-    read_image,
-    read_video,
-    write_contact_sheet,
-    write_gif,
-    write_video,
-)
+from starflow.data.ffmpeg import VideoError, ffmpeg_binary
+from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
+from starflow.data.sheets import write_contact_sheet
+from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
     "CHANGES",

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from starflow.data.captions import aspect_size, nearest_aspect
-from starflow.data.video import VideoError, VideoInfo, frames_at, probe, read_image, read_video
+from starflow.data.ffmpeg import VideoError
+from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
 
 __all__ = [
     "Clip",

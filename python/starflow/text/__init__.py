@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from starflow.text.encoder import TextEncoder
+from starflow.text.features import Features, caption_for
 from starflow.text.pretrained import MiniLMEncoder, T5Encoder
 from starflow.text.words import STOP_WORDS, ClassEncoder, WordEncoder, split_words
 
 __all__ = [
     "STOP_WORDS",
     "ClassEncoder",
+    "Features",
     "MiniLMEncoder",
     "T5Encoder",
     "TextEncoder",
     "WordEncoder",
+    "caption_for",
     "make_text_encoder",
     "split_words",
 ]

@@ -1,0 +1,1 @@
+"""The commands of `starflow`, a module for each, which exports its `COMMAND`."""

@@ -1,0 +1,59 @@
+"""`starflow convert`: a published checkpoint becomes a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from starflow.cli.options import PROG, Command, make_config, model_path, number
+from starflow.config import config_names
+
+
+def _run(args: argparse.Namespace) -> int:
+    from starflow.storage import convert, published_config
+
+    if args.config not in config_names():
+        config = published_config(args.config, codec_folder=args.codec, text_folder=args.text)
+    else:
+        folders = {"codec": args.codec, "text": args.text}
+        config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
+    file_bytes = int(args.file_size * 2**30)
+    convert(args.checkpoint, config, args.out, storage=args.dtype, file_bytes=file_bytes, progress=print)
+    return 0
+
+
+_DESCRIPTION = f"""Turn a published checkpoint (STARFlow, STARFlow-V) that you have on disk into a model file.
+
+Nothing in a pickle is run, and nothing is downloaded. The weights keep their own licence. Sampling needs local copies
+of the autoencoder and the text encoder that the release names.
+
+Weights are copied one at a time, so that memory holds about the largest. OUT is one file where its name ends in
+.safetensors, else a folder of files of a few gigabytes each.
+
+example:
+  {PROG} convert starflow-v.yaml starflow-v.pth starflow-v --dtype bfloat16 --codec wan/vae --text flan-t5-xl"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", metavar="CONFIG", help=f"yaml of the published release, or one of {', '.join(config_names())}"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file with published names")
+    parser.add_argument("out", metavar="OUT", type=model_path, help="what to write: a name.safetensors, or a folder")
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", "float32", "bfloat16", "int8"),
+        default="keep",
+        help="of the weights of layers; all else becomes float32 but with keep (default: keep, as in the checkpoint)",
+    )
+    parser.add_argument(
+        "--file-size",
+        type=number(float, 0, above=True),
+        default=4.0,
+        metavar="GIB",
+        help="of the files of a folder, about (default: 4)",
+    )
+    parser.add_argument("--codec", metavar="FOLDER", help="local copy of the autoencoder (diffusers format)")
+    parser.add_argument("--text", metavar="FOLDER", help="local copy of the text encoder (transformers format)")
+
+
+COMMAND = Command("turn a published checkpoint into a model file", _DESCRIPTION, _add_options, _run)

@@ -1,0 +1,34 @@
+"""`starflow info`: what is installed, what the machine can do, or what a model holds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from starflow.cli.options import PROG, Command
+from starflow.config import config_names
+
+
+def _run(args: argparse.Namespace) -> int:
+    from starflow import info
+
+    facts = info.machine() if args.model is None else info.model(args.model)
+    if args.model is None:
+        facts["starflow"]["configs"] = ", ".join(config_names())
+    print(json.dumps(facts, indent=2, default=str) if args.json else info.text_of(facts))
+    return 0
+
+
+_DESCRIPTION = f"""Tell what is installed and what the machine can do; with a model, what it holds.
+
+examples:
+  {PROG} info
+  {PROG} info runs/mine"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder of a run, or a .safetensors file")
+    parser.add_argument("--json", action="store_true", help="print json")
+
+
+COMMAND = Command("versions and machine, or what a model file holds", _DESCRIPTION, _add_options, _run)

@@ -1,0 +1,97 @@
+"""`starflow train`: a flow learns from a folder of videos, or from the built-in digits."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from starflow.cli.options import PROG, Command, add_device, device_name, make_config, number, setting
+from starflow.config import ConfigError, config_names
+
+
+def _run(args: argparse.Namespace) -> int:
+    from starflow.data import CaptionMode
+    from starflow.distributed import rank_and_size
+    from starflow.storage import read_header
+    from starflow.training import train
+
+    settings = list(args.set)
+    if args.data is not None:
+        if not Path(args.data).is_dir():
+            raise ConfigError(f"--data is {args.data!r}, expected a folder of videos")
+        settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
+    if args.steps is not None:
+        settings.append((["train", "steps"], args.steps))
+    if args.seed is not None:
+        settings.append((["train", "seed"], args.seed))
+    if args.parallel is not None:
+        settings.append((["train", "parallel"], args.parallel))
+    name = args.config or ("digits" if args.data is None else "clips")
+    config = make_config(name, settings)
+    folder = Path(args.out or f"runs/{Path(name).stem}")
+    train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=device_name(args.device))
+    if rank_and_size()[0]:
+        return 0
+    text = read_header(folder).config.text
+    given = (' "PROMPT"' if text else "") + (" --source VIDEO" if config.train.source_prob else "")
+    print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {PROG} sample {folder}{given}")
+    if text.get("kind") == "words":
+        words = [word for word in text["vocabulary"] if word not in get_args(CaptionMode)]
+        print(f"words of a prompt, at most {text['size']}: {', '.join(words)}")
+    elif text.get("names"):
+        # Without what captions begin with where something is given, which is not for the user to type.
+        modes = tuple(f"({mode}) " for mode in get_args(CaptionMode))
+        print(f"prompts: {', '.join(name for name in text['names'] if not name.startswith(modes))}")
+    return 0
+
+
+_DESCRIPTION = f"""Train a flow.
+
+Without --data: on the built-in set of moving handwritten digits, which needs no download. With --data: on a
+folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption (in the
+configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). A run that
+was interrupted goes on where its last checkpoint is when the same command is given again.
+
+Under torchrun many processes train one flow, with the same numbers as one process ("--parallel fsdp": each keeps a
+piece of weights and moments). A checkpoint is resumed by any number of processes.
+
+examples:
+  {PROG} train --data my_clips --out runs/mine
+  {PROG} train --config digits --set train.steps=2000 --set train.batch_size=16
+  {PROG} train --config my.yaml --data my_clips
+  torchrun --nproc-per-node 8 -m starflow train --config my.yaml --parallel fsdp"""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", metavar="FOLDER", help="folder of video files (default: the digits)")
+    parser.add_argument(
+        "--config",
+        metavar="NAME_OR_PATH",
+        help=f"configuration: a yaml file, or one of {', '.join(config_names())} (default: clips with --data, else "
+        "digits)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", help="folder of the run (default: runs/NAME of the configuration)")
+    parser.add_argument("--steps", type=number(int, 1), metavar="N", help="short for --set train.steps=N")
+    parser.add_argument("--seed", type=number(int, 0), metavar="N", help="short for --set train.seed=N")
+    parser.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set an option of the configuration, such as train.lr=5e-4 or flow.channels=128; may be repeated",
+    )
+    parser.add_argument(
+        "--no-resume", action="store_true", help="insist on a fresh run: an error where the folder holds checkpoints"
+    )
+    parser.add_argument(
+        "--parallel",
+        choices=("ddp", "fsdp"),
+        help="short for --set train.parallel=...: what the processes of torchrun keep, everything or a piece",
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    add_device(parser)
+
+
+COMMAND = Command("train a flow on a folder of videos, or on the built-in digits", _DESCRIPTION, _add_options, _run)

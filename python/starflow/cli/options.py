@@ -1,0 +1,161 @@
+"""Types of options, and the options that several commands have."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
+
+if TYPE_CHECKING:
+    from starflow.data import Clip
+    from starflow.distributed import World
+    from starflow.sampling import Pipeline
+
+
+PROG = "starflow"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One of the commands that `starflow` has.
+
+    Args:
+        help: a line of `starflow --help`.
+        description: what `starflow COMMAND --help` begins with.
+        add_options: puts the options of the command into a parser.
+        run: does what a command line says and returns the exit status.
+        rest: name of the list of positional arguments, which may also stand behind options.
+    """
+
+    help: str
+    description: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    rest: str | None = None
+
+
+def number(kind: Callable[[str], Any], least: float, *, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number of at least (or above) `least`."""
+    what = f"{'an integer' if kind is int else 'a number'} {'>' if above else '>='} {least:g}"
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{text!r} is given, expected {what}")
+        return value
+
+    return parse
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """An argparse type: HEIGHTxWIDTH in pixels."""
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected HEIGHTxWIDTH such as 480x848")
+    return int(found[1]), int(found[2])
+
+
+def solver_form(text: str) -> str:
+    """An argparse type: the text form of a schedule."""
+    from starflow.solver import parse_solver
+
+    try:
+        parse_solver(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def model_path(text: str) -> str:
+    """An argparse type: where a model is written to, no pickle by its name."""
+    if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .safetensors, or a folder")
+    return text
+
+
+def picture_path(text: str) -> str:
+    """An argparse type: a picture that matplotlib can write."""
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .png, .svg or .pdf")
+    return text
+
+
+def setting(text: str) -> tuple[list[str], Any]:
+    """KEY=VALUE to (path, value), the value read as yaml."""
+    key, equals, value = text.partition("=")
+    if not equals or not all(key.split(".")):
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected KEY=VALUE such as train.steps=1000")
+    try:
+        return key.split("."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a value that is yaml") from None
+
+
+def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:
+    """A configuration with some of its options set anew.
+
+    Args:
+        name: of a configuration that comes with the package, or path of a yaml file.
+        settings: (path, value), such as (["train", "steps"], 1000).
+
+    Raises:
+        ConfigError: an option that does not exist or a value that does not fit.
+    """
+    values = to_mapping(RunConfig.load(name))
+    for path, value in settings:
+        place = values
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {'.'.join(path)}: {key} is one option, expected a group of options")
+        place[path[-1]] = value
+    return from_mapping(RunConfig, values)
+
+
+def held_out_clips(pipeline: Pipeline, count: int) -> list[Clip]:
+    """The first clips of the run's own test data."""
+    from starflow.training import make_dataset
+
+    dataset = make_dataset(pipeline.config, "test")
+    return [dataset.item(index) for index in range(min(count, len(dataset)))]
+
+
+def device_name(name: str) -> str:
+    """The device that `--device` names."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device is {name!r}, expected cpu: torch {torch.__version__} sees no CUDA device")
+    return name
+
+
+def load_pipeline(args: argparse.Namespace, world: World) -> Pipeline:
+    """The model that a command line names, in one of the processes of `world`."""
+    from starflow.sampling import Pipeline
+    from starflow.storage import read_header
+
+    licence = read_header(args.model).about.get("licence")
+    if licence and world.first:
+        print(f"{args.model}: {licence}", file=sys.stderr)
+    return Pipeline.load(args.model, device=world.device)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Adds `--device`."""
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA where there is one (default: auto)"
+    )

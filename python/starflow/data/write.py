@@ -1,0 +1,293 @@
+"""Frames to video files and pictures, complete or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import math
+import os
+import subprocess
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import ffmpeg
+import torch
+import torch.nn.functional as F
+
+from starflow.data.ffmpeg import Drain, as_fraction, check_channels, ffmpeg_binary, reason
+from starflow.files import replacing
+
+_CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
+
+
+def check_frames(function: str, frames: torch.Tensor) -> None:
+    """Refuses frames that are not (frames, height, width, channels) of uint8."""
+    if frames.dtype != torch.uint8:
+        raise ValueError(
+            f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)"
+        )
+    if frames.ndim != 4 or frames.shape[3] not in (1, 3) or 0 in frames.shape:
+        raise ValueError(
+            f"{function}: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3], none empty"
+        )
+
+
+class _Encoder:
+    """One ffmpeg process that takes RGB frames on standard input and writes one file."""
+
+    def __init__(self, path: Path, stream: Any, *, growing: bool = False) -> None:
+        self._path, self._growing = path, growing
+        command = stream.global_args("-hide_banner", "-loglevel", "error").compile(cmd=ffmpeg_binary())
+        # What is sent to the terminal's processes (Ctrl-C) does not reach one that shall end the file when its input
+        # ends.
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=growing,
+        )
+        assert self._process.stdin is not None
+        assert self._process.stderr is not None
+        self._stdin = self._process.stdin
+        self._drain = Drain(self._process.stderr)
+
+    def write(self, frames: torch.Tensor) -> None:
+        rgb = frames.detach().to("cpu").expand(-1, -1, -1, 3).contiguous()
+        try:
+            self._stdin.write(rgb.numpy().data.cast("B"))
+            self._stdin.flush()
+        except BrokenPipeError:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for ffmpeg to end, and raise unless it ended well."""
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        status = self._process.wait()
+        log = self._drain.text()
+        if status != 0:
+            full = "no space left" in log.lower()
+            code = errno.ENOSPC if full else errno.EIO
+            left = "what was written before plays" if self._growing else "no file was left behind"
+            raise OSError(code, f"ffmpeg could not write {self._path}: {reason(log)}; {left}")
+
+    @property
+    def ended(self) -> bool:
+        """Whether ffmpeg has stopped by itself."""
+        return self._process.poll() is not None
+
+    def abort(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            self._stdin.close()
+        self._process.wait()
+        self._drain.join()
+
+
+class VideoWriter:
+    """Writes a video that every browser plays, frame by frame as the frames come.
+
+    H.264, yuv420p, crf 17, the index in front (fast start), BT.709 matrix and tags. Odd sizes are padded to even
+    ones by repeating the last row or column. `lossless` keeps every bit of the RGB frames instead (H.264 in RGB,
+    which most browsers do not play, at the exact size).
+
+    The file appears when the block ends without an error, and not at all otherwise. With `growing` it is there from the
+    first frame on and holds what was written so far, whatever ends the process: an mp4 in fragments of a frame, without
+    the index in front, so that every frame is on its way to the file when `write` returns.
+
+    Args:
+        path: .mp4, .m4v, .mov or .mkv, in a folder that exists.
+        fps: frames per second.
+        height, width: of the frames.
+        channels: 1 (grey) or 3 (RGB).
+        lossless, growing: see above.
+
+    Raises:
+        ValueError: when an argument is out of range.
+        OSError: from `write` or at the end of the block, when ffmpeg cannot write the file (a full disk).
+
+    Examples:
+        >>> with VideoWriter("out.mp4", fps=8, height=32, width=32, channels=1) as writer:  # doctest: +SKIP
+        ...     writer.write(frames)
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fps: float,
+        height: int,
+        width: int,
+        channels: int,
+        lossless: bool = False,
+        growing: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in _CONTAINERS:
+            raise ValueError(
+                f'VideoWriter: path {self.path} ends in "{self.path.suffix}", expected one of {", ".join(_CONTAINERS)}'
+            )
+        if not 0 < fps < math.inf:
+            raise ValueError(f"VideoWriter: fps is {fps}, expected a positive number")
+        if height < 1 or width < 1:
+            raise ValueError(f"VideoWriter: size is {height}x{width}, expected at least 1x1")
+        check_channels(channels)
+        self.fps = fps
+        self.height = height
+        self.width = width
+        self.channels = channels
+        self.lossless = lossless
+        self.growing = growing
+        self._encoder: _Encoder | None = None
+        self._written = 0
+        self._ending = contextlib.ExitStack()
+
+    def __enter__(self) -> VideoWriter:
+        with contextlib.ExitStack() as ending:
+            target = self.path if self.growing else ending.enter_context(replacing(self.path))
+            self._encoder = self._start(target)
+            # Before the file takes its place: the last to be pushed is the first to run.
+            ending.push(self._finish)
+            self._ending = ending.pop_all()
+        return self
+
+    def _start(self, target: Path) -> _Encoder:
+        height, width = self._padded_size()
+        video = ffmpeg.input(
+            "pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(as_fraction(self.fps))
+        )
+        options: dict[str, Any] = {"format": _CONTAINERS[self.path.suffix.lower()], "an": None}
+        if self.lossless:
+            options |= {"vcodec": "libx264rgb", "qp": 0}
+        else:
+            video = video.filter(
+                "scale", out_color_matrix="bt709", out_range="tv", flags="bicubic+accurate_rnd+full_chroma_int"
+            ).filter("format", "yuv420p")
+            # Tags set as output options do not survive: the encoder takes them from the frames.
+            video = video.filter(
+                "setparams", range="tv", colorspace="bt709", color_primaries="bt709", color_trc="bt709"
+            )
+            options |= {"vcodec": "libx264", "crf": 17}
+        if self.growing:
+            # No frame waits for later ones, neither in the encoder nor in the container.
+            options |= {"tune": "zerolatency", "flush_packets": 1}
+        if self.path.suffix.lower() != ".mkv":
+            options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof" if self.growing else "+faststart"
+        output = video.output(f"file:{target}", **options)
+        return _Encoder(self.path, output.overwrite_output() if self.growing else output, growing=self.growing)
+
+    def _padded_size(self) -> tuple[int, int]:
+        if self.lossless:
+            return self.height, self.width
+        return self.height + self.height % 2, self.width + self.width % 2
+
+    def write(self, frames: torch.Tensor) -> None:
+        """Append frames.
+
+        Args:
+            frames: uint8 of shape (frames, height, width, channels).
+
+        Raises:
+            ValueError: when dtype or shape differ from what was announced.
+            OSError: when ffmpeg has stopped.
+        """
+        if self._encoder is None:
+            raise ValueError("VideoWriter: write outside of the with block, expected it inside")
+        check_frames("VideoWriter", frames)
+        if tuple(frames.shape[1:]) != (self.height, self.width, self.channels):
+            raise ValueError(
+                f"VideoWriter: frames have shape {list(frames.shape)}, "
+                f"expected [frames, {self.height}, {self.width}, {self.channels}]"
+            )
+        height, width = self._padded_size()
+        planar = frames.movedim(3, 1)
+        padding = (0, width - self.width, 0, height - self.height)
+        self._encoder.write(F.pad(planar, padding, mode="replicate").movedim(1, 3) if any(padding) else frames)
+        self._written += len(frames)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ending.__exit__(kind, error, trace)
+
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        encoder, self._encoder = self._encoder, None
+        assert encoder is not None
+        try:
+            if kind is None and not self._written:
+                raise ValueError(f"VideoWriter: no frame was written to {self.path}, expected at least one")
+            if kind is None or (self.growing and self._written and not encoder.ended):
+                encoder.finish()
+        finally:
+            encoder.abort()
+            if self.growing and not self._written:
+                self.path.unlink(missing_ok=True)
+
+
+def write_video(path: str | os.PathLike[str], frames: torch.Tensor, fps: float, lossless: bool = False) -> None:
+    """Write a video in one call; see `VideoWriter`.
+
+    Args:
+        path: of the file.
+        frames: uint8 of shape (frames, height, width, 1 or 3).
+        fps: frames per second.
+        lossless: keep every bit.
+
+    Raises:
+        ValueError: when an argument is out of range.
+        OSError: when the file cannot be written.
+    """
+    check_frames("write_video", frames)
+    _, height, width, channels = frames.shape
+    with VideoWriter(path, fps=fps, height=height, width=width, channels=channels, lossless=lossless) as writer:
+        writer.write(frames)
+
+
+def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) -> None:
+    """Write an animated GIF that loops for ever, with a palette made for this clip.
+
+    Args:
+        path: of the file.
+        frames: uint8 of shape (frames, height, width, 1 or 3).
+        fps: frames per second, at most 50: browsers slow faster ones down.
+
+    Raises:
+        ValueError: when an argument is out of range.
+        OSError: when the file cannot be written.
+    """
+    path = Path(path)
+    check_frames("write_gif", frames)
+    if not 0 < fps <= 50:
+        raise ValueError(f"write_gif: fps is {fps}, expected more than 0 and at most 50")
+    _, height, width, _ = frames.shape
+    video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(as_fraction(fps)))
+    halves = video.filter_multi_output("split")
+    pictures = ffmpeg.filter([halves[0], halves[1].filter("palettegen")], "paletteuse", dither="sierra2_4a")
+    with replacing(path) as temporary:
+        encoder = _Encoder(path, pictures.output(f"file:{temporary}", format="gif", loop=0))
+        try:
+            encoder.write(frames)
+            encoder.finish()
+        finally:
+            encoder.abort()
+
+
+def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
+    """Repeat every pixel, to show small frames at a size that people can see.
+
+    Args:
+        frames: of shape (frames, height, width, channels).
+        scale: whole factor.
+
+    Returns:
+        the frames, (frames, scale * height, scale * width, channels).
+
+    Raises:
+        ValueError: when the factor is not positive.
+    """
+    if scale < 1:
+        raise ValueError(f"enlarge: scale is {scale}, expected at least 1")
+    return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)

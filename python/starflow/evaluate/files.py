@@ -1,0 +1,94 @@
+"""Clips of files, as the model of a pipeline saw them in training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from starflow.data import Clip, VideoError, VideoFolder, frames_at, probe, read_image, read_video, to_pixels
+from starflow.data.clips import IMAGE_SUFFIXES, caption_at, captions_of
+from starflow.sampling import Pipeline
+
+
+def read_clips(
+    pipeline: Pipeline,
+    paths: Sequence[str | Path],
+    *,
+    frames: int | None = None,
+    clips_per_file: int = 1,
+    caption: str | None = None,
+) -> list[Clip]:
+    """Cuts clips in the size and at the rate that the flow was trained on.
+
+    Args:
+        pipeline: of the flow.
+        paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
+            be read is skipped with a line in the log. Captions come from the files beside them, names and
+            places where training took them from there.
+        frames: of a clip, by default those of the training clips.
+        clips_per_file: cut evenly from each file.
+        caption: of all clips, in place of their own.
+
+    Raises:
+        ValueError, FileNotFoundError: a path that does not exist or cannot be read; the message names it.
+    """
+    data = pipeline.config.data
+    count = data.frames if frames is None else frames
+    clips: list[Clip] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            folder = VideoFolder(
+                path,
+                frames=count,
+                height=data.height,
+                width=data.width,
+                fps=data.fps,
+                channels=data.channels,
+                clips_per_file=clips_per_file,
+                cut="even",
+                name_captions=data.name_captions,
+                caption_second=data.caption_second,
+            )
+            clips += [folder.item(index) for index in range(len(folder))]
+        else:
+            clips += _cut(path, count, clips_per_file, pipeline)
+    return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> list[Clip]:
+    """Clips of one file, from its first possible start to its last."""
+    data = pipeline.config.data
+    caption = captions_of(path, by_name=data.name_captions)[0]
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        if frames > 1:
+            raise VideoError(f"{path}: an image is one frame, expected a video of at least {frames}")
+        picture = read_image(path, height=data.height, width=data.width, channels=data.channels)
+        return [Clip(to_pixels(picture), caption, path.name)]
+    info = probe(path, count=True)
+    fps = data.fps or info.fps
+    last = frames_at(info, fps) - frames
+    if last < 0:
+        raise VideoError(f"{path}: {last + frames} frames at {fps:g} frames per second, expected at least {frames}")
+    spots = [last // 2] if clips_per_file == 1 else np.linspace(0, last, clips_per_file).round().astype(int).tolist()
+    return [
+        Clip(
+            to_pixels(
+                read_video(
+                    path,
+                    frames=frames,
+                    fps=fps,
+                    start=spot / fps,
+                    info=info,
+                    height=data.height,
+                    width=data.width,
+                    channels=data.channels,
+                )
+            ),
+            caption_at(caption, spot / fps) if data.caption_second else caption,
+            f"{path.name}@{spot}",
+        )
+        for spot in spots
+    ]

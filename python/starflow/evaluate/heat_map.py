@@ -1,0 +1,57 @@
+"""Bits of the tokens, drawn under the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from starflow.data import Clip, to_frames
+from starflow.evaluate.scores import ClipScore
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequence[str] | None = None) -> Figure:
+    """Draws where the bits of clips are: for each clip its frames, and under them the bits per dimension of the tokens.
+
+    Args:
+        clips: what was scored; a latent frame of several pixel frames is shown by the first of them.
+        scores: of the clips, with `tokens`.
+        titles: by default the names and the bits of the clips.
+
+    Raises:
+        ValueError: no clip, or scores without tokens or of other clips.
+    """
+    from matplotlib.figure import Figure
+
+    if not clips or len(clips) != len(scores) or any(item.tokens is None for item in scores):
+        raise ValueError(
+            f"heat_map: {len(clips)} clips and {len(scores)} scores, expected one score with tokens (per_token) of each"
+        )
+    titles = [f"{item.name}: {item.bits_per_dim:.3f}" for item in scores] if titles is None else titles
+    maps = [np.array(item.tokens) for item in scores]
+    columns = max(len(bits) for bits in maps)
+    figure = Figure(figsize=(1.1 * columns + 1.2, 2.4 * len(clips)), layout="constrained")
+    axes = figure.subplots(2 * len(clips), columns, squeeze=False)
+    # A single token far out would leave the rest without contrast.
+    low, high = np.percentile(np.concatenate([bits.ravel() for bits in maps]), (1, 99))
+    for row, (clip, bits, title) in enumerate(zip(clips, maps, titles, strict=True)):
+        shown = to_frames(clip.pixels).numpy()
+        # Of a codec that joins frames: the first pixel frame of each latent one.
+        first = [len(shown) * frame // len(bits) for frame in range(len(bits))]
+        left = axes[2 * row, 0]
+        # A title would widen its column: an empty one keeps the room for it.
+        left.set_title(" ", fontsize=8)
+        left.text(0.0, 1.08, title, fontsize=8, transform=left.transAxes, in_layout=False)
+        for column in range(columns):
+            upper, lower = axes[2 * row, column], axes[2 * row + 1, column]
+            for place in (upper, lower):
+                place.set_axis_off()
+            if column < len(bits):
+                upper.imshow(shown[first[column]].squeeze(-1), cmap="gray", vmin=0, vmax=255)
+                image = lower.imshow(bits[column], cmap="magma", vmin=low, vmax=high)
+    figure.colorbar(image, ax=axes, label="bits per dimension", shrink=0.6)
+    return figure

@@ -1,0 +1,225 @@
+"""Scoring: bits per dimension of given clips, and whether the flow knows their order in time.
+
+What is scored is the density that the flow was trained on: that of the clip's latents plus normal noise of standard
+deviation sigma (`train.noise_std`), the noise being fixed by a seed. Bits per dimension are minus log2 of that density
+over the number of latent values. With a codec that is linear (its log-determinant is added) these are bits per pixel
+and channel of pictures in [-1, 1]; with a learned autoencoder they are bits per latent value and say nothing about
+pixels. A density is not a probability: bits may be negative, and cannot on average fall under the entropy of the noise,
+`noise_floor`. Adding `LEVELS_BITS` expresses the same density in units of 8-bit grey levels.
+
+A low density alone does not make a clip an anomaly, nor a high one an ordinary clip: an empty picture scores better
+than any photograph. `Reference` therefore judges by how far the bits of a clip are from those of ordinary clips, on
+either side.
+
+Reference: Gu et al., STARFlow-V (2025); Theis et al., A Note on the Evaluation of Generative Models (2016); Nalisnick
+et al., Detecting Out-of-Distribution Inputs to Deep Generative Models Using Typicality (2019); Laxhammar and Falkman,
+Conformal Prediction for Distribution-Independent Anomaly Detection (2010).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow import noise
+from starflow.data import CaptionMode, Clip
+from starflow.sampling import Pipeline
+
+# One 8-bit level is 1 / 127.5 of the range [-1, 1].
+LEVELS_BITS = math.log2(127.5)
+
+
+def noise_floor(sigma: float, log_det_per_dimension: float | None = 0.0) -> float:
+    """Entropy of the noise in bits per dimension: no model can score less on average. -inf for `sigma` 0.
+
+    Args:
+        sigma: standard deviation of the noise on the latents.
+        log_det_per_dimension: of the codec; None where bits are those of latents.
+    """
+    if sigma <= 0.0:
+        return -math.inf
+    return 0.5 * math.log2(2 * math.pi * math.e * sigma**2) - (log_det_per_dimension or 0.0) / math.log(2)
+
+
+@dataclass(frozen=True)
+class Anomaly:
+    """How a clip stands to ordinary ones (see `Reference`).
+
+    Args:
+        deviations: its bits per dimension minus their mean, in standard deviations; below 0 it is more predictable.
+        frames: the same of each latent frame, against the same frame of the others.
+        p_value: a bound on the probability that an ordinary clip is as far from the mean, on either side.
+    """
+
+    deviations: float
+    frames: tuple[float, ...]
+    p_value: float
+
+
+@dataclass(frozen=True)
+class ClipScore:
+    """Bits per dimension of one clip (see the module for what is scored).
+
+    Args:
+        name: of the clip.
+        caption: that the score is conditional on; "" for a flow without text.
+        bits_per_dim: of the whole clip.
+        frames: of each latent frame given the ones before it.
+        tokens: of each token by frame, row and column (see `Flow.token_log_likelihood`), where asked for.
+        shuffled, reversed: bits per dimension of the same frames in a random order and backwards, where asked for.
+        anomaly: against ordinary clips, where asked for.
+    """
+
+    name: str
+    caption: str
+    bits_per_dim: float
+    frames: tuple[float, ...]
+    tokens: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    shuffled: float | None = None
+    reversed: float | None = None
+    anomaly: Anomaly | None = None
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Plain values that json can write."""
+        return asdict(self)
+
+
+def score(
+    pipeline: Pipeline,
+    clips: Sequence[Clip],
+    *,
+    seed: int = 0,
+    batch: int = 8,
+    order_check: bool = False,
+    per_token: bool = False,
+    fps: float | None = None,
+    noise_std: float | None = None,
+) -> list[ClipScore]:
+    """Bits per dimension of clips.
+
+    Args:
+        pipeline: with the flow.
+        clips: pixels (frames, channels, height, width) in [-1, 1] with their captions; shapes may differ. A clip with a
+            source is scored given that, as a model of pairs was trained; the bits are those of the clip alone.
+        seed: of the noise; clip i has the noise of seed + i.
+        batch: clips computed together.
+        order_check: also score every clip with its frames shuffled and reversed.
+        per_token: keep the bits of each token.
+        fps: frames a second that captions tell, by default those of the training clips.
+        noise_std: of the noise that is added, by default that of training; anything else asks the flow about data that
+            it was not trained on (see docs/likelihood.md).
+
+    Returns:
+        A score for each clip, in order.
+
+    Raises:
+        ValueError: no clip, a shape that does not fit, values that are not finite, or a caption that the text
+            encoder refuses; the message names the clip.
+    """
+    if not clips:
+        raise ValueError("score: clips is empty, expected at least one clip")
+    if batch < 1:
+        raise ValueError(f"score: batch is {batch}, expected at least 1")
+    sigma = pipeline.config.train.noise_std if noise_std is None else noise_std
+    if not 0.0 <= sigma < math.inf:
+        raise ValueError(f"score: noise_std is {sigma}, expected a finite number >= 0")
+    if pipeline.text is None:
+        # As in training: a flow without text does not see the captions of its data.
+        clips = [replace(clip, caption="") for clip in clips]
+    scores: list[ClipScore] = []
+    for first, group in _groups(clips, batch):
+        seeds = range(seed + first, seed + first + len(group))
+        pixels = torch.stack([clip.pixels for clip in group])
+        tokens = _bits(pipeline, group, pixels, seeds, fps, sigma)
+        # Tokens have equally many dimensions, and so have frames.
+        bits = tokens.flatten(2).mean(2)
+        shuffled = reverse = None
+        if order_check and pixels.shape[1] > 1:
+            orders = torch.stack([_shuffle(pixels.shape[1], number) for number in seeds])
+            mixed = torch.stack([clip[order] for clip, order in zip(pixels, orders, strict=True)])
+            shuffled = _bits(pipeline, group, mixed, seeds, fps, sigma).flatten(1).mean(1).tolist()
+            reverse = _bits(pipeline, group, pixels.flip(1), seeds, fps, sigma).flatten(1).mean(1).tolist()
+        for row, clip in enumerate(group):
+            plain = ClipScore(clip.name, clip.caption, float(bits[row].mean()), tuple(bits[row].tolist()))
+            if per_token:
+                plain = replace(plain, tokens=_nested(tokens[row]))
+            if shuffled is not None and reverse is not None:
+                plain = replace(plain, shuffled=shuffled[row], reversed=reverse[row])
+            scores.append(plain)
+    return scores
+
+
+@torch.inference_mode()
+def _bits(
+    pipeline: Pipeline, clips: Sequence[Clip], pixels: Tensor, seeds: Sequence[int], fps: float | None, sigma: float
+) -> Tensor:
+    """Bits per dimension of each token, (clips, latent frames, height, width), float64."""
+    texts = [_condition(pipeline, clip, fps) for clip in clips]
+    y = None if texts[0] is None else torch.cat([text for text in texts if text is not None])
+    sources = [clip.source for clip in clips if clip.source is not None]
+    if sources and sources[0].shape[1:] != pixels.shape[2:]:
+        raise ValueError(
+            f"score: {clips[0].name} has a source of {list(sources[0].shape[1:])} (channels, height, width), expected "
+            f"{list(pixels.shape[2:])} like the clip"
+        )
+    try:
+        parts = [torch.stack(sources), pixels] if sources else [pixels]
+        encoded = [pipeline.codec.encode(part.to(pipeline.device)) for part in parts]
+        latents = torch.cat(encoded, 1)
+    except ValueError as error:
+        raise ValueError(f"score: {clips[0].name}: {error}") from None
+    finite = latents.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise ValueError(
+            f"score: {clips[finite.index(False)].name} holds values that are not finite, expected numbers in [-1, 1]"
+        )
+    _, frames, channels, height, width = latents.shape
+    drawn = noise.draw(seeds, frames, channels, height, width, purpose="train").to(latents)
+    nats = pipeline.flow.log_prob(latents + sigma * drawn, y, by="token").double()[:, -encoded[-1].shape[1] :]
+    dimensions = channels * height * width / nats[0, 0].numel()
+    return (-(nats / dimensions + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
+
+
+def _nested(tokens: Tensor) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    return tuple(tuple(tuple(row) for row in frame) for frame in tokens.tolist())
+
+
+def _condition(pipeline: Pipeline, clip: Clip, fps: float | None) -> Tensor | None:
+    """What the flow reads for the caption of one clip."""
+    try:
+        size = (clip.pixels.shape[-2], clip.pixels.shape[-1])
+        mode: CaptionMode | None = None if clip.source is None else "v2v"
+        return pipeline.condition([clip.caption], fps=fps, image=len(clip.pixels) == 1, mode=mode, size=size)
+    except ValueError as error:
+        raise ValueError(f"score: {clip.name}: {error}") from None
+
+
+def _groups(clips: Sequence[Clip], batch: int) -> Iterator[tuple[int, list[Clip]]]:
+    """Runs of clips of one shape, at most `batch` long, with the place of their first."""
+    first = 0
+    while first < len(clips):
+        end = first + 1
+        while end < min(first + batch, len(clips)) and _shapes(clips[end]) == _shapes(clips[first]):
+            end += 1
+        yield first, list(clips[first:end])
+        first = end
+
+
+def _shapes(clip: Clip) -> tuple[torch.Size, torch.Size | None]:
+    return clip.pixels.shape, None if clip.source is None else clip.source.shape
+
+
+def _shuffle(frames: int, seed: int) -> Tensor:
+    """An order of the frames that is neither the one in time nor, where there are more than two, its reverse."""
+    rng = np.random.default_rng(seed)
+    plain = np.arange(frames)
+    while True:
+        order = rng.permutation(frames)
+        if not (order == plain).all() and (frames == 2 or not (order == plain[::-1]).all()):
+            return torch.from_numpy(order)

@@ -1,0 +1,49 @@
+"""DecodeState: the K/V buffers of one block while a clip is decoded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from starflow.model.layers import Transformer
+from starflow_ext.rope_append import Cache
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """K/V buffers, allocated once.
+
+    Slots are absolute positions: text first, then the network's inputs. The solver writes provisional keys and values
+    of a window at its slots and overwrites them by the next sweep; what it has accepted it never writes again. So the
+    buffers need no length of their own: a query reads the slots up to its position.
+
+    Args:
+        caches: by layer, each (rows, kv_heads, capacity, head_dim).
+        text_tokens: slots taken by text.
+    """
+
+    caches: tuple[Cache, ...]
+    text_tokens: int
+
+    @classmethod
+    def allocate(
+        cls,
+        network: Transformer,
+        rows: int,
+        tokens: int,
+        text_tokens: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> DecodeState:
+        """Buffers for `rows` samples of `tokens` tokens behind `text_tokens` text tokens."""
+        shape = (rows, network.kv_heads, text_tokens + tokens, network.head_dim)
+        dtype = network.dtype if dtype is None else dtype
+        return cls(
+            tuple(
+                Cache(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+                for _ in network.layers
+            ),
+            text_tokens,
+        )

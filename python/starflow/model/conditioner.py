@@ -1,0 +1,257 @@
+"""Conditioner: what comes before a token predicts its affine map.
+
+`affine[t] = conditioner(previous[t])` with `previous[t] = x[t - 1]` and `previous[0]` the start token; without a start
+token `affine[0]` is the identity and the network reads one token less. Only this module knows which of the two holds.
+
+Slots are positions of the network's input: token n is predicted at slot n with a start token, at slot n - 1 without.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from starflow.config import FlowConfig
+from starflow.model.affine import Affine
+from starflow.model.cache import DecodeState
+from starflow.model.layers import Attending, Transformer
+from starflow.model.rope import concatenate, grid_positions, rotation, text_positions
+from starflow.model.tokens import Order, token_order
+from starflow_ext import ops
+from starflow_ext.linear_pack import PackedWeight
+from starflow_ext.rope_append import Rotation
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of a clip stand for one block.
+
+    Args:
+        frames, height, width: of the token grid that the block sees (one frame for a frame-local block).
+        order: raster index of the n-th token.
+        text: rotation of the text tokens; query, key: rotation of the slots. None without rotary positions.
+    """
+
+    frames: int
+    height: int
+    width: int
+    order: Tensor
+    text: Rotation | None
+    query: Rotation | None
+    key: Rotation | None
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.height * self.width
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the clip."""
+        return self.frames * self.frame_tokens
+
+
+@lru_cache(maxsize=128)
+# What sampling left in the cache must serve training too.
+@torch.inference_mode(False)
+def make_layout(
+    config: FlowConfig, order: Order, frames: int, height: int, width: int, text_tokens: int, *, still: bool
+) -> Layout:
+    """Layout of a clip for a block that visits tokens in `order`; `still` for images and frame-local blocks."""
+    visited = token_order(order, frames, height, width)
+    if not config.rope:
+        return Layout(frames, height, width, visited, None, None, None)
+    side = config.position_side
+    positions = grid_positions(frames, height, width, side, still=still)
+    if frames > 1 and not config.third_axis:
+        raise ValueError(
+            f"flow: the clip has {frames} frames, expected 1: without text and with temporal_causal 0 rotary positions "
+            "have no axis for time"
+        )
+    if order not in ("raster", "reverse", "reverse_in_frame"):
+        # A slot holds the content of one token and predicts another, so queries stand where the predicted token
+        # stands and keys where their content stands; the start token stands outside the clip.
+        ordered = positions[visited]
+        before = torch.cat([torch.full((1, 3), -1.0), ordered[:-1]])
+        query, key = (ordered, before) if config.sos else (torch.cat([ordered[1:], ordered[:1]]), ordered)
+    else:
+        # The published models give slot n the angles of raster slot n, whatever the order.
+        query = key = positions
+    tables = (
+        rotation(p, config.head_dim, third_axis=config.third_axis)
+        for p in (text_positions(text_tokens, side), query, key)
+    )
+    return Layout(frames, height, width, visited, *tables)
+
+
+class Conditioner(Transformer):
+    """The causal transformer of one block: tokens before n, text or class -> affine map of token n.
+
+    Args:
+        config: of the flow.
+        block: index of the block.
+    """
+
+    def __init__(self, config: FlowConfig, block: int) -> None:
+        channels = config.token_channels
+        super().__init__(
+            config,
+            width=config.width(block),
+            heads=config.heads(block),
+            kv_heads=config.kv_heads(block),
+            layers=config.layers_per_block[block],
+            out_channels=channels if config.activation == "none" else 2 * channels,
+            text_dim=config.text_width(block),
+        )
+        self.activation = config.activation
+        self.soft_clip = config.soft_clip
+        self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
+        table = (config.img_size // config.patch_size) ** 2
+        self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
+        self.proj_position = nn.Linear(config.head_dim, self.width, bias=False) if config.position_embed else None
+        text_dim = config.text_width(block) if config.text_embed else 0
+        self.proj_summary = nn.Linear(text_dim, self.width, bias=False) if text_dim else None
+        self.class_embed = (
+            nn.Parameter(0.01 * torch.randn(config.num_classes, 1, self.width)) if config.num_classes else None
+        )
+
+    @property
+    def first_token(self) -> int:
+        """The first token that the network predicts: 1 without a start token, whose token 0 passes unchanged."""
+        return 0 if self.sos_embed is not None else 1
+
+    def text_tokens(self, context: Tensor | None) -> int:
+        """How many text tokens of `context` this block reads."""
+        return context.shape[1] if context is not None and self.proj_text is not None else 0
+
+    def forward(self, x: Tensor, context: Tensor | None, layout: Layout) -> tuple[Affine, Tensor | None]:
+        """Affine maps of all tokens of known data, in one pass.
+
+        Args:
+            x: (batch, tokens, channels) in the block's order.
+            context: text (batch, text tokens, text_dim), class labels (batch,) or None.
+            layout: of the clip.
+
+        Returns:
+            The affine maps, and the text stream (batch, text tokens, width) after the layers or None.
+        """
+        inputs = x
+        if self.sos_embed is not None:
+            inputs = torch.cat([self.sos_embed.to(x.dtype).expand(x.shape[0], -1, -1), x[:, :-1]], 1)
+        h = self._embed_slots(inputs, context, layout, slice(None))
+        text = self.text_tokens(context)
+        if text:
+            assert context is not None
+            h = torch.cat([self.embed_text(context), h], 1)
+        query, key = (concatenate(layout.text, table, h.device) for table in (layout.query, layout.key))
+        h = self.run(h, Attending(query, key))
+        stream = h[:, :text] if text else None
+        return self._affine(self.put_out(h[:, text:]), shifted=self.sos_embed is None), stream
+
+    # What is cached has no gradient.
+    @torch.no_grad()
+    def prefill_text(self, context: Tensor, layout: Layout, state: DecodeState, temperature: float | Tensor) -> None:
+        """Writes keys and values of the text into the first slots of `state`."""
+        text = _on(layout.text, context)
+        self.run(self.embed_text(context), Attending(text, text, caches=state.caches, temperature=temperature))
+
+    def window(
+        self,
+        previous: Tensor,
+        start: int | Tensor,
+        context: Tensor | None,
+        layout: Layout,
+        state: DecodeState,
+        temperature: float | Tensor = 1.0,
+        final: Tensor | None = None,
+    ) -> Affine:
+        """Affine maps of the tokens `start .. start + tokens - 1` from the tokens before them and the cached prefix.
+
+        Writes the keys and values of the window into `state`, but for the tokens that are final; writing a window again
+        overwrites them.
+
+        Args:
+            previous: (batch, tokens, channels): row i is token `start + i - 1`; the row before token 0 is ignored.
+            start: first token, at least `first_token`; one number, or one for each sample (batch,).
+            context: text or class labels as for `forward`; the text tokens themselves are read from the state.
+            layout: of the clip.
+            state: holds text and accepted tokens.
+            temperature: divides the attention logits.
+            final: (batch,) tokens of each sample whose keys and values stay; None writes all.
+        """
+        slot = start - self.first_token
+        count = torch.arange(previous.shape[1], device=previous.device)
+        slots = slot[:, None] + count if isinstance(slot, Tensor) else slot + count
+        if self.sos_embed is not None:
+            previous = torch.where((slots == 0)[..., None], self.sos_embed.to(previous.dtype), previous)
+        h = self._embed_slots(previous, context, layout, slots)
+        attending = Attending(
+            _on(layout.query, h, slots),
+            _on(layout.key, h, slots),
+            caches=state.caches,
+            start=slot + state.text_tokens,
+            final=None if final is None else final - self.first_token + state.text_tokens,
+            temperature=temperature,
+        )
+        return self._affine(self.put_out(self.run(h, attending)))
+
+    def _affine(self, raw: Tensor, *, shifted: bool = False) -> Affine:
+        return Affine(raw, self.activation, self.soft_clip, shifted=shifted)
+
+    def _embed_slots(self, inputs: Tensor, context: Tensor | None, layout: Layout, slots: Tensor | slice) -> Tensor:
+        h = self.embed(inputs)
+        position = self.position_rows(layout, slots)
+        if position is not None:
+            h = h + position
+        condition = self.condition_rows(context, h.shape[0])
+        return h if condition is None else h + condition
+
+    def position_rows(
+        self, layout: Layout, slots: Tensor | slice = slice(None), packed: PackedWeight | None = None
+    ) -> Tensor | None:
+        """What is added to the embedded tokens at `slots` for where they stand, (slots, width); None for nothing.
+
+        `packed` is `proj_position.weight`, where it is at hand.
+        """
+        device = self.proj_in.weight.device
+        if self.pos_embed is not None:
+            if self.pos_embed.shape[0] != layout.tokens:
+                raise ValueError(
+                    f"conditioner: the clip has {layout.tokens} tokens, expected the {self.pos_embed.shape[0]} of the "
+                    "learned position table (rope is off)"
+                )
+            return self.pos_embed[layout.order.to(device)[slots]]
+        if self.proj_position is None or layout.query is None:
+            return None
+        # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
+        # inferred from its distance to the text, which takes training long to find.
+        waves = torch.cat([table.to(device)[slots] for table in layout.query], -1)
+        return ops.linear(waves, self.proj_position.weight if packed is None else packed)
+
+    def condition_rows(self, context: Tensor | None, batch: int, packed: PackedWeight | None = None) -> Tensor | None:
+        """What is added to every embedded token of a sample for its text or class, (batch, 1, width); or None.
+
+        `packed` is `proj_summary.weight`, where it is at hand.
+        """
+        if self.proj_summary is not None and context is not None:
+            return ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight if packed is None else packed)
+        return None if self.class_embed is None else self._class_rows(context, batch)
+
+    def _class_rows(self, labels: Tensor | None, batch: int) -> Tensor:
+        """(batch, 1, width); a negative label, or none, is the mean over the classes (no condition)."""
+        assert self.class_embed is not None
+        mean = self.class_embed.mean(0)
+        if labels is None:
+            return mean.expand(batch, 1, -1)
+        return torch.where((labels < 0)[:, None, None], mean, self.class_embed[labels.clamp(min=0)])
+
+
+def _on(table: Rotation | None, like: Tensor, slots: Tensor | None = None) -> Rotation | None:
+    """The table on the device of `like`, at `slots`."""
+    if table is None:
+        return None
+    cos, sin = (t.to(like.device) for t in table)
+    return Rotation(cos, sin) if slots is None else Rotation(cos[slots], sin[slots])

@@ -1,0 +1,153 @@
+"""The causal denoiser: a light network that predicts the flow's own score, and the steps that use a score.
+
+Reference: Gu et al., STARFlow-V (2025), flow-score matching; Zhai et al., TarFlow (2024), section 3.4 (score step).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from starflow.config import FlowConfig
+from starflow.model.conditioner import make_layout
+from starflow.model.layers import Attending, Transformer, Weights
+from starflow.model.packed import pack_linears
+from starflow.model.rope import concatenate
+from starflow.model.tokens import patchify, unpatchify
+from starflow_ext._mode import in_reference_mode
+from starflow_ext.block_attention import FrameMask
+
+if TYPE_CHECKING:
+    pass
+
+DENOISER_LAYERS = 8
+
+# The published step: x - 0.3 * prediction. It is Tweedie's, x - sigma^2 * score, when the network was trained on a
+# target weighted by sigma / 0.3 or with sigma = 0.3.
+STEP = 0.3
+
+
+def tweedie_step(sigma: float, *, weighted: bool) -> float:
+    """The step of `Denoiser.denoise` that takes a network's prediction to the posterior mean of the clean data.
+
+    Args:
+        sigma: standard deviation of the noise that the flow was trained with.
+        weighted: the training loss was weighted by sigma / 0.3 (`train.cond_noise_level`).
+    """
+    return STEP if weighted else sigma
+
+
+class Denoiser(Transformer):
+    """Predicts sigma times the gradient of the negative log-likelihood of noisy data, frame-causal with a look-ahead.
+
+    Args:
+        config: of the flow; `temporal_causal` is the look-ahead (0 sees everything), `denoiser_window` the frames
+            behind, `conditional_denoiser` whether it reads text.
+    """
+
+    def __init__(self, config: FlowConfig) -> None:
+        # Like a shallow block, also where the flow has none.
+        heads = config.num_heads or config.channels // config.head_dim
+        super().__init__(
+            config,
+            width=config.channels,
+            heads=heads,
+            kv_heads=config.num_kv_heads or heads,
+            layers=DENOISER_LAYERS,
+            out_channels=config.token_channels,
+            text_dim=config.txt_dim if config.conditional_denoiser else 0,
+        )
+        self.config = config
+
+    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+        """The predicted scaled score.
+
+        Args:
+            x: noisy latents (batch, frames, channels, height, width), or without frames for images.
+            text: (batch, text tokens, text_dim), needed by a conditional denoiser.
+
+        Returns:
+            Like `x`.
+
+        Raises:
+            ValueError: a conditional denoiser was given no text.
+        """
+        config = self.config
+        if self.proj_text is not None and text is None:
+            raise ValueError("denoiser: text is None, expected text features (the denoiser is conditional)")
+        image = x.dim() == 4
+        grid = patchify(x, config.patch_size, channel_first=config.channel_first_patches)
+        _, frames, height, width, _ = grid.shape
+        weights = self._packed()
+        h = self.embed(grid.flatten(1, 3), weights)
+        count = 0
+        if self.proj_text is not None and text is not None:
+            h = torch.cat([self.embed_text(text, weights), h], 1)
+            count = text.shape[1]
+        layout = make_layout(config, "raster", frames, height, width, count, still=image)
+        rotation = concatenate(layout.text, layout.query, h.device)
+        mask = None
+        if not image and config.temporal_causal > 0:
+            mask = FrameMask(count, height * width, config.temporal_causal, config.denoiser_window)
+        h = self.run(h, Attending(rotation, rotation, causal=False, frames=mask, weights=weights))
+        out = self.put_out(h[:, count:], weights).to(x.dtype).reshape(grid.shape)
+        return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
+
+    def _packed(self) -> Weights | None:
+        """The weights as the native products take them, where a clip is made: on the CPU, in inference mode."""
+        weight = self.proj_in.weight
+        sampling = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
+        if not sampling or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():
+            return None
+        return pack_linears(self)
+
+    def denoise(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
+        """One step to clean data: `x - step * prediction` (see `tweedie_step`; the default is the published one)."""
+        prediction: Tensor = self(x, text)
+        return x - step * prediction
+
+    def denoise_video(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
+        """Denoises a clip of any length chunk by chunk; a chunk sees the cleaned frames of the one before.
+
+        Chunks have `local_attn_window` frames and overlap by `denoiser_window` (without one, by all but one frame).
+
+        Args:
+            x: (batch, frames, channels, height, width); an image is denoised in one step.
+            text: (batch, text tokens, text_dim).
+            step: as for `denoise`.
+
+        Returns:
+            Like `x`; the input is left alone.
+
+        Raises:
+            ValueError: the overlap leaves no new frame in a chunk.
+        """
+        chunk = self.config.local_attn_window
+        if x.dim() == 4 or chunk is None or chunk >= x.shape[1]:
+            return self.denoise(x, text, step=step)
+        overlap = self.config.denoiser_window if self.config.denoiser_window is not None else chunk - 1
+        if overlap >= chunk:
+            raise ValueError(
+                f"denoiser: denoiser_window is {overlap}, expected less than local_attn_window {chunk} "
+                f"to denoise the {x.shape[1]} frames in chunks"
+            )
+        out = x.clone()
+        out[:, :chunk] = self.denoise(out[:, :chunk], text, step=step)
+        start = chunk - overlap
+        while start + overlap < x.shape[1]:
+            cleaned = self.denoise(out[:, start : start + chunk], text, step=step)
+            out[:, start + overlap : start + chunk] = cleaned[:, overlap:]
+            start += chunk - overlap
+        return out
+
+
+def score_target(gradient: Tensor, sigma: float) -> Tensor:
+    """The target of flow-score matching: `gradient * numel * sigma`.
+
+    Args:
+        gradient: d (training loss) / d x of the noisy latents, the loss being a mean over the batch and dimensions.
+        sigma: standard deviation of the noise on the data.
+    """
+    return gradient * (gradient.numel() * sigma)

@@ -1,0 +1,231 @@
+"""Flow: the chain of blocks, with its two directions and the likelihood between them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from starflow.config import FlowConfig
+from starflow.model.block import Encoded, FlowBlock
+from starflow.model.denoiser import Denoiser
+from starflow.model.tokens import patchify, unpatchify
+
+
+class Flow(nn.Module):
+    """A normalizing flow over videos (batch, frames, channels, height, width) or images (without frames).
+
+    Data is mapped to noise by the shallow blocks and then the deep one; sampling inverts them in reverse.
+
+    Args:
+        config: architecture.
+
+    Reference: Gu et al., STARFlow-V (2025); Gu et al., STARFlow (2025); Zhai et al., TarFlow (2024).
+    """
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(FlowBlock(config, index) for index in range(config.num_blocks))
+        self.denoiser = Denoiser(config) if config.learnable_self_denoiser else None
+        # Standard deviation squared of the prior by nominal position and channel; ones, except in volume-preserving
+        # TarFlow models, which track it.
+        side = config.img_size // config.patch_size
+        self.register_buffer("prior_variance", torch.ones(side * side, config.token_channels))
+        self.prior_variance: Tensor
+
+    # -- data to noise ------------------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, y: Tensor | None = None) -> Encoded:
+        """Maps data to noise.
+
+        Args:
+            x: (batch, frames, channels, height, width), or (batch, channels, height, width) for images.
+            y: text (batch, text tokens, txt_dim), class labels (batch,) int64, negative for none, or None.
+
+        Returns:
+            Noise, log-determinants and what lies between (see `Encoded`).
+
+        Raises:
+            ValueError: a shape that does not fit the config.
+        """
+        image = x.dim() == 4
+        y = self.check(x, y)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
+        latents, log_dets, affines = [grid], [], []
+        text: Tensor | None = None
+        for block in self._blocks():
+            grid, log_det, affine, text = block.encode(grid, self._context(block, y), image=image)
+            latents.append(grid)
+            log_dets.append(log_det)
+            affines.append(affine)
+        z = self.from_grid(grid, image)
+        return Encoded(z, tuple(log_dets), tuple(latents), tuple(affines), text)
+
+    def log_prob(self, x: Tensor, y: Tensor | None = None, *, by: Literal["clip", "frame", "token"] = "clip") -> Tensor:
+        """Log p(x) in nats.
+
+        Args:
+            x, y: as for `encode`.
+            by: what a number is of (see `log_likelihood` and `token_log_likelihood`).
+
+        Returns:
+            (batch,) of clips, (batch, frames), or (batch, frames, height, width) of tokens, which add up to the others.
+
+        Raises:
+            ValueError: a shape that does not fit the config, or `by` is something else.
+        """
+        if by not in ("clip", "frame", "token"):
+            raise ValueError(f"flow: by is {by!r}, expected 'clip', 'frame' or 'token'")
+        tokens = self.token_log_likelihood(self.encode(x, y))
+        return tokens if by == "token" else tokens.flatten(2 if by == "frame" else 1).sum(-1)
+
+    def log_likelihood(self, encoded: Encoded) -> Tensor:
+        """Log p of each frame in nats, (batch, frames); an image has one frame.
+
+        In a model whose blocks all go forward in time it is that of the frame given those before it: the sum up to
+        frame t is the log-likelihood of the first t + 1 frames.
+        """
+        return self.token_log_likelihood(encoded).flatten(2).sum(-1)
+
+    def token_log_likelihood(self, encoded: Encoded) -> Tensor:
+        """The terms of log p by the place of the token in its frame, in nats, (batch, frames, height, width).
+
+        A term is the log-density of the noise at a place and the log-determinants of the token there in all blocks. In
+        a flow of one block that is log p of the token given those before it in the block's order. With more blocks what
+        is exact is the sum over what no block mixes with the rest: over a frame where shallow blocks are frame-local.
+        """
+        grid = encoded.latents[-1]
+        variance = self._prior_variance(grid)
+        total: Tensor = (-0.5 * (grid.square() / variance + math.log(2 * math.pi) + variance.log())).sum(-1)
+        for block, log_det in zip(self._blocks(), encoded.log_det, strict=True):
+            total = total + block.on_grid(log_det, *grid.shape[2:4])
+        return total
+
+    def nll(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Training objective of each sample, (batch,): mean over dimensions of z^2 / 2 minus the log-determinants.
+
+        The negative log-likelihood in nats per dimension without the constant log(2 pi) / 2.
+        """
+        return nll_of(self.encode(x, y))
+
+    def track(self, encoded: Encoded, rate: float) -> None:
+        """Updates what is tracked rather than learned: the solver's first guess of each block, and the prior's variance
+        of a volume-preserving flow.
+
+        Args:
+            encoded: of a training batch.
+            rate: weight of this batch in the running mean.
+        """
+        for block, affine in zip(self._blocks(), encoded.affines, strict=True):
+            if affine is not None:
+                mean = affine.raw.detach().float().mean((0, 1))
+                block.guess.lerp_(mean.to(block.guess.dtype), rate)
+        if not self.config.nvp:
+            z = encoded.latents[-1].detach()
+            if z[0, ..., 0].numel() == self.prior_variance.shape[0]:
+                self.prior_variance.lerp_(z.square().mean(0).flatten(0, -2).to(self.prior_variance.dtype), rate)
+
+    # -- noise to data ------------------------------------------------------------------------------------------------
+
+    def known(self, prefix: Tensor, y: Tensor | None, frame: Sequence[int]) -> tuple[Tensor, ...]:
+        """What enters each block at given frames, as grids; then what the deep one makes of them.
+
+        Args:
+            prefix: (batch, frames, channels, height, width).
+            y: text or labels.
+            frame: channels, height and width of the frames that come after them.
+
+        Raises:
+            ValueError: frames of another size, or a flow that cannot go on from frames.
+        """
+        if any(block.backwards for block in self._blocks()):
+            raise ValueError("flow: prefix is given, expected temporal_causal > 0: a block runs backwards in time")
+        if list(prefix.shape[2:]) != list(frame):
+            raise ValueError(
+                f"flow: prefix has frames of {list(prefix.shape[2:])}, expected {list(frame)} like the noise"
+            )
+        return self.encode(prefix, y).latents
+
+    def noise_grid(self, z: Tensor) -> Tensor:
+        """Standard normal noise (batch, frames, channels, height, width) as the grid that the deep block inverts."""
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        grid = patchify(z, self.config.patch_size, channel_first=self.config.channel_first_patches)
+        return grid * self._prior_variance(grid).sqrt()
+
+    def from_grid(self, grid: Tensor, image: bool = False) -> Tensor:
+        """A grid as data (batch, frames, channels, height, width), without frames for an image."""
+        return unpatchify(grid, self.config.patch_size, channel_first=self.config.channel_first_patches, image=image)
+
+    def solving_order(self) -> list[FlowBlock]:
+        """The blocks in the order in which noise is decoded, the deep one first."""
+        return self._blocks()[::-1]
+
+    # -- checks and helpers -------------------------------------------------------------------------------------------
+
+    def _blocks(self) -> list[FlowBlock]:
+        return [block for block in self.blocks if isinstance(block, FlowBlock)]
+
+    def _context(self, block: FlowBlock, y: Tensor | None) -> Tensor | None:
+        if y is None or self.config.num_classes:
+            return y
+        return y if self.config.text_width(block.index) else None
+
+    def _prior_variance(self, grid: Tensor) -> Tensor:
+        """(height, width, channels), or a scalar one where the grid is not the nominal one (the variance is ones)."""
+        height, width = grid.shape[2:4]
+        if self.config.nvp or height * width != self.prior_variance.shape[0]:
+            return grid.new_ones(())
+        return self.prior_variance.to(grid.dtype).view(height, width, -1)
+
+    def check(self, x: Tensor, y: Tensor | None, *, name: str = "x", condition: str = "y") -> Tensor | None:
+        """What the flow reads beside data or noise like `x`: `y`, once both fit.
+
+        Args:
+            x: data or noise, (batch, frames, channels, height, width), or without frames for images.
+            y: text, class labels or None.
+            name, condition: what the caller calls `x` and `y`.
+
+        Raises:
+            ValueError: a shape or dtype that does not fit the config; the message has these names.
+        """
+        config = self.config
+        if x.dim() not in (4, 5) or x.shape[-3] != config.in_channels:
+            raise ValueError(
+                f"flow: {name} has shape {list(x.shape)}, expected (batch, frames, {config.in_channels}, height, "
+                f"width) or (batch, {config.in_channels}, height, width)"
+            )
+        double = self._blocks()[-1].guess.dtype == torch.float64
+        if not x.is_floating_point() or (x.dtype == torch.float64) != double:
+            expected = "float64 like the weights" if double else "float32, bfloat16 or float16"
+            raise ValueError(f"flow: {name} has dtype {str(x.dtype).removeprefix('torch.')}, expected {expected}")
+        if config.txt_size > 0:
+            if y is None:
+                raise ValueError(f"flow: {condition} is None, expected text features (the flow reads text)")
+            if y.dim() != 3 or y.shape[::2] != (x.shape[0], config.txt_dim) or y.shape[1] > config.txt_size:
+                raise ValueError(
+                    f"flow: {condition} has shape {list(y.shape)}, expected ({x.shape[0]}, at most {config.txt_size} "
+                    f"text tokens, {config.txt_dim})"
+                )
+        elif config.num_classes:
+            if y is not None and (
+                y.shape != x.shape[:1] or y.is_floating_point() or int(y.max()) >= config.num_classes
+            ):
+                raise ValueError(
+                    f"flow: {condition} has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer "
+                    f"labels below {config.num_classes}, negative for none"
+                )
+        elif y is not None:
+            raise ValueError(f"flow: {condition} is given, expected None (the flow has neither text nor classes)")
+        return y
+
+
+def nll_of(encoded: Encoded) -> Tensor:
+    """The training objective of each sample from an encoded batch, (batch,) (see `Flow.nll`)."""
+    z = encoded.latents[-1].flatten(1)
+    log_det = sum((d.flatten(1).sum(1) for d in encoded.log_det), start=z.new_zeros(z.shape[0]))
+    return 0.5 * z.square().mean(1) - log_det / z.shape[1]

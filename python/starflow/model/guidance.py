@@ -1,0 +1,82 @@
+"""Classifier-free guidance: two predictions for each token, one affine map."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from starflow.model.affine import Affine
+
+Kind = Literal["gaussian", "linear"]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the conditional and the unconditional prediction are combined.
+
+    Args:
+        weight: w; 0 is no guidance.
+        kind: "gaussian" combines the two Gaussians (STARFlow); "linear" extrapolates the network's outputs (TarFlow).
+        parts: with "linear", which outputs are extrapolated: "a" the log-scale, "b" the shift.
+        annealed: with "linear", the weight grows from 0 to w along the sequence.
+        temperature: with "linear", divides the attention logits of the unconditional prediction.
+        all_blocks: guide the shallow blocks too where they read the condition.
+
+    Raises:
+        ValueError: a value out of range.
+
+    Reference: Gu et al., STARFlow (2025), section 3.5; Zhai et al., TarFlow (2024), section 3.5.
+    """
+
+    weight: float = 0.0
+    kind: Kind = "gaussian"
+    parts: str = "ab"
+    annealed: bool = False
+    temperature: float = 1.0
+    all_blocks: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.weight < float("inf"):
+            raise ValueError(f"guidance: weight is {self.weight}, expected a finite number >= 0")
+        if not set(self.parts) <= {"a", "b"}:
+            raise ValueError(f"guidance: parts is {self.parts!r}, expected a subset of 'ab'")
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"guidance: kind is {self.kind!r}, expected 'gaussian' or 'linear'")
+        if not 0.0 < self.temperature < float("inf"):
+            raise ValueError(f"guidance: temperature is {self.temperature}, expected a finite number > 0")
+
+    @property
+    def active(self) -> bool:
+        """Whether the unconditional prediction is needed at all."""
+        return self.weight > 0.0 and bool(self.parts)
+
+    @property
+    def needs_condition(self) -> bool:
+        """Whether the two predictions differ by the condition alone, so that guidance means nothing without one."""
+        return self.kind == "gaussian" or self.temperature == 1.0
+
+    def combine(self, affine: Affine, start: int | Tensor, tokens: int) -> Affine:
+        """One affine map from a batch of two halves, conditional first.
+
+        Args:
+            affine: prediction of 2 * batch rows.
+            start: first token of the window, one number or one for each sample (batch,).
+            tokens: of the whole clip; the annealed weight reaches w at the last.
+        """
+        if self.kind == "gaussian":
+            return replace(affine, guidance=self.weight)
+        given, free = affine.raw.chunk(2)
+        weight: float | Tensor = self.weight
+        if self.annealed:
+            offset = start[:, None] if isinstance(start, Tensor) else start
+            position = offset + torch.arange(given.shape[1], device=given.device)
+            weight = self.weight * (position / max(tokens - 1, 1))[..., None]
+        guided = given + weight * (given - free)
+        log_scale, shift = (guided if part in self.parts else given for part in "ab")
+        if affine.activation == "none":
+            return replace(affine, raw=shift)
+        half = given.shape[-1] // 2
+        return replace(affine, raw=torch.cat([log_scale[..., :half], shift[..., half:]], -1))

@@ -1,0 +1,20 @@
+"""What comes out, and when? From prompts and given frames to clips, at once or frame by frame."""
+
+from starflow.sampling.cleaning import Denoising, score_denoise
+from starflow.sampling.options import Denoise
+from starflow.sampling.pipeline import Pipeline, Sampled
+from starflow.sampling.report import BlockReport, SampleReport, report_of
+from starflow.sampling.session import Frames, Session
+
+__all__ = [
+    "BlockReport",
+    "Denoise",
+    "Denoising",
+    "Frames",
+    "Pipeline",
+    "SampleReport",
+    "Sampled",
+    "Session",
+    "report_of",
+    "score_denoise",
+]

@@ -1,0 +1,58 @@
+"""How the noise of the training data is removed from what the flow puts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from starflow.model import Flow
+
+
+Cleaning = Literal["learned", "score", "none"]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How the noise of the training data is removed.
+
+    Unless `whole` is set, a frame is cleaned together with the frames around it, as a clip of their own: `behind`
+    frames, itself, and `look_ahead` frames. So what is made of a frame does not depend on how long the clip gets.
+
+    Args:
+        kind: "learned" by the denoiser, "score" by a step along the flow's own score, or "none".
+        sigma: standard deviation of that noise.
+        step: of the denoiser (see `starflow.denoiser.tweedie_step`).
+        behind, look_ahead: frames that a frame is cleaned with.
+        whole: the clip is cleaned when it has ended, all at once: what needs all frames.
+    """
+
+    kind: Cleaning
+    sigma: float
+    step: float = 0.0
+    behind: int = 0
+    look_ahead: int = 0
+    whole: bool = False
+
+
+def score_denoise(flow: Flow, x: Tensor, y: Tensor | None, sigma: float) -> Tensor:
+    """Denoises by the flow's own score: `x - sigma^2 * numel * d nll / d x` (Tweedie), for flows without a denoiser.
+
+    Args:
+        flow: left as it is, in its mode and without gradients.
+        x: noisy latents.
+        y: text or labels.
+        sigma: standard deviation of the noise on the data.
+
+    Returns:
+        Like `x`.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = x.detach().clone().requires_grad_()
+        context = None if y is None else y.clone()
+        loss = flow.nll(leaf, context).mean()
+        (gradient,) = torch.autograd.grad(loss, leaf)
+    return x - sigma**2 * x.numel() * gradient

@@ -1,0 +1,435 @@
+"""Session: clips that grow frame by frame, in the memory of one window.
+
+Noise goes through the flow, the denoiser and the codec, and a frame comes out as soon as nothing can change it any
+more: the deep block is past it, the shallow blocks are solved for it, and the frames that the denoiser looks ahead at
+are there. `starflow.sample.Pipeline.sample` is a session that is extended once.
+
+Reference: Gu et al., STARFlow-V (2025), streaming generation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from starflow import noise
+from starflow.codecs import Codec
+from starflow.model import Flow
+from starflow.sampling.cleaning import Denoising, score_denoise
+from starflow.solver import Conditions, Decoding, SolveReport, Span, checked
+
+# Prompts to text features or class labels (batch, ...); None for a flow without.
+Reader = Callable[[Sequence[str]], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Frames that are final.
+
+    Args:
+        first: number of the first latent frame in the clip, given frames counted.
+        pixels: (clips, frames, channels, height, width) in [-1, 1].
+        latents: clean latents (clips, latent frames, channels, height, width).
+        noisy: what the flow put out, like `latents`.
+    """
+
+    first: int
+    pixels: Tensor
+    latents: Tensor
+    noisy: Tensor
+
+
+class Session:
+    """Clips in the making: give a beginning or none, then take frames for as long as you like.
+
+    The frames do not depend on how they are asked for. In native code, on one level of the processor, frames taken one
+    by one are those taken at once, to the last bit, with any schedule but `Chunks`.
+
+    Args:
+        flow: in eval mode, on the device of all tensors.
+        codec: latents to pixels.
+        shape: of a latent frame of all clips, (clips, channels, height, width).
+        seeds: of the noise of each clip.
+        conditions: text, and how to solve.
+        span: frames that the deep block sees; without a context the clip ends with the window.
+        denoising: how frames are cleaned.
+        temperature: factor of the noise.
+        read: what turns prompts into text; None for a session that is given features.
+        renew: frames that a new window begins with are cleaned and given fresh noise.
+
+    Raises:
+        ValueError: arguments that do not fit the flow.
+
+    Example:
+        >>> from starflow.sampling.pipeline import Pipeline
+        >>> session = Pipeline.load("runs/mine").session("a three moving up", seed=1)  # doctest: +SKIP
+        >>> for frames in session.extend(100):  # doctest: +SKIP
+        ...     show(frames.pixels)
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        codec: Codec,
+        shape: tuple[int, int, int, int],
+        seeds: tuple[int, ...],
+        conditions: Conditions,
+        span: Span,
+        denoising: Denoising,
+        *,
+        temperature: float = 1.0,
+        read: Reader | None = None,
+        renew: bool = False,
+    ) -> None:
+        self._flow, self._codec, self.shape, self.seeds = flow, codec, shape, seeds
+        self._device = next(flow.parameters()).device
+        self.conditions = self._checked(conditions)
+        self._span, self.denoising, self.temperature = span, denoising, temperature
+        self._read, self._renew = read, renew
+        # What the clips were begun with.
+        self.beginning: Frames | None = None
+        # What the clips shall be extended by, where that was said when they were begun (`Pipeline.session`).
+        self.planned: Tensor | int | None = None
+        self._reference = 0  # frames that are given and no part of the clips
+        self._decode = codec.decoder()
+        self._decoding: Decoding | None = None
+        # What is to be decoded next: noise, or how many frames of it are to be drawn.
+        self._sources: deque[Tensor | float] = deque()
+        self._known: tuple[Tensor, ...] | None = None
+        self._last = False
+        self._texts: list[tuple[int, Tensor | None]] = [(0, self.conditions.y)]
+        self._noisy = torch.empty(shape[0], 0, *shape[1:], device=self._device)
+        self._begin = 0  # number of the first frame in `_noisy`
+        self._next = 0  # of the next frame that goes out
+        self._drawn = 0  # of the next frame whose noise is read
+        self._clean = self._noisy
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of the clips that are given or went out."""
+        return self._next - self._reference
+
+    @property
+    def reports(self) -> tuple[SolveReport | None, ...]:
+        """What the solver did in each block, the deep one first; None for an identity block, or before the first."""
+        return () if self._decoding is None else self._decoding.reports
+
+    # -- what goes in -------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prefill(
+        self,
+        frames: Tensor | None,
+        text: str | Sequence[str] | Tensor | None = None,
+        *,
+        reference: Tensor | None = None,
+    ) -> Frames | None:
+        """Begins the clips with given frames, once, before any other.
+
+        Args:
+            frames: pixels (clips, frames, channels, height, width) in [-1, 1]; None with a reference alone.
+            text: as for `change`; None keeps what the session was made with.
+            reference: like `frames`, what the clips refer to and do not show, such as the frame that they end with. It
+                is encoded alone and stands before the first frame, as in training; `Span.sink` keeps it in every
+                window.
+
+        Returns:
+            The given frames with their latents, clean and with the noise that the flow sees.
+
+        Raises:
+            ValueError: frames or text that do not fit, no frame, or more than the window has.
+        """
+        if self._decoding is not None or self._drawn:
+            raise ValueError("session: prefill comes after frames, expected it before the first one, and once")
+        given = [("reference", reference), ("frames", frames)]
+        encoded = {name: self._encoded(name, pixels) for name, pixels in given if pixels is not None}
+        if not encoded:
+            raise ValueError("session: frames is None, expected frames or a reference")
+        clean = torch.cat(list(encoded.values()), 1)
+        count = clean.shape[1]
+        most = self._span.window - (self._span.context is None)
+        if count > most:
+            raise ValueError(f"session: {count} latent frames are given, expected at most {most} (the window)")
+        if text is not None:
+            self.change(text)
+        noisy = clean + self.denoising.sigma * self._draw(0, count, "train")
+        self._known = self._flow.known(noisy, self.conditions.y, self.shape[1:])
+        self._noisy, self._clean = noisy, clean
+        self._next = self._drawn = count
+        if reference is not None:
+            self._reference = encoded["reference"].shape[1]
+        if frames is not None:
+            latents = encoded["frames"]
+            self._decode(latents)
+            self.beginning = Frames(0, frames, latents, noisy[:, self._reference :])
+        return self.beginning
+
+    def _encoded(self, name: str, pixels: Tensor) -> Tensor:
+        """Clean latents of given pixels."""
+        if pixels.dim() != 5 or pixels.shape[0] != self.shape[0] or pixels.shape[1] < 1:
+            raise ValueError(
+                f"session: {name} has shape {list(pixels.shape)}, expected ({self.shape[0]} clips, at least 1 frame, "
+                "channels, height, width)"
+            )
+        clean = self._codec.encode(pixels.to(self._device))
+        if not bool(clean.isfinite().all()):
+            raise ValueError(f"session: {name} holds values that are not finite, expected numbers in [-1, 1]")
+        if tuple(clean.shape[2:]) != self.shape[1:]:
+            raise ValueError(
+                f"session: {name} has latents of {list(clean.shape[2:])}, expected {list(self.shape[1:])} (channels, "
+                "height, width)"
+            )
+        return clean
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Tensor:
+        """The noise that given frames are made of: `extend` makes them again, or others under another text.
+
+        Without guidance and with the text that they were encoded with, frames come back up to the solver's tolerance
+        and what the denoiser leaves of their noise.
+
+        Args:
+            frames: pixels (clips, frames, channels, height, width) in [-1, 1].
+            text: of these frames, as for `change`; None is the session's own.
+
+        Returns:
+            Noise for `extend`, (clips, latent frames, channels, height, width).
+
+        Raises:
+            ValueError: frames or text that do not fit; a session that was begun, or one that renews its context.
+        """
+        if self._drawn or self._renew:
+            raise ValueError("session: encode comes after frames or with renew, expected neither")
+        clean = self._encoded("frames", frames)
+        conditions = self.conditions if text is None else self._told(text)
+        noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
+        window, context, sink = self._span.window, self._span.context, self._span.sink
+        parts = [self._flow.encode(noisy[:, :window], conditions.y).z]
+        while (done := sum(part.shape[1] for part in parts)) < noisy.shape[1]:
+            if context is None:
+                raise ValueError(
+                    f"session: frames has {noisy.shape[1]} latent frames, expected at most {window} (the flow has no "
+                    "sliding window)"
+                )
+            before = torch.cat([noisy[:, :sink], noisy[:, done - context + sink : done]], 1)
+            clip = torch.cat([before, noisy[:, done : done + window - context]], 1)
+            parts.append(self._flow.encode(clip, conditions.y).z[:, context:])
+        return torch.cat(parts, 1)
+
+    @torch.inference_mode()
+    def change(self, text: str | Sequence[str] | Tensor) -> None:
+        """Changes the text from the next frame on that the flow has not decoded yet.
+
+        Frames that the denoiser looked ahead at keep the old one: with a look-ahead of one, the frame that goes out
+        next. A new window of the deep block begins, with the frames before it as its context.
+
+        Args:
+            text: a prompt for all clips, one for each, or features (clips, text tokens, txt_dim).
+
+        Raises:
+            ValueError: text of another width or number, or a prompt that the encoder refuses.
+        """
+        conditions = self._told(text)
+        config = self._flow.config
+        if self._decoding is not None:
+            if config.num_classes or (config.txt_size and not config.cond_top_only):
+                raise ValueError(
+                    "session: text changes after the first frame, expected a flow whose deep block alone reads it "
+                    "(flow.cond_top_only)"
+                )
+            self._decoding.change(conditions.y)
+        elif self._known is not None:
+            self._known = self._flow.known(self._noisy, conditions.y, self.shape[1:])
+        self.conditions = conditions
+        have = self._begin + self._noisy.shape[1]
+        self._texts.append((have, self.conditions.y))
+
+    def _told(self, text: str | Sequence[str] | Tensor) -> Conditions:
+        """The session's conditions with another text."""
+        if isinstance(text, Tensor):
+            return self._checked(replace(self.conditions, y=text))
+        prompts = [text] * self.shape[0] if isinstance(text, str) else text
+        if not (isinstance(prompts, Sequence) and all(isinstance(prompt, str) for prompt in prompts)):
+            raise ValueError(f"session: text is {text!r}, expected a prompt, one for each clip, or features")
+        if self._read is None:
+            raise ValueError(f"session: text is {text!r}, expected features (the session has no text encoder)")
+        if len(prompts) != self.shape[0]:
+            raise ValueError(f"session: text has {len(prompts)} prompts, expected {self.shape[0]} like the clips")
+        return self._checked(replace(self.conditions, y=self._read(prompts)))
+
+    # -- what comes out -----------------------------------------------------------------------------------------------
+
+    def extend(
+        self, noise: Tensor | int | None = None, *, last: bool = False, together: bool = False
+    ) -> Iterator[Frames]:
+        """Goes on with the clips.
+
+        Args:
+            noise: standard normal noise of further frames, (clips, latent frames, channels, height, width), times the
+                temperature where that is wanted; or a number of latent frames, whose noise follows from the seeds; None
+                goes on without end.
+            last: the clips end with these frames. Until then the denoiser waits for the frames that it looks ahead at,
+                and so many frames stay behind.
+            together: frames of a window come together, in fewer calls, in place of each as soon as it is final.
+
+        Returns:
+            Iterator of frames. What is not taken from it goes out first when the session is extended again.
+
+        Raises:
+            ValueError: noise of another shape, no frame, or a clip that has ended.
+            NotFiniteError: while iterating, where noise, text or weights are not finite.
+        """
+        if self._last:
+            raise ValueError("session: extend comes after the last frame, expected it before (last was True)")
+        if isinstance(noise, Tensor):
+            expected = (self.shape[0], max(noise.shape[1], 1) if noise.dim() == 5 else 1, *self.shape[1:])
+            if tuple(noise.shape) != expected:
+                raise ValueError(
+                    f"session: noise has shape {list(noise.shape)}, expected ({self.shape[0]} clips, at least 1 "
+                    f"frame, {', '.join(map(str, self.shape[1:]))})"
+                )
+            self._sources.append(noise.to(self._device))
+        else:
+            if not isinstance(noise, int | None) or isinstance(noise, bool):
+                raise ValueError(f"session: frames is {noise!r}, expected a number of them, noise or None")
+            count = math.inf if noise is None else noise
+            if count < 1:
+                raise ValueError(f"session: frames is {noise}, expected at least 1")
+            self._sources.append(count)
+        length = self._drawn + self._waiting
+        if self._span.context is None and length > self._span.window:
+            self._sources.pop()
+            raise ValueError(
+                f"session: the clip would have {length:g} latent frames, expected at most {self._span.window} (the "
+                "flow has no sliding window)"
+            )
+        self._last = last
+        return self._iterate(together=together)
+
+    def _iterate(self, *, together: bool) -> Iterator[Frames]:
+        while (frames := self._advance(together=together)) is not None:
+            yield frames
+
+    @torch.inference_mode()
+    def _advance(self, *, together: bool) -> Frames | None:
+        """The next frames, or None where noise is missing."""
+        if self._decoding is None:
+            renew = self._renewed if self._renew else None
+            shape = self.shape
+            self._decoding = Decoding(
+                self._flow, shape, self.conditions, self._span, known=self._known, renew=renew, trace=False
+            )
+            self._known = None
+        while not (ready := self._ready()):
+            if room := min(self._decoding.room, self._waiting):
+                noise = self._take(int(room))
+                self._decoding.push(noise, more=not self._last or self._waiting > 0)
+            elif self._last and not self._waiting:
+                self._decoding.push(self._noisy[:, :0], more=False)
+            new = self._decoding.pull(together=together)
+            if new is None:
+                return None
+            self._noisy = torch.cat([self._noisy, new], 1)
+        return self._out(ready if together or self.denoising.whole else 1)
+
+    @property
+    def _waiting(self) -> float:
+        """Frames that were asked for and whose noise was not read yet."""
+        return sum(source.shape[1] if isinstance(source, Tensor) else source for source in self._sources)
+
+    def _take(self, count: int) -> Tensor:
+        """Noise of the next `count` frames."""
+        parts: list[Tensor] = []
+        while count:
+            source = self._sources.popleft()
+            size = source.shape[1] if isinstance(source, Tensor) else source
+            some = int(min(count, size))
+            if isinstance(source, Tensor):
+                parts.append(source[:, :some])
+                left: Tensor | float = source[:, some:]
+            else:
+                parts.append(self.temperature * self._draw(self._drawn, some, "sample"))
+                left = source - some
+            if size > some:
+                self._sources.appendleft(left)
+            self._drawn += some
+            count -= some
+        return torch.cat(parts, 1)
+
+    def _draw(self, first: int, count: int, purpose: noise.Purpose) -> Tensor:
+        drawn = noise.draw(self.seeds, count, *self.shape[1:], first=first, purpose=purpose)
+        return drawn.to(self._device)
+
+    def _ready(self) -> int:
+        """Frames that the denoiser can clean for good."""
+        assert self._decoding is not None
+        have = self._begin + self._noisy.shape[1] - self._next
+        if self._last and self._decoding.done:
+            return have
+        return 0 if self.denoising.whole else max(have - self.denoising.look_ahead, 0)
+
+    def _out(self, count: int) -> Frames:
+        """Cleans and decodes the next frames."""
+        first = self._next
+        if self.denoising.whole:
+            clean = self._denoised(self._noisy, self.conditions.y)[:, first - self._begin :]
+        else:
+            clean = torch.cat([self._cleaned(frame) for frame in range(first, first + count)], 1)
+        pixels = torch.cat([self._decode(frame) for frame in clean.split(1, 1)], 1).clamp(-1.0, 1.0)
+        noisy = self._noisy[:, first - self._begin : first - self._begin + count]
+        self._next += count
+        self._forget(clean)
+        return Frames(first - self._reference, pixels, clean, noisy)
+
+    def _cleaned(self, frame: int) -> Tensor:
+        """One frame without its noise, (clips, 1, channels, height, width)."""
+        place = frame - self._begin
+        begin = max(place - self.denoising.behind, 0)
+        chunk = self._noisy[:, begin : place + self.denoising.look_ahead + 1]
+        text = next(y for first, y in reversed(self._texts) if first <= frame)
+        return self._denoised(chunk, text)[:, place - begin : place - begin + 1]
+
+    def _denoised(self, x: Tensor, text: Tensor | None) -> Tensor:
+        """Frames without their noise."""
+        how, denoiser = self.denoising, self._flow.denoiser
+        if how.kind == "score":
+            return score_denoise(self._flow, x, text, how.sigma)
+        if how.kind == "none" or denoiser is None:
+            return x
+        return denoiser.denoise(x, text if self._flow.config.conditional_denoiser else None, step=how.step)
+
+    def _forget(self, clean: Tensor) -> None:
+        """Drops what no later frame needs."""
+        context = (self._span.context or 0) if self._renew else 0
+        self._clean = torch.cat([self._clean, clean], 1)[:, -context:] if context else self._noisy[:, :0]
+        if self.denoising.whole:
+            return
+        keep = max(self._next - self.denoising.behind, 0)
+        if keep > self._begin:
+            # A copy, since a view would keep all that it was cut from.
+            self._noisy = self._noisy[:, keep - self._begin :].clone()
+            self._begin = keep
+        while len(self._texts) > 1 and self._texts[1][0] <= self._next:
+            self._texts.pop(0)
+
+    def _renewed(self, count: int) -> Tensor:
+        """The last frames, cleaned, with fresh noise, as the deep block puts them out."""
+        have = self._begin + self._noisy.shape[1]
+        ahead = [self._cleaned(frame) for frame in range(self._next, have)]
+        clean = torch.cat([self._clean, *ahead], 1)[:, -count:]
+        noisy = clean + self.denoising.sigma * self._draw(have - clean.shape[1], clean.shape[1], "train")
+        return self._flow.known(noisy, self.conditions.y, self.shape[1:])[-2]
+
+    def _checked(self, conditions: Conditions) -> Conditions:
+        """Conditions that fit the flow."""
+        like = torch.empty(self.shape[0], 1, *self.shape[1:], dtype=torch.float32)
+        y, null = conditions.y, conditions.null
+        conditions = checked(self._flow, like, conditions)
+        if y is not None and null is not None and y.shape != null.shape:
+            raise ValueError(f"session: null has shape {list(null.shape)}, expected {list(y.shape)} like the text")
+        return conditions

@@ -1,0 +1,403 @@
+"""Decoding: the inverse of a flow in progress, from frames of noise to frames of data.
+
+Noise comes in as it is drawn and frames go out as they become final, so a clip of any length takes the memory of its
+window. `starflow.decode` is a decoding that is given everything at once.
+
+A window of the deep block holds `Span.window` frames. When it is full, the next one begins with frames of the clip as
+given ones, at positions counted from 0 (Gu et al., STARFlow-V, 2025); blocks that see one frame at a time need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from starflow.model import FlowBlock, Guidance, to_grid, to_sequence
+from starflow.solver.decoder import BlockDecoder
+from starflow.solver.loop import Inversion
+from starflow.solver.native import Precision
+from starflow.solver.report import SolveReport
+from starflow.solver.schedules import Schedule, Window
+
+if TYPE_CHECKING:
+    from starflow.model import Flow
+
+# Makes the context of a new window: a number of last frames to what the deep block puts out at them.
+Renew = Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What the blocks of a decoding are told.
+
+    Args:
+        y, null: text or labels of the samples, and of the unconditional half; None without.
+        guidance: how the two are combined.
+        schedule: of the solver.
+        temperature: divides the attention logits.
+        precision: of native decoding.
+        image: the clip is an image (no time).
+    """
+
+    y: Tensor | None
+    null: Tensor | None
+    guidance: Guidance
+    schedule: Schedule
+    temperature: float = 1.0
+    precision: Precision = "float32"
+    image: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """How much of a clip the deep block sees.
+
+    Args:
+        window: frames that are decoded before it begins anew.
+        context: frames of a window that were decoded before; None where a clip is no longer than the window.
+        sink: of the context, how many are the first frames of the clip, in place of the last ones.
+
+    Raises:
+        ValueError: no new frame in a window, or no last frame in a context.
+    """
+
+    window: int
+    context: int | None = None
+    sink: int = 0
+
+    def __post_init__(self) -> None:
+        if self.context is None:
+            return
+        if not 1 <= self.context < self.window:
+            raise ValueError(
+                f"flow: window_context is {self.context}, expected 1 to {self.window - 1} (local_attn_window is "
+                f"{self.window})"
+            )
+        if not 0 <= self.sink < self.context:
+            raise ValueError(f"flow: window_sink is {self.sink}, expected 0 to {self.context - 1} (below the context)")
+
+    @staticmethod
+    def default_context(window: int) -> int:
+        """Three quarters of the window, at least one frame."""
+        return max(1, window * 3 // 4)
+
+
+class Decoding:
+    """Noise to data, frame by frame.
+
+    Args:
+        flow: in eval mode.
+        shape: of a frame of all clips, (batch, channels, height, width).
+        conditions: text, and how to solve, as `starflow.solver.decode.checked` returns them.
+        span: of the deep block.
+        known: what enters each block at given frames (`Flow.known`); they are not returned. None without.
+        renew: makes the context of a new window; None takes what the deep block made.
+        trace: reports list what every sweep did, which grows with the clip.
+
+    Raises:
+        ValueError: more given frames than the window has.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        shape: tuple[int, ...],
+        conditions: Conditions,
+        span: Span,
+        *,
+        known: tuple[Tensor, ...] | None = None,
+        renew: Renew | None = None,
+        trace: bool = False,
+    ) -> None:
+        batch, _, height, width = shape
+        size = (batch, height // flow.config.patch_size, width // flow.config.patch_size)
+        self._flow = flow
+        deep, *shallow = flow.solving_order()
+        given = {block.index: None if known is None else known[block.index] for block in (deep, *shallow)}
+        self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
+        self._shallow: list[_Local | _Causal | None] = []
+        for block in shallow:
+            if block.conditioner is None:
+                self._shallow.append(None)
+            elif block.frame_local:
+                self._shallow.append(_Local(block, batch, conditions, trace=trace))
+            else:
+                # Sees all frames, as long as the clip is no longer than the window (`Span.context` is None).
+                self._shallow.append(_Causal(block, size, conditions, span, given[block.index], None, trace=trace))
+
+    @property
+    def reports(self) -> tuple[SolveReport | None, ...]:
+        """Of each block in the order of solving, the deep one first; None for an identity block."""
+        return self._deep.report(), *(None if stage is None else stage.report() for stage in self._shallow)
+
+    @property
+    def room(self) -> int:
+        """Frames of noise that the window has room for; of one whose frames were all pulled, the next one."""
+        return self._deep.room
+
+    @property
+    def done(self) -> bool:
+        """Whether every frame was pulled and none may come."""
+        return self._deep.done
+
+    def push(self, z: Tensor, *, more: bool) -> None:
+        """Takes noise.
+
+        Args:
+            z: of further frames (batch, frames, channels, height, width).
+            more: whether there may be more frames after them.
+        """
+        self._deep.push(self._flow.noise_grid(z), more=more)
+
+    def pull(self, *, together: bool = False) -> Tensor | None:
+        """The next frames of data, once they are final: (batch, frames, channels, height, width).
+
+        Args:
+            together: all of the window, in fewer calls, in place of as few as possible.
+
+        Returns:
+            Frames; None where noise is missing.
+        """
+        while (frames := self._deep.pull(together=together)) is not None:
+            for stage in self._shallow:
+                frames = frames if stage is None else stage.solve(frames, more=not self._deep.done)
+            if frames.shape[1]:
+                return self._flow.from_grid(frames)
+        return None
+
+    def rest(self) -> list[Tensor]:
+        """All frames whose noise is at hand, as grids that each block puts out, the deep one first."""
+        grids = [self._deep.rest()]
+        for stage in self._shallow:
+            grids.append(grids[-1] if stage is None else stage.solve(grids[-1], more=not self._deep.done))
+        return grids
+
+    def change(self, y: Tensor | None) -> None:
+        """Changes the text from the next frame on that was not pulled; what was solved beyond it is solved again."""
+        for stage in (self._deep, *self._shallow):
+            if stage is not None:
+                stage.change(y)
+
+
+class _Stage:
+    """One block of a decoding."""
+
+    def __init__(self, block: FlowBlock, batch: int, conditions: Conditions, *, trace: bool) -> None:
+        self.block, self.conditions, self._batch, self._trace = block, conditions, batch, trace
+        self._report: SolveReport | None = None
+        # Rows and frames, how to make a decoder of them, the one that is used, and the order of its tokens.
+        self._kept: tuple[tuple[int, int], Callable[[Precision], BlockDecoder], BlockDecoder, Tensor] | None = None
+
+    def change(self, y: Tensor | None) -> None:
+        """Takes another text for what is to come."""
+        self.conditions, self._kept = replace(self.conditions, y=y), None
+
+    def _texts(self) -> tuple[Tensor | None, Tensor | None]:
+        """What the block reads, for the samples and for the unconditional half."""
+        reads = self.block.config.num_classes or self.block.config.text_width(self.block.index)
+        return (self.conditions.y, self.conditions.null) if reads else (None, None)
+
+    def _solve(self, schedule: Schedule, known: Tensor, frames: int) -> tuple[Inversion, Tensor]:
+        """A solve of `frames` frames, of which those of the folded grid `known` are given, and the order of tokens."""
+        block, c = self.block, self.conditions
+        rows, _, height, width, _ = known.shape
+        if self._kept is None or self._kept[0] != (rows, frames):
+            context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
+            layout = block.layout(frames, height, width, context, image=c.image)
+            guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
+            make = partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature)
+            self._kept = (rows, frames), make, make(c.precision), layout.order
+        # A window writes all that it reads, but for the text, which is the same.
+        _, decoder, own, order = self._kept
+        first = to_sequence(known, order[: known[0, ..., 0].numel()])
+        return Inversion(own, schedule, first, lambda: decoder("float32")), order
+
+    def _add(self, report: SolveReport) -> SolveReport:
+        report = report if self._trace else replace(report, accepted=(), passes=())
+        return report if self._report is None else self._report.then(report)
+
+
+class _Local(_Stage):
+    """A block that sees each frame for itself."""
+
+    def solve(self, frames: Tensor, *, more: bool) -> Tensor:
+        """Solved frames."""
+        folded = self.block.fold(frames)
+        solve, order = self._solve(self._schedule(), folded[:, :0], 1)
+        solve.extend(to_sequence(folded, order))
+        solve.run(solve.tokens)
+        report = solve.report()
+        # Of the clips, whose frames are rows here.
+        self._report = self._add(replace(report, tokens=report.tokens * frames.shape[1], samples=frames.shape[0]))
+        return to_grid(solve.x, order, 1, *folded.shape[2:4]).reshape(frames.shape)
+
+    def _schedule(self) -> Schedule:
+        schedule = self.conditions.schedule
+        if isinstance(schedule, Window) and schedule.size is not None:
+            # The same for one frame as for many that share the rows of a call: a frame must not depend on how many are
+            # solved together.
+            return replace(schedule, size=-(-schedule.size // LOCAL_SHARE))
+        return schedule
+
+    def report(self) -> SolveReport | None:
+        """What was done; None before the first frame."""
+        return self._report
+
+
+# Of the window's rows, the share that a frame of a frame-local block takes.
+LOCAL_SHARE = 6
+
+
+class _Causal(_Stage):
+    """A block that sees all frames of a window."""
+
+    def __init__(
+        self,
+        block: FlowBlock,
+        size: tuple[int, int, int],
+        conditions: Conditions,
+        span: Span,
+        known: Tensor | None,
+        renew: Renew | None,
+        *,
+        trace: bool,
+    ) -> None:
+        super().__init__(block, size[0], conditions, trace=trace)
+        given = 0 if known is None else known.shape[1]
+        if given > span.window or (given == span.window and span.context is None):
+            fewer = "at most local_attn_window" if span.context is not None else "fewer than the"
+            raise ValueError(f"flow: prefix has {given} frames, expected {fewer} {span.window}")
+        self._size, self._span, self._renew = size, span, renew
+        self._queue: Tensor | None = None  # noise that is not in the window yet
+        self._more = True
+        self._out = 0  # frames of the window that are given or were pulled
+        self._first: Tensor | None = None  # the sink
+        self._open: tuple[Inversion, Tensor] | None = None
+        self._known = known
+
+    @property
+    def done(self) -> bool:
+        """Whether every frame was pulled and none may come."""
+        return not self._more and self._queue is None and self._open_is_pulled
+
+    @property
+    def _open_is_pulled(self) -> bool:
+        return self._open is None or self._in_window == self._out
+
+    @property
+    def room(self) -> int:
+        """Frames that the window has room for beyond the noise that waits; of one that was pulled, the next one."""
+        waiting = 0 if self._queue is None else self._queue.shape[1]
+        taken = (0 if self._known is None else self._known.shape[1]) if self._open is None else self._in_window
+        if taken == self._span.window and self._span.context is not None and self._open_is_pulled:
+            taken = self._span.context
+        return max(self._span.window - taken - waiting, 0)
+
+    def push(self, z: Tensor, *, more: bool) -> None:
+        """Takes noise."""
+        self._more = more
+        if not z.shape[1]:
+            return
+        self._queue = z if self._queue is None else torch.cat([self._queue, z], 1)
+
+    def pull(self, *, together: bool) -> Tensor | None:
+        """The next final frames, at least one, or all of the window; None where noise is missing."""
+        if self.block.backwards and self._more:
+            return None
+        self._fill()
+        if self._open is None or self._out == self._in_window:
+            return None
+        solve, order = self._open
+        _, height, width = self._size
+        area = height * width
+        whole = together or self.block.backwards
+        final = solve.run(solve.tokens if whole else (self._out + 1) * area) // area
+        begin, self._out = self._out, final
+        if self.block.backwards:
+            return to_grid(solve.x, order, final, height, width)[:, begin:]
+        return self._grid(solve.x, order, begin, final)
+
+    def rest(self) -> Tensor:
+        """All frames whose noise is at hand."""
+        frames = []
+        while (some := self.pull(together=True)) is not None:
+            frames.append(some)
+        return torch.cat(frames, 1)
+
+    def solve(self, frames: Tensor, *, more: bool) -> Tensor:
+        """Takes frames and solves those whose noise is at hand."""
+        self.push(frames, more=more)
+        some = self.pull(together=True)
+        return frames[:, :0] if some is None else some
+
+    def change(self, y: Tensor | None) -> None:
+        """Begins anew behind the last frame that was pulled."""
+        super().change(y)
+        if self._open is None:
+            return
+        solve, order = self._open
+        if self._out < self._in_window:
+            waiting = self._grid(solve.z, order, self._out, self._in_window)
+            self._queue = waiting if self._queue is None else torch.cat([waiting, self._queue], 1)
+        self._close(self._out if self._span.context is None else min(self._span.context, self._out))
+
+    def report(self) -> SolveReport | None:
+        """What was done in all windows; None before the first frame."""
+        return self._report if self._open is None else self._add(self._open[0].report())
+
+    @property
+    def _in_window(self) -> int:
+        assert self._open is not None
+        return self._open[0].tokens // (self._size[1] * self._size[2])
+
+    def _fill(self) -> None:
+        """Puts noise that waits into the window; a window that is full and was pulled makes room for the next."""
+        while self._queue is not None:
+            if self._open is None:
+                known = self._queue[:, :0] if self._known is None else self._known
+                self._open = self._solve(self.conditions.schedule, known, self._span.window)
+                self._out, self._known = known.shape[1], None
+            begin = self._in_window
+            if room := self._span.window - begin:
+                noise, rest = self._queue[:, :room], self._queue[:, room:]
+                self._queue = rest if rest.shape[1] else None
+                solve, order = self._open
+                tokens = noise[0, ..., 0].numel()
+                more = begin + noise.shape[1] < self._span.window and self._more
+                solve.extend(to_sequence(noise, order[:tokens]), more=more)
+            if self._out < self._in_window or self._queue is None:
+                return
+            if self._span.context is None:
+                raise ValueError(
+                    f"flow: frame {self._span.window} is asked for, expected at most {self._span.window} frames: the "
+                    "flow has no sliding window (local_attn_window)"
+                )
+            self._close(self._span.context)
+
+    def _close(self, carried: int) -> None:
+        """Ends the window; the next one begins with `carried` frames of it."""
+        assert self._open is not None
+        solve, order = self._open
+        self._report = self._add(solve.report())
+        if self._span.sink and self._first is None:
+            self._first = self._grid(solve.x, order, 0, self._span.sink)
+        sink = self._span.sink if carried > self._span.sink else 0
+        last = carried - sink
+        if self._renew is not None:
+            self._known = self._renew(last)
+        else:
+            self._known = self._grid(solve.x, order, self._out - last, self._out)
+        if sink and self._first is not None:
+            self._known = torch.cat([self._first, self._known], 1)
+        self._open = None
+
+    def _grid(self, sequence: Tensor, order: Tensor, begin: int, end: int) -> Tensor:
+        """Frames of a sequence that goes forward in time, as a grid."""
+        area = self._size[1] * self._size[2]
+        tokens = sequence[:, begin * area : end * area]
+        return to_grid(tokens, order[: (end - begin) * area], end - begin, *self._size[1:])

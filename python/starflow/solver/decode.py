@@ -1,0 +1,117 @@
+"""decode: noise to data in one call, the inverse of `Flow.encode`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from starflow.model import Flow, Guidance
+from starflow.solver.clip import Conditions, Decoding, Span
+from starflow.solver.native import Precision
+from starflow.solver.report import SolveReport
+from starflow.solver.schedules import Schedule, Window
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What `decode` returns.
+
+    Args:
+        x: data, shape of the noise.
+        reports: of each block in the order of solving, the deep one first; None for an identity block.
+        latents: grids after each solved block, the last being the data.
+    """
+
+    x: Tensor
+    reports: tuple[SolveReport | None, ...]
+    latents: tuple[Tensor, ...]
+
+    @property
+    def backward_error(self) -> float | None:
+        """Largest backward error of the blocks, where they were certified."""
+        errors = [r.backward_error for r in self.reports if r is not None and r.backward_error is not None]
+        return max(errors) if errors else None
+
+
+@torch.inference_mode()
+def decode(
+    flow: Flow,
+    z: Tensor,
+    y: Tensor | None = None,
+    *,
+    null: Tensor | None = None,
+    guidance: Guidance | float = 0.0,
+    schedule: Schedule | None = None,
+    prefix: Tensor | None = None,
+    window_context: int | None = None,
+    temperature: float = 1.0,
+    precision: Precision = "float32",
+) -> Decoded:
+    """Maps noise to data.
+
+    Args:
+        flow: in eval mode.
+        z: noise, shape of the data.
+        y: text or labels as for `encode`.
+        null: text of the empty prompt like `y`, needed for guidance with text.
+        guidance: a weight, or a `Guidance`.
+        schedule: of the solver; the default is `Window()`.
+        prefix: first frames that are given, noisy latents (batch, prefix frames, channels, height, width). The
+            deep block continues their tokens; they come back as they are.
+        window_context: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
+            from the one before it; the default is three quarters of the window, at least one.
+        temperature: divides the attention logits of every block.
+        precision: of the native decoding (see `starflow.solver.Precision`); a certificate is taken in
+            float32 whatever it is.
+
+    Returns:
+        Data, reports and latents (see `Decoded`).
+
+    Raises:
+        ValueError: shapes that do not fit, missing text for guidance, a context that leaves no new frame.
+        NotFiniteError: the solver met NaN or infinity.
+    """
+    image = z.dim() == 4
+    guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    schedule = Window() if schedule is None else schedule
+    conditions = checked(flow, z, Conditions(y, null, guide, schedule, temperature, precision, image))
+    z = z.unsqueeze(1) if image else z
+    window, frames = flow.config.local_attn_window, z.shape[1]
+    if prefix is not None and (prefix.dim() != 5 or prefix.shape[1] >= frames or prefix.shape[0] != z.shape[0]):
+        raise ValueError(
+            f"flow: prefix has shape {list(prefix.shape)}, expected (batch {z.shape[0]}, fewer than {frames} "
+            "frames, channels, height, width)"
+        )
+    span = Span(frames)
+    if window is not None and frames > window:
+        span = Span(window, Span.default_context(window) if window_context is None else window_context)
+    known = None if prefix is None else flow.known(prefix, conditions.y, z.shape[2:])
+    decoding = Decoding(flow, (z.shape[0], *z.shape[2:]), conditions, span, known=known, trace=True)
+    decoding.push(z if prefix is None else z[:, prefix.shape[1] :], more=False)
+    latents = decoding.rest()
+    if known is not None:
+        latents = [
+            torch.cat([known[block.index], solved], 1)
+            for block, solved in zip(flow.solving_order(), latents, strict=True)
+        ]
+    return Decoded(flow.from_grid(latents[-1], image), decoding.reports, tuple(latents))
+
+
+def checked(flow: Flow, z: Tensor, conditions: Conditions) -> Conditions:
+    """What noise like `z` can be decoded with; the arguments of `decode`.
+
+    Raises:
+        ValueError: noise or text that does not fit, or guidance without something to guide by.
+    """
+    y, null, guide = conditions.y, conditions.null, conditions.guidance
+    if not 0.0 < conditions.temperature < float("inf"):
+        raise ValueError(f"flow: temperature is {conditions.temperature}, expected a finite number > 0")
+    y = flow.check(z, y, name="z")
+    null = flow.check(z, null, name="z", condition="null") if null is not None else None
+    if guide.active and flow.config.txt_size > 0 and null is None:
+        raise ValueError("flow: null is None, expected text features of the empty prompt (guidance is on)")
+    if guide.active and guide.needs_condition and y is None:
+        raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without text or classes to guide by")
+    return replace(conditions, y=y, null=null)

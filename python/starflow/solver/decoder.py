@@ -1,0 +1,140 @@
+"""BlockDecoder: what the solver inverts, a block of the flow with the caches of a clip."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from starflow.model import Affine, DecodeState, FlowBlock, Guidance, Layout
+from starflow.solver.break_even import break_even
+from starflow.solver.native import NativeNetwork, NativeWindow, Precision, refuse_precision
+
+
+class BlockDecoder:
+    """The map that the solver inverts: tokens before a window -> affine maps of the window.
+
+    Holds the K/V buffers; with guidance, of both halves. Single use: one decoder decodes one clip (or one window of a
+    long one).
+
+    Args:
+        block: of the flow, with a network.
+        layout: of the clip.
+        rows: samples.
+        context, null: text or labels of the samples and of the unconditional half; None for a block without.
+        guidance: None or inactive is none.
+        temperature: divides the attention logits.
+        precision: of native decoding (see `starflow.network.Precision`).
+    """
+
+    def __init__(
+        self,
+        block: FlowBlock,
+        layout: Layout,
+        rows: int,
+        context: Tensor | None,
+        null: Tensor | None = None,
+        guidance: Guidance | None = None,
+        temperature: float = 1.0,
+        precision: Precision = "float32",
+    ) -> None:
+        assert block.conditioner is not None
+        conditioner = block.conditioner
+        self.conditioner, self.layout = conditioner, layout
+        self.guidance = guidance if guidance is not None and guidance.active else None
+        self._guess = block.guess
+        self.halves = 2 if self.guidance is not None else 1
+        self._context = context
+        self._temperature: float | Tensor = temperature
+        if self.guidance is not None:
+            if conditioner.class_embed is not None and context is not None and null is None:
+                null = torch.full_like(context, -1)
+            if context is not None and null is not None:
+                self._context = torch.cat([context, null])
+            if self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
+                self._temperature = torch.full((2 * rows,), temperature, device=self.device)
+                self._temperature[rows:] *= self.guidance.temperature
+        self._native: NativeNetwork | None = None
+        self._state: DecodeState | None = None
+        if NativeNetwork.runs(conditioner, precision):
+            self._native = NativeNetwork(
+                conditioner, layout, self.halves * rows, self._context, self._temperature, precision
+            )
+            return
+        refuse_precision(conditioner, precision)
+        text = conditioner.text_tokens(self._context)
+        self._state = DecodeState.allocate(conditioner, self.halves * rows, layout.tokens, text, device=self.device)
+        if text:
+            assert self._context is not None
+            conditioner.prefill_text(self._context, layout, self._state, self._temperature)
+
+    @property
+    def first_token(self) -> int:
+        """Tokens below this pass unchanged: `x = z`."""
+        return self.conditioner.first_token
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.conditioner.proj_in.weight.device
+
+    @property
+    def channels(self) -> int:
+        """Dimensions of a token."""
+        return self.conditioner.proj_in.in_features
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the clip."""
+        return self.layout.tokens
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.layout.frame_tokens
+
+    def initial_guess(self, z: Tensor) -> Tensor:
+        """Tokens (batch, tokens, channels) at the mean shift and scale of the block, with their own noise."""
+        c = self.conditioner
+        raw = self._guess.to(z.dtype).expand(*z.shape[:2], -1)
+        return Affine(raw, c.activation, c.soft_clip).decode(z)
+
+    @property
+    def cost_key(self) -> str:
+        """Names what the cost of a call depends on beside its rows."""
+        c = self.conditioner
+        dtype = str(c.dtype).removeprefix("torch.")
+        cpu = self.device.type == "cpu"
+        where = f"threads{torch.get_num_threads()}" if cpu else torch.cuda.get_device_name(self.device)
+        how = dtype if self._native is None else self._native.cost_key
+        return f"{len(c.layers)}x{c.width}-{how}-{self.tokens}-{where}"
+
+    def default_window(self, batch: int, first: int) -> int:
+        """The break-even of this block on this machine (see `starflow.solver.break_even`)."""
+        return break_even(self, batch, first)
+
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
+        """Affine maps of the tokens `start ..` given the tokens before each.
+
+        Args:
+            previous: (batch, tokens, channels), row i is token `start + i - 1`.
+            start: one number, or one for each sample (batch,).
+            final: (batch,) tokens of each sample whose keys and values stay as they are; None overwrites all.
+        """
+        wide_start = start
+        if self.guidance is not None:
+            previous = torch.cat([previous, previous])
+            wide_start = torch.cat([start, start]) if isinstance(start, Tensor) else start
+            final = None if final is None else torch.cat([final, final])
+        if self._native is not None:
+            affine = self._native.window(previous, wide_start, final)
+        else:
+            assert self._state is not None
+            affine = self.conditioner.window(
+                previous, wide_start, self._context, self.layout, self._state, self._temperature, final
+            )
+        return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
+
+    @property
+    def native_window(self) -> NativeWindow | None:
+        """The solver's window schedule in native code, or None where it has to run in plain torch."""
+        return None if self._native is None else NativeWindow(self._native, self.frame_tokens, self.guidance)

@@ -1,0 +1,225 @@
+"""`solve`: the inverse of any causal affine flow, given as a function, by the loop of `starflow.solver`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow.solver.loop import invert
+from starflow.solver.places import places, token_numbers
+from starflow.solver.report import SolveReport
+from starflow.solver.schedules import Schedule, Window
+
+Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+def solve(
+    fn: Function,
+    z: Tensor,
+    *,
+    axis: int = 1,
+    order: Tensor | None = None,
+    frame: int | None = None,
+    windowed: bool = False,
+    known: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> tuple[Tensor, SolveReport]:
+    """Finds x with `x = shift(x) + scale(x) * z`, where shift and scale of a token depend on earlier tokens alone.
+
+    Tokens are the slices of `z` along one axis; a masked autoregressive network over features has one number a token.
+    All tokens of a window are evaluated together, sweep after sweep, and accepted one by one (see `starflow.solver`).
+    After as many sweeps as there are tokens the result is exact whatever `fn` is; a flow whose tokens depend little on
+    those just before them takes far fewer.
+
+    Args:
+        fn: x like `z` to (shift, scale), each like `z`, scale > 0; it is called without gradients. What it returns for
+            a token must not depend on that token or later ones. With `windowed` it is called as
+            `fn(x, slice(start, stop))` and returns the tokens `start .. stop - 1` alone: what is before `start` is
+            final, so it may be cached.
+        z: noise (batch, ...), float32 or float64.
+        axis: of the tokens; not the first, which is the batch.
+        order: (tokens,) the token that comes n-th, where dependency does not run along the axis. Not with `windowed`.
+        frame: tokens of a frame, where tokens resemble those one frame earlier: a token's first guess is then made with
+            their shift and scale. None: all are one frame.
+        windowed: see `fn`.
+        known: first tokens that are given, like `z` but shorter along the axis, in the order of dependency.
+        schedule: None is `Window()`. A window without a size takes all tokens; with `windowed`, one frame.
+
+    Returns:
+        x like `z`, and the report. Its `rows` count the tokens of the windows, not what `fn` computes beyond them.
+
+    Raises:
+        ValueError: an argument that does not fit, or what `fn` returns.
+        NotFiniteError: a token is not finite.
+
+    Examples:
+        >>> import torch, starflow
+        >>> def fn(x):  # an autoregression: a token is half of the one before it, plus noise of deviation 0.1
+        ...     return 0.5 * torch.nn.functional.pad(x[:, :-1], (1, 0)), torch.full_like(x, 0.1)
+        >>> z = torch.ones(1, 4)
+        >>> x, report = starflow.solve(fn, z, schedule=starflow.Window(tolerance=1e-6, certificate=True))
+        >>> x
+        tensor([[0.1000, 0.1500, 0.1750, 0.1875]])
+        >>> report.sweeps <= 4, report.backward_error < 1e-5
+        (True, True)
+    """
+    schedule = Window() if schedule is None else schedule
+    model = FunctionDecoder(fn, z, axis, order, frame, windowed=windowed)
+    given = None if known is None else model.given(known)
+    x, report = invert(model, model.sequence(z), schedule, given)
+    # Made in inference mode, where a tensor cannot later take part in autograd.
+    return model.like_z(x).clone(), report
+
+
+class FunctionDecoder:
+    """A function of x as what the solver inverts; arguments as of `solve`. Holds the x that the function is shown."""
+
+    halves = 1
+    first_token = 0
+
+    def __init__(
+        self, fn: Function, z: Tensor, axis: int, order: Tensor | None, frame: int | None, *, windowed: bool
+    ) -> None:
+        if not callable(fn):
+            raise ValueError(f"solve: fn is {type(fn).__name__}, expected a function of x that returns shift and scale")
+        if z.dim() < 2 or z.numel() == 0 or z.dtype not in (torch.float32, torch.float64):
+            dtype = str(z.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"solve: z has shape {list(z.shape)} and dtype {dtype}, expected (batch, ...) with at least one token, "
+                "float32 or float64"
+            )
+        if not -z.dim() < axis < z.dim() or axis == 0:
+            raise ValueError(f"solve: axis is {axis}, expected an axis of z {list(z.shape)} other than the first")
+        self._fn, self._windowed, self._axis = fn, windowed, axis
+        self._shape = z.movedim(axis, 1).shape
+        self.tokens = self._shape[1]
+        if frame is not None and not 1 <= frame <= self.tokens:
+            raise ValueError(f"solve: frame is {frame}, expected 1 to the {self.tokens} tokens of z")
+        self.frame_tokens = self.tokens if frame is None else frame
+        self._order = self._place = None
+        if order is not None:
+            if windowed:
+                raise ValueError("solve: order is given with windowed, expected tokens in the order of dependency")
+            if order.shape != (self.tokens,) or order.sort().values.tolist() != list(range(self.tokens)):
+                raise ValueError(
+                    f"solve: order has shape {list(order.shape)}, expected a permutation of 0 .. {self.tokens - 1}"
+                )
+            if order.tolist() != list(range(self.tokens)):
+                self._order = order.to(z.device)
+                self._place = self._order.argsort()
+        # Row n + 1 holds token n, as in the solver; row 0 stands for what is before the first.
+        self._x = z.new_zeros(z.shape[0], self.tokens + 1, math.prod(self._shape[2:]))
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Shape and order of `z` to (batch, tokens, channels)."""
+        x = self._flat(x)
+        return x if self._order is None else x.index_select(1, self._order)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """(batch, tokens, channels) in the order along the axis."""
+        if x.dim() == 2:
+            return x.unsqueeze(-1)
+        x = x.movedim(self._axis, 1)
+        return x.reshape(*x.shape[:2], self._x.shape[2])
+
+    def like_z(self, x: Tensor) -> Tensor:
+        """(batch, tokens, channels) to the shape and order of `z`."""
+        x = x if self._place is None else x.index_select(1, self._place)
+        if len(self._shape) == 2:
+            return x.squeeze(-1)
+        return x.reshape(*x.shape[:2], *self._shape[2:]).movedim(1, self._axis)
+
+    def given(self, known: Tensor) -> Tensor:
+        """First tokens, like `z` but shorter along its axis, as (batch, known tokens, channels)."""
+        moved = known.movedim(self._axis, 1) if known.dim() == len(self._shape) else known
+        expected = [*self._shape[:1], moved.shape[1] if moved.dim() > 1 else 0, *self._shape[2:]]
+        if list(moved.shape) != expected or moved.shape[1] > self.tokens or known.dtype != self._x.dtype:
+            raise ValueError(
+                f"solve: known has shape {list(known.shape)} and dtype {str(known.dtype).removeprefix('torch.')}, "
+                f"expected those of z, with at most {self.tokens} tokens along axis {self._axis}"
+            )
+        return moved.reshape(*moved.shape[:2], self._x.shape[2])
+
+    def initial_guess(self, z: Tensor) -> Tensor:
+        """The noise itself, as for a map near the identity."""
+        return z
+
+    def default_window(self, batch: int, first: int) -> int:
+        """All tokens, since they are computed anyway; of a function of windows, a frame."""
+        return self.frame_tokens if self._windowed else self.tokens
+
+    @property
+    def native_window(self) -> None:
+        """None: a function is called from plain torch."""
+
+    def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Given:
+        """Affine maps of the tokens `start ..`; arguments as of `starflow.solver.Autoregressive.evaluate`."""
+        batch, width, _ = previous.shape
+        starts = start.tolist() if isinstance(start, Tensor) else [start] * batch
+        here = places(starts, width, previous.device)
+        if final is not None:
+            kept = (token_numbers(starts, width, final.device) < final[:, None])[..., None]
+            previous = torch.where(kept, self._x[here], previous)
+        self._x[here] = previous
+        window = slice(min(starts), max(starts) + width)
+        scale, shift = self._call(window)
+        first = window.start if self._windowed else 0
+        there = places([token - first for token in starts], width, previous.device)
+        return Given(scale[there], shift[there])
+
+    def _call(self, window: slice) -> tuple[Tensor, Tensor]:
+        """Scale and shift, (batch, tokens, channels), of the tokens of `window` or of all."""
+        x = self.like_z(self._x[:, 1:])
+        returned: Any = self._fn(x, window) if self._windowed else self._fn(x)
+        if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)):
+            raise ValueError(f"solve: fn returned {type(returned).__name__}, expected two tensors (shift, scale)")
+        expected = list(x.shape)
+        if self._windowed:
+            expected[self._axis] = window.stop - window.start
+        for name, tensor in zip(("shift", "scale"), returned, strict=True):
+            if list(tensor.shape) != expected:
+                raise ValueError(f"solve: fn returned {name} of shape {list(tensor.shape)}, expected {expected}")
+        shift, scale = returned
+        least = float(scale.amin())
+        if least < 0.0:
+            raise ValueError(f"solve: fn returned scale {least:g}, expected numbers > 0")
+        return self.sequence(scale.to(x.dtype)), self.sequence(shift.to(x.dtype))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Affine maps as a function returned them, both (batch, tokens, channels): a `starflow.solver.AffineMaps`."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @property
+    def raw(self) -> Tensor:
+        """(batch, tokens, 2 * channels): scale, then shift."""
+        return torch.cat([self.scale, self.shift], -1)
+
+    def like(self, raw: Tensor) -> Given:
+        """The maps in `raw`."""
+        return Given(*raw.chunk(2, -1))
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Data to noise, and the log-determinant of each token."""
+        return (x - self.shift) / self.scale, -self.scale.log().sum(-1)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Noise to data."""
+        return torch.addcmul(self.shift, self.scale, z)
+
+    def update_(self, x: Tensor, z: Tensor) -> Tensor:
+        """Overwrites `x` by its decoded value; returns the largest change of each token in units of its scale."""
+        new = self.decode(z)
+        change = (new - x).abs_().div_(self.scale)
+        # A token is often one number.
+        change = change.squeeze(-1) if change.shape[-1] == 1 else change.amax(-1)
+        x.copy_(new)
+        return change

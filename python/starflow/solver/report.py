@@ -1,0 +1,75 @@
+"""What a solve did, and the error of one that met NaN or infinity."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SolveReport:
+    """What a solve did.
+
+    Args:
+        tokens: of a sample that were solved for: not those that were known or pass unchanged.
+        rows: evaluations of a token, all samples and halves.
+        sweeps: calls one after the other.
+        samples: rows of the batch.
+        accepted: tokens accepted in each sweep, all samples.
+        passes: sweeps of each chunk (`Chunks` only).
+        window: rows of a sample in a call.
+        backward_error: max |z' - z| where asked for.
+    """
+
+    tokens: int
+    rows: int
+    sweeps: int
+    samples: int
+    accepted: tuple[int, ...] = ()
+    passes: tuple[int, ...] = ()
+    window: int = 1
+    backward_error: float | None = None
+
+    @property
+    def evaluations_per_token(self) -> float:
+        """Tokens pushed through the block over tokens in the clip."""
+        return self.rows / max(self.tokens * self.samples, 1)
+
+    def then(self, later: SolveReport) -> SolveReport:
+        """The report of two solves one after the other (windows of a long clip)."""
+        errors = [e for e in (self.backward_error, later.backward_error) if e is not None]
+        return replace(
+            later,
+            tokens=self.tokens + later.tokens,
+            rows=self.rows + later.rows,
+            sweeps=self.sweeps + later.sweeps,
+            accepted=self.accepted + later.accepted,
+            passes=self.passes + later.passes,
+            backward_error=max(errors) if errors else None,
+        )
+
+
+class NotFiniteError(RuntimeError):
+    """A token is NaN or infinity: as noise, as given data, or as solved for (weights or text are not finite)."""
+
+
+def require_finite(tokens: Tensor, first: int, what: str) -> None:
+    """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
+    if math.isfinite(tokens.sum(dtype=torch.float64)):
+        return
+    bad = ~tokens.isfinite().all(-1)
+    # The sum of large float64 may overflow.
+    if bool(bad.any()):
+        sample, token = bad.nonzero()[0].tolist()
+        raise not_finite(what, sample, first + token)
+
+
+def not_finite(what: str, sample: int, token: int) -> NotFiniteError:
+    """The error of a token that is NaN or infinity."""
+    return NotFiniteError(
+        f"solve: the {what} of token {token} of sample {sample} is not finite, "
+        "expected finite weights, text, noise and given data"
+    )

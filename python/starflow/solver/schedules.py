@@ -1,0 +1,108 @@
+"""Schedules: how a solve goes, and the text form of each."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """Token by token: exact, one call a token."""
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The published scheme: fixed chunks, each iterated until its mean change falls under a threshold.
+
+    Args:
+        block: tokens of a chunk in the first frame; four times as many after it.
+        threshold: of mean((x_new - x_old)^2) / mean(x_new^2) over the whole batch and chunk.
+        max_iterations: cap of the sweeps of a chunk, without an error.
+    """
+
+    block: int = 32
+    threshold: float = 1e-3
+    max_iterations: int = 32
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or self.max_iterations < 1:
+            raise ValueError(
+                f"solver: block is {self.block} and max_iterations {self.max_iterations}, expected both at least 1"
+            )
+        if not 0.0 <= self.threshold < float("inf"):
+            raise ValueError(f"solver: threshold is {self.threshold}, expected a finite number >= 0")
+
+
+@dataclass(frozen=True)
+class Window:
+    """The sliding window with acceptance token by token (see the module).
+
+    Args:
+        size: rows of a clip in a call, which a frame-local block shares out to its frames; None takes the break-even
+            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance; of a function
+            (see `starflow.solve`) all tokens, or a frame where it can be evaluated window by window.
+        tolerance: of the change of a token in units of its scale. 0 is token by token for any size.
+        certificate: also measure the backward error.
+    """
+
+    size: int | None = None
+    tolerance: float = 0.01
+    certificate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"solver: window size is {self.size}, expected at least 1")
+        if not 0.0 <= self.tolerance < float("inf"):
+            raise ValueError(f"solver: tolerance is {self.tolerance}, expected a finite number >= 0")
+
+
+Schedule = Sequential | Chunks | Window
+
+
+SOLVER_FORMS = '"sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]"'
+
+
+def parse_solver(text: str, *, certificate: bool = False) -> Schedule:
+    """Reads the text of a solver option.
+
+    Args:
+        text: "sequential" (token by token), "chunks[:block[:threshold]]" (the published scheme) or
+            "window[:size[:tolerance]]" (the default; a size of "auto" is measured on this machine).
+        certificate: also measure the backward error.
+
+    Returns:
+        The schedule of the solver.
+
+    Raises:
+        ValueError: another text, a number out of range, or a certificate of chunks.
+    """
+    kind, *values = text.split(":")
+    if kind not in ("sequential", "chunks", "window") or len(values) > (0 if kind == "sequential" else 2):
+        raise ValueError(f"solver is {text!r}, expected {SOLVER_FORMS}")
+    try:
+        size = int(values[0]) if values and values[0] != "auto" else None
+        stop = float(values[1]) if len(values) > 1 else None
+    except ValueError:
+        raise ValueError(f"solver is {text!r}, expected {SOLVER_FORMS} with an integer, then a number") from None
+    if stop is not None and not 0.0 <= stop < math.inf:
+        raise ValueError(f"solver is {text!r}, expected a number >= 0 at the end")
+    if kind == "chunks":
+        if certificate:
+            raise ValueError(f'solver is {text!r}, expected "window" or "sequential" together with a certificate')
+        chunks = Chunks() if size is None else Chunks(block=size)
+        return chunks if stop is None else replace(chunks, threshold=stop)
+    if kind == "sequential":
+        # A window of one at tolerance 0 is the same computation, and measures its error.
+        return Window(size=1, tolerance=0.0, certificate=True) if certificate else Sequential()
+    window = Window(size=size, certificate=certificate)
+    return window if stop is None else replace(window, tolerance=stop)
+
+
+def solver_text(schedule: Schedule) -> str:
+    """The text that `parse_solver` reads as `schedule` (up to its certificate)."""
+    if isinstance(schedule, Sequential) or schedule == Window(1, 0.0, certificate=True):
+        return "sequential"
+    if isinstance(schedule, Chunks):
+        return f"chunks:{schedule.block}:{schedule.threshold:g}"
+    return f"window:{'auto' if schedule.size is None else schedule.size}:{schedule.tolerance:g}"

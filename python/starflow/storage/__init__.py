@@ -1,0 +1,43 @@
+"""How is a model kept? Model files, training states, and checkpoints of the published release."""
+
+from starflow.storage.convert import convert, published_config
+from starflow.storage.models import (
+    MODEL,
+    Header,
+    Loaded,
+    load_flow,
+    load_model,
+    model_file,
+    model_files,
+    read_header,
+    save_model,
+    write_model,
+)
+from starflow.storage.published import from_published, load_published, published_state
+from starflow.storage.states import latest_state, load_state, read_state, save_state
+from starflow.storage.tensors import CheckpointError, Stored, saving
+
+__all__ = [
+    "MODEL",
+    "CheckpointError",
+    "Header",
+    "Loaded",
+    "Stored",
+    "convert",
+    "from_published",
+    "latest_state",
+    "load_flow",
+    "load_model",
+    "load_published",
+    "load_state",
+    "model_file",
+    "model_files",
+    "published_config",
+    "published_state",
+    "read_header",
+    "read_state",
+    "save_model",
+    "save_state",
+    "saving",
+    "write_model",
+]

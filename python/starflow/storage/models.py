@@ -1,0 +1,297 @@
+"""Models and training states on disk: safetensors with everything needed to use them, never half-written.
+
+A model is one file, or a folder of files of a few gigabytes each with an index: the weights, and in the header (of the
+file, or in the index) the configuration (json). Every file has a checksum. A training state is a folder
+`checkpoints/step-00001000` of a run, written by `torch.distributed.checkpoint`, with the counters in `state.json`. All
+are written under a temporary name, flushed to the disk and renamed, so a run that is killed at any moment leaves the
+previous one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from starflow.codecs import Codec, make_codec
+from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
+from starflow.model import Flow, Int8Linear, keep_mapped
+from starflow.storage.tensors import FORMAT, CheckpointError, Stored, check_tensors, open_tensors, saving, write_tensors
+from starflow.text import TextEncoder, make_text_encoder
+
+MODEL = "model.safetensors"
+
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What `load_model` returns.
+
+    Args:
+        flow: in eval mode, on the CPU.
+        config: of the run that made it.
+        codec: pixels to latents.
+        text: captions to features; None for a flow that reads none.
+    """
+
+    flow: Flow
+    config: RunConfig
+    codec: Codec
+    text: TextEncoder | None
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a model file says about itself.
+
+    Args:
+        config: of the run that made it.
+        about: other entries, such as "weights" (which ones they are) and "licence" (of converted models).
+    """
+
+    config: RunConfig
+    about: dict[str, str]
+
+
+def save_model(
+    path: str | Path,
+    flow: Flow | Mapping[str, Tensor],
+    config: RunConfig,
+    codec: Codec,
+    text: TextEncoder | None,
+    *,
+    about: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a model into one file.
+
+    Args:
+        path: of the file; its folder exists.
+        flow: whose weights are written, or its state dict.
+        config: of the run.
+        codec, text: as they are now; their options, defaults included, replace those of the config.
+        about: further entries for the header.
+
+    Raises:
+        CheckpointError: the file cannot be written; the one before is left as it was.
+    """
+    config = replace(config, codec=codec.to_config(), text={} if text is None else text.to_config())
+    write_model(path, flow.state_dict() if isinstance(flow, Flow) else flow, config, about or {})
+
+
+def write_model(
+    path: str | Path,
+    state: Mapping[str, Tensor | Stored],
+    config: RunConfig,
+    about: Mapping[str, str],
+    *,
+    file_bytes: int = 4 << 30,
+) -> None:
+    """Writes the state dict of a flow with its configuration, tensor by tensor.
+
+    Args:
+        path: a name that ends in `.safetensors` for one file, else a folder of files and their index.
+        state: by name, tensors or what makes them.
+        config: of the run.
+        about: further entries for the header.
+        file_bytes: of the files of a folder, about; no tensor is split.
+
+    Raises:
+        CheckpointError: something cannot be written; what was there before is left as it was.
+    """
+    path = Path(path)
+    about = {**about, **_fingerprints(config), "config": json.dumps(to_mapping(config))}
+    if path.suffix == ".safetensors":
+        with saving(path) as temporary:
+            write_tensors(temporary, state, about)
+        return
+    if path.is_dir() and not (path / INDEX).is_file() and any(path.iterdir()):
+        raise CheckpointError(f"checkpoint {path} is a folder with other files, expected a model's or a new one")
+    groups = _groups(state, file_bytes)
+    with saving(path) as temporary:
+        temporary.mkdir()
+        places = {}
+        for number, names in enumerate(groups, start=1):
+            file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            write_tensors(temporary / file, {name: state[name] for name in names}, {})
+            places.update(dict.fromkeys(names, file))
+        index = {"metadata": {**about, "format": FORMAT}, "weight_map": places}
+        (temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def _groups(state: Mapping[str, Tensor | Stored], most: int) -> list[list[str]]:
+    """Names in order, in groups of about `most` bytes."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in state.items():
+        stored = Stored.of(tensor)
+        if groups[-1] and size + stored.nbytes > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += stored.nbytes
+    return groups
+
+
+def read_header(path: str | Path) -> Header:
+    """Reads what a model says about itself, without its weights.
+
+    Args:
+        path: of the file or folder, or of the folder of a run.
+
+    Raises:
+        CheckpointError: not a model of ours, or damaged.
+    """
+    with _open_model(path) as (file, metadata, _):
+        return _header(file, metadata)
+
+
+def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
+    """Reads flow and configuration alone: no codec, no text encoder (see `load_model`).
+
+    The weights stay in the file and are mapped: memory holds what is used of them.
+    """
+    with _open_model(path) as (path, metadata, opened):
+        config = _header(path, metadata).config
+        with torch.device("meta"):
+            flow = Flow(config.flow)
+        for name in opened:
+            if name.endswith(".weight_int8"):
+                _quantize(flow, path, name.removesuffix(".weight_int8"))
+        expected = flow.state_dict()
+        names = set(opened)
+        shapes = {name: list(opened[name].get_slice(name).get_shape()) for name in names & set(expected)}
+        problems = {
+            "missing": sorted(set(expected) - names),
+            "unexpected": sorted(names - set(expected)),
+            "of another shape": [
+                f"{name} {shape} (expected {list(expected[name].shape)})"
+                for name, shape in sorted(shapes.items())
+                if shape != list(expected[name].shape)
+            ],
+        }
+        if any(problems.values()):
+            listed = "; ".join(f"{what}: {', '.join(found)}" for what, found in problems.items() if found)
+            raise CheckpointError(f"checkpoint {path}: tensors do not match its config; {listed}")
+        for file in model_files(path):
+            check_tensors(file)
+        flow.load_state_dict({name: file.get_tensor(name) for name, file in opened.items()}, assign=True)
+    keep_mapped(flow)
+    return flow.requires_grad_(True).eval(), config
+
+
+def _quantize(flow: Flow, path: Path, name: str) -> None:
+    """Makes room for a weight that is kept as integers."""
+    try:
+        linear = flow.get_submodule(name)
+    except AttributeError:
+        return  # Listed with what else is unexpected.
+    if not isinstance(linear, torch.nn.Linear):
+        raise CheckpointError(f"checkpoint {path}: {name} has a weight in integers, expected them of layers alone")
+    with torch.device("meta"):
+        empty = Int8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+    flow.set_submodule(name, empty)
+
+
+def load_model(path: str | Path) -> Loaded:
+    """Reads a model that `save_model` wrote.
+
+    Args:
+        path: of the file or folder, or of the folder of a run (which holds `model.safetensors`).
+
+    Raises:
+        CheckpointError: no such file, not safetensors, truncated or damaged, or tensors that do not match the config
+            (all of them listed).
+        ValueError: codec or text encoder cannot be made, such as local weights that are not there.
+    """
+    about = read_header(path).about
+    flow, config = load_flow(path)
+    for part, found in _fingerprints(config).items():
+        if about.get(part, found) != found:
+            raise CheckpointError(
+                f"checkpoint {path}: config.json of the {part.removesuffix('_sha256')} in its folder is another than "
+                "the one that the model was trained with, expected the same autoencoder and text encoder"
+            )
+    return Loaded(flow, config, make_codec(config.codec), make_text_encoder(config.text) if config.text else None)
+
+
+def model_file(path: str | Path) -> Path:
+    """The file that holds the header of a model given by its own path or by the folder of its run."""
+    path = Path(path)
+    file = path
+    if path.is_dir():
+        file = path / INDEX if (path / INDEX).is_file() else path / MODEL
+    if not file.is_file():
+        raise CheckpointError(f"checkpoint {file} does not exist, expected a model file or the folder of a run")
+    return file
+
+
+def model_files(path: str | Path) -> list[Path]:
+    """The files that hold the weights of a model."""
+    file = model_file(path)
+    return [file.parent / name for name in sorted(set(_index(file)["weight_map"].values()))] if _split(file) else [file]
+
+
+def _split(file: Path) -> bool:
+    return file.name == INDEX
+
+
+def _index(file: Path) -> dict[str, Any]:
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {file} cannot be read: {error}") from None
+    about, places = (index.get(key) if isinstance(index, dict) else None for key in ("metadata", "weight_map"))
+    if not isinstance(about, dict) or not isinstance(places, dict) or about.get("format") != FORMAT:
+        raise CheckpointError(f"checkpoint {file} is an index of another program, expected format {FORMAT}")
+    if any(Path(name).name != name for name in places.values()):
+        raise CheckpointError(f"checkpoint {file} names files elsewhere, expected them beside it")
+    return dict(index)
+
+
+@contextmanager
+def _open_model(path: str | Path) -> Iterator[tuple[Path, dict[str, str], dict[str, Any]]]:
+    """The file with the header, its entries, and the open file of every tensor."""
+    file = model_file(path)
+    with ExitStack() as stack:
+        if not _split(file):
+            opened = stack.enter_context(open_tensors(file))
+            yield file, opened.metadata(), dict.fromkeys(opened.keys(), opened)
+            return
+        index = _index(file)
+        files = {
+            name: stack.enter_context(open_tensors(file.parent / name)) for name in set(index["weight_map"].values())
+        }
+        found = {key: opened for opened in files.values() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        yield file, index["metadata"], found
+
+
+def _header(path: Path, metadata: Mapping[str, str]) -> Header:
+    if "config" not in metadata:
+        raise CheckpointError(f"checkpoint {path} has no config in its header, expected a model written by starflow")
+    try:
+        config = from_mapping(RunConfig, json.loads(metadata["config"]))
+    except (json.JSONDecodeError, ConfigError) as error:
+        raise CheckpointError(f"checkpoint {path}: config in the header cannot be used: {error}") from None
+    return Header(config, {key: value for key, value in metadata.items() if key not in ("config", "crc32", "format")})
+
+
+def _fingerprints(config: RunConfig) -> dict[str, str]:
+    """What identifies the local weights that a model depends on: the options beside them, statistics included."""
+    found = {}
+    for part, options in (("codec", config.codec), ("text", config.text)):
+        file = Path(options.get("folder", "")) / "config.json"
+        if "folder" in options and file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            # Names with an underscore say which program wrote the file, and from where.
+            kept = {key: value for key, value in content.items() if not key.startswith("_")}
+            found[f"{part}_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return found

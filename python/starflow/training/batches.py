@@ -1,0 +1,273 @@
+"""What a training step reads: data set, captions, their features and the noise, made ahead of time.
+
+A batch depends on the seed and the number of its step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from starflow.codecs import Codec, make_codec
+from starflow.config import ConfigError, RunConfig, require
+from starflow.data import (
+    CaptionMode,
+    Clip,
+    ClipDataset,
+    MovingDigits,
+    VideoFolder,
+    sample_group,
+    stack_clips,
+)
+from starflow.noise import draw_batch, stream
+from starflow.text import STOP_WORDS, TextEncoder, caption_for, make_text_encoder, split_words
+
+
+def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
+    """The data set that a run is trained or tested on; with `train.source_prob` one of pairs.
+
+    Args:
+        config: of the run.
+        split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
+            whole folder; clips are cut as `data.cut` says for "train" and evenly for "test". Pairs are in subfolders
+            "target" and "source" of that.
+
+    Raises:
+        ConfigError: options that the kind of data cannot honour.
+        ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
+    """
+    data, pairs = config.data, config.train.source_prob > 0
+    if data.kind == "digits":
+        require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
+        require(data.channels == 1, "data.channels", data.channels, "1 for digits")
+        require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for digits, which are square")
+        return MovingDigits(frames=data.frames, size=data.height, split=split, pairs=pairs)
+    if data.path is None:
+        raise ConfigError("data.path is None, expected a folder of videos or images")
+    folder = Path(data.path)
+    folder = folder / split if (folder / split).is_dir() else folder
+    whole = all((folder / name).is_dir() for name in ("source", "target"))
+    require(
+        whole or not pairs, "data.path", str(folder), "a folder with subfolders source and target (with source_prob)"
+    )
+    return VideoFolder(
+        folder / "target" if pairs else folder,
+        sources=folder / "source" if pairs else None,
+        frames=data.frames,
+        height=data.height,
+        width=data.width,
+        fps=data.fps,
+        channels=data.channels,
+        clips_per_file=data.clips_per_file,
+        cut=data.cut if split == "train" else "even",
+        name_captions=data.name_captions,
+        caption_second=data.caption_second,
+        cache_bytes=int(data.cache_gb * 2**30),
+        aspect_multiple=make_codec(config.codec).spatial * config.flow.patch_size if data.mix_aspect else None,
+    )
+
+
+def open_text(config: RunConfig) -> str:
+    """The option of `text` that the captions of the data shall fill (see `with_vocabulary`); "" where there is none."""
+    option = {"words": "vocabulary", "classes": "names"}.get(config.text.get("kind", ""), "")
+    return option if config.text.get(option, ()) is None else ""
+
+
+def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
+    """The configuration with the words or the names of the data's captions, where it leaves them open.
+
+    `text: {kind: words, vocabulary: null}` is filled with every word of the captions, and the longest number of words
+    in one; `text: {kind: classes, names: null}` with the captions themselves. Both are in alphabetical order.
+    `flow.txt_size` and `flow.txt_dim` follow. Any other text is left alone.
+
+    Args:
+        config: of the run.
+        dataset: that it is trained on.
+
+    Raises:
+        ConfigError: the data does not tell its captions, or all are empty.
+    """
+    text, train = config.text, config.train
+    option = open_text(config)
+    if not option:
+        return config
+    if not isinstance(dataset, VideoFolder):
+        raise ConfigError(f"text.{option} is None, expected a list (only a folder of videos can be searched)")
+    chances: dict[CaptionMode, float] = {
+        "extend": train.drop_image,
+        "last": train.last_frame_prob,
+        "v2v": train.source_prob,
+    }
+    kinds: list[tuple[CaptionMode | None, bool]] = [(None, False)]
+    kinds += [(mode, False) for mode, chance in chances.items() if chance]
+    kinds += [(None, True)] if train.image_prob else []
+    captions = [
+        caption_for(config, caption, size=size, mode=mode, image=image)
+        for caption in dataset.captions
+        for mode, image in kinds
+        for size in dataset.sizes
+    ]
+    if option == "names":
+        filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
+        text = {**text, "names": filled, "num_classes": len(filled)}
+    else:
+        words = [split_words(caption, text.get("stop_words", STOP_WORDS)) for caption in captions]
+        filled, size = sorted({word for found in words for word in found}), max(map(len, words))
+        text = {**text, "vocabulary": filled, "size": size}
+    require(bool(filled), f"text.{option}", None, "captions that are not empty in the folder, or data.name_captions")
+    return replace(config, text=text, flow=replace(config.flow, txt_size=size, txt_dim=len(filled)))
+
+
+def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
+    """Codec and text encoder of a run, after checking that everything fits together.
+
+    Raises:
+        ConfigError: options of different parts that contradict each other.
+        ValueError: an option of the codec or the text encoder that is wrong.
+    """
+    flow, data = config.flow, config.data
+    codec = make_codec(config.codec)
+    text = make_text_encoder(config.text) if config.text else None
+    require(
+        flow.in_channels == codec.latent_channels,
+        "flow.in_channels",
+        flow.in_channels,
+        f"the {codec.latent_channels} latent channels of the codec",
+    )
+    require(data.channels == codec.channels, "data.channels", data.channels, f"the {codec.channels} of the codec")
+    multiple = codec.spatial * flow.patch_size
+    for name in ("height", "width"):
+        side = getattr(data, name)
+        require(side % multiple == 0, f"data.{name}", side, f"a multiple of {multiple} (codec times patch)")
+    codec.latent_frames(data.frames)
+    reads = flow.txt_size > 0 or flow.num_classes > 0
+    require(reads == (text is not None), "text", config.text, "a text encoder exactly when flow reads text or classes")
+    if text is not None and flow.num_classes:
+        require(text.dim == flow.num_classes, "flow.num_classes", flow.num_classes, f"the {text.dim} of the encoder")
+    elif text is not None:
+        require(text.dim == flow.txt_dim, "flow.txt_dim", flow.txt_dim, f"the width {text.dim} of the text encoder")
+        require(text.size <= flow.txt_size, "flow.txt_size", flow.txt_size, f"at least the {text.size} of the encoder")
+    return codec, text
+
+
+def source_of(clip: Clip) -> Tensor:
+    """The source of a clip of a pair.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if clip.source is None:
+        raise ConfigError(f"training: clip {clip.name} has no source, expected one with train.source_prob above 0")
+    return clip.source
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A training batch before the codec.
+
+    Args:
+        pixels: (batch, frames, channels, height, width), or (batch, channels, height, width) for images.
+        captions: as the flow reads them.
+        names: of the clips.
+        noise: like the latents, standard normal, the reference's frames first.
+        posterior: the same, for a codec with a posterior.
+        extend: the first latent frame is to be dropped, after noising.
+        reference: like `pixels`, what is encoded by itself and stands before the clip: its last frame or its source.
+    """
+
+    pixels: Tensor
+    captions: list[str]
+    names: list[str]
+    noise: Tensor
+    posterior: Tensor | None
+    extend: bool
+    reference: Tensor | None = None
+
+
+class Batches:
+    """Makes the batch of any step, the next one ahead of time in a thread.
+
+    Args:
+        config: of the run.
+        dataset: of clips.
+        codec: fixes the shape of the noise.
+        rank, size: makes the `rank`-th of `size` equal parts of each batch, which are the same in any run.
+    """
+
+    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec, *, rank: int = 0, size: int = 1) -> None:
+        self._config, self._dataset, self._codec = config, dataset, codec
+        self._rank, self._size = rank, size
+        self._groups = dataset.groups if isinstance(dataset, VideoFolder) else (tuple(range(len(dataset))),)
+        train = config.train
+        for name, count in (("batch_size", train.batch_size), ("image_batch_size", train.image_batch_size)):
+            require(
+                count is None or count % (size * train.accumulate) == 0,
+                f"train.{name}",
+                count,
+                f"a multiple of {size * train.accumulate}: {size} processes times train.accumulate",
+            )
+
+    def make(self, step: int) -> Batch:
+        """The batch of a step, or this part of it; depends on the seed and the step alone."""
+        train, codec = self._config.train, self._codec
+        choose = stream(train.seed, "choose", step)
+        image = choose.random() < train.image_prob
+        count = (train.image_batch_size or train.batch_size) if image else train.batch_size
+        rows = slice(self._rank * count // self._size, (self._rank + 1) * count // self._size)
+        pairs = sample_group(train.seed, step, count, self._groups)[rows]
+        clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
+        pixels, captions = stack_clips(clips)
+        frames = codec.latent_frames(pixels.shape[1])
+        extend = choose.random() < train.drop_image and not image and frames > 1
+        height, width = (side // codec.spatial for side in pixels.shape[-2:])
+        shape: tuple[int, ...] = (len(clips), frames, codec.latent_channels, height, width)
+        if image:
+            pixels = pixels[:, int(choose.integers(pixels.shape[1])) if train.image_frame == "any" else 0]
+            shape = (shape[0], *shape[2:])
+        mode, reference = self._reference(clips, choose) if not image and not extend else (None, None)
+        if reference is not None:
+            shape = (shape[0], codec.latent_frames(reference.shape[1]) + shape[1], *shape[2:])
+        mode = "extend" if extend else mode
+        size = (pixels.shape[-2], pixels.shape[-1])
+        dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
+        return Batch(
+            pixels,
+            [
+                caption_for(self._config, caption, mode=mode, drop=bool(drop), image=image, size=size)
+                for caption, drop in zip(captions, dropped, strict=True)
+            ],
+            [clip.name for clip in clips],
+            draw_batch(train.seed, step, shape, first=rows.start),
+            None if codec.exact else draw_batch(train.seed, step, shape, first=rows.start, purpose="posterior"),
+            extend,
+            reference,
+        )
+
+    def _reference(
+        self, clips: Sequence[Clip], choose: np.random.Generator
+    ) -> tuple[CaptionMode | None, Tensor | None]:
+        """What stands before the clips of a step, if anything, and how captions tell it."""
+        train = self._config.train
+        # The last to be chosen, and only where they can be: what else a seed chooses stays.
+        if train.last_frame_prob > 0 and choose.random() < train.last_frame_prob:
+            return "last", torch.stack([clip.pixels[-1:] for clip in clips])
+        if train.source_prob > 0 and choose.random() < train.source_prob:
+            return "v2v", stack_clips([replace(clip, pixels=source_of(clip)) for clip in clips])[0]
+        return None, None
+
+    def run(self, first: int, end: int) -> Generator[Batch, None, None]:
+        """The batches of the steps `first .. end - 1`."""
+        with ThreadPoolExecutor(1, thread_name_prefix="starflow-batches") as pool:
+            ahead = pool.submit(self.make, first)
+            for step in range(first, end):
+                batch = ahead.result()
+                if step + 1 < end:
+                    ahead = pool.submit(self.make, step + 1)
+                yield batch

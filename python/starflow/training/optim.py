@@ -1,0 +1,143 @@
+"""The two optimisers of the recipe, the averaged weights, and what of them a resumed run needs.
+
+Parameters may be whole or kept in pieces (see `starflow.distributed`): both are updated in place where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from starflow.config import TrainConfig
+from starflow.distributed import local, whole
+from starflow.model import Flow
+
+
+class Optimizer:
+    """AdamW over named parameters with the schedule of the recipe and clipping.
+
+    Args:
+        parameters: name -> parameter.
+        train: the recipe.
+        peak: learning rate after the warm-up.
+        betas: of AdamW.
+
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, peak: float, betas: tuple[float, float]
+    ) -> None:
+        self._names = list(parameters)
+        self._parameters = list(parameters.values())
+        self._train, self._peak = train, peak
+        self._adam = torch.optim.AdamW(
+            self._parameters, lr=peak, betas=betas, weight_decay=train.weight_decay, fused=True
+        )
+        # What AdamW makes at its first step, made here so that a training state can be read into it.
+        for parameter in self._parameters:
+            self._adam.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+
+    def clip(self) -> Tensor:
+        """Clips the gradients; returns their norm before, a scalar."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = whole(nn.utils.get_total_norm(gradients, foreach=True))
+        if self._train.grad_clip > 0:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._train.grad_clip, norm, foreach=True)
+        return norm
+
+    def lr(self, updates: int) -> float:
+        """Learning rate of the update that follows `updates` others."""
+        train = self._train
+        return cosine_lr(updates, warmup=train.warmup_steps, total=train.steps, peak=self._peak, floor=train.min_lr)
+
+    def step(self, updates: int) -> None:
+        """One update at the learning rate of its number."""
+        for group in self._adam.param_groups:
+            group["lr"] = self.lr(updates)
+        self._adam.step()
+
+    def zero_grad(self) -> None:
+        """Drops the gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Moments and step counts by parameter name; they are the optimiser's own, to be read and written."""
+        return {
+            f"{name}/{key}": value
+            for name, parameter in zip(self._names, self._parameters, strict=True)
+            for key, value in self._adam.state[parameter].items()
+        }
+
+
+class Average:
+    """An exponential moving average of everything a flow holds, buffers and denoiser included.
+
+    Early updates count more (decay at most `(1 + n) / (10 + n)` after n updates), so that a short run is not an
+    average over its random start.
+
+    Args:
+        source: the flow that is trained.
+        target: a copy of it, which becomes the average; or the flow itself, which then is its own average.
+        decay: of the average.
+    """
+
+    def __init__(self, source: Flow, target: Flow, decay: float) -> None:
+        self.flow = target if target is source else target.requires_grad_(False).eval()
+        self._decay = decay
+        self._source = _tensors(source)
+        self._target = self._source if target is source else _tensors(target)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begins anew at the current weights."""
+        torch._foreach_copy_(self._target, self._source)
+
+    @torch.no_grad()
+    def update(self, updates: int) -> None:
+        """Takes the current weights in, after `updates` earlier ones."""
+        if self._target is self._source:
+            return
+        decay = min(self._decay, (1 + updates) / (10 + updates))
+        torch._foreach_lerp_(self._target, self._source, 1.0 - decay)
+
+
+def _tensors(flow: Flow) -> list[Tensor]:
+    return [local(tensor.detach()) for tensor in flow.state_dict().values()]
+
+
+def make_optimizers(flow: Flow, train: TrainConfig) -> tuple[Optimizer, Optimizer | None]:
+    """The optimiser of the flow and that of the denoiser, if there is one."""
+    named = dict(flow.named_parameters())
+    denoiser = {name: p for name, p in named.items() if name.startswith("denoiser.")}
+    rest = {name: p for name, p in named.items() if name not in denoiser}
+    main = Optimizer(rest, train, train.lr, (train.beta1, train.beta2))
+    # The published recipe leaves the denoiser's betas at their defaults.
+    second = Optimizer(denoiser, train, train.denoiser_lr, (0.9, 0.999)) if denoiser else None
+    return main, second
+
+
+def cosine_lr(step: int, *, warmup: int, total: int, peak: float, floor: float) -> float:
+    """Linear warm-up, then a cosine to the floor.
+
+    Args:
+        step: scheduler steps taken; 0 before the first update.
+        warmup: steps of warm-up, from min(floor, 1e-6) to `peak`.
+        total: steps of the whole run; the floor is held after it.
+        peak, floor: learning rates.
+
+    Returns:
+        The learning rate of the next update.
+    """
+    if step <= warmup:
+        begin = min(floor, 1e-6)
+        return begin + (peak - begin) * (step / warmup if warmup else 1.0)
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (peak - floor)

@@ -1,0 +1,543 @@
+"""Training: the published recipe, deterministic under a seed, and resumable to the same bits.
+
+Whatever is random in a step (which clips, noise, dropping) follows from the seed and the number of the step, so the
+state of a run is weights, optimiser moments and two counters. One process or the many that `torchrun` starts compute
+the same steps (see `starflow.distributed`).
+
+Reference: Gu et al., STARFlow-V (2025), training details; Gu et al., STARFlow (2025); Zhai et al., TarFlow (2024).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from starflow.codecs import Codec
+from starflow.config import RunConfig, to_mapping
+from starflow.data import ClipDataset, to_frames, write_contact_sheet
+from starflow.distributed import ALONE, World, join
+from starflow.model import STEP, Encoded, Flow, nll_of, score_target
+from starflow.storage import MODEL, latest_state, load_state, read_state, save_model, save_state, saving
+from starflow.text import Features, TextEncoder, caption_for
+from starflow.training.batches import Batch, Batches, make_dataset, make_parts, open_text, source_of, with_vocabulary
+from starflow.training.engine import Engine, shard
+from starflow.training.optim import Average, make_optimizers
+
+__all__ = [
+    "Features",
+    "TrainStep",
+    "Trainer",
+    "TrainingError",
+    "caption_for",
+    "make_dataset",
+    "make_parts",
+    "train",
+]
+
+logger = logging.getLogger(__name__)
+
+# Weight of a batch in the running means of `Flow.track`.
+TRACK_RATE = 0.05
+# Steps in a row without a finite loss before training gives up.
+PATIENCE = 5
+# The published rule of skipping large gradients begins after so many steps.
+SKIP_AFTER = 100
+# Steps between entries of the log.
+LOG_EVERY = 10
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: data or loss that is not finite, or a run that does not fit its folder."""
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """What a step did.
+
+    Args:
+        step: steps done, this one included.
+        loss: negative log-likelihood of the noisy latents, nats per dimension without the constant log(2 pi) / 2.
+        denoiser_loss: mean squared error to the score target; None where the denoiser did not learn.
+        grad_norm, denoiser_grad_norm: before clipping.
+        lr: of the flow.
+        samples_per_second: clips of all processes, over the last steps.
+        skipped: the weights were left alone (loss or gradient not finite, or a gradient above `train.grad_skip`).
+    """
+
+    step: int
+    loss: float
+    denoiser_loss: float | None
+    grad_norm: float
+    denoiser_grad_norm: float | None
+    lr: float
+    samples_per_second: float
+    skipped: bool
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Bits per dimension of the noisy latents' density.
+
+        (loss + log(2 pi) / 2) / log 2: minus log2 of the continuous density, noise included, divided by the dimensions
+        of the latents. With an orthonormal codec that is per pixel and channel of pictures in [-1, 1]. It is not the
+        bits of 8-bit pixels, and negative values are normal.
+        """
+        return (self.loss + 0.5 * math.log(2 * math.pi)) / math.log(2)
+
+
+class Trainer:
+    """A flow in training: the step of the recipe and the state between steps.
+
+    Args:
+        config: of the run.
+        codec: pixels to latents.
+        text: captions to features, or None.
+        device: where the flow lives.
+        world: the processes that train it together; all make the same calls.
+    """
+
+    def __init__(
+        self, config: RunConfig, codec: Codec, text: TextEncoder | None, device: torch.device, world: World = ALONE
+    ) -> None:
+        self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
+        self.features = Features(config.flow, text)
+        with torch.random.fork_rng():
+            torch.manual_seed(config.train.seed)
+            self.flow = Flow(config.flow).to(device).train()
+        # Without an average the weights themselves stand for it.
+        target = copy.deepcopy(self.flow) if config.train.ema else self.flow
+        self.engine = Engine(self.flow, world, config.train.parallel)
+        self._sharded = world.size > 1 and config.train.parallel == "fsdp"
+        if self._sharded and target is not self.flow:
+            shard(target, world)
+        self.average = Average(self.flow, target, config.train.ema)
+        self.optimizer, self.denoiser_optimizer = make_optimizers(self.flow, config.train)
+        self._tracked = [buffer for buffer in self.flow.buffers() if buffer.numel()]
+        self.step = 0
+        self.updates = 0
+        self._bad = 0
+
+    def save(self, folder: Path) -> None:
+        """Writes the training state, and the averaged weights as the model of the run.
+
+        Raises:
+            CheckpointError: either cannot be written; what was there before is left as it was.
+        """
+        about = {
+            "step": self.step,
+            "updates": self.updates,
+            "bad": self._bad,
+            "config": to_mapping(self.config),
+        }
+        tensors = self._tensors(averaged=bool(self.config.train.ema))
+        save_state(folder, self.step, tensors, about, self.world)
+        self.save_model(folder)
+
+    def save_model(self, folder: Path) -> None:
+        """Writes the averaged weights as the model of the run."""
+        state = self.world.whole(self.average.flow.state_dict())
+        if self.world.first:
+            about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
+            save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
+
+    def averaged(self) -> Flow:
+        """The flow with the averaged weights; of weights in pieces a whole copy on the CPU, in the first process.
+
+        The other processes get what they hold.
+        """
+        flow = self.average.flow
+        if not self._sharded:
+            return flow
+        state = self.world.whole(flow.state_dict())
+        if not self.world.first:
+            return flow
+        with torch.device("meta"):
+            flow = Flow(self.config.flow)
+        flow.load_state_dict(state, assign=True)
+        return flow
+
+    def load(self, path: Path) -> None:
+        """Takes a training state up, of any number of processes.
+
+        Args:
+            path: as `latest_state` returns it.
+
+        Raises:
+            CheckpointError: damaged.
+            TrainingError: of a run with another model or codec.
+        """
+        saved = read_state(path)["config"]
+        _check_same_run(saved, to_mapping(self.config), path)
+        averaged = bool(saved["train"]["ema"])
+        about = load_state(path, self._tensors(averaged=averaged and bool(self.config.train.ema)), self.world)
+        if self.config.train.ema and not averaged:
+            self.average.reset()
+        self.step, self.updates, self._bad = about["step"], about["updates"], about["bad"]
+
+    def _tensors(self, *, averaged: bool) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, to be read and written in place."""
+        state: dict[str, Mapping[str, Tensor]] = {
+            "flow": self.flow.state_dict(),
+            "optimizer": self.optimizer.state(),
+        }
+        if averaged:
+            state["average"] = self.average.flow.state_dict()
+        if self.denoiser_optimizer:
+            state["denoiser_optimizer"] = self.denoiser_optimizer.state()
+        return {f"{part}:{name}": value for part, tensors in state.items() for name, value in tensors.items()}
+
+    def run(self, batch: Batch, samples_per_second: Callable[[], float] = lambda: math.nan) -> TrainStep:
+        """One step.
+
+        Args:
+            batch: of this step; of several processes the rows of this one.
+            samples_per_second: asked for the report when the step is done.
+
+        Raises:
+            TrainingError: a clip that is not finite, or too many steps in a row without a finite loss.
+        """
+        lr, scores = self.optimizer.lr(self.updates), self._scores
+        x, y = self._inputs(batch)
+        losses = self._backward(x, y)
+        norm = denoiser_norm = math.nan
+        finite = losses is not None
+        if finite:
+            norm = float(self.optimizer.clip())
+            denoiser_norm = float(self.denoiser_optimizer.clip()) if self.denoiser_optimizer and scores else 0.0
+            finite = math.isfinite(norm) and math.isfinite(denoiser_norm)
+        skip = not finite or self._too_large(max(norm, denoiser_norm))
+        if not skip:
+            self.optimizer.step(self.updates)
+            if self.denoiser_optimizer and scores:
+                self.denoiser_optimizer.step(self.updates)
+            self.average.update(self.updates)
+            self.updates += 1
+        self.optimizer.zero_grad()
+        if self.denoiser_optimizer:
+            self.denoiser_optimizer.zero_grad()
+        self._bad = 0 if finite else self._bad + 1
+        self.step += 1
+        if not finite:
+            logger.warning("step %d: loss or gradient is not finite, step skipped", self.step)
+            if self._bad >= PATIENCE:
+                raise TrainingError(
+                    f"training: the loss was not finite in {PATIENCE} steps in a row, up to step {self.step}; "
+                    "expected a finite loss (lower train.lr, or set flow.soft_clip and train.grad_clip)"
+                )
+        nll, denoiser_loss = losses if losses is not None else (math.nan, math.nan)
+        return TrainStep(
+            self.step,
+            nll,
+            denoiser_loss if scores else None,
+            norm,
+            denoiser_norm if scores else None,
+            lr,
+            samples_per_second(),
+            skip,
+        )
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Noisy latents and what the flow reads beside them."""
+        train = self.config.train
+        with torch.no_grad():
+            posterior = batch.posterior
+            if posterior is not None:
+                posterior = posterior.to(self.device)
+            pixels = batch.pixels.to(self.device)
+            if batch.reference is None:
+                latents = self.codec.encode(pixels, noise=posterior)
+            else:
+                parts = (batch.reference.to(self.device), pixels)
+                sizes = [self.codec.latent_frames(part.shape[1]) for part in parts]
+                draws = (None, None) if posterior is None else posterior.split(sizes, 1)
+                encoded = [self.codec.encode(part, noise=draw) for part, draw in zip(parts, draws, strict=True)]
+                latents = torch.cat(encoded, 1)
+            finite = torch.isfinite(latents).flatten(1).all(1).tolist()
+            if not all(finite):
+                raise TrainingError(
+                    f"training: clip {batch.names[finite.index(False)]} holds NaN or infinity, expected finite pixels"
+                )
+            x = latents.float() + train.noise_std * batch.noise.to(self.device)
+            if batch.extend:
+                x = x[:, 1:]
+        y = self.features(batch.captions)
+        return x, None if y is None else y.to(self.device)
+
+    def _backward(self, x: Tensor, y: Tensor | None) -> tuple[float, float] | None:
+        """Gradients of a batch, part by part: both losses, or None where one is not finite."""
+        train, flow, engine = self.config.train, self.flow, self.engine
+        weight = train.noise_std / STEP if train.cond_noise_level else 1.0
+        parts = train.accumulate
+        texts = [None] * parts if y is None else y.chunk(parts)
+        total = denoiser_total = 0.0
+        denoiser = engine.denoiser if self._scores else None
+        for index, (part, text) in enumerate(zip(x.chunk(parts), texts, strict=True), start=1):
+            part = part.detach().requires_grad_(denoiser is not None)
+            with engine.accumulating(last=index == parts):
+                with self._autocast():
+                    encoded = engine.encode(part, text)
+                    nll = nll_of(encoded).mean()
+                loss = weight * nll / parts
+                # All processes go on or none: a gradient is waited for by all.
+                if not math.isfinite(value := self.world.mean(float(nll.detach()))):
+                    return None
+                total += value / parts
+                gradient = self._flow_backward(loss, self._penalty(encoded) / parts, part)
+                flow.track(encoded, TRACK_RATE)
+                if denoiser is not None and gradient is not None:
+                    target = score_target(gradient * parts, train.noise_std)
+                    with self._autocast():
+                        prediction = denoiser(part.detach(), text if flow.config.conditional_denoiser else None)
+                        denoiser_loss = F.mse_loss(prediction.float(), target)
+                    (denoiser_loss / parts).backward()
+                    denoiser_total += float(denoiser_loss.detach()) / parts
+        # Means of each process's rows so far; running means are linear, so theirs are those of the batch.
+        self.world.average(self._tracked)
+        denoiser_total = self.world.mean(denoiser_total)
+        return (total, denoiser_total) if math.isfinite(denoiser_total) else None
+
+    def _penalty(self, encoded: Encoded) -> Tensor | float:
+        weight = self.config.train.latent_norm_regularization
+        if not weight:
+            return 0.0
+        squares = [latent.square().mean() for latent in encoded.latents[:-1]]
+        return weight * torch.stack(squares).sum()
+
+    @staticmethod
+    def _flow_backward(loss: Tensor, penalty: Tensor | float, x: Tensor) -> Tensor | None:
+        """Gradients of loss and penalty; returns that of the loss by `x`, where `x` asks for one."""
+        gradient = None
+        if x.requires_grad and isinstance(penalty, Tensor):
+            # By itself: the score target is the gradient of the likelihood alone.
+            (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
+        (loss + penalty).backward()
+        return x.grad if gradient is None else gradient
+
+    @property
+    def _scores(self) -> bool:
+        """Whether the denoiser learns in this step."""
+        return self.flow.denoiser is not None and self.step % self.config.train.denoiser_every == 0
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
+
+    def _too_large(self, norm: float) -> bool:
+        train = self.config.train
+        limit = train.grad_skip * train.grad_clip
+        return limit > 0 and self.step >= SKIP_AFTER and norm > limit
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = True,
+    on_step: Callable[[TrainStep], None] | None = None,
+    quiet: bool = False,
+    dataset: ClipDataset | None = None,
+    device: str | torch.device | None = None,
+) -> Flow:
+    """Trains a flow, in this process or in those that `torchrun` starts, each of which calls this.
+
+    A run that was interrupted or killed goes on from its last checkpoint and ends with the same bits as one that was
+    not; with another number of processes, with the same numbers up to rounding. Ctrl-C ends the step, writes a
+    checkpoint and raises KeyboardInterrupt; a second Ctrl-C does not wait.
+
+    Args:
+        config: of the run.
+        folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
+            TensorBoard log `log`.
+        resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
+        on_step: called after each step, in every process.
+        quiet: no progress bar.
+        dataset: in place of the one that the config names.
+        device: default CUDA where there is one, else the CPU.
+
+    Returns:
+        The flow with the averaged weights, in eval mode (with `train.parallel` "fsdp" whole in the first process, on
+        the CPU, and in pieces in the others).
+
+    Raises:
+        ConfigError: options that contradict each other.
+        TrainingError: data or losses that are not finite, or a folder that holds another run.
+        CheckpointError: a checkpoint that cannot be written or read.
+        DistributedError: another process of the run stopped.
+
+    Reference: Gu et al., STARFlow-V (2025), training details.
+    """
+    with join(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))) as world:
+        return _train(config, folder, world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    *,
+    resume: bool,
+    on_step: Callable[[TrainStep], None] | None,
+    quiet: bool,
+    dataset: ClipDataset | None,
+) -> Flow:
+    if open_text(config):
+        dataset = make_dataset(config) if dataset is None else dataset
+        config = with_vocabulary(config, dataset)
+    codec, text = make_parts(config)
+    dataset = make_dataset(config) if dataset is None else dataset
+    batches = Batches(config, dataset, codec, rank=world.rank, size=world.size)
+    last = world.share(lambda: latest_state(folder))
+    if last is not None and not resume:
+        raise TrainingError(
+            f"training: {folder} holds a run up to {last.name}, expected an empty folder (resume is off)"
+        )
+    trainer = Trainer(config, codec, text, world.device, world)
+    if last is not None:
+        trainer.load(last)
+        logger.info("going on from step %d", trainer.step)
+        if trainer.step > config.train.steps:
+            raise TrainingError(
+                f"training: train.steps is {config.train.steps}, expected at least {trainer.step}: {folder} was "
+                "trained so far"
+            )
+    recipe = config.train
+    speed = _Speed(recipe.batch_size)
+    with ExitStack() as stack:
+        log = None
+        if world.first:
+            with saving(folder / "config.yaml", "config") as temporary:
+                temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
+            log = stack.enter_context(SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1))
+        interrupted = stack.enter_context(_deferred_interrupt())
+        hidden = quiet or not world.first
+        bar = stack.enter_context(tqdm(total=recipe.steps, initial=trainer.step, disable=hidden, unit="step"))
+        for batch in stack.enter_context(closing(batches.run(trainer.step, recipe.steps))):
+            done = trainer.run(batch, speed)
+            bar.set_postfix_str(
+                f"{done.bits_per_dim:.3f} bits/dim, {done.samples_per_second:.1f} clips/s", refresh=False
+            )
+            bar.update()
+            end = done.step == recipe.steps
+            if log is not None and (end or done.step % LOG_EVERY == 0):
+                _write_log(log, done)
+            if on_step is not None:
+                on_step(done)
+            stop = world.any(interrupted.is_set())
+            if end or stop or _due(done.step, recipe.checkpoint_every):
+                trainer.save(folder)
+            if _due(done.step, recipe.sample_every):
+                _write_samples(trainer, folder, dataset)
+            if stop and not end:
+                raise KeyboardInterrupt
+    trainer.save_model(folder)
+    return trainer.averaged().requires_grad_(False).eval()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _write_log(log: SummaryWriter, done: TrainStep) -> None:
+    scalars = {
+        "loss/bits_per_dim": done.bits_per_dim,
+        "loss/denoiser": done.denoiser_loss,
+        "gradient/flow": done.grad_norm,
+        "gradient/denoiser": done.denoiser_grad_norm,
+        "lr": done.lr,
+        "samples_per_second": done.samples_per_second,
+    }
+    for name, value in scalars.items():
+        if value is not None:
+            log.add_scalar(name, value, done.step)
+
+
+def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None:
+    """Samples of the averaged weights: the same noise each time, so that progress can be seen.
+
+    Of pairs: what becomes of the first sources of the data, each before its row.
+    """
+    from starflow.sampling import Pipeline
+
+    config, flow = trainer.config, trainer.averaged()
+    if not trainer.world.first:
+        return
+    pipeline = Pipeline(flow, config, trainer.codec, trainer.text, device=trainer.device)
+    if config.train.source_prob:
+        clips = [dataset.item(index) for index in range(min(4, len(dataset)))]
+        prompts = tuple(clip.caption if trainer.text is not None else "" for clip in clips)
+        sources = torch.stack([source_of(clip) for clip in clips])
+        made = pipeline.sample(prompts, seed=config.train.seed, source=sources).pixels
+        shown = torch.cat([sources, made], 1)
+    else:
+        prompts = config.sample.prompts or ("",) * 4
+        shown = pipeline.sample(prompts, seed=config.train.seed).pixels
+    target = folder / "samples" / f"step-{trainer.step:08d}.png"
+    target.parent.mkdir(exist_ok=True)
+    write_contact_sheet(target, [to_frames(clip) for clip in shown], list(prompts))
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM set the event, once; the second time they act as usual. Only in the main thread."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        asked.set()
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
+    """A state fits its own model only; other options may change, with a line in the log."""
+    changed = [
+        f"{section}.{name} was {old!r}, is {options[name]!r}"
+        for section, options in given.items()
+        for name, old in saved.get(section, {}).items()
+        if name in options and options[name] != old
+    ]
+    fatal = [line for line in changed if line.startswith(("flow.", "codec.", "text."))]
+    if fatal:
+        raise TrainingError(f"training: {path} belongs to another model: {'; '.join(fatal)}")
+    if changed:
+        logger.warning("options changed since %s: %s", path.name, "; ".join(changed))
+
+
+class _Speed:
+    """Clips a second, averaged over about ten steps."""
+
+    def __init__(self, batch: int) -> None:
+        self._batch = batch
+        self._last = time.perf_counter()
+        self._seconds: float | None = None
+
+    def __call__(self) -> float:
+        now = time.perf_counter()
+        taken, self._last = now - self._last, now
+        self._seconds = taken if self._seconds is None else 0.9 * self._seconds + 0.1 * taken
+        return self._batch / self._seconds
