@@ -11,60 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from starflow import Chunks, Sequential, Window, decode, noise
+from starflow import decode, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
 from starflow.sampling import Pipeline
-from starflow.solver import NotFiniteError, parse_solver, solver_text
+from starflow.solver import NotFiniteError, parse_solver
 
 PROMPT = "a three moving up"
-# As in conftest.
+# As in tests/pipelines.py.
 FRAMES, SIZE = 4, 16
 
 Configure = Callable[..., RunConfig]
 Build = Callable[[RunConfig], Pipeline]
-
-
-@pytest.mark.parametrize(
-    "text, schedule",
-    [
-        ("sequential", Sequential()),
-        ("chunks", Chunks()),
-        ("chunks:8", Chunks(block=8)),
-        ("chunks:8:1e-5", Chunks(block=8, threshold=1e-5)),
-        ("window", Window()),
-        ("window:auto:0.1", Window(tolerance=0.1)),
-        ("window:16", Window(size=16)),
-        ("window:16:0", Window(size=16, tolerance=0.0)),
-    ],
-)
-def test_solver_text(text: str, schedule: object) -> None:
-    assert parse_solver(text) == schedule
-    assert parse_solver(solver_text(parse_solver(text))) == schedule
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("windows", "solver is 'windows', expected \"sequential\""),
-        ("sequential:3", "solver is 'sequential:3', expected"),
-        ("window:x", "an integer, then a number"),
-        ("window:8:0.1:2", "solver is 'window:8:0.1:2'"),
-        ("window:8:nan", "a number >= 0"),
-        ("window:8:-1", "a number >= 0"),
-        ("window:0", "window size is 0"),
-        ("chunks:0", "block is 0"),
-    ],
-)
-def test_wrong_solver_text(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match="solver") as caught:
-        parse_solver(text)
-    assert message in str(caught.value)
-
-
-def test_certificate_of_chunks_is_refused() -> None:
-    with pytest.raises(ValueError, match='expected "window" or "sequential"'):
-        parse_solver("chunks", certificate=True)
 
 
 def test_same_seed_same_bits(pipeline: Pipeline) -> None:
