@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,11 +18,12 @@ import torch
 
 import starflow.data
 from starflow.cli import main
-from starflow.cli.options import make_config
+from starflow.cli.main import make_parser
+from starflow.cli.options import make_config, sample_options_of
 from starflow.config import ConfigError, RunConfig
 from starflow.data import probe, read_image, read_video, write_video
 from starflow.model import Flow
-from starflow.sampling import Pipeline
+from starflow.sampling import Pipeline, SampleOptions
 from starflow.storage import published_state
 
 PROMPT = "a three moving up"
@@ -369,3 +371,10 @@ def test_help_is_a_manual(command: str, capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     assert "example" in said
     assert "None" not in said
+
+
+def test_the_options_of_sample_are_those_of_python() -> None:
+    args = make_parser().parse_args(["sample", "m", "p", "--size", "8x4", "--sink-frames", "1", "--fps", "2"])
+    assert sample_options_of(args).to_mapping() == {"size": (8, 4), "fps": 2.0, "sink_frames": 1}
+    shown = {option.name for option in dataclasses.fields(SampleOptions)} - {"seeds"}
+    assert shown <= set(vars(args))

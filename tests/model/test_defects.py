@@ -9,7 +9,7 @@ from torch import Tensor
 from starflow import Chunks, Flow, Guidance, Sequential, Window, decode
 from starflow.training.optim import cosine_lr
 
-from .models import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
+from ..flows import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
 
 EXACT = Window(size=7, tolerance=0.0)
 

@@ -11,7 +11,7 @@ from starflow.model import STEP, Denoiser, score_target, tweedie_step
 from starflow.sampling import score_denoise
 from starflow_ext.block_attention import FrameMask, block_attention
 
-from .models import VIDEO, condition, latents, make_flow
+from ..flows import VIDEO, condition, latents, make_flow
 
 OPTIONS = VIDEO | {"learnable_self_denoiser": True, "conditional_denoiser": True}
 

@@ -12,63 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from starflow import Chunks, Sequential, Window, decode, noise
-from starflow.cli.main import make_parser
-from starflow.cli.options import sample_options_of
+from starflow import Window, decode, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
 from starflow.sampling import Pipeline, SampleOptions
 from starflow.sampling.options import option_help
-from starflow.solver import NotFiniteError, parse_solver, solver_text
+from starflow.solver import NotFiniteError, parse_solver
 
 PROMPT = "a three moving up"
-# As in conftest.
+# As in tests/pipelines.py.
 FRAMES, SIZE = 4, 16
 
 Configure = Callable[..., RunConfig]
 Build = Callable[[RunConfig], Pipeline]
-
-
-@pytest.mark.parametrize(
-    "text, schedule",
-    [
-        ("sequential", Sequential()),
-        ("chunks", Chunks()),
-        ("chunks:8", Chunks(block=8)),
-        ("chunks:8:1e-5", Chunks(block=8, threshold=1e-5)),
-        ("window", Window()),
-        ("window:auto:0.1", Window(tolerance=0.1)),
-        ("window:16", Window(size=16)),
-        ("window:16:0", Window(size=16, tolerance=0.0)),
-    ],
-)
-def test_solver_text(text: str, schedule: object) -> None:
-    assert parse_solver(text) == schedule
-    assert parse_solver(solver_text(parse_solver(text))) == schedule
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("windows", "solver is 'windows', expected \"sequential\""),
-        ("sequential:3", "solver is 'sequential:3', expected"),
-        ("window:x", "an integer, then a number"),
-        ("window:8:0.1:2", "solver is 'window:8:0.1:2'"),
-        ("window:8:nan", "a number >= 0"),
-        ("window:8:-1", "a number >= 0"),
-        ("window:0", "window size is 0"),
-        ("chunks:0", "block is 0"),
-    ],
-)
-def test_wrong_solver_text(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match="solver") as caught:
-        parse_solver(text)
-    assert message in str(caught.value)
-
-
-def test_certificate_of_chunks_is_refused() -> None:
-    with pytest.raises(ValueError, match='expected "window" or "sequential"'):
-        parse_solver("chunks", certificate=True)
 
 
 def test_same_seed_same_bits(pipeline: Pipeline) -> None:
@@ -325,16 +281,13 @@ def test_an_option_that_does_not_exist(pipeline: Pipeline) -> None:
         pipeline.sample(PROMPT, guidence=2.0)
 
 
-def test_options_are_declared_once(model: Path) -> None:
-    """Signature, command line, documentation and json follow from the fields of `SampleOptions`."""
+def test_options_are_declared_once() -> None:
+    """Signatures, documentation and json follow from the fields of `SampleOptions`."""
     names = [option.name for option in dataclasses.fields(SampleOptions)]
     for method in (Pipeline.sample, Pipeline.session):
         keywords = [p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
         assert [keyword.name for keyword in keywords] == names
     assert list(option_help()) == names
-    args = make_parser().parse_args(["sample", "m", "p", "--size", "8x4", "--sink-frames", "1", "--fps", "2"])
-    asked = sample_options_of(args)
-    assert asked.to_mapping() == {"size": (8, 4), "fps": 2.0, "sink_frames": 1}
     assert SampleOptions().to_mapping() == {}
     given = SampleOptions(image=torch.zeros(1, 4, 4), video=None, solver=Window(8, 0.5))
     assert given.to_mapping() == {"image": "tensor [1, 4, 4]", "solver": "window:8:0.5"}

@@ -17,7 +17,7 @@ from starflow.model import to_sequence
 from starflow.solver import BlockDecoder, NotFiniteError, Schedule, SolveReport, break_even, certify
 from starflow.solver.loop import invert
 
-from .models import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
+from ..flows import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
 
 MODELS = {
     "video": make_flow(VIDEO),

@@ -17,7 +17,7 @@ from starflow.sampling import Denoising, Frames, Session
 from starflow.solver import BlockDecoder, Conditions, Decoding, NotFiniteError, Schedule, Span, checked
 from starflow.solver.loop import Inversion
 
-from .models import CASES, VIDEO, condition, latents, make_flow, null
+from ..flows import CASES, VIDEO, condition, latents, make_flow, null
 
 # Latents of 4 channels: pixels in blocks of 2 x 2.
 PIXELS = VIDEO | {"in_channels": 4, "learnable_self_denoiser": True, "conditional_denoiser": True}

@@ -11,7 +11,7 @@ from starflow.model import to_grid, to_sequence
 from starflow.solver import BlockDecoder
 from starflow.solver.loop import invert
 
-from .models import CASES, VIDEO, condition, latents, make_flow, null
+from ..flows import CASES, VIDEO, condition, latents, make_flow, null
 
 EXACT = Window(size=9, tolerance=0.0)
 WINDOWED = make_flow(VIDEO | {"local_attn_window": 3})
