@@ -153,7 +153,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 def add_sample_options(parser: argparse.ArgumentParser) -> None:
     """Adds the fields of `SampleOptions`, under their headings."""
-    from starflow.sampling.options import SampleOptions, option_help, option_kinds
+    from starflow.sampling import SampleOptions, option_help, option_kinds
 
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(SampleOptions):

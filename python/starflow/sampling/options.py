@@ -127,7 +127,10 @@ class SampleOptions:
         if self.size is not None and len(self.size) != 2:
             raise ValueError(f"sample: size is {self.size}, expected a height and a width")
         if isinstance(self.solver, str):
-            parse_solver(self.solver, certificate=self.certificate)
+            try:
+                parse_solver(self.solver, certificate=self.certificate)
+            except ValueError as error:
+                raise ValueError(f"sample: {error}") from None
         self._check_given()
 
     def _check_given(self) -> None:
