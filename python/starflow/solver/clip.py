@@ -93,7 +93,7 @@ class Decoding:
     Args:
         flow: in eval mode.
         shape: of a frame of all clips, (batch, channels, height, width).
-        conditions: text, and how to solve, as `starflow.solver.decode.checked` returns them.
+        conditions: text, and how to solve, as `starflow.solver.checked` returns them.
         span: of the deep block.
         known: what enters each block at given frames (`Flow.known`); they are not returned. None without.
         renew: makes the context of a new window; None takes what the deep block made.
