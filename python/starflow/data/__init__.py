@@ -12,7 +12,7 @@ from starflow.data.clips import (
     to_frames,
     to_pixels,
 )
-from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
+from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, Motion, MovingDigits
 from starflow.data.video import (
     VideoError,
     VideoInfo,
@@ -37,6 +37,7 @@ __all__ = [
     "Clip",
     "ClipDataset",
     "DigitJudge",
+    "Motion",
     "MovingDigits",
     "VideoError",
     "VideoFolder",
