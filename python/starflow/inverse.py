@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from starflow import solver
-from starflow.solver import Schedule, SolveReport, Window, places, token_numbers
+from starflow.solver import Schedule, SolveReport, Window
+from starflow_ext.window_sweep import places, token_numbers
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 

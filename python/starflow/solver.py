@@ -19,7 +19,6 @@ Jacobi iteration; Gu et al., STARFlow-V (2025), for chunks; the acceptance rule 
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -37,6 +36,7 @@ from torch.nn import functional as F
 
 from starflow.files import write_text
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
+from starflow_ext.window_sweep import WILD, WindowProgress, sweep_window
 
 
 class AffineMaps(Protocol):
@@ -230,24 +230,8 @@ class _Progress:
     accepted: list[int] = field(default_factory=list)
     passes: list[int] = field(default_factory=list)
     window: int = 1
-
-
-@dataclass
-class _At:
-    """Where a solve stands, beside x: what it can go on from.
-
-    Attributes:
-        frontier: first token of each sample that is not final.
-        fresh: first token of each sample that was never evaluated.
-        kept: the network's last outputs; None before the first.
-    """
-
-    frontier: list[int]
-    fresh: list[int]
-    kept: _Kept | Tensor | None = None
-
-    def clone(self) -> _At:
-        return _At(list(self.frontier), list(self.fresh), None if self.kept is None else self.kept.clone())
+    # Of the last evaluation; guesses are made by maps of the same kind.
+    maps: AffineMaps | None = None
 
 
 # Sweeps of a native call: few enough to be interrupted in between.
@@ -294,8 +278,8 @@ class Solve:
         self._size = 1
         if isinstance(schedule, Window):
             self._size = schedule.size or model.default_window(known.shape[0], self._first)
-        self._at = _At([self._first] * known.shape[0], [self._first] * known.shape[0])
-        self._before_the_end: tuple[_At, Tensor] | None = None
+        self._at = WindowProgress([self._first] * known.shape[0], [self._first] * known.shape[0])
+        self._before_the_end: tuple[WindowProgress, Tensor] | None = None
         self._more = False
         self._progress = _Progress()
 
@@ -346,8 +330,8 @@ class Solve:
         if isinstance(self._schedule, Window):
             guess = self._model.initial_guess(self._z[:, new:])
             # A token that is final at its first evaluation is compared with its guess.
-            self._x[:, new + 1 :] = torch.where(guess.abs() < _WILD, guess, self._z[:, new:])
-        if isinstance(self._at.kept, Tensor):
+            self._x[:, new + 1 :] = torch.where(guess.abs() < WILD, guess, self._z[:, new:])
+        if self._at.kept is not None:
             self._at.kept = F.pad(self._at.kept, (0, 0, 0, z.shape[1]))
         self._more = more
 
@@ -463,7 +447,7 @@ def _not_finite(what: str, sample: int, token: int) -> NotFiniteError:
     )
 
 
-def _token(model: Autoregressive, x: Tensor, z: Tensor, at: _At, progress: _Progress) -> None:
+def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, progress: _Progress) -> None:
     """One token, of all samples."""
     token = at.frontier[0]
     affine = model.evaluate(x[:, token : token + 1], token)
@@ -475,7 +459,9 @@ def _token(model: Autoregressive, x: Tensor, z: Tensor, at: _At, progress: _Prog
     at.frontier = [token + 1] * z.shape[0]
 
 
-def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: _At, progress: _Progress) -> None:
+def _chunk(
+    model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: WindowProgress, progress: _Progress
+) -> None:
     """One chunk, of all samples."""
     frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
     # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
@@ -507,7 +493,7 @@ def _window(
     size: int,
     tolerance: float,
     most_sweeps: int,
-    at: _At,
+    at: WindowProgress,
     progress: _Progress,
 ) -> None:
     """Sweeps of the window, at most so many in native code and one in plain torch."""
@@ -517,7 +503,7 @@ def _window(
         _sweep(model, x, z, first, size, tolerance, at, progress)
         return
     done = native.begin(x, first)
-    if isinstance(at.kept, Tensor):
+    if at.kept is not None:
         frontier, fresh = (torch.tensor(tokens, device=x.device) for tokens in (at.frontier, at.fresh))
         done = SolveProgress(x, frontier, fresh, at.kept)
     count = native.sweep(done, z, first, size, tolerance, most_sweeps)
@@ -535,127 +521,38 @@ def _sweep(
     first: int,
     size: int,
     tolerance: float,
-    at: _At,
+    at: WindowProgress,
     progress: _Progress,
 ) -> None:
     """One sweep of the window in plain torch."""
-    # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
-    batch, total, frontier = z.shape[0], z.shape[1], at.frontier
-    low = min(frontier)
-    width = min(size, total - low)
-    # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
-    # cached of them stays, so that a sample does not depend on the batch that it is in.
-    starts = [low] * batch if low + width == total else [min(token, total - width) for token in frontier]
-    again = starts != frontier
-    here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
-    if isinstance(at.kept, _Kept) and max(starts) + width > min(at.fresh):
-        at.kept.guess_(x, z, starts, width, at.fresh)
-    _tame_(x, z, here, starts, width, frontier)
-    begin = starts[0] if _together(starts) else torch.tensor(starts, device=z.device)
-    final = torch.tensor(frontier, device=z.device) if again else None
-    affine = model.evaluate(x[here], begin, final)
-    moved = x[after].clone()
-    change = affine.update_(moved, z[here])
-    accepted = change < tolerance
-    if final is not None:
-        done = token_numbers(starts, width, z.device) < final[:, None]
-        moved = torch.where(done[..., None], x[after], moved)
-        accepted |= done
-    x[after] = moved
-    if model.frame_tokens < model.tokens - first:
-        if at.kept is None:
-            at.kept = _Kept(affine, first, model.frame_tokens, batch, model.tokens)
-        assert isinstance(at.kept, _Kept)
-        at.kept.keep(affine, here)
-    if min(at.fresh) < max(starts) + width:
-        at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
-    # A token is final when all before it in the window moved less than the tolerance; NaN never does.
-    settled = accepted.cumprod(1).sum(1)
-    reached: list[int] = (settled.add_(1).clamp_(max=width) + begin).tolist()
-    if not math.isfinite(float(change.amax())):
-        # Of what is accepted only the last token can be other than finite: those before it moved by a number.
-        for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
-            if not math.isfinite(float(change[sample, token - 1 - start])):
-                raise _not_finite("solution", sample, token - 1)
-    progress.rows += batch * width
-    progress.accepted.append(sum(reached) - sum(frontier))
-    at.frontier = reached
+    affine = progress.maps
 
+    def evaluate(previous: Tensor, start: int | Tensor, final: Tensor | None) -> Tensor:
+        nonlocal affine
+        affine = model.evaluate(previous, start, final)
+        return affine.raw
 
-# Indices of a window in (batch, tokens, ...).
-Places = tuple[slice, slice] | tuple[Tensor, Tensor]
+    def update_(tokens: Tensor, noise: Tensor, raw: Tensor, numbers: Tensor) -> Tensor:
+        assert affine is not None
+        return affine.like(raw).update_(tokens, noise)
 
-
-def _together(starts: list[int]) -> bool:
-    """Whether all samples start at one token."""
-    return starts.count(starts[0]) == len(starts)
-
-
-def places(starts: list[int], width: int, device: torch.device) -> Places:
-    """Indices of `width` tokens from `starts` on, one for each sample: slices where all start together."""
-    if _together(starts):
-        return slice(None), slice(starts[0], starts[0] + width)
-    return torch.arange(len(starts), device=device)[:, None], token_numbers(starts, width, device)
-
-
-def token_numbers(starts: list[int], width: int, device: torch.device) -> Tensor:
-    """Numbers of the tokens of a window, (batch, width); (1, width) where all start together."""
-    if _together(starts):
-        return torch.arange(starts[0], starts[0] + width, device=device)[None]
-    return torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-
-
-# Provisional tokens beyond this are divergence, not data.
-_WILD = 1e6
-
-
-def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, frontier: list[int]) -> None:
-    """Replaces what is read of tokens that are not final, where it is not finite or far off, by their noise.
-
-    A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
-    guess.
-    """
-    read = x[here]
-    size = read.abs()
-    if float(size.amax()) < _WILD:
-        return
-    tokens = token_numbers(starts, width, z.device)
-    provisional = tokens > torch.tensor(frontier, device=z.device)[:, None]
-    noise = z[torch.arange(len(starts), device=z.device)[:, None], (tokens - 1).clamp(min=0)]
-    x[here] = torch.where(provisional[..., None] & ~(size < _WILD), noise, read)
-
-
-class _Kept:
-    """The network's last output for each token, from which tokens one frame later are guessed."""
-
-    def __init__(self, affine: AffineMaps, first: int, frame: int, batch: int, total: int) -> None:
-        self._like, self._first, self._frame = affine, first, frame
-        self._raw = affine.raw.new_zeros(affine.raw.shape[0] // batch, batch, total, affine.raw.shape[-1])
-
-    def clone(self) -> _Kept:
-        """A copy that later sweeps leave alone."""
-        copied = copy.copy(self)
-        copied._raw = self._raw.clone()
-        return copied
-
-    def keep(self, affine: AffineMaps, here: Places) -> None:
-        halves = affine.raw.view(self._raw.shape[0], self._raw.shape[1], *affine.raw.shape[1:])
-        for kept, raw in zip(self._raw, halves, strict=True):
-            kept[here] = raw
-
-    def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
-        """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
-        tokens = token_numbers(starts, width, z.device)
-        ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
-        source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame
-        wanted = (ahead >= 0) & (source >= self._first)
-        if not bool(wanted.any()):
-            return
-        rows = torch.arange(len(starts), device=z.device)[:, None]
-        raw = self._raw[:, rows, source.clamp(min=0)].flatten(0, 1)
-        guess = x[rows, tokens + 1]
-        self._like.like(raw).update_(guess, z[rows, tokens])
-        x[rows, tokens + 1] = torch.where(wanted[..., None], guess, x[rows, tokens + 1])
+    done = sweep_window(
+        evaluate,
+        update_,
+        x,
+        z,
+        at,
+        first=first,
+        frame_tokens=model.frame_tokens,
+        size=size,
+        tolerance=tolerance,
+        guesses=model.frame_tokens < model.tokens - first,
+    )
+    progress.maps = affine
+    progress.rows += done.rows
+    progress.accepted.append(done.accepted)
+    if done.bad is not None:
+        raise _not_finite("solution", *done.bad)
 
 
 # A call of this many rows is past the break-even on every machine seen, so its time is arithmetic.
