@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from typing import Final, Literal
 
 import torch
@@ -28,10 +29,11 @@ _ABSENT: Final = torch.empty(0)
 
 # In which order the native ops take the numbers and tensors of a block, by name.
 _BLOCK_SIZES: Final = tuple(native.orders()["block_sizes"])
-_BLOCK_TENSORS: Final = tuple(native.orders()["block_tensors"])
-_LAYER_TENSORS: Final = tuple(native.orders()["layer_tensors"])
+_sizes_in_order: Final = itemgetter(*_BLOCK_SIZES)
+_block_in_order: Final = itemgetter(*native.orders()["block_tensors"])
+_layer_in_order: Final = itemgetter(*native.orders()["layer_tensors"])
 
-Named = Mapping[str, Tensor | None]
+Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +45,8 @@ class PackedLinear:
 
     def named(self, name: str) -> Named:
         """Return panels, column scale and bias by name, for a block in which it is called ``name``."""
-        return {name: self.weight.panels, f"{name}.column_scale": self.weight.column_scale, f"{name}.bias": self.bias}
+        parts = {name: self.weight.panels, f"{name}.column_scale": self.weight.column_scale, f"{name}.bias": self.bias}
+        return _present(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +90,7 @@ class LayerWeights:
             found |= (
                 dict.fromkeys((name, f"{name}.column_scale", f"{name}.bias")) if linear is None else linear.named(name)
             )
-        return found
+        return _present(found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +125,27 @@ class BlockWeights:
     def named(self) -> Named:
         """The tensors beside the layers, by the names of csrc/ops/jacobi_sweep/sweep_order.h."""
         own = {"start_token": self.start_token, "final_norm.weight": self.final_norm}
-        return {**own, **self.proj_in.named("proj_in"), **self.proj_out.named("proj_out")}
+        return {**_present(own), **self.proj_in.named("proj_in"), **self.proj_out.named("proj_out")}
 
     @cached_property
     def layer_tensors(self) -> tuple[Tensor, ...]:
         """The tensors of all layers, as the native ops take them."""
-        return tuple(tensor for layer in self.layers for tensor in _in_order(_LAYER_TENSORS, layer.named()))
+        return tuple(tensor for layer in self.layers for tensor in _layer_in_order(layer.named()))
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """The numbers of the network, by the names of csrc/ops/jacobi_sweep/sweep_order.h."""
+        width, channels = self.proj_in.weight.shape
+        return {
+            "channels": channels,
+            "width": width,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden": self.layers[0].up.weight.out_channels if self.layers else 1,
+            "out_channels": self.proj_out.weight.out_channels,
+            "norm": NORM_KINDS["none" if self.norm is None else self.norm],
+        }
 
     @property
     def nbytes(self) -> int:
@@ -253,7 +271,7 @@ class BlockState:
     def named(self) -> Named:
         """The tensors beside the caches, by the names of csrc/ops/jacobi_sweep/sweep_order.h."""
         query, key = self.query_rotation, self.key_rotation
-        return {
+        given = {
             "position": self.position,
             "condition": self.condition,
             "query_cos": None if query is None else query.cos,
@@ -262,6 +280,7 @@ class BlockState:
             "key_sin": None if key is None else key.sin,
             "temperature": self.temperature,
         }
+        return _present(given)
 
     def select(self, rows: Tensor) -> BlockState:
         """Return copies of some rows of the caches, with what is added to them."""
@@ -313,9 +332,9 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _in_order(names: Sequence[str], named: Named) -> list[Tensor]:
-    """The tensors as the native ops take them: what is absent is empty."""
-    return [_ABSENT if (tensor := named[name]) is None else tensor for name in names]
+def _present(named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """What is absent is empty, as the native ops take it."""
+    return {name: _ABSENT if tensor is None else tensor for name, tensor in named.items()}
 
 
 def product_input_of(op: str, weights: BlockWeights, product_input: ProductInput | None) -> int:
@@ -330,25 +349,12 @@ def product_input_of(op: str, weights: BlockWeights, product_input: ProductInput
 
 def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:
     """Return the tensors of a block as the native ops take them."""
-    return [*_in_order(_BLOCK_TENSORS, {**weights.named, **state.named}), *weights.layer_tensors]
+    return [*_block_in_order({**weights.named, **state.named}), *weights.layer_tensors]
 
 
 def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
     """Return the numbers of a block as the native ops take them."""
-    width, channels = weights.proj_in.weight.shape
-    named = {
-        "channels": channels,
-        "width": width,
-        "heads": weights.heads,
-        "kv_heads": weights.kv_heads,
-        "head_dim": weights.head_dim,
-        "hidden": weights.layers[0].up.weight.out_channels if weights.layers else 1,
-        "out_channels": weights.proj_out.weight.out_channels,
-        "text_tokens": state.text_tokens,
-        "slots": state.slots,
-        "norm": NORM_KINDS["none" if weights.norm is None else weights.norm],
-    }
-    return [named[name] for name in _BLOCK_SIZES]
+    return list(_sizes_in_order({**weights.sizes, "text_tokens": state.text_tokens, "slots": state.slots}))
 
 
 def size_of(sizes: Sequence[int], name: str) -> int:
