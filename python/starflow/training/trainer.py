@@ -155,6 +155,7 @@ class Trainer:
         if self.world.first:
             about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
             save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
+        self.world.wait()
 
     def averaged(self) -> Flow:
         """The flow with the averaged weights; of weights in pieces a whole copy on the CPU, in the first process.
@@ -442,6 +443,7 @@ def _train(
                 trainer.save(folder)
             if _due(done.step, recipe.sample_every):
                 _write_samples(trainer, folder, dataset)
+                world.wait()
             if stop and not end:
                 raise KeyboardInterrupt
     trainer.save_model(folder)
