@@ -1,5 +1,5 @@
 // The only path of a user error: one sentence that names the op, the argument, what was given and what was expected.
-// starflow_ext/_check.py says the same sentences for the references.
+// starflow_ext/starflow_ext/_check.py says the same sentences for the references.
 #pragma once
 #include <sstream>
 #include <stdexcept>

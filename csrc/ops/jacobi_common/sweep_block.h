@@ -9,7 +9,7 @@
 
 namespace starflow {
 
-// The tensors of a block, in the order in which starflow_ext/jacobi_sweep.py lists them (an empty one is absent):
+// The tensors of a block, in the order in which starflow_ext/starflow_ext/jacobi_sweep.py lists them (an empty one is absent):
 //   start token (channels,) · position (grid slots, width) · condition (cache rows, width) · cosines and sines of
 //   queries, then of keys (slots, head_dim / 2) · temperature (cache rows,) · weight of the final norm (width,) ·
 //   input, output projection: panels, column scale, bias ·

@@ -19,6 +19,7 @@ Jacobi iteration; Gu et al., STARFlow-V (2025), for chunks; the acceptance rule 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.solver.protocol import Autoregressive
-from starflow.solver.report import SolveReport, not_finite, require_finite
+from starflow.solver.report import SolveReport, not_finite
 from starflow.solver.schedules import Chunks, Schedule, Sequential, Window
 from starflow.solver.state import Standing, Tally
 from starflow.solver.window import WILD, sweep_window
@@ -66,7 +67,7 @@ class Inversion:
         judge: Callable[[], Autoregressive] | None = None,
     ) -> None:
         count = known.shape[1]
-        require_finite(known, 0, "given data")
+        _require_finite(known, 0, "given data")
         self._model, self._schedule, self._judge = model, schedule, judge
         # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
         self._x = torch.cat([known.new_zeros(known.shape[0], 1, known.shape[2]), known], 1)
@@ -120,7 +121,7 @@ class Inversion:
             raise ValueError(
                 f"solve: z has shape {list(z.shape)}, expected ({batch}, at most {left} further tokens, {channels})"
             )
-        require_finite(z, self.tokens, "noise")
+        _require_finite(z, self.tokens, "noise")
         if self._before_the_end is not None:
             self._at, self._x = self._before_the_end
             self._before_the_end = None
@@ -228,12 +229,23 @@ def certify(model: Autoregressive, x: Tensor, z: Tensor, first: int = 0) -> floa
     return float((seen - z[:, model.first_token :])[:, first - model.first_token :].abs().max())
 
 
+def _require_finite(tokens: Tensor, first: int, what: str) -> None:
+    """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
+    if math.isfinite(tokens.sum(dtype=torch.float64)):
+        return
+    bad = ~tokens.isfinite().all(-1)
+    # The sum of large float64 may overflow.
+    if bool(bad.any()):
+        sample, token = bad.nonzero()[0].tolist()
+        raise not_finite(what, sample, first + token)
+
+
 def _token(model: Autoregressive, x: Tensor, z: Tensor, at: Standing, progress: Tally) -> None:
     """One token, of all samples."""
     token = at.frontier[0]
     affine = model.evaluate(x[:, token : token + 1], token)
     new = affine.decode(z[:, token : token + 1])
-    require_finite(new, token, "solution")
+    _require_finite(new, token, "solution")
     x[:, token + 1 : token + 2] = new
     progress.rows += z.shape[0]
     progress.accepted.append(z.shape[0])
@@ -258,7 +270,7 @@ def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: St
         progress.accepted.append(0)
         if change < schedule.threshold:
             break
-    require_finite(new, start, "solution")
+    _require_finite(new, start, "solution")
     progress.passes.append(sweep + 1)
     progress.accepted[-1] = size * z.shape[0]
     at.frontier = [start + size] * z.shape[0]

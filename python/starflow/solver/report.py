@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -54,17 +50,6 @@ class SolveReport:
 
 class NotFiniteError(RuntimeError):
     """A token is NaN or infinity: as noise, as given data, or as solved for (weights or text are not finite)."""
-
-
-def require_finite(tokens: Tensor, first: int, what: str) -> None:
-    """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
-    if math.isfinite(tokens.sum(dtype=torch.float64)):
-        return
-    bad = ~tokens.isfinite().all(-1)
-    # The sum of large float64 may overflow.
-    if bool(bad.any()):
-        sample, token = bad.nonzero()[0].tolist()
-        raise not_finite(what, sample, first + token)
 
 
 def not_finite(what: str, sample: int, token: int) -> NotFiniteError:
