@@ -406,6 +406,14 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
     assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
 
 
+def test_without_tensorboard_a_run_has_no_log_and_says_so(tiny, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    train(tiny(steps=1), tmp_path, quiet=True)
+    said = "no log is written: a training log needs the package tensorboard: pip install 'starflow-ext[train]'"
+    assert said in caplog.messages
+    assert not (tmp_path / "log").exists()
+
+
 def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:
     config = tiny(steps=2, ema=0.0)
     trainer, _ = trainer_of(config)

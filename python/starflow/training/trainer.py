@@ -20,25 +20,28 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
+from starflow.extras import import_extra
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
 from starflow.storage import MODEL, latest_state, load_state, read_state, save_model, save_state, saving
 from starflow.text import Features, TextEncoder, caption_for
 from starflow.training.batches import Batch, Batches, make_dataset, make_parts, open_text, source_of, with_vocabulary
 from starflow.training.engine import Engine, shard
 from starflow.training.optim import Average, make_optimizers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "Features",
@@ -363,7 +366,7 @@ def train(
     Args:
         config: of the run.
         folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
-            TensorBoard log `log`.
+            TensorBoard log `log` where TensorBoard is installed.
         resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
         on_step: called after each step, in every process.
         quiet: no progress bar.
@@ -423,7 +426,9 @@ def _train(
         if world.first:
             with saving(folder / "config.yaml", "config") as temporary:
                 temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
-            log = stack.enter_context(SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1))
+            log = _open_log(folder / "log", trainer.step)
+            if log is not None:
+                stack.enter_context(log)
         interrupted = stack.enter_context(_deferred_interrupt())
         hidden = quiet or not world.first
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=trainer.step, disable=hidden, unit="step"))
@@ -452,6 +457,18 @@ def _train(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _open_log(folder: Path, step: int) -> SummaryWriter | None:
+    """The TensorBoard log of a run that has done `step` steps; None, and a line that says so, without TensorBoard."""
+    try:
+        import_extra("tensorboard", purpose="a training log", extra="train")
+    except ImportError as error:
+        logger.warning("no log is written: %s", error)
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _write_log(log: SummaryWriter, done: TrainStep) -> None:
