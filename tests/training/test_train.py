@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,15 +243,15 @@ def test_captions_are_dropped_at_their_rate(tiny) -> None:
     assert {"moving", "three"} <= words
 
 
+def telling(tiny, mode: str, **train: Any) -> RunConfig:
+    """A run whose captions may begin with the word of a mode, and are never dropped."""
+    words = [*RunConfig.load("tiny").text["vocabulary"], mode]
+    text = {"kind": "words", "size": 4, "vocabulary": words}
+    return tiny(flow={"txt_dim": 16, "txt_size": 4}, text=text, drop_label=0.0, **train)
+
+
 def test_a_dropped_first_frame_is_told(tiny) -> None:
-    words = [*RunConfig.load("tiny").text["vocabulary"], "extend"]
-    config = tiny(
-        flow={"txt_dim": 16, "txt_size": 4},
-        text={"kind": "words", "size": 4, "vocabulary": words},
-        drop_image=0.5,
-        drop_label=0.0,
-    )
-    trainer, batches = trainer_of(config)
+    trainer, batches = trainer_of(telling(tiny, "extend", drop_image=0.5))
     seen = set()
     for step in range(8):
         batch = batches.make(step)
@@ -264,13 +265,7 @@ def test_a_dropped_first_frame_is_told(tiny) -> None:
 
 
 def test_a_last_frame_stands_before_its_clip(tiny) -> None:
-    words = [*RunConfig.load("tiny").text["vocabulary"], "last"]
-    config = tiny(
-        flow={"txt_dim": 16, "txt_size": 4},
-        text={"kind": "words", "size": 4, "vocabulary": words},
-        last_frame_prob=0.5,
-        drop_label=0.0,
-    )
+    config = telling(tiny, "last", last_frame_prob=0.5)
     trainer, batches = trainer_of(config)
     seen = set()
     for step in range(8):
