@@ -40,7 +40,7 @@ Parallel = Literal["ddp", "fsdp"]
 TIMEOUT = timedelta(minutes=10)
 # Until one gives up that waits for what a process does alone: a large model file, samples, a larger share of prompts.
 PATIENCE = timedelta(hours=2)
-# Bytes of a file of a training state: what is held twice in memory while it is written.
+# Bytes of one file of a training state, which is in memory a second time while it is written.
 FILE_BYTES = 1 << 30
 
 
@@ -69,10 +69,11 @@ def local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. What is not said to be local is a collective: all of them call it, in the same order.
+    """The processes of a run. A method is a collective, which all processes call in the same order, unless it says
+    local.
 
     Args:
-        rank: number of this process. size: of all.
+        rank: number of this process. size: number of all processes.
         device: where it computes.
         patient: the same processes, over gloo and with a long timeout.
     """
@@ -96,11 +97,11 @@ class World:
         return float(total) / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Whether the flag is set in any process."""
         return self.mean(float(flag)) > 0.0 if self.size > 1 else flag
 
     def share(self, make: Callable[[], Kind]) -> Kind:
-        """What `make` returns in the first process, where alone it is called; something that can be pickled."""
+        """The result of `make`, which the first process alone calls; it must be possible to pickle it."""
         if self.size == 1:
             return make()
         box = [make() if self.first else None]
@@ -182,7 +183,7 @@ class World:
 
         try:
             with warnings.catch_warnings():
-                # It warns that there is but one process.
+                # torch warns that there is only one process.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
                 call(tensors, no_dist=self.size == 1, process_group=self.patient, **how)
         except CheckpointException as error:
@@ -196,7 +197,7 @@ ALONE = World()
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is written of tensors: nothing of empty ones, and scalars as vectors of one (the same memory)."""
+    """Tensors as they are written: empty ones are left out, scalars become vectors of one that share their memory."""
     return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in tensors.items() if tensor.numel()}
 
 

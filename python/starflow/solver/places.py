@@ -1,4 +1,4 @@
-"""Where the tokens of a window lie, of samples that may stand at different tokens."""
+"""Indices of the tokens of a window, where each sample may stand at another token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a solve stands between two sweeps, and what it has counted."""
+"""The state of a solve between two sweeps, and its counters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Tally:
 
 @dataclass
 class Standing:
-    """Where a solve stands, beside x: what it can go on from.
+    """Everything beside x that a solve needs to go on.
 
     Attributes:
         frontier: first token of each sample that is not final.
@@ -68,7 +68,7 @@ class KeptOutputs:
             kept[here] = raw
 
     def guess_(self, x: Tensor, z: Tensor, starts: list[int], width: int, fresh: list[int]) -> None:
-        """Places tokens that were never evaluated: shift and scale of the nearest earlier frame, their own noise."""
+        """Guesses tokens that were never evaluated: shift and scale of an earlier frame, and their own noise."""
         tokens = token_numbers(starts, width, z.device)
         ahead = tokens - torch.tensor(fresh, device=z.device)[:, None]
         source = tokens - (torch.div(ahead, self._frame, rounding_mode="floor") + 1) * self._frame

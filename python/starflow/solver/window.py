@@ -24,7 +24,8 @@ def sweep_window(
     progress: Tally,
 ) -> None:
     """One sweep of the window in plain torch."""
-    # On the host, where every sweep has to look at them: calls of a small model are as short as the bookkeeping.
+    # Frontiers are lists on the host, since each sweep branches on them; a call of a small model is as short as this
+    # bookkeeping.
     batch, total, frontier = z.shape[0], z.shape[1], at.frontier
     low = min(frontier)
     width = min(size, total - low)
@@ -58,7 +59,7 @@ def sweep_window(
     settled = accepted.cumprod(1).sum(1)
     reached: list[int] = (settled.add_(1).clamp_(max=width) + begin).tolist()
     if not math.isfinite(float(change.amax())):
-        # Of what is accepted only the last token can be other than finite: those before it moved by a number.
+        # Only the last accepted token can be NaN or infinite: the others moved by a finite amount.
         for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
             if not math.isfinite(float(change[sample, token - 1 - start])):
                 raise not_finite("solution", sample, token - 1)
@@ -72,7 +73,7 @@ WILD = 1e6
 
 
 def _tame_(x: Tensor, z: Tensor, here: Places, starts: list[int], width: int, frontier: list[int]) -> None:
-    """Replaces what is read of tokens that are not final, where it is not finite or far off, by their noise.
+    """Replaces provisional tokens that are not finite, or far off, by their noise before the network reads them.
 
     A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
     guess.

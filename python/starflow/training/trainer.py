@@ -1,8 +1,8 @@
 """Training: the published recipe, deterministic under a seed, and resumable to the same bits.
 
-Whatever is random in a step (which clips, noise, dropping) follows from the seed and the number of the step, so the
-state of a run is weights, optimiser moments and two counters. One process or the many that `torchrun` starts compute
-the same steps (see `starflow.distributed`).
+Everything random in a step (choice of clips, noise, dropped captions) follows from the seed and the number of the step,
+so the state of a run is its weights, optimiser moments and three counters. One process or the many that `torchrun`
+starts compute the same steps (see `starflow.distributed`).
 
 Reference: Gu et al., STARFlow-V (2025), training details; Gu et al., STARFlow (2025); Zhai et al., TarFlow (2024).
 """
@@ -298,7 +298,7 @@ class Trainer:
                     encoded = engine.encode(part, text)
                     nll = nll_of(encoded).mean()
                 loss = weight * nll / parts
-                # All processes go on or none: a gradient is waited for by all.
+                # Either all processes go on or none does, since all wait for each other's gradients.
                 if not math.isfinite(value := self.world.mean(float(nll.detach()))):
                     return None
                 total += value / parts
@@ -311,7 +311,7 @@ class Trainer:
                         denoiser_loss = F.mse_loss(prediction.float(), target)
                     (denoiser_loss / parts).backward()
                     denoiser_total += float(denoiser_loss.detach()) / parts
-        # Means of each process's rows so far; running means are linear, so theirs are those of the batch.
+        # Each process has the running means of its own rows; as these are linear, their average is that of the batch.
         self.world.average(self._tracked)
         denoiser_total = self.world.mean(denoiser_total)
         return (total, denoiser_total) if math.isfinite(denoiser_total) else None
@@ -328,7 +328,7 @@ class Trainer:
         """Gradients of loss and penalty; returns that of the loss by `x`, where `x` asks for one."""
         gradient = None
         if x.requires_grad and isinstance(penalty, Tensor):
-            # By itself: the score target is the gradient of the likelihood alone.
+            # Apart from the penalty: the score target is the gradient of the likelihood alone.
             (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
         (loss + penalty).backward()
         return x.grad if gradient is None else gradient
@@ -488,7 +488,7 @@ def _write_log(log: SummaryWriter, done: TrainStep) -> None:
 def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None:
     """Samples of the averaged weights: the same noise each time, so that progress can be seen.
 
-    Of pairs: what becomes of the first sources of the data, each before its row.
+    A model of pairs shows what it makes of the first sources of the data; a row begins with its source.
     """
     from starflow.sampling import Pipeline
 
