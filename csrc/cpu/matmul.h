@@ -30,7 +30,7 @@ inline constexpr int most_product_rows = 2;
 
 // -- how one step reads its operands ----------------------------------------------------------------------------------
 
-// Float32 activations, weights widened to float32 one row of the panel at a time.
+// Inputs of float32, weights widened to float32 one row of the panel at a time.
 template <class Weight>
 struct WidenedProduct {
     using Cell = float;
@@ -57,7 +57,7 @@ struct WidenedProduct {
     }
 };
 
-// Float32 activations, weights in bfloat16, or as the sum of two of them.
+// Inputs of float32, weights in bfloat16, or as the sum of two of them.
 template <int weight_terms_>
 struct WidenedPairsProduct {
     using Cell = float;
@@ -388,22 +388,23 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
     }
 }
 
-// Calls visitor(Product{}) with what multiplies such weights by such activations in the registers of this level: all
+// Calls visitor(Product{}) with what multiplies such weights by such inputs in the registers of this level: all
 // that multiply_group takes.
 template <class Visitor>
-inline void visit_register_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
+inline void visit_register_product(MatrixStorage storage, [[maybe_unused]] ProductInput product_input,
+                                   const Visitor& visitor) {
     switch (storage) {
-        case Storage::float32:
+        case MatrixStorage::float32:
             return visitor(WidenedProduct<float>{});
-        case Storage::float16:
+        case MatrixStorage::float16:
             return visitor(WidenedProduct<Float16>{});
-        case Storage::int8:
+        case MatrixStorage::int8:
             return visitor(WidenedProduct<int8_t>{});
-        case Storage::two_bfloat16:
+        case MatrixStorage::two_bfloat16:
             return visitor(WidenedPairsProduct<2>{});
-        case Storage::bfloat16:
+        case MatrixStorage::bfloat16:
 #if defined(__AVX512BF16__)
-            if (activations == Activations::bfloat16) return visitor(PairsProduct{});
+            if (product_input == ProductInput::bfloat16) return visitor(PairsProduct{});
 #endif
             return visitor(WidenedPairsProduct<1>{});
     }
@@ -411,17 +412,17 @@ inline void visit_register_product(Storage storage, [[maybe_unused]] Activations
 
 // The same with the tiles of this level, where it has them.
 template <class Visitor>
-inline void visit_product(Storage storage, Activations activations, const Visitor& visitor) {
+inline void visit_product(MatrixStorage storage, ProductInput product_input, const Visitor& visitor) {
 #if defined(STARFLOW_TILES)
-    if (storage == Storage::two_bfloat16 && activations == Activations::two_bfloat16) {
+    if (storage == MatrixStorage::two_bfloat16 && product_input == ProductInput::two_bfloat16) {
         return visitor(TileProduct<2, 2>{});
     }
-    if (storage == Storage::bfloat16) {
-        if (activations == Activations::bfloat16) return visitor(TileProduct<1, 1>{});
-        if (activations == Activations::two_bfloat16) return visitor(TileProduct<1, 2>{});
+    if (storage == MatrixStorage::bfloat16) {
+        if (product_input == ProductInput::bfloat16) return visitor(TileProduct<1, 1>{});
+        if (product_input == ProductInput::two_bfloat16) return visitor(TileProduct<1, 2>{});
     }
 #endif
-    visit_register_product(storage, activations, visitor);
+    visit_register_product(storage, product_input, visitor);
 }
 
 }  // namespace

@@ -67,6 +67,10 @@ class FlowConfig:
         temporal_causal: with 0, flipped blocks visit the whole sequence backwards; above 0 they flip each frame for
             itself, and the number is the look-ahead of the denoiser in frames.
         shallow_block_local: shallow blocks see one frame at a time. local_attn_window: frames of a sampling window.
+        attention_frames: frames that every layer of the deep block sees behind its own; None is all of the clip, or of
+            its window. With a number nothing that the block reads depends on how long a clip has become: positions
+            are relative in time, and text enters by `text_embed` alone. A clip then grows for ever in the memory of
+            these frames, and nothing is encoded twice.
         learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
             conditional_denoiser: that network reads the text. denoiser_window: frames before its own that a frame sees
             in that network; None is all of them.
@@ -110,6 +114,7 @@ class FlowConfig:
     temporal_causal: int = 0
     shallow_block_local: bool = False
     local_attn_window: int | None = None
+    attention_frames: int | None = None
     learnable_self_denoiser: bool = False
     conditional_denoiser: bool = False
     denoiser_window: int | None = None
@@ -167,6 +172,27 @@ class FlowConfig:
             "flow.local_attn_window",
             self.local_attn_window,
             "a number of frames >= 2, together with shallow_block_local and temporal_causal",
+        )
+        require(
+            self.attention_frames is None
+            or (
+                self.attention_frames >= 1
+                and self.rope
+                and self.sos
+                and self.shallow_block_local
+                and self.temporal_causal > 0
+                and self.local_attn_window is None
+            ),
+            "flow.attention_frames",
+            self.attention_frames,
+            "a number of frames >= 1, together with rope, sos, shallow_block_local and temporal_causal, without "
+            "local_attn_window",
+        )
+        require(
+            self.attention_frames is None or self.txt_size == 0 or self.text_embed,
+            "flow.text_embed",
+            self.text_embed,
+            "True with attention_frames and text",
         )
         require(
             self.denoiser_window is None or self.denoiser_window >= max(self.temporal_causal - 1, 0),
@@ -296,6 +322,8 @@ class DataConfig:
         mix_aspect: clips of a folder keep the published aspect ratio that is nearest to their file's, with about the
             area of height x width, and captions state it; the clips of a step have one shape.
         cache_gb: gibibytes of decoded frames that are kept in memory.
+        start, handwritings: of digits: whether clips begin in the "middle" of the picture or "anywhere", and whether
+            they show the "typical" 40 % of the handwritings or "all" (see `starflow.data.MovingDigits`).
     """
 
     kind: Literal["digits", "folder"] = "digits"
@@ -312,6 +340,8 @@ class DataConfig:
     caption_fps: bool = False
     mix_aspect: bool = False
     cache_gb: float = 2.0
+    start: Literal["middle", "anywhere"] = "middle"
+    handwritings: Literal["typical", "all"] = "typical"
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "clips_per_file"):
@@ -324,6 +354,13 @@ class DataConfig:
             self.fps,
             "a number with data.caption_fps",
         )
+        for name, usual in (("start", "middle"), ("handwritings", "typical")):
+            require(
+                self.kind == "digits" or getattr(self, name) == usual,
+                f"data.{name}",
+                getattr(self, name),
+                f"{usual!r} but for digits",
+            )
 
 
 @dataclass(frozen=True)
@@ -336,6 +373,7 @@ class TrainConfig:
         lr, min_lr, warmup_steps: learning rate of the flow: a linear warm-up to `lr`, then a cosine down to `min_lr`.
             denoiser_lr: peak learning rate of the denoiser, which has the same schedule and learns in every
             `denoiser_every`-th step.
+        optimizer: "adamw", or "muon", which takes the matrices inside of layers out of AdamW (see `starflow.training`).
         beta1, beta2, weight_decay: AdamW of the flow; the denoiser's has the default betas.
         noise_std: standard deviation sigma of the noise added to latents. cond_noise_level: captions state sigma, and
             the loss is weighted by sigma / 0.3.
@@ -370,6 +408,7 @@ class TrainConfig:
     denoiser_lr: float = 1e-3
     denoiser_every: int = 1
     warmup_steps: int = 50
+    optimizer: Literal["adamw", "muon"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 1e-4
@@ -409,6 +448,12 @@ class TrainConfig:
             require(
                 0.0 <= getattr(self, name) < 1.0, f"train.{name}", getattr(self, name), "a number from 0 to below 1"
             )
+        require(
+            self.optimizer == "adamw" or self.parallel == "ddp",
+            "train.optimizer",
+            self.optimizer,
+            "'adamw' with parallel 'fsdp' (Muon needs whole matrices)",
+        )
         require(0 <= self.seed < 1 << 63, "train.seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(
             self.grad_skip == 0 or self.grad_clip > 0, "train.grad_clip", self.grad_clip, "> 0 together with grad_skip"

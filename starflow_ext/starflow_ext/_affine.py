@@ -6,7 +6,6 @@ section 3 (softplus scale, soft clip, guidance).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
@@ -14,20 +13,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow_ext._check import arithmetic_dtype, check_device, check_floating, dtype_text, require, shape_text
+from starflow_ext._check import (
+    arithmetic_dtype,
+    check_device,
+    check_floating,
+    check_tensor,
+    dtype_text,
+    require,
+    shape_text,
+)
+from starflow_ext._options import CONSTANTS, SCALE_ACTIVATIONS, check_name, name_of
 from starflow_ext._spec import Bound, Dtypes, Sample
 
-Activation = Literal["softplus", "exp", "none"]
-
-ACTIVATIONS: Final = ("softplus", "exp", "none")
+ScaleActivation = Literal["softplus", "exp", "none"]
 
 # log(e - 1): softplus of it is 1, so a raw value of zero means a scale of one.
-SOFTPLUS_BIAS: Final = 0.541324854612918
+SOFTPLUS_BIAS: Final = CONSTANTS["softplus_bias"]
 
 # The scale stays within exp(+-80), 5.5e34 and 1.8e-35, so that it, its inverse and every gradient are finite in
 # float32; sane networks stay within exp(+-10). Clamped before the maths: after it, NaN would get into the gradient.
-LOG_SCALE_LIMIT: Final = 80.0
-SCALE_LIMIT: Final = math.exp(LOG_SCALE_LIMIT)
+LOG_SCALE_LIMIT: Final = CONSTANTS["log_scale_limit"]
+SCALE_LIMIT: Final = CONSTANTS["scale_limit"]
 
 # Of float32: 16 units of rounding, for the longest chain (clip, softplus, quotient); log_det sums as many channels.
 # Half types add the rounding of what they store.
@@ -60,8 +66,8 @@ def check_raw(
     op: str, name: str, data: Tensor, raw: Tensor, activation: str, soft_clip: float, *, halves: int = 1
 ) -> None:
     """Check ``raw`` and the options against the tensor that is transformed."""
-    require(activation in ACTIVATIONS, op, "activation is", f'"{activation}"', '"softplus", "exp" or "none"')
-    require(0.0 <= soft_clip < float("inf"), op, "soft_clip is", f"{soft_clip:g}", "a finite number >= 0")
+    check_name(op, "activation", activation, SCALE_ACTIVATIONS)
+    check_soft_clip(op, soft_clip)
     mixed = data.dtype == torch.float32 and raw.dtype in (torch.bfloat16, torch.float16)
     expected_dtype = dtype_text(data.dtype) + (", bfloat16 or float16" if data.dtype == torch.float32 else "")
     require(
@@ -82,6 +88,16 @@ def check_raw(
         shape_text(raw.shape),
         f"{shape_text(expected)} for {name} of shape {shape_text(data.shape)}",
     )
+
+
+def check_soft_clip(op: str, soft_clip: float) -> None:
+    """Check the bound of the smooth clip."""
+    require(0.0 <= soft_clip < float("inf"), op, "soft_clip is", f"{soft_clip:g}", "a finite number >= 0")
+
+
+def activation_of(op: str, code: int) -> str:
+    """Return the activation whose number a native op was given."""
+    return name_of(op, "activation", code, SCALE_ACTIVATIONS)
 
 
 def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: float, shifted: bool) -> Terms:
@@ -142,12 +158,7 @@ def guided_terms(conditional: Terms, unconditional: Terms, guidance: float) -> t
 
 def check_log_det(op: str, grad_log_det: Tensor, data: Tensor) -> None:
     """Check the gradient of the log-determinant: (..., tokens) in the dtype of the arithmetic."""
-    expected = arithmetic_dtype(data.dtype)
-    got = grad_log_det.dtype
-    require(got == expected, op, "grad_log_det has dtype", dtype_text(got), dtype_text(expected))
-    shape = list(data.shape[:-1])
-    got_shape = list(grad_log_det.shape)
-    require(got_shape == shape, op, "grad_log_det has shape", shape_text(got_shape), shape_text(shape))
+    check_tensor(op, "grad_log_det", grad_log_det, arithmetic_dtype(data.dtype), data.shape[:-1], "x", data)
 
 
 # Data and raw: the same dtype, or raw narrower than float32 data.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -52,6 +53,15 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Check that a second tensor is where the first is."""
     require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
+
+
+def check_tensor(
+    op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], like_name: str, like: Tensor
+) -> None:
+    """Check for a dtype and a shape, and that the tensor is where another one is."""
+    require(tensor.dtype == dtype, op, f"{name} has dtype", dtype_text(tensor.dtype), dtype_text(dtype))
+    require(list(tensor.shape) == list(shape), op, f"{name} has shape", shape_text(tensor.shape), list(shape))
+    check_device(op, name, tensor, like_name, like)
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:

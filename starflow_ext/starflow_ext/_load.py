@@ -33,8 +33,8 @@ def library_path() -> Path:
             f"{sys.version_info.major}.{sys.version_info.minor}; {REINSTALL}."
         )
     raise ImportError(
-        f"starflow_ext: {folder} has no native module; if it is a source folder on Python's path, take it off the "
-        f"path, else {REINSTALL}."
+        f"starflow_ext: {folder} has no native module; if it is a source folder on Python's path, take it off, "
+        f"else {REINSTALL}."
     )
 
 

@@ -10,10 +10,14 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from starflow_ext._load import native
+
 # Dtypes of one call, the data's first: each further one is of whatever else the op lets differ (raw, weight, cache).
 Dtypes = tuple[torch.dtype, ...]
 
-VARIANTS: Final = ("scalar", "avx2", "avx512", "cuda")
+# Of an op with <op>_cpu.cpp, and of one with <op>_dot.cpp.
+VARIANTS: Final = (*native.kernel_levels()["cpu"], "cuda")
+DOT_VARIANTS: Final = (*native.kernel_levels()["dot"], "cuda")
 
 
 class Bound(NamedTuple):

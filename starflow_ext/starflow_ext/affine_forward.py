@@ -11,7 +11,8 @@ from torch import Tensor
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
     AFFINE_DTYPES,
-    Activation,
+    ScaleActivation,
+    activation_of,
     affine_cases,
     affine_samples,
     affine_terms,
@@ -22,11 +23,12 @@ from starflow_ext._affine import (
 from starflow_ext._check import arithmetic_dtype, check_like, require_first_order
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import SCALE_ACTIVATIONS, code_of
 from starflow_ext._spec import Spec
 
 
 def affine_forward(
-    x: Tensor, raw: Tensor, *, activation: Activation = "softplus", soft_clip: float = 0.0, shifted: bool = False
+    x: Tensor, raw: Tensor, *, activation: ScaleActivation = "softplus", soft_clip: float = 0.0, shifted: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Compute ``z = (x - shift) / scale`` and the log-determinant of the map.
 
@@ -50,7 +52,8 @@ def affine_forward(
     """
     if in_reference_mode():
         return affine_forward_reference(x, raw, activation, soft_clip, shifted)
-    z, log_det = _native(x, raw, activation, soft_clip, shifted)
+    operator, arguments = _lower(x, raw, activation, soft_clip, shifted)
+    z, log_det = operator(*arguments)
     return z, log_det
 
 
@@ -75,17 +78,22 @@ _native = operators().affine_forward.default
 _native_backward = operators().affine_forward_backward.default
 
 
-def _fake(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> tuple[Tensor, Tensor]:
-    check(x, raw, activation, soft_clip, shifted)
+def _lower(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The native operator of a call and its arguments."""
+    return _native, (x, raw, code_of("affine_forward", "activation", activation, SCALE_ACTIVATIONS), soft_clip, shifted)
+
+
+def _fake(x: Tensor, raw: Tensor, activation: int, soft_clip: float, shifted: bool) -> tuple[Tensor, Tensor]:
+    check(x, raw, activation_of("affine_forward", activation), soft_clip, shifted)
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=arithmetic_dtype(x.dtype))
 
 
 def _fake_backward(
-    grad_z: Tensor, grad_log_det: Tensor, x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
+    grad_z: Tensor, grad_log_det: Tensor, x: Tensor, raw: Tensor, activation: int, soft_clip: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:
     op = "affine_forward_backward"
     check_data(op, "x", x)
-    check_raw(op, "x", x, raw, activation, soft_clip)
+    check_raw(op, "x", x, raw, activation_of(op, activation), soft_clip)
     check_like(op, "grad_z", grad_z, "x", x)
     check_log_det(op, grad_log_det, x)
     return x.new_empty(x.shape), raw.new_empty(raw.shape)
@@ -115,5 +123,6 @@ SPEC = Spec(
     samples=partial(affine_samples, "x"),
     bounds=AFFINE_BOUNDS,
     differentiable=("x", "raw"),
+    lower=_lower,
     cases=affine_cases("x"),
 )

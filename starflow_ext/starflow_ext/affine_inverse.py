@@ -11,7 +11,8 @@ from torch import Tensor
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
     AFFINE_DTYPES,
-    Activation,
+    ScaleActivation,
+    activation_of,
     affine_cases,
     affine_samples,
     affine_terms,
@@ -21,11 +22,12 @@ from starflow_ext._affine import (
 from starflow_ext._check import arithmetic_dtype, check_like, require_first_order
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import SCALE_ACTIVATIONS, code_of
 from starflow_ext._spec import Spec
 
 
 def affine_inverse(
-    z: Tensor, raw: Tensor, *, activation: Activation = "softplus", soft_clip: float = 0.0, shifted: bool = False
+    z: Tensor, raw: Tensor, *, activation: ScaleActivation = "softplus", soft_clip: float = 0.0, shifted: bool = False
 ) -> Tensor:
     """Compute ``x = shift + scale * z``, the inverse of ``affine_forward`` for the same ``raw``.
 
@@ -48,7 +50,8 @@ def affine_inverse(
     """
     if in_reference_mode():
         return affine_inverse_reference(z, raw, activation, soft_clip, shifted)
-    x: Tensor = _native(z, raw, activation, soft_clip, shifted)
+    operator, arguments = _lower(z, raw, activation, soft_clip, shifted)
+    x: Tensor = operator(*arguments)
     return x
 
 
@@ -70,17 +73,22 @@ _native = operators().affine_inverse.default
 _native_backward = operators().affine_inverse_backward.default
 
 
-def _fake(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> Tensor:
-    check(z, raw, activation, soft_clip, shifted)
+def _lower(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool) -> tuple[Any, tuple[Any, ...]]:
+    """The native operator of a call and its arguments."""
+    return _native, (z, raw, code_of("affine_inverse", "activation", activation, SCALE_ACTIVATIONS), soft_clip, shifted)
+
+
+def _fake(z: Tensor, raw: Tensor, activation: int, soft_clip: float, shifted: bool) -> Tensor:
+    check(z, raw, activation_of("affine_inverse", activation), soft_clip, shifted)
     return z.new_empty(z.shape)
 
 
 def _fake_backward(
-    grad_x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bool
+    grad_x: Tensor, z: Tensor, raw: Tensor, activation: int, soft_clip: float, shifted: bool
 ) -> tuple[Tensor, Tensor]:
     op = "affine_inverse_backward"
     check_data(op, "z", z)
-    check_raw(op, "z", z, raw, activation, soft_clip)
+    check_raw(op, "z", z, raw, activation_of(op, activation), soft_clip)
     check_like(op, "grad_x", grad_x, "z", z)
     return z.new_empty(z.shape), raw.new_empty(raw.shape)
 
@@ -109,5 +117,6 @@ SPEC = Spec(
     samples=partial(affine_samples, "z"),
     bounds=AFFINE_BOUNDS,
     differentiable=("z", "raw"),
+    lower=_lower,
     cases=affine_cases("z"),
 )

@@ -15,6 +15,8 @@ from starflow_ext._check import (
     arithmetic_dtype,
     check_device,
     check_floating,
+    check_like,
+    check_tensor,
     dtype_text,
     require,
     require_first_order,
@@ -22,10 +24,11 @@ from starflow_ext._check import (
 )
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
-from starflow_ext._spec import Bound, Dtypes, Sample, Spec
+from starflow_ext._options import CONSTANTS, FORWARD_KERNELS
+from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
 
-# Of the CUDA kernels, like the constant in csrc/ops/block_attention/block_attention_schedule.h.
-_MOST_HEAD_DIM: Final = 256
+# Of the CUDA kernels.
+_MOST_HEAD_DIM: Final = CONSTANTS["block_attention_most_head_dim_cuda"]
 
 
 @dataclass(frozen=True)
@@ -272,23 +275,23 @@ def _why_torch(q: Tensor) -> str:
     return "q is float64" if q.dtype == torch.float64 else ""
 
 
-# By the numbers of ForwardKernel in csrc/ops/block_attention/block_attention_schedule.h.
-_FORWARD_KERNELS: Final = (
-    "wgmma and TMA (sm_90a)",
-    "mma.sync, as the device is not of compute capability 9",
-    "mma.sync, as this build has no sm_90a",
-    "mma.sync, as q is float32",
-    "mma.sync, as head_dim is above 128",
-    "mma.sync, as there are no keys",
-    "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
-    "mma.sync, as rows of k or v lie on top of each other",
-)
+# What `explain` says of each ForwardKernel of csrc/ops/block_attention/block_attention_schedule.h.
+_FORWARD_KERNELS: Final = {
+    "wgmma": "wgmma and TMA (sm_90a)",
+    "other_device": "mma.sync, as the device is not of compute capability 9",
+    "not_built": "mma.sync, as this build has no sm_90a",
+    "float32": "mma.sync, as q is float32",
+    "wide_head": "mma.sync, as head_dim is above 128",
+    "no_keys": "mma.sync, as there are no keys",
+    "unaligned": "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
+    "overlapping": "mma.sync, as rows of k or v lie on top of each other",
+}
 
 
 def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
     """Which kernel a device of compute capability ``major`` runs, and why."""
     number = operators().block_attention_forward_kernel.default(*_operands(q, k, v), major)
-    return _FORWARD_KERNELS[number]
+    return _FORWARD_KERNELS[FORWARD_KERNELS[number]]
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
@@ -411,8 +414,21 @@ def _by_token(x: Tensor) -> Tensor:
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *others: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    op = "block_attention_backward"
+    check_like(op, "grad_out", grad_out, "q", q)
+    check_like(op, "out", out, "q", q)
+    for name, of_rows in (("lse", lse), ("grad_lse", grad_lse)):
+        if of_rows is not None:
+            check_tensor(op, name, of_rows, torch.float32, q.shape[:-1], "q", q)
     return _by_token(q), _by_token(k), _by_token(v)
 
 
@@ -532,7 +548,7 @@ SPEC = Spec(
     },
     differentiable=("q", "k", "v"),
     autocast=True,
-    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
+    variants=DOT_VARIANTS,
     refuses=lambda variant, q, **arguments: _why_torch(q),
     lower=_lower,
     kernel=_kernel,

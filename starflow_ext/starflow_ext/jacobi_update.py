@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from starflow_ext._affine import (
     AFFINE_BOUNDS,
     AFFINE_DTYPES,
-    Activation,
+    ScaleActivation,
     Terms,
+    activation_of,
     affine_cases,
     affine_samples,
     affine_terms,
@@ -22,6 +24,7 @@ from starflow_ext._affine import (
 from starflow_ext._check import arithmetic_dtype, check_like, check_own_memory, require
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import SCALE_ACTIVATIONS, code_of
 from starflow_ext._spec import Dtypes, Sample, Spec
 
 
@@ -30,7 +33,7 @@ def jacobi_update(
     z: Tensor,
     raw: Tensor,
     *,
-    activation: Activation = "softplus",
+    activation: ScaleActivation = "softplus",
     soft_clip: float = 0.0,
     guidance: float = 0.0,
 ) -> Tensor:
@@ -66,7 +69,8 @@ def jacobi_update(
     )
     if in_reference_mode():
         return jacobi_update_reference(x, z, raw, activation, soft_clip, guidance)
-    change: Tensor = _native(x, z, raw, activation, soft_clip, guidance)
+    operator, arguments = _lower(x, z, raw, activation, soft_clip, guidance)
+    change: Tensor = operator(*arguments)
     return change
 
 
@@ -102,8 +106,22 @@ def check(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, 
 _native = operators().jacobi_update.default
 
 
-def _fake(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float) -> Tensor:
-    check(x, z, raw, activation, soft_clip, guidance)
+def _lower(
+    x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, guidance: float
+) -> tuple[Any, tuple[Any, ...]]:
+    """The native operator of a call and its arguments."""
+    return _native, (
+        x,
+        z,
+        raw,
+        code_of("jacobi_update", "activation", activation, SCALE_ACTIVATIONS),
+        soft_clip,
+        guidance,
+    )
+
+
+def _fake(x: Tensor, z: Tensor, raw: Tensor, activation: int, soft_clip: float, guidance: float) -> Tensor:
+    check(x, z, raw, activation_of("jacobi_update", activation), soft_clip, guidance)
     return x.new_empty(x.shape[:2], dtype=torch.float32)
 
 
@@ -128,5 +146,6 @@ SPEC = Spec(
     samples=_samples,
     bounds=AFFINE_BOUNDS,
     mutates=("x",),
+    lower=_lower,
     cases=affine_cases("x", "z"),
 )

@@ -12,16 +12,25 @@ from torch.nn import functional as F
 from starflow_ext._check import check_floating, dtype_text, require, require_first_order
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
-from starflow_ext._spec import Bound, Dtypes, Sample, Spec
+from starflow_ext._options import (
+    DTYPES,
+    EPILOGUES,
+    NORM_KINDS,
+    PRODUCT_INPUTS,
+    WEIGHT_STORAGES,
+    check_name,
+    name_of,
+)
+from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
 from starflow_ext.linear_pack import DEVICE_STORAGES, PackedWeight, check_device_storage, pack_weight, unpack
 from starflow_ext.norm import EPSILON, NormKind
 from starflow_ext.norm import norm as normalise
 
 Epilogue = Literal["none", "gelu", "gelu_tanh"]
-Activations = Literal["float32", "bfloat16", "two_bfloat16"]
+ProductInput = Literal["float32", "bfloat16", "two_bfloat16", "float16"]
 
-EPILOGUES: Final = ("none", "gelu", "gelu_tanh")
-ACTIVATIONS: Final = ("float32", "bfloat16", "two_bfloat16")
+# On the CPU; on CUDA it is the type of the weight.
+CPU_PRODUCT_INPUTS: Final = tuple(name for name in PRODUCT_INPUTS if name != "float16")
 _NATIVE: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
@@ -55,15 +64,15 @@ def linear(
     epilogue: Epilogue = "none",
     multiply: Tensor | None = None,
     residual: Tensor | None = None,
-    activations: Activations | None = None,
+    product_input: ProductInput | None = None,
     norm: InputNorm | None = None,
 ) -> Tensor:
     """Compute ``residual + epilogue(norm(x) @ weight.T + bias) * multiply``.
 
     A packed weight runs the native kernels of its device, with sums, norm and epilogue in float32; a row's bits depend
     neither on the other rows nor on the number of threads. A plain tensor runs torch's own product, unless
-    ``activations`` is given: packing for one call takes longer than it saves. float64 runs torch's too. Half types that
-    torch multiplies one element at a time on this processor it multiplies in float32.
+    ``product_input`` is given: packing for one call takes longer than it saves. float64 runs torch's too. Half types
+    that torch multiplies one element at a time on this processor it multiplies in float32.
 
     On CUDA a packed weight is bfloat16 or float16, and ``x`` enters the product rounded to the same type; tensor cores
     multiply and sum in float32. The gradient is torch's own products there. These kernels have not run on a device yet
@@ -77,10 +86,10 @@ def linear(
         epilogue: "none", "gelu" (exact, erf) or "gelu_tanh".
         multiply: (..., out_channels), the other factor of a gated unit.
         residual: (..., out_channels); the sum has its dtype, so a float32 residual stream stays float32.
-        activations: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum of
-            two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A level
-            without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA the type
-            of the weight, and no other.
+        product_input: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum
+            of two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A
+            level without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA the
+            type of the weight, and no other.
         norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it.
 
     Returns:
@@ -92,10 +101,10 @@ def linear(
     Reference:
         Hendrycks and Gimpel, Gaussian Error Linear Units (2016); Shazeer, GLU Variants Improve Transformer (2020).
     """
-    if in_reference_mode() or _why_torch(x, weight, bias, epilogue, multiply, residual, activations, norm):
-        return linear_reference(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    if in_reference_mode() or _why_torch(x, weight, bias, epilogue, multiply, residual, product_input, norm):
+        return linear_reference(x, weight, bias, epilogue, multiply, residual, product_input, norm)
     # The native op checks the rest, with the words of check().
-    operator, arguments = _lower(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    operator, arguments = _lower(x, weight, bias, epilogue, multiply, residual, product_input, norm)
     out: Tensor = operator(*arguments)[0]
     return out
 
@@ -107,11 +116,11 @@ def linear_reference(
     epilogue: str,
     multiply: Tensor | None,
     residual: Tensor | None,
-    activations: str | None,
+    product_input: str | None,
     norm: InputNorm | None,
 ) -> Tensor:
     """Compute ``linear`` in plain torch, a packed weight by its rounded values; arguments as there."""
-    check(x, weight, bias, epilogue, multiply, residual, activations, norm)
+    check(x, weight, bias, epilogue, multiply, residual, product_input, norm)
     if isinstance(weight, Tensor):
         x, weight, norm = _rounded(x, weight, norm)
         return _torch(x, weight, bias, epilogue, multiply, residual, norm, weight.dtype)
@@ -186,7 +195,7 @@ def _why_torch(
     epilogue: str,
     multiply: Tensor | None,
     residual: Tensor | None,
-    activations: str | None,
+    product_input: str | None,
     norm: InputNorm | None,
 ) -> str:
     """Why a call is left to torch, or nothing."""
@@ -197,7 +206,7 @@ def _why_torch(
     for name, tensor in named:
         if isinstance(tensor, Tensor) and tensor.dtype not in _NATIVE:
             return f"{name} is {dtype_text(tensor.dtype)}"
-    if packed or activations is not None:
+    if packed or product_input is not None:
         return ""
     # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save,
     # 1.2 to 2 times the whole call up to 256 rows and a few per cent above.
@@ -211,19 +220,20 @@ def _lower(
     epilogue: str,
     multiply: Tensor | None,
     residual: Tensor | None,
-    activations: str | None,
+    product_input: str | None,
     norm: InputNorm | None,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The native operator of a call and its arguments."""
+    _check_options(epilogue, product_input, norm, weight.device)
     if isinstance(weight, Tensor):
         x, weight, norm = _rounded(x, weight, norm)
         packed = pack_weight(weight)
         dtype = weight.dtype
     else:
         packed, dtype = weight, x.dtype
-    if activations is None:
+    if product_input is None:
         stored = packed.device.type == "cuda" or packed.storage == "bfloat16"
-        activations = packed.storage if stored else "float32"
+        product_input = packed.storage if stored else "float32"
     gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad
         for tensor in (x, packed.weight, bias, multiply, residual, *(norm or ())[:2])
@@ -231,7 +241,6 @@ def _lower(
     if norm is not None and gradient:
         # The op norm has the gradient.
         x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
-    kind = "none" if norm is None else norm.kind
     return _native, (
         x,
         packed.weight if gradient else None,
@@ -239,19 +248,27 @@ def _lower(
         packed.column_scale,
         packed.out_channels,
         packed.in_channels,
-        packed.storage,
+        WEIGHT_STORAGES[packed.storage],
         bias,
-        epilogue,
+        EPILOGUES[epilogue],
         multiply,
         residual,
-        activations,
-        kind,
+        PRODUCT_INPUTS[product_input],
+        NORM_KINDS["none" if norm is None else norm.kind],
         None if norm is None else norm.weight,
         None if norm is None else norm.bias,
-        EPSILON.get(kind, 0.0),
-        _NATIVE[dtype if residual is None else residual.dtype],
+        DTYPES[_NATIVE[dtype if residual is None else residual.dtype]],
         gradient and (epilogue != "none" or multiply is not None),
     )
+
+
+def _check_options(epilogue: str, product_input: str | None, norm: InputNorm | None, device: torch.device) -> None:
+    check_name("linear", "epilogue", epilogue, EPILOGUES)
+    if product_input is not None:
+        known = PRODUCT_INPUTS if device.type == "cuda" else CPU_PRODUCT_INPUTS
+        check_name("linear", "product_input", product_input, known)
+    if norm is not None:
+        check_name("linear", "norm", norm.kind, EPSILON)
 
 
 def check(
@@ -261,19 +278,12 @@ def check(
     epilogue: str,
     multiply: Tensor | None,
     residual: Tensor | None,
-    activations: str | None,
+    product_input: str | None,
     norm: InputNorm | None,
 ) -> None:
     """Raise what ``linear`` raises for wrong arguments; arguments as there."""
     op = "linear"
-    require(epilogue in EPILOGUES, op, "epilogue is", f'"{epilogue}"', '"none", "gelu" or "gelu_tanh"')
-    require(
-        activations is None or activations in ACTIVATIONS,
-        op,
-        "activations is",
-        f'"{activations}"',
-        '"float32", "bfloat16" or "two_bfloat16"',
-    )
+    _check_options(epilogue, product_input, norm, weight.device)
     out_channels, in_channels = weight.shape if len(weight.shape) == 2 else (-1, -1)
     require(out_channels >= 0, op, "weight has shape", list(weight.shape), "(out_channels, in_channels)")
     require(
@@ -285,7 +295,6 @@ def check(
     )
     shape = [*x.shape[:-1], out_channels]
     norm_weight, norm_bias, kind = (None, None, "layer_norm") if norm is None else norm
-    require(kind in EPSILON, op, "norm is", f'"{kind}"', '"layer_norm" or "rms_norm"')
     require(kind == "layer_norm" or norm_bias is None, op, "norm_bias is", "given", "None for rms_norm")
     named = (
         ("x", x, None),
@@ -308,12 +317,12 @@ def check(
         check_floating(op, name, tensor)
     if isinstance(weight, Tensor):
         check_floating(op, "weight", weight)
-    native = not _why_torch(x, weight, bias, epilogue, multiply, residual, activations, norm)
-    if native and weight.device.type == "cuda" and activations is not None:
+    native = not _why_torch(x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    if native and weight.device.type == "cuda" and product_input is not None:
         storage = dtype_text(_product_dtype(weight)) if isinstance(weight, Tensor) else weight.storage
         check_device_storage(storage, weight.device)
         expected_storage = f'"{storage}" like the weight on {weight.device}'
-        require(activations == storage, op, "activations is", f'"{activations}"', expected_storage)
+        require(product_input == storage, op, "product_input is", f'"{product_input}"', expected_storage)
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -322,56 +331,61 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 _native = operators().linear.default
+_ARGUMENTS: Final = tuple(argument.name for argument in _native._schema.arguments)
 
 
-def _fake(x: Tensor, weight: Tensor | None, panels: Tensor, column_scale: Tensor, out_channels: int, *rest: Any) -> Any:
-    out_dtype, keep_product = rest[-2:]
-    out = x.new_empty([*x.shape[:-1], out_channels], dtype=getattr(torch, out_dtype))
-    return out, torch.empty_like(out) if keep_product else out.new_empty([0])
+def _fake(*given: Any) -> tuple[Tensor, Tensor]:
+    call = dict(zip(_ARGUMENTS, given, strict=True))
+    x, dtype = call["x"], name_of("linear", "out_dtype", call["out_dtype"], DTYPES)
+    out = x.new_empty([*x.shape[:-1], call["out_channels"]], dtype=getattr(torch, dtype))
+    return out, torch.empty_like(out) if call["keep_product"] else out.new_empty([0])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, panels, column_scale, out_channels, in_channels, storage, bias, epilogue, multiply, residual = inputs[
-        :11
-    ]
-    ctx.save_for_backward(x, weight, panels, column_scale, multiply, output[1])
-    ctx.options = out_channels, in_channels, storage, epilogue
-    ctx.dtypes = None if bias is None else bias.dtype, None if residual is None else residual.dtype
-    ctx.normalised = inputs[12] != "none"
+    call = dict(zip(_ARGUMENTS, inputs, strict=True))
+    saved = ("x", "weight", "panels", "column_scale", "multiply")
+    ctx.save_for_backward(*(call[name] for name in saved), output[1])
+    ctx.call = {name: call[name] for name in ("out_channels", "in_channels", "storage", "epilogue", "norm")}
+    ctx.bias_dtype = None if call["bias"] is None else call["bias"].dtype
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     require_first_order("linear")
-    require(not ctx.normalised, "linear", "norm is", "given", "none where a gradient is needed: the op norm has one")
-    grads: list[Tensor | None] = [None] * 18
+    call = ctx.call
+    normalised = call["norm"] != NORM_KINDS["none"]
+    require(not normalised, "linear", "norm is", "given", "none where a gradient is needed: the op norm has one")
+    grads: dict[str, Tensor] = {}
+    needed = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
     if grad is None:
-        return tuple(grads)
+        return (None,) * len(_ARGUMENTS)
     x, weight, panels, column_scale, multiply, product = ctx.saved_tensors
-    out_channels, in_channels, storage, epilogue = ctx.options
+    epilogue = name_of("linear", "epilogue", call["epilogue"], EPILOGUES)
     approximate = "tanh" if epilogue == "gelu_tanh" else "none"
-    grads[10] = grad if ctx.needs_input_grad[10] else None
+    if needed["residual"]:
+        grads["residual"] = grad
     if multiply is not None:
-        if ctx.needs_input_grad[9]:
+        if needed["multiply"]:
             factor = product if epilogue == "none" else F.gelu(product, approximate=approximate)
-            grads[9] = (grad * factor).to(multiply.dtype)
+            grads["multiply"] = (grad * factor).to(multiply.dtype)
         grad = grad * multiply
     if epilogue != "none":
         grad = torch.ops.aten.gelu_backward(grad, product.to(grad.dtype), approximate=approximate)
     # Of what was multiplied: the rounded weight, which is the weight itself where it is stored in its own dtype.
+    storage = name_of("linear", "storage", call["storage"], WEIGHT_STORAGES)
     if weight is not None and dtype_text(weight.dtype) == storage:
         values = weight
     else:
-        values = unpack(panels, column_scale, out_channels, in_channels, storage)
+        values = unpack(panels, column_scale, call["out_channels"], call["in_channels"], storage)
     rows = _rows(grad).to(values.dtype)
-    if ctx.needs_input_grad[0]:
-        grads[0] = _product(rows, values.t()).reshape(x.shape).to(x.dtype)
-    if ctx.needs_input_grad[1]:
-        grads[1] = _product(rows.t(), _rows(x).to(values.dtype).t()).to(weight.dtype)
-    if ctx.needs_input_grad[7]:
-        grads[7] = rows.sum(0, dtype=torch.float32).to(ctx.dtypes[0])
-    return tuple(grads)
+    if needed["x"]:
+        grads["x"] = _product(rows, values.t()).reshape(x.shape).to(x.dtype)
+    if needed["weight"]:
+        grads["weight"] = _product(rows.t(), _rows(x).to(values.dtype).t()).to(weight.dtype)
+    if needed["bias"]:
+        grads["bias"] = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return tuple(grads.get(name) for name in _ARGUMENTS)
 
 
 torch.library.register_fake("starflow_ext::linear", _fake)
@@ -411,15 +425,15 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
             given["norm"] = InputNorm(0.2 * draw(shape[-1]), kind="rms_norm")
         bounds = None
         stored = storage or dtype_text(weight_dtype)
-        activations = given.get("activations") or ("bfloat16" if stored == "bfloat16" else "float32")
+        product_input = given.get("product_input") or ("bfloat16" if stored == "bfloat16" else "float32")
         if exact:
             pass
-        elif (activations == "bfloat16" and dtype != torch.bfloat16) or (plain and weight_dtype != torch.float32):
+        elif (product_input == "bfloat16" and dtype != torch.bfloat16) or (plain and weight_dtype != torch.float32):
             # torch rounds after each step.
             bounds = _ROUNDED
-        elif activations == "bfloat16" and given.get("norm"):
+        elif product_input == "bfloat16" and given.get("norm"):
             bounds = _ROUNDED
-        elif activations == "two_bfloat16":
+        elif product_input == "two_bfloat16":
             bounds = _SPLIT
         return Sample(
             f"{label} {list(shape)} to {out}",
@@ -445,12 +459,14 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
         yield sample(f"plain weight, {kind}", (2, 5, 50), 35, norm=kind, plain=True)
     yield sample("plain weight", (2, 5, 48), 40, plain=True)
     if not exact:
-        options = {"epilogue": "gelu", "multiply": True, "residual": True, "activations": "float32"}
+        options = {"epilogue": "gelu", "multiply": True, "residual": True, "product_input": "float32"}
         yield sample("plain weight, packed for the call", (2, 15, 48), 40, plain=True, **options)
     if dtype == weight_dtype == torch.float32:
         for storage in ("float16", "bfloat16", "int8", "two_bfloat16"):
-            for activations in ACTIVATIONS:
-                yield sample(f"{storage}, {activations}", (2, 9, 70), 45, storage=storage, activations=activations)
+            for product_input in CPU_PRODUCT_INPUTS:
+                yield sample(
+                    f"{storage}, {product_input}", (2, 9, 70), 45, storage=storage, product_input=product_input
+                )
 
 
 def _on_cuda(sample: Sample) -> Sample:
@@ -461,7 +477,7 @@ def _on_cuda(sample: Sample) -> Sample:
         return moved
     storage = weight.storage if weight.storage in DEVICE_STORAGES else "bfloat16"
     original = (weight.unpack() if weight.weight is None else weight.weight).cuda().to(getattr(torch, storage))
-    packed = {"weight": pack_weight(original), "activations": None}
+    packed = {"weight": pack_weight(original), "product_input": None}
     bounds = dict.fromkeys(_NATIVE, Bound(4e-2, 4e-2))
     return Sample(sample.label, {**moved.arguments, **packed}, bounds)
 
@@ -501,7 +517,7 @@ SPEC = Spec(
     bounds=_BOUNDS,
     differentiable=("x", "weight", "bias", "multiply", "residual"),
     shared=("weight", "bias", "norm"),
-    variants=("scalar", "avx2", "avx512", "avx512_bf16", "amx", "cuda"),
+    variants=DOT_VARIANTS,
     refuses=lambda variant, **arguments: _why_torch(**arguments),
     lower=_lower,
     on_cuda=_on_cuda,

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from starflow_ext._check import require
 from starflow_ext._load import operators
+from starflow_ext._options import CONSTANTS, WEIGHT_STORAGES, code_of, name_of
 
-Storage = Literal["float32", "float16", "bfloat16", "int8", "two_bfloat16"]
+WeightStorage = Literal["float32", "float16", "bfloat16", "int8", "two_bfloat16"]
 
-STORAGES: Final = ("float32", "float16", "bfloat16", "int8", "two_bfloat16")
 _DTYPES: Final[dict[str, torch.dtype]] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -21,20 +21,20 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
     "int8": torch.int8,
     "two_bfloat16": torch.bfloat16,
 }
-_OWN: Final[dict[torch.dtype, Storage]] = {
+_OWN: Final[dict[torch.dtype, WeightStorage]] = {
     torch.float64: "float32",
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
 
-# csrc/cpu/panels.h: output channels of a panel, and what the depth is padded to.
-PANEL_COLUMNS: Final = 32
-DEPTH_MULTIPLE: Final = 32
+# Output channels of a panel, and what the depth is padded to (csrc/cpu/panels.h).
+PANEL_COLUMNS: Final = CONSTANTS["panel_columns"]
+DEPTH_MULTIPLE: Final = CONSTANTS["depth_multiple"]
 
 # On CUDA: what the tensor cores take, and what rows are padded to (csrc/ops/linear/linear_schedule.h).
 DEVICE_STORAGES: Final = ("float16", "bfloat16")
-ROW_MULTIPLE: Final = 8
+ROW_MULTIPLE: Final = CONSTANTS["linear_row_multiple"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class PackedWeight:
     column_scale: Tensor
     out_channels: int
     in_channels: int
-    storage: Storage
+    storage: WeightStorage
     weight: Tensor | None = None
 
     @property
@@ -77,7 +77,7 @@ class PackedWeight:
         return unpack(self.panels, self.column_scale, self.out_channels, self.in_channels, self.storage)
 
 
-def pack_weight(weight: Tensor, storage: Storage | None = None, *, keep: bool = True) -> PackedWeight:
+def pack_weight(weight: Tensor, storage: WeightStorage | None = None, *, keep: bool = True) -> PackedWeight:
     """Rearrange a weight for ``linear``, once for many calls.
 
     Args:
@@ -104,7 +104,8 @@ def pack_weight(weight: Tensor, storage: Storage | None = None, *, keep: bool = 
     require(weight.device.type in ("cpu", "cuda"), "linear_pack", "weight is on", weight.device, "cpu or cuda")
     if storage is None:
         storage = _OWN.get(weight.dtype, "float32")
-    panels, column_scale = _native(weight.detach(), storage)
+    code = code_of("linear_pack", "storage", storage, WEIGHT_STORAGES)
+    panels, column_scale = _native(weight.detach(), code)
     return PackedWeight(panels, column_scale, weight.shape[0], weight.shape[1], storage, weight if keep else None)
 
 
@@ -146,7 +147,8 @@ def check_device_storage(storage: str, device: torch.device) -> None:
 _native = operators().linear_pack.default
 
 
-def _fake(weight: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+def _fake(weight: Tensor, code: int) -> tuple[Tensor, Tensor]:
+    storage = name_of("linear_pack", "storage", code, WEIGHT_STORAGES)
     out_channels, in_channels = weight.shape
     if weight.is_cuda:
         check_device_storage(storage, weight.device)

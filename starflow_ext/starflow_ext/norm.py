@@ -14,6 +14,7 @@ from starflow_ext._check import (
     check_device,
     check_floating,
     check_like,
+    check_tensor,
     dtype_text,
     require,
     require_first_order,
@@ -21,15 +22,16 @@ from starflow_ext._check import (
 )
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import CONSTANTS, NORM_KINDS, check_name, name_of
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
 NormKind = Literal["layer_norm", "rms_norm"]
 
-# eps of the published models: LayerNorm 1e-5, RMSNorm 1e-6.
-EPSILON: Final = {"layer_norm": 1e-5, "rms_norm": 1e-6}
+# Of the published models, by kind.
+EPSILON: Final = {kind: CONSTANTS[f"{kind}_epsilon"] for kind in NORM_KINDS if kind != "none"}
 
 # A block of threads holds a row in registers.
-MOST_CHANNELS_CUDA: Final = 4096
+MOST_CHANNELS_CUDA: Final = CONSTANTS["norm_most_channels_cuda"]
 
 
 @overload
@@ -96,7 +98,7 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, residual: T
     op = "norm"
     check_floating(op, "x", x)
     require(x.dim() >= 1, op, "x has shape", "[]", "(..., channels)")
-    require(kind in EPSILON, op, "kind is", f'"{kind}"', '"layer_norm" or "rms_norm"')
+    check_name(op, "kind", kind, EPSILON)
     fits = not x.is_cuda or x.shape[-1] <= MOST_CHANNELS_CUDA
     require(fits, op, "x has channels", x.shape[-1], f"at most {MOST_CHANNELS_CUDA} on a CUDA device")
     check_floating(op, "weight", weight)
@@ -123,26 +125,35 @@ _native_backward = operators().norm_backward.default
 def _lower(
     x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, residual: Tensor | None
 ) -> tuple[Any, tuple[Any, ...]]:
+    check_name("norm", "kind", kind, EPSILON)
     if residual is None:
-        return _native, (x, weight, bias, kind)
-    return _native_residual, (x, weight, bias, kind, residual)
+        return _native, (x, weight, bias, NORM_KINDS[kind])
+    return _native_residual, (x, weight, bias, NORM_KINDS[kind], residual)
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    check(x, weight, bias, kind, None)
+def _kind(code: int) -> str:
+    return name_of("norm", "kind", code, NORM_KINDS)
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int) -> Tensor:
+    check(x, weight, bias, _kind(kind), None)
     return x.new_empty(x.shape, dtype=arithmetic_dtype(x.dtype))
 
 
 def _fake_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, residual: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, residual: Tensor
 ) -> tuple[Tensor, Tensor]:
-    check(x, weight, bias, kind, residual)
+    check(x, weight, bias, _kind(kind), residual)
     return residual.new_empty(x.shape), residual.new_empty(x.shape)
 
 
 def _fake_backward(
-    grad_out: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, kind: str, with_bias: bool
+    grad_out: Tensor, grad_sum: Tensor | None, x: Tensor, weight: Tensor, kind: int, with_bias: bool
 ) -> tuple[Tensor, Tensor]:
+    check(x, weight, None, _kind(kind), None)
+    for name, gradient in (("grad_out", grad_out), ("grad_sum", grad_sum)):
+        if gradient is not None:
+            check_tensor("norm_backward", name, gradient, arithmetic_dtype(x.dtype), x.shape, "x", x)
     return x.new_empty(x.shape), grad_out.new_empty(2 if with_bias else 1, x.shape[-1])
 
 

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from starflow_ext._check import (
+    arithmetic_dtype,
     check_device,
     check_floating,
     check_like,
     check_own_memory,
+    check_tensor,
     dtype_text,
     require,
     require_first_order,
@@ -20,13 +22,14 @@ from starflow_ext._check import (
 )
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import CONSTANTS, PAIRINGS, check_name, code_of, name_of
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec, tensors
 from starflow_ext.norm import norm_reference
 
 Pairing = Literal["interleaved", "half"]
 
 # A warp holds a head in registers.
-MOST_HEAD_DIM_CUDA: Final = 256
+MOST_HEAD_DIM_CUDA: Final = CONSTANTS["rope_append_most_head_dim_cuda"]
 
 
 class Rotation(NamedTuple):
@@ -61,7 +64,7 @@ def rotate(x: Tensor, rotation: Rotation, pairing: Pairing) -> Tensor:
     Reference:
         Su et al., RoFormer (2021), section 3.4.
     """
-    _check_pairing(pairing)
+    check_name("rope_append", "pairing", pairing, PAIRINGS)
     _check_rotation("rotation", rotation, x.shape[0], x.shape[2], x.shape[3])
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = (t.to(dtype).unsqueeze(-3) for t in rotation)
@@ -228,7 +231,7 @@ def _check_heads(
     batch, tokens, width = qkv.shape
     parts = heads + 2 * kv_heads
     require(width % parts == 0, op, "qkv has channels", width, f"a multiple of {parts} (heads + 2 kv_heads)")
-    _check_pairing(pairing)
+    check_name("rope_append", "pairing", pairing, PAIRINGS)
     head_dim = width // parts
     fits = not qkv.is_cuda or head_dim <= MOST_HEAD_DIM_CUDA
     require(fits, op, "head_dim is", head_dim, f"at most {MOST_HEAD_DIM_CUDA} on a CUDA device")
@@ -243,11 +246,6 @@ def _check_heads(
             _check_rotation(name, rotation, batch, tokens, head_dim)
             check_device(op, "rotation", rotation.cos, "qkv", qkv)
     return head_dim
-
-
-def _check_pairing(pairing: str) -> None:
-    known = '"interleaved" or "half"'
-    require(pairing in ("interleaved", "half"), "rope_append", "pairing is", f'"{pairing}"', known)
 
 
 def _check_rotation(name: str, rotation: Rotation, batch: int, tokens: int, head_dim: int) -> None:
@@ -303,58 +301,77 @@ def _lower(
     final: Tensor | None,
 ) -> tuple[Any, tuple[Any, ...]]:
     tables = (*(query_rotation or (None, None)), *(key_rotation or (None, None)))
-    options = (qkv, heads, kv_heads, *tables, query_norm, key_norm, pairing)
+    code = code_of("rope_append", "pairing", pairing, PAIRINGS)
+    options = (qkv, heads, kv_heads, *tables, query_norm, key_norm, code)
     if cache is None:
         return _native, options
     one, each = (0, start) if isinstance(start, Tensor) else (start, None)
     return _native_cached, (*options, *cache, one, each, final)
 
 
-def _options(
-    qkv: Tensor,
-    heads: int,
-    kv_heads: int,
-    query_cos: Tensor | None,
-    query_sin: Tensor | None,
-    key_cos: Tensor | None,
-    key_sin: Tensor | None,
-    query_norm: Tensor | None,
-    key_norm: Tensor | None,
-    pairing: str,
-) -> int:
-    """Check what the native operators share; their arguments. Returns head_dim."""
-    query = Rotation(query_cos, query_sin) if query_cos is not None and query_sin is not None else None
-    key = Rotation(key_cos, key_sin) if key_cos is not None and key_sin is not None else None
-    return _check_heads(qkv, heads, kv_heads, query, key, query_norm, key_norm, pairing)
+class _Options(NamedTuple):
+    """What the native operators share, in the order of their schemas."""
+
+    heads: int
+    kv_heads: int
+    query_cos: Tensor | None
+    query_sin: Tensor | None
+    key_cos: Tensor | None
+    key_sin: Tensor | None
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    pairing: int
+
+    def check(self, qkv: Tensor) -> int:
+        """Raise what the operators raise; returns head_dim."""
+        query = None if self.query_cos is None or self.query_sin is None else Rotation(self.query_cos, self.query_sin)
+        key = None if self.key_cos is None or self.key_sin is None else Rotation(self.key_cos, self.key_sin)
+        pairing = name_of("rope_append", "pairing", self.pairing, PAIRINGS)
+        heads = (self.heads, self.kv_heads)
+        return _check_heads(qkv, *heads, query, key, self.query_norm, self.key_norm, pairing)
 
 
-def _fake(qkv: Tensor, heads: int, kv_heads: int, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    head_dim = _options(qkv, heads, kv_heads, *options)
+# How many arguments they are.
+_SHARED: Final = len(_Options._fields)
+
+
+def _fake(qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = _Options(*given)
+    head_dim = options.check(qkv)
     batch, tokens, _ = qkv.shape
+    heads, kv_heads = options.heads, options.kv_heads
     q, k, v = (qkv.new_empty(batch, count, tokens, head_dim) for count in (heads, kv_heads, kv_heads))
     return q, k, v
 
 
-def _fake_cached(qkv: Tensor, heads: int, kv_heads: int, *rest: Any) -> Tensor:
-    *options, keys, values, _, starts, final = rest
-    head_dim = _options(qkv, heads, kv_heads, *options)
-    _check_cache(qkv, kv_heads, head_dim, Cache(keys, values), starts, final)
-    return qkv.new_empty(qkv.shape[0], heads, qkv.shape[1], head_dim)
+def _fake_cached(qkv: Tensor, *given: Any) -> Tensor:
+    options = _Options(*given[:_SHARED])
+    keys, values, _, starts, final = given[_SHARED:]
+    head_dim = options.check(qkv)
+    _check_cache(qkv, options.kv_heads, head_dim, Cache(keys, values), starts, final)
+    return qkv.new_empty(qkv.shape[0], options.heads, qkv.shape[1], head_dim)
 
 
-def _fake_backward(
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, heads: int, kv_heads: int, *options: Any
-) -> tuple[Tensor, Tensor]:
-    head_dim = _options(qkv, heads, kv_heads, *options)
-    *_, query_norm, key_norm, _ = options
-    normed = query_norm is not None or key_norm is not None
-    dtype = torch.float64 if qkv.dtype == torch.float64 else torch.float32
-    return qkv.new_empty(qkv.shape), qkv.new_empty(2 if normed else 0, head_dim, dtype=dtype)
+def _fake_backward(grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, qkv: Tensor, *given: Any) -> tuple[Tensor, Tensor]:
+    options = _Options(*given)
+    head_dim = options.check(qkv)
+    batch, tokens, _ = qkv.shape
+    gradients = (
+        ("grad_q", grad_q, options.heads),
+        ("grad_k", grad_k, options.kv_heads),
+        ("grad_v", grad_v, options.kv_heads),
+    )
+    for name, gradient, heads in gradients:
+        shape = (batch, heads, tokens, head_dim)
+        check_tensor("rope_append_backward", name, gradient, qkv.dtype, shape, "qkv", qkv)
+    normed = options.query_norm is not None or options.key_norm is not None
+    return qkv.new_empty(qkv.shape), qkv.new_empty(2 if normed else 0, head_dim, dtype=arithmetic_dtype(qkv.dtype))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    qkv, *ctx.heads, query_cos, query_sin, key_cos, key_sin, query_norm, key_norm, ctx.pairing = inputs
-    tables = (query_cos, query_sin, key_cos, key_sin)
+    qkv, *given = inputs
+    options = _Options(*given)
+    tables = (options.query_cos, options.query_sin, options.key_cos, options.key_sin)
     require(
         not any(table is not None and table.requires_grad for table in tables),
         "rope_append",
@@ -362,17 +379,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
         "tables that require a gradient",
         "tables without: their gradient exists in starflow_ext.reference_mode() only",
     )
-    ctx.save_for_backward(qkv, *tables, query_norm, key_norm)
+    ctx.save_for_backward(qkv, *tables, options.query_norm, options.key_norm)
+    ctx.heads, ctx.kv_heads, ctx.pairing = options.heads, options.kv_heads, options.pairing
 
 
 def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple[Tensor | None, ...]:
     require_first_order("rope_append")
-    qkv, *options = ctx.saved_tensors
-    grad_qkv, weights = _native_backward(grad_q, grad_k, grad_v, qkv, *ctx.heads, *options, ctx.pairing)
-    grad_query, grad_key = (
-        None if norm is None else weights[index].to(norm.dtype) for index, norm in enumerate(options[-2:])
-    )
-    return grad_qkv, None, None, None, None, None, None, grad_query, grad_key, None
+    qkv, *saved = ctx.saved_tensors
+    options = _Options(*(ctx.heads, ctx.kv_heads, *saved, ctx.pairing))
+    grad_qkv, weights = _native_backward(grad_q, grad_k, grad_v, qkv, *options)
+    # (2, head_dim): of queries, of keys; none without norms.
+    by_norm = {"query_norm": 0, "key_norm": 1}
+    grads = {
+        name: weights[row].to(norm.dtype)
+        for name, row in by_norm.items()
+        if (norm := getattr(options, name)) is not None
+    }
+    return (grad_qkv, *(grads.get(name) for name in _Options._fields))
 
 
 torch.library.register_fake("starflow_ext::rope_append", _fake)

@@ -53,7 +53,7 @@ def _at_the_root(root: Path, *arguments: str) -> subprocess.CompletedProcess[str
 
 @pytest.mark.parametrize("module", ["starflow_ext", "starflow"])
 def test_the_root_of_the_checkout_hides_no_package(root: Path, module: str) -> None:
-    """`python -c`, `python -m` and a shell put the current folder first: starflow_ext there is no package."""
+    """`python -c` and `python -m` put the current folder first: the folder starflow_ext there is no package."""
     code = f"import {module}, starflow_ext.ops; print({module}.__file__)"
     done = _at_the_root(root, "-c", code)
     assert done.stdout.strip() == sys.modules[module].__file__

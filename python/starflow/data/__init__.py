@@ -15,7 +15,7 @@ from starflow.data.clips import (
     to_frames,
     to_pixels,
 )
-from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
+from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, Motion, MovingDigits
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
 from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
 from starflow.data.sheets import write_contact_sheet
@@ -31,6 +31,7 @@ __all__ = [
     "Clip",
     "ClipDataset",
     "DigitJudge",
+    "Motion",
     "MovingDigits",
     "VideoError",
     "VideoFolder",

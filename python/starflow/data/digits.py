@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from starflow.data.clips import Clip
 
-__all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "MovingDigits"]
+__all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "Motion", "MovingDigits"]
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -46,9 +47,12 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """What the caption of a pair says, and what it makes of the source (frames, 1, height, width)."""
 
-# The digit takes 7/12 of the frame, starts in the middle and moves by whole pixels (one a frame in frames below 48), so
-# that a frame is the one before it, moved a little, to the last bit: that much a small flow learns in minutes, while
-# leaps of a whole patch, or any position at the start, take it far longer.
+Start = Literal["middle", "anywhere"]
+Handwritings = Literal["typical", "all"]
+
+# The digit takes 7/12 of the frame, starts in the middle (by default) and moves by whole pixels (one a frame in frames
+# below 48), so that a frame is the one before it, moved a little, to the last bit: that much a small flow learns in
+# minutes, while leaps of a whole patch, or any position at the start, take it far longer.
 _GLYPH = 7 / 12
 # Of each digit's images, the share nearest to their mean: those that most people would read at once.
 _TYPICAL = 0.4
@@ -65,8 +69,12 @@ def _load() -> tuple[torch.Tensor, np.ndarray]:
 
 
 @functools.cache
-def _split(name: str) -> np.ndarray:
-    """Indices of the digit images of a split: every fifth of the typical images of each digit is held out."""
+def _split(name: str, handwritings: Handwritings = "typical") -> np.ndarray:
+    """Indices of the digit images of a split.
+
+    Every fifth of the typical images of each digit is held out, and every fifth of the others: what is held out of the
+    typical ones is held out of all.
+    """
     images, labels = _load()
     pixels = images.flatten(1).numpy()
     train: list[int] = []
@@ -75,8 +83,9 @@ def _split(name: str) -> np.ndarray:
         mine = np.flatnonzero(labels == digit)
         far = ((pixels[mine] - pixels[mine].mean(0)) ** 2).sum(1)
         typical = np.sort(mine[np.argsort(far)[: int(_TYPICAL * len(mine))]])
-        held_out.extend(typical[4::5])
-        train.extend(np.setdiff1d(typical, typical[4::5]))
+        for part in (typical,) if handwritings == "typical" else (typical, np.setdiff1d(mine, typical)):
+            held_out.extend(part[4::5])
+            train.extend(np.setdiff1d(part, part[4::5]))
     return np.array(held_out if name == "test" else train)
 
 
@@ -112,6 +121,26 @@ def _bounce(path: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + span - np.abs(phase - span)
 
 
+@dataclass(frozen=True)
+class Motion:
+    """What is true of a clip of `MovingDigits`.
+
+    Args:
+        digit: 0 to 9.
+        direction: of the first steps, a key of `DIRECTIONS`.
+        centers: (frames, 2) middle of the digit's square in pixels, down and right; pixel i covers [i, i + 1).
+        step: pixels that a moving digit moves along each of its axes in a frame.
+        low, high: least and greatest coordinate of a center; there the digit turns round.
+    """
+
+    digit: int
+    direction: str
+    centers: torch.Tensor
+    step: int
+    low: float
+    high: float
+
+
 class MovingDigits:
     """Captioned clips of one handwritten digit that moves in a straight line and bounces off the walls.
 
@@ -127,6 +156,9 @@ class MovingDigits:
         seed: of the set.
         length: items in one epoch.
         pairs: clips have a source.
+        start: where clips begin: in the "middle" of the picture, or "anywhere" from which the digit goes at least
+            three steps before it bounces, as if cut from a motion without end.
+        handwritings: the "typical" 40 % of the images of each digit, nearest to their mean, or "all".
 
     Raises:
         ValueError: when an argument is out of range.
@@ -143,12 +175,19 @@ class MovingDigits:
         seed: int = 0,
         length: int = 10000,
         pairs: bool = False,
+        start: Start = "middle",
+        handwritings: Handwritings = "typical",
     ) -> None:
         for name, value, least in (("frames", frames, 1), ("size", size, 16), ("seed", seed, 0), ("length", length, 1)):
             if value < least:
                 raise ValueError(f"MovingDigits: {name} is {value}, expected at least {least}")
-        if split not in ("train", "test"):
-            raise ValueError(f'MovingDigits: split is "{split}", expected "train" or "test"')
+        for option, text, known in (
+            ("split", split, ("train", "test")),
+            ("start", start, ("middle", "anywhere")),
+            ("handwritings", handwritings, ("typical", "all")),
+        ):
+            if text not in known:
+                raise ValueError(f'MovingDigits: {option} is "{text}", expected "{known[0]}" or "{known[1]}"')
         self.frames = frames
         self.size = size
         self.channels = 1
@@ -156,6 +195,8 @@ class MovingDigits:
         self.seed = seed
         self.length = length
         self.pairs = pairs
+        self.start = start
+        self.handwritings = handwritings
 
     def __len__(self) -> int:
         return self.length
@@ -174,27 +215,41 @@ class MovingDigits:
         Raises:
             IndexError: when there is no such index.
         """
+        rng, image, motion = self._scene(index, epoch, seed)
+        clip, name = _draw(image, motion.centers, self.size), f"digits/{self.split}/{index}"
+        if self.pairs:
+            change = str(rng.choice(list(CHANGES)))
+            return Clip(CHANGES[change](clip), change, name, source=clip)
+        return Clip(clip, _caption(DIGITS[motion.digit], motion.direction), name)
+
+    def motion(self, index: int, *, epoch: int = 0, seed: int = 0) -> Motion:
+        """What is true of the clip that `item` makes of the same arguments (of its source, where there are pairs).
+
+        Raises:
+            IndexError: when there is no such index.
+        """
+        return self._scene(index, epoch, seed)[2]
+
+    def _scene(self, index: int, epoch: int, seed: int) -> tuple[np.random.Generator, torch.Tensor, Motion]:
+        """The generator of a clip after its draws, its digit image and its motion."""
         if not 0 <= index < self.length:
             raise IndexError(f"MovingDigits: index is {index}, expected 0 to {self.length - 1}")
         rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
         images, labels = _load()
-        which = int(rng.choice(_split(self.split)))
+        which = int(rng.choice(_split(self.split, self.handwritings)))
         direction = str(rng.choice(list(DIRECTIONS)))
-        clip, name = self._render(images[which], direction), f"digits/{self.split}/{index}"
-        if self.pairs:
-            change = str(rng.choice(list(CHANGES)))
-            return Clip(CHANGES[change](clip), change, name, source=clip)
-        return Clip(clip, _caption(DIGITS[labels[which]], direction), name)
-
-    def _render(self, image: torch.Tensor, direction: str) -> torch.Tensor:
         low = self.size * _GLYPH / 2.0
         pixels = max(self.size // 24, 1)
         places = int((self.size - 2.0 * low) // pixels)
         heading = np.sign(DIRECTIONS[direction]).astype(int)
-        start, high, step = low + pixels * (places // 2), low + pixels * places, pixels * heading
-        path = start + step * np.arange(self.frames)[:, None]
+        place = np.array([places // 2, places // 2])
+        if self.start == "anywhere":
+            # The bounce comes after the steps that the caption speaks of.
+            place = rng.integers(np.where(heading < 0, _JUDGED, 0), np.where(heading > 0, places - _JUDGED, places) + 1)
+        begin, high, step = low + pixels * place, low + pixels * places, pixels * heading
+        path = begin + step * np.arange(self.frames)[:, None]
         centers = torch.from_numpy(_bounce(path, low, high).astype(np.float32))
-        return _draw(image, centers, self.size)
+        return rng, images[which], Motion(int(labels[which]), direction, centers, pixels, low, high)
 
 
 def _center(weights: torch.Tensor) -> torch.Tensor:

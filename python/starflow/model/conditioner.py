@@ -21,6 +21,7 @@ from starflow.model.layers import Attending, Transformer
 from starflow.model.rope import concatenate, grid_positions, rotation, text_positions
 from starflow.model.tokens import Order, token_order
 from starflow_ext import ops
+from starflow_ext.block_attention import FrameMask
 from starflow_ext.linear_pack import PackedWeight
 from starflow_ext.rope_append import Rotation
 
@@ -104,8 +105,10 @@ class Conditioner(Transformer):
             kv_heads=config.kv_heads(block),
             layers=config.layers_per_block[block],
             out_channels=channels if config.activation == "none" else 2 * channels,
-            text_dim=config.text_width(block),
+            # Text tokens stand at a time of their own, which a clip without end leaves behind for ever.
+            text_dim=config.text_width(block) if config.attention_frames is None else 0,
         )
+        self.attention_frames = config.attention_frames if config.is_top(block) else None
         self.activation = config.activation
         self.soft_clip = config.soft_clip
         self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
@@ -147,7 +150,7 @@ class Conditioner(Transformer):
             assert context is not None
             h = torch.cat([self.embed_text(context), h], 1)
         query, key = (concatenate(layout.text, table, h.device) for table in (layout.query, layout.key))
-        h = self.run(h, Attending(query, key))
+        h = self.run(h, Attending(query, key, frames=self._frames(layout)))
         stream = h[:, :text] if text else None
         return self._affine(self.put_out(h[:, text:]), shifted=self.sos_embed is None), stream
 
@@ -194,9 +197,16 @@ class Conditioner(Transformer):
             caches=state.caches,
             start=slot + state.text_tokens,
             final=None if final is None else final - self.first_token + state.text_tokens,
+            frames=self._frames(layout),
             temperature=temperature,
         )
         return self._affine(self.put_out(self.run(h, attending)))
+
+    def _frames(self, layout: Layout) -> FrameMask | None:
+        """Which frames a slot sees, beside those that come before it; None for all."""
+        if self.attention_frames is None:
+            return None
+        return FrameMask(0, layout.frame_tokens, look_ahead=1, window=self.attention_frames)
 
     def _affine(self, raw: Tensor, *, shifted: bool = False) -> Affine:
         return Affine(raw, self.activation, self.soft_clip, shifted=shifted)
@@ -228,6 +238,9 @@ class Conditioner(Transformer):
             return None
         # Rotary angles encode relative positions only. Without these rows a network has to infer the place of a token
         # in its frame from the distance to the text, which takes long training.
+        if self.attention_frames is not None:
+            # A token must not know at which time of the clip it stands: all frames have the rows of the first one.
+            slots = torch.arange(layout.tokens, device=device)[slots] % layout.frame_tokens
         waves = torch.cat([table.to(device)[slots] for table in layout.query], -1)
         return ops.linear(waves, self.proj_position.weight if packed is None else packed)
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from starflow.mapped import release
 from starflow.model.conditioner import Conditioner
 from starflow.model.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
-from starflow_ext.jacobi_sweep import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
-from starflow_ext.linear_pack import PackedWeight, Storage, pack_weight
+from starflow_ext.linear_pack import PackedWeight, WeightStorage, pack_weight
 from starflow_ext.rope_append import Pairing
+from starflow_ext.sweep_block import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _keep(network: Transformer, how: str | None, pack: Callable[[], _Packed]) ->
     return packed
 
 
-def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> PackedNetwork:
+def pack_conditioner(conditioner: Conditioner, storage: WeightStorage | None = None) -> PackedNetwork:
     """The network of a block as native decoding reads it.
 
     Packing reads every weight once, so the result is kept with the module and made again only when a parameter was
@@ -128,7 +128,7 @@ def _pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
 
 
 @torch.no_grad()
-def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
+def _pack(conditioner: Conditioner, storage: WeightStorage | None) -> PackedNetwork:
     layers = []
     for layer in conditioner.layers:
         assert isinstance(layer, Layer)
@@ -154,7 +154,7 @@ def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
     return PackedNetwork(block, text, position, summary)
 
 
-def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
+def _layer(layer: Layer, storage: WeightStorage | None) -> LayerWeights:
     attention, mlp = layer.attention, layer.mlp
     assert isinstance(attention, Attention)
     assert isinstance(mlp, MLP)
@@ -184,7 +184,7 @@ def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
     )
 
 
-def _linear(linear: nn.Linear | Int8Linear, storage: Storage | None) -> PackedLinear:
+def _linear(linear: nn.Linear | Int8Linear, storage: WeightStorage | None) -> PackedLinear:
     bias = None if linear.bias is None else _float(linear.bias)
     return PackedLinear(pack_weight(linear.weight, storage, keep=False), bias)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from starflow.solver.loop import invert
-from starflow.solver.places import places, token_numbers
 from starflow.solver.report import SolveReport
 from starflow.solver.schedules import Schedule, Window
+from starflow_ext.window_sweep import places, token_numbers
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.solver.protocol import Autoregressive
-from starflow.solver.report import SolveReport, not_finite
+from starflow.solver.report import SolveReport, Tally, not_finite
 from starflow.solver.schedules import Chunks, Schedule, Sequential, Window
-from starflow.solver.state import Standing, Tally
-from starflow.solver.window import WILD, sweep_window
+from starflow.solver.window import sweep_once
 from starflow_ext.jacobi_solve import SolveProgress
+from starflow_ext.window_sweep import WILD, WindowProgress
 
 # Most sweeps of one native call: between calls Ctrl-C is seen.
 _MOST_SWEEPS = 64
@@ -78,8 +78,8 @@ class Inversion:
         self._size = 1
         if isinstance(schedule, Window):
             self._size = schedule.size or model.default_window(known.shape[0], self._first)
-        self._at = Standing([self._first] * known.shape[0], [self._first] * known.shape[0])
-        self._before_the_end: tuple[Standing, Tensor] | None = None
+        self._at = WindowProgress([self._first] * known.shape[0], [self._first] * known.shape[0])
+        self._before_the_end: tuple[WindowProgress, Tensor] | None = None
         self._more = False
         self._progress = Tally()
 
@@ -131,7 +131,7 @@ class Inversion:
             guess = self._model.initial_guess(self._z[:, new:])
             # The guess also counts as the earlier value of a token in its first evaluation.
             self._x[:, new + 1 :] = torch.where(guess.abs() < WILD, guess, self._z[:, new:])
-        if isinstance(self._at.kept, Tensor):
+        if self._at.kept is not None:
             self._at.kept = F.pad(self._at.kept, (0, 0, 0, z.shape[1]))
         self._more = more
 
@@ -241,7 +241,7 @@ def _require_finite(tokens: Tensor, first: int, what: str) -> None:
         raise not_finite(what, sample, first + token)
 
 
-def _token(model: Autoregressive, x: Tensor, z: Tensor, at: Standing, progress: Tally) -> None:
+def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, progress: Tally) -> None:
     """Solves the next token of all samples."""
     token = at.frontier[0]
     affine = model.evaluate(x[:, token : token + 1], token)
@@ -253,7 +253,7 @@ def _token(model: Autoregressive, x: Tensor, z: Tensor, at: Standing, progress: 
     at.frontier = [token + 1] * z.shape[0]
 
 
-def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: Standing, progress: Tally) -> None:
+def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: WindowProgress, progress: Tally) -> None:
     """Solves the next chunk of all samples."""
     frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
     # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
@@ -285,17 +285,17 @@ def _window(
     size: int,
     tolerance: float,
     most_sweeps: int,
-    at: Standing,
+    at: WindowProgress,
     progress: Tally,
 ) -> None:
     """Sweeps the window: up to `most_sweeps` times in native code, once in plain torch."""
     progress.window = max(progress.window, min(size, z.shape[1] - first))
     native = model.native_window if z.dtype == torch.float32 else None
     if native is None:
-        sweep_window(model, x, z, first, size, tolerance, at, progress)
+        sweep_once(model, x, z, first, size, tolerance, at, progress)
         return
     done = native.begin(x, first)
-    if isinstance(at.kept, Tensor):
+    if at.kept is not None:
         frontier, fresh = (torch.tensor(tokens, device=x.device) for tokens in (at.frontier, at.fresh))
         done = SolveProgress(x, frontier, fresh, at.kept)
     count = native.sweep(done, z, first, size, tolerance, most_sweeps)

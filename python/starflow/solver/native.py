@@ -13,9 +13,9 @@ from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext._mode import in_reference_mode
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
-from starflow_ext.jacobi_sweep import BlockState, CacheStorage
-from starflow_ext.linear_pack import Storage
+from starflow_ext.linear_pack import WeightStorage
 from starflow_ext.rope_append import Rotation
+from starflow_ext.sweep_block import BlockState, CacheStorage
 
 # How decoding stores weights, keys and values, and in which dtypes it multiplies. The residual stream, norms, softmax
 # and the affine update are always float32.
@@ -33,8 +33,8 @@ Precision = Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class _How:
-    weights: Storage | None
-    activations: Literal["float32", "two_bfloat16", "bfloat16"] | None
+    weights: WeightStorage | None
+    product_input: Literal["float32", "two_bfloat16", "bfloat16"] | None
     cache: CacheStorage
 
 
@@ -55,7 +55,8 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 def _how(conditioner: Conditioner, precision: Precision) -> _How | None:
     """How a network decodes natively; None where it does not."""
     weight = conditioner.proj_in.weight
-    if weight.dtype not in _DTYPES or in_reference_mode():
+    # The native sweep reads all that is cached.
+    if weight.dtype not in _DTYPES or in_reference_mode() or conditioner.attention_frames is not None:
         return None
     own = str(weight.dtype).removeprefix("torch.") if precision == "float32" else precision
     if weight.device.type == "cuda":
@@ -137,7 +138,7 @@ class NativeNetwork:
         if text:
             assert context is not None
             assert packed.text is not None
-            embedded = ops.linear(context, packed.text.weight, packed.text.bias, activations=how.activations)
+            embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
 
     @staticmethod
@@ -150,7 +151,7 @@ class NativeNetwork:
         """A name of everything that the cost of a row depends on."""
         weights = self._weights.proj_in.weight.storage
         kernels = native.selected_isa() if self._weights.device.type == "cpu" else "cuda"
-        return f"{kernels}-{weights}-{self._how.activations or weights}-{self._how.cache}"
+        return f"{kernels}-{weights}-{self._how.product_input or weights}-{self._how.cache}"
 
     def window(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..`; as `Conditioner.window`."""
@@ -176,13 +177,13 @@ class NativeNetwork:
             first_token=c.first_token,
             activation=c.activation,
             soft_clip=c.soft_clip,
-            activations=self._how.activations,
+            product_input=self._how.product_input,
             **options,
         )
 
     def _sweep(self, rows: Tensor, start: Tensor, *, keep: Tensor | None = None, text: bool = False) -> Tensor:
         return ops.jacobi_sweep(
-            self._weights, self._state, rows, start, keep=keep, activations=self._how.activations, text=text
+            self._weights, self._state, rows, start, keep=keep, product_input=self._how.product_input, text=text
         )
 
 

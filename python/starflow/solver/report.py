@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from starflow.solver.protocol import AffineMaps
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,25 @@ class SolveReport:
             passes=self.passes + later.passes,
             backward_error=max(errors) if errors else None,
         )
+
+
+@dataclass
+class Tally:
+    """What a solve has done so far.
+
+    Attributes:
+        rows: evaluations of a token, all samples.
+        accepted: tokens accepted in each sweep, all samples.
+        passes: sweeps of each chunk.
+        window: most rows of a sample in a call.
+        maps: of the last evaluation in plain torch; guesses are made by maps of the same kind.
+    """
+
+    rows: int = 0
+    accepted: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    window: int = 1
+    maps: AffineMaps | None = None
 
 
 class NotFiniteError(RuntimeError):

@@ -48,7 +48,14 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
         require(data.channels == 1, "data.channels", data.channels, "1 for digits")
         require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for digits, which are square")
-        return MovingDigits(frames=data.frames, size=data.height, split=split, pairs=pairs)
+        return MovingDigits(
+            frames=data.frames,
+            size=data.height,
+            split=split,
+            pairs=pairs,
+            start=data.start,
+            handwritings=data.handwritings,
+        )
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
     folder = Path(data.path)

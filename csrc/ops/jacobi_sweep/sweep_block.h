@@ -1,29 +1,22 @@
-// A block as jacobi_sweep and jacobi_solve take it: lists of tensors and numbers, read into the kernel's structs.
+// A block as jacobi_sweep and jacobi_solve take it, read into the kernel's structs.
 #pragma once
-#include <string>
 #include <vector>
 
 #include "common/tensor.h"
-#include "ops/jacobi_common/sweeper.h"
+#include "ops/jacobi_sweep/sweep_order.h"
+#include "ops/jacobi_sweep/sweeper.h"
 #include "ops/linear/linear_plan.h"
 
 namespace starflow {
 
-// The tensors of a block, in the order in which starflow_ext/starflow_ext/jacobi_sweep.py lists them (an empty one is absent):
-//   start token (channels,) · position (grid slots, width) · condition (cache rows, width) · cosines and sines of
-//   queries, then of keys (slots, head_dim / 2) · temperature (cache rows,) · weight of the final norm (width,) ·
-//   input, output projection: panels, column scale, bias ·
-//   each layer: qkv, proj, up, gate, down as panels, column scale, bias; weight and bias of the attention's norm;
-//   weights of query norm, key norm, attention's post-norm; weight and bias of the MLP's norm; weight of the MLP's
-//   post-norm
-// and the numbers: channels, width, heads, kv_heads, head_dim, hidden, out channels, text tokens, slots, kind of the
-// norms (0 none, 1 layer, 2 rms).
+// A block as the ops take it: numbers in the order of BlockSize, and tensors in that of BlockTensor, those of each
+// layer behind them in that of LayerTensor (an empty one is absent). Python reads the orders from `_C.orders`.
 struct BlockTensors {
     Tensor keys;    // (layers, cache rows, kv_heads, elements of a head): panels; on CUDA slots times head_dim
     Tensor values;  // like keys
     std::vector<Tensor> weights;
     std::vector<int64_t> sizes;
-    std::string activations;
+    int64_t product_input;
 };
 
 // Checks the tensors against the numbers, and holds what the kernel's struct points to.

@@ -1,4 +1,4 @@
-#include "ops/jacobi_common/sweeper.h"
+#include "ops/jacobi_sweep/sweeper.h"
 
 #include <sched.h>
 
