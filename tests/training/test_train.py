@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -296,15 +297,15 @@ def test_captions_are_dropped_at_their_rate(tiny) -> None:
     assert {"moving", "three"} <= words
 
 
+def telling(tiny, mode: str, **train: Any) -> RunConfig:
+    """A run whose captions may begin with the word of a mode, and are never dropped."""
+    words = [*RunConfig.load("tiny").text["vocabulary"], mode]
+    text = {"kind": "words", "size": 4, "vocabulary": words}
+    return tiny(flow={"txt_dim": 16, "txt_size": 4}, text=text, drop_label=0.0, **train)
+
+
 def test_a_dropped_first_frame_is_told(tiny) -> None:
-    words = [*RunConfig.load("tiny").text["vocabulary"], "extend"]
-    config = tiny(
-        flow={"txt_dim": 16, "txt_size": 4},
-        text={"kind": "words", "size": 4, "vocabulary": words},
-        drop_image=0.5,
-        drop_label=0.0,
-    )
-    trainer, batches = trainer_of(config)
+    trainer, batches = trainer_of(telling(tiny, "extend", drop_image=0.5))
     seen = set()
     for step in range(8):
         batch = batches.make(step)
@@ -318,13 +319,7 @@ def test_a_dropped_first_frame_is_told(tiny) -> None:
 
 
 def test_a_last_frame_stands_before_its_clip(tiny) -> None:
-    words = [*RunConfig.load("tiny").text["vocabulary"], "last"]
-    config = tiny(
-        flow={"txt_dim": 16, "txt_size": 4},
-        text={"kind": "words", "size": 4, "vocabulary": words},
-        last_frame_prob=0.5,
-        drop_label=0.0,
-    )
+    config = telling(tiny, "last", last_frame_prob=0.5)
     trainer, batches = trainer_of(config)
     seen = set()
     for step in range(8):
@@ -458,6 +453,14 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         train(tiny(steps=2), tmp_path, quiet=True)
     assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
+
+
+def test_without_tensorboard_a_run_has_no_log_and_says_so(tiny, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    train(tiny(steps=1), tmp_path, quiet=True)
+    said = "no log is written: a training log needs the package tensorboard: pip install 'starflow-ext[train]'"
+    assert said in caplog.messages
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:

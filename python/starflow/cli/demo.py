@@ -29,6 +29,7 @@ from starflow.data import (
     write_video,
 )
 from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, score
+from starflow.extras import import_extra
 from starflow.files import write_text
 from starflow.model import FlowBlock, patchify, to_sequence
 from starflow.sampling import Pipeline, Sampled
@@ -126,6 +127,8 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
     Returns:
         What was measured.
     """
+    # What the end needs is missed before the training and not after it.
+    import_extra("matplotlib.figure", purpose="the report", extra="plots")
     begin = time.perf_counter()
     config = RunConfig.load("digits")
     recipe = replace(config.train, seed=seed, steps=config.train.steps if steps is None else steps)
@@ -365,9 +368,9 @@ def _pair(value: float, real: float) -> str:
 
 
 def _figure(width: float = 7.0, height: float = 3.2) -> Figure:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
+    plots = import_extra("matplotlib.figure", purpose="the report", extra="plots")
+    figure: Figure = plots.Figure(figsize=(width, height), layout="constrained")
+    return figure
 
 
 def _loss_plot(history: Sequence[TrainStep], floor: float) -> Figure:

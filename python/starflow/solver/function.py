@@ -77,7 +77,7 @@ def solve(
 
 
 class FunctionDecoder:
-    """A function of x as what the solver inverts; arguments as of `solve`. Holds the x that the function is shown."""
+    """A function of x in the form that the solver inverts, and the x that it sees; arguments as of `solve`."""
 
     halves = 1
     first_token = 0

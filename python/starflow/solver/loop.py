@@ -10,8 +10,8 @@ The window slides past what was accepted and is filled up by guesses: shift and 
 and the token's own noise.
 
 Every x that is returned is the exact inverse of some noise z'; `certify` measures max |z' - z|, in units of the
-noise's standard deviation. It says more than the distance to the token-by-token result, which float32 itself does not
-determine where a sample stands at a fork.
+noise's standard deviation. It is more telling than the distance to the token-by-token result: where a small change of z
+changes x a lot, rounding in float32 alone decides what token-by-token decoding returns.
 
 Reference: Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021), for
 Jacobi iteration; Gu et al., STARFlow-V (2025), for chunks; the acceptance rule and the guess are this project's.
@@ -34,7 +34,7 @@ from starflow.solver.window import sweep_once
 from starflow_ext.jacobi_solve import SolveProgress
 from starflow_ext.window_sweep import WILD, WindowProgress
 
-# Sweeps of a native call: few enough to be interrupted in between.
+# Most sweeps of one native call: between calls Ctrl-C is seen.
 _MOST_SWEEPS = 64
 
 
@@ -50,8 +50,8 @@ class Inversion:
         schedule: how.
         known: first tokens that are given, (batch, known tokens, channels), kept bit for bit; their dtype is that of
             the solve.
-        judge: makes the decoder that certifies, where `model` rounds what it computes or goes on after it is asked for
-            a report; None lets it judge itself.
+        judge: makes the decoder that computes the certificate, for a `model` of lower precision, or one that goes on
+            after a report; None takes `model` itself.
 
     Raises:
         ValueError: more tokens than the model has.
@@ -129,7 +129,7 @@ class Inversion:
         self._x, self._z = torch.cat([self._x, z], 1), torch.cat([self._z, z], 1)
         if isinstance(self._schedule, Window):
             guess = self._model.initial_guess(self._z[:, new:])
-            # A token that is final at its first evaluation is compared with its guess.
+            # The guess also counts as the earlier value of a token in its first evaluation.
             self._x[:, new + 1 :] = torch.where(guess.abs() < WILD, guess, self._z[:, new:])
         if self._at.kept is not None:
             self._at.kept = F.pad(self._at.kept, (0, 0, 0, z.shape[1]))
@@ -158,7 +158,7 @@ class Inversion:
         return self.final
 
     def report(self) -> SolveReport:
-        """What was done so far; of what was done twice, both."""
+        """What the solve has done so far. Sweeps that were taken back and done again count each time."""
         report = SolveReport(
             tokens=max(self.final - self._first, 0),
             rows=self._progress.rows * self._model.halves,
@@ -191,7 +191,8 @@ def invert(
         z: noise (batch, tokens, channels), float32 or float64; what stands at known tokens is ignored.
         schedule: how.
         known: first tokens that are given, (batch, known tokens, channels): kept bit for bit.
-        judge: makes the decoder that certifies, where `model` rounds what it computes; None lets it judge itself.
+        judge: makes the decoder that computes the certificate, for a `model` of lower precision; None takes `model`
+            itself.
 
     Returns:
         x like `z`, and the report.
@@ -241,7 +242,7 @@ def _require_finite(tokens: Tensor, first: int, what: str) -> None:
 
 
 def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, progress: Tally) -> None:
-    """One token, of all samples."""
+    """Solves the next token of all samples."""
     token = at.frontier[0]
     affine = model.evaluate(x[:, token : token + 1], token)
     new = affine.decode(z[:, token : token + 1])
@@ -253,7 +254,7 @@ def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, prog
 
 
 def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: WindowProgress, progress: Tally) -> None:
-    """One chunk, of all samples."""
+    """Solves the next chunk of all samples."""
     frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
     # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
     # second frame is short and has no guess.
@@ -287,7 +288,7 @@ def _window(
     at: WindowProgress,
     progress: Tally,
 ) -> None:
-    """Sweeps of the window, at most so many in native code and one in plain torch."""
+    """Sweeps the window: up to `most_sweeps` times in native code, once in plain torch."""
     progress.window = max(progress.window, min(size, z.shape[1] - first))
     native = model.native_window if z.dtype == torch.float32 else None
     if native is None:

@@ -17,8 +17,8 @@ from starflow_ext.linear_pack import WeightStorage
 from starflow_ext.rope_append import Rotation
 from starflow_ext.sweep_block import BlockState, CacheStorage
 
-# How decoding stores weights, keys and values, and what products are taken of. The residual stream, norms, softmax and
-# the affine update are float32 always.
+# How decoding stores weights, keys and values, and in which dtypes it multiplies. The residual stream, norms, softmax
+# and the affine update are always float32.
 #   float32   the weights as they are; float32 products (bfloat16 ones for weights in bfloat16)
 #   two_bfloat16  weights and what they multiply as sums of two bfloat16 (16 bits), three products of these; attention
 #             in float32: for processors with tiles, where it is faster than float32
@@ -84,12 +84,12 @@ def refuse_precision(conditioner: Conditioner, precision: str) -> None:
 
 
 class NativeNetwork:
-    """Packed weights, caches and what is added to every row; text is cached at once.
+    """Packed weights, K/V caches, and the embeddings that are added to every row; the text is cached at once.
 
     Args:
         conditioner: one that decodes natively (see `runs`).
         layout: of the clip.
-        rows: of the caches: samples, with guidance those of both halves.
+        rows: of the caches, one for each sample, with guidance two.
         context: text or labels of the rows, or None.
         temperature: divides the attention logits, one number or one for each row.
         precision: see `Precision`.
@@ -148,7 +148,7 @@ class NativeNetwork:
 
     @property
     def cost_key(self) -> str:
-        """Names what the cost of a row depends on."""
+        """A name of everything that the cost of a row depends on."""
         weights = self._weights.proj_in.weight.storage
         kernels = native.selected_isa() if self._weights.device.type == "cpu" else "cuda"
         return f"{kernels}-{weights}-{self._how.product_input or weights}-{self._how.cache}"

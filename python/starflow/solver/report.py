@@ -12,14 +12,14 @@ class SolveReport:
     """What a solve did.
 
     Args:
-        tokens: of a sample that were solved for: not those that were known or pass unchanged.
-        rows: evaluations of a token, all samples and halves.
-        sweeps: calls one after the other.
+        tokens: of a sample that were solved for, without those that were known or pass unchanged.
+        rows: evaluations of a token, summed over samples and the halves of guidance.
+        sweeps: calls of the network, one after the other.
         samples: rows of the batch.
-        accepted: tokens accepted in each sweep, all samples.
+        accepted: tokens accepted in each sweep, summed over samples.
         passes: sweeps of each chunk (`Chunks` only).
-        window: rows of a sample in a call.
-        backward_error: max |z' - z| where asked for.
+        window: most tokens of a sample in a call.
+        backward_error: max |z' - z| in standard deviations of the noise, where it was asked for.
     """
 
     tokens: int

@@ -1,4 +1,4 @@
-"""The two optimisers of the recipe, the averaged weights, and what of them a resumed run needs.
+"""The two optimisers of the recipe and the averaged weights, with the state that a resumed run needs.
 
 Parameters may be whole or kept in pieces (see `starflow.distributed`): both are updated in place where they lie.
 """
@@ -47,7 +47,7 @@ class Optimizer:
         rest = [p for p in self._parameters if id(p) not in chosen]
         adam = torch.optim.AdamW(rest, lr=peak, betas=betas, weight_decay=train.weight_decay, fused=True)
         self._optimizers: list[torch.optim.Optimizer] = [adam]
-        # What the optimisers make at their first step, made here so that a training state can be read into it.
+        # The optimisers make this at their first step; it is made here so that a training state can be read into it.
         for parameter in rest:
             adam.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
@@ -81,7 +81,7 @@ class Optimizer:
         return cosine_lr(updates, warmup=train.warmup_steps, total=train.steps, peak=self._peak, floor=train.min_lr)
 
     def step(self, updates: int) -> None:
-        """One update at the learning rate of its number."""
+        """Makes one update, with the learning rate that follows `updates` others."""
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.lr(updates)
@@ -126,12 +126,12 @@ class Average:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begins anew at the current weights."""
+        """Sets the average to the current weights."""
         torch._foreach_copy_(self._target, self._source)
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Takes the current weights in, after `updates` earlier ones."""
+        """Adds the current weights to the average, after `updates` earlier ones."""
         if self._target is self._source:
             return
         decay = min(self._decay, (1 + updates) / (10 + updates))
