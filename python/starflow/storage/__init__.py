@@ -1,10 +1,11 @@
 """How is a model kept? Model files, training states, and checkpoints of the published release."""
 
-from starflow.storage.convert import convert, published_config
+from starflow.storage.convert import WeightDtype, convert, published_config
 from starflow.storage.models import (
     MODEL,
     Header,
     Loaded,
+    empty_flow,
     load_flow,
     load_model,
     model_file,
@@ -15,15 +16,17 @@ from starflow.storage.models import (
 )
 from starflow.storage.published import from_published, load_published, published_state
 from starflow.storage.states import latest_state, load_state, read_state, save_state
-from starflow.storage.tensors import CheckpointError, Stored, saving
+from starflow.storage.tensors import CheckpointError, LazyTensor, saving
 
 __all__ = [
     "MODEL",
     "CheckpointError",
     "Header",
+    "LazyTensor",
     "Loaded",
-    "Stored",
+    "WeightDtype",
     "convert",
+    "empty_flow",
     "from_published",
     "latest_state",
     "load_flow",
