@@ -350,7 +350,7 @@ def test_a_message_is_short_however_many_names_differ(tmp_path: Path) -> None:
     about, state, _ = golden("v3_video_starflowv")
     config = RunConfig(FlowConfig.from_published(about["kwargs"], "starflow"))
     torch.save({f"{'x' * 3000}{name}": tensor for name, tensor in state.items()}, tmp_path / "published.pth")
-    with pytest.raises(CheckpointError, match="missing: .* and .* more; unexpected: .* more") as caught:
+    with pytest.raises(CheckpointError, match=r"missing: .* and .* more; unexpected: .* more") as caught:
         convert(tmp_path / "published.pth", config, tmp_path / "ours")
     assert len(str(caught.value)) < 1500
 
@@ -490,7 +490,8 @@ def test_a_yaml_that_would_not_end_is_refused(tmp_path: Path, text: str, message
 def test_aliases_that_end_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(
-        "base: &base {in_channels: 1, img_size: 4, channels: 64, layers_per_block: [1]}\nflow: {<<: *base, channels: 32}"
+        "base: &base {in_channels: 1, img_size: 4, channels: 64, layers_per_block: [1]}\n"
+        "flow: {<<: *base, channels: 32}"
     )
     with pytest.raises(ConfigError, match=r"config\.base is not an option"):
         RunConfig.load(path)
