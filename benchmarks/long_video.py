@@ -34,13 +34,13 @@ from starflow.sampling import Pipeline
 SIZE = 32
 # Name -> options of `Pipeline.session`; the training clips have 6 frames, and so has the window.
 WAYS: dict[str, dict[str, Any]] = {
-    "4 of 6 carried over (published)": {"window_context": 4},
-    "4, the first frame among them": {"window_context": 4, "window_sink": 1},
-    "4, cleaned and noised anew": {"window_context": 4, "renew": True},
-    "3 carried over": {"window_context": 3},
-    "3, the first frame among them": {"window_context": 3, "window_sink": 1},
-    "1 carried over": {"window_context": 1},
-    "5 carried over": {"window_context": 5},
+    "4 of 6 carried over (published)": {"context_frames": 4},
+    "4, the first frame among them": {"context_frames": 4, "sink_frames": 1},
+    "4, cleaned and noised anew": {"context_frames": 4, "renew": True},
+    "3 carried over": {"context_frames": 3},
+    "3, the first frame among them": {"context_frames": 3, "sink_frames": 1},
+    "1 carried over": {"context_frames": 1},
+    "5 carried over": {"context_frames": 5},
     "no windows": {"window": None},
 }
 

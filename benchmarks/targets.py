@@ -441,7 +441,7 @@ def long_video() -> Iterator[Figure]:
     def decode(frames: int) -> Callable[[], Any]:
         z = torch.randn(1, frames, *models.LATENTS[1:], generator=torch.Generator().manual_seed(0))
         y = torch.randn(1, 16, models.TEXT_DIM, generator=torch.Generator().manual_seed(1))
-        return lambda: decode(flow, z, y, schedule=Window(64, 0.01), window_context=4)
+        return lambda: decode(flow, z, y, schedule=Window(64, 0.01), context_frames=4)
 
     times = interleaved(*(decode(frames) for frames in (12, 28, 72, 88)), rounds=5)
     early, late = (times[1] - times[0]) / 16, (times[3] - times[2]) / 16

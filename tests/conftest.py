@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from starflow_ext._load import library_path
 
@@ -29,3 +30,12 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def tool() -> Callable[..., list[str]]:
     return run_tool
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as those of the tests are faster on one thread, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -61,7 +61,7 @@ class FlowConfig:
         seq_order: "L2R" or "R2L": whether even blocks use the flipped or the raster order.
         top_order: "raster" follows `seq_order` in the deep block too; "spread" visits the tokens of a frame in
             bit-reversed order (far apart first) with separate query and key positions; so do the others, in orders of
-            their own (see `starflow.tokens.token_order`). shallow_order: the same for all other blocks.
+            their own (see `starflow.model.token_order`). shallow_order: the same for all other blocks.
         position_embed: the input of a block also tells where the predicted token stands (cosines and sines of its
             rotary angles); the published models do not. text_embed: nor do they add the sum of the text features to
             every token of a block that reads text.

@@ -151,7 +151,7 @@ def test_a_stream_that_fails_before_its_first_frame_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no")
 
-    monkeypatch.setattr("starflow.session.Session.extend", fail)
+    monkeypatch.setattr("starflow.sampling.Session.extend", fail)
     assert run("sample", model, "--stream", "--out", out) == 1
     assert not out.exists()
 
@@ -161,7 +161,7 @@ def test_a_stream_that_fails_before_its_first_frame_leaves_nothing(
     [
         (["--clips", 3, "--batch", 2], "--batch is 2, expected at least 3"),
         (["--look-ahead", 2], "look_ahead is 2, expected 0 to 1"),
-        (["--window", 3, "--window-context", 3], "window_context is 3, expected 1 to 2"),
+        (["--window-frames", 3, "--context-frames", 3], "context_frames is 3, expected 1 to 2"),
         (["--denoise", "score"], "the denoiser is score, which needs the whole clip"),
         (["--frames", 0], "'0' is given, expected an integer >= 1"),
     ],
@@ -186,14 +186,14 @@ def test_a_clip_is_edited(model: Path, pipeline: Pipeline, tmp_path: Path, strea
     expected = pipeline.sample("an eight standing still", edit=path, edit_prompt=PROMPT, frames=5).pixels[0]
     assert int((read_video(made, channels=1).int() - to_frames(expected).int()).abs().max()) <= 1
     said = json.loads(made.with_suffix(".json").read_text())
-    assert (said["edited_from"], said["guidance"], said["frames"]) == (str(path), 0.0, 5)
+    assert (said["options"]["edit"], said["guidance"], said["frames"]) == (str(path), 0.0, 5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--edit-prompt", PROMPT], "expected --edit together with it"),
-        (["--edit", "a.mp4", "--image", "b.png"], "not allowed with argument"),
+        (["--edit-prompt", PROMPT], "expected edit together with it"),
+        (["--edit", "a.mp4", "--image", "b.png"], "image and edit are given, expected one of them"),
         (["--edit", "nowhere.mp4"], "edit is 'nowhere.mp4', which does not exist"),
         (["--last-image", "nowhere.png"], "expected a model that was trained to arrive at a frame"),
     ],
@@ -224,8 +224,10 @@ def test_prompts_change_while_frames_come(pipeline: Pipeline) -> None:
 
 def test_images_do_not_slide(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]) -> None:
     still = build(configure(shallow_block_local=False))
-    with pytest.raises(ValueError, match="window is 3, expected None: the model's shallow blocks look over time"):
-        still.sample(PROMPT, window=3)
+    with pytest.raises(
+        ValueError, match="window_frames is 3, expected None: the model's shallow blocks look over time"
+    ):
+        still.sample(PROMPT, window_frames=3)
     assert still.sample(PROMPT, frames=6).pixels.shape[1] == 6
 
 
@@ -239,7 +241,7 @@ def test_a_clip_is_made_of_a_source(paired: Pipeline, tmp_path: Path, stream: li
     expected = enlarge(to_frames(paired.sample(PROMPT, source=source).pixels[0]), 8)
     assert int((read_video(made, channels=1).int() - expected.int()).abs().max()) <= 1
     said = json.loads(made.with_suffix(".json").read_text())
-    assert (said["source"], said["caption"], said["given_frames"]) == (str(source), f"(v2v) {PROMPT}", 0)
+    assert (said["options"]["source"], said["caption"], said["given_frames"]) == (str(source), f"(v2v) {PROMPT}", 0)
 
 
 def test_a_source_of_another_length_is_told(

@@ -32,8 +32,7 @@ from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, score
 from starflow.files import write_text
 from starflow.model import FlowBlock, patchify, to_sequence
 from starflow.sampling import Pipeline, Sampled
-from starflow.solver import BlockDecoder, Chunks, Schedule, Sequential, Window, certify
-from starflow.solver.loop import invert
+from starflow.solver import BlockDecoder, Chunks, Schedule, Sequential, Window, certify, invert
 from starflow.training import TrainStep, train
 
 if TYPE_CHECKING:

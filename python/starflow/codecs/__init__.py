@@ -1,4 +1,4 @@
-"""Pixels to latents and back, behind one interface."""
+"""What does the flow see of pixels? Latents: codecs take clips there and back, behind one interface."""
 
 from __future__ import annotations
 

@@ -1,10 +1,13 @@
-"""Clips and captions: video files, folders of them, and a built-in set that needs no download."""
+"""What goes in? Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
+    IMAGE_SUFFIXES,
     Clip,
     ClipDataset,
     VideoFolder,
+    caption_at,
+    captions_of,
     sample_batch,
     sample_group,
     sample_indices,
@@ -22,6 +25,7 @@ __all__ = [
     "CHANGES",
     "DIGITS",
     "DIRECTIONS",
+    "IMAGE_SUFFIXES",
     "VOCABULARY",
     "CaptionMode",
     "Clip",
@@ -34,6 +38,8 @@ __all__ = [
     "VideoWriter",
     "aspect_size",
     "assemble",
+    "caption_at",
+    "captions_of",
     "enlarge",
     "ffmpeg_binary",
     "frames_at",

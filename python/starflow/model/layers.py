@@ -24,7 +24,7 @@ from starflow_ext.rope_append import Cache, Rotation
 
 MLP_EXPANSION = 4
 
-# Packed weights of linear layers (see `starflow.packed.pack_linears`).
+# Packed weights of linear layers (see `starflow.model.pack_linears`).
 Weights = Mapping[nn.Module, PackedWeight]
 _HALF_TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -75,11 +75,11 @@ class Span:
             return
         if not 1 <= self.context < self.window:
             raise ValueError(
-                f"flow: window_context is {self.context}, expected 1 to {self.window - 1} (local_attn_window is "
+                f"flow: context_frames is {self.context}, expected 1 to {self.window - 1} (local_attn_window is "
                 f"{self.window})"
             )
         if not 0 <= self.sink < self.context:
-            raise ValueError(f"flow: window_sink is {self.sink}, expected 0 to {self.context - 1} (below the context)")
+            raise ValueError(f"flow: sink_frames is {self.sink}, expected 0 to {self.context - 1} (below the context)")
 
     @staticmethod
     def default_context(window: int) -> int:
@@ -93,7 +93,7 @@ class Decoding:
     Args:
         flow: in eval mode.
         shape: of a frame of all clips, (batch, channels, height, width).
-        conditions: text, and how to solve, as `starflow.solver.decode.checked` returns them.
+        conditions: text, and how to solve, as `starflow.solver.checked` returns them.
         span: of the deep block.
         known: what enters each block at given frames (`Flow.known`); they are not returned. None without.
         renew: makes the context of a new window; None takes what the deep block made.

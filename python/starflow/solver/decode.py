@@ -45,7 +45,7 @@ def decode(
     guidance: Guidance | float = 0.0,
     schedule: Schedule | None = None,
     prefix: Tensor | None = None,
-    window_context: int | None = None,
+    context_frames: int | None = None,
     temperature: float = 1.0,
     precision: Precision = "float32",
 ) -> Decoded:
@@ -60,7 +60,7 @@ def decode(
         schedule: of the solver; the default is `Window()`.
         prefix: first frames that are given, noisy latents (batch, prefix frames, channels, height, width). The
             deep block continues their tokens; they come back as they are.
-        window_context: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
+        context_frames: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
             from the one before it; the default is three quarters of the window, at least one.
         temperature: divides the attention logits of every block.
         precision: of the native decoding (see `starflow.solver.Precision`); a certificate is taken in
@@ -86,7 +86,7 @@ def decode(
         )
     span = Span(frames)
     if window is not None and frames > window:
-        span = Span(window, Span.default_context(window) if window_context is None else window_context)
+        span = Span(window, Span.default_context(window) if context_frames is None else context_frames)
     known = None if prefix is None else flow.known(prefix, conditions.y, z.shape[2:])
     decoding = Decoding(flow, (z.shape[0], *z.shape[2:]), conditions, span, known=known, trace=True)
     decoding.push(z if prefix is None else z[:, prefix.shape[1] :], more=False)

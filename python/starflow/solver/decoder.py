@@ -23,7 +23,7 @@ class BlockDecoder:
         context, null: text or labels of the samples and of the unconditional half; None for a block without.
         guidance: None or inactive is none.
         temperature: divides the attention logits.
-        precision: of native decoding (see `starflow.network.Precision`).
+        precision: of native decoding (see `starflow.solver.Precision`).
     """
 
     def __init__(

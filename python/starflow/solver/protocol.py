@@ -11,7 +11,7 @@ from starflow_ext.jacobi_solve import SolveProgress, SweepCount
 
 
 class AffineMaps(Protocol):
-    """The map `x = shift + scale * z` of each token of a call; `starflow.affine.Affine` is the one of networks."""
+    """The map `x = shift + scale * z` of each token of a call; `starflow.model.Affine` is the one of networks."""
 
     @property
     def raw(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Captions to features, behind one interface."""
+"""What does the flow see of captions? Features, which text encoders compute behind one interface."""
 
 from __future__ import annotations
 

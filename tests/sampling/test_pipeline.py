@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,60 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from starflow import Chunks, Sequential, Window, decode, noise
+from starflow import Window, decode, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
-from starflow.sampling import Pipeline
-from starflow.solver import NotFiniteError, parse_solver, solver_text
+from starflow.sampling import Pipeline, SampleOptions
+from starflow.sampling.options import option_help
+from starflow.solver import NotFiniteError, parse_solver
 
 PROMPT = "a three moving up"
-# As in conftest.
+# As in tests/pipelines.py.
 FRAMES, SIZE = 4, 16
 
 Configure = Callable[..., RunConfig]
 Build = Callable[[RunConfig], Pipeline]
-
-
-@pytest.mark.parametrize(
-    "text, schedule",
-    [
-        ("sequential", Sequential()),
-        ("chunks", Chunks()),
-        ("chunks:8", Chunks(block=8)),
-        ("chunks:8:1e-5", Chunks(block=8, threshold=1e-5)),
-        ("window", Window()),
-        ("window:auto:0.1", Window(tolerance=0.1)),
-        ("window:16", Window(size=16)),
-        ("window:16:0", Window(size=16, tolerance=0.0)),
-    ],
-)
-def test_solver_text(text: str, schedule: object) -> None:
-    assert parse_solver(text) == schedule
-    assert parse_solver(solver_text(parse_solver(text))) == schedule
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("windows", "solver is 'windows', expected \"sequential\""),
-        ("sequential:3", "solver is 'sequential:3', expected"),
-        ("window:x", "an integer, then a number"),
-        ("window:8:0.1:2", "solver is 'window:8:0.1:2'"),
-        ("window:8:nan", "a number >= 0"),
-        ("window:8:-1", "a number >= 0"),
-        ("window:0", "window size is 0"),
-        ("chunks:0", "block is 0"),
-    ],
-)
-def test_wrong_solver_text(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match="solver") as caught:
-        parse_solver(text)
-    assert message in str(caught.value)
-
-
-def test_certificate_of_chunks_is_refused() -> None:
-    with pytest.raises(ValueError, match='expected "window" or "sequential"'):
-        parse_solver("chunks", certificate=True)
 
 
 def test_same_seed_same_bits(pipeline: Pipeline) -> None:
@@ -210,7 +170,7 @@ def test_a_frame_to_end_with_is_seen_and_not_shown(configure: Configure, build: 
 
 
 def test_denoisers(pipeline: Pipeline) -> None:
-    noisy = pipeline.sample(PROMPT, denoise=False)
+    noisy = pipeline.sample(PROMPT, denoise="none")
     assert noisy.report.denoised == "none"
     assert torch.equal(noisy.noisy, noisy.latents)
     learned, score = pipeline.sample(PROMPT), pipeline.sample(PROMPT, denoise="score")
@@ -234,13 +194,13 @@ def test_sampling_leaves_the_flow_trainable(pipeline: Pipeline) -> None:
 
 
 def test_size_and_length_are_free(pipeline: Pipeline) -> None:
-    sampled = pipeline.sample(PROMPT, frames=FRAMES + 2, height=20, width=12)
+    sampled = pipeline.sample(PROMPT, frames=FRAMES + 2, size=(20, 12))
     assert sampled.pixels.shape == (1, FRAMES + 2, 1, 20, 12)
     assert pipeline.sample(PROMPT, frames=1).pixels.shape == (1, 1, 1, SIZE, SIZE)
 
 
 def test_frames_do_not_depend_on_the_length(pipeline: Pipeline) -> None:
-    short, long = (pipeline.sample(PROMPT, frames=frames, denoise=False) for frames in (2, 4))
+    short, long = (pipeline.sample(PROMPT, frames=frames, denoise="none") for frames in (2, 4))
     torch.testing.assert_close(short.noisy, long.noisy[:, :2], atol=0.05, rtol=0)
 
 
@@ -272,27 +232,34 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"frames": 0}, "frames is 0, expected at least 1"),
-        ({"window": 0}, "sample: window is 0, expected at least 1 latent frame"),
-        ({"height": 18}, "height is 18, expected a positive multiple of 4"),
+        ({"frames": 0}, "sample: frames is 0, expected an integer >= 1"),
+        ({"window_frames": 0}, "sample: window_frames is 0, expected an integer >= 1"),
+        ({"size": (18, 16)}, "sample: size is 18x16, expected multiples of 4"),
+        ({"size": (16,)}, r"sample: size is \(16,\), expected a height and a width"),
+        ({"size": (16, 0)}, r"sample: size is \(16, 0\), expected an integer >= 1"),
         ({"seed": -1}, "seed is -1, expected an integer >= 0"),
         ({"seeds": [1, 2]}, "seeds has 2 entries, expected 1"),
         ({"temperature": -0.5}, "temperature is -0.5, expected a number >= 0"),
         ({"temperature": math.nan}, "temperature is nan, expected a number >= 0"),
-        ({"guidance": -1.0}, "weight is -1.0, expected a finite number >= 0"),
-        ({"given": 2}, "given is 2, expected None without a video"),
+        ({"guidance": -1.0}, "sample: guidance is -1.0, expected a number >= 0"),
+        ({"given": 2}, "sample: given is 2, expected video together with it"),
         ({"image": torch.zeros(1, 8, 8)}, r"image has shape .* expected 1 clips"),
         ({"image": "nowhere.png"}, "image is 'nowhere.png', which does not exist"),
         ({"video": "nowhere.mp4"}, "video is 'nowhere.mp4', which does not exist"),
         ({"video": torch.zeros(3, 1, 16, 16), "given": 4}, "given is 4, expected at most the 3 frames of video"),
         ({"video": torch.zeros(4, 1, 16, 16), "given": 4}, "frames is 4, expected more than the 4 frames"),
-        ({"image": torch.zeros(1, 16, 16), "video": torch.zeros(2, 1, 16, 16)}, "both given"),
+        (
+            {"image": torch.zeros(1, 16, 16), "video": torch.zeros(2, 1, 16, 16)},
+            "image and video are given, expected one",
+        ),
+        ({"solver": "windows"}, "solver is 'windows', expected"),
+        ({"precision": "int7"}, "sample: precision is 'int7', expected one of 'float32', "),
         ({"image": torch.full((1, 16, 16), float("nan"))}, "not finite"),
-        ({"denoise": "magic"}, "denoise is 'magic'"),
+        ({"denoise": "magic"}, "sample: denoise is 'magic', expected one of 'auto', 'learned', 'score', 'none'"),
         ({"last_image": torch.zeros(1, 16, 16)}, "expected a model that was trained to arrive at a frame"),
         (
             {"edit": torch.zeros(4, 1, 16, 16), "image": torch.zeros(1, 16, 16)},
-            "expected no image, video, last_image or source beside it",
+            "sample: image and edit are given, expected one of them",
         ),
         ({"edit": torch.zeros(3, 1, 16, 16), "frames": 4}, "frames is 4, expected at most the 3 frames of edit"),
         ({"edit": torch.zeros(0, 1, 16, 16)}, "edit gives 0 frames, which the codec cannot hold"),
@@ -307,6 +274,23 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
 def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.sample(PROMPT, **options)  # type: ignore[arg-type]
+
+
+def test_an_option_that_does_not_exist(pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match=r"^sample: guidence is no option; did you mean guidance\?$"):
+        pipeline.sample(PROMPT, guidence=2.0)
+
+
+def test_options_are_declared_once() -> None:
+    """Signatures, documentation and json follow from the fields of `SampleOptions`."""
+    names = [option.name for option in dataclasses.fields(SampleOptions)]
+    for method in (Pipeline.sample, Pipeline.session):
+        keywords = [p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert [keyword.name for keyword in keywords] == names
+    assert list(option_help()) == names
+    assert SampleOptions().to_mapping() == {}
+    given = SampleOptions(image=torch.zeros(1, 4, 4), video=None, solver=Window(8, 0.5))
+    assert given.to_mapping() == {"image": "tensor [1, 4, 4]", "solver": "window:8:0.5"}
 
 
 def test_wrong_prompts(pipeline: Pipeline) -> None:
@@ -400,12 +384,12 @@ def test_a_source_is_seen_and_not_shown(paired: Pipeline, tmp_path: Path) -> Non
             f"sample: frames is {FRAMES + 1}, expected at most {FRAMES} with a source, as in the pairs of training",
         ),
         (
-            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "window": 3},
-            "sample: window is given beside source, expected one of them",
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "window_frames": 3},
+            "sample: window_frames is given beside source, expected one of them",
         ),
         (
             {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "edit": torch.zeros(FRAMES, 1, SIZE, SIZE)},
-            "sample: edit is given, expected no image, video, last_image or source beside it",
+            "sample: edit is given, expected no last_image or source beside it",
         ),
         ({"source": "nowhere.mp4"}, "sample: source is 'nowhere.mp4', which does not exist, expected a video file"),
         (

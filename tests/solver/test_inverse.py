@@ -15,7 +15,7 @@ from starflow import Chunks, Sequential, Window
 from starflow.model import to_sequence
 from starflow.solver import BlockDecoder, NotFiniteError, Schedule
 
-from .models import VIDEO, condition, latents, make_flow
+from ..flows import VIDEO, condition, latents, make_flow
 
 Function = Callable[[Tensor], tuple[Tensor, Tensor]]
 

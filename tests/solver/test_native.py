@@ -21,7 +21,7 @@ from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext.jacobi_sweep import BlockState
 
-from .models import CASES, VIDEO, condition, latents, make_flow, null
+from ..flows import CASES, VIDEO, condition, latents, make_flow, null
 
 LEVELS = native.isa_levels()
 DEEP = make_flow(VIDEO | {"top_order": "spread", "num_kv_heads": 1, "use_qk_norm": True})

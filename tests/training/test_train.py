@@ -562,7 +562,7 @@ def test_clips_of_one_shape_make_a_step_and_captions_tell_it(tiny, tmp_path: Pat
             assert batch.noise.shape[-2:] == (batch.pixels.shape[-2] // 4, batch.pixels.shape[-1] // 4)
     flow = train(config, tmp_path / "run", quiet=True)
     pipeline = Pipeline(flow, config, *make_parts(config))
-    sampled = pipeline.sample("a", height=20, width=12)
+    sampled = pipeline.sample("a", size=(20, 12))
     assert sampled.captions == ("a\n in a 9:16 aspect ratio.\n",)
     with pytest.raises(ConfigError, match=r"data.mix_aspect is True, expected false for digits"):
         make_dataset(tiny(data={"mix_aspect": True}))

@@ -62,7 +62,7 @@ def one_rank(rank: int, port: int, out: Path, name: str, arguments: tuple) -> No
 def both(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
     """Calls a function in two processes; returns what each said, or nothing for one that was killed."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["starflow.train", "sklearn.datasets", "torch.distributed.checkpoint"])
+    context.set_forkserver_preload(["starflow.training", "sklearn.datasets", "torch.distributed.checkpoint"])
 
     def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
         out = tmp_path_factory.mktemp("ranks")

@@ -13,7 +13,7 @@ from starflow.data.digits import DIGITS, MovingDigits
 STEPS, BATCH = 60, 4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(one_thread: None) -> Flow:
     """Two blocks of width 32 after 60 steps: strokes where digits have them, no more."""
     torch.manual_seed(0)

@@ -14,10 +14,10 @@ from starflow import Chunks, Flow, Guidance, Sequential, Window, decode, noise
 from starflow.codecs import BlockTransform
 from starflow.model import to_sequence
 from starflow.sampling import Denoising, Frames, Session
-from starflow.solver import BlockDecoder, Conditions, Decoding, NotFiniteError, Schedule, Span
+from starflow.solver import BlockDecoder, Conditions, Decoding, NotFiniteError, Schedule, Span, checked
 from starflow.solver.loop import Inversion
 
-from .models import CASES, VIDEO, condition, latents, make_flow, null
+from ..flows import CASES, VIDEO, condition, latents, make_flow, null
 
 # Latents of 4 channels: pixels in blocks of 2 x 2.
 PIXELS = VIDEO | {"in_channels": 4, "learnable_self_denoiser": True, "conditional_denoiser": True}
@@ -114,7 +114,7 @@ def test_noisy_frames_are_those_of_decode(frames: int) -> None:
     """The inverse of the flow at once, whose windows are those of the model."""
     got = together(list(session().extend(frames, last=True)), "noisy")
     z = noise.draw((3, 4), frames, *SHAPE[1:])
-    decoded = decode(LONG, z, condition(LONG), null=null(LONG), guidance=1.0, schedule=LOOSE, window_context=2)
+    decoded = decode(LONG, z, condition(LONG), null=null(LONG), guidance=1.0, schedule=LOOSE, context_frames=2)
     assert torch.equal(got, decoded.x)
 
 
@@ -123,7 +123,7 @@ def test_frames_behind_a_beginning_are_those_of_decode_with_a_prefix() -> None:
     given = made.prefill(pixels(2))
     got = together(list(made.extend(3, last=True)), "noisy")
     z = noise.draw((3, 4), 5, *SHAPE[1:])
-    options = {"null": null(LONG), "guidance": 1.0, "schedule": LOOSE, "window_context": 2}
+    options = {"null": null(LONG), "guidance": 1.0, "schedule": LOOSE, "context_frames": 2}
     decoded = decode(LONG, z, condition(LONG), prefix=given.noisy, **options)
     assert torch.equal(got, decoded.x[:, 2:])
     torch.testing.assert_close(given.noisy - given.latents, 0.2 * noise.draw((3, 4), 2, *SHAPE[1:], purpose="train"))
@@ -193,7 +193,7 @@ def test_a_changed_prompt_is_a_new_beginning() -> None:
     assert other is not None
     made.change(other)
     after = together([next(frames) for _ in range(3)], "noisy")
-    conditions = LONG.checked(torch.empty(2, 1, *SHAPE[1:]), Conditions(other, null(LONG), Guidance(1.0), exact))
+    conditions = checked(LONG, torch.empty(2, 1, *SHAPE[1:]), Conditions(other, null(LONG), Guidance(1.0), exact))
     known = LONG.known(before[:, 2:], other, SHAPE[1:])
     fresh = Decoding(LONG, SHAPE, conditions, Span(3, 2), known=known)
     with torch.inference_mode():
@@ -334,11 +334,11 @@ def test_clips_without_a_sliding_window_end_with_it() -> None:
         made.change(condition(WHOLE))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("span", "message"), [((3, 3), "expected 1 to 2"), ((3, 0), "window_context is 0")])
+@pytest.mark.parametrize(("span", "message"), [((3, 3), "expected 1 to 2"), ((3, 0), "context_frames is 0")])
 def test_spans_that_leave_no_frame(span: tuple[int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Span(*span)
-    with pytest.raises(ValueError, match="window_sink is 2, expected 0 to 1"):
+    with pytest.raises(ValueError, match="sink_frames is 2, expected 0 to 1"):
         Span(3, 2, 2)
 
 

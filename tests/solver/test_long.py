@@ -11,7 +11,7 @@ from starflow.model import to_grid, to_sequence
 from starflow.solver import BlockDecoder
 from starflow.solver.loop import invert
 
-from .models import CASES, VIDEO, condition, latents, make_flow, null
+from ..flows import CASES, VIDEO, condition, latents, make_flow, null
 
 EXACT = Window(size=9, tolerance=0.0)
 WINDOWED = make_flow(VIDEO | {"local_attn_window": 3})
@@ -27,7 +27,7 @@ def deep(flow: Flow, z: Tensor, y: Tensor | None, prefix: Tensor | None = None) 
 @pytest.mark.parametrize(("frames", "carried"), [(4, 1), (4, 2), (6, 1), (7, 2)])
 def test_sliding_windows_are_decodes_one_after_the_other(flow: Flow, frames: int, carried: int) -> None:
     z, y = latents(flow, frames=frames), condition(flow)
-    got = decode(flow, z, y, schedule=EXACT, window_context=carried).latents[0]
+    got = decode(flow, z, y, schedule=EXACT, context_frames=carried).latents[0]
     block = flow._blocks()[-1]
     grid = flow.encode(z, y).latents[0]
     expected = deep(flow, z[:, :3], y)
@@ -46,19 +46,19 @@ def test_sliding_windows_are_decodes_one_after_the_other(flow: Flow, frames: int
 def test_context_is_three_quarters_of_the_window_by_default() -> None:
     z, y = latents(WINDOWED, frames=5), condition(WINDOWED)
     default = decode(WINDOWED, z, y, schedule=EXACT).x
-    assert torch.equal(default, decode(WINDOWED, z, y, schedule=EXACT, window_context=2).x)
-    assert not torch.equal(default, decode(WINDOWED, z, y, schedule=EXACT, window_context=1).x)
+    assert torch.equal(default, decode(WINDOWED, z, y, schedule=EXACT, context_frames=2).x)
+    assert not torch.equal(default, decode(WINDOWED, z, y, schedule=EXACT, context_frames=1).x)
 
 
 @pytest.mark.parametrize("carried", [0, 3, 4, -1])
 def test_a_context_that_leaves_no_new_frame_is_refused(carried: int) -> None:
-    with pytest.raises(ValueError, match=rf"window_context is {carried}, expected 1 to 2 \(local_attn_window is 3\)"):
-        decode(WINDOWED, latents(WINDOWED, frames=5), condition(WINDOWED), window_context=carried)
+    with pytest.raises(ValueError, match=rf"context_frames is {carried}, expected 1 to 2 \(local_attn_window is 3\)"):
+        decode(WINDOWED, latents(WINDOWED, frames=5), condition(WINDOWED), context_frames=carried)
 
 
 def test_reports_of_windows_add_up() -> None:
     z, y = latents(WINDOWED, frames=6), condition(WINDOWED)
-    report = decode(WINDOWED, z, y, schedule=EXACT, window_context=2).reports[0]
+    report = decode(WINDOWED, z, y, schedule=EXACT, context_frames=2).reports[0]
     assert report is not None
     assert report.tokens == 6 * 15  # tokens carried over are not solved for again
     assert sum(report.accepted) == report.tokens * 2

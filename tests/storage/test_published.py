@@ -13,7 +13,7 @@ from starflow import Flow, FlowConfig
 from starflow.storage import from_published, load_published, published_state
 from starflow.storage.published import our_name, published_name
 
-from .models import CASES, VIDEO, make_flow
+from ..flows import CASES, VIDEO, make_flow
 
 FOLDER = Path(__file__).parents[1] / "goldens"
 MODELS = sorted(path.stem for path in FOLDER.glob("v*.json"))

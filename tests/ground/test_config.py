@@ -12,7 +12,7 @@ import yaml
 from starflow import ConfigError, FlowConfig
 from starflow.config import DataConfig, RunConfig, TrainConfig, config_names, from_mapping, to_mapping
 
-from .models import CASES, VIDEO
+from ..flows import CASES, VIDEO
 
 SMALL = {"in_channels": 3, "img_size": 8, "channels": 64, "layers_per_block": [1, 2]}
 
