@@ -22,6 +22,7 @@ from torch import Tensor
 from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import CaptionMode
+from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance, tweedie_step
 from starflow.sampling.cleaning import Cleaning, Denoising
 from starflow.sampling.given import GivenReader
@@ -172,7 +173,7 @@ class Pipeline:
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     @takes_options
-    @torch.inference_mode()
+    @in_inference_mode
     def sample(self, prompts: str | Sequence[str], options: SampleOptions | None = None, /, **changes: Any) -> Sampled:
         """Makes one clip for each prompt.
 

@@ -2,6 +2,7 @@
 
 from starflow.storage.convert import WeightDtype, convert, published_config
 from starflow.storage.models import (
+    INDEX,
     MODEL,
     Header,
     Loaded,
@@ -19,6 +20,7 @@ from starflow.storage.states import latest_state, load_state, read_state, save_s
 from starflow.storage.tensors import CheckpointError, LazyTensor, saving
 
 __all__ = [
+    "INDEX",
     "MODEL",
     "CheckpointError",
     "Header",
