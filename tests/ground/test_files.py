@@ -140,7 +140,7 @@ def test_a_kill_at_any_line_leaves_the_old_or_the_new(
         status = in_a_child(lambda: write("new"), kill_at)
         assert status in (0, 9)
         (content,) = read(standing(target))
-        assert kind == "folder" and not exchanges or target.exists()
+        assert (kind == "folder" and not exchanges) or target.exists()
         seen.add(content)
         # The next process that writes there, whatever it writes.
         assert in_a_child(lambda: write_text(tmp_path / "other", "text")) == 0

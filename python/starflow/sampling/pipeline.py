@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from starflow.sampling.options import Denoise, SampleOptions, sample_options, ta
 from starflow.sampling.report import SampleReport, report_of
 from starflow.sampling.session import Session
 from starflow.solver import BlockDecoder, Conditions, Span, Window, break_even
-from starflow.storage import load_model
+from starflow.storage import Pretrained, load_model
 from starflow.text import Features, TextEncoder, caption_for
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Sampled:
     report: SampleReport
 
 
-class Pipeline:
+class Pipeline(Pretrained):
     """A flow with its codec and its text encoder, ready to sample and to score.
 
     Args:
@@ -104,6 +104,7 @@ class Pipeline:
         self.device = torch.device(device)
         self.flow = flow.eval().to(self.device)
         self.config, self.codec, self.text = config, codec, text
+        self.about: Mapping[str, str] = {}
         self._features = Features(flow.config, text)
 
     @classmethod
@@ -115,7 +116,9 @@ class Pipeline:
             device: where the flow runs.
         """
         loaded = load_model(Path(path))
-        return cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
+        pipeline = cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
+        pipeline.about = loaded.about
+        return pipeline
 
     # -- captions -----------------------------------------------------------------------------------------------------
 

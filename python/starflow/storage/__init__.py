@@ -1,6 +1,7 @@
 """How is a model kept? Model files, training states, and checkpoints of the published release."""
 
 from starflow.storage.convert import WeightDtype, convert, published_config
+from starflow.storage.hub import Pretrained
 from starflow.storage.models import (
     INDEX,
     MODEL,
@@ -26,6 +27,7 @@ __all__ = [
     "Header",
     "LazyTensor",
     "Loaded",
+    "Pretrained",
     "WeightDtype",
     "convert",
     "empty_flow",

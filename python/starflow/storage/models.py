@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,12 +53,14 @@ class Loaded:
         config: of the run that made it.
         codec: pixels to latents.
         text: captions to features; None for a flow that reads none.
+        about: other entries of the header (see `Header`).
     """
 
     flow: Flow
     config: RunConfig
     codec: Codec
     text: TextEncoder | None
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -264,7 +266,8 @@ def load_model(path: str | Path) -> Loaded:
             )
     codec = _part(path, "codec", lambda: make_codec(config.codec))
     text = _part(path, "text", lambda: make_text_encoder(config.text)) if config.text else None
-    return Loaded(flow, config, codec, text)
+    kept = {key: value for key, value in about.items() if not key.endswith("_sha256")}
+    return Loaded(flow, config, codec, text, kept)
 
 
 def _part(path: str | Path, section: str, make: Callable[[], Kind]) -> Kind:
