@@ -23,6 +23,9 @@ from starflow.messages import short, shown
 ConfigType = TypeVar("ConfigType")
 FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
 
+# Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
+_LAYERS = 10_000
+
 CONFIGS = Path(__file__).parent / "configs"
 
 
@@ -128,6 +131,12 @@ class FlowConfig:
         require(len(self.layers_per_block) >= 1, "flow.layers_per_block", self.layers_per_block, "one entry a block")
         require(
             all(n >= 0 for n in self.layers_per_block), "flow.layers_per_block", self.layers_per_block, "entries >= 0"
+        )
+        require(
+            sum(self.layers_per_block) + self.num_blocks <= _LAYERS,
+            "flow.layers_per_block",
+            self.layers_per_block,
+            f"at most {_LAYERS} layers and blocks together",
         )
         for block in range(self.num_blocks):
             require(self.heads(block) >= 1, "flow.head_dim", self.head_dim, f"at most the {self.width(block)} channels")

@@ -1,4 +1,4 @@
-"""Published checkpoints (STARFlow, STARFlow-V, TarFlow) to ours. The weights stay their owners': we ship none."""
+"""Published checkpoints (STARFlow, STARFlow-V, TarFlow) become models of ours; the weights keep their own licence."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _TRAIN = {
     "acc": "accumulate",
 }
 _FLOW = {"channel_size": "in_channels", "blocks": "num_blocks", "gradient_checkpoint": "use_checkpoint"}
-# Options about hardware, files and logging, or about data that this project arranges in its own way.
+# Options of the published code that have no counterpart here: hardware, files, logging, and how data are arranged.
 _DROPPED = (
     "adaln epochs finetuned_vae fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling no_flip "
     "sample_freq secondary_batch_size secondary_img_size wds"
@@ -122,7 +122,7 @@ def published_config(
     if data.get("fps"):
         sample["fps"] = data["fps"]
     require(not options.get("adaln"), "adaln", options.get("adaln"), "0")
-    # What the published recipe leaves at its defaults.
+    # Defaults of the published training script that differ from ours.
     train: dict[str, Any] = {"denoiser_lr": 1e-4, "grad_clip": 0.0, "ema": 0.0, "precision": "bfloat16"}
     train.update({_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN})
     flow = _flow_options(options)
@@ -141,7 +141,7 @@ def published_config(
 
 
 def _tarflow_config(options: dict[str, Any]) -> RunConfig:
-    """TarFlow models pixels as they are."""
+    """The configuration of a TarFlow model, whose codec leaves pixels as they are."""
     train = {_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN}
     guidance = _pop_number(options, "cfg")
     flow = FlowConfig.from_published(_flow_options(options), "tarflow")
@@ -218,7 +218,7 @@ def convert(
         if name in given:
             ours.update(_written(name, given[name].detach(), dtype))
         else:
-            # What only this project has starts as in a new model.
+            # Tensors that the published code does not have start as in a new model.
             ours[name] = torch.ones(tensor.shape) if name == "prior_variance" else torch.zeros(tensor.shape)
     if dtype == "int8":
         # The default would round the weights back to float32 numbers in memory.
@@ -230,11 +230,11 @@ def convert(
 
 
 def _written(name: str, tensor: Tensor, dtype: WeightDtype) -> dict[str, LazyTensor]:
-    """What stands in the file for one tensor."""
+    """The tensors that a file holds for one of the published checkpoint: two where its values become integers."""
     of_layer = _LAYER.match(name)
     if dtype == "int8" and of_layer and name.endswith(".weight"):
         shape = tuple(tensor.shape)
-        # Each of the two reads the weight again, so that neither waits in memory for the other.
+        # Each of the two tensors reads the weight by itself, so that memory holds one of them at a time.
         return {
             f"{name}_int8": LazyTensor(torch.int8, shape, partial(_made, tensor, lambda w: to_int8(w)[0])),
             f"{name}_scale": LazyTensor(torch.float32, shape[:1], partial(_made, tensor, lambda w: to_int8(w)[1])),
@@ -246,7 +246,7 @@ def _written(name: str, tensor: Tensor, dtype: WeightDtype) -> dict[str, LazyTen
 
 
 def _made(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A changed copy of a tensor that lies in a file, whose memory is given back."""
+    """A changed copy of a mapped tensor, whose own memory is given back to the system."""
     made = change(tensor)
     if made.data_ptr() == tensor.data_ptr():
         made = tensor.clone()

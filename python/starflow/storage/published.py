@@ -14,7 +14,7 @@ from starflow.config import FlowConfig
 from starflow.messages import listed
 from starflow.model import Flow
 
-# Buffers of the published models that nothing reads.
+# Buffers in published checkpoints that no computation reads.
 _UNUSED = re.compile(r"feat_rope\.|.*\battn_mask$")
 
 # (published, ours), applied in this order to a published name and in reverse order, backwards, to one of ours.
