@@ -18,8 +18,13 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from starflow.messages import short, shown
+
 ConfigType = TypeVar("ConfigType")
 FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
+
+# Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
+_LAYERS = 10_000
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -31,7 +36,7 @@ class ConfigError(ValueError):
 def require(condition: bool, option: str, got: object, expected: str) -> None:
     """Raises `ConfigError` naming `option`, what was given and what was expected, unless `condition` holds."""
     if not condition:
-        raise ConfigError(f"{option} is {got!r}, expected {expected}")
+        raise ConfigError(f"{option} is {shown(got)}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,12 @@ class FlowConfig:
         require(len(self.layers_per_block) >= 1, "flow.layers_per_block", self.layers_per_block, "one entry a block")
         require(
             all(n >= 0 for n in self.layers_per_block), "flow.layers_per_block", self.layers_per_block, "entries >= 0"
+        )
+        require(
+            sum(self.layers_per_block) + self.num_blocks <= _LAYERS,
+            "flow.layers_per_block",
+            self.layers_per_block,
+            f"at most {_LAYERS} layers and blocks together",
         )
         for block in range(self.num_blocks):
             require(self.heads(block) >= 1, "flow.head_dim", self.head_dim, f"at most the {self.width(block)} channels")
@@ -515,19 +526,97 @@ class RunConfig:
             ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
         """
         included = str(path) in config_names() and not Path(path).is_file()
-        try:
-            values = yaml.safe_load((CONFIGS / f"{path}.yaml" if included else Path(path)).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(
-                f"config {path} cannot be read: {error.strerror}; expected a yaml file or one of "
-                + ", ".join(config_names())
-            ) from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"config {path} is not text, expected a yaml file") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"config {path} is not yaml: {str(error).splitlines()[0]}") from None
-        require(isinstance(values, Mapping), f"config {path}", type(values).__name__, "a mapping of options")
+        expected = f"a yaml file or one of {', '.join(config_names())}"
+        values = read_yaml(CONFIGS / f"{path}.yaml" if included else Path(path), expected)
+        require(isinstance(values, Mapping), f"config {short(path)}", type(values).__name__, "a mapping of options")
         return from_mapping(cls, values)
+
+
+# Bytes of a yaml file, and its values with every alias written out. A text of 700 bytes can hold 10^9 values, as lists
+# of aliases of lists of aliases, which whatever copies or prints them writes out.
+_YAML_BYTES = 4 << 20
+_YAML_VALUES = 1 << 20
+# Digits of a number: more are an accident, and Python computes with all of them.
+_YAML_DIGITS = 40
+
+# The parser in C is ten times as fast; not every build of PyYAML has it.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def read_yaml(path: Path, expected: str = "a yaml file") -> Any:
+    """The content of a yaml file (see `parse_yaml`).
+
+    Args:
+        path: of the file.
+        expected: what the error says of a file that cannot be read.
+
+    Raises:
+        ConfigError: not a file, too large, or not yaml; the message names it.
+    """
+    name = f"config {short(path)}"
+    try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{name} is no file, expected {expected}")
+        with path.open("rb") as file:
+            content = file.read(_YAML_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name} cannot be read: {reason}; expected {expected}") from None
+    if len(content) > _YAML_BYTES:
+        raise ConfigError(f"{name} has more than {_YAML_BYTES} bytes, expected {expected}")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{name} is not text, expected a yaml file") from None
+    return parse_yaml(text, name)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """The values of a yaml text: plain ones, in a number and a size that can be copied and printed.
+
+    Args:
+        text: that was read.
+        name: of where it is from, for errors.
+
+    Raises:
+        ConfigError: not yaml, or yaml whose aliases stand for more than a million values or for themselves.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if _values(node, {}) > _YAML_VALUES:
+                raise ConfigError(f"{name} stands for more than {_YAML_VALUES} values, expected fewer aliases")
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except ConfigError as error:
+        raise ConfigError(str(error) if str(error).startswith(name) else f"{name} {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{name} is nested too deeply, expected a mapping of options") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{name} is not yaml: {short((str(error) or 'unknown').splitlines()[0])}") from None
+
+
+def _values(node: Any, known: dict[int, int]) -> int:
+    """How many values a yaml document has, every alias written out."""
+    place = id(node)
+    if place in known:
+        if not known[place]:
+            raise ConfigError("holds an alias of itself, expected values that end")
+        return known[place]
+    known[place] = 0
+    count = 1
+    if isinstance(node, yaml.MappingNode):
+        count += sum(_values(part, known) for pair in node.value for part in pair)
+    elif isinstance(node, yaml.SequenceNode):
+        count += sum(_values(part, known) for part in node.value)
+    elif node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > _YAML_DIGITS:
+        raise ConfigError(f"has the number {short(node.value, 40)}, expected at most {_YAML_DIGITS} digits")
+    known[place] = count
+    return count
 
 
 def config_names() -> list[str]:

@@ -189,6 +189,8 @@ class World:
         except CheckpointException as error:
             # Not an Exception, and its text holds the tracebacks of all processes.
             causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
+            if any(isinstance(cause, KeyboardInterrupt) for cause in causes):
+                raise KeyboardInterrupt from None
             cause = next((cause for cause in causes if isinstance(cause, Exception)), None)
             raise (cause if isinstance(cause, OSError | RuntimeError) else RuntimeError(str(cause or error))) from None
 

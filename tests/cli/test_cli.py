@@ -269,7 +269,7 @@ def test_convert_into_a_folder_then_sample(tmp_path: Path, capsys: pytest.Captur
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
     assert "research use only" in capsys.readouterr().out
     assert run("info", out) == 0
-    assert "storage: int8" in capsys.readouterr().out
+    assert "dtype: int8" in capsys.readouterr().out
     assert run("sample", out, PROMPT, "--out", tmp_path / "clips", "--denoise", "learned") == 0
     (record,) = (tmp_path / "clips").glob("*.json")
     assert json.loads(record.read_text())["precision"] == "int8"

@@ -33,6 +33,25 @@ def test_same_seed_same_bits(pipeline: Pipeline) -> None:
     assert not torch.equal(first.pixels, pipeline.sample([PROMPT, ""], seed=5, guidance=1.0).pixels)
 
 
+def test_what_comes_out_can_be_trained_on(pipeline: Pipeline) -> None:
+    """Tensors of inference mode can take no part in autograd."""
+    still = torch.zeros(1, SIZE, SIZE)
+    made = pipeline.sample(PROMPT, image=still)
+    session = pipeline.session(PROMPT, image=still)
+    beginning, (frames, *_) = session.beginning, list(session.extend(1))
+    encoded = pipeline.session("").encode(made.pixels)
+    decoded = decode(pipeline.flow, encoded, pipeline.condition([PROMPT]))
+    assert beginning is not None
+    kinds = [*decoded.latents, decoded.x, encoded]
+    kinds += [getattr(part, name) for part in (made, beginning, frames) for name in ("pixels", "latents", "noisy")]
+    assert not any(tensor.is_inference() for tensor in kinds)
+    weight = torch.ones((), requires_grad=True)
+    sum((tensor * weight).square().sum() for tensor in kinds).backward()
+    assert weight.grad is not None
+    with torch.inference_mode():
+        assert torch.equal(pipeline.sample(PROMPT, image=still).pixels, made.pixels)
+
+
 def test_a_clip_does_not_depend_on_its_batch(pipeline: Pipeline) -> None:
     prompts = [PROMPT, "an eight standing still", ""]
     together = pipeline.sample(prompts, seed=7, guidance=1.0, solver="window")

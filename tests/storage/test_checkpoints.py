@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import struct
+import zlib
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from starflow.storage import (
     load_model,
     load_state,
     read_header,
+    read_state,
     save_model,
     save_state,
 )
@@ -171,13 +174,13 @@ def test_bfloat16_and_scalars_come_back(tmp_path: Path) -> None:
 
 
 def test_another_autoencoder_than_the_trained_one_is_refused(tiny, tmp_path: Path, monkeypatch) -> None:
-    from starflow import checkpoints
+    from starflow.storage import models
 
     torch.manual_seed(0)
     config = tiny()
     codec, text = make_parts(config)
     monkeypatch.setattr(codec, "to_config", lambda: {"kind": "dct", "folder": str(tmp_path)})
-    monkeypatch.setattr(checkpoints, "make_codec", lambda options: codec)
+    monkeypatch.setattr(models, "make_codec", lambda options: codec)
     statistics = tmp_path / "config.json"
     statistics.write_text('{"mean": [1.0], "_version": "1"}')
     save_model(tmp_path / "model.safetensors", Flow(config.flow), config, codec, text)
@@ -186,3 +189,161 @@ def test_another_autoencoder_than_the_trained_one_is_refused(tiny, tmp_path: Pat
     statistics.write_text('{"mean": [1.5], "_version": "2"}')
     with pytest.raises(CheckpointError, match=r"config.json of the codec in its folder is another than the one"):
         load_model(tmp_path)
+
+
+def test_every_bit_of_a_header_is_under_a_checksum(saved) -> None:
+    """Whatever bit of length, header or padding is flipped, no model comes out that is another one in silence."""
+    _, path = saved
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    for place in [*range(8), *range(8, 8 + length, 31), content.index(b"soft_clip") + 12, length, length + 7]:
+        for bit in (0, 5):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"damaged|another program"):
+                read_header(path)
+    path.write_bytes(content)
+    read_header(path)
+
+
+def test_a_file_is_what_the_library_writes_but_for_the_order_of_the_metadata(saved, tmp_path: Path) -> None:
+    flow, path = saved
+    with safe_open(path, framework="pt") as file:
+        save_file(flow.state_dict(), tmp_path / "library.safetensors", file.metadata())
+    ours, theirs = (file.read_bytes() for file in (path, tmp_path / "library.safetensors"))
+    assert len(ours) == len(theirs)
+    (length,) = struct.unpack("<Q", ours[:8])
+    headers = [json.loads(content[8 : 8 + length]) for content in (ours, theirs)]
+    assert headers[0] == headers[1]
+    assert list(headers[0]) == list(headers[1])
+    assert ours[8 + length :] == theirs[8 + length :]
+
+
+def test_two_writes_of_one_model_are_the_same_bytes(tiny, saved, tmp_path: Path) -> None:
+    flow, path = saved
+    again = tmp_path / "again.safetensors"
+    save_model(again, flow, tiny(), *make_parts(tiny()), about={"weights": "average"})
+    assert again.read_bytes() == path.read_bytes()
+
+
+def old_format(path: Path) -> None:
+    """Writes a model as the first version of the format had it: one checksum, of the tensors."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]["header_crc32"]
+    header["__metadata__"]["format"] = "starflow-1"
+    written = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
+
+
+def test_files_of_the_first_version_still_load(tiny, saved, tmp_path: Path) -> None:
+    flow, path = saved
+    old_format(path)
+    assert torch.equal(load_flow(path)[0].prior_variance, flow.prior_variance)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its tensors do not have the checksum of its header"):
+        load_flow(path)
+    state = save_state(tmp_path, 3, {"a": torch.ones(4)}, {"step": 3})
+    inner = json.loads((state / "state.json").read_text())["state"]
+    (state / "state.json").write_text(json.dumps(inner))
+    assert load_state(state, {"a": torch.zeros(4)}) == {"step": 3}
+
+
+def test_every_bit_of_a_states_counters_is_under_a_checksum(tmp_path: Path) -> None:
+    state = save_state(tmp_path, 3, {"a": torch.ones(4)}, {"step": 3, "updates": 2, "config": {"lr": 0.1}})
+    file = state / "state.json"
+    content = file.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged.*"):
+            read_state(state)
+
+
+def test_a_shard_that_nobody_wrote_is_not_read(tmp_path: Path) -> None:
+    state = save_state(tmp_path, 3, {"a": torch.ones(4)}, {"step": 3})
+    save_file({"a": torch.zeros(4)}, state / "shard-00001-model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors missing or without the checksum"):
+        load_state(state, {"a": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tiny, saved, value: float) -> None:
+    flow, path = saved
+    content = path.read_bytes()
+    name = "blocks.0.conditioner.proj_in.weight"
+    with torch.no_grad():
+        flow.state_dict()[name][0, 0] = value
+    message = re.escape(f"tensor {name} holds values that are not finite, expected finite weights")
+    with pytest.raises(CheckpointError, match=message):
+        save_model(path, flow, tiny(), *make_parts(tiny()))
+    assert path.read_bytes() == content
+    # As another program would write it.
+    with safe_open(path, framework="pt") as file:
+        about = {**file.metadata(), "format": "starflow-1"}
+        order = sorted((-tensor.element_size(), key) for key, tensor in flow.state_dict().items())
+    value_sum = 0
+    for _, key in order:
+        value_sum = zlib.crc32(flow.state_dict()[key].numpy().tobytes(), value_sum)
+    save_file(flow.state_dict(), path, {**about, "crc32": str(value_sum)})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(path)
+
+
+def test_integers_in_place_of_weights_are_refused(saved) -> None:
+    _, path = saved
+
+    def change(tensors, metadata) -> None:
+        tensors["prior_variance"] = tensors["prior_variance"].to(torch.int64)
+
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=r"of another dtype: prior_variance I64 \(expected F32 or BF16"):
+        load_flow(path)
+
+
+def test_a_message_is_short_however_many_names_differ(saved) -> None:
+    _, path = saved
+
+    def change(tensors, metadata) -> None:
+        tensors.update({f"extra.{'x' * 5000}.{number}": torch.zeros(1) for number in range(100)})
+
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=r"unexpected: extra\.x+ .* and 96 more") as caught:
+        load_flow(path)
+    assert len(str(caught.value)) < 1200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": "[1]"}, "it is list, expected a mapping of options"),
+        ({"config": "3"}, "it is int, expected a mapping of options"),
+        ({"config": "[" * 100_000}, "config in the header cannot be used"),
+        ({"config": "9" * 6000}, "config in the header cannot be used"),
+        ({"codec": 3}, "config.codec is 3, expected a mapping"),
+        ({"codec": {"kind": []}}, "config.codec in the header cannot be used"),
+        ({"codec": {"kind": "dct", "patch": [4]}}, "codec: the options do not fit the kind 'dct'"),
+        ({"text": {"kind": "words", "vocabulary": 3}}, "text encoder: the options do not fit the kind 'words'"),
+        ({"flow": {"layers_per_block": [10**12]}}, "flow.layers_per_block asks for more than the"),
+        ({"flow": {"channels": 2**60}}, "config in the header cannot be used: flow cannot be made"),
+        ({"flow": {"in_channels": 10**30}}, "config in the header cannot be used"),
+    ],
+)
+def test_a_header_of_wrong_types_or_absurd_sizes_is_refused(saved, change: dict, message: str) -> None:
+    _, path = saved
+
+    def apply(tensors, metadata) -> None:
+        config = json.loads(metadata["config"])
+        for section, options in change.items():
+            merged = isinstance(options, dict) and section == "flow"
+            config[section] = {**config["flow"], **options} if merged else options
+        metadata["config"] = change.get("config") or json.dumps(config)
+
+    rewrite(path, apply)
+    with pytest.raises((CheckpointError, ValueError), match=re.escape(message)):
+        load_model(path)

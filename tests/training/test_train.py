@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, write_video
+from starflow.files import InUseError
 from starflow.model import Flow
 from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model
@@ -31,6 +33,8 @@ from starflow.training.optim import cosine_lr
 from starflow.training.trainer import PATIENCE, TRACK_RATE
 
 CPU = torch.device("cpu")
+# A flow that reads no captions.
+_NO_TEXT = {"txt_size": 0, "txt_dim": 0, "cond_top_only": False, "conditional_denoiser": False, "text_embed": False}
 
 
 def trainer_of(config: RunConfig) -> tuple[Trainer, Batches]:
@@ -501,6 +505,75 @@ def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
     (state.parent / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"state.json is damaged, expected json of a training state"):
         train(tiny(steps=2), tmp_path, quiet=True)
+
+
+def test_a_folder_holds_one_run_at_a_time(tiny, tmp_path: Path) -> None:
+    def second(done: object) -> None:
+        # A second run, with another seed, while the first one is on its way.
+        before = (tmp_path / "config.yaml").read_text()
+        with pytest.raises(InUseError, match="is in use by another run, expected one that no running process writes"):
+            train(tiny(steps=1, seed=9), tmp_path, quiet=True)
+        assert (tmp_path / "config.yaml").read_text() == before
+
+    train(tiny(steps=1), tmp_path, quiet=True, on_step=second)
+    train(tiny(steps=2), tmp_path, quiet=True)
+    assert latest_state(tmp_path).name == "step-00000002"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_folder_that_holds_a_model_alone_is_refused(tiny, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a model")
+    message = "holds a model and no checkpoint of its run, expected an empty folder"
+    for resume in (True, False):
+        with pytest.raises(TrainingError, match=message):
+            train(tiny(steps=1), tmp_path, quiet=True, resume=resume)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "a model")]
+
+
+def test_files_that_changed_before_a_resume_are_told(tiny, tmp_path: Path, caplog) -> None:
+    videos = _videos(tmp_path / "videos", "a.mp4", "b.mp4")
+    config = tiny(data={"kind": "folder", "path": str(videos), "name_captions": True}, text={}, flow=_NO_TEXT)
+
+    def resumed(steps: int) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "starflow"):
+            train(replace(config, train=replace(config.train, steps=steps)), tmp_path / "run", quiet=True)
+        return [record.getMessage() for record in caplog.records if "data changed" in record.getMessage()]
+
+    assert resumed(1) == []
+    assert resumed(2) == []
+    write_video(videos / "c.mp4", torch.zeros(6, 16, 16, 1, dtype=torch.uint8), 8.0)
+    assert resumed(3) == ["data changed since step-00000002: 2 files were, 3 files are; the run goes on with these"]
+    assert resumed(4) == []
+    # As many files, one of them another.
+    write_video(videos / "c.mp4", torch.ones(7, 16, 16, 1, dtype=torch.uint8), 8.0)
+    assert len(resumed(5)) == 1
+
+
+def test_a_run_removes_what_a_killed_one_left(tiny, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    left = [
+        tmp_path / ".model.0a1b2c3d.partial.safetensors",
+        tmp_path / ".config.01234567-1-0a1b2c3d.partial.yaml",
+        tmp_path / "samples" / ".step-00000001.01234567-1-0a1b2c3d.partial.png",
+    ]
+    for path in left:
+        path.write_text("half")
+    train(tiny(steps=1), tmp_path, quiet=True)
+    assert not any(path.exists() for path in left)
+
+
+def test_a_state_of_an_earlier_version_with_odd_counters_is_refused(tiny, tmp_path: Path) -> None:
+    train(tiny(steps=1), tmp_path, quiet=True)
+    file = latest_state(tmp_path) / "state.json"
+    inner = json.loads(file.read_text())["state"]
+    del inner["data"]
+    file.write_text(json.dumps(inner))
+    train(tiny(steps=1), tmp_path, quiet=True)
+    for change in ({"step": "1"}, {"step": -1}, {"bad": True}, {"config": []}, {"updates": None}):
+        file.write_text(json.dumps({**inner, **change}))
+        with pytest.raises(CheckpointError, match="is damaged, expected counters and a configuration in it"):
+            train(tiny(steps=2), tmp_path, quiet=True)
 
 
 def test_samples_while_training_change_nothing(tiny, tmp_path: Path) -> None:

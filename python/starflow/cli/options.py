@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import yaml
-
-from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
+from starflow.config import ConfigError, RunConfig, from_mapping, parse_yaml, to_mapping
+from starflow.messages import shown
 
 if TYPE_CHECKING:
     from starflow.data import Clip
@@ -88,9 +87,9 @@ def setting(text: str) -> tuple[list[str], Any]:
     if not equals or not all(key.split(".")):
         raise argparse.ArgumentTypeError(f"{text!r} is given, expected KEY=VALUE such as train.steps=1000")
     try:
-        return key.split("."), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a value that is yaml") from None
+        return key.split("."), parse_yaml(value, "its value")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected a value that is yaml: {error}") from None
 
 
 def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor
 from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import CaptionMode
+from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance, tweedie_step
 from starflow.sampling.cleaning import Cleaning, Denoising
 from starflow.sampling.given import GivenReader
@@ -29,7 +30,7 @@ from starflow.sampling.options import Denoise, SampleOptions, sample_options, ta
 from starflow.sampling.report import SampleReport, report_of
 from starflow.sampling.session import Session
 from starflow.solver import BlockDecoder, Conditions, Span, Window, break_even
-from starflow.storage import load_model
+from starflow.storage import Pretrained, load_model
 from starflow.text import Features, TextEncoder, caption_for
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Sampled:
     report: SampleReport
 
 
-class Pipeline:
+class Pipeline(Pretrained):
     """A flow with its codec and its text encoder, ready to sample and to score.
 
     Args:
@@ -103,6 +104,7 @@ class Pipeline:
         self.device = torch.device(device)
         self.flow = flow.eval().to(self.device)
         self.config, self.codec, self.text = config, codec, text
+        self.about: Mapping[str, str] = {}
         self._features = Features(flow.config, text)
 
     @classmethod
@@ -114,7 +116,9 @@ class Pipeline:
             device: where the flow runs.
         """
         loaded = load_model(Path(path))
-        return cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
+        pipeline = cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
+        pipeline.about = loaded.about
+        return pipeline
 
     # -- captions -----------------------------------------------------------------------------------------------------
 
@@ -172,7 +176,7 @@ class Pipeline:
     # -- sampling -----------------------------------------------------------------------------------------------------
 
     @takes_options
-    @torch.inference_mode()
+    @in_inference_mode
     def sample(self, prompts: str | Sequence[str], options: SampleOptions | None = None, /, **changes: Any) -> Sampled:
         """Makes one clip for each prompt.
 

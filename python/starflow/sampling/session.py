@@ -19,6 +19,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.codecs import Codec
+from starflow.inference import in_inference_mode
 from starflow.model import Flow
 from starflow.sampling.cleaning import Denoising, score_denoise
 from starflow.solver import Conditions, Decoding, SolveReport, Span, checked
@@ -121,7 +122,6 @@ class Session:
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def prefill(
         self,
         frames: Tensor | None,
@@ -144,6 +144,15 @@ class Session:
         Raises:
             ValueError: frames or text that do not fit, no frame, or more than the window has.
         """
+        beginning = self._prefill(frames, text, reference)
+        if beginning is not None:
+            self.beginning = beginning
+        return beginning
+
+    @in_inference_mode
+    def _prefill(
+        self, frames: Tensor | None, text: str | Sequence[str] | Tensor | None, reference: Tensor | None
+    ) -> Frames | None:
         if self._decoding is not None or self._drawn:
             raise ValueError("session: prefill comes after frames, expected it before the first one, and once")
         given = [("reference", reference), ("frames", frames)]
@@ -166,8 +175,8 @@ class Session:
         if frames is not None:
             latents = encoded["frames"]
             self._decode(latents)
-            self.beginning = Frames(0, frames, latents, noisy[:, self._reference :])
-        return self.beginning
+            return Frames(0, frames, latents, noisy[:, self._reference :])
+        return None
 
     def _encoded(self, name: str, pixels: Tensor) -> Tensor:
         """Clean latents of given pixels."""
@@ -186,7 +195,7 @@ class Session:
             )
         return clean
 
-    @torch.inference_mode()
+    @in_inference_mode
     def encode(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Tensor:
         """The noise that given frames are made of: `extend` makes them again, or others under another text.
 
@@ -315,7 +324,7 @@ class Session:
         while (frames := self._advance(together=together)) is not None:
             yield frames
 
-    @torch.inference_mode()
+    @in_inference_mode
     def _advance(self, *, together: bool) -> Frames | None:
         """The next frames, or None where noise is missing."""
         if self._decoding is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance
 from starflow.solver.clip import Conditions, Decoding, Span
 from starflow.solver.native import Precision
@@ -35,7 +36,7 @@ class Decoded:
         return max(errors) if errors else None
 
 
-@torch.inference_mode()
+@in_inference_mode
 def decode(
     flow: Flow,
     z: Tensor,

@@ -5,11 +5,12 @@ A batch depends on the seed and the number of its step alone.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -79,6 +80,18 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         cache_bytes=int(data.cache_gb * 2**30),
         aspect_multiple=make_codec(config.codec).spatial * config.flow.patch_size if data.mix_aspect else None,
     )
+
+
+def data_of(dataset: ClipDataset) -> dict[str, Any]:
+    """What tells a folder of files from another one: how many there are, and a checksum of names, sizes and captions.
+
+    Args:
+        dataset: that a run is trained on; empty for one that is no folder.
+    """
+    if not isinstance(dataset, VideoFolder):
+        return {}
+    lines = dataset.listing()
+    return {"files": len(lines), "crc32": zlib.crc32("\n".join(lines).encode("utf-8", "surrogateescape"))}
 
 
 def open_text(config: RunConfig) -> str:

@@ -33,10 +33,30 @@ from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
 from starflow.extras import import_extra
+from starflow.files import remove_leftovers, sole
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
-from starflow.storage import MODEL, latest_state, load_state, read_state, save_model, save_state, saving
+from starflow.storage import (
+    INDEX,
+    MODEL,
+    CheckpointError,
+    latest_state,
+    load_state,
+    read_state,
+    save_model,
+    save_state,
+    saving,
+)
 from starflow.text import Features, TextEncoder, caption_for
-from starflow.training.batches import Batch, Batches, make_dataset, make_parts, open_text, source_of, with_vocabulary
+from starflow.training.batches import (
+    Batch,
+    Batches,
+    data_of,
+    make_dataset,
+    make_parts,
+    open_text,
+    source_of,
+    with_vocabulary,
+)
 from starflow.training.engine import Engine, shard
 from starflow.training.optim import Average, make_optimizers
 
@@ -135,6 +155,8 @@ class Trainer:
         self.step = 0
         self.updates = 0
         self._bad = 0
+        # What tells the data that a run is trained on from others (see `data_of`).
+        self.data: dict[str, Any] = {}
 
     def save(self, folder: Path) -> None:
         """Writes the training state, and the averaged weights as the model of the run.
@@ -147,6 +169,7 @@ class Trainer:
             "updates": self.updates,
             "bad": self._bad,
             "config": to_mapping(self.config),
+            "data": self.data,
         }
         tensors = self._tensors(averaged=bool(self.config.train.ema))
         save_state(folder, self.step, tensors, about, self.world)
@@ -186,9 +209,16 @@ class Trainer:
             CheckpointError: damaged.
             TrainingError: of a run with another model or codec.
         """
-        saved = read_state(path)["config"]
+        state = read_state(path)
+        counters = [state.get(name) for name in ("step", "updates", "bad")]
+        saved = state.get("config")
+        if not isinstance(saved, dict) or not all(type(count) is int and count >= 0 for count in counters):
+            raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(saved, to_mapping(self.config), path)
-        averaged = bool(saved["train"]["ema"])
+        if state.get("data", self.data) != self.data:
+            told = [f"{facts.get('files', 'no')} files" for facts in (state["data"], self.data)]
+            logger.warning("data changed since %s: %s were, %s are; the run goes on with these", path.name, *told)
+        averaged = bool(saved.get("train", {}).get("ema"))
         about = load_state(path, self._tensors(averaged=averaged and bool(self.config.train.ema)), self.world)
         if self.config.train.ema and not averaged:
             self.average.reset()
@@ -379,7 +409,8 @@ def train(
 
     Raises:
         ConfigError: options that contradict each other.
-        TrainingError: data or losses that are not finite, or a folder that holds another run.
+        TrainingError: data or losses that are not finite, or a folder that holds another run, or a model alone.
+        InUseError: another process trains in the folder.
         CheckpointError: a checkpoint that cannot be written or read.
         DistributedError: another process of the run stopped.
 
@@ -405,12 +436,51 @@ def _train(
     codec, text = make_parts(config)
     dataset = make_dataset(config) if dataset is None else dataset
     batches = Batches(config, dataset, codec, rank=world.rank, size=world.size)
+    with _held(folder, world):
+        return _run(config, folder, world, dataset, batches, codec, text, resume=resume, on_step=on_step, quiet=quiet)
+
+
+@contextmanager
+def _held(folder: Path, world: World) -> Iterator[None]:
+    """Holds the folder of a run for as long as the block lasts, without what killed runs left in it."""
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(sole(folder))
+        for place in (folder, folder / "checkpoints", folder / "samples"):
+            remove_leftovers(place)
+
+    with ExitStack() as stack:
+        world.share(take)
+        yield
+
+
+def _run(
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    dataset: ClipDataset,
+    batches: Batches,
+    codec: Codec,
+    text: TextEncoder | None,
+    *,
+    resume: bool,
+    on_step: Callable[[TrainStep], None] | None,
+    quiet: bool,
+) -> Flow:
     last = world.share(lambda: latest_state(folder))
     if last is not None and not resume:
         raise TrainingError(
             f"training: {folder} holds a run up to {last.name}, expected an empty folder (resume is off)"
         )
+    # Some processes may not see the folder yet, so the first one looks.
+    if last is None and world.share(lambda: any((folder / name).exists() for name in (MODEL, INDEX))):
+        raise TrainingError(
+            f"training: {folder} holds a model and no checkpoint of its run, expected an empty folder (a new run would "
+            "replace the model)"
+        )
     trainer = Trainer(config, codec, text, world.device, world)
+    trainer.data = world.share(lambda: data_of(dataset))
     if last is not None:
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
