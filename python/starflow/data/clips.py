@@ -25,7 +25,8 @@ import torch
 
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
-from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
+from starflow.data.pictures import IMAGE_SUFFIXES, read_image
+from starflow.data.read import VideoInfo, frames_at, probe, read_video
 
 __all__ = [
     "Clip",
@@ -41,7 +42,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 SIDECAR_SUFFIXES = (".txt", ".json")
 
 
