@@ -14,15 +14,17 @@ from starflow.data.clips import (
 )
 from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
-from starflow.data.pictures import read_image
+from starflow.data.pictures import IMAGE_SUFFIXES, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.sheets import write_contact_sheet
+from starflow.data.sidecars import caption_at, captions_of
 from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
     "CHANGES",
     "DIGITS",
     "DIRECTIONS",
+    "IMAGE_SUFFIXES",
     "VOCABULARY",
     "CaptionMode",
     "Clip",
@@ -35,6 +37,8 @@ __all__ = [
     "VideoWriter",
     "aspect_size",
     "assemble",
+    "caption_at",
+    "captions_of",
     "enlarge",
     "ffmpeg_binary",
     "frames_at",

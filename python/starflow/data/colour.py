@@ -10,6 +10,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.buffer import Buffer
 from av.filter import Graph
 from av.filter.context import FilterContext
 from av.video.frame import VideoFrame
@@ -74,10 +75,10 @@ def over_black(rgba: np.ndarray) -> np.ndarray:
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
     """How the file asks to show a frame: whether to transpose it first, then to mirror it left to right, up to down."""
     data = frame.side_data.get("DISPLAYMATRIX")
-    if data is None:
+    if not isinstance(data, Buffer):
         return False, False, False
     # (x, y) is shown at (a x + c y, b x + d y).
-    a, b, _, c, d = np.frombuffer(bytes(data), dtype=np.int32)[:5].tolist()
+    a, b, _, c, d = np.frombuffer(memoryview(data), dtype=np.int32)[:5].tolist()
     if abs(b) + abs(c) > abs(a) + abs(d):
         return True, c < 0, b < 0
     return False, a < 0, d < 0

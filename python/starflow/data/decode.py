@@ -73,7 +73,7 @@ _PICTURE_BRANDS = frozenset({"avif", "heic", "heim", "heis", "heix", "mif1", "mi
 _COUNTED_CODECS = frozenset({"av1", "dnxhd", "ffv1", "h264", "hevc", "libdav1d", "mjpeg", "prores", "vp9"})
 _COUNTED_FORMATS = frozenset({"matroska", "mov"})
 
-_TEXT_BYTES = 4096
+_HEAD_BYTES = 4096
 
 
 @functools.lru_cache(maxsize=4096)
@@ -82,12 +82,22 @@ def tell_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def check_file(path: Path) -> None:
-    """Raise VideoError unless a path leads to a file that holds something."""
-    if not path.is_file():
-        raise VideoError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
-    if path.stat().st_size == 0:
+def head_of(path: Path) -> bytes:
+    """The first bytes of a file.
+
+    Raises:
+        VideoError: when the path leads to no file, or to one that is empty or may not be read.
+    """
+    try:
+        if not path.is_file():
+            raise VideoError(f"{path}: not a file" if path.exists() else f"{path}: no such file")
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+    except OSError as error:
+        raise VideoError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not head:
         raise VideoError(f"{path}: the file is empty")
+    return head
 
 
 def _is_text(head: bytes) -> bool:
@@ -120,10 +130,7 @@ class Source:
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
-        check_file(path)
-        with path.open("rb") as file:
-            head = file.read(_TEXT_BYTES)
-        if _is_text(head):
+        if _is_text(head_of(path)):
             raise VideoError(f"{path}: the file holds text, expected a video")
         self.path = path
         self._threads = threads
@@ -266,7 +273,7 @@ class Source:
         if not begins or begins[0] != min(begins):
             return None
         gaps = np.diff(np.sort(np.array([*begins, ends])))
-        return (len(begins), ends) if 0 < gaps.min() and gaps.max() <= _MAX_GAP else None
+        return (len(begins), ends) if gaps.min() > 0 and gaps.max() <= _MAX_GAP else None
 
     def frames(self, start: int = 0, *, seek: bool = False) -> Iterator[tuple[int, int, VideoFrame]]:
         """Decode the stream.
@@ -346,10 +353,7 @@ class Source:
                 if times and not isinstance(step, str):
                     times.popleft()
                 continue
-            if times is not None:
-                ticks = times.popleft() if times else None
-            else:
-                ticks = step.pts
+            ticks = step.pts if times is None else times.popleft() if times else None
             if ticks is None:
                 time = 0 if last is None else last + shown
             else:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from starflow.data.colour import cover, must_crop_first, over_black, to_channels
-from starflow.data.decode import MAX_PIXELS, check_file, tell_once
+from starflow.data.decode import MAX_PIXELS, head_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.read import wanted_size
 
@@ -44,8 +44,7 @@ def read_image(
     """
     path = Path(path)
     check_channels(channels)
-    check_file(path)
-    _open_heif(path)
+    _open_heif(path, head_of(path))
     try:
         with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
@@ -65,7 +64,8 @@ def read_image(
     if must_crop_first(picture.width, picture.height, out_width, out_height):
         scale = max(out_width / picture.width, out_height / picture.height)
         sides = [
-            min(side, math.ceil(wanted / scale)) for side, wanted in zip(picture.size, (out_width, out_height), strict=True)
+            min(side, math.ceil(wanted / scale))
+            for side, wanted in zip(picture.size, (out_width, out_height), strict=True)
         ]
         picture = _middle(picture, sides[0], sides[1]).resize((out_width, out_height), Image.Resampling.BICUBIC)
     else:
@@ -81,16 +81,16 @@ def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _open_heif(path: Path) -> None:
+def _open_heif(path: Path, head: bytes) -> None:
     """Let Pillow read HEIF where the file is one, by the package that does it."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    if head[4:8] != b"ftyp" or head[8:] not in _HEIF:
+    if head[4:8] != b"ftyp" or head[8:12] not in _HEIF:
         return
     try:
         heif = importlib.import_module("pillow_heif")
     except ImportError as error:
-        raise VideoError(f"{path}: a picture in HEIC needs the package pillow-heif: pip install pillow-heif") from error
+        raise VideoError(
+            f"{path}: a picture in HEIC needs the package pillow-heif: pip install 'starflow-ext[heic]'"
+        ) from error
     heif.register_heif_opener()
 
 

@@ -8,8 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from starflow.data import Clip, VideoError, VideoFolder, frames_at, probe, read_image, read_video, to_pixels
-from starflow.data.clips import IMAGE_SUFFIXES, caption_at, captions_of
+from starflow.data import (
+    IMAGE_SUFFIXES,
+    Clip,
+    VideoError,
+    VideoFolder,
+    caption_at,
+    captions_of,
+    frames_at,
+    probe,
+    read_image,
+    read_video,
+    to_pixels,
+)
 from starflow.sampling import Pipeline
 
 
