@@ -64,12 +64,20 @@ def to_channels(frames: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.stack(luma)[..., None]
 
 
-def over_black(rgba: np.ndarray) -> np.ndarray:
-    """Straight RGBA in uint8 or uint16, (height, width, 4), laid over black: (height, width, 3)."""
-    most = np.iinfo(rgba.dtype).max
-    mixed = rgba[..., :3].astype(np.uint32 if most == 255 else np.uint64) * rgba[..., 3:]
-    opaque: np.ndarray = ((mixed + most // 2) // most).astype(rgba.dtype)
-    return opaque
+def over_black(rgba: np.ndarray, opaque: int) -> np.ndarray:
+    """Lay a picture with transparency over black.
+
+    Args:
+        rgba: uint8 or uint16 (height, width, 4), colours not multiplied by their opacity.
+        opaque: the opacity from which on nothing shines through.
+
+    Returns:
+        (height, width, 3) in the same dtype.
+    """
+    wide = np.uint32 if rgba.dtype == np.uint8 else np.uint64
+    mixed = rgba[..., :3].astype(wide) * np.minimum(rgba[..., 3:], opaque)
+    shown: np.ndarray = ((mixed + opaque // 2) // opaque).astype(rgba.dtype)
+    return shown
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
@@ -161,8 +169,7 @@ class Converter:
             pixel_shape: width of its pixels over their height.
         """
         turn, transfer = orientation(frame), frame.color_trc
-        if _has_alpha(frame):
-            frame = _opaque(frame)
+        frame = _opaque(frame)
         key = (*_properties(frame), transfer, turn, pixel_shape)
         if key != self._key:
             format_ = "rgb48le" if transfer in HIGH_RANGE else "rgb24"
@@ -219,16 +226,23 @@ def _chain(frame: VideoFrame, filters: list[tuple[str, str]]) -> Graph:
     return graph
 
 
-def _has_alpha(frame: VideoFrame) -> bool:
-    return frame.format.has_palette or any(part.is_alpha for part in frame.format.components)
+def _alpha_bits(frame: VideoFrame) -> int:
+    """Bits of the opacity of each pixel; 0 where there is none."""
+    if frame.format.has_palette:
+        return 8
+    return max((part.bits for part in frame.format.components if part.is_alpha), default=0)
 
 
 def _opaque(frame: VideoFrame) -> VideoFrame:
     """A frame with transparency over black; one that has none in any pixel stays as it is."""
-    deep = any(part.bits > 8 for part in frame.format.components)
-    graph = _chain(frame, [("scale", f"flags={_SCALING}"), ("format", "rgba64le" if deep else "rgba")])
+    bits = min(16, _alpha_bits(frame))
+    if not bits:
+        return frame
+    graph = _chain(frame, [("scale", f"flags={_SCALING}"), ("format", "rgba" if bits <= 8 else "rgba64le")])
     graph.push(frame)
     rgba: Any = graph.vpull().to_ndarray()
-    if rgba[..., 3].min() == np.iinfo(rgba.dtype).max:
+    # ffmpeg widens 10 or 12 bits to 16 by zeros.
+    opaque = 255 if bits <= 8 else ((1 << bits) - 1) << (16 - bits)
+    if rgba[..., 3].min() >= opaque:
         return frame
-    return av.VideoFrame.from_ndarray(over_black(rgba), format="rgb48le" if deep else "rgb24")
+    return av.VideoFrame.from_ndarray(over_black(rgba, opaque), format="rgb24" if bits <= 8 else "rgb48le")

@@ -20,6 +20,7 @@ from types import TracebackType
 import av
 import av.error
 import numpy as np
+from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.packet import Packet
 from av.stream import Disposition
@@ -42,7 +43,7 @@ _MAX_GAP = 3600 * MICROSECONDS
 
 # Formats whose clock may be set anew in the middle (broadcasts, recordings joined byte by byte). ffmpeg's own program
 # takes a step of more than 10 s forward for such a jump.
-_CLOCK_JUMPS = frozenset({"mpeg", "mpegts"})
+_CLOCK_JUMPS = frozenset({"live_flv", "mpeg", "mpegts", "ogg", "wtv"})
 _JUMP_AHEAD = 10 * MICROSECONDS
 _JUMP_BACK = MICROSECONDS
 
@@ -72,6 +73,10 @@ _PICTURE_BRANDS = frozenset({"avif", "heic", "heim", "heis", "heix", "mif1", "mi
 # counted without decoding them (about a hundred times faster).
 _COUNTED_CODECS = frozenset({"av1", "dnxhd", "ffv1", "h264", "hevc", "libdav1d", "mjpeg", "prores", "vp9"})
 _COUNTED_FORMATS = frozenset({"matroska", "mov"})
+
+# Codecs that are decoded several frames at once. With others this is rarely used by anybody: the pictures of Theora
+# depended on which thread was first where two files had been joined.
+_FRAME_THREADS = frozenset({"dnxhd", "ffv1", "h264", "hevc", "libdav1d", "mjpeg", "mpeg4", "prores", "vp8", "vp9"})
 
 _HEAD_BYTES = 4096
 
@@ -154,7 +159,8 @@ class Source:
         with contextlib.ExitStack() as closing:
             closing.callback(container.close)
             stream = self._choose(container)
-            stream.thread_type = "AUTO"
+            trusted = stream.codec_context.name in _FRAME_THREADS
+            stream.thread_type = ThreadType.AUTO if trusted else ThreadType.SLICE
             # Each thread of the decoder holds a picture.
             large = stream.codec_context.width * stream.codec_context.height > MAX_PIXELS // 4
             stream.codec_context.thread_count = 1 if large else self._threads
@@ -242,7 +248,9 @@ class Source:
 
     @property
     def _start(self) -> int:
-        """Time 0 of the file, in microseconds of its clock."""
+        """Time 0 of the file, in microseconds of its clock; as in ffmpeg's program."""
+        if self.format in _CLOCK_JUMPS and self.stream.start_time is not None and self.stream.time_base is not None:
+            return _microseconds(self.stream.start_time, self.stream.time_base)
         return self._container.start_time or 0
 
     def count_packets(self) -> tuple[int, int] | None:

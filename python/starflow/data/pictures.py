@@ -117,4 +117,4 @@ def _opaque(picture: Image.Image) -> Image.Image:
     """RGB, over black where there is transparency."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    return Image.fromarray(over_black(np.array(picture.convert("RGBA"))))
+    return Image.fromarray(over_black(np.array(picture.convert("RGBA")), 255))
