@@ -24,7 +24,7 @@ import torch
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
 from starflow.data.folders import find_files
-from starflow.data.pictures import IMAGE_SUFFIXES, read_image
+from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.sidecars import Sidecars, caption_at, captions_of, composed
 
@@ -435,8 +435,7 @@ class VideoFolder:
         """A file of a folder, read at the given rate, or else that of the clips or its own."""
         name, captions = str(path.relative_to(folder)), self._captions.get(path, ("",))
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            height, width = read_image(path, channels=1).shape[1:3]
-            return _File(path, name, 0.0, 1, captions, None, self._size(height, width))
+            return _File(path, name, 0.0, 1, captions, None, self._size(*image_size(path)))
         info = probe(path, count=True)
         rate = rate or self.fps or info.fps
         available = frames_at(info, rate)

@@ -18,6 +18,9 @@ from av.video.frame import VideoFrame
 # ITU-R BT.709 luma weights.
 _LUMA = (0.2126, 0.7152, 0.0722)
 
+# Pixels of a frame whose luma is computed at once.
+_LUMA_PIXELS = 1 << 24
+
 # Numbers of the transfer functions with more range than a common screen, ITU-T H.273, table 3.
 _PQ, _HLG = 16, 18
 HIGH_RANGE = {_PQ: "PQ", _HLG: "HLG"}
@@ -33,7 +36,6 @@ _KNEE = 0.75
 _TO_709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=np.float32
 )
-_BT2020 = 9
 
 # A picture whose scaled size would have more pixels than this is cropped before it is scaled: one of 20,000 x 1
 # pixels that shall cover 256 x 256 would grow to 1.3 billion.
@@ -58,10 +60,15 @@ def to_channels(frames: torch.Tensor, channels: int) -> torch.Tensor:
     """RGB frames (..., 3) as they are, or as BT.709 luma (..., 1)."""
     if channels == 3:
         return frames
-    # Frame by frame, so that the float copy stays small.
+    # A piece at a time, so that the float copy stays small.
     weights = torch.tensor(_LUMA)
-    luma = [(frame.to(torch.float32) @ weights).round().to(torch.uint8) for frame in frames]
-    return torch.stack(luma)[..., None]
+    grey = torch.empty(frames.shape[:-1], dtype=torch.uint8)
+    rows = max(1, _LUMA_PIXELS // frames.shape[-2])
+    for frame, out in zip(frames, grey, strict=True):
+        for first in range(0, len(frame), rows):
+            piece = frame[first : first + rows].to(torch.float32) @ weights
+            out[first : first + rows] = piece.round()
+    return grey[..., None]
 
 
 def over_black(rgba: np.ndarray, opaque: int) -> np.ndarray:
@@ -194,7 +201,7 @@ class Converter:
                 min(side, math.ceil(wanted / scale * side / shown))
                 for side, wanted, shown in zip(stored, (self._width, self._height), (width, height), strict=True)
             ]
-            chain.append(("crop", f"{kept[0]}:{kept[1]}"))
+            chain.append(("crop", f"{kept[0]}:{kept[1]}:exact=1"))
             scaled = self._width, self._height
         else:
             scaled = cover(width, height, self._width, self._height)

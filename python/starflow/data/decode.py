@@ -54,8 +54,8 @@ _LOOSE_CLOCKS = frozenset({"mpeg"})
 _LOOSE = MICROSECONDS // 4
 
 # Formats in which ffmpeg finds a key frame by its time. The others are read from their start: those without
-# timestamps (raw streams), without index, and those whose key frames do not stand alone (GIF, APNG).
-_SEEKABLE = frozenset({"asf", "avi", "flv", "mov", "matroska", "mpeg", "mpegts", "mxf"})
+# timestamps (raw streams), with guessed ones, without index, and those whose key frames do not stand alone (GIF, APNG).
+_SEEKABLE = frozenset({"asf", "avi", "flv", "mov", "matroska", "mpegts", "mxf"})
 
 # The names under which ffmpeg knows the formats that hold moving pictures, one picture, or sound alone. What is not
 # in this list stays closed: "tty" draws any text as a video, and play lists ("concat", "hls", "dash") name other files.
@@ -113,7 +113,7 @@ def _is_text(head: bytes) -> bool:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
         # The last character may be cut.
-        if error.start < len(head) - 3:
+        if len(head) < _HEAD_BYTES or error.start < len(head) - 3:
             return False
         text = head[: error.start].decode("utf-8")
     return all(character >= " " or character in "\t\n\r\f\x1b" for character in text)

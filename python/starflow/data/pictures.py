@@ -42,24 +42,8 @@ def read_image(
     Raises:
         VideoError: when the file cannot be read, or its numbers have no agreed black and white.
     """
-    path = Path(path)
     check_channels(channels)
-    _open_heif(path, head_of(path))
-    try:
-        with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise VideoError(
-                    f"{path}: a picture of {file.width}x{file.height} pixels, expected at most {MAX_PIXELS} pixels"
-                )
-            if getattr(file, "is_animated", False):
-                tell_once(f"{path}: several pictures in one file, the first is read")
-            upright = ImageOps.exif_transpose(file)
-            picture = _opaque(_eight_bits(path, upright))
-    except VideoError:
-        raise
-    # Pillow's readers of malformed files raise about anything.
-    except (Exception, MemoryError) as error:
-        raise VideoError(f"{path}: not an image that Pillow can read ({str(error)[:200]})") from error
+    picture = _load(Path(path))
     out_width, out_height = wanted_size(picture.width, picture.height, width, height)
     if must_crop_first(picture.width, picture.height, out_width, out_height):
         scale = max(out_width / picture.width, out_height / picture.height)
@@ -74,6 +58,36 @@ def read_image(
             picture = picture.resize(scaled, Image.Resampling.BICUBIC)
         picture = _middle(picture, out_width, out_height)
     return to_channels(torch.from_numpy(np.array(picture))[None], channels)
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width of a picture that `read_image` can read.
+
+    Raises:
+        VideoError: when it cannot.
+    """
+    picture = _load(path)
+    return picture.height, picture.width
+
+
+def _load(path: Path) -> Image.Image:
+    """A picture upright, in opaque RGB."""
+    _open_heif(path, head_of(path))
+    try:
+        with Image.open(path) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise VideoError(
+                    f"{path}: a picture of {file.width}x{file.height} pixels, expected at most {MAX_PIXELS} pixels"
+                )
+            if getattr(file, "is_animated", False):
+                tell_once(f"{path}: several pictures in one file, the first is read")
+            upright = ImageOps.exif_transpose(file)
+            return _opaque(_eight_bits(path, upright))
+    except VideoError:
+        raise
+    # Pillow's readers of malformed files raise about anything.
+    except (Exception, MemoryError) as error:
+        raise VideoError(f"{path}: not an image that Pillow can read ({str(error)[:200]})") from error
 
 
 def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
