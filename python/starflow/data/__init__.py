@@ -17,8 +17,10 @@ from starflow.data.clips import (
 )
 from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, Motion, MovingDigits
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
-from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
+from starflow.data.pictures import IMAGE_SUFFIXES, read_image
+from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.sheets import write_contact_sheet
+from starflow.data.sidecars import caption_at, captions_of
 from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
