@@ -2,12 +2,9 @@
 
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
-    IMAGE_SUFFIXES,
     Clip,
     ClipDataset,
     VideoFolder,
-    caption_at,
-    captions_of,
     sample_batch,
     sample_group,
     sample_indices,
