@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import json
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,17 +102,10 @@ def test_a_repository_of_another_program_is_refused(tmp_path: Path) -> None:
 def test_without_the_library_one_sentence_says_what_to_install(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = builtins.__import__
-
-    def without(name: str, *arguments: object, **options: object) -> object:
-        if name.partition(".")[0] == "huggingface_hub":
-            raise ImportError(name)
-        return original(name, *arguments, **options)  # type: ignore[arg-type]
-
     pipeline.save_pretrained(tmp_path / "mine")
     hub._mixin.cache_clear()
-    monkeypatch.setattr(builtins, "__import__", without)
-    message = r"needs huggingface_hub, which is not installed: pip install 'starflow-ext\[hub\]'"
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = r"needs the package huggingface_hub: pip install 'starflow-ext\[hub\]'"
     for call in (
         lambda: Pipeline.from_pretrained("owner/mine"),
         lambda: pipeline.save_pretrained(tmp_path / "other"),

@@ -14,6 +14,7 @@ import torch
 
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
+from starflow.extras import import_extra
 from starflow.messages import short
 from starflow.model import Flow
 from starflow.storage.models import INDEX, MODEL, save_model
@@ -146,12 +147,8 @@ class Pretrained(ABC):
 @cache
 def _mixin() -> Any:
     """The files of a model as huggingface_hub's mixin has them; that library is imported where it is asked for."""
-    try:
-        from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-    except ImportError:
-        raise ImportError(
-            "the Hugging Face hub needs huggingface_hub, which is not installed: pip install 'starflow-ext[hub]'"
-        ) from None
+    import_extra("huggingface_hub", purpose="the Hugging Face hub", extra="hub")
+    from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 
     class Files(ModelHubMixin, library_name="starflow"):
         """A model to write, or the folder that one was downloaded to."""
