@@ -112,6 +112,7 @@ def test_cropping_first_gives_what_cropping_last_gives(tmp_path: Path, monkeypat
     assert (first[:, :, 12:-12] - last[:, :, 12:-12]).abs().max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 def test_a_header_may_not_ask_for_all_memory(tmp_path: Path) -> None:
     rows = zlib.compress((b"\0" + bytes(1500)) * 11_500, 9)
     chunks = (b"IHDR" + struct.pack(">IIBBBBB", 12_000, 11_500, 1, 0, 0, 0, 0), b"IDAT" + rows, b"IEND")

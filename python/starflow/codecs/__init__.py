@@ -1,4 +1,4 @@
-"""Pixels to latents and back, behind one interface."""
+"""How do pixels become latents, and latents pixels? By a codec: an exact block transform or a learned autoencoder."""
 
 from __future__ import annotations
 

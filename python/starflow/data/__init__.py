@@ -1,4 +1,4 @@
-"""Clips and captions: video files, folders of them, and a built-in set that needs no download."""
+"""What does a model learn from? Clips with captions, of video files or of a built-in set that needs no download."""
 
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (

@@ -1,4 +1,4 @@
-"""Captions to features, behind one interface."""
+"""How does a flow read a caption? As features that a text encoder makes of it."""
 
 from __future__ import annotations
 
