@@ -34,13 +34,13 @@ from starflow.sampling import Pipeline
 SIZE = 32
 # Name -> options of `Pipeline.session`; the training clips have 6 frames, and so has the window.
 WAYS: dict[str, dict[str, Any]] = {
-    "4 of 6 carried over (published)": {"window_context": 4},
-    "4, the first frame among them": {"window_context": 4, "window_sink": 1},
-    "4, cleaned and noised anew": {"window_context": 4, "renew": True},
-    "3 carried over": {"window_context": 3},
-    "3, the first frame among them": {"window_context": 3, "window_sink": 1},
-    "1 carried over": {"window_context": 1},
-    "5 carried over": {"window_context": 5},
+    "4 of 6 carried over (published)": {"context_frames": 4},
+    "4, the first frame among them": {"context_frames": 4, "sink_frames": 1},
+    "4, cleaned and noised anew": {"context_frames": 4, "renew": True},
+    "3 carried over": {"context_frames": 3},
+    "3, the first frame among them": {"context_frames": 3, "sink_frames": 1},
+    "1 carried over": {"context_frames": 1},
+    "5 carried over": {"context_frames": 5},
     "no windows": {"window": None},
 }
 
@@ -77,15 +77,9 @@ def bits(pipeline: Pipeline, pixels: Tensor, captions: list[str], step: int) -> 
 
 
 def kept(judge: DigitJudge, pixels: Tensor, step: int) -> list[float]:
-    """Share of clips whose frames from a place on show the digit that they began with."""
-    begun = [judge.digit(clip[:4]) for clip in pixels]
-    places = range(0, pixels.shape[1] - 3, step)
-    return [
-        float(
-            np.mean([judge.digit(clip[place : place + 4]) == digit for clip, digit in zip(pixels, begun, strict=True)])
-        )
-        for place in places
-    ]
+    """Share of clips whose frame at a place shows the digit that they began with."""
+    read = torch.stack([judge.read(clip) for clip in pixels])
+    return (read == read[:, :1]).float().mean(0)[::step].tolist()
 
 
 def ink(pixels: Tensor) -> Tensor:

@@ -1,19 +1,16 @@
-"""For every test: fresh interpreters import the installed packages too; the checkout, what was built, and its tools."""
+"""For every test: the checkout, what was built, and its tools."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from starflow_ext._load import library_path
 
 from .tools import run_tool
-
-# `python -m` and `python -c` put the current folder first, and the root holds folders of the packages' names.
-os.environ["PYTHONSAFEPATH"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +26,12 @@ def library() -> Path:
 @pytest.fixture(scope="session")
 def tool() -> Callable[..., list[str]]:
     return run_tool
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Models as small as those of the tests are faster on one thread, on a busy machine by far."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,7 +2,7 @@
 
 from starflow.config import ConfigError, FlowConfig
 from starflow.model import Flow, Guidance
-from starflow.sampling import Pipeline, Session
+from starflow.sampling import Pipeline, SampleOptions, Session
 from starflow.solver import Chunks, Decoded, Sequential, SolveReport, Window, decode, solve
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FlowConfig",
     "Guidance",
     "Pipeline",
+    "SampleOptions",
     "Sequential",
     "Session",
     "SolveReport",

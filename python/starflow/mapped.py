@@ -1,4 +1,4 @@
-"""Tensors that lie in a file and are mapped, as safetensors and `torch.load(mmap=True)` give them."""
+"""Tensors whose memory is a mapped file, as safetensors and `torch.load(mmap=True)` return them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-# <linux/mman.h>: reclaim these pages. What was changed in memory is kept, so any tensor may be named.
+# <linux/mman.h>: reclaim these pages. Changed pages are kept, so the call is safe for any tensor.
 _MADV_PAGEOUT = 21
 
 
 def release(tensors: Iterable[Tensor]) -> None:
-    """Gives the memory of tensors that lie in a file back to the system; they stay as they are, and are read again.
+    """Gives the memory of mapped tensors back to the system; their values stay, and are read from the file again.
 
-    Mapped pages count as this process's memory until the system needs them, so that a copy of a large file, tensor by
-    tensor, looks as large as the file. A hint: where the system has no such call it reclaims them when it is short.
+    Pages of a mapped file count as memory of this process until the system needs them, so a process that copies a large
+    file tensor by tensor looks as large as the file. The call is a hint: a system that does not know it reclaims the
+    pages by itself when memory is short.
 
     Args:
         tensors: on the CPU, dense.

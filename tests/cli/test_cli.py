@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,23 +15,17 @@ import pytest
 import torch
 
 import starflow.data
-from starflow.cli import main
-from starflow.cli.options import make_config
+from starflow.cli.main import make_parser
+from starflow.cli.options import make_config, sample_options_of
 from starflow.config import ConfigError, RunConfig
 from starflow.data import probe, read_image, read_video, write_video
 from starflow.model import Flow
-from starflow.sampling import Pipeline
+from starflow.sampling import Pipeline, SampleOptions
 from starflow.storage import published_state
 
+from .commands import run, start
+
 PROMPT = "a three moving up"
-
-
-def run(*args: object) -> int:
-    """Exit status of a command line, also where argparse ends it."""
-    try:
-        return main([str(arg) for arg in args])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
 
 
 def error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -204,15 +197,15 @@ def test_settings_reach_the_config() -> None:
         (["trian"], "invalid choice: 'trian'"),
         (["sample"], "MODEL"),
         (["sample", "m", "--guidence", "2"], "sample does not know --guidence 2; did you mean --guidance?"),
-        (["sample", "m", "--solver", "windows"], "argument --solver: solver is 'windows', expected"),
-        (["sample", "m", "--solver", "chunks", "--certificate"], "--certificate: solver is 'chunks', expected"),
+        (["sample", "m", "--solver", "windows"], "sample: solver is 'windows', expected"),
+        (["sample", "m", "--solver", "chunks", "--certificate"], "sample: solver is 'chunks', expected"),
         (["sample", "m", "--size", "64"], "argument --size: '64' is given, expected HEIGHTxWIDTH"),
         (["sample", "m", "--frames", "0"], "argument --frames: '0' is given, expected an integer >= 1"),
         (["sample", "m", "--frames", "2.5"], "argument --frames: '2.5' is given, expected an integer >= 1"),
         (["sample", "m", "--guidance", "nan"], "argument --guidance: 'nan' is given, expected a number >= 0"),
         (["sample", "m", "--fps", "0"], "argument --fps: '0' is given, expected a number > 0"),
-        (["sample", "m", "--given", "2"], "--given is 2, expected --video together with it"),
-        (["sample", "m", "--image", "a", "--video", "b"], "argument --video: not allowed with argument --image"),
+        (["sample", "m", "--given", "2"], "sample: given is 2, expected video together with it"),
+        (["sample", "m", "--image", "a", "--video", "b"], "sample: image and video are given, expected one of them"),
         (["score", "m"], "expected either paths of videos or --held-out"),
         (["score", "m", "a.mp4", "--held-out", "2"], "expected either paths of videos or --held-out"),
         (["train", "--set", "train.steps"], "argument --set: 'train.steps' is given, expected KEY=VALUE"),
@@ -242,7 +235,7 @@ def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.Capture
         (["info", pickled], "is a pickle, expected safetensors"),
         (["sample", model, "a cat"], '"cat" in "a cat" is not a known word, expected words of the vocabulary'),
         (["sample", model, "three up left up"], "4 known words, expected at most 3"),
-        (["sample", model, "--size", "18x16"], "height is 18, expected a positive multiple of 4"),
+        (["sample", model, "--size", "18x16"], "size is 18x16, expected multiples of 4"),
         (["sample", model, "--image", tmp_path / "no.png"], "no.png', which does not exist"),
         (["sample", model, "--image", damaged], "not an image"),
         (["score", model, damaged], "cut.safetensors: not a video"),
@@ -276,7 +269,7 @@ def test_convert_into_a_folder_then_sample(tmp_path: Path, capsys: pytest.Captur
     assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
     assert "research use only" in capsys.readouterr().out
     assert run("info", out) == 0
-    assert "storage: int8" in capsys.readouterr().out
+    assert "dtype: int8" in capsys.readouterr().out
     assert run("sample", out, PROMPT, "--out", tmp_path / "clips", "--denoise", "learned") == 0
     (record,) = (tmp_path / "clips").glob("*.json")
     assert json.loads(record.read_text())["precision"] == "int8"
@@ -329,15 +322,7 @@ def test_a_defect_is_not_hidden(model: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "starflow", "sample", str(model), "--out", str(out), "--clips", "5000", "--batch"]
-    # A shell that starts the tests in the background has them ignore the signal, and their children after them.
-    process = subprocess.Popen(
-        [*command, "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start("sample", model, "--out", out, "--clips", 5000, "--batch", 1)
     deadline = time.monotonic() + 120
     while not list(out.glob("*.mp4")):
         assert time.monotonic() < deadline
@@ -369,3 +354,10 @@ def test_help_is_a_manual(command: str, capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     assert "example" in said
     assert "None" not in said
+
+
+def test_the_options_of_sample_are_those_of_python() -> None:
+    args = make_parser().parse_args(["sample", "m", "p", "--size", "8x4", "--sink-frames", "1", "--fps", "2"])
+    assert sample_options_of(args).to_mapping() == {"size": (8, 4), "fps": 2.0, "sink_frames": 1}
+    shown = {option.name for option in dataclasses.fields(SampleOptions)} - {"seeds"}
+    assert shown <= set(vars(args))

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from starflow.cli import main
 from starflow.config import RunConfig
 from starflow.data import VideoWriter, enlarge, probe, read_video, to_frames, write_video
 from starflow.sampling import Pipeline
 from starflow.storage import save_model
 
+from ..tools import full_disk
+from .commands import run, start
+
 PROMPT = "a three moving up"
-
-
-def run(*args: object) -> int:
-    try:
-        return main([str(arg) for arg in args])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
 
 
 def test_a_stream_is_the_sample(
@@ -68,15 +59,7 @@ def test_a_stream_goes_on_from_a_beginning(model: Path, pipeline: Pipeline, tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_the_command_leaves_a_file_that_plays(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "starflow", "sample", str(model), "--stream", "--frames", "1000000"]
-    # A shell that starts the tests in the background has them ignore the signal, and their children after them.
-    process = subprocess.Popen(
-        [*command, "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start("sample", model, "--stream", "--frames", 1_000_000, "--out", out)
     deadline = time.monotonic() + 120
     while not (files := list(out.glob("*.mp4"))) or files[0].stat().st_size < 20_000:
         assert time.monotonic() < deadline
@@ -115,19 +98,6 @@ def test_an_encoder_that_is_killed_leaves_what_it_wrote(tmp_path: Path) -> None:
     assert read_video(path).shape[1:] == (32, 32, 3)
 
 
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Lets no file grow beyond `size` bytes, which a write meets like a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_full_disk_ends_a_stream_with_one_error(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,7 +121,7 @@ def test_a_stream_that_fails_before_its_first_frame_leaves_nothing(
     def fail(*_: object, **__: object) -> None:
         raise ValueError("no")
 
-    monkeypatch.setattr("starflow.session.Session.extend", fail)
+    monkeypatch.setattr("starflow.sampling.Session.extend", fail)
     assert run("sample", model, "--stream", "--out", out) == 1
     assert not out.exists()
 
@@ -161,7 +131,7 @@ def test_a_stream_that_fails_before_its_first_frame_leaves_nothing(
     [
         (["--clips", 3, "--batch", 2], "--batch is 2, expected at least 3"),
         (["--look-ahead", 2], "look_ahead is 2, expected 0 to 1"),
-        (["--window", 3, "--window-context", 3], "window_context is 3, expected 1 to 2"),
+        (["--window-frames", 3, "--context-frames", 3], "context_frames is 3, expected 1 to 2"),
         (["--denoise", "score"], "the denoiser is score, which needs the whole clip"),
         (["--frames", 0], "'0' is given, expected an integer >= 1"),
     ],
@@ -186,14 +156,14 @@ def test_a_clip_is_edited(model: Path, pipeline: Pipeline, tmp_path: Path, strea
     expected = pipeline.sample("an eight standing still", edit=path, edit_prompt=PROMPT, frames=5).pixels[0]
     assert int((read_video(made, channels=1).int() - to_frames(expected).int()).abs().max()) <= 1
     said = json.loads(made.with_suffix(".json").read_text())
-    assert (said["edited_from"], said["guidance"], said["frames"]) == (str(path), 0.0, 5)
+    assert (said["options"]["edit"], said["guidance"], said["frames"]) == (str(path), 0.0, 5)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--edit-prompt", PROMPT], "expected --edit together with it"),
-        (["--edit", "a.mp4", "--image", "b.png"], "not allowed with argument"),
+        (["--edit-prompt", PROMPT], "expected edit together with it"),
+        (["--edit", "a.mp4", "--image", "b.png"], "image and edit are given, expected one of them"),
         (["--edit", "nowhere.mp4"], "edit is 'nowhere.mp4', which does not exist"),
         (["--last-image", "nowhere.png"], "expected a model that was trained to arrive at a frame"),
     ],
@@ -224,8 +194,10 @@ def test_prompts_change_while_frames_come(pipeline: Pipeline) -> None:
 
 def test_images_do_not_slide(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]) -> None:
     still = build(configure(shallow_block_local=False))
-    with pytest.raises(ValueError, match="window is 3, expected None: the model's shallow blocks look over time"):
-        still.sample(PROMPT, window=3)
+    with pytest.raises(
+        ValueError, match="window_frames is 3, expected None: the model's shallow blocks look over time"
+    ):
+        still.sample(PROMPT, window_frames=3)
     assert still.sample(PROMPT, frames=6).pixels.shape[1] == 6
 
 
@@ -239,7 +211,7 @@ def test_a_clip_is_made_of_a_source(paired: Pipeline, tmp_path: Path, stream: li
     expected = enlarge(to_frames(paired.sample(PROMPT, source=source).pixels[0]), 8)
     assert int((read_video(made, channels=1).int() - expected.int()).abs().max()) <= 1
     said = json.loads(made.with_suffix(".json").read_text())
-    assert (said["source"], said["caption"], said["given_frames"]) == (str(source), f"(v2v) {PROMPT}", 0)
+    assert (said["options"]["source"], said["caption"], said["given_frames"]) == (str(source), f"(v2v) {PROMPT}", 0)
 
 
 def test_a_source_of_another_length_is_told(

@@ -1,7 +1,8 @@
 """Uses files as users do, one after the other, in a process that may crash, hang or grow.
 
 It reads lines of JSON, `{"use": name of a function here, "path": file}`, and answers each with one: how the use ended
-("result", "sentence" or "other"), what it said, the seconds of the processor that it took, and the most memory that the process has had, in MiB.
+("result", "sentence" or "other"), what it said, the seconds of the processor that it took, and the most memory that the
+process has had, in MiB.
 """
 
 from __future__ import annotations

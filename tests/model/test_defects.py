@@ -9,7 +9,7 @@ from torch import Tensor
 from starflow import Chunks, Flow, Guidance, Sequential, Window, decode
 from starflow.training.optim import cosine_lr
 
-from .models import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
+from ..flows import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
 
 EXACT = Window(size=7, tolerance=0.0)
 
@@ -54,8 +54,8 @@ def test_every_schedule_obeys_the_temperature_of_the_attention() -> None:
 def test_token_by_token_goes_beyond_the_window(context: int | None) -> None:
     flow = make_flow(VIDEO | {"local_attn_window": 3})
     z, y = latents(flow, frames=5), condition(flow)
-    exact = decode(flow, z, y, schedule=Sequential(), window_context=context).x
-    got = decode(flow, z, y, schedule=EXACT, window_context=context).x
+    exact = decode(flow, z, y, schedule=Sequential(), context_frames=context).x
+    got = decode(flow, z, y, schedule=EXACT, context_frames=context).x
     torch.testing.assert_close(got, exact, atol=1e-4, rtol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_decoding_twice_gives_the_same_bits() -> None:
 def test_long_clips_with_rounded_weights() -> None:
     flow = make_flow(VIDEO | {"local_attn_window": 3}).bfloat16()
     z, y = latents(flow, frames=5), condition(flow)
-    decoded = decode(flow, z, y, null=null(flow), guidance=1.0, window_context=1)
+    decoded = decode(flow, z, y, null=null(flow), guidance=1.0, context_frames=1)
     assert decoded.x.dtype == torch.float32
     assert decoded.x.isfinite().all()
 

@@ -11,7 +11,7 @@ from starflow.model import STEP, Denoiser, score_target, tweedie_step
 from starflow.sampling import score_denoise
 from starflow_ext.block_attention import FrameMask, block_attention
 
-from .models import VIDEO, condition, latents, make_flow
+from ..flows import VIDEO, condition, latents, make_flow
 
 OPTIONS = VIDEO | {"learnable_self_denoiser": True, "conditional_denoiser": True}
 
@@ -30,7 +30,7 @@ def frames_seen(network: Denoiser, x: Tensor, y: Tensor | None, frame: int) -> l
 
 @pytest.mark.parametrize("look_ahead", [1, 2, 3])
 def test_one_layer_sees_the_frames_of_the_mask(look_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starflow.denoiser.DENOISER_LAYERS", 1)
+    monkeypatch.setattr("starflow.model.denoiser.DENOISER_LAYERS", 1)
     for window in (None, 2, 3):
         flow, network = denoiser(temporal_causal=look_ahead, denoiser_window=window, conditional_denoiser=False)
         x = latents(flow, batch=1, frames=5)
@@ -41,7 +41,7 @@ def test_one_layer_sees_the_frames_of_the_mask(look_ahead: int, monkeypatch: pyt
 
 
 def test_text_is_seen_everywhere_and_time_zero_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starflow.denoiser.DENOISER_LAYERS", 1)
+    monkeypatch.setattr("starflow.model.denoiser.DENOISER_LAYERS", 1)
     flow, network = denoiser()
     x, y = latents(flow), condition(flow)
     assert y is not None

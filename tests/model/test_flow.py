@@ -13,7 +13,7 @@ import starflow_ext
 from starflow import Flow, FlowConfig, Sequential, Window, decode
 from starflow.model import nll_of, to_grid, to_sequence
 
-from .models import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
+from ..flows import CASES, IMAGE, TARFLOW, VIDEO, condition, inputs, latents, make_flow, null
 
 EXACT = Window(size=6, tolerance=0.0)
 

@@ -192,7 +192,7 @@ def check_samples(golden: Golden, flow: Flow, y: Tensor | None, null: Tensor | N
             continue
         options: dict[str, Any] = {"weight": call.get("guidance", 0.0)}
         if call.get("context_length"):
-            options["window_context"] = call["context_length"]
+            options["context_frames"] = call["context_length"]
         decoded = sample(z, chunks(call, calls), **options)
         expected = call["iterations_per_chunk"]
         if 0.0 < call["th"] < 1e-10:  # the last pass notices a change of zero, which rounding may move
@@ -235,7 +235,7 @@ def check_long(golden: Golden, flow: Flow, y: Tensor, null: Tensor) -> None:
     call = calls["long"]
     sample = Sampler(golden, flow, y, null)
     z = golden.take("long.z")
-    options = {"window_context": call["context_length"]}
+    options = {"context_frames": call["context_length"]}
     decoded = sample(z, chunks(call, calls), **options)
     golden.check("long.out", decoded.x)
     check_exact_passes(passes(decoded), call["iterations_per_chunk"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from starflow import Flow
 from starflow.model import patchify
 
-from .models import CASES, VIDEO, condition, inputs, latents, make_flow
+from ..flows import CASES, VIDEO, condition, inputs, latents, make_flow
 
 SHAPE = (3, 2, 2, 3)  # frames, channels, height, width
 TEXTLESS = VIDEO | {"txt_size": 0, "txt_dim": 0, "cond_top_only": False, "soft_clip": 0.0, "use_final_norm": False}

@@ -12,7 +12,7 @@ from starflow.model import make_layout, token_order
 from starflow.model.rope import grid_positions, rotation, text_positions
 from starflow_ext.rope_append import Pairing, rope_append, rotate
 
-from .models import VIDEO
+from ..flows import VIDEO
 
 PAIRINGS = get_args(Pairing)
 

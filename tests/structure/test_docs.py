@@ -37,7 +37,7 @@ def test_examples_of_docstrings(name: str) -> None:
 
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
-    assert finder.find(importlib.import_module("starflow.inverse").solve)[0].examples
+    assert finder.find(importlib.import_module("starflow.solver.function").solve)[0].examples
 
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""The command `starflow`: one module for each command."""
+"""What can a user type? The command `starflow`, with one module for each of its commands."""
 
 from starflow.cli.main import main
 

@@ -15,9 +15,8 @@ import yaml
 import starflow_ext
 from starflow.config import to_mapping
 from starflow.data import ffmpeg_binary
-from starflow.model import Flow
 from starflow.solver import cache_folder
-from starflow.storage import model_file, model_files, read_header
+from starflow.storage import empty_flow, model_file, model_files, read_header
 
 DISTRIBUTION = "starflow-ext"
 
@@ -85,8 +84,7 @@ def model(path: str | Path) -> dict[str, dict[str, Any]]:
     file = model_file(path)
     header = read_header(file)
     size = sum(part.stat().st_size for part in model_files(file))
-    with torch.device("meta"):
-        flow = Flow(header.config.flow)
+    flow = empty_flow(header.config)
     counts: Counter[str] = Counter()
     for name, parameter in flow.named_parameters():
         parts = name.split(".")

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-import yaml
-
-from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
+from starflow.config import ConfigError, RunConfig, from_mapping, parse_yaml, to_mapping
+from starflow.messages import shown
 
 if TYPE_CHECKING:
     from starflow.data import Clip
     from starflow.distributed import World
-    from starflow.sampling import Pipeline
+    from starflow.sampling import Pipeline, SampleOptions
 
 
 PROG = "starflow"
@@ -67,17 +67,6 @@ def size_of(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def solver_form(text: str) -> str:
-    """An argparse type: the text form of a schedule."""
-    from starflow.solver import parse_solver
-
-    try:
-        parse_solver(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
-
-
 def model_path(text: str) -> str:
     """An argparse type: where a model is written to, no pickle by its name."""
     if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
@@ -98,9 +87,9 @@ def setting(text: str) -> tuple[list[str], Any]:
     if not equals or not all(key.split(".")):
         raise argparse.ArgumentTypeError(f"{text!r} is given, expected KEY=VALUE such as train.steps=1000")
     try:
-        return key.split("."), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a value that is yaml") from None
+        return key.split("."), parse_yaml(value, "its value")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected a value that is yaml: {error}") from None
 
 
 def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:
@@ -159,3 +148,43 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, or auto: CUDA where there is one (default: auto)"
     )
+
+
+def add_sample_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the fields of `SampleOptions`, under their headings."""
+    from starflow.sampling import SampleOptions, option_help, option_kinds
+
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(SampleOptions):
+        heading, kinds = field.metadata.get("group"), option_kinds()[field.name]
+        if heading is None:
+            continue
+        groups.setdefault(heading, parser.add_argument_group(heading))
+        how: dict[str, Any] = {"metavar": field.metadata["metavar"], "type": str, "default": field.default}
+        if kinds == (bool,):
+            how = {"action": "store_true"}
+        elif field.name == "size":
+            how["type"] = size_of
+        elif get_origin(kinds[0]) is Literal:
+            how = {"choices": get_args(kinds[0]), "default": field.default}
+        elif kinds[0] in (int, float):
+            least, above = field.metadata["least"], field.metadata["above"]
+            how["type"] = number(kinds[0], least if above is None else above, above=above is not None)
+        # argparse reads % as a conversion.
+        text = option_help()[field.name].replace("%", "%%")
+        groups[heading].add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
+
+
+def sample_options_of(args: argparse.Namespace) -> SampleOptions:
+    """The options of a sample that a command line names.
+
+    Raises:
+        ConfigError: options that exclude each other, or a value out of range.
+    """
+    from starflow.sampling import SampleOptions
+
+    names = [field.name for field in dataclasses.fields(SampleOptions) if field.metadata]
+    try:
+        return SampleOptions(**{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None

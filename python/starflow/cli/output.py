@@ -16,7 +16,7 @@ from starflow.config import ConfigError
 from starflow.files import write_text
 
 if TYPE_CHECKING:
-    from starflow.sampling import Sampled
+    from starflow.sampling import Sampled, SampleOptions
 
 
 class Meter:
@@ -119,7 +119,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def write_clips(
-    out: Output, sampled: Sampled, numbers: Sequence[int], fps: float, args: argparse.Namespace
+    out: Output, sampled: Sampled, numbers: Sequence[int], fps: float, args: argparse.Namespace, asked: SampleOptions
 ) -> list[Any]:
     """Writes mp4, gif and json of each clip under its number; returns the frames for the contact sheet."""
     from starflow.data import enlarge, to_frames, write_gif, write_video
@@ -147,7 +147,7 @@ def write_clips(
                 "height": pixels.shape[-2],
                 "width": pixels.shape[-1],
                 "given_frames": sampled.given,
-                **given_sources(args),
+                **options_told(asked),
                 **sampled.report.to_mapping(),
                 **computed_together(len(sampled.pixels)),
             },
@@ -162,14 +162,10 @@ def clip_name(row: int, prompt: str, seed: int) -> str:
     return f"{row:03d}-{words + '-' if words else ''}seed{seed}"
 
 
-def given_sources(args: argparse.Namespace) -> dict[str, Any]:
-    """The files that clips were made from."""
-    return {
-        "given_from": args.image or args.video,
-        "last_image": args.last_image,
-        "source": args.source,
-        "edited_from": args.edit,
-    }
+def options_told(asked: SampleOptions) -> dict[str, Any]:
+    """What was asked for beside the prompts, for the json of a clip."""
+    options = asked.to_mapping()
+    return {"options": {name: value for name, value in options.items() if name not in ("seed", "seeds")}}
 
 
 def computed_together(clips: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How do pixels become latents, and latents pixels? By a codec: an exact block transform or a learned autoencoder."""
+"""What does the flow see of pixels? Latents: codecs take clips there and back, behind one interface."""
 
 from __future__ import annotations
 

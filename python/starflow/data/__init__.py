@@ -1,4 +1,4 @@
-"""What does a model learn from? Clips with captions, of video files or of a built-in set that needs no download."""
+"""What goes in? Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
@@ -12,7 +12,7 @@ from starflow.data.clips import (
     to_frames,
     to_pixels,
 )
-from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
+from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, Motion, MovingDigits
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
 from starflow.data.pictures import IMAGE_SUFFIXES, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
@@ -30,6 +30,7 @@ __all__ = [
     "Clip",
     "ClipDataset",
     "DigitJudge",
+    "Motion",
     "MovingDigits",
     "VideoError",
     "VideoFolder",

@@ -353,6 +353,11 @@ class VideoFolder:
             found[self._files[index // self.clips_per_file].size].append(index)
         return tuple(tuple(items) for items in found.values())
 
+    def listing(self) -> list[str]:
+        """A line for each file that clips are cut from: its name, its bytes and its captions."""
+        files = [part for file in self._files for part in (file, file.source) if part is not None]
+        return [f"{file.name} {file.path.stat().st_size} {file.captions}" for file in files]
+
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
 

@@ -1,7 +1,7 @@
 """What comes out, and when? From prompts and given frames to clips, at once or frame by frame."""
 
 from starflow.sampling.cleaning import Denoising, score_denoise
-from starflow.sampling.options import Denoise
+from starflow.sampling.options import Denoise, SampleOptions, option_help, option_kinds
 from starflow.sampling.pipeline import Pipeline, Sampled
 from starflow.sampling.report import BlockReport, SampleReport, report_of
 from starflow.sampling.session import Frames, Session
@@ -12,9 +12,12 @@ __all__ = [
     "Denoising",
     "Frames",
     "Pipeline",
+    "SampleOptions",
     "SampleReport",
     "Sampled",
     "Session",
+    "option_help",
+    "option_kinds",
     "report_of",
     "score_denoise",
 ]

@@ -25,7 +25,7 @@ class Denoising:
     Args:
         kind: "learned" by the denoiser, "score" by a step along the flow's own score, or "none".
         sigma: standard deviation of that noise.
-        step: of the denoiser (see `starflow.denoiser.tweedie_step`).
+        step: of the denoiser (see `starflow.model.tweedie_step`).
         behind, look_ahead: frames that a frame is cleaned with.
         whole: the clip is cleaned when it has ended, all at once: what needs all frames.
     """

@@ -2,54 +2,135 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from starflow.codecs import Codec
 from starflow.data import VideoError, frames_at, probe, read_image, read_video, to_pixels
 
 
-def picture_pixels(image: str | Path | Tensor, *, height: int, width: int, channels: int, name: str) -> Tensor:
-    """A picture as the one frame of a clip, ([clips,] 1, channels, height, width)."""
-    if isinstance(image, Tensor):
-        return image.unsqueeze(-4)
-    if not Path(image).is_file():
-        raise VideoError(f"sample: {name} is {str(image)!r}, which does not exist, expected a picture")
-    return to_pixels(read_image(image, height=height, width=width, channels=channels))
+@dataclass(frozen=True)
+class GivenReader:
+    """Reads what is given to clips of one size.
 
+    Args:
+        codec: of the model.
+        clips: how many are made.
+        size: height and width in pixels.
+        fps: frames a second that a video is read at; None for its own.
+        training_frames: pixel frames of the training clips.
+        forward: whether the model runs forward in time, so that clips can go on from what is given.
+        device: where the pixels go.
+    """
 
-def video_pixels(
-    video: str | Path | Tensor,
-    most: int,
-    *,
-    exactly: bool,
-    end: bool,
-    fps: float | None,
-    height: int,
-    width: int,
-    channels: int,
-    name: str,
-) -> Tensor:
-    """The last or first frames of a video, ([clips,] frames, channels, height, width): `most`, or all of a shorter."""
-    option = "given" if end else "frames"
-    if most < 1:
-        raise ValueError(f"sample: {option} is {most}, expected at least 1")
-    at = ""
-    if isinstance(video, Tensor):
-        found, what = video.shape[-4] if video.dim() > 3 else 0, name
-    else:
-        if not Path(video).is_file():
-            raise VideoError(f"sample: {name} is {str(video)!r}, which does not exist, expected a video file")
-        info, what = probe(video, count=True), str(video)
-        rate = info.fps if fps is None else fps
-        found, at = frames_at(info, rate), f" at {rate:g} a second"
-    if name == "source" and found != most:
-        raise ValueError(f"sample: source has {found} frames{at}, expected {most} like the sources of training")
-    if found < most and exactly:
-        raise ValueError(f"sample: {option} is {most}, expected at most the {found} frames of {what}")
-    count = min(most, found)
-    first = found - count if end else 0
-    if isinstance(video, Tensor):
-        return video[..., first : first + count, :, :, :]
-    size = {"height": height, "width": width, "channels": channels}
-    return to_pixels(read_video(video, frames=count, fps=rate, start=first / rate, info=info, **size))
+    codec: Codec
+    clips: int
+    size: tuple[int, int]
+    fps: float | None
+    training_frames: int
+    forward: bool
+    device: torch.device
+
+    def picture(self, name: str, source: str | Path | Tensor) -> Tensor:
+        """A picture as the one frame of every clip.
+
+        Args:
+            name: of the option.
+            source: a file, or a tensor ([clips,] channels, height, width) in [-1, 1].
+
+        Returns:
+            (clips, 1, channels, height, width).
+
+        Raises:
+            ValueError: a tensor of another shape, or a model that cannot go on from frames.
+            VideoError: a file that cannot be read.
+        """
+        self._check_forward(name)
+        if isinstance(source, Tensor):
+            return self._checked(name, source.unsqueeze(-4))
+        if not Path(source).is_file():
+            raise VideoError(f"sample: {name} is {str(source)!r}, which does not exist, expected a picture")
+        height, width = self.size
+        return self._checked(
+            name, to_pixels(read_image(source, height=height, width=width, channels=self.codec.channels))
+        )
+
+    def video(
+        self, name: str, source: str | Path | Tensor, most: int | None, *, exactly: bool = False, end: bool = True
+    ) -> Tensor:
+        """The last or first frames of a video, for every clip.
+
+        Args:
+            name: of the option.
+            source: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1].
+            most: frames; None takes as many as the training clips have.
+            exactly: refuses a video that has fewer.
+            end: takes the last ones.
+
+        Returns:
+            (clips, frames, channels, height, width).
+
+        Raises:
+            ValueError: too few frames, a tensor of another shape, or a model that cannot go on from frames.
+            VideoError: a file that cannot be read.
+        """
+        self._check_forward(name)
+        most = self.training_frames if most is None else most
+        at = ""
+        if isinstance(source, Tensor):
+            found, what = source.shape[-4] if source.dim() > 3 else 0, name
+        else:
+            if not Path(source).is_file():
+                raise VideoError(f"sample: {name} is {str(source)!r}, which does not exist, expected a video file")
+            info, what = probe(source, count=True), str(source)
+            rate = info.fps if self.fps is None else self.fps
+            found, at = frames_at(info, rate), f" at {rate:g} a second"
+        if name == "source" and found != most:
+            raise ValueError(f"sample: source has {found} frames{at}, expected {most} like the sources of training")
+        if found < most and exactly:
+            option = "given" if end else "frames"
+            raise ValueError(f"sample: {option} is {most}, expected at most the {found} frames of {what}")
+        count = min(most, found)
+        first = found - count if end else 0
+        if isinstance(source, Tensor):
+            return self._checked(name, source[..., first : first + count, :, :, :])
+        height, width = self.size
+        frames = read_video(
+            source,
+            frames=count,
+            fps=rate,
+            start=first / rate,
+            info=info,
+            height=height,
+            width=width,
+            channels=self.codec.channels,
+        )
+        return self._checked(name, to_pixels(frames))
+
+    def _check_forward(self, name: str) -> None:
+        if not self.forward:
+            raise ValueError(
+                f"sample: {name} is given, expected a model that runs forward in time (temporal_causal > 0)"
+            )
+
+    def _checked(self, name: str, pixels: Tensor) -> Tensor:
+        """Pixels of every clip."""
+        if pixels.dim() == 4:
+            pixels = pixels.expand(self.clips, *pixels.shape)
+        expected = (self.codec.channels, *self.size)
+        if pixels.dim() != 5 or pixels.shape[0] != self.clips or tuple(pixels.shape[2:]) != expected:
+            raise ValueError(
+                f"sample: {name} has shape {list(pixels.shape)}, expected {self.clips} clips of {list(expected)} frames"
+            )
+        if not bool(pixels.isfinite().all()):
+            raise ValueError(f"sample: {name} holds values that are not finite, expected numbers in [-1, 1]")
+        try:
+            self.codec.latent_frames(pixels.shape[1])
+        except ValueError as error:
+            raise ValueError(
+                f"sample: {name} gives {pixels.shape[1]} frames, which the codec cannot hold: {error}"
+            ) from None
+        return pixels.to(self.device)

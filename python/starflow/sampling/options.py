@@ -1,7 +1,261 @@
-"""What a sample can be told."""
+"""SampleOptions: everything that a sample can be told, declared once.
+
+Signatures (`Pipeline.sample`, `Pipeline.session`), the options of `starflow sample`, their help, and what is written
+beside a clip all follow from the fields here and from the docstring of the class.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+import difflib
+import inspect
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
-Denoise: TypeAlias = bool | Literal["learned", "score"]
+from torch import Tensor
+
+from starflow.data import CaptionMode
+from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
+
+Denoise: TypeAlias = Literal["auto", "learned", "score", "none"]
+# A file, or what it holds.
+Given: TypeAlias = str | Path | Tensor
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+def _shown(
+    group: str, *, least: float | None = None, above: float | None = None, metavar: str | None = None
+) -> dict[str, Any]:
+    """How a field of `SampleOptions` stands on the command line.
+
+    Args:
+        group: heading of the command's help under which the option stands.
+        least, above: bounds of a number.
+        metavar: what the command's help calls the value.
+    """
+    return {"group": group, "least": least, "above": above, "metavar": metavar}
+
+
+@dataclass(frozen=True, eq=False)
+class SampleOptions:
+    """What a sample is made of and how; all that is left out follows from the model.
+
+    Args:
+        seed: of the noise of the first clip; the next ones have seed + 1, seed + 2 and so on.
+        seeds: one for each clip, in place of `seed`.
+        frames: pixel frames, given ones included; by default those of the training clips. 1 makes images.
+        size: height and width in pixels; by default those of the training clips.
+        fps: frames a second; by default those of the training clips.
+        guidance: weight of classifier-free guidance by the prompt, 0 for none; by default the model's.
+        temperature: factor of the noise that clips are made from; by default the model's. At 1 clips are draws from the
+            density of the flow; below 1 they vary less and keep together better.
+        image: picture that becomes the first frame: a file, or in Python a tensor ([clips,] channels, height, width)
+            in [-1, 1].
+        video: clip to continue: a file, or in Python a tensor ([clips,] frames, channels, height, width) in
+            [-1, 1]. The new clip begins with its last `given` frames.
+        given: frames taken from the end of `video`; by default as many as it has, at most half of `frames`.
+        last_image: picture to end with, like `image`, alone or together with it, for a model that was trained so
+            (`train.last_frame_prob`).
+        source: clip to make another one of, as the prompt says, like `video`, for a model that was trained on pairs
+            (`train.source_prob`): as many frames as its clips have, all of them.
+        edit: clip to make again under the prompt, like `video`: from its first frame on, `frames` of it. The flow finds
+            its noise and decodes that; guidance is 0 unless it is given.
+        edit_prompt: what the clip of `edit` shows.
+        solver: how the flow is inverted, a schedule or its text: "window[:size[:tolerance]]" (fast, its error set by
+            the tolerance, in units of a token's own scale; size "auto" fits this machine), "sequential" (token by
+            token, exact, slow) or "chunks[:block[:threshold]]" (the published scheme, least exact); by default the
+            model's.
+        precision: how decoding stores weights and takes products (see `starflow.solver.Precision`): on the CPU float16
+            and int8 read fewer bytes at float32 products, bfloat16 is fastest where the processor multiplies it and
+            needs a tolerance of 0.05, two_bfloat16 lies between (for processors with AMX); on a GPU float16 and
+            bfloat16 decode by native kernels; by default the model's.
+        certificate: measures the backward error: how far the noise that these clips belong to is from the noise asked
+            for, in standard deviations, at worst.
+        denoise: how the noise of the training data is removed: by the "learned" denoiser, by a step along the flow's
+            own "score", or "none" at all; "auto" takes the learned denoiser where the model has one, else the score.
+        look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
+            trained to see. 0 shows a frame sooner, cleaned a little worse.
+        window_frames: latent frames that the deep block sees of a long clip; by default those of the model's own window
+            (`flow.local_attn_window`), or else of the training clips. Shallow blocks that look over time see all.
+        context_frames: of these, the ones that a window takes over from the one before; by default three quarters.
+        sink_frames: of the context, how many are the first frames of the clip, for good.
+        renew: cleans the frames that a window takes over and gives them fresh noise.
+
+    Raises:
+        ValueError: a value out of range, or two options that exclude each other; the message names them.
+    """
+
+    seed: int = field(default=0, metadata=_shown("what", least=0, metavar="N"))
+    seeds: tuple[int, ...] | None = None
+    frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
+    size: tuple[int, int] | None = field(default=None, metadata=_shown("what", least=1, metavar="HxW"))
+    fps: float | None = field(default=None, metadata=_shown("what", above=0, metavar="F"))
+    guidance: float | None = field(default=None, metadata=_shown("what", least=0, metavar="W"))
+    temperature: float | None = field(default=None, metadata=_shown("what", least=0, metavar="T"))
+    image: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
+    video: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
+    given: int | None = field(default=None, metadata=_shown("given frames", least=1, metavar="N"))
+    last_image: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
+    source: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
+    edit: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
+    edit_prompt: str = field(default="", metadata=_shown("given frames", metavar="TEXT"))
+    solver: str | Schedule | None = field(default=None, metadata=_shown("how", metavar="TEXT"))
+    precision: Precision | None = field(default=None, metadata=_shown("how"))
+    certificate: bool = field(default=False, metadata=_shown("how"))
+    denoise: Denoise = field(default="auto", metadata=_shown("how"))
+    look_ahead: int | None = field(default=None, metadata=_shown("how", least=0, metavar="N"))
+    window_frames: int | None = field(default=None, metadata=_shown("how", least=1, metavar="N"))
+    context_frames: int | None = field(default=None, metadata=_shown("how", least=1, metavar="N"))
+    sink_frames: int = field(default=0, metadata=_shown("how", least=0, metavar="N"))
+    renew: bool = field(default=False, metadata=_shown("how"))
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is not None:
+                _check(option, value)
+        for name in ("seeds", "size"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.size is not None and len(self.size) != 2:
+            raise ValueError(f"sample: size is {self.size}, expected a height and a width")
+        if isinstance(self.solver, str):
+            try:
+                parse_solver(self.solver, certificate=self.certificate)
+            except ValueError as error:
+                raise ValueError(f"sample: {error}") from None
+        self._check_given()
+
+    def _check_given(self) -> None:
+        """Refuses given clips that exclude each other."""
+        first = [name for name in ("image", "video", "edit") if getattr(self, name) is not None]
+        if len(first) > 1:
+            raise ValueError(f"sample: {' and '.join(first)} are given, expected one of them")
+        if self.edit is not None and (self.last_image is not None or self.source is not None):
+            raise ValueError("sample: edit is given, expected no last_image or source beside it")
+        if self.given is not None and self.video is None:
+            raise ValueError(f"sample: given is {self.given}, expected video together with it")
+        if self.edit_prompt and self.edit is None:
+            raise ValueError(f"sample: edit_prompt is {self.edit_prompt!r}, expected edit together with it")
+        if self.source is not None:
+            for name in ("last_image", "window_frames", "context_frames"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"sample: {name} is given beside source, expected one of them")
+
+    @property
+    def mode(self) -> CaptionMode | None:
+        """How captions tell what stands before a clip."""
+        return "last" if self.last_image is not None else "v2v" if self.source is not None else None
+
+    def schedule(self, default: str) -> Schedule:
+        """The schedule that `solver` means, where it says nothing that of the text `default`."""
+        if isinstance(self.solver, str) or self.solver is None:
+            return parse_solver(default if self.solver is None else self.solver, certificate=self.certificate)
+        if self.certificate and isinstance(self.solver, Window):
+            return replace(self.solver, certificate=True)
+        return self.solver
+
+    def numbers(self, clips: int) -> tuple[int, ...]:
+        """The seeds of so many clips.
+
+        Raises:
+            ValueError: another number of `seeds`.
+        """
+        if self.seeds is None:
+            return tuple(range(self.seed, self.seed + clips))
+        if len(self.seeds) != clips:
+            raise ValueError(f"sample: seeds has {len(self.seeds)} entries, expected {clips} like the prompts")
+        return self.seeds
+
+    def to_mapping(self) -> dict[str, Any]:
+        """What is not left to the model, as plain values that json can write."""
+        values = [(option, getattr(self, option.name)) for option in fields(self)]
+        told = [
+            (option.name, value) for option, value in values if isinstance(value, Tensor) or value != option.default
+        ]
+        return {name: _plain(value) for name, value in told}
+
+
+def sample_options(options: SampleOptions | None, changes: dict[str, Any]) -> SampleOptions:
+    """Options with some of them set anew.
+
+    Raises:
+        TypeError: a name that is no option; the message names the nearest one.
+        ValueError: as of `SampleOptions`.
+    """
+    names = [option.name for option in fields(SampleOptions)]
+    for name in changes:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            raise TypeError(f"sample: {name} is no option{f'; did you mean {close[0]}?' if close else ''}")
+    return replace(options or SampleOptions(), **changes)
+
+
+@cache
+def option_help() -> dict[str, str]:
+    """What the docstring of `SampleOptions` says of each option, in one line each."""
+    text = inspect.cleandoc(SampleOptions.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
+    return {name: " ".join(told.split()) for name, told in found}
+
+
+@cache
+def option_kinds() -> dict[str, tuple[Any, ...]]:
+    """The types that each option may have, None left out."""
+    hints = typing.get_type_hints(SampleOptions)
+    kinds = {}
+    for option in fields(SampleOptions):
+        hint = hints[option.name]
+        union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+        kinds[option.name] = tuple(kind for kind in (get_args(hint) if union else (hint,)) if kind is not type(None))
+    return kinds
+
+
+def takes_options(method: Made) -> Made:
+    """Gives a method of (self, prompts, options, **changes) the signature that its options have by name."""
+    hints = typing.get_type_hints(SampleOptions)
+    own = [p for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [
+        inspect.Parameter(
+            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
+        )
+        for option in fields(SampleOptions)
+    ]
+    method.__signature__ = inspect.Signature(own + named)  # type: ignore[attr-defined]
+    return method
+
+
+def _check(option: Field[Any], value: Any) -> None:
+    """Refuses a value of the wrong type or out of range."""
+    kinds = option_kinds()[option.name]
+    literals = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in get_args(kind)]
+    if literals:
+        if value not in literals:
+            raise ValueError(f"sample: {option.name} is {value!r}, expected one of {', '.join(map(repr, literals))}")
+        return
+    least, above = option.metadata.get("least"), option.metadata.get("above")
+    if least is None and above is None:
+        return
+    integer = float not in kinds
+    bound = f">= {least:g}" if above is None else f"> {above:g}"
+    for number in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
+        fits = isinstance(number, int if integer else int | float) and not isinstance(number, bool)
+        if not (fits and math.isfinite(number) and (number >= least if above is None else number > above)):
+            raise ValueError(
+                f"sample: {option.name} is {value!r}, expected {'an integer' if integer else 'a number'} {bound}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    if isinstance(value, str | int | float | tuple):
+        return value
+    return str(value) if isinstance(value, Path) else solver_text(value)

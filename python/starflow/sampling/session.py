@@ -19,6 +19,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.codecs import Codec
+from starflow.inference import in_inference_mode
 from starflow.model import Flow
 from starflow.sampling.cleaning import Denoising, score_denoise
 from starflow.solver import Conditions, Decoding, SolveReport, Span, checked
@@ -121,7 +122,6 @@ class Session:
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def prefill(
         self,
         frames: Tensor | None,
@@ -144,6 +144,15 @@ class Session:
         Raises:
             ValueError: frames or text that do not fit, no frame, or more than the window has.
         """
+        beginning = self._prefill(frames, text, reference)
+        if beginning is not None:
+            self.beginning = beginning
+        return beginning
+
+    @in_inference_mode
+    def _prefill(
+        self, frames: Tensor | None, text: str | Sequence[str] | Tensor | None, reference: Tensor | None
+    ) -> Frames | None:
         if self._decoding is not None or self._drawn:
             raise ValueError("session: prefill comes after frames, expected it before the first one, and once")
         given = [("reference", reference), ("frames", frames)]
@@ -152,7 +161,7 @@ class Session:
             raise ValueError("session: frames is None, expected frames or a reference")
         clean = torch.cat(list(encoded.values()), 1)
         count = clean.shape[1]
-        most = self._span.window - (self._span.context is None)
+        most = self._span.frames - (self._span.context is None)
         if count > most:
             raise ValueError(f"session: {count} latent frames are given, expected at most {most} (the window)")
         if text is not None:
@@ -166,8 +175,8 @@ class Session:
         if frames is not None:
             latents = encoded["frames"]
             self._decode(latents)
-            self.beginning = Frames(0, frames, latents, noisy[:, self._reference :])
-        return self.beginning
+            return Frames(0, frames, latents, noisy[:, self._reference :])
+        return None
 
     def _encoded(self, name: str, pixels: Tensor) -> Tensor:
         """Clean latents of given pixels."""
@@ -186,7 +195,7 @@ class Session:
             )
         return clean
 
-    @torch.inference_mode()
+    @in_inference_mode
     def encode(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Tensor:
         """The noise that given frames are made of: `extend` makes them again, or others under another text.
 
@@ -208,7 +217,7 @@ class Session:
         clean = self._encoded("frames", frames)
         conditions = self.conditions if text is None else self._told(text)
         noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
-        window, context, sink = self._span.window, self._span.context, self._span.sink
+        window, context, sink = self._span.frames, self._span.context, self._span.sink
         parts = [self._flow.encode(noisy[:, :window], conditions.y).z]
         while (done := sum(part.shape[1] for part in parts)) < noisy.shape[1]:
             if context is None:
@@ -302,10 +311,10 @@ class Session:
                 raise ValueError(f"session: frames is {noise}, expected at least 1")
             self._sources.append(count)
         length = self._drawn + self._waiting
-        if self._span.context is None and length > self._span.window:
+        if self._span.context is None and length > self._span.frames:
             self._sources.pop()
             raise ValueError(
-                f"session: the clip would have {length:g} latent frames, expected at most {self._span.window} (the "
+                f"session: the clip would have {length:g} latent frames, expected at most {self._span.frames} (the "
                 "flow has no sliding window)"
             )
         self._last = last
@@ -315,7 +324,7 @@ class Session:
         while (frames := self._advance(together=together)) is not None:
             yield frames
 
-    @torch.inference_mode()
+    @in_inference_mode
     def _advance(self, *, together: bool) -> Frames | None:
         """The next frames, or None where noise is missing."""
         if self._decoding is None:

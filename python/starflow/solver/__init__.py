@@ -5,7 +5,7 @@ from starflow.solver.clip import Conditions, Decoding, Span
 from starflow.solver.decode import Decoded, checked, decode
 from starflow.solver.decoder import BlockDecoder
 from starflow.solver.function import solve
-from starflow.solver.loop import certify
+from starflow.solver.loop import certify, invert
 from starflow.solver.native import Precision
 from starflow.solver.protocol import AffineMaps, Autoregressive, Timed, WindowSweeps
 from starflow.solver.report import NotFiniteError, SolveReport
@@ -33,6 +33,7 @@ __all__ = [
     "certify",
     "checked",
     "decode",
+    "invert",
     "parse_solver",
     "solve",
     "solver_text",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance
 from starflow.solver.clip import Conditions, Decoding, Span
 from starflow.solver.native import Precision
@@ -35,7 +36,7 @@ class Decoded:
         return max(errors) if errors else None
 
 
-@torch.inference_mode()
+@in_inference_mode
 def decode(
     flow: Flow,
     z: Tensor,
@@ -45,7 +46,7 @@ def decode(
     guidance: Guidance | float = 0.0,
     schedule: Schedule | None = None,
     prefix: Tensor | None = None,
-    window_context: int | None = None,
+    context_frames: int | None = None,
     temperature: float = 1.0,
     precision: Precision = "float32",
 ) -> Decoded:
@@ -60,7 +61,7 @@ def decode(
         schedule: of the solver; the default is `Window()`.
         prefix: first frames that are given, noisy latents (batch, prefix frames, channels, height, width). The
             deep block continues their tokens; they come back as they are.
-        window_context: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
+        context_frames: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
             from the one before it; the default is three quarters of the window, at least one.
         temperature: divides the attention logits of every block.
         precision: of the native decoding (see `starflow.solver.Precision`); a certificate is taken in
@@ -86,7 +87,7 @@ def decode(
         )
     span = Span(frames)
     if window is not None and frames > window:
-        span = Span(window, Span.default_context(window) if window_context is None else window_context)
+        span = Span(window, Span.default_context(window) if context_frames is None else context_frames)
     known = None if prefix is None else flow.known(prefix, conditions.y, z.shape[2:])
     decoding = Decoding(flow, (z.shape[0], *z.shape[2:]), conditions, span, known=known, trace=True)
     decoding.push(z if prefix is None else z[:, prefix.shape[1] :], more=False)
@@ -100,7 +101,7 @@ def decode(
 
 
 def checked(flow: Flow, z: Tensor, conditions: Conditions) -> Conditions:
-    """What noise like `z` can be decoded with; the arguments of `decode`.
+    """Checks that noise like `z` can be decoded under these conditions (arguments as of `decode`); returns them.
 
     Raises:
         ValueError: noise or text that does not fit, or guidance without something to guide by.

@@ -1,10 +1,13 @@
 """How is a model kept? Model files, training states, and checkpoints of the published release."""
 
-from starflow.storage.convert import convert, published_config
+from starflow.storage.convert import WeightDtype, convert, published_config
+from starflow.storage.hub import Pretrained
 from starflow.storage.models import (
+    INDEX,
     MODEL,
     Header,
     Loaded,
+    empty_flow,
     load_flow,
     load_model,
     model_file,
@@ -15,15 +18,19 @@ from starflow.storage.models import (
 )
 from starflow.storage.published import from_published, load_published, published_state
 from starflow.storage.states import latest_state, load_state, read_state, save_state
-from starflow.storage.tensors import CheckpointError, Stored, saving
+from starflow.storage.tensors import CheckpointError, LazyTensor, saving
 
 __all__ = [
+    "INDEX",
     "MODEL",
     "CheckpointError",
     "Header",
+    "LazyTensor",
     "Loaded",
-    "Stored",
+    "Pretrained",
+    "WeightDtype",
     "convert",
+    "empty_flow",
     "from_published",
     "latest_state",
     "load_flow",

@@ -1,37 +1,34 @@
-"""Published checkpoints (STARFlow, STARFlow-V, TarFlow) to ours. The weights stay their owners': we ship none."""
+"""Published checkpoints (STARFlow, STARFlow-V, TarFlow) become models of ours; the weights keep their own licence."""
 
 from __future__ import annotations
 
 import logging
-import pickle
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from starflow.config import ConfigError, FlowConfig, RunConfig, from_mapping, require, to_mapping
+from starflow.config import ConfigError, FlowConfig, RunConfig, from_mapping, read_yaml, require, to_mapping
 from starflow.mapped import release
-from starflow.model import Flow, to_int8
-from starflow.storage.models import write_model
-from starflow.storage.published import from_published
-from starflow.storage.tensors import CheckpointError, Stored
+from starflow.messages import short, shown
+from starflow.model import to_int8
+from starflow.storage.foreign import read_foreign, require_numbers
+from starflow.storage.models import empty_flow, write_model
+from starflow.storage.published import from_published, our_name
+from starflow.storage.tensors import CheckpointError, LazyTensor
 
 logger = logging.getLogger(__name__)
 
 Family = Literal["starflow", "tarflow"]
 
-# How weights are stored: as they come, or what the products of layers are taken of rounded to bfloat16 or to integers
-# (see `starflow.layers.Int8Linear`) and all else in float32.
-Storage = Literal["keep", "float32", "bfloat16", "int8"]
-STORAGES = ("keep", "float32", "bfloat16", "int8")
+# Dtype of weights in the file: as they come, or the matrices of layers rounded to bfloat16 or to integers (see
+# `starflow.model.Int8Linear`) and all else in float32.
+WeightDtype = Literal["keep", "float32", "bfloat16", "int8"]
 _LAYER = re.compile(r".*\.layers\.\d+\.(attention\.(qkv|proj)|mlp\.(up|gate|down))\.(weight|bias)$")
 
 LICENCE = (
@@ -39,7 +36,7 @@ LICENCE = (
     "release)"
 )
 
-# What training options of the published code are called here, with the section they go to.
+# Our name of each training option of the published code.
 _TRAIN = {
     "noise_std": "noise_std",
     "batch_size": "batch_size",
@@ -55,7 +52,7 @@ _TRAIN = {
     "acc": "accumulate",
 }
 _FLOW = {"channel_size": "in_channels", "blocks": "num_blocks", "gradient_checkpoint": "use_checkpoint"}
-# Options about hardware, files and logging, or about data that this project arranges in its own way.
+# Options of the published code that have no counterpart here: hardware, files, logging, and how data are arranged.
 _DROPPED = (
     "adaln epochs finetuned_vae fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling no_flip "
     "sample_freq secondary_batch_size secondary_img_size wds"
@@ -91,7 +88,7 @@ def published_config(
         return _tarflow_config(options)
     name, _, suffix = str(options.pop("vae", "")).partition(":")
     if name not in _CODECS:
-        raise ConfigError(f"vae is {name!r}, expected one of {', '.join(_CODECS)}")
+        raise ConfigError(f"vae is {shown(name)}, expected one of {', '.join(_CODECS)}")
     kind, spatial, folder = _CODECS[name]
     codec: dict[str, Any] = {"kind": kind, "folder": str(codec_folder or folder)}
     if suffix:
@@ -99,7 +96,7 @@ def published_config(
         codec["suffix_scale"] = float(suffix)
     encoder = str(options.pop("text", ""))
     if encoder not in _TEXT_WIDTHS:
-        raise ConfigError(f"text is {encoder!r}, expected one of {', '.join(_TEXT_WIDTHS)}")
+        raise ConfigError(f"text is {shown(encoder)}, expected one of {', '.join(_TEXT_WIDTHS)}")
     text = {
         "kind": "t5",
         "folder": str(text_folder or encoder.rpartition("/")[2]),
@@ -108,22 +105,24 @@ def published_config(
         "zero_empty": False,
     }
     side = options.pop("img_size", None)
-    require(isinstance(side, int) and side % spatial == 0, "img_size", side, f"a multiple of {spatial} pixels")
+    require(
+        isinstance(side, int) and side > 0 and side % spatial == 0, "img_size", side, f"a multiple of {spatial} pixels"
+    )
     data: dict[str, Any] = {"kind": "folder", "channels": 3, "height": side, "width": side, "frames": 1}
     if "vid_size" in options:
         size = options.pop("vid_size")
         told = re.fullmatch(r"(\d+):(\d+(?:\.\d+)?)", str(size))
         if told is None:
             # Without quotes yaml reads 81:16 as a number to the base of 60.
-            raise ConfigError(f"vid_size is {size!r}, expected frames:fps in quotes, such as '81:16'")
+            raise ConfigError(f"vid_size is {shown(size)}, expected frames:fps in quotes, such as '81:16'")
         data.update(frames=int(told[1]), fps=float(told[2]))
     data["caption_fps"] = bool(options.pop("fps_cond", False))
     data["mix_aspect"] = bool(options.pop("mix_aspect", False))
-    sample: dict[str, Any] = {"guidance": float(options.pop("cfg", 0.0))}
+    sample: dict[str, Any] = {"guidance": _pop_number(options, "cfg")}
     if data.get("fps"):
         sample["fps"] = data["fps"]
     require(not options.get("adaln"), "adaln", options.get("adaln"), "0")
-    # What the published recipe leaves at its defaults.
+    # Defaults of the published training script that differ from ours.
     train: dict[str, Any] = {"denoiser_lr": 1e-4, "grad_clip": 0.0, "ema": 0.0, "precision": "bfloat16"}
     train.update({_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN})
     flow = _flow_options(options)
@@ -142,9 +141,9 @@ def published_config(
 
 
 def _tarflow_config(options: dict[str, Any]) -> RunConfig:
-    """TarFlow models pixels as they are."""
+    """The configuration of a TarFlow model, whose codec leaves pixels as they are."""
     train = {_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN}
-    guidance = float(options.pop("cfg", 0.0))
+    guidance = _pop_number(options, "cfg")
     flow = FlowConfig.from_published(_flow_options(options), "tarflow")
     side = flow.img_size
     return from_mapping(
@@ -163,9 +162,16 @@ def _tarflow_config(options: dict[str, Any]) -> RunConfig:
 def _flow_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor options of the published model among those of its training script."""
     flow = {_FLOW.get(key, key): value for key, value in options.items() if key not in _DROPPED.split()}
-    if isinstance(flow.get("layers_per_block"), str):
-        flow["layers_per_block"] = [int(layers) for layers in flow["layers_per_block"].split()]
-    return flow
+    layers = flow.get("layers_per_block", 1)
+    if isinstance(layers, str):
+        layers = [int(count) if count.isdecimal() else count for count in layers.split()]
+    elif isinstance(layers, float):
+        layers = [int(layers) if layers.is_integer() else layers]
+    listed = layers if isinstance(layers, list) else [layers]
+    require(bool(listed) and all(isinstance(count, int) for count in listed), "layers_per_block", layers, "integers")
+    blocks = flow.get("num_blocks")
+    require(blocks is None or isinstance(blocks, int), "blocks", blocks, "an integer")
+    return {**flow, "layers_per_block": layers}
 
 
 def convert(
@@ -173,7 +179,7 @@ def convert(
     config: RunConfig,
     target: str | Path,
     *,
-    storage: Storage = "keep",
+    dtype: WeightDtype = "keep",
     file_bytes: int = 4 << 30,
     progress: Callable[[str], None] | None = None,
 ) -> None:
@@ -182,65 +188,65 @@ def convert(
     The tensors are mapped from the file, so that memory holds about one of them at a time.
 
     Args:
-        checkpoint: `.pth` (tensors only: a pickle that holds anything else is refused, nothing in it is run) or
-            safetensors, with published names.
+        checkpoint: of `torch.save` (tensors only: a pickle that holds anything else is refused, nothing in it is run)
+            or safetensors, with published names (see `starflow.storage.foreign.read_foreign`).
         config: that the model belongs to (see `published_config`).
         target: a name that ends in `.safetensors` for one file, else a folder of files of about `file_bytes`.
-        storage: of the weights.
+        dtype: of the weights in the file (see `WeightDtype`).
         file_bytes: of the files of a folder.
         progress: called with a line on each stage.
 
     Raises:
-        ValueError: an unknown storage.
+        ValueError: an unknown dtype.
         CheckpointError: the file cannot be read, holds more than tensors, does not match the config (the options that
-            differ are listed, or all names and shapes), or the target cannot be written.
+            differ are listed, or the first names and shapes), has tensors that are not finite or no floating-point
+            numbers, or the target cannot be written.
     """
-    if storage not in STORAGES:
-        raise ValueError(f"convert: storage is {storage!r}, expected one of {', '.join(STORAGES)}")
+    if dtype not in get_args(WeightDtype):
+        raise ValueError(f"convert: dtype is {dtype!r}, expected one of {', '.join(get_args(WeightDtype))}")
     tell = progress or logger.info
-    tell(f"reading {checkpoint}")
-    state = _read(Path(checkpoint))
-    with torch.device("meta"):
-        flow = Flow(config.flow)
+    tell(f"reading {short(checkpoint)}")
+    state = read_foreign(Path(checkpoint), tell)
+    require_numbers(Path(checkpoint), {name: tensor for name, tensor in state.items() if our_name(name) is not None})
     try:
+        flow = empty_flow(config)
         given = from_published(flow, state)
     except ValueError as error:
-        raise CheckpointError(f"checkpoint {checkpoint}: {error}") from None
-    ours: dict[str, Tensor | Stored] = {}
+        raise CheckpointError(f"checkpoint {checkpoint}: {str(error).removeprefix('checkpoint: ')}") from None
+    ours: dict[str, Tensor | LazyTensor] = {}
     for name, tensor in flow.state_dict().items():
         if name in given:
-            ours.update(_stored(name, given[name], storage))
+            ours.update(_written(name, given[name].detach(), dtype))
         else:
-            # What only this project has starts as in a new model.
+            # Tensors that the published code does not have start as in a new model.
             ours[name] = torch.ones(tensor.shape) if name == "prior_variance" else torch.zeros(tensor.shape)
-    if storage == "int8":
+    if dtype == "int8":
         # The default would round the weights back to float32 numbers in memory.
         config = replace(config, sample=replace(config.sample, precision="int8"))
-    size = sum(Stored.of(tensor).nbytes for tensor in ours.values())
+    size = sum(LazyTensor.of(tensor).nbytes for tensor in ours.values())
     tell(f"writing {target}: {sum(t.numel() for t in given.values()):,} numbers, {size / 1e9:.2f} GB; {LICENCE}")
-    about = {"licence": LICENCE, "source": Path(checkpoint).name, "weights": "published", "storage": storage}
+    about = {"licence": LICENCE, "source": Path(checkpoint).name, "weights": "published", "dtype": dtype}
     write_model(target, ours, config, about, file_bytes=file_bytes)
 
 
-def _stored(name: str, tensor: Tensor, storage: Storage) -> dict[str, Tensor | Stored]:
-    """What stands in the file for one tensor."""
+def _written(name: str, tensor: Tensor, dtype: WeightDtype) -> dict[str, LazyTensor]:
+    """The tensors that a file holds for one of the published checkpoint: two where its values become integers."""
     of_layer = _LAYER.match(name)
-    if storage == "int8" and of_layer and name.endswith(".weight"):
-        # Each of the two reads the weight again, so that neither waits in memory for the other.
+    if dtype == "int8" and of_layer and name.endswith(".weight"):
+        shape = tuple(tensor.shape)
+        # Each of the two tensors reads the weight by itself, so that memory holds one of them at a time.
         return {
-            f"{name}_int8": Stored(torch.int8, tuple(tensor.shape), partial(_made, tensor, lambda w: to_int8(w)[0])),
-            f"{name}_scale": Stored(
-                torch.float32, tuple(tensor.shape[:1]), partial(_made, tensor, lambda w: to_int8(w)[1])
-            ),
+            f"{name}_int8": LazyTensor(torch.int8, shape, partial(_made, tensor, lambda w: to_int8(w)[0])),
+            f"{name}_scale": LazyTensor(torch.float32, shape[:1], partial(_made, tensor, lambda w: to_int8(w)[1])),
         }
-    dtype = tensor.dtype
-    if storage != "keep":
-        dtype = torch.bfloat16 if storage == "bfloat16" and of_layer else torch.float32
-    return {name: Stored(dtype, tuple(tensor.shape), partial(_made, tensor, lambda weight: weight.to(dtype)))}
+    kept = tensor.dtype
+    if dtype != "keep":
+        kept = torch.bfloat16 if dtype == "bfloat16" and of_layer else torch.float32
+    return {name: LazyTensor(kept, tuple(tensor.shape), partial(_made, tensor, lambda weight: weight.to(kept)))}
 
 
 def _made(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A changed copy of a tensor that lies in a file, whose memory is given back."""
+    """A changed copy of a mapped tensor, whose own memory is given back to the system."""
     made = change(tensor)
     if made.data_ptr() == tensor.data_ptr():
         made = tensor.clone()
@@ -250,15 +256,10 @@ def _made(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
 
 def _arguments(path: Path) -> dict[str, Any]:
     """The options of a published yaml."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {path} is not yaml: {str(error).splitlines()[0]}") from None
+    content = read_yaml(path, "a yaml of the published code")
     arguments = content.get("arguments") if isinstance(content, Mapping) else None
     if not isinstance(arguments, list) or not all(isinstance(item, Mapping) for item in arguments):
-        raise ConfigError(f"config {path} has no list `arguments`, expected a yaml of the published code")
+        raise ConfigError(f"config {short(path)} has no list `arguments`, expected a yaml of the published code")
     options = {str(key): value for item in arguments for key, value in item.items()}
     # yaml reads 1e-6 (no dot) as text.
     return {key: _number(value) if isinstance(value, str) else value for key, value in options.items()}
@@ -271,24 +272,8 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by published name."""
-    if not path.is_file():
-        raise CheckpointError(f"checkpoint {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        # Only the zip form can be mapped.
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except SafetensorError as error:
-        raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors ({error})") from None
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"checkpoint {path} is damaged or holds more than tensors, expected a state dict (nothing in it was run)"
-        ) from None
-    except (RuntimeError, EOFError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path} is truncated or damaged ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"checkpoint {path} is no state dict, expected tensors by name")
-    return dict(state)
+def _pop_number(options: dict[str, Any], name: str) -> float:
+    """Takes a number out of the options; 0 where it is not among them."""
+    value = options.pop(name, 0.0)
+    require(isinstance(value, int | float), name, value, "a number")
+    return float(value)

@@ -1,35 +1,47 @@
-"""Models and training states on disk: safetensors with everything needed to use them, never half-written.
+"""Models on disk: safetensors with everything needed to use them, never half-written.
 
 A model is one file, or a folder of files of a few gigabytes each with an index: the weights, and in the header (of the
-file, or in the index) the configuration (json). Every file has a checksum. A training state is a folder
-`checkpoints/step-00001000` of a run, written by `torch.distributed.checkpoint`, with the counters in `state.json`. All
-are written under a temporary name, flushed to the disk and renamed, so a run that is killed at any moment leaves the
-previous one.
+file, or in the index) the configuration (json). Header, index and weights are under checksums. All are written under a
+temporary name, flushed to the disk and renamed, so a process that is killed at any moment leaves the previous model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
+from starflow.files import standing
+from starflow.messages import listed, short
 from starflow.model import Flow, Int8Linear, keep_mapped
-from starflow.storage.tensors import FORMAT, CheckpointError, Stored, check_tensors, open_tensors, saving, write_tensors
+from starflow.storage.tensors import (
+    FORMAT,
+    FORMATS,
+    CheckpointError,
+    LazyTensor,
+    check_tensors,
+    is_whole,
+    open_tensors,
+    read_json,
+    saving,
+    sealed,
+    write_tensors,
+)
 from starflow.text import TextEncoder, make_text_encoder
 
 MODEL = "model.safetensors"
-
-
 INDEX = "model.safetensors.index.json"
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -41,12 +53,14 @@ class Loaded:
         config: of the run that made it.
         codec: pixels to latents.
         text: captions to features; None for a flow that reads none.
+        about: other entries of the header (see `Header`).
     """
 
     flow: Flow
     config: RunConfig
     codec: Codec
     text: TextEncoder | None
+    about: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ def save_model(
 
 def write_model(
     path: str | Path,
-    state: Mapping[str, Tensor | Stored],
+    state: Mapping[str, Tensor | LazyTensor],
     config: RunConfig,
     about: Mapping[str, str],
     *,
@@ -118,21 +132,23 @@ def write_model(
     groups = _groups(state, file_bytes)
     with saving(path) as temporary:
         temporary.mkdir()
-        places = {}
+        places: dict[str, str] = {}
+        sums = {}
         for number, names in enumerate(groups, start=1):
             file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            write_tensors(temporary / file, {name: state[name] for name in names}, {})
+            sums[file] = write_tensors(temporary / file, {name: state[name] for name in names}, {})
             places.update(dict.fromkeys(names, file))
-        index = {"metadata": {**about, "format": FORMAT}, "weight_map": places}
-        (temporary / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        # With the checksum of each file, so that one of another model is not taken for its own.
+        index = {"metadata": {**about, "format": FORMAT}, "weight_map": places, "files": sums}
+        (temporary / INDEX).write_text(json.dumps(sealed(index), indent=2), encoding="utf-8")
 
 
-def _groups(state: Mapping[str, Tensor | Stored], most: int) -> list[list[str]]:
+def _groups(state: Mapping[str, Tensor | LazyTensor], most: int) -> list[list[str]]:
     """Names in order, in groups of about `most` bytes."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, tensor in state.items():
-        stored = Stored.of(tensor)
+        stored = LazyTensor.of(tensor)
         if groups[-1] and size + stored.nbytes > most:
             groups.append([])
             size = 0
@@ -150,8 +166,8 @@ def read_header(path: str | Path) -> Header:
     Raises:
         CheckpointError: not a model of ours, or damaged.
     """
-    with _open_model(path) as (file, metadata, _):
-        return _header(file, metadata)
+    with _open_model(path) as (file, metadata, opened):
+        return _header(file, metadata, len(opened))
 
 
 def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
@@ -160,15 +176,18 @@ def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
     The weights stay in the file and are mapped: memory holds what is used of them.
     """
     with _open_model(path) as (path, metadata, opened):
-        config = _header(path, metadata).config
-        with torch.device("meta"):
-            flow = Flow(config.flow)
+        config = _header(path, metadata, len(opened)).config
+        try:
+            flow = empty_flow(config)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path}: config in the header cannot be used: {error}") from None
         for name in opened:
             if name.endswith(".weight_int8"):
                 _quantize(flow, path, name.removesuffix(".weight_int8"))
         expected = flow.state_dict()
         names = set(opened)
-        shapes = {name: list(opened[name].get_slice(name).get_shape()) for name in names & set(expected)}
+        found = {name: opened[name].get_slice(name) for name in names & set(expected)}
+        shapes = {name: list(part.get_shape()) for name, part in found.items()}
         problems = {
             "missing": sorted(set(expected) - names),
             "unexpected": sorted(names - set(expected)),
@@ -177,15 +196,38 @@ def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
                 for name, shape in sorted(shapes.items())
                 if shape != list(expected[name].shape)
             ],
+            "of another dtype": [
+                f"{name} {found[name].get_dtype()} (expected {' or '.join(_dtypes(expected[name].dtype))})"
+                for name in sorted(found)
+                if found[name].get_dtype() not in _dtypes(expected[name].dtype)
+            ],
         }
         if any(problems.values()):
-            listed = "; ".join(f"{what}: {', '.join(found)}" for what, found in problems.items() if found)
-            raise CheckpointError(f"checkpoint {path}: tensors do not match its config; {listed}")
+            told = "; ".join(f"{what}: {listed(found)}" for what, found in problems.items() if found)
+            raise CheckpointError(f"checkpoint {path}: tensors do not match its config; {told}")
         for file in model_files(path):
             check_tensors(file)
         flow.load_state_dict({name: file.get_tensor(name) for name, file in opened.items()}, assign=True)
     keep_mapped(flow)
     return flow.requires_grad_(True).eval(), config
+
+
+def _dtypes(expected: torch.dtype) -> tuple[str, ...]:
+    """What a file may hold for a tensor of the flow: integers as they are, any numbers that layers compute with."""
+    return ("F32", "BF16", "F16", "F64") if expected.is_floating_point else ("I8",)
+
+
+def empty_flow(config: RunConfig) -> Flow:
+    """A flow without memory for its weights, from a configuration that somebody wrote.
+
+    Raises:
+        ValueError: sizes that no tensor can have.
+    """
+    try:
+        with torch.device("meta"):
+            return Flow(config.flow)
+    except (RuntimeError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"flow cannot be made: {short(str(error).splitlines()[0])}") from None
 
 
 def _quantize(flow: Flow, path: Path, name: str) -> None:
@@ -195,7 +237,9 @@ def _quantize(flow: Flow, path: Path, name: str) -> None:
     except AttributeError:
         return  # Listed with what else is unexpected.
     if not isinstance(linear, torch.nn.Linear):
-        raise CheckpointError(f"checkpoint {path}: {name} has a weight in integers, expected them of layers alone")
+        raise CheckpointError(
+            f"checkpoint {path}: {short(name)} has a weight in integers, expected them of layers alone"
+        )
     with torch.device("meta"):
         empty = Int8Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
     flow.set_submodule(name, empty)
@@ -208,8 +252,8 @@ def load_model(path: str | Path) -> Loaded:
         path: of the file or folder, or of the folder of a run (which holds `model.safetensors`).
 
     Raises:
-        CheckpointError: no such file, not safetensors, truncated or damaged, or tensors that do not match the config
-            (all of them listed).
+        CheckpointError: no such file, not safetensors, truncated or damaged, weights that are not finite, or tensors
+            that do not match the config (the first of them listed).
         ValueError: codec or text encoder cannot be made, such as local weights that are not there.
     """
     about = read_header(path).about
@@ -220,12 +264,25 @@ def load_model(path: str | Path) -> Loaded:
                 f"checkpoint {path}: config.json of the {part.removesuffix('_sha256')} in its folder is another than "
                 "the one that the model was trained with, expected the same autoencoder and text encoder"
             )
-    return Loaded(flow, config, make_codec(config.codec), make_text_encoder(config.text) if config.text else None)
+    codec = _part(path, "codec", lambda: make_codec(config.codec))
+    text = _part(path, "text", lambda: make_text_encoder(config.text)) if config.text else None
+    kept = {key: value for key, value in about.items() if not key.endswith("_sha256")}
+    return Loaded(flow, config, codec, text, kept)
+
+
+def _part(path: str | Path, section: str, make: Callable[[], Kind]) -> Kind:
+    """What `make` makes of a section of the header whose options are of no declared type."""
+    try:
+        return make()
+    except (TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
+        raise CheckpointError(
+            f"checkpoint {path}: config.{section} in the header cannot be used: {short(error)}"
+        ) from None
 
 
 def model_file(path: str | Path) -> Path:
     """The file that holds the header of a model given by its own path or by the folder of its run."""
-    path = Path(path)
+    path = standing(Path(path))
     file = path
     if path.is_dir():
         file = path / INDEX if (path / INDEX).is_file() else path / MODEL
@@ -245,16 +302,19 @@ def _split(file: Path) -> bool:
 
 
 def _index(file: Path) -> dict[str, Any]:
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {file} cannot be read: {error}") from None
-    about, places = (index.get(key) if isinstance(index, dict) else None for key in ("metadata", "weight_map"))
-    if not isinstance(about, dict) or not isinstance(places, dict) or about.get("format") != FORMAT:
-        raise CheckpointError(f"checkpoint {file} is an index of another program, expected format {FORMAT}")
-    if any(Path(name).name != name for name in places.values()):
+    index = read_json(file, "an index of a model")
+    about, places, sums = (index.get(key) for key in ("metadata", "weight_map", "files"))
+    if not isinstance(about, dict) or not isinstance(places, dict) or about.get("format") not in FORMATS:
+        raise CheckpointError(
+            f"checkpoint {file} is an index of another program, expected format {' or '.join(FORMATS)}"
+        )
+    if not all(isinstance(text, str) for text in (*about.values(), *places.values())):
+        raise CheckpointError(f"checkpoint {file} is damaged, expected text in its metadata and its weight_map")
+    if any(name in ("", ".", "..") or Path(name).name != name for name in places.values()):
         raise CheckpointError(f"checkpoint {file} names files elsewhere, expected them beside it")
-    return dict(index)
+    if about["format"] == FORMAT and (not is_whole(index) or not isinstance(sums, dict)):
+        raise CheckpointError(f"checkpoint {file} is damaged: it does not have the checksum in it")
+    return index
 
 
 @contextmanager
@@ -267,30 +327,48 @@ def _open_model(path: str | Path) -> Iterator[tuple[Path, dict[str, str], dict[s
             yield file, opened.metadata(), dict.fromkeys(opened.keys(), opened)
             return
         index = _index(file)
-        files = {
-            name: stack.enter_context(open_tensors(file.parent / name)) for name in set(index["weight_map"].values())
-        }
-        found = {key: opened for opened in files.values() for key in opened.keys()}  # noqa: SIM118 (not a mapping)
+        places, sums = index["weight_map"], index.get("files", {})
+        found: dict[str, Any] = {}
+        for name in sorted(set(places.values())):
+            opened = stack.enter_context(open_tensors(file.parent / name))
+            if sums and int(opened.metadata()["crc32"]) != sums.get(name):
+                raise CheckpointError(f"checkpoint {file.parent / name} is of another model than {file.name} says")
+            names = set(opened.keys())
+            if names != {tensor for tensor, place in places.items() if place == name}:
+                raise CheckpointError(f"checkpoint {file.parent / name} holds other tensors than {file.name} says")
+            found.update(dict.fromkeys(names, opened))
         yield file, index["metadata"], found
 
 
-def _header(path: Path, metadata: Mapping[str, str]) -> Header:
+def _header(path: Path, metadata: Mapping[str, str], tensors: int) -> Header:
+    """What a file with so many tensors says about itself."""
     if "config" not in metadata:
         raise CheckpointError(f"checkpoint {path} has no config in its header, expected a model written by starflow")
     try:
-        config = from_mapping(RunConfig, json.loads(metadata["config"]))
-    except (json.JSONDecodeError, ConfigError) as error:
-        raise CheckpointError(f"checkpoint {path}: config in the header cannot be used: {error}") from None
-    return Header(config, {key: value for key, value in metadata.items() if key not in ("config", "crc32", "format")})
+        values = json.loads(metadata["config"])
+        if not isinstance(values, dict):
+            raise ConfigError(f"it is {short(type(values).__name__)}, expected a mapping of options")
+        config = from_mapping(RunConfig, values)
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"checkpoint {path}: config in the header cannot be used: {short(error, 400)}") from None
+    # Every layer and every block has tensors of its own; a number beyond those of the file would be made without end.
+    if sum(config.flow.layers_per_block) + config.flow.num_blocks > tensors:
+        raise CheckpointError(
+            f"checkpoint {path}: tensors do not match its config; flow.layers_per_block asks for more than the "
+            f"{tensors} that it has"
+        )
+    own = ("config", "crc32", "header_crc32", "format")
+    return Header(config, {key: value for key, value in metadata.items() if key not in own})
 
 
 def _fingerprints(config: RunConfig) -> dict[str, str]:
     """What identifies the local weights that a model depends on: the options beside them, statistics included."""
     found = {}
     for part, options in (("codec", config.codec), ("text", config.text)):
-        file = Path(options.get("folder", "")) / "config.json"
-        if "folder" in options and file.is_file():
-            content = json.loads(file.read_text(encoding="utf-8"))
+        folder = options.get("folder")
+        file = Path(folder) / "config.json" if isinstance(folder, str) else None
+        if file is not None and file.is_file():
+            content = read_json(file, "the options of an autoencoder or a text encoder")
             # Names with an underscore say which program wrote the file, and from where.
             kept = {key: value for key, value in content.items() if not key.startswith("_")}
             found[f"{part}_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from starflow.config import FlowConfig
+from starflow.messages import listed
 from starflow.model import Flow
 
-# Buffers of the published models that nothing reads.
+# Buffers in published checkpoints that no computation reads.
 _UNUSED = re.compile(r"feat_rope\.|.*\battn_mask$")
 
 # (published, ours), applied in this order to a published name and in reverse order, backwards, to one of ours.
@@ -75,7 +76,8 @@ def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
             block = int(found[1])
             layers[block] = max(layers[block], 0 if found[2] is None else int(found[2]) + 1)
             first.setdefault(block, {})[found[3]] = tuple(tensor.shape)
-    if not first or any("proj_in.weight" not in names or "proj_out.weight" not in names for names in first.values()):
+    matrices = ("proj_in.weight", "proj_out.weight")
+    if not first or any(len(names.get(matrix, ())) != 2 for names in first.values() for matrix in matrices):
         return {}
     bottom, top = first[min(first)], first[max(first)]
     denoiser = {name for name in state if name.startswith("learnable_self_denoiser.")}
@@ -86,8 +88,8 @@ def options_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         "sos": "sos_embed" in top,
         "rope": "pos_embed" not in top,
         "use_final_norm": "final_norm.weight" in top,
-        "txt_dim": top["proj_txt.weight"][1] if "proj_txt.weight" in top else 0,
-        "num_classes": top["class_embed"][0] if "class_embed" in top else 0,
+        "txt_dim": top["proj_txt.weight"][1] if len(top.get("proj_txt.weight", ())) == 2 else 0,
+        "num_classes": top["class_embed"][0] if top.get("class_embed") else 0,
         "learnable_self_denoiser": bool(denoiser),
         "conditional_denoiser": "learnable_self_denoiser.proj_txt.weight" in denoiser,
     }
@@ -130,8 +132,8 @@ def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         Our name -> tensor, for everything but what only this project has.
 
     Raises:
-        ValueError: names or shapes that do not match; the options that this comes from are listed, or, where they
-            tell of none, all tensors.
+        ValueError: names or shapes that do not match; the options that this comes from are listed, as far as names
+            and shapes tell them, and the first of the tensors.
     """
     own = flow.state_dict()
     expected = {
@@ -157,15 +159,9 @@ def from_published(flow: Flow, state: Mapping[str, Tensor]) -> dict[str, Tensor]
     if any(problems.values()):
         options = differences(flow.config, state)
         # A wrong option is told by thousands of tensors.
-        most = 4 if options else None
-        listed = [f"{what}: {_list(names, most)}" for what, names in problems.items() if names]
-        raise ValueError("checkpoint: " + "; ".join([*options, "tensors do not match the config", *listed]))
+        told = [f"{what}: {listed(names)}" for what, names in problems.items() if names]
+        raise ValueError("checkpoint: " + "; ".join([*options, "tensors do not match the config", *told]))
     return {name: tensor.reshape(own[name].shape) for name, tensor in given.items()}
-
-
-def _list(names: list[str], most: int | None) -> str:
-    more = 0 if most is None else len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def load_published(flow: Flow, state: Mapping[str, Tensor]) -> None:

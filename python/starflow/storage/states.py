@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -13,12 +14,16 @@ from torch import Tensor
 
 from starflow.distributed import ALONE, World
 from starflow.files import remove_leftovers
-from starflow.storage.tensors import CheckpointError, file_checksum, not_written, saving
+from starflow.messages import listed, short
+from starflow.storage.tensors import CheckpointError, file_checksum, is_whole, not_written, read_json, saving, sealed
 
 STATE = "state.json"
-
-
 KEPT_STATES = 2
+
+# What helps: the state before is kept for this.
+_REST = " (without this folder a run goes on from the checkpoint before it)"
+
+_STEP = re.compile(r"step-(\d{8,18})")
 
 
 def save_state(
@@ -55,7 +60,9 @@ def save_state(
             raise not_written("checkpoint", target, error) from None
         if world.first:
             files = {name: value for found in sums for name, value in found.items()}
-            (place / STATE).write_text(json.dumps({**about, "files": files}), encoding="utf-8")
+            # One level down: what is damaged is never taken for a state of earlier versions, which had no checksum.
+            state = sealed({"state": {**about, "files": files}})
+            (place / STATE).write_text(json.dumps(state), encoding="utf-8")
     if world.first:
         for old in _states(folder)[:-KEPT_STATES]:
             shutil.rmtree(old)
@@ -78,14 +85,14 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: missing or damaged.
     """
-    try:
-        about = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path / STATE} cannot be read: {error.strerror}") from None
-    except ValueError:
-        about = None
-    if not isinstance(about, dict) or not isinstance(about.get("files"), dict):
-        raise CheckpointError(f"checkpoint {path / STATE} is damaged, expected json of a training state")
+    about = read_json(path / STATE, "a training state")
+    if "state" in about:
+        if not is_whole(about) or not isinstance(about["state"], dict):
+            raise CheckpointError(f"checkpoint {path / STATE} is damaged: it does not have the checksum in it{_REST}")
+        about = about["state"]
+    files = about.get("files")
+    if not isinstance(files, dict) or not all(Path(name).name == name for name in files):
+        raise CheckpointError(f"checkpoint {path / STATE} is damaged, expected json of a training state{_REST}")
     return about
 
 
@@ -107,17 +114,21 @@ def load_state(path: Path, tensors: Mapping[str, Tensor], world: World = ALONE) 
     files: dict[str, int] = about.pop("files")
     found = {name: path / name for name in sorted(files)[world.rank :: world.size]}
     damaged = [name for name, file in found.items() if not file.is_file() or file_checksum(file) != files[name]]
-    listed = sorted(name for names in world.gather(damaged) for name in names)
-    if listed:
+    # The reader takes every file of the folder.
+    damaged += [file.name for file in path.glob("*.safetensors") if world.first and file.name not in files]
+    wrong = sorted(name for names in world.gather(damaged) for name in names)
+    if wrong:
         raise CheckpointError(
-            f"checkpoint {path} is damaged: {', '.join(listed)} missing or without the checksum of {STATE}"
+            f"checkpoint {path} is damaged: {listed(wrong)} missing or without the checksum of {STATE}{_REST}"
         )
     try:
         world.load(tensors, path)
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"checkpoint {path} does not fit: {' '.join(str(error).split())}") from None
+        raise CheckpointError(f"checkpoint {path} does not fit: {short(error)}") from None
     return about
 
 
 def _states(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "checkpoints").glob("step-*") if path.is_dir())
+    """In the order of their steps."""
+    found = ((_STEP.fullmatch(path.name), path) for path in (folder / "checkpoints").glob("step-*") if path.is_dir())
+    return [path for _, path in sorted((int(step[1]), path) for step, path in found if step)]

@@ -1,4 +1,4 @@
-"""How does a flow read a caption? As features that a text encoder makes of it."""
+"""What does the flow see of captions? Features, which text encoders compute behind one interface."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from starflow.data.digits import VOCABULARY
+from starflow.data import VOCABULARY
 
 __all__ = ["STOP_WORDS", "ClassEncoder", "WordEncoder", "split_words"]
 

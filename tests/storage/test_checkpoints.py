@@ -1,0 +1,349 @@
+"""Files that come back as they were written, or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from starflow.model import Flow
+from starflow.storage import (
+    CheckpointError,
+    latest_state,
+    load_flow,
+    load_model,
+    load_state,
+    read_header,
+    read_state,
+    save_model,
+    save_state,
+)
+from starflow.storage.tensors import write_tensors
+from starflow.training import make_parts
+
+from ..tools import full_disk
+
+
+@pytest.fixture
+def saved(tiny, tmp_path: Path) -> tuple[Flow, Path]:
+    """A flow with random weights, and its file."""
+    torch.manual_seed(0)
+    config = tiny()
+    flow = Flow(config.flow)
+    with torch.no_grad():
+        for tensor in flow.state_dict().values():
+            tensor.normal_()
+    save_model(tmp_path / "model.safetensors", flow, config, *make_parts(config), about={"weights": "average"})
+    return flow, tmp_path / "model.safetensors"
+
+
+def rewrite(path: Path, change) -> None:
+    """Writes the file again with changed tensors and metadata, and a checksum of its own."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    write_tensors(path, tensors, metadata)
+
+
+def test_a_model_comes_back_whole(tiny, saved) -> None:
+    flow, path = saved
+    for source in (path, path.parent):
+        loaded = load_model(source)
+        assert not loaded.flow.training
+        state = loaded.flow.state_dict()
+        assert state.keys() == flow.state_dict().keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in flow.state_dict().items())
+        assert all(parameter.requires_grad for parameter in loaded.flow.parameters())
+        assert (loaded.config.flow, loaded.config.train) == (tiny().flow, tiny().train)
+        codec, text = make_parts(tiny())
+        assert (loaded.codec.to_config(), loaded.text.to_config()) == (codec.to_config(), text.to_config())
+    assert read_header(path).about == {"weights": "average"}
+
+
+def test_names_and_shapes_that_do_not_match_are_all_listed(saved) -> None:
+    _, path = saved
+
+    def change(tensors, metadata) -> None:
+        tensors["extra"] = torch.zeros(1)
+        del tensors["prior_variance"]
+        tensors["blocks.0.guess"] = torch.zeros(3)
+
+    rewrite(path, change)
+    message = (
+        "tensors do not match its config; missing: prior_variance; unexpected: extra; "
+        "of another shape: blocks.0.guess [3] (expected [32])"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_model(path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 5000, -1])
+def test_a_truncated_file_is_refused(saved, keep: int) -> None:
+    _, path = saved
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model.safetensors is truncated, damaged or not safetensors"):
+        load_model(path)
+
+
+def test_one_wrong_bit_is_found(saved) -> None:
+    _, path = saved
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its tensors do not have the checksum of its header"):
+        load_model(path)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_is_refused_unopened(tmp_path: Path, zipped: bool) -> None:
+    torch.save({"a": torch.zeros(2)}, tmp_path / "model.safetensors", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="is a pickle, expected safetensors"):
+        load_model(tmp_path)
+
+
+def test_what_is_not_ours_is_refused(tmp_path: Path, saved) -> None:
+    _, path = saved
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="is safetensors of another program, expected format starflow-1"):
+        load_flow(tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="nowhere does not exist, expected a model file or the folder of a run"):
+        load_flow(tmp_path / "nowhere")
+    rewrite(path, lambda tensors, metadata: metadata.pop("config"))
+    with pytest.raises(CheckpointError, match="has no config in its header"):
+        load_flow(path)
+
+
+def test_an_unknown_option_in_the_header_is_named(saved) -> None:
+    _, path = saved
+
+    def change(tensors, metadata) -> None:
+        config = json.loads(metadata["config"])
+        config["flow"]["chanels"] = 3
+        metadata["config"] = json.dumps(config)
+
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=r"config.flow.chanels is not an option; did you mean 'channels'\?"):
+        load_flow(path)
+
+
+def test_a_full_disk_leaves_the_old_model(tiny, saved) -> None:
+    _, path = saved
+    content = path.read_bytes()
+    message = r"cannot be written: .*; what was there before is left as it was"
+    with pytest.raises(CheckpointError, match=message), full_disk(20_000):
+        save_model(path, Flow(tiny().flow), tiny(), *make_parts(tiny()))
+    assert path.read_bytes() == content
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_a_full_disk_leaves_the_old_state(tmp_path: Path) -> None:
+    save_state(tmp_path, 1, {"a": torch.ones(10)}, {"step": 1})
+    with pytest.raises(CheckpointError, match="step-00000002 cannot be written"), full_disk(20_000):
+        save_state(tmp_path, 2, {"a": torch.ones(10000)}, {"step": 2})
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    back = torch.zeros(10)
+    about = load_state(latest_state(tmp_path), {"a": back})
+    assert (about, float(back.sum())) == ({"step": 1}, 10.0)
+
+
+def test_the_last_two_states_are_kept_and_leftovers_removed(tmp_path: Path) -> None:
+    assert latest_state(tmp_path) is None
+    (tmp_path / "checkpoints" / ".step-00000099.0a1b2c3d.partial").mkdir(parents=True)
+    assert latest_state(tmp_path) is None
+    for step in (1, 2, 3, 10):
+        save_state(tmp_path, step, {"a": torch.tensor(step)}, {})
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000003", "step-00000010"]
+    assert latest_state(tmp_path).name == "step-00000010"
+
+
+def test_bfloat16_and_scalars_come_back(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(3, 2).bfloat16().T, "b": torch.tensor(2.5), "c": torch.zeros(0, 3)}
+    back = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
+    load_state(save_state(tmp_path, 0, tensors, {}), back)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == tensor.dtype
+        assert torch.equal(back[name], tensor)
+
+
+def test_another_autoencoder_than_the_trained_one_is_refused(tiny, tmp_path: Path, monkeypatch) -> None:
+    from starflow.storage import models
+
+    torch.manual_seed(0)
+    config = tiny()
+    codec, text = make_parts(config)
+    monkeypatch.setattr(codec, "to_config", lambda: {"kind": "dct", "folder": str(tmp_path)})
+    monkeypatch.setattr(models, "make_codec", lambda options: codec)
+    statistics = tmp_path / "config.json"
+    statistics.write_text('{"mean": [1.0], "_version": "1"}')
+    save_model(tmp_path / "model.safetensors", Flow(config.flow), config, codec, text)
+    statistics.write_text('{"_version": "2", "mean": [1.0]}')
+    load_model(tmp_path)
+    statistics.write_text('{"mean": [1.5], "_version": "2"}')
+    with pytest.raises(CheckpointError, match=r"config.json of the codec in its folder is another than the one"):
+        load_model(tmp_path)
+
+
+def test_every_bit_of_a_header_is_under_a_checksum(saved) -> None:
+    """Whatever bit of length, header or padding is flipped, no model comes out that is another one in silence."""
+    _, path = saved
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    for place in [*range(8), *range(8, 8 + length, 31), content.index(b"soft_clip") + 12, length, length + 7]:
+        for bit in (0, 5):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"damaged|another program"):
+                read_header(path)
+    path.write_bytes(content)
+    read_header(path)
+
+
+def test_a_file_is_what_the_library_writes_but_for_the_order_of_the_metadata(saved, tmp_path: Path) -> None:
+    flow, path = saved
+    with safe_open(path, framework="pt") as file:
+        save_file(flow.state_dict(), tmp_path / "library.safetensors", file.metadata())
+    ours, theirs = (file.read_bytes() for file in (path, tmp_path / "library.safetensors"))
+    assert len(ours) == len(theirs)
+    (length,) = struct.unpack("<Q", ours[:8])
+    headers = [json.loads(content[8 : 8 + length]) for content in (ours, theirs)]
+    assert headers[0] == headers[1]
+    assert list(headers[0]) == list(headers[1])
+    assert ours[8 + length :] == theirs[8 + length :]
+
+
+def test_two_writes_of_one_model_are_the_same_bytes(tiny, saved, tmp_path: Path) -> None:
+    flow, path = saved
+    again = tmp_path / "again.safetensors"
+    save_model(again, flow, tiny(), *make_parts(tiny()), about={"weights": "average"})
+    assert again.read_bytes() == path.read_bytes()
+
+
+def old_format(path: Path) -> None:
+    """Writes a model as the first version of the format had it: one checksum, of the tensors."""
+    content = path.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    del header["__metadata__"]["header_crc32"]
+    header["__metadata__"]["format"] = "starflow-1"
+    written = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(written)) + written + content[8 + length :])
+
+
+def test_files_of_the_first_version_still_load(tiny, saved, tmp_path: Path) -> None:
+    flow, path = saved
+    old_format(path)
+    assert torch.equal(load_flow(path)[0].prior_variance, flow.prior_variance)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="its tensors do not have the checksum of its header"):
+        load_flow(path)
+    state = save_state(tmp_path, 3, {"a": torch.ones(4)}, {"step": 3})
+    inner = json.loads((state / "state.json").read_text())["state"]
+    (state / "state.json").write_text(json.dumps(inner))
+    assert load_state(state, {"a": torch.zeros(4)}) == {"step": 3}
+
+
+def test_every_bit_of_a_states_counters_is_under_a_checksum(tmp_path: Path) -> None:
+    state = save_state(tmp_path, 3, {"a": torch.ones(4)}, {"step": 3, "updates": 2, "config": {"lr": 0.1}})
+    file = state / "state.json"
+    content = file.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"is damaged.*"):
+            read_state(state)
+
+
+def test_a_shard_that_nobody_wrote_is_not_read(tmp_path: Path) -> None:
+    state = save_state(tmp_path, 3, {"a": torch.ones(4)}, {"step": 3})
+    save_file({"a": torch.zeros(4)}, state / "shard-00001-model-00002-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors missing or without the checksum"):
+        load_state(state, {"a": torch.zeros(4)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_neither_written_nor_read(tiny, saved, value: float) -> None:
+    flow, path = saved
+    content = path.read_bytes()
+    name = "blocks.0.conditioner.proj_in.weight"
+    with torch.no_grad():
+        flow.state_dict()[name][0, 0] = value
+    message = re.escape(f"tensor {name} holds values that are not finite, expected finite weights")
+    with pytest.raises(CheckpointError, match=message):
+        save_model(path, flow, tiny(), *make_parts(tiny()))
+    assert path.read_bytes() == content
+    # As another program would write it.
+    with safe_open(path, framework="pt") as file:
+        about = {**file.metadata(), "format": "starflow-1"}
+        order = sorted((-tensor.element_size(), key) for key, tensor in flow.state_dict().items())
+    value_sum = 0
+    for _, key in order:
+        value_sum = zlib.crc32(flow.state_dict()[key].numpy().tobytes(), value_sum)
+    save_file(flow.state_dict(), path, {**about, "crc32": str(value_sum)})
+    with pytest.raises(CheckpointError, match=message):
+        load_model(path)
+
+
+def test_integers_in_place_of_weights_are_refused(saved) -> None:
+    _, path = saved
+
+    def change(tensors, metadata) -> None:
+        tensors["prior_variance"] = tensors["prior_variance"].to(torch.int64)
+
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=r"of another dtype: prior_variance I64 \(expected F32 or BF16"):
+        load_flow(path)
+
+
+def test_a_message_is_short_however_many_names_differ(saved) -> None:
+    _, path = saved
+
+    def change(tensors, metadata) -> None:
+        tensors.update({f"extra.{'x' * 5000}.{number}": torch.zeros(1) for number in range(100)})
+
+    rewrite(path, change)
+    with pytest.raises(CheckpointError, match=r"unexpected: extra\.x+ .* and 96 more") as caught:
+        load_flow(path)
+    assert len(str(caught.value)) < 1200
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": "[1]"}, "it is list, expected a mapping of options"),
+        ({"config": "3"}, "it is int, expected a mapping of options"),
+        ({"config": "[" * 100_000}, "config in the header cannot be used"),
+        ({"config": "9" * 6000}, "config in the header cannot be used"),
+        ({"codec": 3}, "config.codec is 3, expected a mapping"),
+        ({"codec": {"kind": []}}, "config.codec in the header cannot be used"),
+        ({"codec": {"kind": "dct", "patch": [4]}}, "codec: the options do not fit the kind 'dct'"),
+        ({"text": {"kind": "words", "vocabulary": 3}}, "text encoder: the options do not fit the kind 'words'"),
+        ({"flow": {"layers_per_block": [10**12]}}, "flow.layers_per_block asks for more than the"),
+        ({"flow": {"channels": 2**60}}, "config in the header cannot be used: flow cannot be made"),
+        ({"flow": {"in_channels": 10**30}}, "config in the header cannot be used"),
+    ],
+)
+def test_a_header_of_wrong_types_or_absurd_sizes_is_refused(saved, change: dict, message: str) -> None:
+    _, path = saved
+
+    def apply(tensors, metadata) -> None:
+        config = json.loads(metadata["config"])
+        for section, options in change.items():
+            merged = isinstance(options, dict) and section == "flow"
+            config[section] = {**config["flow"], **options} if merged else options
+        metadata["config"] = change.get("config") or json.dumps(config)
+
+    rewrite(path, apply)
+    with pytest.raises((CheckpointError, ValueError), match=re.escape(message)):
+        load_model(path)

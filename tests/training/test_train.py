@@ -1,0 +1,778 @@
+"""The recipe, against references written out here, and runs that are interrupted."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional as F
+
+from starflow.config import ConfigError, RunConfig
+from starflow.data import Clip, MovingDigits, write_video
+from starflow.files import InUseError
+from starflow.model import Flow
+from starflow.sampling import Pipeline
+from starflow.storage import CheckpointError, latest_state, load_model
+from starflow.text import ClassEncoder, Features
+from starflow.training import Batch, Batches, Trainer, TrainingError, make_dataset, make_parts, train
+from starflow.training.batches import with_vocabulary
+from starflow.training.optim import cosine_lr
+from starflow.training.trainer import PATIENCE, TRACK_RATE
+
+CPU = torch.device("cpu")
+# A flow that reads no captions.
+_NO_TEXT = {"txt_size": 0, "txt_dim": 0, "cond_top_only": False, "conditional_denoiser": False, "text_embed": False}
+
+
+def trainer_of(config: RunConfig) -> tuple[Trainer, Batches]:
+    codec, text = make_parts(config)
+    trainer = Trainer(config, codec, text, CPU)
+    return trainer, Batches(config, make_dataset(config), codec)
+
+
+def shaken(trainer: Trainer) -> Trainer:
+    """Weights away from their start, where the network puts out no scale at all."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainer.flow.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return trainer
+
+
+def gradients(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in trainer.flow.named_parameters() if p.grad is not None}
+
+
+def noisy(trainer: Trainer, batch: Batch) -> tuple[Tensor, Tensor]:
+    x, y = trainer._inputs(batch)
+    assert y is not None
+    return x, y
+
+
+def same(one: Flow, other: Flow) -> None:
+    state = other.state_dict()
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
+
+
+# -- the loss and the score target ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_losses_and_gradients_are_those_of_the_recipe(tiny, parts: int, weighted: bool, penalty: float) -> None:
+    if weighted:
+        words = [*RunConfig.load("tiny").text["vocabulary"], "noise", "level", "100"]
+        text = {"kind": "words", "size": 6, "vocabulary": words}
+        config = tiny(flow={"txt_dim": 18, "txt_size": 6}, text=text, cond_noise_level=True)
+    else:
+        config = tiny()
+    config = replace(config, train=replace(config.train, accumulate=parts, latent_norm_regularization=penalty))
+    trainer, batches = trainer_of(config)
+    shaken(trainer)
+    x, y = noisy(trainer, batches.make(0))
+    sigma = config.train.noise_std
+    weight = sigma / 0.3 if weighted else 1.0
+
+    # The reference: the whole batch at once, in float64.
+    flow = Flow(config.flow).double()
+    flow.load_state_dict(trainer.flow.state_dict())
+    leaf = x.double().requires_grad_()
+    encoded = flow.encode(leaf, y.double())
+    log_det = sum(d.flatten(1).sum(1) for d in encoded.log_det)
+    nll = (0.5 * encoded.z.square().flatten(1).sum(1) - log_det).mean() / encoded.z[0].numel()
+    (score,) = torch.autograd.grad(weight * nll, leaf, retain_graph=True)
+    (weight * nll + penalty * sum(latent.square().mean() for latent in encoded.latents[:-1])).backward()
+    target = score * x.numel() * sigma
+    denoiser_loss = F.mse_loss(flow.denoiser(x.double(), y.double()), target)
+    denoiser_loss.backward()
+
+    losses = trainer._backward(x, y)
+    assert losses == pytest.approx((nll.item(), denoiser_loss.item()), rel=1e-4)
+    got = gradients(trainer)
+    for name, parameter in flow.named_parameters():
+        expected = parameter.grad
+        torch.testing.assert_close(got[name].double(), expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-3)
+
+
+def test_bits_per_dimension_are_those_of_the_density(tiny) -> None:
+    config = tiny()
+    trainer, batches = trainer_of(config)
+    batch = batches.make(0)
+    x, y = noisy(trainer, batch)
+    expected = -trainer.flow.log_prob(x, y).mean().item() / math.log(2) / x[0].numel()
+    assert trainer.run(batch).bits_per_dim == pytest.approx(expected, abs=1e-5)
+
+
+def test_bfloat16_is_close_and_keeps_float32_weights(tiny) -> None:
+    losses = []
+    for precision in ("float32", "bfloat16"):
+        trainer, batches = trainer_of(tiny(precision=precision))
+        shaken(trainer)
+        losses.append(trainer._backward(*noisy(trainer, batches.make(0))))
+        assert {p.grad.dtype for p in trainer.flow.parameters()} == {torch.float32}
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    assert losses[1] != losses[0]
+
+
+# -- the update -------------------------------------------------------------------------------------------------------
+
+
+def test_updates_are_two_adamw_with_clipping_schedule_and_average(tiny) -> None:
+    config = tiny(steps=5, warmup_steps=2, grad_clip=0.01, weight_decay=0.1, ema=0.5, denoiser_lr=3e-3)
+    trainer, batches = trainer_of(config)
+    recipe = config.train
+    reference = Flow(config.flow)
+    reference.load_state_dict(trainer.flow.state_dict())
+    average = {name: tensor.clone() for name, tensor in reference.state_dict().items()}
+    parameters = dict(reference.named_parameters())
+    parts = [[p for n, p in parameters.items() if n.startswith("denoiser.") == second] for second in (False, True)]
+    adams = [
+        torch.optim.AdamW(parts[0], betas=(0.9, 0.95), weight_decay=0.1, fused=False),
+        torch.optim.AdamW(parts[1], weight_decay=0.1, fused=False),
+    ]
+    for step in range(5):
+        batch = batches.make(step)
+        probe = Trainer(config, trainer.codec, trainer.text, CPU)
+        probe.flow.load_state_dict(reference.state_dict())
+        assert probe._backward(*noisy(probe, batch)) is not None
+        for name, gradient in gradients(probe).items():
+            parameters[name].grad = gradient
+        norms = [float(torch.nn.utils.clip_grad_norm_(part, 0.01)) for part in parts]
+        for adam, peak in zip(adams, (recipe.lr, recipe.denoiser_lr), strict=True):
+            adam.param_groups[0]["lr"] = cosine_lr(step, warmup=2, total=5, peak=peak, floor=recipe.min_lr)
+            adam.step()
+        # Tracked buffers come with the probe.
+        with torch.no_grad():
+            for name, buffer in reference.named_buffers():
+                buffer.copy_(dict(probe.flow.named_buffers())[name])
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, tensor in reference.state_dict().items():
+            average[name].lerp_(tensor, 1.0 - decay)
+
+        done = trainer.run(batch)
+        assert (done.step, done.skipped) == (step + 1, False)
+        assert done.lr == cosine_lr(step, warmup=2, total=5, peak=recipe.lr, floor=recipe.min_lr)
+        assert [done.grad_norm, done.denoiser_grad_norm] == pytest.approx(norms, rel=1e-4)
+    for name, tensor in trainer.flow.state_dict().items():
+        torch.testing.assert_close(tensor, reference.state_dict()[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(trainer.average.flow.state_dict()[name], average[name], atol=1e-5, rtol=1e-4)
+
+
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tiny) -> None:
+    config = tiny(steps=5, warmup_steps=2, weight_decay=0.1, denoiser_lr=3e-3, optimizer="muon", grad_clip=0.0)
+    trainer, batches = trainer_of(config)
+    shaken(trainer)
+    recipe = config.train
+    reference = Flow(config.flow)
+    reference.load_state_dict(trainer.flow.state_dict())
+    parameters = dict(reference.named_parameters())
+    matrices = [name for name, p in parameters.items() if ".layers." in f".{name}" and p.dim() == 2]
+    assert len(matrices) == 4 * (4 + 8)  # qkv, proj, up and down of the layers of the blocks and of the denoiser
+    optimizers = []
+    for second, peak, betas in ((False, recipe.lr, (0.9, 0.95)), (True, recipe.denoiser_lr, (0.9, 0.999))):
+        mine = [name for name in parameters if name.startswith("denoiser.") == second]
+        muon = [parameters[name] for name in mine if name in matrices]
+        adam = [parameters[name] for name in mine if name not in matrices]
+        # Of the length that an update of AdamW has: a root mean square of 0.2.
+        optimizers += [
+            (torch.optim.Muon(muon, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"), peak),
+            (torch.optim.AdamW(adam, betas=betas, weight_decay=0.1, fused=False), peak),
+        ]
+    for step in range(3):
+        batch = batches.make(step)
+        probe = Trainer(config, trainer.codec, trainer.text, CPU)
+        probe.flow.load_state_dict(reference.state_dict())
+        assert probe._backward(*noisy(probe, batch)) is not None
+        for name, gradient in gradients(probe).items():
+            parameters[name].grad = gradient
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = cosine_lr(step, warmup=2, total=5, peak=peak, floor=recipe.min_lr)
+            optimizer.step()
+        trainer.run(batch)
+    for name, parameter in trainer.flow.named_parameters():
+        # A step is 1e-3 long; both divide by roots of small gradients, whose last bits differ.
+        torch.testing.assert_close(parameter, parameters[name], atol=5e-5, rtol=1e-3)
+
+
+def test_a_run_of_muon_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=4, optimizer="muon", checkpoint_every=2)
+
+    def stop(done: object) -> None:
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    whole = train(config, tmp_path / "whole", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "cut", quiet=True, on_step=stop)
+    same(whole, train(config, tmp_path / "cut", quiet=True))
+
+
+def test_muon_refuses_matrices_in_pieces(tiny) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer is 'muon', expected 'adamw' with parallel 'fsdp'"):
+        tiny(optimizer="muon", parallel="fsdp")
+
+
+def test_the_first_guess_of_the_solver_follows_the_data(tiny) -> None:
+    trainer, batches = trainer_of(tiny())
+    shaken(trainer)
+    x, y = noisy(trainer, batches.make(0))
+    raw = trainer.flow.encode(x, y).affines[0].raw.mean((0, 1))
+    trainer._backward(x, y)
+    torch.testing.assert_close(trainer.flow.blocks[0].guess, TRACK_RATE * raw)
+
+
+def test_training_learns(tiny, tmp_path: Path) -> None:
+    losses = []
+    flow = train(
+        tiny(steps=60, batch_size=8, lr=3e-3),
+        tmp_path,
+        quiet=True,
+        on_step=lambda done: losses.append((done.bits_per_dim, done.denoiser_loss)),
+    )
+    assert not flow.training
+    assert losses[-1][0] < losses[0][0] - 2.0
+    assert all(math.isfinite(value) for pair in losses for value in pair)
+
+
+def test_a_denoiser_that_learns_less_often_leaves_the_flow_as_it_was(tiny) -> None:
+    flows = []
+    for every in (1, 2):
+        trainer, batches = trainer_of(tiny(denoiser_every=every))
+        done = [trainer.run(batches.make(step)) for step in range(4)]
+        assert [step.denoiser_loss is not None for step in done] == [step % every == 0 for step in range(4)]
+        flows.append(trainer.flow)
+    one, other = (flow.state_dict() for flow in flows)
+    differing = {name.split(".")[0] for name in one if not torch.equal(one[name], other[name])}
+    assert differing == {"denoiser"}
+
+
+def test_large_gradients_are_skipped_after_a_hundred_steps(tiny) -> None:
+    trainer, batches = trainer_of(tiny(grad_clip=0.01, grad_skip=1.0))
+    trainer.step, trainer.updates = 99, 99
+    assert not trainer.run(batches.make(0)).skipped
+    before = {name: tensor.clone() for name, tensor in trainer.flow.state_dict().items() if "guess" not in name}
+    done = trainer.run(batches.make(1))
+    assert done.skipped
+    assert (trainer.step, trainer.updates) == (101, 100)
+    for name, tensor in before.items():
+        assert torch.equal(trainer.flow.state_dict()[name], tensor)
+
+
+# -- what a step reads ------------------------------------------------------------------------------------------------
+
+
+def test_batches_follow_from_seed_and_step(tiny) -> None:
+    config = tiny(drop_label=0.5)
+    codec, _ = make_parts(config)
+    one, other = (Batches(config, make_dataset(config), codec) for _ in range(2))
+    ahead = list(one.run(2, 5))
+    for step, batch in enumerate(ahead, start=2):
+        again = other.make(step)
+        assert torch.equal(batch.pixels, again.pixels)
+        assert torch.equal(batch.noise, again.noise)
+        assert (batch.captions, batch.names) == (again.captions, again.names)
+    assert len({tuple(batch.captions) for batch in ahead}) > 1
+    assert not torch.equal(ahead[0].noise, ahead[1].noise)
+    moved = replace(config, train=replace(config.train, seed=1))
+    assert not torch.equal(Batches(moved, make_dataset(moved), codec).make(2).noise, ahead[0].noise)
+
+
+def test_captions_are_dropped_at_their_rate(tiny) -> None:
+    config = tiny(drop_label=0.25, batch_size=100)
+    batches = trainer_of(config)[1]
+    captions = [caption for step in range(4) for caption in batches.make(step).captions]
+    assert captions.count("") / 400 == pytest.approx(0.25, abs=0.1)
+    words = {word for caption in captions for word in caption.split()}
+    assert {"moving", "three"} <= words
+
+
+def telling(tiny, mode: str, **train: Any) -> RunConfig:
+    """A run whose captions may begin with the word of a mode, and are never dropped."""
+    words = [*RunConfig.load("tiny").text["vocabulary"], mode]
+    text = {"kind": "words", "size": 4, "vocabulary": words}
+    return tiny(flow={"txt_dim": 16, "txt_size": 4}, text=text, drop_label=0.0, **train)
+
+
+def test_a_dropped_first_frame_is_told(tiny) -> None:
+    trainer, batches = trainer_of(telling(tiny, "extend", drop_image=0.5))
+    seen = set()
+    for step in range(8):
+        batch = batches.make(step)
+        x, y = noisy(trainer, batch)
+        whole = trainer.codec.encode(batch.pixels) + 0.1 * batch.noise
+        assert torch.equal(x, whole[:, 1:] if batch.extend else whole)
+        assert all(caption.startswith("(extend) ") == batch.extend for caption in batch.captions)
+        assert bool((y[:, 0, -1] == 1).all()) == batch.extend
+        seen.add(batch.extend)
+    assert seen == {True, False}
+
+
+def test_a_last_frame_stands_before_its_clip(tiny) -> None:
+    config = telling(tiny, "last", last_frame_prob=0.5)
+    trainer, batches = trainer_of(config)
+    seen = set()
+    for step in range(8):
+        batch = batches.make(step)
+        x, y = noisy(trainer, batch)
+        last = batch.reference is not None
+        shown = torch.cat([batch.pixels[:, -1:], batch.pixels], 1) if last else batch.pixels
+        assert torch.equal(x, trainer.codec.encode(shown) + 0.1 * batch.noise)
+        assert all(caption.startswith("(last) ") == last for caption in batch.captions)
+        assert bool((y[:, 0, -1] == 1).all()) == last
+        seen.add(last)
+    assert seen == {True, False}
+    assert math.isfinite(trainer.run(batches.make(0)).loss)
+    # What else a seed chooses does not depend on it.
+    plain = trainer_of(replace(config, train=replace(config.train, last_frame_prob=0.0)))[1]
+    assert all(torch.equal(plain.make(step).pixels, batches.make(step).pixels) for step in range(4))
+
+
+def test_image_steps_show_single_frames(tiny) -> None:
+    trainer, batches = trainer_of(tiny(image_prob=1.0, drop_image=1.0, drop_label=0.0))
+    batch = batches.make(0)
+    assert not batch.extend
+    assert batch.pixels.shape == (4, 1, 16, 16)
+    assert batch.noise.shape == (4, 16, 4, 4)
+    assert math.isfinite(trainer.run(batch).loss)
+    larger = trainer_of(tiny(image_prob=1.0, image_batch_size=6))[1].make(0)
+    assert (len(larger.pixels), len(larger.captions), len(larger.noise)) == (6, 6, 6)
+
+
+@pytest.mark.parametrize("which", ["any", "first"])
+def test_image_steps_take_any_frame_or_the_first(tiny, which: str) -> None:
+    batches = trainer_of(tiny(image_prob=1.0, image_frame=which))[1]
+    clips = trainer_of(tiny())[1]
+    chosen = set()
+    for step in range(8):
+        whole, frame = clips.make(step).pixels, batches.make(step).pixels
+        chosen |= {t for t in range(whole.shape[1]) if torch.equal(whole[:, t], frame)}
+    assert chosen == ({0} if which == "first" else {0, 1, 2, 3})
+
+
+def test_class_labels_are_integers_with_none_negative(tiny) -> None:
+    flow = replace(tiny().flow, txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False, num_classes=3)
+    features = Features(flow, ClassEncoder(3, names=["cat", "dog", "fish"]))
+    assert features(["dog", "", "cat"]).tolist() == [1, -1, 0]
+
+
+# -- interruptions ----------------------------------------------------------------------------------------------------
+
+
+def uninterrupted(config: RunConfig, folder: Path) -> tuple[Flow, list[tuple[int, float, float]]]:
+    seen: list[tuple[int, float, float]] = []
+    flow = train(config, folder, quiet=True, on_step=lambda done: seen.append((done.step, done.loss, done.grad_norm)))
+    return flow, seen
+
+
+def test_a_run_that_died_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=6, checkpoint_every=3, accumulate=2, drop_label=0.5)
+    whole, seen = uninterrupted(config, tmp_path / "whole")
+    again = []
+
+    def die(done) -> None:
+        if done.step == 5:
+            raise RuntimeError("dead")
+
+    with pytest.raises(RuntimeError, match="dead"):
+        train(config, tmp_path / "cut", quiet=True, on_step=die)
+    flow = train(
+        config, tmp_path / "cut", quiet=True, on_step=lambda done: again.append((done.step, done.loss, done.grad_norm))
+    )
+    assert again == seen[3:]
+    same(whole, flow)
+    same(whole, load_model(tmp_path / "cut").flow)
+    same(whole, train(config, tmp_path / "cut", quiet=True, on_step=lambda done: pytest.fail("was complete")))
+    with pytest.raises(TrainingError, match=r"train\.steps is 4, expected at least 6: .*cut was trained so far"):
+        train(tiny(steps=4, checkpoint_every=3, accumulate=2, drop_label=0.5), tmp_path / "cut", quiet=True)
+
+
+def test_a_killed_process_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=6, checkpoint_every=3)
+    whole, _ = uninterrupted(config, tmp_path / "whole")
+    # Killed inside the write of the second checkpoint, before it gets its name.
+    program = f"""
+import os, signal, torch
+from pathlib import Path
+from starflow.config import RunConfig
+from starflow.distributed import World
+from starflow.training import train
+torch.set_num_threads(1)
+save = World.save
+def killed(world, tensors, folder):
+    names = save(world, tensors, folder)
+    if "step-00000006" in str(folder):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return names
+World.save = killed
+train(RunConfig.load({str(tmp_path / "whole" / "config.yaml")!r}), Path({str(tmp_path / "cut")!r}), quiet=True)
+"""
+    code = subprocess.run([sys.executable, "-c", program], check=False, env=os.environ).returncode
+    assert code == -signal.SIGKILL
+    assert latest_state(tmp_path / "cut").name == "step-00000003"
+    same(whole, train(config, tmp_path / "cut", quiet=True))
+
+
+def test_ctrl_c_saves_and_a_second_run_continues(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=5)
+    whole, seen = uninterrupted(config, tmp_path / "whole")
+
+    def press(done) -> None:
+        if done.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "cut", quiet=True, on_step=press)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert latest_state(tmp_path / "cut").name == "step-00000002"
+    again: list[tuple[int, float, float]] = []
+    flow = train(
+        config, tmp_path / "cut", quiet=True, on_step=lambda done: again.append((done.step, done.loss, done.grad_norm))
+    )
+    assert again == seen[2:]
+    same(whole, flow)
+
+
+def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> None:
+    train(tiny(steps=1), tmp_path, quiet=True)
+    with pytest.raises(TrainingError, match="holds a run up to step-00000001, expected an empty folder"):
+        train(tiny(steps=1), tmp_path, quiet=True, resume=False)
+    with pytest.raises(TrainingError, match=re.escape("belongs to another model: flow.soft_clip was 4.0, is 3.0")):
+        train(tiny(steps=1, flow={"soft_clip": 3.0}), tmp_path, quiet=True)
+    with caplog.at_level(logging.WARNING):
+        train(tiny(steps=2), tmp_path, quiet=True)
+    assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
+
+
+def test_without_tensorboard_a_run_has_no_log_and_says_so(tiny, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    train(tiny(steps=1), tmp_path, quiet=True)
+    said = "no log is written: a training log needs the package tensorboard: pip install 'starflow-ext[train]'"
+    assert said in caplog.messages
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=2, ema=0.0)
+    trainer, _ = trainer_of(config)
+    assert trainer.average.flow is trainer.flow
+    flow = train(config, tmp_path, quiet=True)
+    assert not any(p.requires_grad for p in flow.parameters())
+    assert not flow.training
+    same(flow, load_model(tmp_path).flow)
+    state = {tensor.partition(":")[0] for tensor in _names(tmp_path)}
+    assert state == {"flow", "optimizer", "denoiser_optimizer"}
+    begun, _ = trainer_of(tiny(steps=2, ema=0.5))
+    begun.load(latest_state(tmp_path))
+    same(begun.average.flow, flow)
+    # And one that had an average goes on without.
+    train(tiny(steps=3, ema=0.5), tmp_path, quiet=True)
+    assert "average" in {tensor.partition(":")[0] for tensor in _names(tmp_path)}
+    train(tiny(steps=4, ema=0.0), tmp_path, quiet=True)
+    assert latest_state(tmp_path).name == "step-00000004"
+
+
+def _names(folder: Path) -> list[str]:
+    (file,) = latest_state(folder).glob("*.safetensors")
+    with safe_open(file, framework="pt") as opened:
+        return list(opened.keys())
+
+
+def test_a_damaged_state_is_named(tiny, tmp_path: Path) -> None:
+    train(tiny(steps=1), tmp_path, quiet=True)
+    (state,) = (tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors")
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-10])
+    message = f"step-00000001 is damaged: {state.name} missing or without the checksum of state.json"
+    with pytest.raises(CheckpointError, match=message):
+        train(tiny(steps=2), tmp_path, quiet=True)
+    state.write_bytes(whole)
+    (state.parent / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"state.json is damaged, expected json of a training state"):
+        train(tiny(steps=2), tmp_path, quiet=True)
+
+
+def test_a_folder_holds_one_run_at_a_time(tiny, tmp_path: Path) -> None:
+    def second(done: object) -> None:
+        # A second run, with another seed, while the first one is on its way.
+        before = (tmp_path / "config.yaml").read_text()
+        with pytest.raises(InUseError, match="is in use by another run, expected one that no running process writes"):
+            train(tiny(steps=1, seed=9), tmp_path, quiet=True)
+        assert (tmp_path / "config.yaml").read_text() == before
+
+    train(tiny(steps=1), tmp_path, quiet=True, on_step=second)
+    train(tiny(steps=2), tmp_path, quiet=True)
+    assert latest_state(tmp_path).name == "step-00000002"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_folder_that_holds_a_model_alone_is_refused(tiny, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("a model")
+    message = "holds a model and no checkpoint of its run, expected an empty folder"
+    for resume in (True, False):
+        with pytest.raises(TrainingError, match=message):
+            train(tiny(steps=1), tmp_path, quiet=True, resume=resume)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "a model")]
+
+
+def test_files_that_changed_before_a_resume_are_told(tiny, tmp_path: Path, caplog) -> None:
+    videos = _videos(tmp_path / "videos", "a.mp4", "b.mp4")
+    config = tiny(data={"kind": "folder", "path": str(videos), "name_captions": True}, text={}, flow=_NO_TEXT)
+
+    def resumed(steps: int) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "starflow"):
+            train(replace(config, train=replace(config.train, steps=steps)), tmp_path / "run", quiet=True)
+        return [record.getMessage() for record in caplog.records if "data changed" in record.getMessage()]
+
+    assert resumed(1) == []
+    assert resumed(2) == []
+    write_video(videos / "c.mp4", torch.zeros(6, 16, 16, 1, dtype=torch.uint8), 8.0)
+    assert resumed(3) == ["data changed since step-00000002: 2 files were, 3 files are; the run goes on with these"]
+    assert resumed(4) == []
+    # As many files, one of them another.
+    write_video(videos / "c.mp4", torch.ones(7, 16, 16, 1, dtype=torch.uint8), 8.0)
+    assert len(resumed(5)) == 1
+
+
+def test_a_run_removes_what_a_killed_one_left(tiny, tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    left = [
+        tmp_path / ".model.0a1b2c3d.partial.safetensors",
+        tmp_path / ".config.01234567-1-0a1b2c3d.partial.yaml",
+        tmp_path / "samples" / ".step-00000001.01234567-1-0a1b2c3d.partial.png",
+    ]
+    for path in left:
+        path.write_text("half")
+    train(tiny(steps=1), tmp_path, quiet=True)
+    assert not any(path.exists() for path in left)
+
+
+def test_a_state_of_an_earlier_version_with_odd_counters_is_refused(tiny, tmp_path: Path) -> None:
+    train(tiny(steps=1), tmp_path, quiet=True)
+    file = latest_state(tmp_path) / "state.json"
+    inner = json.loads(file.read_text())["state"]
+    del inner["data"]
+    file.write_text(json.dumps(inner))
+    train(tiny(steps=1), tmp_path, quiet=True)
+    for change in ({"step": "1"}, {"step": -1}, {"bad": True}, {"config": []}, {"updates": None}):
+        file.write_text(json.dumps({**inner, **change}))
+        with pytest.raises(CheckpointError, match="is damaged, expected counters and a configuration in it"):
+            train(tiny(steps=2), tmp_path, quiet=True)
+
+
+def test_samples_while_training_change_nothing(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=2)
+    whole, _ = uninterrupted(config, tmp_path / "whole")
+    flow = train(replace(config, train=replace(config.train, sample_every=1)), tmp_path / "shown", quiet=True)
+    same(whole, flow)
+    assert sorted(p.name for p in (tmp_path / "shown" / "samples").iterdir()) == [
+        "step-00000001.png",
+        "step-00000002.png",
+    ]
+    assert list((tmp_path / "shown" / "log").iterdir())
+
+
+def test_a_folder_of_videos_trains(tiny, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split, files in (("train", 2), ("test", 1)):
+        (tmp_path / "videos" / split).mkdir(parents=True)
+        for index in range(files):
+            frames = torch.randint(0, 256, (6, 24, 32, 3), generator=generator, dtype=torch.uint8)
+            write_video(tmp_path / "videos" / split / f"{index}.mp4", frames, 8.0)
+            (tmp_path / "videos" / split / f"{index}.txt").write_text("a three moving up")
+    config = tiny(data={"kind": "folder", "path": str(tmp_path / "videos")}, steps=2)
+    assert [len(make_dataset(config, split)) for split in ("train", "test")] == [2, 1]
+    assert make_dataset(config).item(0).pixels.shape == (4, 1, 16, 16)
+    losses: list[float] = []
+    train(config, tmp_path / "run", quiet=True, on_step=lambda done: losses.append(done.loss))
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def _videos(folder: Path, *names: str) -> Path:
+    folder.mkdir()
+    for name in names:
+        write_video(folder / name, torch.zeros(6, 16, 16, 1, dtype=torch.uint8), 8.0)
+    return folder
+
+
+def _open_vocabulary(tiny, path: Path, **train: object) -> RunConfig:
+    data = {"kind": "folder", "path": str(path), "name_captions": True}
+    return tiny(data=data, text={"kind": "words", "vocabulary": None}, **train)
+
+
+def test_the_vocabulary_can_be_that_of_the_captions(tiny, tmp_path: Path) -> None:
+    videos = _videos(tmp_path / "videos", "two_cats.mp4", "the-sea.mp4", "b.mp4")
+    (videos / "b.json").write_text('{"captions": ["waves at sea", "Cats!"]}')
+    config = _open_vocabulary(tiny, videos)
+    filled = with_vocabulary(config, make_dataset(config))
+    assert filled.text == {"kind": "words", "vocabulary": ["at", "cats", "sea", "two", "waves"], "size": 3}
+    assert (filled.flow.txt_size, filled.flow.txt_dim) == (3, 5)
+    assert with_vocabulary(filled, make_dataset(filled)) is filled
+    named = replace(config, text={"kind": "classes", "names": None})
+    named = with_vocabulary(named, make_dataset(named))
+    assert named.text == {
+        "kind": "classes",
+        "names": ["Cats!", "the sea", "two cats", "waves at sea"],
+        "num_classes": 4,
+    }
+    assert (named.flow.txt_size, named.flow.txt_dim) == (1, 4)
+    assert make_parts(named)[1].encode(["the sea"]).tolist() == [[[0.0, 1.0, 0.0, 0.0]]]
+    extended = _open_vocabulary(tiny, videos, drop_image=0.5)
+    assert "extend" in with_vocabulary(extended, make_dataset(extended)).text["vocabulary"]
+
+
+def test_a_run_keeps_the_vocabulary_it_found(tiny, tmp_path: Path) -> None:
+    config = _open_vocabulary(tiny, _videos(tmp_path / "videos", "cats.mp4", "sea.mp4"), steps=2)
+    train(config, tmp_path / "run", quiet=True)
+    loaded = load_model(tmp_path / "run")
+    assert loaded.config.text["vocabulary"] == ["cats", "sea"]
+    assert loaded.text.encode(["sea"]).tolist() == [[[0.0, 1.0]]]
+    assert RunConfig.load(tmp_path / "run" / "config.yaml").text["vocabulary"] == ["cats", "sea"]
+    # The same command goes on.
+    train(replace(config, train=replace(config.train, steps=3)), tmp_path / "run", quiet=True)
+    assert latest_state(tmp_path / "run").name == "step-00000003"
+
+
+def test_a_vocabulary_that_cannot_be_found_is_an_error(tiny, tmp_path: Path) -> None:
+    digits = tiny(text={"kind": "words", "vocabulary": None})
+    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected a list \(only a folder"):
+        train(digits, tmp_path / "run", quiet=True)
+    silent = _open_vocabulary(tiny, _videos(tmp_path / "videos", "cats.mp4"))
+    silent = replace(silent, data=replace(silent.data, name_captions=False))
+    with pytest.raises(ConfigError, match=r"text\.vocabulary is None, expected captions that are not empty in"):
+        train(silent, tmp_path / "run", quiet=True)
+
+
+def test_clips_of_a_file_can_be_cut_evenly_in_training(tiny, tmp_path: Path) -> None:
+    data = {"kind": "folder", "path": str(_videos(tmp_path / "videos", "a.mp4")), "clips_per_file": 3, "cut": "even"}
+    dataset = make_dataset(tiny(data=data))
+    names = [[dataset.item(index, epoch=epoch).name for index in range(len(dataset))] for epoch in range(3)]
+    assert names == [["a.mp4@0", "a.mp4@1", "a.mp4@2"]] * 3
+
+
+def test_clips_of_one_shape_make_a_step_and_captions_tell_it(tiny, tmp_path: Path) -> None:
+    for name, height, width in (("a", 18, 32), ("b", 36, 64), ("c", 32, 32), ("d", 48, 27), ("e", 27, 48)):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(6, height, width, 1, dtype=torch.uint8), 8.0)
+    data = {"kind": "folder", "path": str(tmp_path), "name_captions": True, "mix_aspect": True}
+    config = tiny(data=data, text={"kind": "words", "vocabulary": None}, batch_size=2, drop_label=0.0, steps=2)
+    dataset = make_dataset(config)
+    # Areas of about 16 x 16 in multiples of codec and patch.
+    sizes = {"16:9": (12, 20), "1:1": (16, 16), "9:16": (20, 12)}
+    assert set(dataset.sizes) == set(sizes.values())
+    config = with_vocabulary(config, dataset)
+    assert {"16", "9", "1"} <= set(config.text["vocabulary"])
+    codec, _ = make_parts(config)
+    batches = Batches(config, dataset, codec)
+    # An epoch: two batches of three wide clips (one comes twice), one of each other shape.
+    for epoch in range(3):
+        made = [batches.make(4 * epoch + step) for step in range(4)]
+        seen = [name.partition(".")[0] for batch in made for name in batch.names]
+        assert sorted(set(seen)) == ["a", "b", "c", "d", "e"]
+        assert sorted(seen.count(name) for name in "abe") == [1, 1, 2]
+        assert (seen.count("c"), seen.count("d")) == (2, 2)
+        for batch in made:
+            (ratio,) = {caption.split(" in a ")[1].split()[0] for caption in batch.captions}
+            assert tuple(batch.pixels.shape[-2:]) == sizes[ratio]
+            assert batch.noise.shape[-2:] == (batch.pixels.shape[-2] // 4, batch.pixels.shape[-1] // 4)
+    flow = train(config, tmp_path / "run", quiet=True)
+    pipeline = Pipeline(flow, config, *make_parts(config))
+    sampled = pipeline.sample("a", size=(20, 12))
+    assert sampled.captions == ("a\n in a 9:16 aspect ratio.\n",)
+    with pytest.raises(ConfigError, match=r"data.mix_aspect is True, expected false for digits"):
+        make_dataset(tiny(data={"mix_aspect": True}))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_parts_of_a_batch_are_the_batch(tiny, size: int) -> None:
+    config = tiny(batch_size=8, drop_label=0.5, image_prob=0.5)
+    codec, _ = make_parts(config)
+    whole = Batches(config, make_dataset(config), codec)
+    parts = [Batches(config, make_dataset(config), codec, rank=rank, size=size) for rank in range(size)]
+    for step in range(3):
+        batch, made = whole.make(step), [part.make(step) for part in parts]
+        for name in ("pixels", "noise"):
+            assert torch.equal(torch.cat([getattr(part, name) for part in made]), getattr(batch, name))
+        for name in ("captions", "names"):
+            assert [item for part in made for item in getattr(part, name)] == getattr(batch, name)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Poisoned:
+    """Digits, one clip of which holds NaN."""
+
+    digits: MovingDigits
+
+    def __len__(self) -> int:
+        return 8
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        clip = self.digits.item(index, epoch=epoch, seed=seed)
+        if index == 5:
+            clip.pixels[1, 0, 3, 3] = math.nan
+        return clip
+
+
+def test_data_that_is_not_finite_is_named(tiny, tmp_path: Path) -> None:
+    dataset = Poisoned(MovingDigits(frames=4, size=16))
+    message = "clip digits/train/5 holds NaN or infinity, expected finite pixels"
+    with pytest.raises(TrainingError, match=message):
+        train(tiny(), tmp_path, quiet=True, dataset=dataset)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(tiny, caplog) -> None:
+    trainer, batches = trainer_of(tiny(steps=20))
+    weight = trainer.flow.blocks[0].conditioner.proj_out.bias
+    kept = weight.detach().clone()
+    weight.data.fill_(math.nan)
+    with caplog.at_level(logging.WARNING):
+        done = trainer.run(batches.make(0))
+    assert done.skipped
+    assert math.isnan(done.loss)
+    assert "step 1: loss or gradient is not finite, step skipped" in caplog.text
+    for name, tensor in trainer.average.flow.state_dict().items():
+        assert bool(torch.isfinite(tensor).all()), name
+    weight.data.copy_(kept)
+    assert not trainer.run(batches.make(1)).skipped
+    weight.data.fill_(math.nan)
+    for step in range(2, 1 + PATIENCE):
+        assert trainer.run(batches.make(step)).skipped
+    with pytest.raises(TrainingError, match=f"the loss was not finite in {PATIENCE} steps in a row, up to step 7"):
+        trainer.run(batches.make(6))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"flow": {"in_channels": 3}}, "flow.in_channels is 3, expected the 16 latent channels of the codec"),
+        ({"flow": {"txt_dim": 9}}, "flow.txt_dim is 9, expected the width 15 of the text encoder"),
+        ({"flow": {"txt_size": 2}}, "flow.txt_size is 2, expected at least the 3 of the encoder"),
+        ({"data": {"channels": 3}}, "data.channels is 3, expected the 1 of the codec"),
+        ({"data": {"width": 18}}, "data.width is 18, expected a multiple of 4 (codec times patch)"),
+        ({"text": {}}, "text is {}, expected a text encoder exactly when flow reads text or classes"),
+        ({"data": {"width": 20}}, "data.width is 20, expected the height 16 for digits"),
+        ({"data": {"kind": "folder"}}, "data.path is None, expected a folder of videos or images"),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(tiny, tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(tiny(**change), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
