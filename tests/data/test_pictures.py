@@ -79,7 +79,7 @@ def test_a_picture_of_a_camera_needs_a_package_or_is_read(tmp_path: Path, monkey
     assert VideoFolder(tmp_path, frames=1, height=16, width=16).item(0).pixels.shape == (1, 3, 16, 16)
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "pillow_heif", None)
-        with pytest.raises(VideoError, match=r"a\.heic: a picture in HEIC needs the package pillow-heif: pip install"):
+        with pytest.raises(VideoError, match=r"a\.heic: a picture in HEIC needs the package pillow_heif: pip install"):
             read_image(path)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from pathlib import Path
@@ -15,6 +14,7 @@ from starflow.data.colour import cover, must_crop_first, over_black, to_channels
 from starflow.data.decode import MAX_PIXELS, head_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.read import wanted_size
+from starflow.extras import import_extra
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".heic", ".heif", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp"}
@@ -101,11 +101,9 @@ def _open_heif(path: Path, head: bytes) -> None:
     if head[4:8] != b"ftyp" or head[8:12] not in _HEIF:
         return
     try:
-        heif = importlib.import_module("pillow_heif")
+        heif = import_extra("pillow_heif", purpose=f"{path}: a picture in HEIC", extra="heic")
     except ImportError as error:
-        raise VideoError(
-            f"{path}: a picture in HEIC needs the package pillow-heif: pip install 'starflow-ext[heic]'"
-        ) from error
+        raise VideoError(str(error)) from error
     heif.register_heif_opener()
 
 
