@@ -20,9 +20,12 @@ from .inputs import INPUTS, Input
 
 WHOLE = os.environ.get("STARFLOW_MALFORMED", "") == "all"
 
-# Limits of one use, whatever the file asks for: it may take this long on a busy machine, and no more memory.
-SECONDS = 60
+# Limits of one use, whatever the file asks for: seconds of the processor, and the memory of the process.
+SECONDS = 30
 MIB = 3_000
+
+# Seconds of the clock after which a use is taken to hang, far more than it needs on a busy machine.
+PATIENCE = 600
 
 
 class Worker:
@@ -48,12 +51,12 @@ class Worker:
     def _answer(self) -> dict[str, str | int]:
         assert self._process is not None
         assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], SECONDS)
+        ready, _, _ = select.select([self._process.stdout], [], [], PATIENCE)
         line = self._process.stdout.readline() if ready else ""
         if line:
             return json.loads(line)
         self.close()
-        return {"end": "crash" if ready else "hang", "text": "", "mib": 0}
+        return {"end": "crash" if ready else "hang", "text": "", "mib": 0, "seconds": 0}
 
     def close(self) -> None:
         if self._process is not None:
@@ -109,7 +112,7 @@ def test_a_malformed_file_ends_in_a_result_or_in_one_sentence(
         for use in kind.uses if fault == "good" or WHOLE else [kind.uses[number % len(kind.uses)]]:
             ended = worker.use(use, path)
             fine = ("result",) if fault == "good" else ("result", "sentence")
-            if ended["end"] not in fine or int(ended["mib"]) > MIB:
+            if ended["end"] not in fine or int(ended["mib"]) > MIB or int(ended["seconds"]) > SECONDS:
                 wrong.append((use, fault, ended))
             if int(ended["mib"]) > MIB:
                 # What the next file needs is seen in a new process alone.

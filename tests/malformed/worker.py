@@ -1,7 +1,8 @@
 """Uses files as users do, one after the other, in a process that may crash, hang or grow.
 
 It reads lines of JSON, `{"use": name of a function here, "path": file}`, and answers each with one: how the use ended
-("result", "sentence" or "other"), what it said, and the most memory that the process has had, in MiB.
+("result", "sentence" or "other"), what it said, the seconds of the processor that it took, and the most memory that the
+process has had, in MiB.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import resource
 import sys
 import tempfile
+import time
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +100,7 @@ USES: dict[str, Callable[[Path], str]] = {use.__name__: use for use in (video, p
 
 
 def ending(use: str, path: Path) -> dict[str, str | int]:
+    before = time.process_time()
     try:
         end, text = "result", USES[use](path)
     except (ValueError, OSError) as error:
@@ -110,7 +113,7 @@ def ending(use: str, path: Path) -> dict[str, str | int]:
     except (Exception, MemoryError) as error:
         end, text = "other", repr(error)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-    return {"end": end, "text": text, "mib": most}
+    return {"end": end, "text": text, "mib": most, "seconds": round(time.process_time() - before)}
 
 
 def main() -> None:

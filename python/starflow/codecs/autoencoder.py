@@ -1,4 +1,4 @@
-"""Learned codecs: autoencoders of the package diffusers with weights from a local folder."""
+"""Learned codecs: autoencoders of the package diffusers, whose weights are read from a local folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from starflow.extras import import_extra
 __all__ = ["AutoencoderKLCodec", "WanCodec"]
 
 
-# What the published models were trained with, and how it comes into a folder.
+# Commands that download the autoencoders that the published models were trained with.
 _DOWNLOADS = {
     "AutoencoderKL": "hf download stabilityai/sd-vae-ft-ema config.json diffusion_pytorch_model.safetensors",
     "AutoencoderKLWan": "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --include 'vae/*'",
@@ -23,7 +23,7 @@ _DOWNLOADS = {
 
 
 def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
-    """Load a frozen float32 autoencoder from a local folder, and nothing from anywhere else."""
+    """Load a frozen float32 autoencoder from a local folder, without any access to the network."""
     folder = Path(folder)
     if not (folder / "config.json").is_file() or not any(folder.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(
@@ -39,7 +39,7 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
         low_cpu_mem_usage=False,
         output_loading_info=True,
     )
-    # diffusers leaves parameters that the file lacks at random values, with no more than a warning.
+    # Where the file lacks parameters diffusers only warns and leaves them at random values.
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise ValueError(f"{codec}: the weights in {folder} lack or misshape {names}, expected all of {class_name}")
@@ -47,7 +47,7 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
 
 
 def _parent(folder: Path) -> Path:
-    """Where to download to, so that the files come to lie in `folder`."""
+    """The folder to download to so that the files end up in `folder`."""
     return folder.parent if folder.name == "vae" else folder
 
 
@@ -57,16 +57,16 @@ def _check_noise(codec: str, noise: torch.Tensor | None, shape: tuple[int, ...])
 
 
 class AutoencoderKLCodec:
-    """Image autoencoder of latent diffusion, applied to every frame alone (the published text-to-image model).
+    """Image autoencoder of latent diffusion, applied to each frame by itself, as in the published text-to-image model.
 
-    Latents are (z - shift_factor) * scaling_factor, with both numbers from the folder's config.json.
+    Latents are (z - shift_factor) * scaling_factor, with both factors from the config.json of the folder.
 
     Args:
-        folder: with config.json and the weights of a diffusers AutoencoderKL.
-        frames_at_once: frames in one pass, which bounds the memory.
+        folder: holds config.json and the weights of a diffusers AutoencoderKL.
+        frames_at_once: number of frames that are encoded or decoded in one call; it bounds the memory.
 
     Raises:
-        FileNotFoundError: when the folder does not hold these files.
+        FileNotFoundError: when the folder lacks these files.
         ImportError: when the package diffusers is not installed.
         ValueError: when the weights do not fit.
 
@@ -91,11 +91,11 @@ class AutoencoderKLCodec:
         self._shift = float(config.shift_factor or 0.0)
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of so many pixel frames: as many."""
+        """Number of latent frames of a number of pixel frames: the same."""
         return frames
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of so many latent frames: as many."""
+        """Number of pixel frames of a number of latent frames: the same."""
         return latent_frames
 
     @torch.no_grad()
@@ -104,14 +104,15 @@ class AutoencoderKLCodec:
 
         Args:
             pixels: floating point (batch, frames, channels, height, width) or (batch, channels, height, width), in
-                [-1, 1]. The autoencoder moves to their device.
-            noise: standard normal in the shape of the latents, for a draw from the posterior instead of its mean.
+                [-1, 1]. The autoencoder is moved to their device.
+            noise: standard normal noise in the shape of the latents. With it the latents are a sample of the posterior,
+                without it the mean.
 
         Returns:
             float32 latents ([batch, frames,] latent_channels, height / spatial, width / spatial).
 
         Raises:
-            ValueError: when a shape does not fit or divide.
+            ValueError: when a shape does not fit, or a side is not a multiple of `spatial`.
         """
         check_pixels("AutoencoderKLCodec", pixels, self.channels, self.spatial)
         shape = (*pixels.shape[:-3], self.latent_channels, *(side // self.spatial for side in pixels.shape[-2:]))
@@ -137,7 +138,7 @@ class AutoencoderKLCodec:
             float32 pixels ([batch, frames,] channels, height, width); not clamped.
 
         Raises:
-            ValueError: when the shape is another.
+            ValueError: when the shape does not fit.
         """
         check_latents("AutoencoderKLCodec", latents, self.latent_channels)
         module = self._module.to(latents.device)
@@ -150,28 +151,28 @@ class AutoencoderKLCodec:
         return pixels.view(*latents.shape[:-3], *pixels.shape[1:])
 
     def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Decodes a clip piece by piece: `decode`, since frames do not depend on each other."""
+        """A function that decodes a clip piece by piece. It is `decode`, since frames do not depend on each other."""
         return self.decode
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this codec again, with its "kind" for `make_codec`."""
+        """The configuration from which `make_codec` makes this codec again."""
         return {"kind": "autoencoder_kl", "folder": self.folder, "frames_at_once": self.frames_at_once}
 
 
 class WanCodec:
-    """Causal video autoencoder of Wan (the published video model): 1 + 4n frames become 1 + n latent frames.
+    """Causal video autoencoder of Wan, used by the published video model: 1 + 4n frames become 1 + n latent frames.
 
-    The first latent frame holds the first frame alone, so an image is a video of one frame. Latents are normalised
-    by the mean and deviation of each channel from the folder's config.json; posterior noise is added after that and
-    is not normalised, as in the published recipe. Latents of all frames but the first are then multiplied by
-    `suffix_scale`.
+    The first latent frame encodes the first frame alone, so an image is a video of one frame. Latents are normalised by
+    the mean and standard deviation of each channel, from the config.json of the folder. Noise of the posterior is added
+    after that and is not normalised, as in the published recipe. The latents of all frames but the first are then
+    multiplied by `suffix_scale`.
 
     Args:
-        folder: with config.json and the weights of a diffusers AutoencoderKLWan.
+        folder: holds config.json and the weights of a diffusers AutoencoderKLWan.
         suffix_scale: positive; the published video model was trained with 0.6.
 
     Raises:
-        FileNotFoundError: when the folder does not hold these files.
+        FileNotFoundError: when the folder lacks these files.
         ImportError: when the package diffusers is not installed.
         ValueError: when the weights do not fit, or `suffix_scale` is not positive.
 
@@ -198,20 +199,20 @@ class WanCodec:
         self._deviation = torch.tensor(config.latents_std, dtype=torch.float32).view(shape)
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of so many pixel frames.
+        """Number of latent frames of a number of pixel frames.
 
         Args:
             frames: 1 plus a multiple of `temporal`.
 
         Raises:
-            ValueError: when it is not.
+            ValueError: when `frames` is any other number.
         """
         if frames < 1 or (frames - 1) % self.temporal:
             raise ValueError(f"WanCodec: frames is {frames}, expected 1 plus a multiple of {self.temporal}")
         return (frames - 1) // self.temporal + 1
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of so many latent frames; the inverse of `latent_frames`."""
+        """Number of pixel frames of a number of latent frames; the inverse of `latent_frames`."""
         return (latent_frames - 1) * self.temporal + 1
 
     @torch.no_grad()
@@ -221,13 +222,14 @@ class WanCodec:
         Args:
             pixels: floating point (batch, 1 + temporal * n, channels, height, width), or images (batch, channels,
                 height, width), in [-1, 1]. The autoencoder moves to their device.
-            noise: standard normal in the shape of the latents, for a draw from the posterior instead of its mean.
+            noise: standard normal noise in the shape of the latents. With it the latents are a sample of the posterior,
+                without it the mean.
 
         Returns:
             float32 latents (batch, 1 + n, latent_channels, h, w), images without the frame axis.
 
         Raises:
-            ValueError: when a shape does not fit or divide.
+            ValueError: when a shape does not fit, or a side is not a multiple of `spatial`.
         """
         check_pixels("WanCodec", pixels, self.channels, self.spatial)
         size = (pixels.shape[-2] // self.spatial, pixels.shape[-1] // self.spatial)
@@ -255,13 +257,13 @@ class WanCodec:
             clamped to [-1, 1].
 
         Raises:
-            ValueError: when the shape is another.
+            ValueError: when the shape does not fit.
         """
         check_latents("WanCodec", latents, self.latent_channels)
         return self.decoder()(latents[:, None])[:, 0] if latents.ndim == 4 else self.decoder()(latents)
 
     def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Decodes a clip piece by piece; what the convolutions over time remember is kept from one call to the next."""
+        """A function that decodes a clip piece by piece; the convolutions over time keep their state between calls."""
         self._module.clear_cache()
         memory = list(self._module._feat_map)
         begun = False
@@ -285,12 +287,16 @@ class WanCodec:
         return decode
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this codec again, with its "kind" for `make_codec`."""
+        """The configuration from which `make_codec` makes this codec again."""
         return {"kind": "wan", "folder": self.folder, "suffix_scale": self.suffix_scale}
 
 
 def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    """(batch, channels * patch^2, frames, height, width) to patches of pixels; column before row in the channels."""
+    """Spread channels over patches of pixels.
+
+    (batch, channels * patch^2, frames, height, width) becomes (batch, channels, frames, height * patch, width * patch).
+    Among the channels the column within the patch varies more slowly than the row.
+    """
     batch, channels, frames, height, width = pixels.shape
     cut = pixels.view(batch, channels // patch**2, patch, patch, frames, height, width)
     return cut.permute(0, 1, 4, 5, 3, 6, 2).reshape(batch, channels // patch**2, frames, height * patch, width * patch)

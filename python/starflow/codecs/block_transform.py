@@ -1,4 +1,4 @@
-"""Pixels to latents by a linear transform of space-time blocks: exact, invertible, nothing to learn."""
+"""Pixels to latents by a fixed linear transform of blocks of pixels in space and time, which is exactly invertible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starflow.codecs.codec import check_latents, check_pixels
 
 __all__ = ["BlockTransform"]
 
-# Opponent colours: luminance, red against blue, green against magenta; orthonormal rows.
+# Opponent colours as orthonormal rows over RGB: luminance, red against blue, green against magenta.
 _OPPONENT = (
     (1 / math.sqrt(3), 1 / math.sqrt(3), 1 / math.sqrt(3)),
     (1 / math.sqrt(2), 0.0, -1 / math.sqrt(2)),
@@ -21,7 +21,7 @@ _OPPONENT = (
 
 
 def _dct(size: int) -> torch.Tensor:
-    """The orthonormal DCT-II, rows by rising frequency: (size, size) float64."""
+    """The orthonormal DCT-II as a float64 matrix (size, size), with rows in the order of rising frequency."""
     position = torch.arange(size, dtype=torch.float64) + 0.5
     frequency = torch.arange(size, dtype=torch.float64)
     matrix = torch.cos(math.pi / size * frequency[:, None] * position) * math.sqrt(2.0 / size)
@@ -30,7 +30,7 @@ def _dct(size: int) -> torch.Tensor:
 
 
 def _haar(size: int) -> torch.Tensor:
-    """The orthonormal Haar transform over all levels, rows from coarse to fine: (size, size) float64."""
+    """The orthonormal Haar transform of all levels as a float64 matrix (size, size), with rows from coarse to fine."""
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < size:
         mean = torch.kron(matrix, torch.tensor([[1.0, 1.0]], dtype=torch.float64))
@@ -40,43 +40,45 @@ def _haar(size: int) -> torch.Tensor:
 
 
 def _gain(t: int, i: int, j: int, colour: int, *, patch: int, temporal: int) -> float:
-    """One over the typical deviation of a DCT coefficient of filmed scenes.
+    """The inverse of the typical standard deviation of a DCT coefficient of filmed scenes.
 
-    Fitted to blocks of 6, 8 and 12 pixels by 2 frames of small clips (48 pixels high, 8 frames a second), to within a
-    factor of 1.3 on average: falls with frequency in space and in time, and colour is weaker than luminance.
+    The formula was fitted to blocks of 6, 8 and 12 pixels by 2 frames of small clips (48 pixels high, 8 frames per
+    second), and is within a factor of 1.3 of them on average. The deviation falls with frequency in space and in time,
+    and is smaller for colour than for luminance.
 
     Args:
-        t, i, j: frequencies in time and space. colour: 0 for luminance or plain RGB, else opponent colours.
-        patch, temporal: size of the block.
+        t, i, j: frequencies in time and in the two directions of space.
+        colour: 0 for luminance or plain RGB, 1 and 2 for the opponent colours.
+        patch, temporal: side of the block in pixels and its length in frames.
     """
     size = 0.6 * patch * math.sqrt(temporal)
     return math.pow(1 + math.hypot(i, j), 1.75) * math.pow(1 + t, 1.5) * (1.0, 5.5, 8.0)[colour] / size
 
 
 def _coarseness(kind: str, index: int) -> int:
-    """How fine a row of the one-dimensional transform is: its frequency (DCT), or its level (Haar)."""
+    """A number that orders the rows of a one-dimensional transform: their frequency (DCT) or their level (Haar)."""
     return index if kind == "dct" else index.bit_length()
 
 
 class BlockTransform:
     """Orthonormal DCT or Haar transform of blocks of temporal x patch x patch pixels into channels.
 
-    Each block of each colour becomes one latent position with temporal * patch * patch * channels values, ordered
-    from coarse to fine (all colours of a coefficient together, luminance first). The transform is orthonormal, so its
-    log-determinant is 0, a likelihood of latents is one of pixels, and white noise stays white.
+    Each block becomes one latent position with temporal * patch * patch * channels values, ordered from coarse to fine;
+    the colours of a coefficient stand together, luminance first. The transform is orthonormal, so its log-determinant
+    is 0, a likelihood of latents is also one of pixels, and white noise stays white.
 
-    In filmed scenes a few coarse values of a block are then large and most are tiny, smaller than the noise of
-    training: the gradient of the loss comes from noise for the most part, and a flow learns the scene slowly.
-    `equalize` multiplies every value by a constant so that all are of about the same size, near 1. The log-determinant
-    is then another constant, and noise on the latents hides a share of every frequency in place of the fine ones alone.
+    In filmed scenes a few coarse coefficients of a block are large, and most are smaller than the noise that training
+    adds. Most of the gradient of the loss then comes from that noise, and a flow learns the scene slowly. `equalize`
+    multiplies each coefficient by a constant that brings its typical size near 1. The log-determinant is then another
+    constant, and noise on the latents hides a share of every frequency instead of the fine ones alone.
 
     Args:
         kind: "dct" or "haar" (sizes must be powers of two).
         patch: side of a block in pixels.
         temporal: frames in a block.
         channels: 1 (grey) or 3 (RGB, rotated to opponent colours when `opponent`).
-        opponent: whether colours are rotated; it has no effect on grey.
-        equalize: see above; only with "dct".
+        opponent: whether RGB is rotated to opponent colours; without effect on grey.
+        equalize: see above; for "dct" only.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -120,15 +122,15 @@ class BlockTransform:
         self.log_det_per_dimension = float(gains.log().mean())
 
     def _make_basis(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Orthonormal rows and what each is multiplied by; float64.
+        """The float64 matrix of the transform, with orthonormal rows, and the gain of each row.
 
-        Rows are latent channels, columns pixels of a block as (temporal, channels, patch, patch).
+        Rows are latent channels. Columns are the pixels of a block, (temporal, channels, patch, patch) flattened.
         """
         transform = _dct if self.kind == "dct" else _haar
         space, time = transform(self.patch), transform(self.temporal)
         rotate = self.channels == 3 and self.opponent
         colour = torch.tensor(_OPPONENT, dtype=torch.float64) if rotate else torch.eye(self.channels).double()
-        # kron orders rows and columns alike: (time, colour, row, column).
+        # The Kronecker product orders rows and columns of the matrix alike: (time, colour, row, column).
         basis = torch.kron(time, torch.kron(colour, torch.kron(space, space)))
         order = []
         for t in range(self.temporal):
@@ -146,20 +148,20 @@ class BlockTransform:
         return basis[rows], gains
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of so many pixel frames.
+        """Number of latent frames of a number of pixel frames.
 
         Args:
-            frames: a multiple of `temporal`.
+            frames: a positive multiple of `temporal`.
 
         Raises:
-            ValueError: when it is not.
+            ValueError: when `frames` is any other number.
         """
         if frames < 1 or frames % self.temporal:
             raise ValueError(f"BlockTransform: frames is {frames}, expected a positive multiple of {self.temporal}")
         return frames // self.temporal
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of so many latent frames; the inverse of `latent_frames`."""
+        """Number of pixel frames of a number of latent frames; the inverse of `latent_frames`."""
         return latent_frames * self.temporal
 
     def encode(self, pixels: torch.Tensor, *, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -168,14 +170,14 @@ class BlockTransform:
         Args:
             pixels: floating point (batch, frames, channels, height, width), or images (batch, channels, height,
                 width) where `temporal` is 1.
-            noise: not accepted, the transform has no posterior to draw from.
+            noise: must be None: the transform is deterministic and has no posterior.
 
         Returns:
             latents (batch, frames / temporal, latent_channels, height / patch, width / patch), images without the
-            frame axis; dtype of the pixels.
+            frame axis; in the dtype of the pixels.
 
         Raises:
-            ValueError: when a shape does not divide, or noise is given.
+            ValueError: when a side or the number of frames is not a multiple of the block's, or noise is given.
         """
         if noise is not None:
             raise ValueError("BlockTransform: noise is given, expected None: the transform is exact and draws nothing")
@@ -200,7 +202,7 @@ class BlockTransform:
             pixels (batch, frames, channels, height, width), or (batch, channels, height, width); not clamped.
 
         Raises:
-            ValueError: when the shape is another.
+            ValueError: when the shape does not fit.
         """
         check_latents("BlockTransform", latents, self.latent_channels)
         if latents.ndim == 4:
@@ -216,11 +218,11 @@ class BlockTransform:
         )
 
     def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Decodes a clip piece by piece: `decode`, since latent frames do not depend on each other."""
+        """A function that decodes a clip piece by piece. It is `decode`, since latent frames are independent."""
         return self.decode
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this codec again, with its "kind" for `make_codec`."""
+        """The configuration from which `make_codec` makes this codec again."""
         return {
             "kind": self.kind,
             "patch": self.patch,

@@ -1,4 +1,4 @@
-"""The one interface between pixels and latents."""
+"""The interface of all codecs, and the checks that they share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Codec(Protocol):
     """Turns pixels in [-1, 1] into the latents that the flow models, and back.
 
     Attributes:
-        channels: of the pixels.
-        latent_channels: of the latents.
-        spatial: pixels per latent position, along height and along width.
+        channels: number of channels of the pixels.
+        latent_channels: number of channels of the latents.
+        spatial: pixels per latent position along height, and along width.
         temporal: pixel frames per latent frame.
     """
 
@@ -27,45 +27,45 @@ class Codec(Protocol):
 
     @property
     def exact(self) -> bool:
-        """Whether decode(encode(pixels)) is pixels up to rounding."""
+        """Whether decode(encode(pixels)) equals the pixels up to rounding."""
 
     @property
     def log_det_per_dimension(self) -> float | None:
-        """Log |d latents / d pixels| per dimension, which turns a likelihood of latents into one of pixels.
+        """Log |d latents / d pixels| per dimension, which converts a likelihood of latents into one of pixels.
 
-        None where the codec is not exact and no such number exists.
+        It is None for a codec that is not exact, since no such number exists.
         """
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of so many pixel frames; ValueError where they do not divide."""
+        """Number of latent frames of a number of pixel frames; ValueError where the codec cannot encode so many."""
 
     def pixel_frames(self, latent_frames: int) -> int:
-        """Pixel frames of so many latent frames."""
+        """Number of pixel frames of a number of latent frames."""
 
     def encode(self, pixels: torch.Tensor, *, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Pixels (batch, frames, channels, height, width) to latents (batch, latent_frames, latent_channels, h, w).
 
-        Images (batch, channels, height, width) become (batch, latent_channels, h, w). Codecs with a posterior return
-        its mean without `noise`, and a draw from it with standard normal `noise` in the shape of the latents.
+        Images (batch, channels, height, width) become (batch, latent_channels, h, w). A codec with a posterior returns
+        its mean, or with standard normal `noise` in the shape of the latents a sample of it.
         """
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """The inverse of `encode`."""
 
     def decoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """A function that decodes one clip piece by piece: further latent frames to further pixel frames."""
+        """A function that decodes one clip piece by piece: each call turns the next latent frames into pixel frames."""
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this codec again, with its "kind" for `make_codec`."""
+        """The configuration from which `make_codec` makes this codec again."""
 
 
 def check_pixels(codec: str, pixels: torch.Tensor, channels: int, spatial: int) -> None:
     """Raise ValueError unless a codec can encode these pixels.
 
     Args:
-        codec: its name, for the message.
+        codec: name of the codec, for the message.
         pixels: expected floating point ([batch, frames,] channels, height, width), sides multiples of `spatial`.
-        channels: expected number.
+        channels: expected number of channels.
         spatial: pixels per latent position.
     """
     expected = f"[batch, frames, {channels}, height, width] or [batch, {channels}, height, width]"
@@ -82,9 +82,9 @@ def check_latents(codec: str, latents: torch.Tensor, latent_channels: int) -> No
     """Raise ValueError unless a codec can decode these latents.
 
     Args:
-        codec: its name, for the message.
+        codec: name of the codec, for the message.
         latents: expected floating point ([batch, frames,] latent_channels, h, w).
-        latent_channels: expected number.
+        latent_channels: expected number of channels.
     """
     if latents.ndim not in (4, 5) or latents.shape[-3] != latent_channels:
         raise ValueError(

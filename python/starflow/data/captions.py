@@ -1,4 +1,4 @@
-"""The captions that the published models were trained on, and their picture sizes."""
+"""Captions in the form that the published models were trained on, and the picture sizes of their training."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Literal, TypeAlias, get_args
 __all__ = ["ASPECT_RATIOS", "CaptionMode", "aspect_size", "assemble", "nearest_aspect"]
 
 CaptionMode: TypeAlias = Literal["extend", "last", "v2v"]
-"""What is special about a clip: its first frame is cut off, its last frame or its source clip stands before it."""
+"""What a caption tells about the frames: "extend" marks a clip whose first frame is cut off, "last" one with its last
+frame placed in front, "v2v" one with its source clip in front."""
 
 ASPECT_RATIOS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
-"""Width to height of the published training buckets."""
+"""Aspect ratios, width to height, of the training clips of the published models."""
 
 _GEMMA = "<start_of_turn>user\nPlease generate {what} about: {caption}<end_of_turn>\n<start_of_turn>model\n"
 
@@ -28,16 +29,15 @@ def assemble(
 ) -> str:
     """Assemble the caption that the text encoder sees.
 
-    The parts are added in this order, each only where it is given; the caption for guidance is that of "" (or
-    `drop`) with the same parts.
+    The parts are added in the order of the arguments, each only where it is given. The unconditional caption of
+    guidance has the same parts around an empty text (`drop`).
 
     Args:
         text: what the clip shows.
-        mode: "extend" for a clip whose first frame is cut off, "last" for one whose last frame is given in front,
-            "v2v" for one that follows its source clip.
-        drop: replace text and mode by "", as training does for a share of the captions.
+        mode: see `CaptionMode`.
+        drop: whether text and mode are replaced by "", as training does for a share of the captions.
         fps: frames per second; 0 for an image.
-        noise_level: standard deviation of the noise on the latents; a thousand times it is written, truncated.
+        noise_level: standard deviation of the noise on the latents; the caption holds a thousand times it, truncated.
         aspect_ratio: "W:H".
         template: "gemma" for the chat turn that Gemma encoders expect.
 
@@ -70,7 +70,7 @@ def assemble(
 
 
 def _ratio(text: str) -> float:
-    """Width over height of "W:H"."""
+    """Width divided by height, from "W:H"."""
     width, colon, height = text.partition(":")
     if not (colon and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise ValueError(f'aspect ratio is "{text}", expected "W:H" such as "16:9"')
@@ -78,12 +78,12 @@ def _ratio(text: str) -> float:
 
 
 def aspect_size(side: int, ratio: str, multiple: int) -> tuple[int, int]:
-    """Size of a picture of a given shape, with about the area of a square.
+    """Find the size of a picture with a given aspect ratio and about the area of a given square.
 
     Args:
         side: of the square, in pixels.
         ratio: width to height, "W:H".
-        multiple: of which both sides shall be: pixels per latent position times the patch of the model.
+        multiple: both sides of the picture are multiples of it: pixels per latent position times the model's patch.
 
     Returns:
         (height, width).
@@ -101,5 +101,5 @@ def aspect_size(side: int, ratio: str, multiple: int) -> tuple[int, int]:
 
 
 def nearest_aspect(height: int, width: int) -> str:
-    """The published aspect ratio, "W:H", that a picture of this size is nearest to."""
+    """The one of `ASPECT_RATIOS` that is nearest to the shape of a picture, by the ratio of both."""
     return min(ASPECT_RATIOS, key=lambda ratio: abs(math.log(width / height / _ratio(ratio))))

@@ -1,7 +1,7 @@
 """Clips, the data sets that hold them, and the deterministic order in which training draws them.
 
-A data set is map-style: ``len(dataset)`` and ``dataset.item(index, epoch=..., seed=...)``. An item depends on these
-three numbers and nothing else, and a batch on ``(seed, step)`` and nothing else: a resumed run sees the same data.
+A data set has ``len(dataset)`` and ``dataset.item(index, epoch=..., seed=...)``. An item depends on these three numbers
+and on nothing else, and a batch depends on ``(seed, step)`` alone, so a resumed run sees the same data.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class Clip:
 
     Args:
         pixels: float32 of shape (frames, channels, height, width), in [-1, 1]. An image is one frame.
-        caption: what it shows; "" where nobody said.
-        name: where it comes from, for logs and error messages.
-        source: of a pair, the clip that this one is made of, like `pixels`.
+        caption: what the clip shows; "" where it is not known.
+        name: where the clip comes from, for logs and error messages.
+        source: in a data set of pairs, pixels of the clip that this one is derived from, of the same shape.
     """
 
     pixels: torch.Tensor
@@ -61,12 +61,12 @@ class Clip:
 
 
 class ClipDataset(Protocol):
-    """What the trainer asks of a data set."""
+    """What the trainer needs of a data set."""
 
     def __len__(self) -> int: ...
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
-        """One clip; a pure function of the arguments."""
+        """Read one clip; it depends on the arguments alone."""
 
 
 def to_pixels(frames: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ def to_pixels(frames: torch.Tensor) -> torch.Tensor:
         frames: uint8 of shape (frames, height, width, channels).
 
     Returns:
-        float32 of shape (frames, channels, height, width), 0 -> -1 and 255 -> 1.
+        float32 of shape (frames, channels, height, width); 0 becomes -1 and 255 becomes 1.
     """
     return frames.movedim(-1, -3).to(torch.float32).div(127.5).sub(1.0).contiguous()
 
@@ -91,7 +91,7 @@ def to_frames(pixels: torch.Tensor) -> torch.Tensor:
         uint8 of shape (..., height, width, channels).
 
     Raises:
-        ValueError: when a value is not finite, which no picture can show.
+        ValueError: when a value is not finite.
     """
     if not bool(torch.isfinite(pixels).all()):
         raise ValueError("to_frames: pixels hold values that are not finite (NaN or infinite), expected finite numbers")
@@ -131,13 +131,14 @@ def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
 def sample_indices(seed: int, step: int, batch: int, length: int) -> list[tuple[int, int]]:
     """Say which items make up the batch of a training step.
 
-    Every epoch is a fresh permutation of the whole data set, and the steps walk through the epochs without a gap, so
-    a batch may span two of them. A pure function of its arguments: resuming needs no state but the step.
+    Each epoch is another permutation of the whole data set. The steps go through the epochs without a gap, so a batch
+    may begin in one epoch and end in another. The result depends on the arguments alone, so a run resumes from the
+    number of its step.
 
     Args:
         seed: of the run, not negative.
         step: counted from 0.
-        batch: items in a step, over all processes.
+        batch: number of items of a step, over all processes.
         length: of the data set.
 
     Returns:
@@ -157,17 +158,19 @@ def sample_indices(seed: int, step: int, batch: int, length: int) -> list[tuple[
 
 
 def sample_group(seed: int, step: int, batch: int, groups: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """Say which items make up the batch of a training step where only items of one group fit together.
+    """Say which items make up the batch of a training step where a batch may only hold items of one group.
 
-    An epoch goes through all groups, each cut into batches after a fresh permutation (the last one filled up from its
-    beginning), in a random order of the batches. With one group this is `sample_indices`.
+    In each epoch the items of every group are permuted and cut into batches; the last batch of a group is filled up
+    from the beginning of the group. The batches of all groups then come in a random order. With one group this is
+    `sample_indices`.
 
     Args:
         seed, step, batch: as for `sample_indices`.
-        groups: indices of the items of each group, none empty.
+        groups: indices of the items of each group; no group is empty.
 
     Returns:
-        `batch` pairs (index, epoch), all of one group; an item that comes twice in an epoch has two numbers of it.
+        `batch` pairs (index, epoch), all of one group. An item that occurs twice in an epoch gets two epoch numbers, so
+        that it is not cut in the same way.
     """
     if len(groups) == 1:
         return [(groups[0][index], epoch) for index, epoch in sample_indices(seed, step, batch, len(groups[0]))]
@@ -201,9 +204,17 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
 
 @dataclass(frozen=True)
 class _File:
-    """One readable file: its rate (0 of an image), its frames at that, its captions, and (height, width) of its clips.
+    """One readable file.
 
-    Of a pair the file of the clips, with the file of their sources; `available` is what both have.
+    Args:
+        path: of the file.
+        name: the path relative to the folder.
+        rate: frames per second at which clips are cut; 0 for an image.
+        available: number of frames at this rate; in a pair, of the shorter of the two files.
+        captions: of which each clip draws one.
+        info: of a video; None for an image.
+        size: (height, width) of its clips.
+        source: in a pair, the file of the sources of these clips.
     """
 
     path: Path
@@ -219,33 +230,38 @@ class _File:
 class VideoFolder:
     """Clips cut from a folder of video files of any format and size, with captions from the files beside them.
 
-    Every file below the folder counts, through links too, except hidden ones and the captions: `NAME.txt` (one caption)
-    or `NAME.json` (`{"caption": "..."}`, or `{"captions": [...]}` of which each item draws one). A file without caption
-    has "". Images are clips of one frame, read only when `frames` is 1. A file that is missing, empty, corrupt, text,
-    without video or too short is skipped with one line in the log that names it, and so are folders that cannot be
-    read and captions that belong to no clip.
+    All files below the folder are clips, except hidden files and captions; links to files and folders are followed.
+    The captions of `NAME.mp4` are in `NAME.txt` (one caption) or `NAME.json` (`{"caption": "..."}`, or
+    `{"captions": [...]}`, of which each item draws one); see `Sidecars` for other spellings of the name. A file without
+    captions has the caption "". Images are clips of one frame and are read only when `frames` is 1.
+
+    The log has one line for each file that is skipped because it is missing, empty, corrupt, too short, or holds text
+    or no video; for each folder that cannot be read; and for captions that belong to no clip.
 
     Frames are scaled to cover height x width, cropped in the middle, and chosen by timestamp as in `read_video`.
     Decoded files are kept in memory as uint8 up to `cache_bytes`; a file larger than that is read clip by clip.
 
-    With `sources` clips come in pairs: that of `folder/sub/NAME.mp4` has its source from `sources/sub/NAME.*`, from the
-    same second on, at the same rate and in the same size. A file without source is skipped with one line in the log.
+    With `sources` the clips come in pairs: the source of a clip of `folder/sub/NAME.mp4` is cut from
+    `sources/sub/NAME.*`, from the same second on, at the same rate and in the same size. A file without source is
+    skipped with one line in the log.
 
     Args:
-        folder: with the files, searched through all its subfolders.
-        sources: folder with the sources of the clips; None for clips without.
-        frames: in a clip.
+        folder: with the files, searched with all its subfolders.
+        sources: folder with the sources of the clips; None for clips without sources.
+        frames: number of frames of a clip.
         height, width: of a clip.
         fps: frames per second of the clips, or None for each file's own nominal rate.
         channels: 3 for RGB, 1 for grey.
-        clips_per_file: items that each file gives in one epoch.
-        cut: "random" cuts each clip at a start drawn from (seed, epoch, index); "even" spreads the starts of a file's
-            clips from its first to its last possible one, the same in every epoch.
-        name_captions: a file without caption has the words of its name.
-        caption_second: captions end in the second of the file at which the clip begins (a whole number; not of images).
+        clips_per_file: number of items that each file gives in one epoch.
+        cut: where clips begin. "random" draws the beginning from (seed, epoch, index); "even" spreads the clips of a
+            file from its first frame to its last, in every epoch the same.
+        name_captions: whether the caption of a file without captions consists of the words of its name.
+        caption_second: whether the second of the file at which the clip begins stands at the end of its caption, as a
+            whole number (not for images).
         cache_bytes: memory for decoded files.
-        aspect_multiple: clips keep the published shape (see `ASPECT_RATIOS`) that is nearest to their file's, with
-            about the area of height x width and sides that are multiples of this number. None: all are height x width.
+        aspect_multiple: with a number, clips have the one of `ASPECT_RATIOS` that is nearest to the shape of their
+            file, about the area of height x width, and sides that are multiples of this number. With None all clips
+            are height x width.
 
     Raises:
         ValueError: when an argument is out of range, a caption file is malformed, or no file is readable.
@@ -313,7 +329,7 @@ class VideoFolder:
 
     @property
     def captions(self) -> tuple[str, ...]:
-        """Every caption that a clip may have, file after file."""
+        """All captions that clips can have, file by file, each once."""
         found: dict[str, None] = {}
         for file in self._files:
             for caption in file.captions:
@@ -326,12 +342,12 @@ class VideoFolder:
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
-        """Every (height, width) that a clip may have."""
+        """All (height, width) that clips can have."""
         return tuple(dict.fromkeys(file.size for file in self._files))
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Indices of the items of each shape."""
+        """Indices of the items, grouped by the size of their clips in the order of `sizes`."""
         found: dict[tuple[int, int], list[int]] = {size: [] for size in self.sizes}
         for index in range(len(self)):
             found[self._files[index // self.clips_per_file].size].append(index)
@@ -345,20 +361,20 @@ class VideoFolder:
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
 
-        A file that turns out to be damaged further in is skipped with one line in the log, and the next file of its
-        shape stands in for it.
+        Where a file turns out to be damaged further in, the log tells so once, and the clip comes from the next file
+        with clips of the same size.
 
         Args:
             index: from 0 to len - 1.
-            epoch: each epoch cuts elsewhere (`cut` "random").
+            epoch: with `cut` "random" each epoch cuts the clips at other places.
             seed: of the run.
 
         Returns:
             the clip, pixels (frames, channels, height, width).
 
         Raises:
-            IndexError: when there is no such index.
-            ValueError: when no file is readable any more.
+            IndexError: when the index is out of range.
+            ValueError: when no file can be read any more.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"VideoFolder: index is {index}, expected 0 to {len(self) - 1}")
@@ -407,7 +423,7 @@ class VideoFolder:
                 if first is not path:
                     logger.warning("skipped: %s: %s is the source of the same clips", path, first)
         files = []
-        # Threads, since decoders run outside of the interpreter's lock.
+        # Threads are enough, since decoders release the lock of the interpreter.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for file in pool.map(self._try_open, paths):
                 if isinstance(file, VideoError):
@@ -437,7 +453,7 @@ class VideoFolder:
             return error
 
     def _open(self, path: Path, folder: Path, rate: float | None = None) -> _File:
-        """A file of a folder, read at the given rate, or else that of the clips or its own."""
+        """Open a file that is cut at the given rate, or without one at `fps`, or at its own rate."""
         name, captions = str(path.relative_to(folder)), self._captions.get(path, ("",))
         if path.suffix.lower() in IMAGE_SUFFIXES:
             return _File(path, name, 0.0, 1, captions, None, self._size(*image_size(path)))
@@ -456,7 +472,7 @@ class VideoFolder:
         return aspect_size(side, nearest_aspect(height, width), self.aspect_multiple)
 
     def _read(self, file: _File, start: int) -> torch.Tensor:
-        """uint8 (frames, height, width, channels) from frame `start` on, counted at the wanted rate."""
+        """Frames of a clip, uint8 (frames, height, width, channels), from frame `start` at the rate of the file on."""
         with self._lock:
             cached = self._cache.get(file.path)
             if cached is not None:
@@ -479,5 +495,5 @@ class VideoFolder:
 
 
 def _pair_name(path: Path, folder: Path) -> str:
-    """What a clip and its source have in common: the path in their folders without suffix, accents composed."""
+    """The path in its folder without suffix, with composed accents; a clip and its source have the same."""
     return composed(str(path.relative_to(folder).with_suffix("")))

@@ -1,4 +1,4 @@
-"""Decoded frames to RGB of the wanted size: upright, square pixels, opaque, in the colours of a common screen."""
+"""Decoded frames to RGB of the wanted size: upright, with square pixels, opaque, in the colours of an SDR screen."""
 
 from __future__ import annotations
 
@@ -21,43 +21,48 @@ _LUMA = (0.2126, 0.7152, 0.0722)
 # Pixels of a frame whose luma is computed at once.
 _LUMA_PIXELS = 1 << 24
 
-# Numbers of the transfer functions with more range than a common screen, ITU-T H.273, table 3.
+# Transfer functions of high dynamic range, by their numbers in ITU-T H.273, table 3.
 _PQ, _HLG = 16, 18
 HIGH_RANGE = {_PQ: "PQ", _HLG: "HLG"}
 
-# ITU-R BT.2408: diffuse white of a picture of high dynamic range, and the peak that HLG is graded for; in cd/m^2.
+# Luminance of diffuse white and nominal peak luminance of a picture of high dynamic range, in cd/m^2 (ITU-R BT.2408).
 _WHITE = 203.0
 _PEAK = 1000.0
 
-# Up to this share of diffuse white the tone curve is the identity.
+# The tone curve is the identity up to this share of diffuse white.
 _KNEE = 0.75
 
-# Primaries of ITU-R BT.2020 to those of BT.709, both with white D65 (ITU-R BT.2407, section 2.2).
+# Linear RGB with the primaries of ITU-R BT.2020 to linear RGB with those of BT.709 (ITU-R BT.2407, section 2.2).
 _TO_709 = np.array(
     [[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], dtype=np.float32
 )
 
-# A picture whose scaled size would have more pixels than this is cropped before it is scaled: one of 20,000 x 1
-# pixels that shall cover 256 x 256 would grow to 1.3 billion.
+# A picture that would have more pixels than this once it is scaled is cropped first. One of 20,000 x 1 pixels that is
+# scaled to cover 256 x 256 would have 1.3 billion.
 _MAX_SCALED = 1 << 24
 
 _SCALING = "bicubic+accurate_rnd+full_chroma_int"
 
 
 def cover(width: int, height: int, out_width: int, out_height: int) -> tuple[int, int]:
-    """Size of the smallest picture of this aspect that covers the wanted one."""
+    """Width and height of the smallest picture with the aspect of the source that covers the wanted size."""
     factor = max(out_width / width, out_height / height)
     return max(out_width, round(width * factor)), max(out_height, round(height * factor))
 
 
 def must_crop_first(width: int, height: int, out_width: int, out_height: int) -> bool:
-    """Whether the picture that covers the wanted one would be far larger than both."""
+    """Whether the scaled picture (see `cover`) would be far larger than both the source and the wanted picture."""
     scaled_width, scaled_height = cover(width, height, out_width, out_height)
     return scaled_width * scaled_height > max(_MAX_SCALED, 4 * width * height, 4 * out_width * out_height)
 
 
 def to_channels(frames: torch.Tensor, channels: int) -> torch.Tensor:
-    """RGB frames (..., 3) as they are, or as BT.709 luma (..., 1)."""
+    """Frames with the wanted number of channels.
+
+    Args:
+        frames: uint8 RGB (frames, height, width, 3).
+        channels: 3 returns the frames as they are, 1 their BT.709 luma, (frames, height, width, 1).
+    """
     if channels == 3:
         return frames
     # A piece at a time, so that the float copy stays small.
@@ -75,8 +80,8 @@ def over_black(rgba: np.ndarray, opaque: int) -> np.ndarray:
     """Lay a picture with transparency over black.
 
     Args:
-        rgba: uint8 or uint16 (height, width, 4), colours not multiplied by their opacity.
-        opaque: the opacity from which on nothing shines through.
+        rgba: uint8 or uint16 (height, width, 4); the colours are not multiplied by their opacity.
+        opaque: the value of the fourth channel that means fully opaque; larger ones mean the same.
 
     Returns:
         (height, width, 3) in the same dtype.
@@ -88,7 +93,7 @@ def over_black(rgba: np.ndarray, opaque: int) -> np.ndarray:
 
 
 def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
-    """How the file asks to show a frame: whether to transpose it first, then to mirror it left to right, up to down."""
+    """How the file asks to turn a frame: whether to transpose it, then mirror it left to right, then top to bottom."""
     data = frame.side_data.get("DISPLAYMATRIX")
     if not isinstance(data, Buffer):
         return False, False, False
@@ -100,7 +105,7 @@ def orientation(frame: VideoFrame) -> tuple[bool, bool, bool]:
 
 
 def size_on_screen(frame: VideoFrame, pixel_shape: Fraction) -> tuple[int, int]:
-    """Width and height of a frame with square pixels, as the file asks to show it."""
+    """Width and height of a frame once it is turned as the file asks and its pixels are square."""
     return _shown(frame, orientation(frame)[0], pixel_shape)
 
 
@@ -112,7 +117,10 @@ def _shown(frame: VideoFrame, transpose: bool, pixel_shape: Fraction) -> tuple[i
 
 @functools.lru_cache(maxsize=2)
 def _light(transfer: int) -> np.ndarray:
-    """Code values 0..65535 to light, 1 at diffuse white; of HLG the light of the scene, before the system's gamma."""
+    """A table from code values 0..65535 to light.
+
+    For PQ it is the light of the screen, 1 at diffuse white; for HLG that of the scene, in [0, 1], before the OOTF.
+    """
     code = np.linspace(0.0, 1.0, 65536)
     if transfer == _PQ:
         # SMPTE ST 2084.
@@ -127,28 +135,28 @@ def _light(transfer: int) -> np.ndarray:
 
 
 def tone_map(code: np.ndarray, transfer: int) -> np.ndarray:
-    """Show a picture of high dynamic range on a common screen.
+    """Map the tones of a picture of high dynamic range to those of an SDR screen.
 
-    Light up to 3/4 of diffuse white stays as it is. Above that the largest of the three colours is compressed, with the
-    others in proportion, so that diffuse white comes to 7/8 of the screen's and the peak of 1000 cd/m^2 to all of it.
+    Light up to 3/4 of diffuse white is kept. Above that the largest of the three colours is compressed, and the others
+    in proportion: diffuse white is shown with 7/8 of the light of the screen's white, 1000 cd/m^2 with all of it.
 
     Args:
-        code: uint16 (height, width, 3), R'G'B' of the primaries of BT.2020 in PQ or HLG, full range.
-        transfer: the number of the transfer function.
+        code: uint16 (height, width, 3), full-range R'G'B' with the primaries of BT.2020, in PQ or HLG.
+        transfer: number of the transfer function, a key of `HIGH_RANGE`.
 
     Returns:
-        uint8 (height, width, 3), R'G'B' of BT.709 for a screen of gamma 2.4 (BT.1886).
+        uint8 (height, width, 3), full-range R'G'B' of BT.709 for a screen of gamma 2.4 (BT.1886).
 
     Reference: ITU-R BT.2100 (transfer functions), BT.2408 (203 cd/m^2 for diffuse white).
     """
     light = _light(transfer)[code]
     if transfer == _HLG:
-        # The system's gamma of 1.2 for a screen of 1000 cd/m^2, on the luminance of BT.2020.
+        # The OOTF of BT.2100 for a screen of 1000 cd/m^2: a gamma of 1.2 on the luminance.
         luminance = light @ np.array([0.2627, 0.6780, 0.0593], dtype=np.float32)
         light *= (_PEAK / _WHITE * luminance**0.2)[..., None]
     light = np.maximum(light @ _TO_709.T, 0)
     largest = light.max(axis=-1, keepdims=True)
-    # Reinhard's curve with a white point, above the knee; the slope at the knee is 1.
+    # Reinhard's curve with a white point, moved and scaled to begin at the knee, where its slope is 1.
     above, most = np.maximum(largest - _KNEE, 0) / (1 - _KNEE), (_PEAK / _WHITE - _KNEE) / (1 - _KNEE)
     curve = _KNEE + (1 - _KNEE) * above * (1 + above / most**2) / (1 + above)
     light *= np.where(largest > _KNEE, curve / np.maximum(largest, _KNEE), 1)
@@ -157,10 +165,10 @@ def tone_map(code: np.ndarray, transfer: int) -> np.ndarray:
 
 
 class Converter:
-    """Turns decoded frames into RGB of one size. The frames may differ in size, shape, format and orientation.
+    """Turns decoded frames into RGB of one size, even where their own size, format or orientation changes.
 
     Args:
-        width, height: wanted; each frame is scaled to cover them and cropped in the middle.
+        width, height: of the result. Each frame is scaled to cover them and cropped in the middle.
     """
 
     def __init__(self, width: int, height: int) -> None:
@@ -169,11 +177,14 @@ class Converter:
         self._graph = Graph()
 
     def __call__(self, frame: VideoFrame, pixel_shape: Fraction) -> np.ndarray:
-        """A frame as uint8 (height, width, 3).
+        """Convert a frame.
 
         Args:
-            frame: decoded.
-            pixel_shape: width of its pixels over their height.
+            frame: as the decoder gave it.
+            pixel_shape: width of a pixel of it divided by its height.
+
+        Returns:
+            uint8 RGB (height, width, 3).
         """
         turn, transfer = orientation(frame), frame.color_trc
         frame = _opaque(frame)
@@ -190,7 +201,7 @@ class Converter:
         width, height = _shown(frame, transpose, pixel_shape)
         chain: list[tuple[str, str]] = []
         if transpose:
-            # Mode 0 is the plain transposition, 1 mirrors it left to right, 2 up to down, 3 both.
+            # Mode 0 only transposes; 1 also mirrors left to right, 2 top to bottom, 3 both.
             chain.append(("transpose", str(mirror + 2 * flip)))
         else:
             chain += [("hflip", "")] * mirror + [("vflip", "")] * flip
@@ -216,7 +227,7 @@ def _properties(frame: VideoFrame) -> tuple[int | str, ...]:
 
 
 def _chain(frame: VideoFrame, filters: list[tuple[str, str]]) -> Graph:
-    """A graph of ffmpeg's filters, one after the other, for frames like this."""
+    """A chain of ffmpeg's filters for frames with the properties of this one."""
     graph = Graph()
     source = graph.add(
         "buffer",
@@ -234,21 +245,21 @@ def _chain(frame: VideoFrame, filters: list[tuple[str, str]]) -> Graph:
 
 
 def _alpha_bits(frame: VideoFrame) -> int:
-    """Bits of the opacity of each pixel; 0 where there is none."""
+    """Bits of the opacity of a pixel; 0 for formats without transparency."""
     if frame.format.has_palette:
         return 8
     return max((part.bits for part in frame.format.components if part.is_alpha), default=0)
 
 
 def _opaque(frame: VideoFrame) -> VideoFrame:
-    """A frame with transparency over black; one that has none in any pixel stays as it is."""
+    """The frame over black; one that is opaque everywhere is returned as it is."""
     bits = min(16, _alpha_bits(frame))
     if not bits:
         return frame
     graph = _chain(frame, [("scale", f"flags={_SCALING}"), ("format", "rgba" if bits <= 8 else "rgba64le")])
     graph.push(frame)
     rgba: Any = graph.vpull().to_ndarray()
-    # ffmpeg widens 10 or 12 bits to 16 by zeros.
+    # Opacities of 10 or 12 bits are widened to 16 by zeros at the end.
     opaque = 255 if bits <= 8 else ((1 << bits) - 1) << (16 - bits)
     if rgba[..., 3].min() >= opaque:
         return frame

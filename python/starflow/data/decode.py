@@ -1,8 +1,9 @@
 """The frames of a video file with the time at which each is shown, decoded by ffmpeg's libraries (package av).
 
-The decoder runs in this process, so the same libraries read the files on every machine, whatever ffmpeg is installed,
-and every frame comes with its own timestamp, size and colours. An ffmpeg process would hide all three behind a filter
-graph: that one is built anew, and counts from zero, as soon as the picture size of a stream changes.
+The decoder runs in this process. The libraries come with the package av, so a file gives the same frames on every
+machine, whichever ffmpeg is installed there, and each frame arrives with its own timestamp, size and colours. The
+program ffmpeg hides these behind a filter graph, which it rebuilds, with its clock back at zero, whenever the picture
+size of a stream changes.
 """
 
 from __future__ import annotations
@@ -32,33 +33,34 @@ from starflow.data.ffmpeg import VideoError
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 1 << 27
-"""Pixels of the largest picture that is decoded, 16384 x 8192: a header of a few bytes may ask for any size."""
+"""The most pixels of a picture that is decoded, 16384 x 8192. A header of a few bytes can ask for any size."""
 
 MICROSECONDS = 1_000_000
-"""Times are whole microseconds, as in ffmpeg."""
+"""Microseconds in a second; times in this module are whole microseconds, as in ffmpeg."""
 
-# A frame that is shown for longer than an hour is taken for damage: at 30 frames a second one such gap is 108,000
-# copies of a frame, and a wrong bit in a timestamp may make it a century.
+# A longer gap between two frames is treated as damage. One wrong bit in a timestamp can make a gap of a century, and at
+# 30 frames per second an hour already takes 108,000 copies of a frame.
 _MAX_GAP = 3600 * MICROSECONDS
 
-# Formats whose clock may be set anew in the middle (broadcasts, recordings joined byte by byte). ffmpeg's own program
-# takes a step of more than 10 s forward for such a jump.
+# Formats whose clock may restart in the middle of a file (broadcasts, recordings joined byte by byte). The program
+# ffmpeg treats a step forward of more than 10 s as such a restart, and so does this module.
 _CLOCK_JUMPS = frozenset({"live_flv", "mpeg", "mpegts", "ogg", "wtv"})
 _JUMP_AHEAD = 10 * MICROSECONDS
 _JUMP_BACK = MICROSECONDS
 
-# A program stream states one timestamp for all frames that begin in a packet of 2 kilobytes. Those of the others are
-# guessed, wrongly where B-frames are among them, so a frame follows the last one at the frame rate unless its timestamp
-# is this far from that.
+# An MPEG program stream has one timestamp for all frames that begin in the same packet of 2 kilobytes. ffmpeg guesses
+# the timestamps of the other frames, wrongly where there are B-frames. So each frame is placed one frame duration after
+# the previous one, unless its timestamp is at least this far away from that place.
 _LOOSE_CLOCKS = frozenset({"mpeg"})
 _LOOSE = MICROSECONDS // 4
 
-# Formats in which ffmpeg finds a key frame by its time. The others are read from their start: those without
-# timestamps (raw streams), with guessed ones, without index, and those whose key frames do not stand alone (GIF, APNG).
+# Formats in which ffmpeg can find a key frame by its time. Files of other formats are read from their beginning: raw
+# streams have no timestamps, those of program streams are guessed, and the key frames of GIF and APNG depend on the
+# frames before them.
 _SEEKABLE = frozenset({"asf", "avi", "flv", "mov", "matroska", "mpegts", "mxf"})
 
-# The names under which ffmpeg knows the formats that hold moving pictures, one picture, or sound alone. What is not
-# in this list stays closed: "tty" draws any text as a video, and play lists ("concat", "hls", "dash") name other files.
+# ffmpeg's names of the formats that may be opened: those of videos, pictures and sound. Two kinds are left out for a
+# reason: "tty" draws any text file as a video, and play lists ("concat", "hls", "dash") open other files.
 _FORMATS = (
     "3g2 3gp aac aiff apng asf asf_o av1 avi avs2 avs3 bmp_pipe cavsvideo dirac dnxhd dv evc flac flv gif h261 h263 "
     "h264 hevc ivf j2k_pipe jpeg_pipe jpegls_pipe jpegxl_anim jpegxl_pipe live_flv m4a m4v matroska mjpeg mov mp3 mp4 "
@@ -66,16 +68,16 @@ _FORMATS = (
     "webp_pipe wtv yuv4mpegpipe"
 )
 
-# The brands of HEIF files that hold pictures. Cameras store them as tiles, each of which ffmpeg takes for a video.
+# Brands of HEIF files that hold pictures. Cameras store a picture as tiles, and ffmpeg presents each tile as a video.
 _PICTURE_BRANDS = frozenset({"avif", "heic", "heim", "heis", "heix", "mif1", "mif2"})
 
-# Codecs and formats in which every packet is one shown frame with a timestamp of its own, so that frames may be
-# counted without decoding them (about a hundred times faster).
+# Codecs and formats in which every packet holds exactly one frame that is shown, with its timestamp. Their frames are
+# counted without decoding them.
 _COUNTED_CODECS = frozenset({"av1", "dnxhd", "ffv1", "h264", "hevc", "libdav1d", "mjpeg", "prores", "vp9"})
 _COUNTED_FORMATS = frozenset({"matroska", "mov"})
 
-# Codecs that are decoded several frames at once. With others this is rarely used by anybody: the pictures of Theora
-# depended on which thread was first where two files had been joined.
+# Codecs for which the decoder works on several frames at once. For other codecs this way of decoding is little used and
+# was seen to fail: frames of a Theora stream of two parts came out differently from run to run.
 _FRAME_THREADS = frozenset({"dnxhd", "ffv1", "h264", "hevc", "libdav1d", "mjpeg", "mpeg4", "prores", "vp8", "vp9"})
 
 _HEAD_BYTES = 4096
@@ -83,15 +85,15 @@ _HEAD_BYTES = 4096
 
 @functools.lru_cache(maxsize=4096)
 def tell_once(message: str) -> None:
-    """Write a line to the log, and never the same one twice."""
+    """Write a warning to the log, unless the same text has been written before."""
     logger.warning("%s", message)
 
 
 def head_of(path: Path) -> bytes:
-    """The first bytes of a file.
+    """Read the first bytes of a file.
 
     Raises:
-        VideoError: when the path leads to no file, or to one that is empty or may not be read.
+        VideoError: when the path leads to no regular file, or the file is empty or cannot be read.
     """
     try:
         if not path.is_file():
@@ -106,13 +108,16 @@ def head_of(path: Path) -> bytes:
 
 
 def _is_text(head: bytes) -> bool:
-    """Whether the first bytes of a file are text: no control characters but those that lay text out."""
+    """Whether the first bytes of a file are text, that is UTF without control characters other than those of layout."""
+    if head.startswith(b"YUV4MPEG2"):
+        # The header of this format is text, and the pixels after it may look like text.
+        return False
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return True
     try:
         text = head.decode("utf-8")
     except UnicodeDecodeError as error:
-        # The last character may be cut.
+        # The end of what was read may cut a character into two.
         if len(head) < _HEAD_BYTES or error.start < len(head) - 3:
             return False
         text = head[: error.start].decode("utf-8")
@@ -124,14 +129,15 @@ def _microseconds(ticks: int, time_base: Fraction) -> int:
 
 
 class Source:
-    """The first video stream of an open file; cover pictures are none.
+    """An open file and its first video stream. A cover picture does not count as a video stream.
 
     Args:
         path: of the file.
-        threads: of the decoder; 0 lets ffmpeg choose.
+        threads: number of threads of the decoder; 0 lets ffmpeg choose.
 
     Raises:
-        VideoError: when the file is missing, empty, text, a picture of tiles, too large, or holds no video.
+        VideoError: when the file is missing or empty, holds text or a HEIF picture, has pictures of more than
+            `MAX_PIXELS`, or has no video stream that can be decoded.
     """
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
@@ -140,7 +146,7 @@ class Source:
         self.path = path
         self._threads = threads
         self.continuous = True
-        """Whether the clock ran on without a jump in what was read so far."""
+        """Whether the clock of the file has not jumped in the part that was decoded so far."""
         self._container, self.stream = self._open()
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
@@ -155,16 +161,16 @@ class Source:
                 timeout=(60.0, 60.0),
             )
         except (OSError, ValueError, MemoryError, av.error.FFmpegError) as error:
-            raise VideoError(f"{self.path}: not a video that ffmpeg can decode ({_reason(error)})") from error
+            raise VideoError(f"{self.path}: not a video that ffmpeg can decode ({reason_of(error)})") from error
         with contextlib.ExitStack() as closing:
             closing.callback(container.close)
             stream = self._choose(container)
             trusted = stream.codec_context.name in _FRAME_THREADS
             stream.thread_type = ThreadType.AUTO if trusted else ThreadType.SLICE
-            # Each thread of the decoder holds a picture.
+            # Each thread of the decoder holds a picture of its own.
             large = stream.codec_context.width * stream.codec_context.height > MAX_PIXELS // 4
             stream.codec_context.thread_count = 1 if large else self._threads
-            # The decoder refuses larger pictures further in.
+            # The size may also grow in the middle of the stream, where the decoder checks it.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             closing.pop_all()
         return container, stream
@@ -197,17 +203,17 @@ class Source:
 
     @property
     def format(self) -> str:
-        """First of the names that ffmpeg has for the format of the file."""
+        """The first of ffmpeg's names of the file's format."""
         return self._container.format.name.split(",")[0]
 
     @property
     def pixel_shape(self) -> Fraction:
-        """Width of a stored pixel over its height."""
+        """Width of a stored pixel divided by its height."""
         return self.stream.sample_aspect_ratio or Fraction(1)
 
     @property
     def duration(self) -> float | None:
-        """Seconds that the container states, if any."""
+        """Duration in seconds that the container states; None where it states none."""
         duration = self._container.duration
         return None if duration is None or duration < 0 else duration / MICROSECONDS
 
@@ -215,8 +221,8 @@ class Source:
     def rate(self) -> float:
         """Nominal frames per second.
 
-        Recordings of browsers state the resolution of their clock (1000 a second) for a rate. A rate above 120 that is
-        more than twice that of the first frames is no rate, and theirs is taken.
+        Browsers write the resolution of their clock, 1000 per second, in the place of the rate. Where the stated rate
+        is above 120 and more than twice the rate of the first 64 frames, the latter is returned.
         """
         stated = self.stream.guessed_rate or self.stream.average_rate
         if stated is not None and 0 < stated <= 120:
@@ -243,12 +249,12 @@ class Source:
 
     @property
     def frame_duration(self) -> int:
-        """Microseconds for which a frame is shown that does not say so."""
+        """Microseconds for which a frame is shown, where the frame itself does not state it."""
         return max(1, round(MICROSECONDS / self.rate))
 
     @property
     def _start(self) -> int:
-        """Time 0 of the file, in microseconds of its clock; as in ffmpeg's program."""
+        """Reading of the file's clock at time 0, in microseconds, by the rule of the program ffmpeg."""
         if self.format in _CLOCK_JUMPS and self.stream.start_time is not None and self.stream.time_base is not None:
             return _microseconds(self.stream.start_time, self.stream.time_base)
         return self._container.start_time or 0
@@ -257,8 +263,9 @@ class Source:
         """Count the frames without decoding them.
 
         Returns:
-            their number and the time at which the last one ends, in microseconds; None where that would not be sure
-            to be what a decoder gives: packets that an edit list hides, packets without timestamp, other codecs.
+            the number of frames, and the time in microseconds at which the last one ends. None where a decoder might
+            give other frames: an edit list hides packets, a packet has no timestamp, or the codec or the format is not
+            one whose packets are frames.
         """
         if self.format not in _COUNTED_FORMATS or self.stream.codec_context.name not in _COUNTED_CODECS:
             return None
@@ -284,21 +291,21 @@ class Source:
         return (len(begins), ends) if gaps.min() > 0 and gaps.max() <= _MAX_GAP else None
 
     def frames(self, start: int = 0, *, seek: bool = False) -> Iterator[tuple[int, int, VideoFrame]]:
-        """Decode the stream.
+        """Decode the stream, from its beginning or from a key frame before `start`.
 
-        Frames that cannot be decoded are left out, with one line in the log for the file.
+        A frame that cannot be decoded is left out, and the log tells so.
 
         Args:
-            start: in microseconds; frames before it may be left out where `seek` allows that.
-            seek: whether the clock is known to run on without a jump up to `start`, where that is not certain from
-                the format.
+            start: in microseconds. Frames that end before it are not needed.
+            seek: whether the clock is known not to jump before `start`. It matters only for formats whose clock may
+                jump; their files are otherwise decoded from the beginning.
 
         Yields:
-            time, duration (both in microseconds) and picture of each frame, by rising time. The first is one that is
-            shown at `start` or before, except where the stream begins later.
+            time and duration of each frame, both in microseconds, and the frame; the times never decrease. The first
+            frame begins at `start` or earlier, unless the stream itself begins later.
 
         Raises:
-            VideoError: when no frame can be decoded, or two frames are hours apart.
+            VideoError: when no frame can be decoded, or a gap between two frames is longer than an hour.
         """
         for back in (1, 16) if start > MICROSECONDS and self._may_seek(seek) else ():
             place = start - back * MICROSECONDS
@@ -306,7 +313,7 @@ class Source:
                 break
             frames = self._from(place)
             first = next(frames, None)
-            # A key frame behind the start stands for a seek that went too far, as it does where there is no index.
+            # Without an index ffmpeg may land behind the wanted place.
             if first is not None and first[2].key_frame and first[0] <= start:
                 yield first
                 yield from frames
@@ -316,17 +323,17 @@ class Source:
 
     def _may_seek(self, known: bool) -> bool:
         if self.format == "avi":
-            # Its packets have no time at which they are shown: only their order tells it.
+            # See `_decode`: with B-frames the times depend on all packets before.
             return not self.stream.codec_context.has_b_frames
         return self.format in _SEEKABLE and (known or self.format not in _CLOCK_JUMPS)
 
     def _again(self) -> None:
-        """Open the file once more, since a decoder that has failed is in no known state."""
+        """Open the file once more: the state of a decoder after an error is unknown."""
         self.close()
         self._container, self.stream = self._open()
 
     def _from(self, place: int) -> Iterator[tuple[int, int, VideoFrame]]:
-        """Frames from the last key frame before a time on; none where there is no key frame to be found."""
+        """Frames from the last key frame before `place` on; none where no key frame is found."""
         time_base = self.stream.time_base
         if time_base is None:
             return
@@ -335,29 +342,32 @@ class Source:
             self._container.seek(ticks, stream=self.stream)
         except (OSError, OverflowError, ValueError, av.error.FFmpegError):
             return
+        frames = self._decode(sought=True)
+        found = None
         with contextlib.suppress(VideoError):
-            frames = self._decode(told=False)
-            for found in frames:
-                if found[2].key_frame:
-                    yield found
-                    break
-                if found[0] > place:
-                    return
+            found = next(frames, None)
+            # Frames in front of the key frame may depend on others that were skipped.
+            while found is not None and not found[2].key_frame and found[0] <= place:
+                found = next(frames, None)
+        if found is not None and found[2].key_frame:
+            yield found
             yield from frames
 
-    def _decode(self, *, told: bool = True) -> Iterator[tuple[int, int, VideoFrame]]:
-        """Frames from where the file stands."""
+    def _decode(self, *, sought: bool = False) -> Iterator[tuple[int, int, VideoFrame]]:
+        """Frames with their times from the current place in the file on, which is its beginning unless `sought`."""
         time_base = self.stream.time_base or Fraction(1, MICROSECONDS)
         jumps = self.format in _CLOCK_JUMPS
         offset, last, shown = 0, None, self.frame_duration
-        lost, lost_at, problem = 0, 0, ""
-        # The packets of AVI carry the time of decoding alone. Decoders put out as many frames in another order, so the
-        # n-th frame is shown at the n-th of these times.
+        problem = ""
+        # Packets of AVI state when they are decoded, not when they are shown. A decoder gives one frame for each
+        # packet, in the order of showing, so the n-th frame is shown at the n-th of these times.
         times: deque[int] | None = deque() if self.format == "avi" else None
         for step in self._steps(times):
             if isinstance(step, str) or step.is_corrupt:
-                lost, lost_at = lost + 1, lost_at if lost else last or 0
                 problem = step if isinstance(step, str) else "damaged pictures"
+                # Behind a seek the first frames lack others that they depend on.
+                if last is not None or not sought:
+                    tell_once(f"damaged: {self.path}: frames that cannot be decoded are left out ({problem})")
                 if times and not isinstance(step, str):
                     times.popleft()
                 continue
@@ -367,7 +377,7 @@ class Source:
             else:
                 time = _microseconds(ticks, time_base) - self._start + offset
                 if last is None and self._container.start_time is None:
-                    # No time 0 is known: the first frame is it.
+                    # The file does not state its time 0, so the first frame defines it.
                     offset, time = -time, 0
             if last is not None and (last - time > _JUMP_BACK or (jumps and time - last > _JUMP_AHEAD)):
                 offset += last + shown - time
@@ -377,10 +387,11 @@ class Source:
                 following = last + shown
                 loose = self.format in _LOOSE_CLOCKS and abs(time - following) < _LOOSE
                 time = following if loose else max(time, last)
-            if time - (last or 0) > _MAX_GAP:
+            gap = time - last if last is not None else 0 if sought else time
+            if gap > _MAX_GAP:
                 raise VideoError(
-                    f"{self.path}: a gap of {(time - (last or 0)) // MICROSECONDS} s between two frames, expected at "
-                    f"most {_MAX_GAP // MICROSECONDS} s"
+                    f"{self.path}: a gap of {gap // MICROSECONDS} s before a frame, expected at most "
+                    f"{_MAX_GAP // MICROSECONDS} s"
                 )
             shown = _microseconds(step.duration or 0, time_base)
             shown = shown if 0 < shown <= _MAX_GAP else self.frame_duration
@@ -388,23 +399,21 @@ class Source:
             yield time, shown, step
         if last is None:
             raise VideoError(f"{self.path}: not a video that ffmpeg can decode ({problem or 'no frames'})")
-        if lost and told:
-            plural = "" if lost == 1 else "s"
-            tell_once(
-                f"damaged: {self.path}: {lost} frame{plural} left out from {lost_at / MICROSECONDS:.2f} s on "
-                f"({problem})"
-            )
 
     def _steps(self, times: deque[int] | None) -> Iterator[VideoFrame | str]:
-        """Decoded frames, and a sentence in the place of what cannot be decoded."""
+        """Decoded frames in the order of showing, and for each failure of the decoder its reason as a string.
+
+        Args:
+            times: receives the decoding time of every packet that is read, where it is given.
+        """
         decoder = self._decoder()
         packets = self._container.demux(self.stream)
         while True:
             try:
                 packet: Packet[VideoStream] | None = next(packets, None)
             except (OSError, ValueError, MemoryError, av.error.FFmpegError) as error:
-                # What follows cannot be found, but the decoder still holds frames.
-                yield _reason(error)
+                # The rest of the file cannot be read, but the decoder still holds frames.
+                yield reason_of(error)
                 packet = None
             if packet is not None and packet.size:
                 if times is not None and packet.dts is not None:
@@ -416,12 +425,12 @@ class Source:
             except av.error.EOFError:
                 return
             except (OSError, ValueError, MemoryError, av.error.FFmpegError) as error:
-                yield _reason(error)
+                yield reason_of(error)
             if packet is None:
                 return
 
     def _decoder(self) -> av.VideoCodecContext:
-        """The decoder of the stream; for VP8 and VP9 with transparency that of libvpx, which alone reads it."""
+        """The stream's own decoder, or libvpx for VP8 and VP9 with transparency, which ffmpeg's own decoders ignore."""
         own = self.stream.codec_context
         if self.stream.metadata.get("alpha_mode") != "1" or own.name not in ("vp8", "vp9"):
             return own
@@ -432,7 +441,7 @@ class Source:
         return decoder
 
 
-def _reason(error: BaseException) -> str:
-    """What ffmpeg says of an error, in a few words without the name of the file."""
+def reason_of(error: BaseException) -> str:
+    """The words of ffmpeg for an error, without the name of the file."""
     words = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(words).split())[:200]

@@ -1,4 +1,4 @@
-"""ffmpeg as a child process that writes files: which binary, its errors, and what it says."""
+"""The program ffmpeg, which writes video files: the choice of the binary, and what it reports."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from typing import IO
 
 logger = logging.getLogger(__name__)
 
-# A system's ffmpeg that writes nothing within this time is not waited for.
+# Seconds that the trial of a binary may take.
 _PATIENCE = 30.0
 
 
 class VideoError(ValueError):
-    """A file cannot be read as video or image; the message names the file and the reason in one sentence."""
+    """A file cannot be read as a video or a picture; the message names the file and the reason in one sentence."""
 
 
 def ffmpeg_binary() -> str:
     """Find an ffmpeg that can write what `VideoWriter` and `write_gif` write.
 
-    It is the system's, else the one that the package imageio-ffmpeg carries: conda's has no libx264, and old ones
-    lack filters. The system's is tried once, on a clip of two frames; one that fails is named in the log.
+    The ffmpeg on PATH is preferred to the one in the package imageio-ffmpeg. It may lack a part, as that of conda lacks
+    libx264 and old versions lack filters. So it is tried once, on two frames; where it fails the log names it, and the
+    other one is used.
 
     Returns:
         path of the executable.
 
     Raises:
-        FileNotFoundError: when there is none that can.
+        FileNotFoundError: when neither can.
     """
     found = shutil.which("ffmpeg")
     fault = None if found is None else _fault(found)
@@ -65,7 +66,7 @@ def _tell_passed_over(found: str, fault: str, carried: str) -> None:
 
 @functools.lru_cache(maxsize=16)
 def _fault(binary: str) -> str | None:
-    """Why an ffmpeg cannot write our files; None where it can. It tries: its lists of encoders would not tell all."""
+    """Why a binary cannot write our files; None where it can. Only a trial tells that for filters and options too."""
     tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
     scale = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
     # fmt: off
@@ -91,7 +92,7 @@ def _fault(binary: str) -> str | None:
 
 
 class Drain(threading.Thread):
-    """Reads a process's standard error to its end and keeps the last lines."""
+    """Reads the standard error of a process to its end and keeps the last lines."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         super().__init__(daemon=True)
@@ -100,18 +101,18 @@ class Drain(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Read to the end, in a thread of its own: a full pipe would block ffmpeg for ever."""
+        """Read until the process closes the pipe. A pipe that nobody empties would block ffmpeg."""
         for line in self._stream:
             self._lines.append(line.decode("utf-8", "replace").strip())
 
     def text(self) -> str:
-        """All that was written, once the other end is closed."""
+        """Wait until the process has closed its standard error, and return what it wrote."""
         self.join()
         return "\n".join(self._lines)
 
 
 def reason(log: str) -> str:
-    """The one line of ffmpeg's output that tells most, without the name of the part that says it."""
+    """The most telling line of ffmpeg's output, without the name of the component in front."""
     lines = [re.sub(r"^(\[[^\]]*\] )+", "", line)[:200] for line in log.splitlines() if line] or ["no message"]
     for telling in (r"no space left", r"unknown encoder|no such filter", r"too large|not found|denied|no such|invalid"):
         for line in reversed(lines):
@@ -121,11 +122,11 @@ def reason(log: str) -> str:
 
 
 def check_channels(channels: int) -> None:
-    """Raise ValueError unless pictures may have so many channels."""
+    """Raise ValueError unless the number of channels is one that pictures have here."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (RGB)")
 
 
 def as_fraction(fps: float) -> Fraction:
-    """Frames per second as the fraction that ffmpeg is told."""
+    """The frame rate as the fraction that ffmpeg is given."""
     return Fraction(fps).limit_denominator(100_000)

@@ -1,8 +1,7 @@
-"""Pictures through Pillow, as videos of one frame."""
+"""Pictures, read by Pillow as videos of one frame."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 from pathlib import Path
@@ -15,11 +14,12 @@ from starflow.data.colour import cover, must_crop_first, over_black, to_channels
 from starflow.data.decode import MAX_PIXELS, head_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.read import wanted_size
+from starflow.extras import import_extra
 
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".heic", ".heif", ".jpeg", ".jpg", ".jxl", ".png", ".tif", ".tiff", ".webp"}
 )
-"""Names of files that are pictures, whether or not they can be read here."""
+"""Suffixes of the names of picture files; a file of such a name is not opened as a video."""
 
 _HEIF = frozenset({b"heic", b"heim", b"heis", b"heix", b"mif1", b"mif2"})
 
@@ -30,9 +30,9 @@ def read_image(
     """Read a picture as a video of one frame, scaled and cropped like `read_video` does.
 
     Args:
-        path: of the file, in any format that Pillow reads; HEIC with the package pillow-heif. Of several pictures in
-            one file the first is read. Integers of 16 bits go from black (0) to white (65535), floating point from 0
-            to 1.
+        path: of the file, in any format that Pillow reads, or in HEIC where the package pillow-heif is installed. In a
+            file of several pictures the first is read, and the log tells so. White is 65535 in pictures of 16 bits a
+            channel, and 1 in those of floating point.
         height, width: of the result; None as in `read_video`.
         channels: 3 for RGB, 1 for grey (BT.709 luma).
 
@@ -40,7 +40,8 @@ def read_image(
         uint8 of shape (1, height, width, channels); transparent parts are black.
 
     Raises:
-        VideoError: when the file cannot be read, or its numbers have no agreed black and white.
+        VideoError: when the file cannot be read, has more than 2^27 pixels, or holds numbers without an agreed white:
+            integers of 32 bits, or floating point outside [0, 1].
     """
     check_channels(channels)
     picture = _load(Path(path))
@@ -85,7 +86,7 @@ def _load(path: Path) -> Image.Image:
             return _opaque(_eight_bits(path, upright))
     except VideoError:
         raise
-    # Pillow's readers of malformed files raise about anything.
+    # What Pillow raises for a malformed file depends on the format and is not documented.
     except (Exception, MemoryError) as error:
         raise VideoError(f"{path}: not an image that Pillow can read ({str(error)[:200]})") from error
 
@@ -96,23 +97,21 @@ def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def _open_heif(path: Path, head: bytes) -> None:
-    """Let Pillow read HEIF where the file is one, by the package that does it."""
+    """Register the reader of pillow-heif with Pillow, if the file is a HEIF picture."""
     if head[4:8] != b"ftyp" or head[8:12] not in _HEIF:
         return
     try:
-        heif = importlib.import_module("pillow_heif")
+        heif = import_extra("pillow_heif", purpose=f"{path}: a picture in HEIC", extra="heic")
     except ImportError as error:
-        raise VideoError(
-            f"{path}: a picture in HEIC needs the package pillow-heif: pip install 'starflow-ext[heic]'"
-        ) from error
+        raise VideoError(str(error)) from error
     heif.register_heif_opener()
 
 
 def _eight_bits(path: Path, picture: Image.Image) -> Image.Image:
-    """A picture with 8 bits a colour; Pillow's own conversion clips wider numbers at 255."""
+    """A picture with 8 bits a channel. Pillow's own conversion clips larger numbers at 255 instead of scaling them."""
     mode = picture.mode
     if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):
-        # Grey of 16 bits. Earlier versions of Pillow open such a PNG with 32.
+        # Grey of 16 bits; earlier versions of Pillow open a PNG of it in the mode of 32 bits.
         values = np.asarray(picture).astype(np.uint32)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if mode == "F":
@@ -128,7 +127,7 @@ def _eight_bits(path: Path, picture: Image.Image) -> Image.Image:
 
 
 def _opaque(picture: Image.Image) -> Image.Image:
-    """RGB, over black where there is transparency."""
+    """The picture in RGB, over black where it is transparent."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     return Image.fromarray(over_black(np.array(picture.convert("RGBA")), 255))

@@ -7,17 +7,20 @@ import math
 import os
 from pathlib import Path
 
+import av.error
 import numpy as np
 import torch
+from av.video.frame import VideoFrame
 
 from starflow.data.colour import HIGH_RANGE, Converter, size_on_screen, to_channels
-from starflow.data.decode import MICROSECONDS, Source, tell_once
+from starflow.data.decode import MICROSECONDS, Source, reason_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 
-# Containers round timestamps, Matroska to a millisecond; a frame counts as shown this much before its timestamp.
+# Containers round timestamps, Matroska to a millisecond. A frame counts as shown from this many microseconds before its
+# timestamp on.
 _TOLERANCE = 1000
 
-# Bytes of the largest result: a file of a few kilobytes may hold frames that are an hour apart.
+# Most bytes of a result: a file of a few kilobytes may hold frames that are an hour apart.
 _MAX_BYTES = 1 << 36
 
 
@@ -26,12 +29,12 @@ class VideoInfo:
     """What a video file holds.
 
     Args:
-        width, height: as shown, that is rotated as the file asks, with square pixels.
+        width, height: of the picture on screen, that is turned as the file asks and with square pixels.
         fps: nominal frames per second.
         frames: number of frames; None unless they were counted.
-        duration: in seconds, of the video stream where frames were counted, else of the container; None if unknown.
-        continuous: whether the frames were counted and the clock of the file never jumped, so that `read_video` may
-            look for a start in the middle of any file.
+        duration: in seconds; of the video stream where its frames were counted, else of the container. None if unknown.
+        continuous: whether the frames were counted and the clock of the file does not jump between them. `read_video`
+            then finds a start in the middle without decoding what stands before it, in more formats.
     """
 
     width: int
@@ -47,17 +50,18 @@ def probe(path: str | os.PathLike[str], *, count: bool = False) -> VideoInfo:
 
     Args:
         path: of the file.
-        count: also count the frames that are shown. Where every packet of the file is known to be one of them this
-            takes reading it, otherwise decoding it.
+        count: also count the frames that are shown. This reads the whole file, and decodes it unless its packets are
+            known to be the frames.
 
     Returns:
         its `VideoInfo`.
 
     Raises:
-        VideoError: when the file is missing, empty, corrupt, text, or holds no video (a cover picture is none).
+        VideoError: when the file is missing, empty or corrupt, or holds text or no video (a cover picture does not
+            count as one).
     """
     path = Path(path)
-    # One thread: more would be started and stopped for a single frame.
+    # More than one thread would be started and stopped for a single frame.
     with Source(path, threads=1) as source:
         first = next(source.frames())[2]
         width, height = size_on_screen(first, source.pixel_shape)
@@ -65,7 +69,7 @@ def probe(path: str | os.PathLike[str], *, count: bool = False) -> VideoInfo:
     if not count:
         return info
     if not first.interlaced_frame:
-        # The packets of interlaced video may hold half a frame.
+        # A packet of interlaced video may hold half a frame.
         with Source(path, threads=1) as source:
             counted = source.count_packets()
         if counted is not None:
@@ -97,7 +101,7 @@ def frames_at(info: VideoInfo, fps: float) -> int:
 
 
 def wanted_size(width: int, height: int, out_width: int | None, out_height: int | None) -> tuple[int, int]:
-    """The wanted size; a missing side follows the aspect of the source."""
+    """Width and height of the result; a side that is None follows from the other one and the aspect of the source."""
     for name, side in (("width", out_width), ("height", out_height)):
         if side is not None and side < 1:
             raise ValueError(f"read_video: {name} is {side}, expected at least 1")
@@ -131,6 +135,9 @@ def read_video(
 
     Which pixels: the picture is scaled to cover the wanted size, keeping its shape on screen, and cropped in the
     middle. Without `height` and `width` it keeps its size on screen; one of them alone sets the other by the aspect.
+    Transparent parts are black. The tones of PQ and HLG (high dynamic range) are mapped to those of an SDR screen.
+
+    The log tells of frames that are left out because they cannot be decoded, and of mapped tones.
 
     Args:
         path: of the file.
@@ -176,23 +183,30 @@ def read_video(
         found += times
 
     with Source(path) as source:
-        convert = Converter(out_width, out_height)
-        # The frame on screen, and the time at which it stops to be there if no other one follows.
+        converter = Converter(out_width, out_height)
+
+        def convert(frame: VideoFrame) -> np.ndarray:
+            try:
+                return converter(frame, source.pixel_shape)
+            except (OSError, ValueError, MemoryError, av.error.FFmpegError) as error:
+                raise VideoError(f"{path}: a frame cannot be converted to RGB ({reason_of(error)})") from error
+
+        # The frame on screen, and the time at which it ends if no other one follows.
         held, end = None, 0
         for time, shown, frame in source.frames(begin, seek=info.continuous):
             if frame.color_trc in HIGH_RANGE:
                 tell_once(
                     f"{path}: a picture in {HIGH_RANGE[frame.color_trc]} (high dynamic range), its tones are mapped to "
-                    "those of a common screen"
+                    "those of an SDR screen"
                 )
             if fps is None:
                 if time >= begin - _TOLERANCE:
-                    put(convert(frame, source.pixel_shape), 1)
+                    put(convert(frame), 1)
             else:
                 if held is not None:
                     count = _shown_until(time - _TOLERANCE, begin, fps, frames) - found
                     if count > 0:
-                        put(convert(held, source.pixel_shape), count)
+                        put(convert(held), count)
                 held, end = frame, time + shown
             if frames is not None and found >= frames:
                 break
@@ -200,7 +214,7 @@ def read_video(
             if fps is not None and held is not None:
                 count = _shown_until(end - _TOLERANCE, begin, fps, frames) - found
                 if count > 0:
-                    put(convert(held, source.pixel_shape), count)
+                    put(convert(held), count)
     if found < (frames or 1):
         rate = "" if fps is None else f" at {fps:g} frames per second"
         raise VideoError(f"{path}: {found} frames from {start:g} s on{rate}, expected at least {frames or 1}")
@@ -209,6 +223,6 @@ def read_video(
 
 
 def _shown_until(time: int, begin: int, fps: float, most: int | None) -> int:
-    """How many frames of the result are taken before a time: those with begin + k / fps < time, in microseconds."""
+    """Number of frames k of the result with begin + k / fps < time (in microseconds), at most `most`."""
     count = max(0, math.ceil((time - begin) * fps / MICROSECONDS - 1e-6))
     return count if most is None else min(count, most)

@@ -1,4 +1,4 @@
-"""Contact sheets: clips as rows of frames in one picture."""
+"""Contact sheets: pictures that show each clip as a row of its frames."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_contact_sheet(
     Args:
         path: of the file.
         clips: uint8 of shape (frames, height, width, 1 or 3) each.
-        captions: a line above each row.
+        captions: the line above each row; None for rows without one.
         frames_per_row: the most frames shown of a clip.
         scale: whole factor by which pixels are repeated.
 

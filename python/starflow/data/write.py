@@ -1,4 +1,4 @@
-"""Frames to video files and pictures, complete or not at all."""
+"""Frames to video files and animated pictures. A file appears under its name complete or not at all."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
 def check_frames(function: str, frames: torch.Tensor) -> None:
-    """Refuses frames that are not (frames, height, width, channels) of uint8."""
+    """Raise ValueError unless frames are uint8 of shape (frames, height, width, 1 or 3)."""
     if frames.dtype != torch.uint8:
         raise ValueError(
             f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)"
@@ -34,13 +34,13 @@ def check_frames(function: str, frames: torch.Tensor) -> None:
 
 
 class _Encoder:
-    """One ffmpeg process that takes RGB frames on standard input and writes one file."""
+    """One ffmpeg process that reads RGB frames from its standard input and writes one file."""
 
     def __init__(self, path: Path, stream: Any, *, growing: bool = False) -> None:
         self._path, self._growing = path, growing
         command = stream.global_args("-hide_banner", "-loglevel", "error").compile(cmd=ffmpeg_binary())
-        # What is sent to the terminal's processes (Ctrl-C) does not reach one that shall end the file when its input
-        # ends.
+        # Ctrl-C goes to all processes of the terminal. A file that grows shall be completed all the same, so its
+        # process gets a session of its own and ends when its input does.
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -62,7 +62,7 @@ class _Encoder:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for ffmpeg to end, and raise unless it ended well."""
+        """End the input, wait for ffmpeg, and raise OSError unless it has written the file."""
         with contextlib.suppress(BrokenPipeError):
             self._stdin.close()
         status = self._process.wait()
@@ -90,13 +90,13 @@ class _Encoder:
 class VideoWriter:
     """Writes a video that every browser plays, frame by frame as the frames come.
 
-    H.264, yuv420p, crf 17, the index in front (fast start), BT.709 matrix and tags. Odd sizes are padded to even
-    ones by repeating the last row or column. `lossless` keeps every bit of the RGB frames instead (H.264 in RGB,
-    which most browsers do not play, at the exact size).
+    The file holds H.264 in yuv420p at crf 17 with the matrix and tags of BT.709, and its index stands in front (fast
+    start). An odd side is made even by repeating the last row or column. With `lossless` every bit of the RGB frames is
+    kept instead, at the exact size: this is H.264 in RGB, which most browsers do not play.
 
-    The file appears when the block ends without an error, and not at all otherwise. With `growing` it is there from the
-    first frame on and holds what was written so far, whatever ends the process: an mp4 in fragments of a frame, without
-    the index in front, so that every frame is on its way to the file when `write` returns.
+    The file appears when the block ends without an error, and otherwise not at all. With `growing` it exists from the
+    first frame on and plays up to the last frame that was written, whatever ends the process. It is then an mp4 of
+    fragments of one frame each, without an index in front, and every frame is passed on before `write` returns.
 
     Args:
         path: .mp4, .m4v, .mov or .mkv, in a folder that exists.
@@ -149,7 +149,7 @@ class VideoWriter:
         with contextlib.ExitStack() as ending:
             target = self.path if self.growing else ending.enter_context(replacing(self.path))
             self._encoder = self._start(target)
-            # Before the file takes its place: the last to be pushed is the first to run.
+            # The last function that is pushed runs first, so ffmpeg ends before the file takes its name.
             ending.push(self._finish)
             self._ending = ending.pop_all()
         return self
@@ -166,13 +166,13 @@ class VideoWriter:
             video = video.filter(
                 "scale", out_color_matrix="bt709", out_range="tv", flags="bicubic+accurate_rnd+full_chroma_int"
             ).filter("format", "yuv420p")
-            # Tags set as output options do not survive: the encoder takes them from the frames.
+            # The encoder takes its tags from the frames and ignores those of the output options.
             video = video.filter(
                 "setparams", range="tv", colorspace="bt709", color_primaries="bt709", color_trc="bt709"
             )
             options |= {"vcodec": "libx264", "crf": 17}
         if self.growing:
-            # No frame waits for later ones, neither in the encoder nor in the container.
+            # Neither the encoder nor the container holds a frame back until later ones arrive.
             options |= {"tune": "zerolatency", "flush_packets": 1}
         if self.path.suffix.lower() != ".mkv":
             options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof" if self.growing else "+faststart"
@@ -191,7 +191,7 @@ class VideoWriter:
             frames: uint8 of shape (frames, height, width, channels).
 
         Raises:
-            ValueError: when dtype or shape differ from what was announced.
+            ValueError: when dtype or shape are not those that the writer was made for.
             OSError: when ffmpeg has stopped.
         """
         if self._encoder is None:
@@ -228,13 +228,13 @@ class VideoWriter:
 
 
 def write_video(path: str | os.PathLike[str], frames: torch.Tensor, fps: float, lossless: bool = False) -> None:
-    """Write a video in one call; see `VideoWriter`.
+    """Write a whole video (see `VideoWriter`).
 
     Args:
         path: of the file.
         frames: uint8 of shape (frames, height, width, 1 or 3).
         fps: frames per second.
-        lossless: keep every bit.
+        lossless: whether every bit is kept.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -247,12 +247,12 @@ def write_video(path: str | os.PathLike[str], frames: torch.Tensor, fps: float, 
 
 
 def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) -> None:
-    """Write an animated GIF that loops for ever, with a palette made for this clip.
+    """Write an animated GIF that repeats for ever, with a palette that is made for this clip.
 
     Args:
         path: of the file.
         frames: uint8 of shape (frames, height, width, 1 or 3).
-        fps: frames per second, at most 50: browsers slow faster ones down.
+        fps: frames per second, at most 50, since browsers slow down faster ones.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -276,7 +276,7 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
 
 
 def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
-    """Repeat every pixel, to show small frames at a size that people can see.
+    """Repeat every pixel, so that small frames are shown at a size that people can see.
 
     Args:
         frames: of shape (frames, height, width, channels).
@@ -286,7 +286,7 @@ def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
         the frames, (frames, scale * height, scale * width, channels).
 
     Raises:
-        ValueError: when the factor is not positive.
+        ValueError: when the factor is less than 1.
     """
     if scale < 1:
         raise ValueError(f"enlarge: scale is {scale}, expected at least 1")

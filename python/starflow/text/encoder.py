@@ -1,4 +1,4 @@
-"""The one interface between captions and the text features that the flow reads."""
+"""The interface of all text encoders."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["TextEncoder"]
 
 
 class TextEncoder(Protocol):
-    """Turns captions into a fixed number of feature vectors.
+    """Turns each caption into a fixed number of feature vectors.
 
     Attributes:
-        size: vectors per caption.
-        dim: numbers per vector.
+        size: number of vectors of a caption.
+        dim: length of a vector.
     """
 
     size: int
@@ -25,14 +25,14 @@ class TextEncoder(Protocol):
         """Encode captions.
 
         Args:
-            texts: one caption a sample; "" is the caption of nothing, as guidance and dropped captions need it.
+            texts: one caption per sample; "" is the unconditional caption of guidance and of dropped captions.
 
         Returns:
-            float32 (batch, size, dim); rows past the end of a caption are zero.
+            float32 (batch, size, dim); vectors past the end of a caption are zero.
 
         Raises:
-            ValueError: when a caption cannot be encoded, or is longer than `size`.
+            ValueError: when a caption cannot be encoded, or needs more than `size` vectors.
         """
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        """The configuration from which `make_text_encoder` makes this encoder again."""

