@@ -208,10 +208,9 @@ class Trainer:
         state = read_state(path)
         counters = [state.get(name) for name in ("step", "updates", "bad")]
         saved, data = state.get("config"), state.get("data", self.data)
-        mappings = [saved, data, *(saved.values() if isinstance(saved, dict) else ())]
-        if not all(isinstance(part, dict) for part in mappings) or not all(
-            type(count) is int and count >= 0 for count in counters
-        ):
+        whole = isinstance(saved, dict) and all(isinstance(options, dict) for options in saved.values())
+        whole = whole and isinstance(data, dict) and all(type(count) is int and count >= 0 for count in counters)
+        if not whole or not isinstance(saved, dict):
             raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(saved, to_mapping(self.config), path)
         if data != self.data:
