@@ -21,9 +21,9 @@ from starflow_ext._load import native
 from starflow_ext._mode import reference_mode
 from starflow_ext._spec import Sample, Spec, tensors
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.linear_pack import PackedWeight, pack_weight
 from starflow_ext.rope_append import Rotation
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
 
 from .bench_ops import check, draw, implementation, outcome
 

@@ -36,7 +36,6 @@ RELEASE = HERE / ".cache" / "release"
 @contextmanager
 def _tests(*names: str) -> Iterator[list[Any]]:
     """Modules of the tests. What they skip is skipped here."""
-    # The checkout last: its source folders would hide the installed packages.
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     try:

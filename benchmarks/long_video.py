@@ -77,15 +77,9 @@ def bits(pipeline: Pipeline, pixels: Tensor, captions: list[str], step: int) -> 
 
 
 def kept(judge: DigitJudge, pixels: Tensor, step: int) -> list[float]:
-    """Share of clips whose frames from a place on show the digit that they began with."""
-    begun = [judge.digit(clip[:4]) for clip in pixels]
-    places = range(0, pixels.shape[1] - 3, step)
-    return [
-        float(
-            np.mean([judge.digit(clip[place : place + 4]) == digit for clip, digit in zip(pixels, begun, strict=True)])
-        )
-        for place in places
-    ]
+    """Share of clips whose frame at a place shows the digit that they began with."""
+    read = torch.stack([judge.read(clip) for clip in pixels])
+    return (read == read[:, :1]).float().mean(0)[::step].tolist()
 
 
 def ink(pixels: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from starflow.solver.loop import invert
 from starflow.storage import published_state
 from starflow.training import train
 from starflow_ext import ops, pack_weight
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.rope_append import Cache, Rotation
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
 
 HERE = Path(__file__).parent
 LATENTS = (5, 48, 8, 8)  # frames, channels, height, width: 320 tokens
@@ -246,14 +246,14 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
         begin = time.perf_counter()
         embedded = torch.randn(2, text, width, generator=generator)
         start = torch.zeros(2, dtype=torch.int64)
-        ops.jacobi_sweep(weights, state, embedded, start, activations="bfloat16", text=True)
+        ops.jacobi_sweep(weights, state, embedded, start, product_input="bfloat16", text=True)
         prefill = time.perf_counter() - begin
         rows = torch.randn(2, tokens, channels, generator=generator)
         slots = torch.full((2,), text + frame // 2)
         times: list[float] = []
         while not times or (sum(times) < most_seconds and len(times) < 7):
             begin = time.perf_counter()
-            ops.jacobi_sweep(weights, state, rows, slots, activations="bfloat16")
+            ops.jacobi_sweep(weights, state, rows, slots, product_input="bfloat16")
             times.append(time.perf_counter() - begin)
     seconds = min(times)
     flops = 2.0 * 2 * tokens * (weights.nbytes / 2 + layers * width * 2 * (text + frame // 2 + tokens))

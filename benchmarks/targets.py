@@ -44,8 +44,9 @@ from starflow import decode
 from starflow.solver import Chunks, Sequential, Window
 from starflow_ext import ops
 from starflow_ext._load import native
-from starflow_ext.jacobi_sweep import BlockState, jacobi_sweep
+from starflow_ext.jacobi_sweep import jacobi_sweep
 from starflow_ext.rope_append import Cache, Rotation
+from starflow_ext.sweep_block import BlockState
 
 
 def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02) -> list[float]:
@@ -98,7 +99,7 @@ def _weights(out_channels: int, in_channels: int) -> tuple[Tensor, Tensor]:
     return weight, torch.randn(out_channels, generator=generator)
 
 
-def _linear(rows: int, out_channels: int, in_channels: int, storage: Any, activations: Any) -> dict[str, float]:
+def _linear(rows: int, out_channels: int, in_channels: int, storage: Any, product_input: Any) -> dict[str, float]:
     """Medians of torch in float32 and bfloat16 and of the packed product, and errors relative to float64.
 
     A product of bfloat16 takes and gives what torch's does: bfloat16.
@@ -108,8 +109,8 @@ def _linear(rows: int, out_channels: int, in_channels: int, storage: Any, activa
     packed = starflow_ext.pack_weight(weight, storage, keep=False)
     half = (x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     with torch.inference_mode():
-        given = half[0] if activations == "bfloat16" else x
-        ours = functools.partial(ops.linear, given, packed, bias, activations=activations)
+        given = half[0] if product_input == "bfloat16" else x
+        ours = functools.partial(ops.linear, given, packed, bias, product_input=product_input)
         seconds = interleaved(lambda: F.linear(x, weight, bias), lambda: F.linear(*half), ours)
         exact = F.linear(x.double(), weight.double(), bias.double())
         size = exact.abs().max()
@@ -296,7 +297,7 @@ def _sweep(width: int, positions: int) -> dict[str, Any]:
             block, 1, positions, storage=precision, query_rotation=rotation, key_rotation=rotation
         )
         read = block.nbytes + state.nbytes
-        return functools.partial(jacobi_sweep, block, state, rows, start, activations=precision)
+        return functools.partial(jacobi_sweep, block, state, rows, start, product_input=precision)
 
     with torch.inference_mode():
         calls = (eager(torch.float32), eager(torch.bfloat16), native_sweep("float32"), native_sweep("bfloat16"))

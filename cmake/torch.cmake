@@ -1,16 +1,11 @@
-# Headers and the CPU library of the torch of this interpreter. Not find_package(Torch): it looks for the CUDA that torch
-# was built with, and changes the architectures that we build for.
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -c "import pathlib, torch; print(torch.__version__, pathlib.Path(torch.__file__).parent, sep=';', end='')"
-  OUTPUT_VARIABLE STARFLOW_TORCH ERROR_VARIABLE torch_error RESULT_VARIABLE torch_failed)
-if(torch_failed)
-  message(FATAL_ERROR "starflow-ext: torch cannot be imported by ${Python_EXECUTABLE}; run `pip install torch==2.13.0` first, or build with pip's isolation, which does.")
+# Headers and the CPU library of a torch. Not find_package(Torch): it looks for the CUDA that torch was built with, and
+# changes the architectures that we build for.
+execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_torch.py OUTPUT_VARIABLE STARFLOW_TORCH)
+if(NOT STARFLOW_TORCH)
+  message(FATAL_ERROR "starflow-ext: ${Python_EXECUTABLE} has no torch 2.13 or later to build with; run `pip install torch==2.13.0` first, or build with pip's isolation, which does (the wheel itself runs with torch 2.10 and later).")
 endif()
 list(GET STARFLOW_TORCH 0 STARFLOW_TORCH_VERSION)
 list(GET STARFLOW_TORCH 1 STARFLOW_TORCH_DIR)
-if(STARFLOW_TORCH_VERSION VERSION_LESS 2.13)
-  message(FATAL_ERROR "starflow-ext: found torch ${STARFLOW_TORCH_VERSION}, expected 2.13 or later to build with; run `pip install 'torch>=2.13'` (the wheel itself runs with torch 2.10 and later).")
-endif()
 add_library(starflow_torch INTERFACE)
 target_include_directories(starflow_torch SYSTEM INTERFACE ${STARFLOW_TORCH_DIR}/include)
 target_link_libraries(starflow_torch INTERFACE ${STARFLOW_TORCH_DIR}/lib/libtorch_cpu.so)

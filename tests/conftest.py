@@ -1,8 +1,7 @@
-"""For every test: fresh interpreters import the installed packages too; the checkout, what was built, and its tools."""
+"""For every test: the checkout, what was built, and its tools."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,9 +11,6 @@ import torch
 from starflow_ext._load import library_path
 
 from .tools import run_tool
-
-# `python -m` and `python -c` put the current folder first, and the root holds folders of the packages' names.
-os.environ["PYTHONSAFEPATH"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,17 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const ch
     check_device(op, name, tensor, like_name, like);
 }
 
+void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType type,
+                  const std::vector<int64_t>& shape, const char* like_name, const Tensor& like) {
+    require(
+        tensor.scalar_type() == type, op, named(name, " has dtype"), [&] { return dtype_text(tensor); },
+        [&] { return type_text(type); });
+    require(
+        has_shape(tensor, shape), op, named(name, " has shape"), [&] { return shape_text(shape_of(tensor)); },
+        [&] { return shape_text(shape); });
+    check_device(op, name, tensor, like_name, like);
+}
+
 void check_own_memory(const char* op, const char* name, const Tensor& tensor) {
     for (int64_t d = 0; d < tensor.dim(); ++d) {
         require(

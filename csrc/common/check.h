@@ -1,5 +1,5 @@
 // The only path of a user error: one sentence that names the op, the argument, what was given and what was expected.
-// starflow_ext/_check.py says the same sentences for the references.
+// starflow_ext/starflow_ext/_check.py says the same sentences for the references.
 #pragma once
 #include <sstream>
 #include <stdexcept>
@@ -30,8 +30,31 @@ inline auto named(const char* name, const char* rest) {
     return [=] { return std::string(name) + rest; };
 }
 
+// A value of an option that a schema takes as its number in the enum: numbers and not names, since each string that
+// crosses the stable ABI leaves 48 bytes behind. Python turns names into numbers. Values below `first` are not taken.
+template <class Enum, size_t count>
+Enum option_of(const char* op, const char* argument, int64_t number, const char* const (&names)[count],
+               Enum first = Enum{}) {
+    const auto least = static_cast<int64_t>(first);
+    require(
+        number >= least && number < static_cast<int64_t>(count), op, named(argument, " is"), [&] { return number; },
+        [&] {
+            std::ostringstream known;
+            for (int64_t i = least; i < static_cast<int64_t>(count); ++i) {
+                if (i > least) known << (i + 1 < static_cast<int64_t>(count) ? ", " : " or ");
+                known << i << " (\"" << names[i] << "\")";
+            }
+            return known.str();
+        });
+    return static_cast<Enum>(number);
+}
+
 // A dtype that kernels compute with.
 void check_floating(const char* op, const char* name, const Tensor& tensor);
+
+// A tensor of this dtype and shape, on the device of another one.
+void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType type,
+                  const std::vector<int64_t>& shape, const char* like_name, const Tensor& like);
 
 // A second tensor that must look like the first.
 void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);

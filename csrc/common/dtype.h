@@ -11,6 +11,7 @@
 namespace starflow {
 
 enum class Dtype : int32_t { float32, bfloat16, float16, float64 };
+inline constexpr const char* dtype_names[]{"float32", "bfloat16", "float16", "float64"};
 
 // 16-bit storage types hold bits; arithmetic on them is float32 and happens in registers.
 struct BFloat16 {

@@ -46,8 +46,10 @@ std::optional<Dtype> dtype_of(const Tensor& tensor) {
     }
 }
 
-std::string dtype_text(const Tensor& tensor) {
-    switch (tensor.scalar_type()) {
+std::string dtype_text(const Tensor& tensor) { return type_text(tensor.scalar_type()); }
+
+std::string type_text(ScalarType type) {
+    switch (type) {
         case ScalarType::Float:
             return "float32";
         case ScalarType::BFloat16:
@@ -63,7 +65,7 @@ std::string dtype_text(const Tensor& tensor) {
         case ScalarType::Bool:
             return "bool";
         default:
-            return torch::headeronly::toString(tensor.scalar_type());
+            return torch::headeronly::toString(type);
     }
 }
 

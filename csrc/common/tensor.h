@@ -17,6 +17,7 @@ using torch::stable::Tensor;
 using ScalarType = torch::headeronly::ScalarType;
 
 std::optional<Dtype> dtype_of(const Tensor& tensor);
+std::string type_text(ScalarType type);
 std::string dtype_text(const Tensor& tensor);
 std::string device_text(const Tensor& tensor);
 std::string number_text(double value);

@@ -61,16 +61,17 @@ struct PanelCache {
 
 // Calls visitor(Product{}) with what attention multiplies by, for keys and values stored so.
 template <class Visitor>
-inline void visit_attention_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
+inline void visit_attention_product(MatrixStorage storage, [[maybe_unused]] ProductInput product_input,
+                                    const Visitor& visitor) {
     switch (storage) {
-        case Storage::bfloat16:
+        case MatrixStorage::bfloat16:
 #if defined(STARFLOW_TILES)
-            if (activations == Activations::bfloat16) return visitor(TileProduct<1, 1>{});
+            if (product_input == ProductInput::bfloat16) return visitor(TileProduct<1, 1>{});
 #elif defined(__AVX512BF16__)
-            if (activations == Activations::bfloat16) return visitor(PairsProduct{});
+            if (product_input == ProductInput::bfloat16) return visitor(PairsProduct{});
 #endif
             return visitor(WidenedPairsProduct<1>{});
-        case Storage::float16:
+        case MatrixStorage::float16:
             return visitor(WidenedProduct<Float16>{});
         default:
             return visitor(WidenedProduct<float>{});

@@ -12,6 +12,8 @@ namespace starflow::cpu {
 enum class Isa : int { scalar, avx2, avx512, avx512_bf16, amx };
 inline constexpr int isa_count = 5;
 inline constexpr std::array<const char*, isa_count> isa_names{"scalar", "avx2", "avx512", "avx512_bf16", "amx"};
+// Levels that <op>_cpu.cpp is compiled for; <op>_dot.cpp is for all.
+inline constexpr int cpu_isa_count = static_cast<int>(Isa::avx512) + 1;
 
 // A feature of this machine, used by a variant yet or not; `reason` is empty where it is present.
 struct Feature {

@@ -9,6 +9,7 @@
 // order whatever rows stand beside it, so that a row's result does not depend on them: that is why samples do not
 // depend on their batch, nor on the solver's window.
 #pragma once
+#include "cpu/group_products.h"
 #include "cpu/panels.h"
 #include "cpu/vec.h"
 
@@ -30,7 +31,11 @@ inline constexpr int most_product_rows = 2;
 
 // -- how one step reads its operands ----------------------------------------------------------------------------------
 
-// Float32 activations, weights widened to float32 one row of the panel at a time.
+inline const MultiplyGroups& widened_groups_of(float) { return widened_groups.float32; }
+inline const MultiplyGroups& widened_groups_of(Float16) { return widened_groups.float16; }
+inline const MultiplyGroups& widened_groups_of(int8_t) { return widened_groups.int8; }
+
+// Inputs of float32, weights widened to float32 one row of the panel at a time.
 template <class Weight>
 struct WidenedProduct {
     using Cell = float;
@@ -39,6 +44,8 @@ struct WidenedProduct {
     static constexpr int weight_terms = 1;
     static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * static_cast<int64_t>(sizeof(Weight));  // bytes a depth
+
+    static const MultiplyGroups& groups() { return widened_groups_of(Weight{}); }
 
     template <int rows>
     static void step(const float* a, const char* b, int64_t, int column, Vec<float> (&sums)[rows][product_vectors]) {
@@ -57,7 +64,7 @@ struct WidenedProduct {
     }
 };
 
-// Float32 activations, weights in bfloat16, or as the sum of two of them.
+// Inputs of float32, weights in bfloat16, or as the sum of two of them.
 template <int weight_terms_>
 struct WidenedPairsProduct {
     using Cell = float;
@@ -66,6 +73,10 @@ struct WidenedPairsProduct {
     static constexpr int weight_terms = weight_terms_;
     static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * 2;
+
+    static const MultiplyGroups& groups() {
+        return weight_terms == 1 ? widened_groups.bfloat16 : widened_groups.two_bfloat16;
+    }
 
     template <int rows>
     static void step(const float* a, const char* b, int64_t other, int column,
@@ -104,6 +115,8 @@ struct PairsProduct {
     static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * 2;
 
+    static const MultiplyGroups& groups() { return pair_groups.pairs; }
+
     template <int rows>
     static void step(const BFloat16* a, const char* b, int64_t, int column, Vec<float> (&sums)[rows][product_vectors]) {
         using V = Vec<float>;
@@ -127,12 +140,6 @@ struct PairsProduct {
 // Depth of the part of a panel that all groups of rows pass over before the next part: 16 KB, half of the first-level
 // cache, the other half being the rows'.
 inline constexpr int64_t block_bytes = 16 * 1024;
-
-// Lines to fetch while rows are multiplied.
-struct Ahead {
-    const char* next;  // or null
-    int64_t lines;     // a cell
-};
 
 // Into the second level: the first is full. `other` is the distance of the second term of the weights.
 template <class Product>
@@ -209,19 +216,21 @@ void multiply_group(const void* cells_of_rows, const char* panel, int64_t other,
     }
 }
 
-using MultiplyGroup = void (*)(const void*, const char*, int64_t, const Ahead&, int64_t, float*, bool);
-
-template <class Product, int rows>
-struct GroupTable {
-    static MultiplyGroup pick(int64_t count) {
-        if (count == rows) return multiply_group<Product, rows>;
-        return GroupTable<Product, rows - 1>::pick(count);
-    }
-};
+// What multiplies `rows` rows at a time.
 template <class Product>
-struct GroupTable<Product, 0> {
-    static MultiplyGroup pick(int64_t) { return nullptr; }
-};
+inline MultiplyGroup group_product(int64_t rows) {
+    return Product::groups()[rows - 1];
+}
+
+// For the files that define the tables.
+template <class Product, int rows = Product::most_rows>
+constexpr void fill_groups(MultiplyGroups& groups) {
+    static_assert(rows <= most_group_rows);
+    if constexpr (rows > 0) {
+        groups[rows - 1] = multiply_group<Product, rows>;
+        fill_groups<Product, rows - 1>(groups);
+    }
+}
 
 // -- packed rows ------------------------------------------------------------------------------------------------------
 
@@ -333,8 +342,8 @@ inline void multiply_strip(const PackedRows& rows, int64_t g, const char* panel,
     if constexpr (on_tiles<Product>) {
         multiply_pair<Product>(rows, g, 0, panel, 0, rows.cells, sums, accumulate, {nullptr, 0});
     } else {
-        GroupTable<Product, Product::most_rows>::pick(rows.rows_in(g))(rows.group_data(g), panel, 0, {nullptr, 0},
-                                                                       rows.cells, sums, accumulate);
+        group_product<Product>(rows.rows_in(g))(rows.group_data(g), panel, 0, {nullptr, 0}, rows.cells, sums,
+                                                accumulate);
     }
 }
 
@@ -377,7 +386,7 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
                 const int64_t cells = rows.cells - cell < block ? rows.cells - cell : block;
                 for (int64_t g = 0; g < groups; ++g) {
                     const int64_t count = rows.rows_in(g);
-                    GroupTable<Product, Product::most_rows>::pick(count)(
+                    group_product<Product>(count)(
                         rows.group_data(g) + cell * count * cell_bytes, panel + cell * cell_weight, other,
                         parted ? ahead.share(g * passes, panel, cell, cells) : Ahead{nullptr, 0}, cells,
                         sums + g * rows.group * panel_columns, cell > 0);
@@ -388,22 +397,23 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
     }
 }
 
-// Calls visitor(Product{}) with what multiplies such weights by such activations in the registers of this level: all
+// Calls visitor(Product{}) with what multiplies such weights by such inputs in the registers of this level: all
 // that multiply_group takes.
 template <class Visitor>
-inline void visit_register_product(Storage storage, [[maybe_unused]] Activations activations, const Visitor& visitor) {
+inline void visit_register_product(MatrixStorage storage, [[maybe_unused]] ProductInput product_input,
+                                   const Visitor& visitor) {
     switch (storage) {
-        case Storage::float32:
+        case MatrixStorage::float32:
             return visitor(WidenedProduct<float>{});
-        case Storage::float16:
+        case MatrixStorage::float16:
             return visitor(WidenedProduct<Float16>{});
-        case Storage::int8:
+        case MatrixStorage::int8:
             return visitor(WidenedProduct<int8_t>{});
-        case Storage::two_bfloat16:
+        case MatrixStorage::two_bfloat16:
             return visitor(WidenedPairsProduct<2>{});
-        case Storage::bfloat16:
+        case MatrixStorage::bfloat16:
 #if defined(__AVX512BF16__)
-            if (activations == Activations::bfloat16) return visitor(PairsProduct{});
+            if (product_input == ProductInput::bfloat16) return visitor(PairsProduct{});
 #endif
             return visitor(WidenedPairsProduct<1>{});
     }
@@ -411,17 +421,17 @@ inline void visit_register_product(Storage storage, [[maybe_unused]] Activations
 
 // The same with the tiles of this level, where it has them.
 template <class Visitor>
-inline void visit_product(Storage storage, Activations activations, const Visitor& visitor) {
+inline void visit_product(MatrixStorage storage, ProductInput product_input, const Visitor& visitor) {
 #if defined(STARFLOW_TILES)
-    if (storage == Storage::two_bfloat16 && activations == Activations::two_bfloat16) {
+    if (storage == MatrixStorage::two_bfloat16 && product_input == ProductInput::two_bfloat16) {
         return visitor(TileProduct<2, 2>{});
     }
-    if (storage == Storage::bfloat16) {
-        if (activations == Activations::bfloat16) return visitor(TileProduct<1, 1>{});
-        if (activations == Activations::two_bfloat16) return visitor(TileProduct<1, 2>{});
+    if (storage == MatrixStorage::bfloat16) {
+        if (product_input == ProductInput::bfloat16) return visitor(TileProduct<1, 1>{});
+        if (product_input == ProductInput::two_bfloat16) return visitor(TileProduct<1, 2>{});
     }
 #endif
-    visit_register_product(storage, activations, visitor);
+    visit_register_product(storage, product_input, visitor);
 }
 
 }  // namespace

@@ -5,6 +5,14 @@
 namespace starflow {
 
 enum class NormKind : int32_t { none, layer, rms };
+inline constexpr const char* norm_kind_names[]{"none", "layer_norm", "rms_norm"};
+
+// Of the published models.
+inline constexpr double layer_norm_epsilon = 1e-5;
+inline constexpr double rms_norm_epsilon = 1e-6;
+static constexpr double epsilon_of(NormKind kind) {
+    return kind == NormKind::layer ? layer_norm_epsilon : kind == NormKind::rms ? rms_norm_epsilon : 0.0;
+}
 
 struct RowNorm {
     NormKind kind;

@@ -15,7 +15,8 @@
 
 namespace starflow {
 
-enum class Storage : int32_t { float32, float16, bfloat16, int8, two_bfloat16 };
+enum class MatrixStorage : int32_t { float32, float16, bfloat16, int8, two_bfloat16 };
+inline constexpr const char* matrix_storage_names[]{"float32", "float16", "bfloat16", "int8", "two_bfloat16"};
 
 inline constexpr int64_t panel_columns = 32;
 inline constexpr int64_t depth_multiple = 32;
@@ -26,15 +27,15 @@ static constexpr int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 // Bytes of one element of a matrix stored so.
-static constexpr int64_t storage_bytes(Storage storage) {
+static constexpr int64_t storage_bytes(MatrixStorage storage) {
     switch (storage) {
-        case Storage::float32:
-        case Storage::two_bfloat16:
+        case MatrixStorage::float32:
+        case MatrixStorage::two_bfloat16:
             return 4;
-        case Storage::float16:
-        case Storage::bfloat16:
+        case MatrixStorage::float16:
+        case MatrixStorage::bfloat16:
             return 2;
-        case Storage::int8:
+        case MatrixStorage::int8:
             return 1;
     }
     return 0;
@@ -47,7 +48,7 @@ struct Panels {
     const float* bias;          // (columns,) or null
     int64_t columns;
     int64_t depth;
-    Storage storage;
+    MatrixStorage storage;
 
     int64_t count() const { return (columns + panel_columns - 1) / panel_columns; }
     int64_t padded_depth() const { return round_up(depth, depth_multiple); }
@@ -58,16 +59,18 @@ struct Panels {
 inline constexpr int64_t key_block = 64;
 
 // Bytes of the keys, or the values, of one key head.
-static constexpr int64_t cache_head_bytes(Storage storage, int64_t slots, int64_t head_dim) {
+static constexpr int64_t cache_head_bytes(MatrixStorage storage, int64_t slots, int64_t head_dim) {
     return round_up(slots, key_block) * round_up(head_dim, depth_multiple) * storage_bytes(storage);
 }
 
-// How activations enter a product. Where a level has no instruction for products of bfloat16, activations stay
+// How what a matrix multiplies enters the product. Where a level has no instruction for products of bfloat16, it stays
 // float32, which is more exact.
-enum class Activations : int32_t {
+enum class ProductInput : int32_t {
     float32,
     bfloat16,      // rounded
-    two_bfloat16,  // the rounded activation and what rounding left: a product for each
+    two_bfloat16,  // the rounded value and what rounding left: a product for each
+    float16,       // rounded; on CUDA alone
 };
+inline constexpr const char* product_input_names[]{"float32", "bfloat16", "two_bfloat16", "float16"};
 
 }  // namespace starflow

@@ -3,7 +3,9 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <exception>
 
 namespace starflow::cpu {
 
@@ -13,13 +15,28 @@ inline constexpr int64_t grain_elements = 16384;
 // The same for ops of a few instructions an element (a fifth of a nanosecond from the caches).
 inline constexpr int64_t light_grain_elements = 4 * grain_elements;
 
+// torch::stable::parallel_for, whose C interface loses what an exception says: the first one is thrown behind it.
+template <class Function>
+void parallel(int64_t items, int64_t grain, const Function& function) {
+    std::exception_ptr thrown;
+    std::atomic_flag taken = ATOMIC_FLAG_INIT;
+    torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
+        try {
+            function(begin, end);
+        } catch (...) {
+            if (!taken.test_and_set()) thrown = std::current_exception();
+        }
+    });
+    if (thrown) std::rethrow_exception(thrown);
+}
+
 // Each row is computed whole by one thread, so that results do not depend on how many there are.
 template <class Function>
 void parallel_rows(int64_t rows, int64_t elements_per_row, const Function& function,
                    int64_t grain_of_op = grain_elements) {
     if (rows == 0) return;
     const int64_t grain = std::max<int64_t>(1, grain_of_op / std::max<int64_t>(1, elements_per_row));
-    torch::stable::parallel_for(0, rows, grain, function);
+    parallel(rows, grain, function);
 }
 
 }  // namespace starflow::cpu

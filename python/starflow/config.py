@@ -61,18 +61,26 @@ class FlowConfig:
         use_softplus: scale = softplus(a + const) instead of exp(a). nvp: False predicts the shift only.
         soft_clip: bound s of the network output, s * tanh(raw / s); 0 switches it off.
         norm_type: "layer_norm", "rms_norm" or "none". use_final_norm: RMSNorm before the output projection.
-        use_swiglu: gated MLP (tanh GELU gate). use_qk_norm, use_post_norm, use_bias: as their names say.
+        use_swiglu: gated MLP (tanh GELU gate). use_qk_norm: RMSNorm of queries and keys, head by head. use_post_norm:
+            RMSNorm of each branch before it is added to the residual stream. use_bias: linear layers have a bias.
         hf_style_rope: rotate halves against each other instead of neighbours.
         seq_order: "L2R" or "R2L": whether even blocks use the flipped or the raster order.
         top_order: "raster" follows `seq_order` in the deep block too; "spread" visits the tokens of a frame in
             bit-reversed order (far apart first) with separate query and key positions; so do the others, in orders of
             their own (see `starflow.model.token_order`). shallow_order: the same for all other blocks.
-        position_embed: the input of a block also tells where the predicted token stands (cosines and sines of its
-            rotary angles); the published models do not. text_embed: nor do they add the sum of the text features to
-            every token of a block that reads text.
-        temporal_causal: 0 flips whole sequences; > 0 flips inside each frame and is the denoiser's look-ahead.
+        position_embed: each embedded token also gets a projection of the rotary cosines and sines of the token that it
+            predicts; the published models lack this. text_embed: each token of a block that reads text also gets a
+            projection of the sum of the text features; the published models lack this too.
+        temporal_causal: with 0, flipped blocks visit the whole sequence backwards; above 0 they flip each frame for
+            itself, and the number is the look-ahead of the denoiser in frames.
         shallow_block_local: shallow blocks see one frame at a time. local_attn_window: frames of a sampling window.
-        learnable_self_denoiser, conditional_denoiser, denoiser_window: the score network and what it sees.
+        attention_frames: frames that every layer of the deep block sees behind its own; None is all of the clip, or of
+            its window. With a number nothing that the block reads depends on how long a clip has become: positions
+            are relative in time, and text enters by `text_embed` alone. A clip then grows for ever in the memory of
+            these frames, and nothing is encoded twice.
+        learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
+            conditional_denoiser: that network reads the text. denoiser_window: frames before its own that a frame sees
+            in that network; None is all of them.
         use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
         num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
             inside a token (TarFlow) instead of fastest.
@@ -113,6 +121,7 @@ class FlowConfig:
     temporal_causal: int = 0
     shallow_block_local: bool = False
     local_attn_window: int | None = None
+    attention_frames: int | None = None
     learnable_self_denoiser: bool = False
     conditional_denoiser: bool = False
     denoiser_window: int | None = None
@@ -176,6 +185,27 @@ class FlowConfig:
             "flow.local_attn_window",
             self.local_attn_window,
             "a number of frames >= 2, together with shallow_block_local and temporal_causal",
+        )
+        require(
+            self.attention_frames is None
+            or (
+                self.attention_frames >= 1
+                and self.rope
+                and self.sos
+                and self.shallow_block_local
+                and self.temporal_causal > 0
+                and self.local_attn_window is None
+            ),
+            "flow.attention_frames",
+            self.attention_frames,
+            "a number of frames >= 1, together with rope, sos, shallow_block_local and temporal_causal, without "
+            "local_attn_window",
+        )
+        require(
+            self.attention_frames is None or self.txt_size == 0 or self.text_embed,
+            "flow.text_embed",
+            self.text_embed,
+            "True with attention_frames and text",
         )
         require(
             self.denoiser_window is None or self.denoiser_window >= max(self.temporal_causal - 1, 0),
@@ -296,15 +326,17 @@ class DataConfig:
         fps: frames a second that files are read at; None keeps each file's own.
         channels: 1 (grey) or 3.
         clips_per_file: clips that an epoch cuts from each file of a folder.
-        cut: where they begin in training: "random", elsewhere in each epoch, or "even", always the same, spread from
-            the first possible start to the last, which a small flow learns sooner.
+        cut: where clips begin in training: with "random" elsewhere in each epoch; with "even" at the same places in
+            every epoch, spread from the first possible start to the last, which a small flow learns sooner.
         name_captions: a file without caption is captioned by its name.
-        caption_second: captions of a folder end in the second of its file at which the clip begins, as a whole number:
-            a prompt can then ask for that part, and a flow need not learn them all as one.
-        caption_fps: captions tell the frame rate, as in the published recipe.
+        caption_second: captions of a folder end in a whole number, the second of the file at which the clip begins. A
+            prompt can then ask for one part of a long video.
+        caption_fps: captions state the frame rate, as in the published recipe.
         mix_aspect: clips of a folder keep the published aspect ratio that is nearest to their file's, with about the
-            area of height x width, and captions tell it; the clips of a step have one shape.
-        cache_gb: decoded frames kept in memory.
+            area of height x width, and captions state it; the clips of a step have one shape.
+        cache_gb: gibibytes of decoded frames that are kept in memory.
+        start, handwritings: of digits: whether clips begin in the "middle" of the picture or "anywhere", and whether
+            they show the "typical" 40 % of the handwritings or "all" (see `starflow.data.MovingDigits`).
     """
 
     kind: Literal["digits", "folder"] = "digits"
@@ -321,6 +353,8 @@ class DataConfig:
     caption_fps: bool = False
     mix_aspect: bool = False
     cache_gb: float = 2.0
+    start: Literal["middle", "anywhere"] = "middle"
+    handwritings: Literal["typical", "all"] = "typical"
 
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "clips_per_file"):
@@ -333,37 +367,50 @@ class DataConfig:
             self.fps,
             "a number with data.caption_fps",
         )
+        for name, usual in (("start", "middle"), ("handwritings", "typical")):
+            require(
+                self.kind == "digits" or getattr(self, name) == usual,
+                f"data.{name}",
+                getattr(self, name),
+                f"{usual!r} but for digits",
+            )
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe (see docs of each option in the published recipe).
+    """The training recipe.
 
     Args:
-        steps: optimiser steps. batch_size: clips of a step. accumulate: parts that a step is computed in.
-        lr, min_lr, warmup_steps: of the flow: linear warm-up, then a cosine. denoiser_lr: of the denoiser, same shape;
-            it learns in every `denoiser_every`-th step.
+        steps: optimiser steps. batch_size: clips of a step. accumulate: equal parts in which a step is computed; their
+            gradients are added up.
+        lr, min_lr, warmup_steps: learning rate of the flow: a linear warm-up to `lr`, then a cosine down to `min_lr`.
+            denoiser_lr: peak learning rate of the denoiser, which has the same schedule and learns in every
+            `denoiser_every`-th step.
+        optimizer: "adamw", or "muon", which takes the matrices inside of layers out of AdamW (see `starflow.training`).
         beta1, beta2, weight_decay: AdamW of the flow; the denoiser's has the default betas.
-        noise_std: standard deviation sigma of the noise added to latents. cond_noise_level: captions tell it, and the
-            loss is weighted by sigma / 0.3.
-        latent_norm_regularization: weight of the mean square of what enters each block.
-        drop_label: probability that a caption is emptied. drop_image: probability that the first frame is dropped
-            (and the caption says "(extend) "), so that the flow learns to continue. last_frame_prob: probability that
-            its last frame, encoded alone, stands before a clip (and the caption says "(last) "), so that the flow
-            learns to arrive there. source_prob: of the steps that are neither, and not of images, the share in which
-            the source of each clip stands before it (and the caption says "(v2v) "), so that the flow learns to make
-            one of the other; above 0 the data must be pairs.
+        noise_std: standard deviation sigma of the noise added to latents. cond_noise_level: captions state sigma, and
+            the loss is weighted by sigma / 0.3.
+        latent_norm_regularization: weight of a penalty, the mean square of the latents that enter each block.
+        drop_label: probability that a caption is emptied. drop_image: probability that the first latent frame of a clip
+            is dropped and its caption begins with "(extend) ", so that the flow learns to continue a clip.
+            last_frame_prob: probability that the last frame of a clip, encoded alone, stands before the clip and its
+            caption begins with "(last) ", so that the flow learns to arrive at a given frame. source_prob: of the steps
+            that do neither and show no images, the share in which the source of each clip stands before it and its
+            caption begins with "(v2v) ", so that the flow learns to make a clip from its source; above 0 the data must
+            be pairs.
         image_prob: probability that a step trains on single frames as images, `image_batch_size` of them (default
-            `batch_size`). image_frame: which frame of a clip: "any", or "first" for data whose clips begin in a way of
-            their own, which single frames from later on would blur.
+            `batch_size`). image_frame: the frame of a clip that is shown as an image: "any", or "first" for data whose
+            first frames look unlike later ones, when sampled images shall look like first frames.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
             exceeds `grad_skip` times the clip; 0 is off.
         ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
-        precision: arithmetic of the products; the residual stream and the affine maps stay float32.
+        precision: dtype in which matrix products are computed; the residual stream and the affine maps stay float32.
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
-            of them, "fsdp" a piece (slower, less memory). No meaning for one process, and none for the numbers.
+            of them, "fsdp" a piece (slower, less memory). It does nothing in one process, and changes results only by
+            the order of sums.
         seed: of weights, data order, noise and dropping.
-        checkpoint_every, sample_every: steps; 0 only at the end.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end alone. sample_every: steps between sheets
+            of samples; 0 makes none.
     """
 
     steps: int = 1000
@@ -374,6 +421,7 @@ class TrainConfig:
     denoiser_lr: float = 1e-3
     denoiser_every: int = 1
     warmup_steps: int = 50
+    optimizer: Literal["adamw", "muon"] = "adamw"
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 1e-4
@@ -413,6 +461,12 @@ class TrainConfig:
             require(
                 0.0 <= getattr(self, name) < 1.0, f"train.{name}", getattr(self, name), "a number from 0 to below 1"
             )
+        require(
+            self.optimizer == "adamw" or self.parallel == "ddp",
+            "train.optimizer",
+            self.optimizer,
+            "'adamw' with parallel 'fsdp' (Muon needs whole matrices)",
+        )
         require(0 <= self.seed < 1 << 63, "train.seed", self.seed, "an integer from 0 to 2^63 - 1")
         require(
             self.grad_skip == 0 or self.grad_clip > 0, "train.grad_clip", self.grad_clip, "> 0 together with grad_skip"
@@ -427,10 +481,10 @@ class SampleConfig:
         guidance: weight of classifier-free guidance.
         temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
-        precision: of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
+        precision: dtype of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
             docs/solver.md).
-        fps: frames a second of what is written.
-        prompts: what training samples from while it runs.
+        fps: frames a second of the files that are written.
+        prompts: of the samples that training makes while it runs.
     """
 
     guidance: float = 0.0

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -34,24 +32,16 @@ if TYPE_CHECKING:
 
 __all__ = ["ALONE", "DistributedError", "World", "join", "local", "rank_and_size", "whole"]
 
-logger = logging.getLogger(__name__)
-
 Kind = TypeVar("Kind")
 
 Parallel = Literal["ddp", "fsdp"]
 
-# Seconds between signs of life, without one until a process counts as dead, and until a process that waits for a dead
-# one in vain is ended: under a minute together.
-BEAT = 1.0
-SILENCE = 30.0
-GRACE = 15.0
-# Of a collective: long, since a checkpoint of one process makes the others wait; the dead are found by their silence.
-TIMEOUT = timedelta(hours=2)
-# Bytes of a file of a training state: what is held twice in memory while it is written.
+# Until a collective of a step gives up on a process that is silent; all processes do the same work in a step.
+TIMEOUT = timedelta(minutes=10)
+# Until one gives up that waits for what a process does alone: a large model file, samples, a larger share of prompts.
+PATIENCE = timedelta(hours=2)
+# Bytes of one file of a training state, which is in memory a second time while it is written.
 FILE_BYTES = 1 << 30
-
-# What the communication libraries say when the other side is gone.
-_LOST = ("connection closed", "connection reset", "broken pipe", "gloo", "nccl", "timed out", "timeout")
 
 
 class DistributedError(RuntimeError):
@@ -79,16 +69,19 @@ def local(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run. What is not said to be local is a collective: all of them call it, in the same order.
+    """The processes of a run. A method is a collective, which all processes call in the same order, unless it says
+    local.
 
     Args:
-        rank: number of this process. size: of all.
+        rank: number of this process. size: number of all processes.
         device: where it computes.
+        patient: the same processes, over gloo and with a long timeout.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    patient: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -104,15 +97,15 @@ class World:
         return float(total) / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether it holds in any process."""
+        """Whether the flag is set in any process."""
         return self.mean(float(flag)) > 0.0 if self.size > 1 else flag
 
     def share(self, make: Callable[[], Kind]) -> Kind:
-        """What `make` returns in the first process, where alone it is called; something that can be pickled."""
+        """The result of `make`, which the first process alone calls; it must be possible to pickle it."""
         if self.size == 1:
             return make()
         box = [make() if self.first else None]
-        dist.broadcast_object_list(box, src=0, device=self.device)
+        dist.broadcast_object_list(box, src=0, group=self.patient)
         return box[0]  # type: ignore[return-value]
 
     def gather(self, value: Kind) -> list[Kind]:
@@ -120,8 +113,13 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.patient)
         return found
+
+    def wait(self) -> None:
+        """Returns when all processes have called it, however long one of them has worked alone before."""
+        if self.size > 1:
+            dist.monitored_barrier(self.patient, PATIENCE)
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replaces tensors of one dtype by their means over the processes."""
@@ -185,9 +183,9 @@ class World:
 
         try:
             with warnings.catch_warnings():
-                # It warns that there is but one process.
+                # torch warns that there is only one process.
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                call(tensors, no_dist=self.size == 1, **how)
+                call(tensors, no_dist=self.size == 1, process_group=self.patient, **how)
         except CheckpointException as error:
             # Not an Exception, and its text holds the tracebacks of all processes.
             causes = [cause[0] if isinstance(cause, tuple) else cause for cause in error.failures.values()]
@@ -201,11 +199,8 @@ ALONE = World()
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What is written of tensors: nothing of empty ones, and scalars as vectors of one (the same memory)."""
+    """Tensors as they are written: empty ones are left out, scalars become vectors of one that share their memory."""
     return {name: tensor.view(1) if tensor.dim() == 0 else tensor for name, tensor in tensors.items() if tensor.numel()}
-
-
-# -- gradients --------------------------------------------------------------------------------------------------------
 
 
 # -- the processes ----------------------------------------------------------------------------------------------------
@@ -215,8 +210,9 @@ def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def join(device: torch.device) -> Iterator[World]:
     """The processes that `torchrun` started, for as long as the block lasts; alone without it.
 
-    Only the first process logs. An error in one process ends the others with a `DistributedError` that quotes it, and
-    a process that dies without a word does so by its silence, both within a minute.
+    Only the first process logs. When a process ends, by an error or killed, its connections close, and the others end
+    where they wait for it, with a `DistributedError` that quotes the error or names the process. (NCCL does not notice
+    closed connections; there `torchrun` ends the others.) A process that is silent ends the others after `TIMEOUT`.
 
     Args:
         device: to compute on; "cuda" takes the one of this process's number on its machine.
@@ -232,27 +228,18 @@ def join(device: torch.device) -> Iterator[World]:
     store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=60))))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-    watch = _Watch(store.clone(), rank, size)
+    world = World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
     with _quiet() if rank else nullcontext():
         try:
-            watch.start()
-            yield World(rank, size, device)
-            # In this order: whoever passes the barrier may be gone before the others look.
-            watch.stop()
-            dist.barrier()
+            yield world
+            world.wait()
         except Exception as error:
-            reason = watch.fail(error)
-            watch.stop()
-            if reason is not None:
-                raise DistributedError(reason) from error
-            raise
+            reason = _ended_by(error, world, store.clone())
+            if reason is None:
+                raise
+            raise DistributedError(reason) from error
         finally:
-            watch.stop()
-            if device.type == "cpu":
-                # NCCL would wait here for those that are gone.
-                dist.destroy_process_group()
-    if device.type == "cuda":
-        dist.destroy_process_group()
+            dist.destroy_process_group()
 
 
 @contextmanager
@@ -267,73 +254,38 @@ def _quiet() -> Iterator[None]:
         ours.setLevel(before)
 
 
-class _Watch(threading.Thread):
-    """Gives signs of life and looks for those of others: all look at the first process, which looks at all.
+def _ended_by(error: Exception, world: World, store: Store) -> str | None:
+    """What ended a run that this process leaves with an error: None where the error is its own.
 
-    Args:
-        store: a connection of its own. rank, size: of this process.
+    A collective fails with a plain RuntimeError when another process has closed its connection or does not answer, so
+    such an error may have its cause elsewhere; an error of another type has not. The first of either kind is kept in
+    the store, which `torchrun` holds; with another launcher it ends with the first process.
     """
+    vague = type(error) is RuntimeError or isinstance(error, dist.DistError)
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    gone = _unreachable(world) if vague else []
+    if gone:
+        own = f"process {' and '.join(map(str, gone))} of {world.size} is gone: {text}"
+    else:
+        own = f"process {world.rank} of {world.size} stopped: {text}"
+    first = own
+    with suppress(dist.DistError):
+        first = store.compare_set("suspected" if vague else "failed", "", own).decode()
+        if vague and store.check(["failed"]):
+            first = store.get("failed").decode()
+    return None if first == own and not gone else first
 
-    def __init__(self, store: Store, rank: int, size: int) -> None:
-        super().__init__(daemon=True, name="starflow-watch")
-        self._store, self._rank, self._size = store, rank, size
-        self._done = threading.Event()
-        self._lock = threading.Lock()
-        self._seen: dict[int, tuple[bytes, float]] = {}
-        self._reason: str | None = None
 
-    def stop(self) -> None:
-        """Ends the watch; may be called again."""
-        self._done.set()
-
-    def fail(self, error: Exception) -> str | None:
-        """Tells the others of an error of this process; returns what ended the run where that was another one."""
-        own = f"process {self._rank} of {self._size} stopped: {type(error).__name__}: {' '.join(str(error).split())}"
-        text = f"{type(error).__name__} {error}".lower()
-        lost = isinstance(error, RuntimeError) and any(word in text for word in _LOST)
-        if lost:
-            own = f"a process of the {self._size} is gone: {' '.join(str(error).split())[:300]}"
-        first = self._reason
-        if first is None:
-            try:
-                with self._lock:
-                    first = self._store.compare_set("failed", "", own).decode()
-            except RuntimeError:
-                first = own
-        if first == own and self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            # The store goes with this process: let the others read it.
-            time.sleep(2.5 * BEAT)
-        return first if lost or first != own else None
-
-    def run(self) -> None:
-        """Watches until `stop`; ends the process where another is gone and this one does not notice."""
-        count = 0
-        while self._reason is None and not self._done.wait(BEAT):
-            count += 1
-            try:
-                with self._lock:
-                    self._reason = self._look(count)
-            except RuntimeError as error:
-                if self._done.is_set():
-                    return
-                self._reason = f"the store of the run is gone, and with it the machine of the first process: {error}"
-        if self._reason is None or self._done.wait(GRACE):
-            return
-        logger.error("%s", self._reason)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
-
-    def _look(self, count: int) -> str | None:
-        self._store.set(f"alive/{self._rank}", str(count))
-        if self._store.check(["failed"]):
-            return str(self._store.get("failed"), "utf-8")
-        now = time.monotonic()
-        for rank in range(1, self._size) if self._rank == 0 else (0,):
-            key = f"alive/{rank}"
-            sign = self._store.get(key) if self._store.check([key]) else b""
-            if sign != self._seen.get(rank, (None, now))[0]:
-                self._seen[rank] = (sign, now)
-            elif now - self._seen[rank][1] > SILENCE:
-                return str(self._store.compare_set("failed", "", f"process {rank} of {self._size} is silent"), "utf-8")
-        return None
+def _unreachable(world: World) -> list[int]:
+    """Processes that have closed their connections to this one."""
+    gone = set()
+    # What is sent to a closed connection is answered by a reset, and the next message fails.
+    for _ in range(2):
+        for rank in range(world.size):
+            if rank != world.rank and rank not in gone:
+                try:
+                    dist.isend(torch.zeros(1), rank, world.patient)
+                except RuntimeError:
+                    gone.add(rank)
+        time.sleep(0.2)
+    return sorted(gone)

@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,6 @@ import pytest
 import torch
 
 import starflow.data
-from starflow.cli import main
 from starflow.cli.main import make_parser
 from starflow.cli.options import make_config, sample_options_of
 from starflow.config import ConfigError, RunConfig
@@ -26,15 +23,9 @@ from starflow.model import Flow
 from starflow.sampling import Pipeline, SampleOptions
 from starflow.storage import published_state
 
+from .commands import run, start
+
 PROMPT = "a three moving up"
-
-
-def run(*args: object) -> int:
-    """Exit status of a command line, also where argparse ends it."""
-    try:
-        return main([str(arg) for arg in args])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
 
 
 def error(capsys: pytest.CaptureFixture[str]) -> str:
@@ -331,15 +322,7 @@ def test_a_defect_is_not_hidden(model: Path, tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "starflow", "sample", str(model), "--out", str(out), "--clips", "5000", "--batch"]
-    # A shell that starts the tests in the background has them ignore the signal, and their children after them.
-    process = subprocess.Popen(
-        [*command, "1"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start("sample", model, "--out", out, "--clips", 5000, "--batch", 1)
     deadline = time.monotonic() + 120
     while not list(out.glob("*.mp4")):
         assert time.monotonic() < deadline

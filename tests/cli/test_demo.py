@@ -23,9 +23,9 @@ def test_figures_are_written_and_in_range(made: tuple[Path, DemoFigures]) -> Non
     folder, figures = made
     assert json.loads((folder / "figures.json").read_text()) == asdict(figures)
     assert {field.name for field in fields(figures)} == set(asdict(figures))
-    for name in ("digit_accuracy", "direction_accuracy", "shuffled_ranked", "reversed_ranked"):
+    for name in ("digit_every_frame", "direction_accuracy", "shuffled_ranked", "reversed_ranked"):
         assert 0.0 <= getattr(figures, name) <= 1.0
-    assert figures.real_digit_accuracy > 0.9
+    assert figures.real_digit_every_frame > 0.9
     assert figures.real_direction_accuracy > 0.9
     assert figures.bits_per_dim > figures.noise_floor_bits
     assert figures.sweeps_per_frame > 0.0

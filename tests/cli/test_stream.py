@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import resource
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from starflow.cli import main
 from starflow.config import RunConfig
 from starflow.data import VideoWriter, enlarge, probe, read_video, to_frames, write_video
 from starflow.sampling import Pipeline
 from starflow.storage import save_model
 
+from ..tools import full_disk
+from .commands import run, start
+
 PROMPT = "a three moving up"
-
-
-def run(*args: object) -> int:
-    try:
-        return main([str(arg) for arg in args])
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 1
 
 
 def test_a_stream_is_the_sample(
@@ -68,15 +59,7 @@ def test_a_stream_goes_on_from_a_beginning(model: Path, pipeline: Pipeline, tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_the_command_leaves_a_file_that_plays(model: Path, tmp_path: Path, number: signal.Signals) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "starflow", "sample", str(model), "--stream", "--frames", "1000000"]
-    # A shell that starts the tests in the background has them ignore the signal, and their children after them.
-    process = subprocess.Popen(
-        [*command, "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start("sample", model, "--stream", "--frames", 1_000_000, "--out", out)
     deadline = time.monotonic() + 120
     while not (files := list(out.glob("*.mp4"))) or files[0].stat().st_size < 20_000:
         assert time.monotonic() < deadline
@@ -113,19 +96,6 @@ def test_an_encoder_that_is_killed_leaves_what_it_wrote(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"ffmpeg could not write .*; what was written before plays"):
         write()
     assert read_video(path).shape[1:] == (32, 32, 3)
-
-
-@contextmanager
-def full_disk(size: int) -> Iterator[None]:
-    """Lets no file grow beyond `size` bytes, which a write meets like a full disk."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_a_full_disk_ends_a_stream_with_one_error(

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow_ext import _sweep_reference
 from starflow_ext.jacobi_solve import SolveProgress
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.linear_pack import device_rows_shape
 from starflow_ext.norm import EPSILON
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
 
 from .emulator import Kernels, Mutation, Report, emulated
 
@@ -78,7 +77,7 @@ class DeviceBlock:
 
     def rows(self, caches: Tensor) -> DeviceBlock:
         """A copy of some rows of the caches."""
-        state = _sweep_reference._rows_of(self.state, caches)
+        state = self.state.select(caches)
         keys, values = (cache[:, caches].contiguous() for cache in (self.keys, self.values))
         return DeviceBlock(self.weights, state, keys, values, self.sm90)
 
@@ -246,7 +245,5 @@ def solve(
 
 def reference_caches(weights: BlockWeights, state: BlockState) -> tuple[Tensor, Tensor]:
     """Keys and values of panels, as (layers, cache rows, kv_heads, slots, head_dim)."""
-    layers = [_sweep_reference._Heads(state, i, weights.head_dim, torch.float32) for i in range(len(weights.layers))]
-    return tuple(
-        torch.stack([getattr(layer, name)[:, :, : state.slots] for layer in layers]) for name in ("keys", "values")
-    )
+    layers = [state.layer_cache(index, weights.head_dim) for index in range(len(weights.layers))]
+    return tuple(torch.stack([getattr(layer, name).float() for layer in layers]) for name in ("keys", "values"))

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow_ext import _sweep_reference
-from starflow_ext._sweep_reference import jacobi_solve_reference
-from starflow_ext.jacobi_solve import SolveProgress
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights
+from starflow_ext.jacobi_solve import SolveProgress, jacobi_solve_reference
+from starflow_ext.sweep_block import BlockState
 
 from ..ops.blocks import block, state_of
 from .blocks import SOLVE, DeviceBlock, Options, Solved, solve, solve_kernels, sweep_kernels
@@ -55,7 +53,7 @@ class Problem:
     def state(self) -> BlockState:
         """With temperatures and conditions of their own for each sample and half."""
         state = state_of(self.weights, 4 * self.options.halves, self.tokens + 2, storage="float16")
-        return _sweep_reference._rows_of(state, self.caches)
+        return state.select(self.caches)
 
     def device(self) -> DeviceBlock:
         return DeviceBlock.of(self.weights, self.state(), sm90=self.sm90)
@@ -84,18 +82,14 @@ class Problem:
                 break
         return progress, done
 
-    def reference(self, monkeypatch: pytest.MonkeyPatch) -> tuple[SolveProgress, list[int]]:
-        """The rule in plain torch, a sample after the other, on emulated sweeps of its own."""
+    def reference(self) -> tuple[SolveProgress, list[int]]:
+        """The rule in plain torch on emulated sweeps of its own."""
         device, progress, o = self.device(), self.progress(), self.options
         self.given(sweep_kernels(), device)
 
-        def evaluate(weights: BlockWeights, state: BlockState, caches: Tensor, x: Tensor, start: Tensor) -> Tensor:
-            own = device.rows(caches)
-            _, raw = own.sweep(sweep_kernels(), x.contiguous(), start)
-            device.keys[:, caches], device.values[:, caches] = own.keys, own.values
-            return raw
+        def sweep(rows: Tensor, start: Tensor, keep: Tensor) -> Tensor:
+            return device.sweep(sweep_kernels(), rows, start, keep)[1]
 
-        monkeypatch.setattr(_sweep_reference, "_evaluate", evaluate)
         _, accepted, bad = jacobi_solve_reference(
             self.weights,
             device.state,
@@ -111,6 +105,7 @@ class Problem:
             guidance=o.guidance,
             guided=o.guided,
             most_sweeps=64,
+            sweep=sweep,
         )
         assert bad is None
         return progress, list(accepted)
@@ -129,9 +124,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_solves_are_those_of_the_reference(name: str, kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_solves_are_those_of_the_reference(name: str, kernels: Kernels) -> None:
     problem = Problem(CASES[name])
-    expected, accepted = problem.reference(monkeypatch)
+    expected, accepted = problem.reference()
     got, (done,) = problem.run(kernels)
     assert done.accepted == accepted
     assert not done.more
@@ -241,10 +236,10 @@ def test_a_token_that_is_not_finite_ends_the_solve(way: str, kernels: Kernels) -
     assert progress.x[:, 1:7].isfinite().all()
 
 
-def test_a_wild_guess_is_replaced_by_its_noise(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wild_guess_is_replaced_by_its_noise(kernels: Kernels) -> None:
     problem = Problem(Options(tolerance=0.02))
     problem.x[:, 3:9] = torch.tensor([1e30, -1e30, torch.inf, torch.nan, 2e6])
-    expected, accepted = problem.reference(monkeypatch)
+    expected, accepted = problem.reference()
     got, (done,) = problem.run(kernels)
     assert done.accepted == accepted
     torch.testing.assert_close(got.x[:, 1:], expected.x[:, 1:], atol=2e-3, rtol=2e-3)
@@ -357,8 +352,8 @@ MUTATIONS = [
             r"settled < count \? settled \+ 1 : count": "settled + 1",
             r"source < options\.first \? -1 : source": "source",
             r"/ options\.frame_tokens \+ 1": "/ options.frame_tokens + 2",
-            r" && value > -1e6F": "",
-            r"options\.affine\.activation == Activation::none \|\| c >= channels": "c < channels",
+            r" && value > -wild": "",
+            r"options\.affine\.activation == ScaleActivation::none \|\| c >= channels": "c < channels",
             r"guidance\.annealed \? ": "false ? ",
         },
     ),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow_ext._sweep_reference import jacobi_sweep_reference
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights
+from starflow_ext.jacobi_sweep import jacobi_sweep_reference
+from starflow_ext.sweep_block import BlockState, BlockWeights
 
 from ..ops.blocks import KINDS, block, state_of
 from .blocks import SWEEP, DeviceBlock, reference_caches, sweep_kernels

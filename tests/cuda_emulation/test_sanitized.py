@@ -15,8 +15,8 @@ import pytest
 
 from .emulator import ROOT
 
-# The checkout last and not where it runs: its source folders would hide the installed packages.
-RUN = f"import sys; sys.path.append({str(ROOT)!r}); from tests.cuda_emulation import sanitized; sanitized.{{0}}()"
+# Runs in the root of the checkout, which `python -c` puts on the path.
+RUN = "from tests.cuda_emulation import sanitized; sanitized.{0}()"
 
 
 def _run(what: str) -> subprocess.CompletedProcess[str]:
@@ -32,7 +32,7 @@ def _run(what: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", RUN.format(what)],
         env=os.environ | {"LD_PRELOAD": str(library), "ASAN_OPTIONS": options},
-        cwd=ROOT / "tests",
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,

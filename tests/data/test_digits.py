@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from starflow.data import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, Clip, DigitJudge, MovingDigits, to_frames, to_pixels
-from starflow.data.digits import _load, _split
+from starflow.data.digits import _draw, _load, _split, _spoil
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,54 @@ def test_long_clips_bounce_off_the_walls():
         assert (centers.diff(dim=0).sign().diff(dim=0).abs() > 0).any()
 
 
+@pytest.mark.parametrize("start", ["middle", "anywhere"])
+def test_the_motion_is_where_the_picture_shows_the_digit(start):
+    dataset = MovingDigits(frames=30, size=24, start=start, length=40)
+    images = _load()[0]
+    for index in range(40):
+        clip, motion = dataset.item(index, epoch=1, seed=2), dataset.motion(index, epoch=1, seed=2)
+        assert clip.caption.split(maxsplit=2)[1:] == [DIGITS[motion.digit], motion.direction]
+        drawn = [_draw(images[which], motion.centers, 24) for which in np.flatnonzero(_load()[1] == motion.digit)]
+        assert any(torch.equal(clip.pixels, picture) for picture in drawn)
+        # The middle of the square is not the middle of the ink, but stays as far from it.
+        apart = centre_of_mass(clip) - motion.centers
+        assert (apart - apart[0]).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 64])
+def test_a_digit_that_begins_anywhere_moves_as_told_for_three_steps_and_bounces_only_at_the_walls(size):
+    dataset = MovingDigits(frames=70, size=size, start="anywhere", length=60)
+    begins = set()
+    for index in range(60):
+        motion = dataset.motion(index)
+        heading = torch.tensor(DIRECTIONS[motion.direction]).sign()
+        steps = motion.centers.diff(dim=0)
+        torch.testing.assert_close(steps[:3], (motion.step * heading).expand(3, 2), rtol=0, atol=1e-4)
+        torch.testing.assert_close(steps.abs(), (motion.step * heading).abs().expand(69, 2), rtol=0, atol=1e-4)
+        assert motion.low - 1e-4 < motion.centers.min()
+        assert motion.centers.max() < motion.high + 1e-4
+        at_wall = ((motion.centers - motion.low).abs() < 0.5) | ((motion.centers - motion.high).abs() < 0.5)
+        turns = (steps[1:] * steps[:-1]) < 0
+        assert torch.equal(turns, at_wall[1:-1] & (heading != 0))
+        begins.add(tuple(motion.centers[0].tolist()))
+    assert len(begins) > 20
+
+
+def test_the_middle_and_typical_handwritings_are_the_default():
+    usual, spelled = MovingDigits(length=5), MovingDigits(start="middle", handwritings="typical", length=5)
+    for index in range(5):
+        assert torch.equal(usual.item(index).pixels, spelled.item(index).pixels)
+        assert torch.equal(usual.motion(index).centers[0], usual.motion(0).centers[0])
+
+
+def test_all_handwritings_hold_out_what_the_typical_ones_hold_out():
+    train, test = set(_split("train", "all")), set(_split("test", "all"))
+    assert not train & test
+    assert len(train | test) == len(_load()[1])
+    assert set(_split("test")) < test
+    assert set(_split("train")) < train
+
+
 def test_captions_use_the_vocabulary_and_every_direction_occurs(held_out):
     words = {word for clip in held_out for word in clip.caption.split()}
     assert words == {*VOCABULARY, "a", "an", "and", "moving", "standing"}
@@ -99,9 +147,38 @@ def test_captions_use_the_vocabulary_and_every_direction_occurs(held_out):
 
 def test_the_judge_reads_real_held_out_clips(judge, held_out):
     score = judge.score([clip.pixels for clip in held_out], [clip.caption for clip in held_out])
-    assert score["digit_accuracy"] > 0.95
+    assert score["digit_accuracy"] > 0.99
+    assert score["digit_every_frame"] > 0.98
     assert score["direction_accuracy"] > 0.99
-    assert score["both_accuracy"] <= min(score["digit_accuracy"], score["direction_accuracy"])
+    assert score["both_accuracy"] <= min(score["digit_every_frame"], score["direction_accuracy"])
+
+
+def test_the_judge_reads_frames_one_by_one(judge, held_out):
+    for clip in held_out[:20]:
+        digit = DIGITS.index(clip.caption.split()[1])
+        pixels = clip.pixels.clone()
+        pixels[5] = held_out[21].pixels[5]
+        pixels[2] = -1.0
+        read = judge.read(pixels)
+        assert torch.equal(read, torch.cat([judge.read(frame[None]) for frame in pixels]))
+        assert read[2] == -1
+        others = [0, 1, 3, 4, 6, 7]
+        assert torch.equal(read[others], judge.read(clip.pixels)[others])
+        assert judge.score([pixels], [clip.caption])["digit_every_frame"] == 0.0
+        assert judge.score([pixels], [clip.caption])["digit_accuracy"] >= (read == digit).float().mean() - 1e-6
+
+
+def test_the_judge_reads_all_handwritings_where_it_learned_them():
+    judge, dataset = DigitJudge(24, "all"), MovingDigits(frames=1, size=24, split="test", handwritings="all")
+    right = [judge.read(dataset.item(i).pixels)[0] == dataset.motion(i).digit for i in range(400)]
+    assert np.mean(right) > 0.96
+
+
+def test_the_judge_does_not_take_spoiled_digits_for_digits(judge, held_out):
+    spoiled = _spoil(torch.cat([clip.pixels[:1] for clip in held_out]), np.random.default_rng(1))
+    read = judge.read(spoiled).view(-1, 4)
+    assert (read[:, 0] == -1).all()  # empty
+    assert (read == -1).float().mean() > 0.9
 
 
 def test_the_judge_stands_a_little_noise(judge, held_out):
@@ -120,18 +197,22 @@ def test_the_judge_is_not_pleased_by_other_captions(judge, held_out):
 
 def test_the_judge_takes_an_empty_clip(judge):
     assert judge.direction(torch.full((8, 1, 32, 32), -1.0)) == "standing still"
-    assert judge.digit(torch.full((8, 1, 32, 32), -1.0)) in range(10)
+    assert judge.read(torch.full((8, 1, 32, 32), -1.0)).tolist() == [-1] * 8
 
 
 def test_errors_name_what_was_expected(judge):
     with pytest.raises(ValueError, match='MovingDigits: split is "both", expected "train" or "test"'):
         MovingDigits(split="both")
+    with pytest.raises(ValueError, match='MovingDigits: start is "left", expected "middle" or "anywhere"'):
+        MovingDigits(start="left")
+    with pytest.raises(ValueError, match='MovingDigits: handwritings is "mine", expected "typical" or "all"'):
+        MovingDigits(handwritings="mine")
     with pytest.raises(ValueError, match="MovingDigits: frames is 0, expected at least 1"):
         MovingDigits(frames=0)
     with pytest.raises(IndexError, match="MovingDigits: index is 7, expected 0 to 6"):
         MovingDigits(length=7).item(7)
     with pytest.raises(ValueError, match=r"pixels have shape \[8, 3, 32, 32\], expected \[frames, 1, 32, 32\]"):
-        judge.digit(torch.zeros(8, 3, 32, 32))
+        judge.read(torch.zeros(8, 3, 32, 32))
     with pytest.raises(ValueError, match='caption "a cat" is not one of MovingDigits'):
         judge.score(torch.zeros(1, 8, 1, 32, 32), ["a cat"])
     with pytest.raises(ValueError, match="got 1 clips and 0 captions"):

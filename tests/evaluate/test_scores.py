@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -177,6 +178,13 @@ def test_heat_map_shows_every_token_under_its_frame(pipeline: Pipeline) -> None:
         heat_map(clips, scores[:1])
     with pytest.raises(ValueError, match=r"expected one score with tokens \(per_token\) of each$"):
         heat_map(clips[:1], score(pipeline, clips[:1]))
+
+
+def test_a_heat_map_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = r"^a heat map needs the package matplotlib: pip install 'starflow-ext\[plots\]'$"
+    with pytest.raises(ImportError, match=message):
+        heat_map([], [])
 
 
 def test_a_flow_without_text_sees_no_caption(

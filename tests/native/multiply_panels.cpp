@@ -1,4 +1,4 @@
-// multiply_panels of csrc/cpu/matmul.h against float64, for every storage and kind of activations, at the level that
+// multiply_panels of csrc/cpu/matmul.h against float64, for every storage and kind of input, at the level that
 // this file is compiled for. Prints the largest error of each in units of the sum of the products' magnitudes, and
 // exits with 1 where a bound does not hold. tests/native/test_matmul.py compiles and runs it.
 #include <cmath>
@@ -37,7 +37,7 @@ float rounded(float value) {
 uint16_t bits_of(float bfloat) { return static_cast<uint16_t>(bits_as<uint32_t>(bfloat) >> 16); }
 
 // Panels as csrc/cpu/panels.h describes them, element by element, and what they hold.
-std::vector<char> pack(const Problem& problem, Storage storage, std::vector<double>& held) {
+std::vector<char> pack(const Problem& problem, MatrixStorage storage, std::vector<double>& held) {
     const Panels shape{nullptr, nullptr, nullptr, problem.columns, problem.depth, storage};
     // Memory behind the panels is prefetched and must not be read.
     std::vector<char> bytes(static_cast<size_t>(shape.count() * shape.panel_bytes()) + 1);
@@ -48,18 +48,18 @@ std::vector<char> pack(const Problem& problem, Storage storage, std::vector<doub
             char* panel = bytes.data() + n / panel_columns * shape.panel_bytes();
             const int64_t column = n % panel_columns;
             double& value = held[static_cast<size_t>(n * problem.depth + k)];
-            if (storage == Storage::float32) {
+            if (storage == MatrixStorage::float32) {
                 std::memcpy(panel + (k * panel_columns + column) * 4, &weight, 4);
                 value = weight;
                 continue;
             }
             const float high = rounded(weight);
-            const float low = storage == Storage::two_bfloat16 ? rounded(weight - high) : 0.0F;
+            const float low = storage == MatrixStorage::two_bfloat16 ? rounded(weight - high) : 0.0F;
             const int64_t at = (k / 2 * panel_columns * 2 + column * 2 + k % 2) * 2;
             const uint16_t high_bits = bits_of(high);
             const uint16_t low_bits = bits_of(low);
             std::memcpy(panel + at, &high_bits, 2);
-            if (storage == Storage::two_bfloat16) {
+            if (storage == MatrixStorage::two_bfloat16) {
                 std::memcpy(panel + shape.padded_depth() * panel_columns * 2 + at, &low_bits, 2);
             }
             value = static_cast<double>(high) + low;
@@ -69,7 +69,7 @@ std::vector<char> pack(const Problem& problem, Storage storage, std::vector<doub
 }
 
 template <class Product>
-std::vector<float> multiply(const Problem& problem, const std::vector<char>& panels, Storage storage, int64_t first_row,
+std::vector<float> multiply(const Problem& problem, const std::vector<char>& panels, MatrixStorage storage, int64_t first_row,
                             int64_t rows) {
     const Panels weights{panels.data(), nullptr, nullptr, problem.columns, problem.depth, storage};
     auto* memory = static_cast<char*>(
@@ -94,11 +94,11 @@ std::vector<float> multiply(const Problem& problem, const std::vector<char>& pan
 }
 
 // The largest error, relative to the sum of magnitudes; infinity where a row depends on the rows beside it.
-double error_of(const Problem& problem, Storage storage, Activations activations) {
+double error_of(const Problem& problem, MatrixStorage storage, ProductInput product_input) {
     std::vector<double> held;
     const std::vector<char> panels = pack(problem, storage, held);
     double worst = 0.0;
-    visit_product(storage, activations, [&](auto product) {
+    visit_product(storage, product_input, [&](auto product) {
         using Product = decltype(product);
         const std::vector<float> out = multiply<Product>(problem, panels, storage, 0, problem.rows);
         for (int64_t r = 0; r < problem.rows; ++r) {
@@ -128,20 +128,20 @@ double error_of(const Problem& problem, Storage storage, Activations activations
 
 struct Case {
     const char* name;
-    Storage storage;
-    Activations activations;
+    MatrixStorage storage;
+    ProductInput product_input;
     double bound;
 };
 
 int run() {
     // Rounding a factor to bfloat16 is 2^-9 of it, to two of them 2^-17; the product of two small terms is 2^-16.
     const Case cases[] = {
-        {"float32", Storage::float32, Activations::float32, 1e-6},
-        {"bfloat16 float32", Storage::bfloat16, Activations::float32, 1e-6},
-        {"bfloat16 bfloat16", Storage::bfloat16, Activations::bfloat16, 4e-3},
-        {"bfloat16 two_bfloat16", Storage::bfloat16, Activations::two_bfloat16, 1e-5},
-        {"two_bfloat16 float32", Storage::two_bfloat16, Activations::float32, 1e-6},
-        {"two_bfloat16 two_bfloat16", Storage::two_bfloat16, Activations::two_bfloat16, 3e-5},
+        {"float32", MatrixStorage::float32, ProductInput::float32, 1e-6},
+        {"bfloat16 float32", MatrixStorage::bfloat16, ProductInput::float32, 1e-6},
+        {"bfloat16 bfloat16", MatrixStorage::bfloat16, ProductInput::bfloat16, 4e-3},
+        {"bfloat16 two_bfloat16", MatrixStorage::bfloat16, ProductInput::two_bfloat16, 1e-5},
+        {"two_bfloat16 float32", MatrixStorage::two_bfloat16, ProductInput::float32, 1e-6},
+        {"two_bfloat16 two_bfloat16", MatrixStorage::two_bfloat16, ProductInput::two_bfloat16, 3e-5},
     };
     const int64_t shapes[][3] = {{1, 1, 1},    {1, 32, 32},  {2, 33, 31},  {15, 31, 33},  {16, 32, 64},  {17, 40, 65},
                                  {31, 64, 96}, {33, 70, 40}, {47, 32, 32}, {49, 64, 513}, {65, 33, 600}, {5, 64, 300}};
@@ -152,7 +152,7 @@ int run() {
             Problem problem{shape[0], shape[1], shape[2], {}, {}};
             for (int64_t i = 0; i < problem.rows * problem.depth; ++i) problem.x.push_back(draw());
             for (int64_t i = 0; i < problem.columns * problem.depth; ++i) problem.w.push_back(draw());
-            const double error = error_of(problem, item.storage, item.activations);
+            const double error = error_of(problem, item.storage, item.product_input);
             if (!(error <= item.bound)) {
                 std::printf("%s: rows %d columns %d depth %d: error %g, expected at most %g\n", item.name,
                             static_cast<int>(shape[0]), static_cast<int>(shape[1]), static_cast<int>(shape[2]), error,

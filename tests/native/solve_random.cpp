@@ -7,7 +7,7 @@
 #include <random>
 #include <thread>
 
-#include "ops/jacobi_common/sweeper.cpp"
+#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_solve/loop.cpp"
 #include "ops/jacobi_sweep/jacobi_sweep_dot.cpp"
 #include "ops/jacobi_update/jacobi_update_cpu.cpp"
@@ -39,7 +39,7 @@ struct Matrix {
     std::vector<float> bias;
     Panels panels;
 
-    Matrix(int64_t columns, int64_t depth, Storage storage) : bias(normals(columns, 0.1F)) {
+    Matrix(int64_t columns, int64_t depth, MatrixStorage storage) : bias(normals(columns, 0.1F)) {
         panels = {nullptr, nullptr, bias.data(), columns, depth, storage};
         data.assign(panels.count() * panels.panel_bytes(), 0);
         panels.data = data.data();
@@ -49,7 +49,7 @@ struct Matrix {
                 const float value = normal(1.0F / std::sqrt(static_cast<float>(depth)));
                 const int64_t panel = c / panel_columns * padded * panel_columns;
                 const int64_t column = c % panel_columns;
-                if (storage == Storage::float32) {
+                if (storage == MatrixStorage::float32) {
                     reinterpret_cast<float*>(data.data())[panel + k * panel_columns + column] = value;
                 } else {
                     const int64_t at = panel + (k / 2 * panel_columns + column) * 2 + k % 2;
@@ -74,8 +74,8 @@ struct Problem {
     int64_t head_dim = 2 * any(1, 20), width = any(1, 70), hidden = any(1, 90), halves = any(1, 2),
             layer_count = any(1, 2);
     bool gated = any(0, 1) == 1, normed = any(0, 1) == 1;
-    Storage storage = any(0, 1) == 1 ? Storage::float32 : Storage::bfloat16;
-    Storage cache = any(0, 1) == 1 ? Storage::float32 : Storage::bfloat16;
+    MatrixStorage storage = any(0, 1) == 1 ? MatrixStorage::float32 : MatrixStorage::bfloat16;
+    MatrixStorage cache = any(0, 1) == 1 ? MatrixStorage::float32 : MatrixStorage::bfloat16;
     int64_t heads = kv_heads * group, slots = text + tokens;
     Matrix in{width, channels, storage}, out{2 * channels, width, storage};
     std::vector<Matrix> matrices;
@@ -140,7 +140,7 @@ struct Problem {
                          text,
                          slots,
                          cache,
-                         Activations::bfloat16};
+                         ProductInput::bfloat16};
         const Team team{threads, run_team};
         Sweeper sweeper(block, STARFLOW_ISA::jacobi_sweep, team, rows * std::min(window, tokens));
         if (text > 0) {
@@ -161,7 +161,7 @@ struct Problem {
                                    frame,
                                    window,
                                    tolerance,
-                                   {Activation::softplus, 4.0, false},
+                                   {ScaleActivation::softplus, 4.0, false},
                                    {halves == 2 ? 0.7 : 0.0, false, true, true, false}};
         const SolveCount count = solve(block, sweeper, STARFLOW_ISA::jacobi_update, options, state, 1 << 20);
         if (count.bad_token >= 0) std::abort();

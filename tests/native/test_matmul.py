@@ -27,5 +27,10 @@ def test_products_are_those_of_float64(build: str, run_program: Any) -> None:
     if missing:
         pytest.skip(f"{level}: {missing}")
     defined = ("-ffp-contract=off", "-fno-math-errno", "-DSTARFLOW_ISA=tested", "-DSTARFLOW_X86=1")
-    printed = run_program("multiply_panels.cpp", *defined, *flags, more=("cpu/isa.cpp",))
+    printed = run_program(
+        "multiply_panels.cpp",
+        *defined,
+        *flags,
+        more=("cpu/isa.cpp", "cpu/widened_groups_cpu.cpp", "cpu/pair_groups_bf16.cpp"),
+    )
     assert printed.count("\n") == 6

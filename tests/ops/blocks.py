@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from starflow_ext import ops
-from starflow_ext.jacobi_sweep import BlockState, BlockWeights, LayerWeights, PackedLinear
 from starflow_ext.linear_pack import pack_weight
 from starflow_ext.rope_append import Rotation
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
 
 # Distance from the reference by what is stored and what enters the products; values are of order 1.
 BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 0.1, "int8": 5e-5, "two_bfloat16": 2e-5}
@@ -85,7 +85,7 @@ def state_of(weights: BlockWeights, rows: int, slots: int, text: int = 2, **opti
     )
 
 
-def sweeps(weights: BlockWeights, state: BlockState, activations: Any = None) -> list[Tensor]:
+def sweeps(weights: BlockWeights, state: BlockState, product_input: Any = None) -> list[Tensor]:
     """Text, a prefix, two windows at other places in each row, and what the caches then hold."""
     g = torch.Generator().manual_seed(7)
     rows = state.keys.shape[1]
@@ -95,5 +95,5 @@ def sweeps(weights: BlockWeights, state: BlockState, activations: Any = None) ->
     for start, tokens, keep in ((torch.full((rows,), 2), 70, None), (70 + torch.arange(rows), 9, 72)):
         x = torch.randn(rows, tokens, channels, generator=g).to(weights.device)
         kept = None if keep is None else torch.full((rows,), keep)
-        out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, activations=activations))
+        out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, product_input=product_input))
     return [*out, state.keys.float(), state.values.float()]

@@ -209,8 +209,8 @@ def test_calls_while_a_graph_is_captured_are_refused() -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"activations": "float32"}, 'activations is "float32", expected "bfloat16" or "float16" on cuda:0'),
-        ({"activations": "bfloat16"}, "proj_in has dtype float16, expected bfloat16 like activations"),
+        ({"product_input": "float32"}, 'product_input is "float32", expected "bfloat16" or "float16" on cuda:0'),
+        ({"product_input": "bfloat16"}, "proj_in has dtype float16, expected bfloat16 like product_input"),
         (
             {"rows": torch.zeros(2, 4, 5)},
             "rows has shape [2, 4, 5] and dtype float32, expected (2, tokens, 5), float32, contiguous, on cuda:0",

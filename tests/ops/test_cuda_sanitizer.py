@@ -17,12 +17,8 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not on PATH"),
 ]
 
-# The checkout comes last: its source folders would hide the installed packages.
+# Runs in the root of the checkout, which `python -c` puts on the path.
 PROGRAM = """
-import sys
-
-sys.path.append(sys.argv[1])
-
 import torch
 
 from tests.ops.battery import DIFFERENTIABLE, SPECS, gradients, outcome, plain, samples
@@ -47,7 +43,6 @@ def test_kernels_are_clean(tool: str) -> None:
     # Torch hands out pieces of memory that it keeps: what lies beyond a tensor would still be allocated.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM]
-    done = subprocess.run(
-        [*command, str(Path(__file__).parents[2])], env=environment, capture_output=True, text=True, check=False
-    )
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-2000:]}"

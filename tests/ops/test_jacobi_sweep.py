@@ -22,8 +22,8 @@ from .blocks import BOUNDS, KINDS, block, state_of, sweeps
 def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) -> None:
     weights = block(KINDS[kind], storage)
     cache = storage if storage in ("float16", "bfloat16") else "float32"
-    activations = "bfloat16" if storage == "bfloat16" else "float32"
-    got = sweeps(weights, state_of(weights, 3, 90, storage=cache), activations)
+    product_input = "bfloat16" if storage == "bfloat16" else "float32"
+    got = sweeps(weights, state_of(weights, 3, 90, storage=cache), product_input)
     with starflow_ext.reference_mode():
         expected = sweeps(weights, state_of(weights, 3, 90, storage=cache))
     for a, b in zip(got, expected, strict=True):
@@ -97,7 +97,8 @@ def test_solves_are_those_of_the_reference(
                     most_sweeps=5,
                 )
             )
-        return [progress.x, progress.frontier, progress.fresh, sum(count.rows for count in counts)]
+        sweeps, rows = sum(len(count.accepted) for count in counts), sum(count.rows for count in counts)
+        return [progress.x, progress.frontier, progress.fresh, sweeps, rows]
 
     got = run()
     with starflow_ext.reference_mode():
@@ -106,7 +107,9 @@ def test_solves_are_those_of_the_reference(
     assert torch.equal(got[1], expected[1])
     assert torch.equal(got[2], expected[2])
     # A change next to the tolerance may fall on either side of it.
-    assert abs(got[3] - expected[3]) <= 0.05 * expected[3] + halves * window
+    assert abs(got[3] - expected[3]) <= 0.05 * expected[3] + 1
+    # The rule in plain torch gives every sample as many rows, until all are done.
+    assert got[4] <= 1.05 * expected[4] + halves * window
 
 
 def test_a_nan_ends_the_solve() -> None:
@@ -125,11 +128,23 @@ def test_a_nan_ends_the_solve() -> None:
         assert count.bad[0] == 1
 
 
+GUIDED = 'expected "gaussian", or "a", "b" or both, with "+" for a weight that grows along the clip'
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"window": 0}, "numbers holds [0, 0, 4, 0], expected first >= first token >= 0, frame tokens and window > 0"),
+        ({"window": 0}, "window is 0, expected at least 1"),
+        ({"frame_tokens": 0}, "frame_tokens is 0, expected at least 1"),
+        ({"first_token": -1}, "first_token is -1, expected at least 0"),
+        ({"first_token": 2}, "first is 0, expected at least first_token, 2"),
         ({"tolerance": -1.0}, "tolerance is -1, expected a finite number >= 0"),
+        ({"soft_clip": -1.0}, "soft_clip is -1, expected a finite number >= 0"),
+        ({"soft_clip": float("nan")}, "soft_clip is nan, expected a finite number >= 0"),
+        ({"activation": "relu"}, 'activation is "relu", expected "softplus", "exp" or "none"'),
+        ({"product_input": "int4"}, 'product_input is "int4", expected "float32", "bfloat16" or "two_bfloat16"'),
+        ({"guidance": 1.0, "guided": "banana"}, f'guided is "banana", {GUIDED}'),
+        ({"guided": "+"}, f'guided is "+", {GUIDED}'),
         ({"activation": "none"}, 'proj_out has 10 channels, expected 5 for activation "none"'),
         ({"guidance": 1.0}, "keys has 2 cache rows, expected 4 for 2 samples"),
         ({"z": torch.zeros(2, 12, 5)}, "keys has 10 slots, expected at least 14"),
@@ -138,11 +153,19 @@ def test_a_nan_ends_the_solve() -> None:
 def test_errors_of_the_solver(change: dict[str, Any], message: str) -> None:
     weights = block({})
     call: dict[str, Any] = {"first": 0, "first_token": 0, "frame_tokens": 4, "window": 4, "tolerance": 0.0}
-    z = change.pop("z", torch.zeros(2, 8, 5))
+    z = change.get("z", torch.zeros(2, 8, 5))
+    call |= {name: value for name, value in change.items() if name != "z"}
     progress = SolveProgress.begin(torch.zeros(2, z.shape[1] + 1, 5), 0, halves=1, out_channels=10)
     with pytest.raises(RuntimeError) as error:
-        ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **call | change)
-    assert str(error.value).splitlines()[0] == f"jacobi_solve: {message}"
+        ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **call)
+    said = str(error.value).splitlines()[0]
+    assert said == f"jacobi_solve: {message}"
+    # Of options the reference says the same; it does not look at the caches, nor at how products are taken.
+    if message.partition(" ")[0] in ("proj_out", "keys", "product_input"):
+        return
+    with starflow_ext.reference_mode(), pytest.raises(RuntimeError) as error:
+        ops.jacobi_solve(weights, state_of(weights, 2, 10), progress, z, **call)
+    assert str(error.value) == said
 
 
 def test_explain_names_the_level(isa: str) -> None:

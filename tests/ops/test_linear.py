@@ -1,4 +1,4 @@
-"""What is special to linear: packed weights of every storage, how activations enter, and rows that stand alone."""
+"""What is special to linear: packed weights of every storage, how x enters a product, and rows that stand alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import starflow_ext
 from starflow_ext import ops, pack_weight
 from starflow_ext._load import native
-from starflow_ext.linear import ACTIVATIONS, EPILOGUES, InputNorm
-from starflow_ext.linear_pack import STORAGES
+from starflow_ext._options import EPILOGUES, WEIGHT_STORAGES
+from starflow_ext.linear import CPU_PRODUCT_INPUTS, InputNorm
 
 # Largest error of the product over the sum of the magnitudes of its terms: float32 rounds the sums, bfloat16 each
 # activation by 2^-9; two of them leave 2^-17, and of two split factors the product of the small terms is left out.
@@ -33,23 +33,23 @@ def _epilogue(product: Tensor, epilogue: str) -> Tensor:
     return F.gelu(product, approximate="tanh" if epilogue == "gelu_tanh" else "none")
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("storage", WEIGHT_STORAGES)
+@pytest.mark.parametrize("product_input", CPU_PRODUCT_INPUTS)
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_every_storage_activation_and_epilogue(storage: Any, activations: Any, epilogue: Any, isa: str) -> None:
+def test_every_storage_activation_and_epilogue(storage: Any, product_input: Any, epilogue: Any, isa: str) -> None:
     for rows, out, channels in ((1, 7, 19), (5, 33, 64), (16, 32, 100), (37, 65, 257), (190, 40, 33)):
         x, weight, bias = _draw(rows, channels), _draw(out, channels, seed=6), _draw(out, seed=7)
         gate, residual = _draw(rows, out, seed=8), _draw(rows, out, seed=9)
         packed = pack_weight(weight, storage)
         got = ops.linear(
-            x, packed, bias, epilogue=epilogue, multiply=gate, residual=residual, activations=activations
+            x, packed, bias, epilogue=epilogue, multiply=gate, residual=residual, product_input=product_input
         ).double()
         held = packed.unpack().double()
         product = x.double() @ held.T + bias
         want = residual + _epilogue(product, epilogue) * gate
         size = (x.double().abs() @ held.abs().T + bias.abs()) * gate.abs()
         # GELU's slope is at most 1.13; its own error is 40 units of float32.
-        allowed = 1.13 * BOUNDS[activations] * size + 4e-6 * (want.abs() + residual.abs() + size)
+        allowed = 1.13 * BOUNDS[product_input] * size + 4e-6 * (want.abs() + residual.abs() + size)
         assert ((got - want).abs() <= allowed).all(), (rows, out, channels)
 
 
@@ -59,14 +59,14 @@ def test_every_storage_activation_and_epilogue(storage: Any, activations: Any, e
     st.integers(0, 40),
     st.integers(0, 70),
     st.integers(0, 130),
-    st.sampled_from(STORAGES),
-    st.sampled_from(ACTIVATIONS),
+    st.sampled_from(list(WEIGHT_STORAGES)),
+    st.sampled_from(CPU_PRODUCT_INPUTS),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.sampled_from([None, "layer_norm", "rms_norm"]),
     st.booleans(),
 )
 def test_any_shape(
-    level: str, rows: int, out: int, channels: int, storage: Any, activations: Any, dtype: Any, kind: Any, more: bool
+    level: str, rows: int, out: int, channels: int, storage: Any, product_input: Any, dtype: Any, kind: Any, more: bool
 ) -> None:
     x = _draw(rows, channels).to(dtype)
     packed = pack_weight(_draw(out, channels, seed=6) / max(1, channels) ** 0.5, storage)
@@ -78,7 +78,7 @@ def test_any_shape(
     residual = _draw(rows, out, seed=9) if more else None
     native.set_isa(level)
     try:
-        got = ops.linear(x, packed, residual=residual, activations=activations, norm=norm)
+        got = ops.linear(x, packed, residual=residual, product_input=product_input, norm=norm)
     finally:
         native.set_isa("")
     entered = x.double()
@@ -90,30 +90,30 @@ def test_any_shape(
     size = entered.abs() @ held.abs().T + want.abs()
     stored = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}[got.dtype]
     assert got.dtype == (torch.float32 if more else dtype)
-    allowed = (BOUNDS[activations] + 4e-6) * size + stored * want.abs() + 1e-6
+    allowed = (BOUNDS[product_input] + 4e-6) * size + stored * want.abs() + 1e-6
     # LayerNorm multiplies what rounding left of a row's differences, which may be small: alone in its row, all of it.
     slack = {None: 1.0, "rms_norm": 1.0, "layer_norm": 40.0 if channels > 1 else float("inf")}[kind]
     assert (~((got.double() - want).abs() > slack * allowed)).all()
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("activations", ACTIVATIONS)
-def test_a_row_does_not_depend_on_the_rows_beside_it(storage: Any, activations: Any, isa: str) -> None:
+@pytest.mark.parametrize("storage", WEIGHT_STORAGES)
+@pytest.mark.parametrize("product_input", CPU_PRODUCT_INPUTS)
+def test_a_row_does_not_depend_on_the_rows_beside_it(storage: Any, product_input: Any, isa: str) -> None:
     x, packed = _draw(400, 530), pack_weight(_draw(70, 530, seed=6), storage)
-    together = ops.linear(x, packed, activations=activations, epilogue="gelu")
+    together = ops.linear(x, packed, product_input=product_input, epilogue="gelu")
     for first, last in ((0, 1), (0, 2), (3, 16), (17, 50), (100, 301), (399, 400)):
-        alone = ops.linear(x[first:last], packed, activations=activations, epilogue="gelu")
+        alone = ops.linear(x[first:last], packed, product_input=product_input, epilogue="gelu")
         assert torch.equal(alone, together[first:last]), (first, last)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", WEIGHT_STORAGES)
 def test_one_group_of_rows_streams_large_weights_in_parts(storage: Any, isa: str) -> None:
     """Weights that the second-level cache does not keep are taken part by part, to the same bits."""
     x, packed = _draw(64, 600), pack_weight(_draw(8000, 600, seed=6), storage)
-    together = ops.linear(x, packed, activations="float32")
+    together = ops.linear(x, packed, product_input="float32")
     for rows in (1, 5):
-        assert torch.equal(ops.linear(x[:rows], packed, activations="float32"), together[:rows])
-    narrow = ops.linear(x[:1], pack_weight(_draw(8000, 600, seed=6)[:64], storage), activations="float32")
+        assert torch.equal(ops.linear(x[:rows], packed, product_input="float32"), together[:rows])
+    narrow = ops.linear(x[:1], pack_weight(_draw(8000, 600, seed=6)[:64], storage), product_input="float32")
     assert torch.equal(narrow, together[:1, :64])
 
 
@@ -134,7 +134,7 @@ def test_nan_stays_in_its_row_or_column(isa: str) -> None:
     x[4, 39] = torch.nan
     weight[33, 0] = torch.inf
     for storage in ("float32", "bfloat16", "two_bfloat16"):
-        wrong = ~ops.linear(x, pack_weight(weight, storage), activations="float32").isfinite()
+        wrong = ~ops.linear(x, pack_weight(weight, storage), product_input="float32").isfinite()
         assert wrong[4].all()
         assert wrong[:, 33].all()
         assert wrong.sum() == 50 + 9 - 1
@@ -151,18 +151,18 @@ def test_fused_norm_is_the_op_norm(kind: Any, isa: str) -> None:
 def test_gradients_of_a_packed_weight(isa: str) -> None:
     """To x always; to the original weight where it is kept, as if it had not been rounded."""
     weight = _draw(30, 50, seed=6).requires_grad_()
-    for storage in STORAGES:
+    for storage in WEIGHT_STORAGES:
         x, gate = _draw(4, 50).requires_grad_(), _draw(4, 30).requires_grad_()
         packed = pack_weight(weight, storage)
         inputs = (x, weight, gate)
-        out = ops.linear(x, packed, epilogue="gelu", multiply=gate, activations="float32")
+        out = ops.linear(x, packed, epilogue="gelu", multiply=gate, product_input="float32")
         got = torch.autograd.grad(out.sum(), inputs)
         held = packed.unpack()
         plain = F.gelu(x @ (held + (weight - weight.detach())).T) * gate
         for a, b in zip(got, torch.autograd.grad(plain.sum(), inputs), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
         dropped = pack_weight(weight, storage, keep=False)
-        out = ops.linear(x, dropped, epilogue="gelu", multiply=gate, activations="float32")
+        out = ops.linear(x, dropped, epilogue="gelu", multiply=gate, product_input="float32")
         torch.testing.assert_close(torch.autograd.grad(out.sum(), x)[0], got[0], rtol=1e-5, atol=1e-5)
 
 
@@ -203,7 +203,7 @@ def test_explain() -> None:
     assert plain.refused["scalar"] == (
         "the weight is not packed, and packing it for one call takes longer than it saves (see pack_weight)"
     )
-    assert starflow_ext.explain("linear", x, weight, activations="float32").runs == native.selected_isa()
+    assert starflow_ext.explain("linear", x, weight, product_input="float32").runs == native.selected_isa()
     assert starflow_ext.explain("linear", x, pack_weight(weight)).runs == native.selected_isa()
     assert starflow_ext.explain("linear", x.double(), weight.double()).refused["scalar"] == "x is float64"
     assert ops.linear(x.double(), pack_weight(weight)).dtype == torch.float64
@@ -232,7 +232,7 @@ def test_wrong_arguments() -> None:
         ({"x": torch.zeros(2, 5, 39)}, r"x has shape [2, 5, 39], expected [..., 40] for weight of shape [30, 40]"),
         ({"x": x.long()}, "x has dtype int64, expected float32, bfloat16, float16 or float64"),
         ({"epilogue": "relu"}, 'epilogue is "relu", expected "none", "gelu" or "gelu_tanh"'),
-        ({"activations": "int8"}, 'activations is "int8", expected "float32", "bfloat16" or "two_bfloat16"'),
+        ({"product_input": "int8"}, 'product_input is "int8", expected "float32", "bfloat16" or "two_bfloat16"'),
         ({"bias": torch.zeros(31)}, "bias has shape [31], expected [30]"),
         ({"multiply": torch.zeros(5, 30)}, "multiply has shape [5, 30], expected [2, 5, 30]"),
         ({"residual": torch.zeros(2, 5, 1)}, "residual has shape [2, 5, 1], expected [2, 5, 30]"),
@@ -305,8 +305,8 @@ def test_a_weight_on_cuda_is_packed_as_rows_for_tensor_cores() -> None:
         for call, sentence in (
             (lambda: ops.linear(x.cpu(), packed), "x is on cpu, expected cuda:0 for a packed weight"),
             (
-                lambda: ops.linear(x, packed, activations="float32"),
-                'activations is "float32", expected "bfloat16" like the weight on cuda:0',
+                lambda: ops.linear(x, packed, product_input="float32"),
+                'product_input is "float32", expected "bfloat16" like the weight on cuda:0',
             ),
         ):
             with starflow_ext.reference_mode(), pytest.raises(RuntimeError, match=f"^linear: {sentence}$"):

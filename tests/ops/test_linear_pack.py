@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from starflow_ext import pack_weight
 from starflow_ext._load import operators
-from starflow_ext.linear_pack import STORAGES, PackedWeight, device_rows_shape, panels_shape
+from starflow_ext._options import WEIGHT_STORAGES
+from starflow_ext.linear_pack import PackedWeight, device_rows_shape, panels_shape
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHAPES = [(1, 1), (0, 5), (5, 0), (3, 5), (32, 32), (33, 31), (64, 96), (31, 130), (100, 17)]
@@ -21,7 +22,7 @@ def _draw(shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> torch.T
     return torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(dtype)
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", WEIGHT_STORAGES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unpacked_is_the_rounded_weight(storage: str, dtype: torch.dtype, isa: str) -> None:
     for shape in SHAPES:
@@ -46,7 +47,7 @@ def test_unpacked_is_the_rounded_weight(storage: str, dtype: torch.dtype, isa: s
             assert torch.equal(got, high + (weight.float() - high).bfloat16().float())
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("storage", WEIGHT_STORAGES)
 def test_levels_pack_the_same_bits(storage: str, isa: str) -> None:
     """A weight packed at one level may be used at another; what is padded is zero."""
     weight = _draw((45, 70))
@@ -106,7 +107,7 @@ def test_the_original_is_kept_or_dropped() -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 70), st.integers(0, 130), st.sampled_from(STORAGES), st.integers(1, 3))
+@given(st.integers(0, 70), st.integers(0, 130), st.sampled_from(list(WEIGHT_STORAGES)), st.integers(1, 3))
 def test_any_shape(out_channels: int, in_channels: int, storage: str, threads: int) -> None:
     weight = _draw((out_channels, in_channels))
     before = torch.get_num_threads()
@@ -137,7 +138,7 @@ def test_wrong_arguments() -> None:
 
 
 def test_opcheck() -> None:
-    for storage in STORAGES:
+    for storage in WEIGHT_STORAGES:
         torch.library.opcheck(operators().linear_pack.default, (_draw((33, 40)), storage))
 
 

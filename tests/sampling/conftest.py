@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ..pipelines import build, configure, paired, pipeline
+from ..pipelines import build, configure, model, paired, pipeline
 
-__all__ = ["build", "configure", "paired", "pipeline"]
+__all__ = ["build", "configure", "model", "paired", "pipeline"]
 
 
 @pytest.fixture(autouse=True, scope="module")

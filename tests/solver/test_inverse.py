@@ -13,7 +13,7 @@ from torch import Tensor
 import starflow
 from starflow import Chunks, Sequential, Window
 from starflow.model import to_sequence
-from starflow.solver import BlockDecoder, NotFiniteError, Schedule
+from starflow.solver import BlockDecoder, NotFiniteError, Schedule, invert
 
 from ..flows import VIDEO, condition, latents, make_flow
 
@@ -183,7 +183,7 @@ def test_a_block_of_a_flow_is_such_a_function() -> None:
         return terms.shift, terms.scale
 
     ours, _ = starflow.solve(fn, noise, schedule=Window(tolerance=0.0))
-    theirs, _ = starflow.solver.solve(BlockDecoder(block, layout, 2, y), noise, Sequential())
+    theirs, _ = invert(BlockDecoder(block, layout, 2, y), noise, Sequential())
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 

@@ -19,7 +19,7 @@ from starflow.model import pack_conditioner
 from starflow.solver import NotFiniteError, Precision, Schedule
 from starflow_ext import ops
 from starflow_ext._load import native
-from starflow_ext.jacobi_sweep import BlockState
+from starflow_ext.sweep_block import BlockState
 
 from ..flows import CASES, VIDEO, condition, latents, make_flow, null
 
@@ -186,7 +186,7 @@ def _sweep(flow: Flow, **change: Any) -> Tensor:
             {"start": torch.tensor([3])},
             "start has shape [1] and dtype int64, expected [2] int64 on cpu: one number a cache row",
         ),
-        ({"activations": "int4"}, 'activations is "int4", expected "float32", "bfloat16" or "two_bfloat16"'),
+        ({"product_input": "int4"}, 'product_input is "int4", expected "float32", "bfloat16" or "two_bfloat16"'),
     ],
 )
 def test_errors_of_the_sweep(change: dict[str, Any], message: str) -> None:

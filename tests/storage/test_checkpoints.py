@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import resource
-import signal
 import struct
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -31,6 +27,8 @@ from starflow.storage import (
 )
 from starflow.storage.tensors import write_tensors
 from starflow.training import make_parts
+
+from ..tools import full_disk
 
 
 @pytest.fixture
@@ -135,27 +133,11 @@ def test_an_unknown_option_in_the_header_is_named(saved) -> None:
         load_flow(path)
 
 
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """Lets no file grow beyond 20 000 bytes, which a write meets like a full disk.
-
-    Only inside the block: the test runner's own output may be a file, and longer than that.
-    """
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_full_disk_leaves_the_old_model(tiny, saved) -> None:
     _, path = saved
     content = path.read_bytes()
     message = r"cannot be written: .*; what was there before is left as it was"
-    with pytest.raises(CheckpointError, match=message), full_disk():
+    with pytest.raises(CheckpointError, match=message), full_disk(20_000):
         save_model(path, Flow(tiny().flow), tiny(), *make_parts(tiny()))
     assert path.read_bytes() == content
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -163,7 +145,7 @@ def test_a_full_disk_leaves_the_old_model(tiny, saved) -> None:
 
 def test_a_full_disk_leaves_the_old_state(tmp_path: Path) -> None:
     save_state(tmp_path, 1, {"a": torch.ones(10)}, {"step": 1})
-    with pytest.raises(CheckpointError, match="step-00000002 cannot be written"), full_disk():
+    with pytest.raises(CheckpointError, match="step-00000002 cannot be written"), full_disk(20_000):
         save_state(tmp_path, 2, {"a": torch.ones(10000)}, {"step": 2})
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     back = torch.zeros(10)

@@ -36,9 +36,27 @@ def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_installed_package_is_the_one_imported(root: Path) -> None:
-    """The repository root holds folders of the same names; imported from there, the wheel would go untested."""
+    """The checkout holds the same packages; imported from there, the wheel would go untested."""
     _, editable = _distribution()
     assert Path(starflow_ext.__file__).is_relative_to(root / "starflow_ext") == editable
+
+
+def _at_the_root(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a fresh interpreter in the root of the checkout, with nothing but it in front of the installed packages."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONSAFEPATH", "PYTHONPATH")}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.parametrize("module", ["starflow_ext", "starflow"])
+def test_the_root_of_the_checkout_hides_no_package(root: Path, module: str) -> None:
+    """`python -c` and `python -m` put the current folder first: the folder starflow_ext there is no package."""
+    code = f"import {module}, starflow_ext.ops; print({module}.__file__)"
+    done = _at_the_root(root, "-c", code)
+    assert done.stdout.strip() == sys.modules[module].__file__
 
 
 def test_wheel_holds_both_packages_and_no_sources() -> None:
@@ -155,10 +173,8 @@ def test_info_prints_every_section() -> None:
         assert word in text
 
 
-def test_support_table_names_every_op() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "starflow_ext"], cwd=sys.prefix, capture_output=True, text=True, check=True
-    )
+def test_support_table_names_every_op(root: Path) -> None:
+    done = _at_the_root(root, "-m", "starflow_ext")
     rows = [line for line in done.stdout.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == starflow_ext.ops.__all__
 

@@ -15,6 +15,9 @@ Tool = Callable[..., list[str]]
 
 # What a kernel may call: libm for float64, and what the compiler itself makes of loops.
 CALLED = {"exp", "log", "log1p", "tanh", "memcpy", "memset", "memmove", "_GLOBAL_OFFSET_TABLE_"}
+# Products that all kernels of a level share (csrc/cpu/group_products.h), by the level that they are compiled for.
+SHARED = {"widened_groups": LEVELS[:3], "pair_groups": ("avx512_bf16",)}
+SUFFIXES = {"_cpu.cpp": LEVELS[:3], "_dot.cpp": LEVELS, "_bf16.cpp": ("avx512_bf16",)}
 
 
 def _kernels(objects: Path, level: str) -> list[Path]:
@@ -24,7 +27,13 @@ def _kernels(objects: Path, level: str) -> list[Path]:
 
 
 def _op(path: Path) -> str:
-    return re.sub(r"_(cpu|dot)\.cpp\.o$", "", path.name)
+    return re.sub(r"_(cpu|dot|bf16)\.cpp\.o$", "", path.name)
+
+
+def _shared(level: str) -> set[str]:
+    """Names of the shared products that kernels of a level may call: its own, or those of a level below."""
+    below = LEVELS[: LEVELS.index(level) + 1]
+    return {f"starflow::{one}::{name}" for name, levels in SHARED.items() for one in levels if one in below}
 
 
 def _instructions(tool: Tool, path: Path) -> list[str]:
@@ -44,7 +53,7 @@ def test_kernels_define_their_table_and_nothing_else(objects: Path, tool: Tool, 
             elif kind not in "tdrb":
                 shared.append(name)
         assert shared == [f"starflow::{level}::{_op(path)}"]
-        assert undefined <= CALLED, path.name
+        assert undefined <= CALLED | _shared(level), path.name
 
 
 def test_baseline_has_no_vector_extensions(objects: Path, tool: Tool) -> None:
@@ -74,21 +83,33 @@ def test_each_level_uses_its_registers(objects: Path, tool: Tool, level: str) ->
 
 
 def test_products_use_the_instructions_that_were_made_for_them(objects: Path, tool: Tool) -> None:
-    products = {"avx2": "vfmadd", "avx512": "vfmadd", "avx512_bf16": "vdpbf16ps", "amx": "vdpbf16ps"}
-    for level, product in products.items():
+    tables = {
+        ("avx2", "widened_groups_cpu"): "vfmadd",
+        ("avx512", "widened_groups_cpu"): "vfmadd",
+        ("avx512_bf16", "pair_groups_bf16"): "vdpbf16ps",
+    }
+    for (level, name), product in tables.items():
+        [path] = (objects / f"starflow_{level}.dir").rglob(f"{name}.cpp.o")
+        assert "\n".join(_instructions(tool, path)).count(product) > 1000, path
+    for level in LEVELS:
         for path in (objects / f"starflow_{level}.dir").rglob("*_dot.cpp.o"):
-            text = "\n".join(_instructions(tool, path))
-            tiles = level == "amx"
-            assert (text.count("tdpbf16ps") > 10) == tiles, (path.name, level)
-            # On tiles attention has no other product of bfloat16.
-            if not (tiles and path.name.startswith("block_attention")):
-                assert text.count(product) > 10, (path.name, level)
+            tiles = "\n".join(_instructions(tool, path)).count("tdpbf16ps")
+            assert (tiles > 10) == (level == "amx"), (path.name, level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_products_are_compiled_once(objects: Path, tool: Tool, level: str) -> None:
+    """What multiplies a group of rows is in the shared tables alone: compiling it takes longer than all the rest."""
+    for path in _kernels(objects, level):
+        held = any("multiply_group<" in line for line in tool("nm", "-C", "--defined-only", path))
+        assert held == (_op(path) in SHARED), (path.name, level)
 
 
 def test_every_level_has_the_kernels_of_its_sources(root: Path, objects: Path) -> None:
-    sources = [path.name for path in (root / "csrc/ops").rglob("*_*.cpp")]
+    folders = (root / "csrc/ops", root / "csrc/cpu")
+    sources = [path.name for folder in folders for path in folder.rglob("*_*.cpp")]
     for level in LEVELS:
-        suffixes = ("_cpu.cpp", "_dot.cpp") if LEVELS.index(level) <= LEVELS.index("avx512") else ("_dot.cpp",)
+        suffixes = tuple(suffix for suffix, levels in SUFFIXES.items() if level in levels)
         expected = {f"{name}.o" for name in sources if name.endswith(suffixes)}
         assert {path.name for path in _kernels(objects, level)} == expected, level
 
@@ -96,7 +117,7 @@ def test_every_level_has_the_kernels_of_its_sources(root: Path, objects: Path) -
 def test_kernel_files_include_neither_torch_nor_std(root: Path) -> None:
     """Followed through the project's own headers, kernel files reach only <cstdint> and intrinsics."""
     allowed = {"cstdint", "immintrin.h"}
-    kernels = [path for suffix in ("_cpu.cpp", "_dot.cpp") for path in sorted((root / "csrc").rglob(f"*{suffix}"))]
+    kernels = [path for suffix in SUFFIXES for path in sorted((root / "csrc").rglob(f"*{suffix}"))]
     for kernel in kernels:
         seen, queue = set(), [kernel]
         while queue:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
+from starflow import distributed
 from starflow.cli import main
 from starflow.config import ConfigError, RunConfig
 from starflow.model import Flow
@@ -32,6 +35,8 @@ def entry(done: TrainStep) -> tuple[int, float, float, float]:
 
 def trained(config: RunConfig, folder: Path, kill: dict[str, int]) -> dict[str, Any]:
     curve: Curve = []
+    if kill.get("signal") == signal.SIGSTOP:
+        distributed.TIMEOUT = timedelta(seconds=10)
 
     def on_step(done: TrainStep) -> None:
         curve.append(entry(done))
@@ -42,6 +47,14 @@ def trained(config: RunConfig, folder: Path, kill: dict[str, int]) -> dict[str, 
     return {"curve": curve, "pieces": any(hasattr(p, "full_tensor") for p in flow.parameters())}
 
 
+def failing(kind: str) -> dict[str, Any]:
+    """The second process has an error where the first one waits for it."""
+    with distributed.join(torch.device("cpu")) as world:
+        if world.rank == 1:
+            raise {"ValueError": ValueError, "RuntimeError": RuntimeError}[kind]("no such number")
+        return {"mean": world.mean(1.0)}
+
+
 def commanded(*arguments: str) -> dict[str, Any]:
     return {"status": main(arguments)}
 
@@ -49,6 +62,7 @@ def commanded(*arguments: str) -> dict[str, Any]:
 def one_rank(rank: int, port: int, out: Path, name: str, arguments: tuple) -> None:
     """What a process of `torchrun` does, and what it says of itself in a file."""
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    environment["TORCHELASTIC_USE_AGENT_STORE"] = True
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
     try:
@@ -56,6 +70,12 @@ def one_rank(rank: int, port: int, out: Path, name: str, arguments: tuple) -> No
     except (Exception, KeyboardInterrupt) as error:
         said = {"error": f"{type(error).__name__}: {error}"}
     (out / f"{rank}.json").write_text(json.dumps(said))
+
+
+def stopped(process: int) -> bool:
+    """Whether a process has been stopped by a signal; it would never end."""
+    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return state == "T"
 
 
 @pytest.fixture(scope="module")
@@ -66,22 +86,24 @@ def both(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
 
     def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
         out = tmp_path_factory.mktemp("ranks")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        # As `torchrun` does, on a free port.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         # By the path of this file: it is no module that another process could import.
         processes = [
             context.Process(
                 target=runpy.run_path,
-                args=(__file__, {"RANK": (rank, port, out, function.__name__, arguments)}, "rank"),
+                args=(__file__, {"RANK": (rank, store.port, out, function.__name__, arguments)}, "rank"),
             )
             for rank in (0, 1)
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(300)
-            assert process.exitcode is not None
+        first, second = processes
+        first.join(300)
+        while second.exitcode is None and not stopped(second.pid):
+            second.join(1)
+        second.kill()
+        assert first.exitcode is not None
         found = [out / f"{rank}.json" for rank in (0, 1)]
         return [json.loads(file.read_text()) if file.exists() else {} for file in found]
 
@@ -148,7 +170,7 @@ def test_a_killed_process_ends_the_other_and_leaves_the_last_checkpoint(tiny, tm
     config = tiny(steps=6, checkpoint_every=2)
     first, second = ranks(config, tmp_path / "cut", step=3, signal=signal.SIGKILL)
     assert second == {}
-    assert first["error"].startswith("DistributedError: a process of the 2 is gone: ")
+    assert first["error"].startswith("DistributedError: process 1 of 2 is gone: ")
     assert latest_state(tmp_path / "cut").name == "step-00000002"
     # Two processes started again finish what they began, or one alone.
     whole = alone(config, tmp_path / "whole")
@@ -157,6 +179,13 @@ def test_a_killed_process_ends_the_other_and_leaves_the_last_checkpoint(tiny, tm
     assert first["curve"] == second["curve"]
     close(first["curve"], whole[2:])
     close(alone(config, tmp_path / "cut"), whole[2:])
+
+
+def test_a_silent_process_ends_the_other(tiny, tmp_path: Path, ranks) -> None:
+    first, second = ranks(tiny(steps=6, checkpoint_every=2), tmp_path, step=3, signal=signal.SIGSTOP)
+    assert second == {}
+    assert re.match("RuntimeError: .*Timed out waiting 10000ms", first["error"])
+    assert latest_state(tmp_path).name == "step-00000002"
 
 
 def test_sigterm_of_one_process_saves_and_ends_all(tiny, tmp_path: Path, ranks) -> None:
@@ -174,10 +203,19 @@ def test_an_error_of_one_process_is_told_by_the_other(tiny, tmp_path: Path, rank
     assert second["error"].startswith("DistributedError: process 0 of 2 stopped: FileExistsError: ")
 
 
+@pytest.mark.parametrize("kind", ["ValueError", "RuntimeError"])
+def test_an_error_is_of_the_process_that_raised_it(both, kind: str) -> None:
+    """A lost connection is a plain RuntimeError too; which came first is told all the same."""
+    first, second = both(failing, kind)
+    assert second["error"] == f"{kind}: no such number"
+    assert first["error"] == f"DistributedError: process 1 of 2 stopped: {kind}: no such number"
+
+
 def test_a_batch_that_does_not_divide_is_named(tiny, tmp_path: Path, ranks) -> None:
     message = "train.batch_size is 6, expected a multiple of 4: 2 processes times train.accumulate"
     found = ranks(tiny(batch_size=6, accumulate=2), tmp_path)
-    assert any(message in said["error"] for said in found)
+    assert [said["error"].startswith("ConfigError") for said in found].count(True) >= 1
+    assert all(message in said["error"] for said in found)
     with pytest.raises(ConfigError, match="a divisor of 6"):
         tiny(batch_size=6, accumulate=4)
 

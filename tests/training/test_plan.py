@@ -14,12 +14,12 @@ import starflow_ext
 from starflow.config import ConfigError, RunConfig
 from starflow.model import Flow, make_layout, nll_of
 from starflow.training import Batches, Plan, Trainer, fitting, make_dataset, make_parts, plan
-from starflow.training.plan import Clip, clip_of, forward_flops, step_flops
+from starflow.training.plan import TokenGrid, forward_flops, grid_of, step_flops
 
 CPU = torch.device("cpu")
 
 
-def counted(flow: Flow, clip: Clip, *, backward: bool) -> int:
+def counted(flow: Flow, clip: TokenGrid, *, backward: bool) -> int:
     """Operations that torch counts, of attention that knows no mask."""
     config = flow.config
     x = torch.randn(1, clip.frames, config.in_channels, clip.height, clip.width)
@@ -31,7 +31,7 @@ def counted(flow: Flow, clip: Clip, *, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def dense(flow: Flow, clip: Clip) -> float:
+def dense(flow: Flow, clip: TokenGrid) -> float:
     return sum(forward_flops(block.conditioner, clip, local=block.frame_local, dense=True) for block in flow.blocks)
 
 
@@ -39,8 +39,8 @@ def dense(flow: Flow, clip: Clip) -> float:
 @pytest.mark.parametrize("options", [{}, {"position_embed": True, "text_embed": True, "use_swiglu": True}])
 def test_arithmetic_is_what_torch_counts(tiny, local: bool, options: dict) -> None:
     config = tiny(flow={"shallow_block_local": local, "num_kv_heads": 1, **options})
-    flow, clip = Flow(config.flow), clip_of(config)
-    assert clip == Clip(4, 4, 4, 3)
+    flow, clip = Flow(config.flow), grid_of(config)
+    assert clip == TokenGrid(4, 4, 4, 3)
     forward = counted(flow, clip, backward=False)
     assert dense(flow, clip) == pytest.approx(forward, rel=1e-3)
     # Gradients by the weights and by what they multiply: but for those by the data, twice as much again.
@@ -48,13 +48,13 @@ def test_arithmetic_is_what_torch_counts(tiny, local: bool, options: dict) -> No
 
 
 def test_the_longest_clip_of_training_is_counted(tiny) -> None:
-    assert clip_of(tiny(last_frame_prob=0.1)).frames == 5
-    assert clip_of(tiny(last_frame_prob=0.1, source_prob=0.1)).frames == 8
+    assert grid_of(tiny(last_frame_prob=0.1)).frames == 5
+    assert grid_of(tiny(last_frame_prob=0.1, source_prob=0.1)).frames == 8
 
 
 def test_only_pairs_that_see_each_other_are_counted(tiny) -> None:
     config = tiny(flow={"denoiser_window": 1})
-    flow, clip = Flow(config.flow), clip_of(config)
+    flow, clip = Flow(config.flow), grid_of(config)
     tokens = 3 + 64
     top, denoiser = flow.blocks[-1].conditioner, flow.denoiser
     for network, pairs in (
@@ -69,7 +69,7 @@ def test_only_pairs_that_see_each_other_are_counted(tiny) -> None:
 
 def test_recomputing_costs_another_forward_pass_of_the_layers(tiny) -> None:
     once, again = (Flow(tiny(flow={"use_checkpoint": every}).flow) for every in (0, 1))
-    clip = clip_of(tiny())
+    clip = grid_of(tiny())
     layers = sum(
         forward_flops(block.conditioner, clip, local=block.frame_local, layers_only=True) for block in once.blocks
     )

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -172,6 +173,60 @@ def test_updates_are_two_adamw_with_clipping_schedule_and_average(tiny) -> None:
         torch.testing.assert_close(trainer.average.flow.state_dict()[name], average[name], atol=1e-5, rtol=1e-4)
 
 
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tiny) -> None:
+    config = tiny(steps=5, warmup_steps=2, weight_decay=0.1, denoiser_lr=3e-3, optimizer="muon", grad_clip=0.0)
+    trainer, batches = trainer_of(config)
+    shaken(trainer)
+    recipe = config.train
+    reference = Flow(config.flow)
+    reference.load_state_dict(trainer.flow.state_dict())
+    parameters = dict(reference.named_parameters())
+    matrices = [name for name, p in parameters.items() if ".layers." in f".{name}" and p.dim() == 2]
+    assert len(matrices) == 4 * (4 + 8)  # qkv, proj, up and down of the layers of the blocks and of the denoiser
+    optimizers = []
+    for second, peak, betas in ((False, recipe.lr, (0.9, 0.95)), (True, recipe.denoiser_lr, (0.9, 0.999))):
+        mine = [name for name in parameters if name.startswith("denoiser.") == second]
+        muon = [parameters[name] for name in mine if name in matrices]
+        adam = [parameters[name] for name in mine if name not in matrices]
+        # Of the length that an update of AdamW has: a root mean square of 0.2.
+        optimizers += [
+            (torch.optim.Muon(muon, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"), peak),
+            (torch.optim.AdamW(adam, betas=betas, weight_decay=0.1, fused=False), peak),
+        ]
+    for step in range(3):
+        batch = batches.make(step)
+        probe = Trainer(config, trainer.codec, trainer.text, CPU)
+        probe.flow.load_state_dict(reference.state_dict())
+        assert probe._backward(*noisy(probe, batch)) is not None
+        for name, gradient in gradients(probe).items():
+            parameters[name].grad = gradient
+        for optimizer, peak in optimizers:
+            optimizer.param_groups[0]["lr"] = cosine_lr(step, warmup=2, total=5, peak=peak, floor=recipe.min_lr)
+            optimizer.step()
+        trainer.run(batch)
+    for name, parameter in trainer.flow.named_parameters():
+        # A step is 1e-3 long; both divide by roots of small gradients, whose last bits differ.
+        torch.testing.assert_close(parameter, parameters[name], atol=5e-5, rtol=1e-3)
+
+
+def test_a_run_of_muon_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=4, optimizer="muon", checkpoint_every=2)
+
+    def stop(done: object) -> None:
+        if done.step == 3:
+            raise KeyboardInterrupt
+
+    whole = train(config, tmp_path / "whole", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "cut", quiet=True, on_step=stop)
+    same(whole, train(config, tmp_path / "cut", quiet=True))
+
+
+def test_muon_refuses_matrices_in_pieces(tiny) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer is 'muon', expected 'adamw' with parallel 'fsdp'"):
+        tiny(optimizer="muon", parallel="fsdp")
+
+
 def test_the_first_guess_of_the_solver_follows_the_data(tiny) -> None:
     trainer, batches = trainer_of(tiny())
     shaken(trainer)
@@ -246,15 +301,15 @@ def test_captions_are_dropped_at_their_rate(tiny) -> None:
     assert {"moving", "three"} <= words
 
 
+def telling(tiny, mode: str, **train: Any) -> RunConfig:
+    """A run whose captions may begin with the word of a mode, and are never dropped."""
+    words = [*RunConfig.load("tiny").text["vocabulary"], mode]
+    text = {"kind": "words", "size": 4, "vocabulary": words}
+    return tiny(flow={"txt_dim": 16, "txt_size": 4}, text=text, drop_label=0.0, **train)
+
+
 def test_a_dropped_first_frame_is_told(tiny) -> None:
-    words = [*RunConfig.load("tiny").text["vocabulary"], "extend"]
-    config = tiny(
-        flow={"txt_dim": 16, "txt_size": 4},
-        text={"kind": "words", "size": 4, "vocabulary": words},
-        drop_image=0.5,
-        drop_label=0.0,
-    )
-    trainer, batches = trainer_of(config)
+    trainer, batches = trainer_of(telling(tiny, "extend", drop_image=0.5))
     seen = set()
     for step in range(8):
         batch = batches.make(step)
@@ -268,13 +323,7 @@ def test_a_dropped_first_frame_is_told(tiny) -> None:
 
 
 def test_a_last_frame_stands_before_its_clip(tiny) -> None:
-    words = [*RunConfig.load("tiny").text["vocabulary"], "last"]
-    config = tiny(
-        flow={"txt_dim": 16, "txt_size": 4},
-        text={"kind": "words", "size": 4, "vocabulary": words},
-        last_frame_prob=0.5,
-        drop_label=0.0,
-    )
+    config = telling(tiny, "last", last_frame_prob=0.5)
     trainer, batches = trainer_of(config)
     seen = set()
     for step in range(8):
@@ -408,6 +457,14 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         train(tiny(steps=2), tmp_path, quiet=True)
     assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
+
+
+def test_without_tensorboard_a_run_has_no_log_and_says_so(tiny, tmp_path: Path, monkeypatch, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    train(tiny(steps=1), tmp_path, quiet=True)
+    said = "no log is written: a training log needs the package tensorboard: pip install 'starflow-ext[train]'"
+    assert said in caplog.messages
+    assert not (tmp_path / "log").exists()
 
 
 def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:

@@ -11,14 +11,15 @@
 
 namespace starflow {
 
-enum class Activation : int32_t { softplus, exponential, none };
+enum class ScaleActivation : int32_t { softplus, exponential, none };
+inline constexpr const char* scale_activation_names[]{"softplus", "exp", "none"};
 
 inline constexpr double softplus_bias = 0.541324854612918;  // log(e - 1): a = 0 gives a scale of 1
 inline constexpr double log_scale_limit = 80.0;
 inline constexpr double scale_limit = 5.540622384393510e34;  // exp(80)
 
 struct AffineOptions {
-    Activation activation;
+    ScaleActivation activation;
     double soft_clip;  // 0: none
     bool shifted;      // row n of raw belongs to token n + 1; token 0 has shift 0 and scale 1
 };

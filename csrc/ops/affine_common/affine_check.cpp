@@ -3,16 +3,12 @@
 #include <cmath>
 
 namespace starflow {
-namespace {
 
-std::optional<Activation> activation_of(const std::string& name) {
-    if (name == "softplus") return Activation::softplus;
-    if (name == "exp") return Activation::exponential;
-    if (name == "none") return Activation::none;
-    return std::nullopt;
+void check_soft_clip(const char* op, double soft_clip) {
+    require(
+        soft_clip >= 0.0 && std::isfinite(soft_clip), op, "soft_clip is", [&] { return number_text(soft_clip); },
+        [] { return "a finite number >= 0"; });
 }
-
-}  // namespace
 
 void check_data(const char* op, const char* name, const Tensor& data, bool three_dimensional) {
     check_floating(op, name, data);
@@ -22,15 +18,10 @@ void check_data(const char* op, const char* name, const Tensor& data, bool three
         [&] { return three_dimensional ? "(batch, tokens, channels)" : "(..., tokens, channels)"; });
 }
 
-AffineShape check_raw(const char* op, const char* name, const Tensor& data, const Tensor& raw,
-                      const std::string& activation, double soft_clip, bool shifted, int64_t halves) {
-    const std::optional<Activation> known = activation_of(activation);
-    require(
-        known.has_value(), op, "activation is", [&] { return '"' + activation + '"'; },
-        [] { return R"("softplus", "exp" or "none")"; });
-    require(
-        soft_clip >= 0.0 && std::isfinite(soft_clip), op, "soft_clip is", [&] { return number_text(soft_clip); },
-        [] { return "a finite number >= 0"; });
+AffineShape check_raw(const char* op, const char* name, const Tensor& data, const Tensor& raw, int64_t activation,
+                      double soft_clip, bool shifted, int64_t halves) {
+    const auto scale = option_of<ScaleActivation>(op, "activation", activation, scale_activation_names);
+    check_soft_clip(op, soft_clip);
 
     const Dtype data_dtype = *dtype_of(data);
     const std::optional<Dtype> raw_dtype = dtype_of(raw);
@@ -45,7 +36,7 @@ AffineShape check_raw(const char* op, const char* name, const Tensor& data, cons
     check_device(op, "raw", raw, name, data);
 
     std::vector<int64_t> expected = shape_of(data);
-    expected.back() *= *known == Activation::none ? 1 : 2;
+    expected.back() *= scale == ScaleActivation::none ? 1 : 2;
     expected.front() *= halves;
     require(
         shape_of(raw) == expected, op, "raw has shape", [&] { return shape_text(shape_of(raw)); },
@@ -55,21 +46,13 @@ AffineShape check_raw(const char* op, const char* name, const Tensor& data, cons
     const int64_t channels = data.size(data.dim() - 1);
     int64_t batch = 1;
     for (int64_t d = 0; d < data.dim() - 2; ++d) batch *= data.size(d);
-    return {batch, tokens, channels, data_dtype, *raw_dtype, {*known, soft_clip, shifted}};
+    return {batch, tokens, channels, data_dtype, *raw_dtype, {scale, soft_clip, shifted}};
 }
 
 void check_log_det(const char* op, const Tensor& grad_log_det, const Tensor& data, const AffineShape& shape) {
     std::vector<int64_t> expected = shape_of(data);
     expected.pop_back();
-    require(
-        grad_log_det.scalar_type() == arithmetic_type(shape.data), op, "grad_log_det has dtype",
-        [&] { return dtype_text(grad_log_det); }, [&] { return shape.data == Dtype::float64 ? "float64" : "float32"; });
-    require(
-        shape_of(grad_log_det) == expected, op, "grad_log_det has shape",
-        [&] { return shape_text(shape_of(grad_log_det)); }, [&] { return shape_text(expected); });
-    require(
-        same_device(grad_log_det, data), op, "grad_log_det is on", [&] { return device_text(grad_log_det); },
-        [&] { return device_text(data); });
+    check_tensor(op, "grad_log_det", grad_log_det, arithmetic_type(shape.data), expected, "x", data);
 }
 
 }  // namespace starflow

@@ -39,14 +39,14 @@ __device__ T clamped(T x, T lo, T hi) {
 }
 
 template <class T>
-__device__ Scale<T> scale_of(Activation activation, T log_half) {
+__device__ Scale<T> scale_of(ScaleActivation activation, T log_half) {
     const T limit = static_cast<T>(log_scale_limit);
     switch (activation) {
-        case Activation::exponential: {
+        case ScaleActivation::exponential: {
             const T log_scale = clamped(log_half, -limit, limit);
             return {exp(log_scale), log_scale, log_half >= -limit && log_half <= limit ? T(1) : T(0)};
         }
-        case Activation::softplus: {
+        case ScaleActivation::softplus: {
             const T top = static_cast<T>(scale_limit);
             const T biased = log_half + static_cast<T>(softplus_bias);
             const T u = clamped(biased, -limit, top);
@@ -71,7 +71,7 @@ struct RawTerms {
 
     template <class Raw>
     __device__ RawTerms(const Raw* raw, const AffineShape& shape, int64_t c) {
-        const bool shift_only = shape.options.activation == Activation::none;
+        const bool shift_only = shape.options.activation == ScaleActivation::none;
         const T bound = static_cast<T>(shape.options.soft_clip);
         T log_half[width] = {};
         if (!shift_only) load<width>(raw + c, log_half);

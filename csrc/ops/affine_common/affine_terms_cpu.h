@@ -41,10 +41,10 @@ struct Clip {
     V inverse;
 };
 
-template <Activation activation, class V, class Storage, class ClipType, class Lanes>
+template <ScaleActivation activation, class V, class Storage, class ClipType, class Lanes>
 inline RawTerms<V> load_raw(const Storage* raw, int64_t channels, int64_t c, const ClipType& clip, Lanes lanes) {
     RawTerms<V> terms;
-    if constexpr (activation == Activation::none) {
+    if constexpr (activation == ScaleActivation::none) {
         terms.log_half = V(0);
         terms.log_half_slope = V(0);
         terms.shift = clip(load(raw + c, lanes), terms.shift_slope);
@@ -62,14 +62,14 @@ inline V inside(V x, T lo, T hi) {
 }
 
 // The derivative is dead code, and dropped, where the caller does not read it.
-template <Activation activation, class V, class T>
+template <ScaleActivation activation, class V, class T>
 inline Scale<V> scale_of(V log_half, T) {
     Scale<V> result;
     const T limit = static_cast<T>(log_scale_limit);
-    if constexpr (activation == Activation::none) {
+    if constexpr (activation == ScaleActivation::none) {
         result.scale = V(T(1));
         result.log_slope = V(T(0));
-    } else if constexpr (activation == Activation::exponential) {
+    } else if constexpr (activation == ScaleActivation::exponential) {
         result.scale = exponential(clamp(log_half, V(-limit), V(limit)));
         result.log_slope = inside(log_half, -limit, limit);
     } else {
@@ -119,12 +119,12 @@ template <class Visitor>
 static inline void visit_affine(const AffineShape& shape, const Visitor& visitor) {
     visit_data_and_raw(shape.data, shape.raw, [&](auto data, auto raw) {
         switch (shape.options.activation) {
-            case Activation::softplus:
-                return visitor(data, raw, Constant<Activation::softplus>{});
-            case Activation::exponential:
-                return visitor(data, raw, Constant<Activation::exponential>{});
-            case Activation::none:
-                return visitor(data, raw, Constant<Activation::none>{});
+            case ScaleActivation::softplus:
+                return visitor(data, raw, Constant<ScaleActivation::softplus>{});
+            case ScaleActivation::exponential:
+                return visitor(data, raw, Constant<ScaleActivation::exponential>{});
+            case ScaleActivation::none:
+                return visitor(data, raw, Constant<ScaleActivation::none>{});
         }
     });
 }

@@ -12,8 +12,7 @@ constexpr const char* backward_op = "affine_forward_backward";
 
 const cpu::Variants<AffineForwardKernels> variants{STARFLOW_VARIANTS(affine_forward)};
 
-std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, const std::string& activation, double soft_clip,
-                                       bool shifted) {
+std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, int64_t activation, double soft_clip, bool shifted) {
     check_data(op, "x", x, false);
     const AffineShape shape = check_raw(op, "x", x, raw, activation, soft_clip, shifted);
     x = with_rows(x);
@@ -26,8 +25,8 @@ std::tuple<Tensor, Tensor> run_forward(Tensor x, Tensor raw, const std::string& 
     return {z, log_det};
 }
 
-std::tuple<Tensor, Tensor> run_backward(Tensor grad_z, Tensor grad_log_det, Tensor x, Tensor raw,
-                                        const std::string& activation, double soft_clip, bool shifted) {
+std::tuple<Tensor, Tensor> run_backward(Tensor grad_z, Tensor grad_log_det, Tensor x, Tensor raw, int64_t activation,
+                                        double soft_clip, bool shifted) {
     check_data(backward_op, "x", x, false);
     const AffineShape shape = check_raw(backward_op, "x", x, raw, activation, soft_clip, shifted);
     check_like(backward_op, "grad_z", grad_z, "x", x);
@@ -53,9 +52,9 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_z, Tensor grad_log_det, Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
-    m.def("affine_forward(Tensor x, Tensor raw, str activation, float soft_clip, bool shifted) -> (Tensor, Tensor)");
+    m.def("affine_forward(Tensor x, Tensor raw, int activation, float soft_clip, bool shifted) -> (Tensor, Tensor)");
     m.def(
-        "affine_forward_backward(Tensor grad_z, Tensor grad_log_det, Tensor x, Tensor raw, str activation, "
+        "affine_forward_backward(Tensor grad_z, Tensor grad_log_det, Tensor x, Tensor raw, int activation, "
         "float soft_clip, bool shifted) -> (Tensor, Tensor)");
 }
 

@@ -6,7 +6,7 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-template <class Data, class Raw, Activation activation>
+template <class Data, class Raw, ScaleActivation activation>
 void forward_rows(const AffineForwardArgs& args, int64_t begin, int64_t end) {
     using T = typename Arithmetic<Data>::type;
     using V = Vec<T>;
@@ -30,14 +30,14 @@ void forward_rows(const AffineForwardArgs& args, int64_t begin, int64_t end) {
             const RawTerms<V> terms = load_raw<activation, V>(raw, shape.channels, c, clip, lanes);
             const V scale = scale_of<activation>(terms.log_half, T()).scale;
             put(z + c, (load(x + c, lanes) - terms.shift) * reciprocal(scale), lanes, args.stream);
-            if constexpr (activation != Activation::none) log_scale.add(keep(scale, lanes, T(1)));
+            if constexpr (activation != ScaleActivation::none) log_scale.add(keep(scale, lanes, T(1)));
         });
         log_det = T(0) - log_scale.total();
     }
     stream_fence();
 }
 
-template <class Data, class Raw, Activation activation>
+template <class Data, class Raw, ScaleActivation activation>
 void backward_rows(const AffineForwardBackwardArgs& args, int64_t begin, int64_t end) {
     using T = typename Arithmetic<Data>::type;
     using V = Vec<T>;
@@ -53,7 +53,7 @@ void backward_rows(const AffineForwardBackwardArgs& args, int64_t begin, int64_t
         if (t < behind) {
             copy_row<V>(grad_z, grad_x, channels);
             zero_row<V>(row_of<Raw>(args.grad_raw, b, shape.tokens - 1),
-                        activation == Activation::none ? channels : 2 * channels);
+                        activation == ScaleActivation::none ? channels : 2 * channels);
             continue;
         }
         const Data* x = row_of<const Data>(args.x, b, t);
@@ -69,7 +69,7 @@ void backward_rows(const AffineForwardBackwardArgs& args, int64_t begin, int64_t
             const V through = gradient * inverse;
             put(grad_x + c, through, lanes, args.stream);
             const V grad_shift = (V(T(0)) - through) * terms.shift_slope;
-            if constexpr (activation == Activation::none) {
+            if constexpr (activation == ScaleActivation::none) {
                 put(grad_raw + c, grad_shift, lanes, args.stream);
             } else {
                 // d z / d log(scale) = -z, and log_det counts -log(scale).

@@ -12,7 +12,7 @@ constexpr const char* backward_op = "affine_inverse_backward";
 
 const cpu::Variants<AffineInverseKernels> variants{STARFLOW_VARIANTS(affine_inverse)};
 
-Tensor run_forward(Tensor z, Tensor raw, const std::string& activation, double soft_clip, bool shifted) {
+Tensor run_forward(Tensor z, Tensor raw, int64_t activation, double soft_clip, bool shifted) {
     check_data(op, "z", z, false);
     const AffineShape shape = check_raw(op, "z", z, raw, activation, soft_clip, shifted);
     z = with_rows(z);
@@ -23,8 +23,8 @@ Tensor run_forward(Tensor z, Tensor raw, const std::string& activation, double s
     return x;
 }
 
-std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, const std::string& activation,
-                                        double soft_clip, bool shifted) {
+std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, int64_t activation, double soft_clip,
+                                        bool shifted) {
     check_data(backward_op, "z", z, false);
     const AffineShape shape = check_raw(backward_op, "z", z, raw, activation, soft_clip, shifted);
     check_like(backward_op, "grad_x", grad_x, "z", z);
@@ -47,9 +47,9 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_x, Tensor z, Tensor raw, con
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
-    m.def("affine_inverse(Tensor z, Tensor raw, str activation, float soft_clip, bool shifted) -> Tensor");
+    m.def("affine_inverse(Tensor z, Tensor raw, int activation, float soft_clip, bool shifted) -> Tensor");
     m.def(
-        "affine_inverse_backward(Tensor grad_x, Tensor z, Tensor raw, str activation, float soft_clip, bool shifted) "
+        "affine_inverse_backward(Tensor grad_x, Tensor z, Tensor raw, int activation, float soft_clip, bool shifted) "
         "-> (Tensor, Tensor)");
 }
 

@@ -44,7 +44,7 @@ __global__ void backward_kernel(AffineInverseBackwardArgs args) {
     const int64_t b = row / shape.tokens;
     const int64_t t = row % shape.tokens;
     const int64_t behind = shape.options.shifted ? 1 : 0;
-    const bool shift_only = shape.options.activation == Activation::none;
+    const bool shift_only = shape.options.activation == ScaleActivation::none;
     const Data* grad_x = row_of<const Data>(args.grad_x, b, t);
     Data* grad_z = row_of<Data>(args.grad_z, b, t);
     if (t < behind) {

@@ -7,7 +7,7 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-template <class Data, class Raw, Activation activation>
+template <class Data, class Raw, ScaleActivation activation>
 void forward_rows(const AffineInverseArgs& args, int64_t begin, int64_t end) {
     using T = typename Arithmetic<Data>::type;
     using V = Vec<T>;
@@ -33,7 +33,7 @@ void forward_rows(const AffineInverseArgs& args, int64_t begin, int64_t end) {
     stream_fence();
 }
 
-template <class Data, class Raw, Activation activation>
+template <class Data, class Raw, ScaleActivation activation>
 void backward_rows(const AffineInverseBackwardArgs& args, int64_t begin, int64_t end) {
     using T = typename Arithmetic<Data>::type;
     using V = Vec<T>;
@@ -49,7 +49,7 @@ void backward_rows(const AffineInverseBackwardArgs& args, int64_t begin, int64_t
         if (t < behind) {
             copy_row<V>(grad_x, grad_z, channels);
             zero_row<V>(row_of<Raw>(args.grad_raw, b, shape.tokens - 1),
-                        activation == Activation::none ? channels : 2 * channels);
+                        activation == ScaleActivation::none ? channels : 2 * channels);
             continue;
         }
         const Data* z = row_of<const Data>(args.z, b, t);
@@ -61,7 +61,7 @@ void backward_rows(const AffineInverseBackwardArgs& args, int64_t begin, int64_t
             const V gradient = load(grad_x + c, lanes);
             put(grad_z + c, gradient * scale.scale, lanes, args.stream);
             const V grad_shift = gradient * terms.shift_slope;
-            if constexpr (activation == Activation::none) {
+            if constexpr (activation == ScaleActivation::none) {
                 put(grad_raw + c, grad_shift, lanes, args.stream);
             } else {
                 const V grad_log_scale = gradient * load(z + c, lanes) * scale.scale;

@@ -19,6 +19,7 @@ namespace starflow {
 namespace {
 
 constexpr const char* op = "block_attention";
+constexpr const char* backward_op = "block_attention_backward";
 
 const cpu::Variants<AttentionKernels> variants{STARFLOW_DOT_VARIANTS(block_attention)};
 const cpu::Variants<AttentionBackwardKernels> backward_variants{STARFLOW_DOT_VARIANTS(block_attention_backward)};
@@ -241,6 +242,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
     const Options options{causal,       q_start,    q_starts, k_length,    k_lengths,   prefix,
                           frame_tokens, look_ahead, window,   temperature, temperatures};
     const AttentionShape shape = check(q, k, v, options);
+    check_like(backward_op, "grad_out", grad_out, "q", q);
+    check_like(backward_op, "out", out, "q", q);
+    const std::vector<int64_t> rows = {shape.batch, shape.heads, shape.queries};
+    check_tensor(backward_op, "lse", lse, ScalarType::Float, rows, "q", q);
+    if (grad_lse.has_value()) check_tensor(backward_op, "grad_lse", *grad_lse, ScalarType::Float, rows, "q", q);
     const Prepared prepared(options, shape);
     const Tensor queries = with_channels(q);
     const Tensor keys = with_channels(k);

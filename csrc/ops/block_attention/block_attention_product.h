@@ -30,7 +30,7 @@ inline void visit_attention(Dtype data, const Visitor& visitor) {
 
 // Bytes of keys or values of `rows` keys as panels of the widest storage.
 inline int64_t panels_bytes(int64_t rows, int64_t head_dim) {
-    return cache_head_bytes(Storage::float32, rows, head_dim);
+    return cache_head_bytes(MatrixStorage::float32, rows, head_dim);
 }
 
 }  // namespace

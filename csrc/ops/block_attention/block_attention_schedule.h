@@ -51,6 +51,8 @@ enum class ForwardKernel : int32_t {
     unaligned,
     overlapping
 };
+inline constexpr const char* forward_kernel_names[]{"wgmma",     "other_device", "not_built", "float32",
+                                                    "wide_head", "no_keys",      "unaligned", "overlapping"};
 
 // Whether TMA brings these keys or values: it takes distances of whole 16 bytes, none of them 0.
 inline ForwardKernel forward_kernel_by_rows(const AttentionShape& shape, const HeadRows& rows) {

@@ -62,7 +62,8 @@ STARFLOW_HOST_DEVICE constexpr int64_t guess_source(int64_t n, int64_t fresh, co
 
 // What is read of tokens that are not final must be finite: one NaN would reach every later row. Beyond this it is
 // divergence, not data; any value in its place is as right, for it is only a guess.
-STARFLOW_HOST_DEVICE constexpr bool is_wild(float value) { return !(value < 1e6F && value > -1e6F); }
+inline constexpr float wild = 1e6F;
+STARFLOW_HOST_DEVICE constexpr bool is_wild(float value) { return !(value < wild && value > -wild); }
 
 // Of linear guidance: the weight at token n, and whether output channel c, of tokens of `channels`, is extrapolated.
 STARFLOW_HOST_DEVICE constexpr float linear_weight(const SolveGuidance& guidance, int64_t n, int64_t tokens) {
@@ -70,7 +71,7 @@ STARFLOW_HOST_DEVICE constexpr float linear_weight(const SolveGuidance& guidance
     return static_cast<float>(guidance.annealed ? guidance.weight * static_cast<double>(n) / last : guidance.weight);
 }
 STARFLOW_HOST_DEVICE constexpr bool extrapolates(const SolveOptions& options, int64_t c, int64_t channels) {
-    const bool shift = options.affine.activation == Activation::none || c >= channels;
+    const bool shift = options.affine.activation == ScaleActivation::none || c >= channels;
     return shift ? options.guidance.shift : options.guidance.log_scale;
 }
 

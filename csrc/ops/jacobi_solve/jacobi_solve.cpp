@@ -3,12 +3,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 
 #include "common/devices.h"
 #include "cpu/isa.h"
 #include "ops/affine_common/affine_check.h"
-#include "ops/jacobi_common/sweep_block.h"
 #include "ops/jacobi_solve/jacobi_solve_cuda.h"
+#include "ops/jacobi_sweep/sweep_block.h"
 
 namespace starflow {
 namespace {
@@ -31,39 +32,40 @@ T* checked(const char* name, const Tensor& tensor, const Tensor& keys, ScalarTyp
     return static_cast<T*>(tensor.data_ptr());
 }
 
-SolveOptions options_of(const Block& block, const std::vector<int64_t>& numbers, double tolerance,
-                        const std::string& activation, double soft_clip, double guidance, const std::string& guided) {
+void check_least(const char* name, int64_t value, int64_t least) {
     require(
-        numbers.size() == 4, op, "numbers holds", [&] { return std::to_string(numbers.size()) + " numbers"; },
-        [] { return "4: first, first token, frame tokens, window"; });
-    const int64_t per_token = activation == "none" ? 1 : 2;
+        value >= least, op, named(name, " is"), [&] { return value; },
+        [&] { return "at least " + std::to_string(least); });
+}
+
+void check_not_negative(const char* name, double value) {
     require(
-        activation == "softplus" || activation == "exp" || activation == "none", op, "activation is",
-        [&] { return '"' + activation + '"'; }, [] { return R"("softplus", "exp" or "none")"; });
+        value >= 0.0 && std::isfinite(value), op, named(name, " is"), [&] { return number_text(value); },
+        [] { return "a finite number >= 0"; });
+}
+
+void check_options(const Block& block, const SolveOptions& options) {
+    const ScaleActivation activation = options.affine.activation;
+    const int64_t expected = block.args().channels * (activation == ScaleActivation::none ? 1 : 2);
     require(
-        block.out_channels() == per_token * block.args().channels, op, "proj_out has",
+        block.out_channels() == expected, op, "proj_out has",
         [&] { return std::to_string(block.out_channels()) + " channels"; },
-        [&] { return std::to_string(per_token * block.args().channels) + " for activation \"" + activation + '"'; });
+        [&] {
+            return std::to_string(expected) + " for activation \"" +
+                   scale_activation_names[static_cast<int>(activation)] + '"';
+        });
+    check_least("first_token", options.first_token, 0);
     require(
-        numbers[0] >= numbers[1] && numbers[1] >= 0 && numbers[2] > 0 && numbers[3] > 0, op, "numbers holds",
-        [&] { return shape_text(numbers); }, [] { return "first >= first token >= 0, frame tokens and window > 0"; });
+        options.first >= options.first_token, op, "first is", [&] { return options.first; },
+        [&] { return "at least first_token, " + std::to_string(options.first_token); });
+    check_least("frame_tokens", options.frame_tokens, 1);
+    check_least("window", options.window, 1);
+    check_not_negative("tolerance", options.tolerance);
+    check_soft_clip(op, options.affine.soft_clip);
+    check_not_negative("guidance", options.guidance.weight);
     require(
-        tolerance >= 0.0 && std::isfinite(tolerance), op, "tolerance is", [&] { return number_text(tolerance); },
-        [] { return "a finite number >= 0"; });
-    require(
-        guidance >= 0.0 && std::isfinite(guidance), op, "guidance is", [&] { return number_text(guidance); },
-        [] { return "a finite number >= 0"; });
-    const Activation kind = activation == "softplus" ? Activation::softplus
-                            : activation == "exp"    ? Activation::exponential
-                                                     : Activation::none;
-    const auto has = [&](char part) { return guided.find(part) != std::string::npos; };
-    return {numbers[0],
-            numbers[1],
-            numbers[2],
-            numbers[3],
-            tolerance,
-            {kind, soft_clip, false},
-            {guidance, guided != "gaussian", has('a'), has('b'), has('+')}};
+        !options.guidance.linear || options.guidance.log_scale || options.guidance.shift, op, "guided is",
+        [] { return "linear in nothing"; }, [] { return "linear in the log-scale, the shift, or both"; });
 }
 
 SolveCount run_cpu(const Block& block, const SolveOptions& options, const SolveState& state, int64_t most_sweeps) {
@@ -97,13 +99,24 @@ SolveCount run_cuda(const Block& block, const Tensor& keys, const SolveOptions& 
     return count;
 }
 
-Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const Tensor& kept, const Tensor& keys,
-           const Tensor& values, const Tensor& z, const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes,
-           const std::string& activations, const std::vector<int64_t>& numbers, double tolerance,
-           const std::string& activation, double soft_clip, double guidance, const std::string& guided,
-           int64_t most_sweeps) {
-    const Block block(op, {keys, values, weights, sizes, activations});
-    const SolveOptions options = options_of(block, numbers, tolerance, activation, soft_clip, guidance, guided);
+std::tuple<Tensor, int64_t, int64_t, int64_t> run(const Tensor& x, const Tensor& frontier, const Tensor& fresh,
+                                                  const Tensor& kept, const Tensor& keys, const Tensor& values,
+                                                  const Tensor& z, const std::vector<Tensor>& weights,
+                                                  const std::vector<int64_t>& sizes, int64_t product_input,
+                                                  int64_t first, int64_t first_token, int64_t frame_tokens,
+                                                  int64_t window, double tolerance, int64_t activation,
+                                                  double soft_clip, double guidance, bool linear, bool guide_log_scale,
+                                                  bool guide_shift, bool annealed, int64_t most_sweeps) {
+    const Block block(op, {keys, values, weights, sizes, product_input});
+    const auto scale = option_of<ScaleActivation>(op, "activation", activation, scale_activation_names);
+    const SolveOptions options{first,
+                               first_token,
+                               frame_tokens,
+                               window,
+                               tolerance,
+                               {scale, soft_clip, false},
+                               {guidance, linear, guide_log_scale, guide_shift, annealed}};
+    check_options(block, options);
     require(
         z.dim() == 3, op, "z has shape", [&] { return shape_text(shape_of(z)); },
         [] { return "(batch, tokens, channels)"; });
@@ -143,13 +156,9 @@ Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const T
         count = keys.is_cuda() ? run_cuda(block, keys, options, state, most_sweeps)
                                : run_cpu(block, options, state, most_sweeps);
     }
-    const Tensor report = empty_like_shape(at, {3 + static_cast<int64_t>(count.accepted.size())}, ScalarType::Long);
-    auto* out = static_cast<int64_t*>(report.data_ptr());
-    out[0] = count.rows;
-    out[1] = count.bad_sample;
-    out[2] = count.bad_token;
-    std::copy(count.accepted.begin(), count.accepted.end(), out + 3);
-    return report;
+    const Tensor accepted = empty_like_shape(at, {static_cast<int64_t>(count.accepted.size())}, ScalarType::Long);
+    std::copy(count.accepted.begin(), count.accepted.end(), static_cast<int64_t*>(accepted.data_ptr()));
+    return {accepted, count.rows, count.bad_sample, count.bad_token};
 }
 
 }  // namespace
@@ -157,8 +166,10 @@ Tensor run(const Tensor& x, const Tensor& frontier, const Tensor& fresh, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def(
         "jacobi_solve(Tensor(a!) x, Tensor(b!) frontier, Tensor(c!) fresh, Tensor(d!) kept, Tensor(e!) keys, "
-        "Tensor(f!) values, Tensor z, Tensor[] weights, int[] sizes, str activations, int[] numbers, float tolerance, "
-        "str activation, float soft_clip, float guidance, str guided, int most_sweeps) -> Tensor");
+        "Tensor(f!) values, Tensor z, Tensor[] weights, int[] sizes, int product_input, int first, int first_token, "
+        "int frame_tokens, int window, float tolerance, int activation, float soft_clip, float guidance, bool linear, "
+        "bool guide_log_scale, bool guide_shift, bool annealed, int most_sweeps) "
+        "-> (Tensor accepted, int rows, int bad_sample, int bad_token)");
 }
 
 STARFLOW_IMPLEMENT(m) { m.impl("jacobi_solve", TORCH_BOX(&run)); }

@@ -12,8 +12,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/jacobi_common/sweeper.h"
 #include "ops/jacobi_solve/jacobi_rule.h"
+#include "ops/jacobi_sweep/sweeper.h"
 #include "ops/jacobi_update/jacobi_update.h"
 
 namespace starflow {

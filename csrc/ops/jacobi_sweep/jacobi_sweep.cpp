@@ -2,8 +2,8 @@
 #include "ops/jacobi_sweep/jacobi_sweep.h"
 
 #include "common/devices.h"
-#include "ops/jacobi_common/sweep_block.h"
 #include "ops/jacobi_sweep/jacobi_sweep_cuda.h"
+#include "ops/jacobi_sweep/sweep_block.h"
 
 namespace starflow {
 namespace {
@@ -55,9 +55,8 @@ void run_cuda(const Block& block, const Tensor& rows, const Tensor& start, const
 }
 
 Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const Tensor& start, const Tensor& keep,
-           const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes, const std::string& activations,
-           bool text) {
-    const Block block(op, {keys, values, weights, sizes, activations});
+           const std::vector<Tensor>& weights, const std::vector<int64_t>& sizes, int64_t product_input, bool text) {
+    const Block block(op, {keys, values, weights, sizes, product_input});
     const SweepBlock& b = block.args();
     const int64_t depth = text ? b.width : b.channels;
     require(
@@ -100,7 +99,7 @@ Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def(
         "jacobi_sweep(Tensor(a!) keys, Tensor(b!) values, Tensor rows, Tensor start, Tensor keep, Tensor[] weights, "
-        "int[] sizes, str activations, bool text) -> Tensor");
+        "int[] sizes, int product_input, bool text) -> Tensor");
 }
 
 STARFLOW_IMPLEMENT(m) { m.impl("jacobi_sweep", TORCH_BOX(&run)); }

@@ -67,8 +67,8 @@ struct SweepBlock {
     int64_t cache_rows;
     int64_t text_tokens;
     int64_t slots;  // of the caches
-    Storage cache;
-    Activations activations;
+    MatrixStorage cache;
+    ProductInput product_input;
 };
 
 // A window: `count` rows from slot `slot` of a row of the caches on; slots below `keep` are not written.

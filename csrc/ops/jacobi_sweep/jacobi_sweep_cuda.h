@@ -63,10 +63,10 @@ static inline void over_sweep_pieces(int64_t most_rows, int64_t windows, int64_t
     }
 }
 
-static constexpr Dtype dtype_of_storage(Storage storage) {
-    return storage == Storage::bfloat16  ? Dtype::bfloat16
-           : storage == Storage::float16 ? Dtype::float16
-                                         : Dtype::float32;
+static constexpr Dtype dtype_of_storage(MatrixStorage storage) {
+    return storage == MatrixStorage::bfloat16  ? Dtype::bfloat16
+           : storage == MatrixStorage::float16 ? Dtype::float16
+                                               : Dtype::float32;
 }
 
 // Bytes from the start of the workspace of a piece.

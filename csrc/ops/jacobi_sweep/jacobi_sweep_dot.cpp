@@ -169,7 +169,7 @@ struct Sweep {
     void multiply(int64_t member, const Panels& weights, const PanelRange (&ranges)[count], const RowNorm& norm,
                   const RowOf& row_of, const Finish& finish) const {
         const Own mine = own(member);
-        visit_product(weights.storage, block.activations, [&](auto product) {
+        visit_product(weights.storage, block.product_input, [&](auto product) {
             using Product = decltype(product);
             const PackedRows packed = packed_rows<Product>(mine.packed, args.rows, weights.depth);
             pack_normalised_rows<Product>(packed, weights.depth, norm, row_of);
@@ -253,9 +253,9 @@ struct Sweep {
     template <class Visitor>
     void visit_cache(const Visitor& visitor) const {
         switch (block.cache) {
-            case Storage::float16:
+            case MatrixStorage::float16:
                 return visitor(Float16{});
-            case Storage::bfloat16:
+            case MatrixStorage::bfloat16:
                 return visitor(BFloat16{});
             default:
                 return visitor(float{});
@@ -301,7 +301,7 @@ struct Sweep {
     // Key heads [head, end) of all windows, each tile that takes(item) numbered so.
     template <class Takes>
     void attend_heads(int64_t member, const SweepLayer& layer, int64_t head, int64_t end, const Takes& takes) const {
-        visit_attention_product(block.cache, block.activations, [&](auto product) {
+        visit_attention_product(block.cache, block.product_input, [&](auto product) {
             using Product = decltype(product);
             int64_t item = 0;
             const int64_t tokens = tile_tokens();
@@ -433,7 +433,7 @@ struct Sweep {
     // Panel p of the hidden rows, from the sums of the product `last` of the first half, becomes part of the packed
     // rows of the second.
     void pack_hidden(const SweepLayer& layer, const Panels& last, int64_t p, const float* sums) const {
-        visit_product(layer.down.storage, block.activations, [&](auto product) {
+        visit_product(layer.down.storage, block.product_input, [&](auto product) {
             using Product = decltype(product);
             constexpr int64_t cells = panel_columns / Product::cell * Product::terms;
             const PackedRows packed = packed_rows<Product>(shared.hidden, args.rows, block.hidden);
@@ -485,7 +485,7 @@ struct Sweep {
         });
         add_branch(layer.mlp_post, [&](int64_t member, const auto& write) {
             const PanelRange share = share_of(member, layer.down);
-            visit_product(layer.down.storage, block.activations, [&](auto product) {
+            visit_product(layer.down.storage, block.product_input, [&](auto product) {
                 using Product = decltype(product);
                 multiply_panels<Product>(packed_rows<Product>(shared.hidden, args.rows, block.hidden), layer.down,
                                          share.first, share.last, own(member).sums, written(layer.down, write));

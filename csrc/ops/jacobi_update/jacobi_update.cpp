@@ -13,7 +13,7 @@ constexpr const char* op = "jacobi_update";
 
 const cpu::Variants<JacobiUpdateKernels> variants{STARFLOW_VARIANTS(jacobi_update)};
 
-Tensor run_update(Tensor x, Tensor z, Tensor raw, const std::string& activation, double soft_clip, double guidance) {
+Tensor run_update(Tensor x, Tensor z, Tensor raw, int64_t activation, double soft_clip, double guidance) {
     check_data(op, "x", x, true);
     check_like(op, "z", z, "x", x);
     require(
@@ -36,7 +36,7 @@ Tensor run_update(Tensor x, Tensor z, Tensor raw, const std::string& activation,
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def(
-        "jacobi_update(Tensor(a!) x, Tensor z, Tensor raw, str activation, float soft_clip, float guidance) -> Tensor");
+        "jacobi_update(Tensor(a!) x, Tensor z, Tensor raw, int activation, float soft_clip, float guidance) -> Tensor");
 }
 
 STARFLOW_IMPLEMENT(m) { m.impl("jacobi_update", TORCH_BOX(&run_update)); }

@@ -6,7 +6,7 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-template <class Data, class Raw, Activation activation, bool guided>
+template <class Data, class Raw, ScaleActivation activation, bool guided>
 void update_rows(const JacobiUpdateArgs& args, int64_t begin, int64_t end) {
     using T = typename Arithmetic<Data>::type;
     using V = Vec<T>;

@@ -21,21 +21,6 @@ using Optional = std::optional<Tensor>;
 
 const cpu::Variants<LinearKernels> variants{STARFLOW_DOT_VARIANTS(linear)};
 
-Epilogue epilogue_of(const std::string& name) {
-    require(
-        name == "none" || name == "gelu" || name == "gelu_tanh", op, "epilogue is", [&] { return '"' + name + '"'; },
-        [] { return R"("none", "gelu" or "gelu_tanh")"; });
-    return name == "none" ? Epilogue::none : name == "gelu" ? Epilogue::gelu : Epilogue::gelu_tanh;
-}
-
-Activations activations_of(const std::string& name) {
-    require(
-        name == "float32" || name == "bfloat16" || name == "two_bfloat16", op, "activations is",
-        [&] { return '"' + name + '"'; }, [] { return R"("float32", "bfloat16" or "two_bfloat16")"; });
-    if (name == "float32") return Activations::float32;
-    return name == "bfloat16" ? Activations::bfloat16 : Activations::two_bfloat16;
-}
-
 void check_matrix(const char* name, const Tensor& tensor, const Tensor& panels, const std::vector<int64_t>& expected) {
     require(
         same_device(tensor, panels), op, named(name, " is on"), [&] { return device_text(tensor); },
@@ -76,27 +61,43 @@ const float* vector_of(const char* name, Optional& tensor, const Tensor& panels,
     return static_cast<const float*>(tensor->data_ptr());
 }
 
-RowNorm norm_of(const std::string& kind, Optional& weight, Optional& bias, double epsilon, const Tensor& panels,
-                int64_t channels) {
-    if (kind == "none") return {NormKind::none, nullptr, nullptr, 0.0F};
+RowNorm norm_of(NormKind kind, Optional& weight, Optional& bias, const Tensor& panels, int64_t channels) {
+    if (kind == NormKind::none) return {kind, nullptr, nullptr, 0.0F};
     require(
-        kind == "layer_norm" || kind == "rms_norm", op, "norm is", [&] { return '"' + kind + '"'; },
-        [] { return R"("layer_norm" or "rms_norm")"; });
+        weight.has_value(), op, "norm_weight is", [] { return "missing"; },
+        [&] { return std::string("given for norm ") + norm_kind_names[static_cast<int>(kind)]; });
     require(
-        weight.has_value(), op, "norm_weight is", [] { return "missing"; }, [&] { return "given for norm " + kind; });
-    require(
-        kind == "layer_norm" || !bias, op, "norm_bias is", [] { return "given"; }, [] { return "None for rms_norm"; });
-    return {kind == "layer_norm" ? NormKind::layer : NormKind::rms, vector_of("norm_weight", weight, panels, channels),
-            vector_of("norm_bias", bias, panels, channels), static_cast<float>(epsilon)};
+        kind == NormKind::layer || !bias, op, "norm_bias is", [] { return "given"; },
+        [] { return "None for rms_norm"; });
+    return {kind, vector_of("norm_weight", weight, panels, channels), vector_of("norm_bias", bias, panels, channels),
+            static_cast<float>(epsilon_of(kind))};
 }
 
-ScalarType type_of(const std::string& name) {
-    if (name == "bfloat16") return ScalarType::BFloat16;
-    if (name == "float16") return ScalarType::Half;
-    require(
-        name == "float32", op, "out_dtype is", [&] { return '"' + name + '"'; },
-        [] { return R"("float32", "bfloat16" or "float16")"; });
+ScalarType type_of(int64_t out_dtype) {
+    switch (option_of<Dtype>(op, "out_dtype", out_dtype, dtype_names)) {
+        case Dtype::bfloat16:
+            return ScalarType::BFloat16;
+        case Dtype::float16:
+            return ScalarType::Half;
+        case Dtype::float32:
+            return ScalarType::Float;
+        case Dtype::float64:
+            require(false, op, "out_dtype is", [] { return "float64"; }, [] { return "float32, bfloat16 or float16"; });
+    }
     return ScalarType::Float;
+}
+
+ProductInput product_input_of(int64_t number, MatrixStorage storage, const Tensor& panels) {
+    const auto input = option_of<ProductInput>(op, "product_input", number, product_input_names);
+    const auto name = [&] { return std::string("\"") + product_input_names[number] + '"'; };
+    if (panels.is_cuda()) {
+        require(name() == quoted(storage), op, "product_input is", name,
+                [&] { return quoted(storage) + " like the weight on " + device_text(panels); });
+    } else {
+        require(input != ProductInput::float16, op, "product_input is", name,
+                [] { return R"("float32", "bfloat16" or "two_bfloat16")"; });
+    }
+    return input;
 }
 
 // Rows that pass over the panels together: as many as stay in the second-level cache (128 of 3072 channels), in blocks
@@ -131,11 +132,11 @@ void run_cuda(const LinearArgs& call, const Tensor& x) {
 // an epilogue or of a gate needs; empty where `keep_product` is false.
 std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Tensor& panels,
                                       const Tensor& column_scale, int64_t out_channels, int64_t in_channels,
-                                      const std::string& storage, Optional bias, const std::string& epilogue,
-                                      Optional multiply, Optional residual, const std::string& activations,
-                                      const std::string& norm, Optional norm_weight, Optional norm_bias,
-                                      double norm_epsilon, const std::string& out_dtype, bool keep_product) {
+                                      int64_t storage, Optional bias, int64_t epilogue, Optional multiply,
+                                      Optional residual, int64_t product_input, int64_t norm, Optional norm_weight,
+                                      Optional norm_bias, int64_t out_dtype, bool keep_product) {
     (void)weight;
+    const auto stored = option_of<MatrixStorage>(op, "storage", storage, matrix_storage_names);
     std::vector<int64_t> shape = shape_of(x);
     require(
         !shape.empty() && shape.back() == in_channels, op, "x has shape", [&] { return shape_text(shape); },
@@ -156,19 +157,14 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     const bool on_device = panels.is_cuda();
     LinearArgs args{};
     args.weights =
-        (on_device ? device_rows_of : panels_of)(op, panels, column_scale, out_channels, in_channels, storage);
+        (on_device ? device_rows_of : panels_of)(op, panels, column_scale, out_channels, in_channels, stored);
     args.weights.bias = vector_of("bias", bias, panels, out_channels);
     args.x = matrix_of(x);
     args.rows = rows;
-    args.norm = norm_of(norm, norm_weight, norm_bias, norm_epsilon, panels, in_channels);
-    if (on_device) {
-        require(
-            activations == storage, op, "activations is", [&] { return '"' + activations + '"'; },
-            [&] { return '"' + storage + "\" like the weight on " + device_text(panels); });
-    } else {
-        args.activations = activations_of(activations);
-    }
-    args.epilogue = epilogue_of(epilogue);
+    args.norm =
+        norm_of(option_of<NormKind>(op, "norm", norm, norm_kind_names), norm_weight, norm_bias, panels, in_channels);
+    args.product_input = product_input_of(product_input, stored, panels);
+    args.epilogue = option_of<Epilogue>(op, "epilogue", epilogue, epilogue_names);
     args.multiply = matrix_of(multiply);
     args.residual = matrix_of(residual);
     args.out = {out.data_ptr(), out_channels, *dtype_of(out)};
@@ -187,8 +183,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def(
         "linear(Tensor x, Tensor? weight, Tensor panels, Tensor column_scale, int out_channels, int in_channels, "
-        "str storage, Tensor? bias, str epilogue, Tensor? multiply, Tensor? residual, str activations, str norm, "
-        "Tensor? norm_weight, Tensor? norm_bias, float norm_epsilon, str out_dtype, bool keep_product) "
+        "int storage, Tensor? bias, int epilogue, Tensor? multiply, Tensor? residual, int product_input, int norm, "
+        "Tensor? norm_weight, Tensor? norm_bias, int out_dtype, bool keep_product) "
         "-> (Tensor out, Tensor product)");
 }
 

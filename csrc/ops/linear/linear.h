@@ -2,7 +2,7 @@
 // CUDA in rows of bfloat16 or float16.
 //
 // x (rows, in_channels); W (out_channels, in_channels); multiply, residual, out (rows, out_channels). Sums, epilogue
-// and norm are float32; x enters the product as `activations` says, on CUDA rounded to the type of W.
+// and norm are float32; x enters the product as `product_input` says, on CUDA rounded to the type of W.
 // Memory: W once for each block of rows, x and out once. Up to a few hundred rows W is nearly all of it: 16 rows times
 // 3072 x 3072 in bfloat16 read 19 MB for 0.3 GFLOP. On CUDA, x that is float32 or normalised is written and read once
 // more, in 16 bits; and with few rows the sums of each part of the depth, in float32 (linear_schedule.h).
@@ -17,6 +17,7 @@
 namespace starflow {
 
 enum class Epilogue : int32_t { none, gelu, gelu_tanh };
+inline constexpr const char* epilogue_names[]{"none", "gelu", "gelu_tanh"};
 
 // Rows whose channels lie side by side; the stride in elements. No data: not there.
 struct Matrix {
@@ -30,7 +31,7 @@ struct LinearArgs {
     Matrix x;
     int64_t rows;
     RowNorm norm;
-    Activations activations;
+    ProductInput product_input;
     Epilogue epilogue;
     Matrix multiply;
     Matrix residual;

@@ -98,7 +98,7 @@ void multiply(const LinearArgs& args, int64_t begin, int64_t end, void* scratch)
     auto* sums = static_cast<float*>(scratch);
     char* rows = static_cast<char*>(scratch) + sums_bytes(args.row_block);
     const int64_t panels = args.weights.count();
-    visit_product(args.weights.storage, args.activations, [&](auto product) {
+    visit_product(args.weights.storage, args.product_input, [&](auto product) {
         using Product = decltype(product);
         while (begin < end) {
             const int64_t first_row = begin / panels * args.row_block;

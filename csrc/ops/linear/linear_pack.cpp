@@ -28,8 +28,8 @@ void check_finite(const Tensor& column_scale) {
     }
 }
 
-std::tuple<Tensor, Tensor> pack_on_device(const Tensor& weight, Storage storage, const std::string& name) {
-    check_device_storage(op, storage, name, weight);
+std::tuple<Tensor, Tensor> pack_on_device(const Tensor& weight, MatrixStorage storage) {
+    check_device_storage(op, storage, weight);
     Tensor rows =
         torch::stable::new_zeros(weight, device_rows_shape(weight.size(0), weight.size(1)), panels_type(storage));
     Tensor values = torch::stable::narrow(rows, 1, 0, weight.size(1));
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> pack_on_device(const Tensor& weight, Storage storage,
     return {rows, empty_like_shape(weight, {0}, ScalarType::Float)};
 }
 
-std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
+std::tuple<Tensor, Tensor> run_pack(Tensor weight, int64_t storage) {
     const std::optional<Dtype> dtype = dtype_of(weight);
     require(
         dtype.has_value(), op, "weight has dtype", [&] { return dtype_text(weight); },
@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
     require(
         weight.dim() == 2, op, "weight has shape", [&] { return shape_text(shape_of(weight)); },
         [] { return "(out_channels, in_channels)"; });
-    const Storage kind = storage_of(op, storage);
-    if (weight.is_cuda()) return pack_on_device(weight, kind, storage);
+    const auto kind = option_of<MatrixStorage>(op, "storage", storage, matrix_storage_names);
+    if (weight.is_cuda()) return pack_on_device(weight, kind);
     if (dtype == Dtype::float64) weight = torch::stable::to(weight, ScalarType::Float);
     if (weight.size(1) > 1 && weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
     const int64_t out_channels = weight.size(0);
@@ -55,13 +55,15 @@ std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
     // Weights are read from end to end, a walk of the page table for each page: a sweep of width 768 takes a tenth less
     // with large ones.
     cpu::prefer_large_pages(panels, int64_t{2} * 1024 * 1024);
-    const Tensor column_scale = empty_like_shape(weight, {kind == Storage::int8 ? out_channels : 0}, ScalarType::Float);
+    const Tensor column_scale =
+        empty_like_shape(weight, {kind == MatrixStorage::int8 ? out_channels : 0}, ScalarType::Float);
     const LinearPackArgs args{weight.data_ptr(), *dtype_of(weight),
                               out_channels,      in_channels,
                               weight.stride(0),  kind,
                               panels.data_ptr(), static_cast<float*>(column_scale.data_ptr())};
+    const LinearPackKernels& kernels = variants.pick();
     cpu::parallel_rows(panels.size(0), panel_columns * round_up(in_channels, depth_multiple),
-                       [&](int64_t begin, int64_t end) { variants.pick().pack(args, begin, end); });
+                       [&](int64_t begin, int64_t end) { kernels.pack(args, begin, end); });
     check_finite(column_scale);
     return {panels, column_scale};
 }
@@ -69,7 +71,7 @@ std::tuple<Tensor, Tensor> run_pack(Tensor weight, const std::string& storage) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
-    m.def("linear_pack(Tensor weight, str storage) -> (Tensor panels, Tensor column_scale)");
+    m.def("linear_pack(Tensor weight, int storage) -> (Tensor panels, Tensor column_scale)");
 }
 
 STARFLOW_IMPLEMENT(m) { m.impl("linear_pack", TORCH_BOX(&run_pack)); }

@@ -19,7 +19,7 @@ struct LinearPackArgs {
     int64_t out_channels;
     int64_t in_channels;
     int64_t row_stride;  // in elements; in_channels lie side by side
-    Storage storage;
+    MatrixStorage storage;
     void* panels;
     float* column_scale;  // (out_channels,) of int8: infinity or NaN where a row is not finite
 };

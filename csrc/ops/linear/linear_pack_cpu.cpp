@@ -127,26 +127,26 @@ void pack_panels(const LinearPackArgs& args, int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
         const int64_t first_row = p * panel_columns;
         alignas(64) float inverse[columns] = {};
-        if (args.storage == Storage::int8 && !find_scales<T>(args, first_row, inverse)) continue;
+        if (args.storage == MatrixStorage::int8 && !find_scales<T>(args, first_row, inverse)) continue;
         char* panel = static_cast<char*>(args.panels) + p * elements * storage_bytes(args.storage);
         for (int64_t k = 0; k < depth; k += step_depth) {
             read_step<T>(args, first_row, k, step);
             turn(step);
             const int64_t at = k * panel_columns;
             switch (args.storage) {
-                case Storage::float32:
+                case MatrixStorage::float32:
                     write_rows(step, reinterpret_cast<float*>(panel) + at);
                     break;
-                case Storage::float16:
+                case MatrixStorage::float16:
                     write_rows(step, reinterpret_cast<Float16*>(panel) + at);
                     break;
-                case Storage::int8:
+                case MatrixStorage::int8:
                     write_scaled(step, inverse, reinterpret_cast<int8_t*>(panel) + at);
                     break;
-                case Storage::bfloat16:
+                case MatrixStorage::bfloat16:
                     write_pairs(step, reinterpret_cast<BFloat16*>(panel) + at, nullptr);
                     break;
-                case Storage::two_bfloat16: {
+                case MatrixStorage::two_bfloat16: {
                     BFloat16* pairs = reinterpret_cast<BFloat16*>(panel) + at;
                     write_pairs(step, pairs, pairs + elements);
                     break;

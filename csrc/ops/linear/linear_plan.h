@@ -29,7 +29,7 @@ static inline LinearCudaArgs plan_linear(const LinearArgs& call, const CudaDevic
     LinearCudaArgs args{};
     args.call = call;
     args.depth = linear_round_up(channels, linear_row_multiple);
-    const Dtype dtype = call.weights.storage == Storage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
+    const Dtype dtype = call.weights.storage == MatrixStorage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
     args.input = call.x;
     if (call.rows == 1) args.input.row_stride = args.depth;  // whatever it is said to be
     // TMA takes no rows on top of each other.

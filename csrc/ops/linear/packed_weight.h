@@ -10,21 +10,21 @@
 
 namespace starflow {
 
-// One of "float32", "float16", "bfloat16", "int8", "two_bfloat16".
-Storage storage_of(const char* op, const std::string& name);
+// The name of a storage in quotes, for messages.
+std::string quoted(MatrixStorage storage);
 
-ScalarType panels_type(Storage storage);
-std::vector<int64_t> panels_shape(Storage storage, int64_t out_channels, int64_t in_channels);
+ScalarType panels_type(MatrixStorage storage);
+std::vector<int64_t> panels_shape(MatrixStorage storage, int64_t out_channels, int64_t in_channels);
 
 // Without a bias. The tensors must live as long as the view.
 Panels panels_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
-                 int64_t in_channels, const std::string& storage);
+                 int64_t in_channels, MatrixStorage storage);
 
 // On CUDA a packed weight has no panels: `panels` is the matrix itself, (out_channels, in_channels) in bfloat16 or
 // float16, its rows padded with zeros to a multiple of linear_row_multiple.
 std::vector<int64_t> device_rows_shape(int64_t out_channels, int64_t in_channels);
-void check_device_storage(const char* op, Storage storage, const std::string& name, const Tensor& on_device);
+void check_device_storage(const char* op, MatrixStorage storage, const Tensor& on_device);
 Panels device_rows_of(const char* op, const Tensor& panels, const Tensor& column_scale, int64_t out_channels,
-                      int64_t in_channels, const std::string& storage);
+                      int64_t in_channels, MatrixStorage storage);
 
 }  // namespace starflow

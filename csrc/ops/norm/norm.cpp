@@ -12,16 +12,15 @@ namespace starflow {
 namespace {
 
 constexpr const char* op = "norm";
+constexpr const char* backward_op = "norm_backward";
 
 const cpu::Variants<NormKernels> variants{STARFLOW_VARIANTS(norm)};
 
-NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& kind,
+NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind,
                 const std::optional<Tensor>& residual) {
     check_floating(op, "x", x);
     require(x.dim() >= 1, op, "x has shape", [] { return "[]"; }, [] { return "(..., channels)"; });
-    require(
-        kind == "layer_norm" || kind == "rms_norm", op, "kind is", [&] { return '"' + kind + '"'; },
-        [] { return R"("layer_norm" or "rms_norm")"; });
+    const auto known = option_of(op, "kind", kind, norm_kind_names, NormKind::layer);
     const int64_t channels = x.size(x.dim() - 1);
     require(
         !x.is_cuda() || channels <= norm_most_channels_cuda, op, "x has channels",
@@ -32,7 +31,7 @@ NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tenso
         shape_of(weight) == std::vector<int64_t>{channels}, op, "weight has shape",
         [&] { return shape_text(shape_of(weight)); }, [&] { return shape_text({channels}) + " for channels of x"; });
     check_device(op, "weight", weight, "x", x);
-    const bool layer = kind == "layer_norm";
+    const bool layer = known == NormKind::layer;
     if (bias.has_value()) {
         require(layer, op, "bias is", [] { return "given"; }, [] { return "None for rms_norm"; });
         check_like(op, "bias", *bias, "weight", weight);
@@ -51,7 +50,7 @@ NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     const int64_t tokens = x.dim() >= 2 ? x.size(x.dim() - 2) : 1;
     int64_t batch = 1;
     for (int64_t d = 0; d < x.dim() - 2; ++d) batch *= x.size(d);
-    return {batch, tokens, channels, data, layer, layer ? 1e-5 : 1e-6, layer ? 0.0 : 1.0};
+    return {batch, tokens, channels, data, layer, epsilon_of(known), layer ? 0.0 : 1.0};
 }
 
 Tensor as_rows(const Tensor& tensor) {
@@ -59,7 +58,7 @@ Tensor as_rows(const Tensor& tensor) {
 }
 
 std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                              const std::string& kind, const std::optional<Tensor>& residual) {
+                                              int64_t kind, const std::optional<Tensor>& residual) {
     const NormShape shape = check(x, weight, bias, kind, residual);
     const ScalarType type = arithmetic_type(shape.data);
     const Tensor values = as_rows(x);
@@ -80,27 +79,30 @@ std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& wei
         args.sum = sum->data_ptr();
     }
     run_on_device(op, "x", x, args, norm_cuda, [&] {
+        const NormKernels& kernels = variants.pick();
         cpu::parallel_rows(
             shape.batch * shape.tokens, shape.channels,
-            [&](int64_t begin, int64_t end) { variants.pick().forward(args, begin, end); }, cpu::light_grain_elements);
+            [&](int64_t begin, int64_t end) { kernels.forward(args, begin, end); }, cpu::light_grain_elements);
     });
     return {out, sum};
 }
 
-Tensor run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::string& kind) {
+Tensor run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind) {
     return std::get<0>(run(x, weight, bias, kind, std::nullopt));
 }
 
 std::tuple<Tensor, Tensor> run_residual(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                        const std::string& kind, const Tensor& residual) {
+                                        int64_t kind, const Tensor& residual) {
     const auto [out, sum] = run(x, weight, bias, kind, residual);
     return {out, *sum};
 }
 
 std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_sum, const Tensor& x,
-                                        const Tensor& weight, const std::string& kind, bool with_bias) {
+                                        const Tensor& weight, int64_t kind, bool with_bias) {
     const NormShape shape = check(x, weight, std::nullopt, kind, std::nullopt);
     const ScalarType type = arithmetic_type(shape.data);
+    check_tensor(backward_op, "grad_out", grad_out, type, shape_of(x), "x", x);
+    if (grad_sum.has_value()) check_tensor(backward_op, "grad_sum", *grad_sum, type, shape_of(x), "x", x);
     const Tensor values = as_rows(x);
     const Tensor upstream = as_rows(grad_out);
     const Tensor scale = as_parameter(weight, type);
@@ -137,10 +139,10 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optio
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
-    m.def("norm(Tensor x, Tensor weight, Tensor? bias, str kind) -> Tensor");
-    m.def("norm_residual(Tensor x, Tensor weight, Tensor? bias, str kind, Tensor residual) -> (Tensor, Tensor)");
+    m.def("norm(Tensor x, Tensor weight, Tensor? bias, int kind) -> Tensor");
+    m.def("norm_residual(Tensor x, Tensor weight, Tensor? bias, int kind, Tensor residual) -> (Tensor, Tensor)");
     m.def(
-        "norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor x, Tensor weight, str kind, bool with_bias) -> "
+        "norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor x, Tensor weight, int kind, bool with_bias) -> "
         "(Tensor, Tensor)");
 }
 

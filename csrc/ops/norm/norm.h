@@ -12,6 +12,7 @@
 // three times, but from the first-level cache. Gradient: 12 bytes an element (grad_out, x, grad_x).
 #pragma once
 #include "common/rows.h"
+#include "cpu/norm_kind.h"
 #include "cpu/variants.h"
 #include "cuda/declare.h"
 

@@ -15,6 +15,7 @@ namespace {
 using Optional = std::optional<Tensor>;
 
 constexpr const char* op = "rope_append";
+constexpr const char* backward_op = "rope_append_backward";
 
 const cpu::Variants<RopeAppendKernels> variants{STARFLOW_VARIANTS(rope_append)};
 
@@ -28,7 +29,7 @@ struct Options {
     const Optional& key_sin;
     const Optional& query_norm;
     const Optional& key_norm;
-    const std::string& pairing;
+    int64_t pairing;
 };
 
 void check_table(const Tensor& table, const Tensor& qkv, int64_t head_dim) {
@@ -85,10 +86,7 @@ RopeAppendShape check(const Tensor& qkv, const Options& options) {
     require(
         width % parts == 0, op, "qkv has channels", [&] { return std::to_string(width); },
         [&] { return "a multiple of " + std::to_string(parts) + " (heads + 2 kv_heads)"; });
-    const bool interleaved = options.pairing == "interleaved";
-    require(
-        interleaved || options.pairing == "half", op, "pairing is", [&] { return '"' + options.pairing + '"'; },
-        [] { return R"("interleaved" or "half")"; });
+    const bool interleaved = option_of<Pairing>(op, "pairing", options.pairing, pairing_names) == Pairing::interleaved;
     const int64_t head_dim = width / parts;
     require(
         !qkv.is_cuda() || head_dim <= rope_append_most_head_dim_cuda, op, "head_dim is",
@@ -156,8 +154,7 @@ void run_rows(const Tensor& qkv, const RopeAppendArgs& args) {
 std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& qkv, int64_t heads, int64_t kv_heads,
                                                const Optional& query_cos, const Optional& query_sin,
                                                const Optional& key_cos, const Optional& key_sin,
-                                               const Optional& query_norm, const Optional& key_norm,
-                                               const std::string& pairing) {
+                                               const Optional& query_norm, const Optional& key_norm, int64_t pairing) {
     const RopeAppendShape shape =
         check(qkv, {heads, kv_heads, query_cos, query_sin, key_cos, key_sin, query_norm, key_norm, pairing});
     const Turn query(query_cos, query_sin, query_norm, shape.data);
@@ -211,8 +208,8 @@ const int64_t* numbers(const Optional& tensor) {
 
 Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Optional& query_cos,
                   const Optional& query_sin, const Optional& key_cos, const Optional& key_sin,
-                  const Optional& query_norm, const Optional& key_norm, const std::string& pairing, Tensor keys,
-                  Tensor values, int64_t start, Optional starts, Optional final) {
+                  const Optional& query_norm, const Optional& key_norm, int64_t pairing, Tensor keys, Tensor values,
+                  int64_t start, Optional starts, Optional final) {
     RopeAppendShape shape =
         check(qkv, {heads, kv_heads, query_cos, query_sin, key_cos, key_sin, query_norm, key_norm, pairing});
     check_buffer("cache.keys", keys, qkv, shape);
@@ -252,9 +249,16 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
 std::tuple<Tensor, Tensor> run_backward(Tensor grad_q, Tensor grad_k, Tensor grad_v, const Tensor& qkv, int64_t heads,
                                         int64_t kv_heads, const Optional& query_cos, const Optional& query_sin,
                                         const Optional& key_cos, const Optional& key_sin, const Optional& query_norm,
-                                        const Optional& key_norm, const std::string& pairing) {
+                                        const Optional& key_norm, int64_t pairing) {
     const RopeAppendShape shape =
         check(qkv, {heads, kv_heads, query_cos, query_sin, key_cos, key_sin, query_norm, key_norm, pairing});
+    const auto check_gradient = [&](const char* name, const Tensor& gradient, int64_t count) {
+        check_tensor(backward_op, name, gradient, qkv.scalar_type(), {shape.batch, count, shape.tokens, shape.head_dim},
+                     "qkv", qkv);
+    };
+    check_gradient("grad_q", grad_q, heads);
+    check_gradient("grad_k", grad_k, kv_heads);
+    check_gradient("grad_v", grad_v, kv_heads);
     const Turn query(query_cos, query_sin, query_norm, shape.data);
     const Turn key(key_cos, key_sin, key_norm, shape.data);
     const Tensor rows = with_rows(qkv);
@@ -292,7 +296,7 @@ std::tuple<Tensor, Tensor> run_backward(Tensor grad_q, Tensor grad_k, Tensor gra
 
 #define STARFLOW_ROPE_OPTIONS                                                                                       \
     "Tensor qkv, int heads, int kv_heads, Tensor? query_cos, Tensor? query_sin, Tensor? key_cos, Tensor? key_sin, " \
-    "Tensor? query_norm, Tensor? key_norm, str pairing"
+    "Tensor? query_norm, Tensor? key_norm, int pairing"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def("rope_append(" STARFLOW_ROPE_OPTIONS ") -> (Tensor, Tensor, Tensor)");

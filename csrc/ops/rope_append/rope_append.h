@@ -21,6 +21,10 @@ namespace starflow {
 // A warp holds a head in registers.
 inline constexpr int64_t rope_append_most_head_dim_cuda = 256;
 
+// Which elements of a head form a plane.
+enum class Pairing : int32_t { interleaved, half };
+inline constexpr const char* pairing_names[]{"interleaved", "half"};
+
 // A tensor (batch, heads, tokens or slots, head_dim) whose head_dim lies side by side; strides in elements.
 struct Heads {
     void* data;

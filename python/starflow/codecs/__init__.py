@@ -34,7 +34,7 @@ def make_codec(config: Mapping[str, Any]) -> Codec:
     """
     options = dict(config)
     kind = options.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"codec: kind is {kind!r}, expected one of {', '.join(_KINDS)}")
     try:
         return _KINDS[kind](**options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from starflow.codecs.codec import check_latents, check_pixels
+from starflow.extras import import_extra
 
 __all__ = ["AutoencoderKLCodec", "WanCodec"]
 
@@ -31,10 +31,7 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
             f"diffusion_pytorch_model.safetensors of a diffusers {class_name}; those of the published models come with "
             f"`{_DOWNLOADS[class_name]} --local-dir {_parent(folder)}` (codec.folder, or --codec of convert)"
         )
-    try:
-        diffusers = importlib.import_module("diffusers")
-    except ImportError as error:
-        raise ImportError(f"{codec} needs the package diffusers: pip install 'starflow-ext[vae]'") from error
+    diffusers = import_extra("diffusers", purpose=codec, extra="vae")
     module, info = getattr(diffusers, class_name).from_pretrained(
         folder,
         local_files_only=True,

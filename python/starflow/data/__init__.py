@@ -2,12 +2,9 @@
 
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
-    IMAGE_SUFFIXES,
     Clip,
     ClipDataset,
     VideoFolder,
-    caption_at,
-    captions_of,
     sample_batch,
     sample_group,
     sample_indices,
@@ -15,10 +12,12 @@ from starflow.data.clips import (
     to_frames,
     to_pixels,
 )
-from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, MovingDigits
+from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, Motion, MovingDigits
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
-from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
+from starflow.data.pictures import IMAGE_SUFFIXES, read_image
+from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.sheets import write_contact_sheet
+from starflow.data.sidecars import caption_at, captions_of
 from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
@@ -31,6 +30,7 @@ __all__ = [
     "Clip",
     "ClipDataset",
     "DigitJudge",
+    "Motion",
     "MovingDigits",
     "VideoError",
     "VideoFolder",

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import json
 import logging
 import math
 import os
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -25,7 +23,10 @@ import torch
 
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
-from starflow.data.read import VideoInfo, frames_at, probe, read_image, read_video
+from starflow.data.folders import find_files
+from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
+from starflow.data.read import VideoInfo, frames_at, probe, read_video
+from starflow.data.sidecars import Sidecars, caption_at, captions_of, composed
 
 __all__ = [
     "Clip",
@@ -40,9 +41,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
-SIDECAR_SUFFIXES = (".txt", ".json")
 
 
 @dataclass(frozen=True)
@@ -218,51 +216,14 @@ class _File:
     source: _File | None = None
 
 
-def captions_of(path: Path, *, by_name: bool = False) -> tuple[str, ...]:
-    """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions".
-
-    Args:
-        path: of the video; nothing is read from it.
-        by_name: without such a file take the words of NAME in place of "".
-
-    Returns:
-        at least one caption.
-
-    Raises:
-        ValueError: when the file beside it is malformed.
-    """
-    for suffix in SIDECAR_SUFFIXES:
-        sidecar = path.with_suffix(suffix)
-        if not sidecar.is_file():
-            continue
-        text = sidecar.read_text(encoding="utf-8")
-        if suffix == ".txt":
-            return (text.strip(),)
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"VideoFolder: {sidecar} is not valid JSON ({error})") from error
-        found = content.get("captions", [content.get("caption")]) if isinstance(content, dict) else None
-        if not isinstance(found, list) or not found or not all(isinstance(caption, str) for caption in found):
-            raise ValueError(
-                f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["..."]}}'
-            )
-        return tuple(caption.strip() for caption in found)
-    return (re.sub(r"[\W_]+", " ", path.stem).strip() if by_name else "",)
-
-
-def caption_at(caption: str, start: float) -> str:
-    """The caption of a clip that begins `start` seconds into its file, where captions tell that."""
-    return f"{caption} {math.floor(start + 1e-6)}".strip()
-
-
 class VideoFolder:
     """Clips cut from a folder of video files of any format and size, with captions from the files beside them.
 
-    Every file below the folder counts, except hidden ones and the captions: `NAME.txt` (one caption) or `NAME.json`
-    (`{"caption": "..."}`, or `{"captions": [...]}` of which each item draws one). A file without caption has "".
-    Images are clips of one frame, read only when `frames` is 1. A file that is missing, empty, corrupt, without
-    video or too short is skipped with one line in the log that names it.
+    Every file below the folder counts, through links too, except hidden ones and the captions: `NAME.txt` (one caption)
+    or `NAME.json` (`{"caption": "..."}`, or `{"captions": [...]}` of which each item draws one). A file without caption
+    has "". Images are clips of one frame, read only when `frames` is 1. A file that is missing, empty, corrupt, text,
+    without video or too short is skipped with one line in the log that names it, and so are folders that cannot be
+    read and captions that belong to no clip.
 
     Frames are scaled to cover height x width, cropped in the middle, and chosen by timestamp as in `read_video`.
     Decoded files are kept in memory as uint8 up to `cache_bytes`; a file larger than that is read clip by clip.
@@ -343,7 +304,8 @@ class VideoFolder:
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._broken: set[Path] = set()
-        self._pairs: dict[Path, Path] = {}  # sources by their names without suffix
+        self._captions: dict[Path, tuple[str, ...]] = {}
+        self._pairs: dict[str, Path] = {}  # sources by their names without suffix
         self._files = self._scan()
 
     def __len__(self) -> int:
@@ -352,14 +314,15 @@ class VideoFolder:
     @property
     def captions(self) -> tuple[str, ...]:
         """Every caption that a clip may have, file after file."""
-        return tuple(
-            dict.fromkeys(
-                self._caption(file, caption, start)
-                for file in self._files
-                for caption in file.captions
-                for start in range(file.available - self.frames + 1)
-            )
-        )
+        found: dict[str, None] = {}
+        for file in self._files:
+            for caption in file.captions:
+                if self.caption_second and file.rate:
+                    last = math.floor((file.available - self.frames) / file.rate + 1e-6)
+                    found |= dict.fromkeys(caption_at(caption, second) for second in range(last + 1))
+                else:
+                    found[caption] = None
+        return tuple(found)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -428,17 +391,23 @@ class VideoFolder:
         return caption_at(caption, start / file.rate) if self.caption_second and file.rate else caption
 
     def _scan(self) -> list[_File]:
+        sidecars = Sidecars()
         paths, ignored = [], 0
-        for path in _found(self.folder):
+        for path in sidecars.take_from(find_files(self.folder)):
             if path.suffix.lower() in IMAGE_SUFFIXES and self.frames > 1:
                 ignored += 1
+                sidecars.of(path)
                 continue
             paths.append(path)
+            self._captions[path] = captions_of(path, by_name=self.name_captions, beside=sidecars)
         if self.sources is not None:
             # Without suffix: a clip and its source may be stored in different formats.
-            self._pairs = {path.relative_to(self.sources).with_suffix(""): path for path in _found(self.sources)}
+            for path in Sidecars().take_from(find_files(self.sources)):
+                first = self._pairs.setdefault(_pair_name(path, self.sources), path)
+                if first is not path:
+                    logger.warning("skipped: %s: %s is the source of the same clips", path, first)
         files = []
-        # Threads, since the work is done by ffmpeg processes.
+        # Threads, since decoders run outside of the interpreter's lock.
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             for file in pool.map(self._try_open, paths):
                 if isinstance(file, VideoError):
@@ -447,6 +416,8 @@ class VideoFolder:
                     files.append(file)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
+        for line in sidecars.left_over():
+            logger.warning("skipped: %s", line)
         if not files:
             what = "video" if self.sources is None else f"video with a source in {self.sources}"
             raise ValueError(f"VideoFolder: no readable {what} in {self.folder}, expected at least one (see the log)")
@@ -457,7 +428,7 @@ class VideoFolder:
             file = self._open(path, self.folder)
             if self.sources is None:
                 return file
-            source = self._pairs.get(path.relative_to(self.folder).with_suffix(""))
+            source = self._pairs.get(_pair_name(path, self.folder))
             if source is None:
                 raise VideoError(f"{path}: no file of this name in {self.sources}, expected the source of the clip")
             paired = replace(self._open(source, self.sources, file.rate), size=file.size)
@@ -467,10 +438,9 @@ class VideoFolder:
 
     def _open(self, path: Path, folder: Path, rate: float | None = None) -> _File:
         """A file of a folder, read at the given rate, or else that of the clips or its own."""
-        name, captions = str(path.relative_to(folder)), captions_of(path, by_name=self.name_captions)
+        name, captions = str(path.relative_to(folder)), self._captions.get(path, ("",))
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            height, width = read_image(path, channels=1).shape[1:3]
-            return _File(path, name, 0.0, 1, captions, None, self._size(height, width))
+            return _File(path, name, 0.0, 1, captions, None, self._size(*image_size(path)))
         info = probe(path, count=True)
         rate = rate or self.fps or info.fps
         available = frames_at(info, rate)
@@ -508,12 +478,6 @@ class VideoFolder:
         return read_video(file.path, frames=frames, fps=file.rate, start=start / file.rate, info=file.info, **size)
 
 
-def _found(folder: Path) -> list[Path]:
-    """Files below a folder but hidden ones and captions, in order."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if not path.is_dir()
-        and path.suffix.lower() not in SIDECAR_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+def _pair_name(path: Path, folder: Path) -> str:
+    """What a clip and its source have in common: the path in their folders without suffix, accents composed."""
+    return composed(str(path.relative_to(folder).with_suffix("")))

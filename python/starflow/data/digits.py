@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 
 from starflow.data.clips import Clip
 
-__all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "MovingDigits"]
+__all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "Motion", "MovingDigits"]
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -46,9 +47,12 @@ CHANGES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 """What the caption of a pair says, and what it makes of the source (frames, 1, height, width)."""
 
-# The digit takes 7/12 of the frame, starts in the middle and moves by whole pixels (one a frame in frames below 48), so
-# that a frame is the one before it, moved a little, to the last bit: that much a small flow learns in minutes, while
-# leaps of a whole patch, or any position at the start, take it far longer.
+Start = Literal["middle", "anywhere"]
+Handwritings = Literal["typical", "all"]
+
+# The digit takes 7/12 of the frame, starts in the middle (by default) and moves by whole pixels (one a frame in frames
+# below 48), so that a frame is the one before it, moved a little, to the last bit: that much a small flow learns in
+# minutes, while leaps of a whole patch, or any position at the start, take it far longer.
 _GLYPH = 7 / 12
 # Of each digit's images, the share nearest to their mean: those that most people would read at once.
 _TYPICAL = 0.4
@@ -65,8 +69,12 @@ def _load() -> tuple[torch.Tensor, np.ndarray]:
 
 
 @functools.cache
-def _split(name: str) -> np.ndarray:
-    """Indices of the digit images of a split: every fifth of the typical images of each digit is held out."""
+def _split(name: str, handwritings: Handwritings = "typical") -> np.ndarray:
+    """Indices of the digit images of a split.
+
+    Every fifth of the typical images of each digit is held out, and every fifth of the others: what is held out of the
+    typical ones is held out of all.
+    """
     images, labels = _load()
     pixels = images.flatten(1).numpy()
     train: list[int] = []
@@ -75,8 +83,9 @@ def _split(name: str) -> np.ndarray:
         mine = np.flatnonzero(labels == digit)
         far = ((pixels[mine] - pixels[mine].mean(0)) ** 2).sum(1)
         typical = np.sort(mine[np.argsort(far)[: int(_TYPICAL * len(mine))]])
-        held_out.extend(typical[4::5])
-        train.extend(np.setdiff1d(typical, typical[4::5]))
+        for part in (typical,) if handwritings == "typical" else (typical, np.setdiff1d(mine, typical)):
+            held_out.extend(part[4::5])
+            train.extend(np.setdiff1d(part, part[4::5]))
     return np.array(held_out if name == "test" else train)
 
 
@@ -112,6 +121,26 @@ def _bounce(path: np.ndarray, low: float, high: float) -> np.ndarray:
     return low + span - np.abs(phase - span)
 
 
+@dataclass(frozen=True)
+class Motion:
+    """What is true of a clip of `MovingDigits`.
+
+    Args:
+        digit: 0 to 9.
+        direction: of the first steps, a key of `DIRECTIONS`.
+        centers: (frames, 2) middle of the digit's square in pixels, down and right; pixel i covers [i, i + 1).
+        step: pixels that a moving digit moves along each of its axes in a frame.
+        low, high: least and greatest coordinate of a center; there the digit turns round.
+    """
+
+    digit: int
+    direction: str
+    centers: torch.Tensor
+    step: int
+    low: float
+    high: float
+
+
 class MovingDigits:
     """Captioned clips of one handwritten digit that moves in a straight line and bounces off the walls.
 
@@ -127,6 +156,9 @@ class MovingDigits:
         seed: of the set.
         length: items in one epoch.
         pairs: clips have a source.
+        start: where clips begin: in the "middle" of the picture, or "anywhere" from which the digit goes at least
+            three steps before it bounces, as if cut from a motion without end.
+        handwritings: the "typical" 40 % of the images of each digit, nearest to their mean, or "all".
 
     Raises:
         ValueError: when an argument is out of range.
@@ -143,12 +175,19 @@ class MovingDigits:
         seed: int = 0,
         length: int = 10000,
         pairs: bool = False,
+        start: Start = "middle",
+        handwritings: Handwritings = "typical",
     ) -> None:
         for name, value, least in (("frames", frames, 1), ("size", size, 16), ("seed", seed, 0), ("length", length, 1)):
             if value < least:
                 raise ValueError(f"MovingDigits: {name} is {value}, expected at least {least}")
-        if split not in ("train", "test"):
-            raise ValueError(f'MovingDigits: split is "{split}", expected "train" or "test"')
+        for option, text, known in (
+            ("split", split, ("train", "test")),
+            ("start", start, ("middle", "anywhere")),
+            ("handwritings", handwritings, ("typical", "all")),
+        ):
+            if text not in known:
+                raise ValueError(f'MovingDigits: {option} is "{text}", expected "{known[0]}" or "{known[1]}"')
         self.frames = frames
         self.size = size
         self.channels = 1
@@ -156,6 +195,8 @@ class MovingDigits:
         self.seed = seed
         self.length = length
         self.pairs = pairs
+        self.start = start
+        self.handwritings = handwritings
 
     def __len__(self) -> int:
         return self.length
@@ -174,27 +215,41 @@ class MovingDigits:
         Raises:
             IndexError: when there is no such index.
         """
+        rng, image, motion = self._scene(index, epoch, seed)
+        clip, name = _draw(image, motion.centers, self.size), f"digits/{self.split}/{index}"
+        if self.pairs:
+            change = str(rng.choice(list(CHANGES)))
+            return Clip(CHANGES[change](clip), change, name, source=clip)
+        return Clip(clip, _caption(DIGITS[motion.digit], motion.direction), name)
+
+    def motion(self, index: int, *, epoch: int = 0, seed: int = 0) -> Motion:
+        """What is true of the clip that `item` makes of the same arguments (of its source, where there are pairs).
+
+        Raises:
+            IndexError: when there is no such index.
+        """
+        return self._scene(index, epoch, seed)[2]
+
+    def _scene(self, index: int, epoch: int, seed: int) -> tuple[np.random.Generator, torch.Tensor, Motion]:
+        """The generator of a clip after its draws, its digit image and its motion."""
         if not 0 <= index < self.length:
             raise IndexError(f"MovingDigits: index is {index}, expected 0 to {self.length - 1}")
         rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
         images, labels = _load()
-        which = int(rng.choice(_split(self.split)))
+        which = int(rng.choice(_split(self.split, self.handwritings)))
         direction = str(rng.choice(list(DIRECTIONS)))
-        clip, name = self._render(images[which], direction), f"digits/{self.split}/{index}"
-        if self.pairs:
-            change = str(rng.choice(list(CHANGES)))
-            return Clip(CHANGES[change](clip), change, name, source=clip)
-        return Clip(clip, _caption(DIGITS[labels[which]], direction), name)
-
-    def _render(self, image: torch.Tensor, direction: str) -> torch.Tensor:
         low = self.size * _GLYPH / 2.0
         pixels = max(self.size // 24, 1)
         places = int((self.size - 2.0 * low) // pixels)
         heading = np.sign(DIRECTIONS[direction]).astype(int)
-        start, high, step = low + pixels * (places // 2), low + pixels * places, pixels * heading
-        path = start + step * np.arange(self.frames)[:, None]
+        place = np.array([places // 2, places // 2])
+        if self.start == "anywhere":
+            # The bounce comes after the steps that the caption speaks of.
+            place = rng.integers(np.where(heading < 0, _JUDGED, 0), np.where(heading > 0, places - _JUDGED, places) + 1)
+        begin, high, step = low + pixels * place, low + pixels * places, pixels * heading
+        path = begin + step * np.arange(self.frames)[:, None]
         centers = torch.from_numpy(_bounce(path, low, high).astype(np.float32))
-        return _draw(image, centers, self.size)
+        return rng, images[which], Motion(int(labels[which]), direction, centers, pixels, low, high)
 
 
 def _center(weights: torch.Tensor) -> torch.Tensor:
@@ -208,44 +263,73 @@ def _center(weights: torch.Tensor) -> torch.Tensor:
     return torch.stack([down, right], dim=1)
 
 
-class DigitJudge:
-    """Reads digit and direction from a clip, to score samples against their captions.
+def _spoil(frames: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """What no reader should take for a digit, one of each frame (frames, 1, size, size).
 
-    The digit: the frames, aligned by their centres of mass and averaged, go to a support vector machine trained on
-    rendered digits of the train split when the judge is made (a few seconds). The direction: the slope of the centre
-    of mass over the first steps.
+    In turn: no ink at all; half of the digit, cut off at its middle; quarters of it swapped; two digits in one.
+    """
+    out = frames.clone()
+    size = frames.shape[-1]
+    for row, frame in enumerate(out[:, 0]):
+        kind = row % 4
+        down, right = (int(c) for c in _center((frames[row] + 1.0) / 2.0)[0])
+        if kind == 0:
+            frame.fill_(-1.0)
+        elif kind == 1:
+            half = (frame[:down], frame[down:], frame[:, :right], frame[:, right:])[int(rng.integers(4))]
+            half.fill_(-1.0)
+        elif kind == 2:
+            frame.copy_(frame.roll((size // 2 - down, size // 2 - right), (0, 1)))
+            rows, columns = (slice(size // 2 - 8 * size // 24, size // 2 + 8 * size // 24),) * 2
+            square = frame[rows, columns]
+            square.copy_(square.roll(len(square) // 2, int(rng.integers(2))))
+        else:
+            other = frames[int(rng.integers(len(frames))), 0]
+            frame.copy_(torch.maximum(frame, other.roll((int(rng.integers(2, 5)), int(rng.integers(2, 5))), (0, 1))))
+    return out
+
+
+class DigitJudge:
+    """Reads digits and directions from clips, to score samples against their captions.
+
+    The digit: each frame by itself, aligned by its centre of mass, goes to a support vector machine that is trained on
+    rendered digits of the train split, and on spoiled ones, when the judge is made (a few seconds). Nothing is averaged
+    over frames: a clip whose digit frays in its last frame is not read by its first ones. The direction: the slope of
+    the centre of mass over the first steps.
 
     Args:
         size: height and width of the clips.
+        handwritings: that it has learned to read, as of `MovingDigits`.
     """
 
-    def __init__(self, size: int = 32) -> None:
+    def __init__(self, size: int = 32, handwritings: Handwritings = "typical") -> None:
         from sklearn.svm import SVC
 
         self.size = size
         images, labels = _load()
         rng = np.random.default_rng(0)
-        indices = np.repeat(_split("train"), 2)
-        middle = size / 2.0
-        features = []
-        for index in indices:
-            centers = torch.from_numpy((middle + rng.uniform(-1.0, 1.0, size=(2, 2))).astype(np.float32))
-            features.append(self._features(_draw(images[index], centers, size)))
-        self._classifier = SVC(C=10.0, gamma="scale").fit(np.stack(features), labels[indices])
+        indices = np.repeat(_split("train", handwritings), 2)
+        centers = torch.from_numpy((size / 2.0 + rng.uniform(-1.0, 1.0, (len(indices), 2))).astype(np.float32))
+        drawn = [_draw(images[i], center[None], size) for i, center in zip(indices, centers, strict=True)]
+        frames = torch.cat(drawn)
+        spoiled = _spoil(frames[torch.from_numpy(rng.permutation(len(frames)))], rng)
+        features = self._features(torch.cat([frames, spoiled]))
+        targets = np.concatenate([labels[indices], np.full(len(spoiled), -1)])
+        self._classifier = SVC(C=10.0, gamma="scale").fit(features, targets)
 
-    def digit(self, pixels: torch.Tensor) -> int:
-        """Read the digit.
+    def read(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Read the digit of each frame.
 
         Args:
             pixels: a clip (frames, 1, size, size) in [-1, 1].
 
         Returns:
-            0 to 9.
+            (frames,) int64: 0 to 9, and -1 for what is no digit.
 
         Raises:
             ValueError: when the clip has another shape.
         """
-        return int(self._classifier.predict(self._features(pixels)[None])[0])
+        return torch.from_numpy(self._classifier.predict(self._features(pixels)).astype(np.int64))
 
     def direction(self, pixels: torch.Tensor) -> str:
         """Read the initial direction.
@@ -279,14 +363,15 @@ class DigitJudge:
             captions: as `MovingDigits` writes them, one for each clip.
 
         Returns:
-            shares of the clips: "digit_accuracy", "direction_accuracy", and "both_accuracy".
+            shares of the clips: "digit_every_frame", whose every frame shows the digit asked for, "direction_accuracy",
+            and "both_accuracy"; and "digit_accuracy", the share of all frames.
 
         Raises:
             ValueError: when the numbers differ, or a caption is not one of `MovingDigits`.
         """
         if len(clips) != len(captions) or not captions:
             raise ValueError(f"DigitJudge: got {len(clips)} clips and {len(captions)} captions, expected as many, >= 1")
-        right = np.zeros((len(captions), 2))
+        right = np.zeros((len(captions), 3))
         for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
             _, digit, direction = [*caption.split(maxsplit=2), "", "", ""][:3]
             if digit not in DIGITS or direction not in DIRECTIONS:
@@ -294,11 +379,13 @@ class DigitJudge:
                     f'DigitJudge: caption "{caption}" is not one of MovingDigits, '
                     'expected such as "a three moving up and left"'
                 )
-            right[row] = DIGITS[self.digit(clip)] == digit, self.direction(clip) == direction
+            shown = self.read(clip) == DIGITS.index(digit)
+            right[row] = bool(shown.all()), self.direction(clip) == direction, float(shown.float().mean())
         return {
-            "digit_accuracy": float(right[:, 0].mean()),
+            "digit_every_frame": float(right[:, 0].mean()),
             "direction_accuracy": float(right[:, 1].mean()),
-            "both_accuracy": float(right.prod(axis=1).mean()),
+            "both_accuracy": float(right[:, :2].prod(axis=1).mean()),
+            "digit_accuracy": float(right[:, 2].mean()),
         }
 
     def _weights(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -312,6 +399,7 @@ class DigitJudge:
         return (levels - 0.25).clamp(0.0, 0.75) / 0.75
 
     def _features(self, pixels: torch.Tensor) -> np.ndarray:
+        """What the classifier reads of each frame, (frames, 144)."""
         weights = self._weights(pixels)
         centers = torch.nan_to_num(_center(weights), nan=self.size / 2.0)
         window = 12
@@ -323,5 +411,5 @@ class DigitJudge:
             [columns[:, None, :].expand(-1, window, -1), rows[:, :, None].expand(-1, -1, window)], dim=-1
         )
         aligned = F.grid_sample(weights[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        features: np.ndarray = aligned.mean(dim=0).flatten().numpy()
+        features: np.ndarray = aligned.flatten(1).numpy()
         return features

@@ -1,14 +1,21 @@
-"""ffmpeg as a child process: which binary, its errors, and streams that it writes."""
+"""ffmpeg as a child process that writes files: which binary, its errors, and what it says."""
 
 from __future__ import annotations
 
 import collections
+import functools
+import logging
 import re
 import shutil
 import subprocess
 import threading
 from fractions import Fraction
-from typing import IO, Any
+from typing import IO
+
+logger = logging.getLogger(__name__)
+
+# A system's ffmpeg that writes nothing within this time is not waited for.
+_PATIENCE = 30.0
 
 
 class VideoError(ValueError):
@@ -16,26 +23,71 @@ class VideoError(ValueError):
 
 
 def ffmpeg_binary() -> str:
-    """Find ffmpeg: the system's, else the one that the package imageio-ffmpeg carries.
+    """Find an ffmpeg that can write what `VideoWriter` and `write_gif` write.
+
+    It is the system's, else the one that the package imageio-ffmpeg carries: conda's has no libx264, and old ones
+    lack filters. The system's is tried once, on a clip of two frames; one that fails is named in the log.
 
     Returns:
         path of the executable.
 
     Raises:
-        FileNotFoundError: when there is neither.
+        FileNotFoundError: when there is none that can.
     """
     found = shutil.which("ffmpeg")
-    if found is not None:
+    fault = None if found is None else _fault(found)
+    if found is not None and fault is None:
         return found
     import imageio_ffmpeg
 
     try:
-        return str(imageio_ffmpeg.get_ffmpeg_exe())
+        carried = str(imageio_ffmpeg.get_ffmpeg_exe())
     except RuntimeError as error:
+        if found is not None:
+            raise FileNotFoundError(
+                f"ffmpeg_binary: {found} cannot write H.264 and GIF ({fault}) and there is none in the package "
+                "imageio-ffmpeg, expected one of them with the encoders libx264, libx264rgb and gif: install another "
+                "ffmpeg with the system's package manager"
+            ) from error
         raise FileNotFoundError(
             "ffmpeg_binary: no ffmpeg on PATH and none in the package imageio-ffmpeg, "
             "expected one of them: install ffmpeg with the system's package manager"
         ) from error
+    if found is not None and carried != found:
+        _tell_passed_over(found, str(fault), carried)
+    return carried
+
+
+@functools.lru_cache(maxsize=16)
+def _tell_passed_over(found: str, fault: str, carried: str) -> None:
+    logger.warning("%s cannot write H.264 and GIF (%s): %s is used in its place", found, fault, carried)
+
+
+@functools.lru_cache(maxsize=16)
+def _fault(binary: str) -> str | None:
+    """Why an ffmpeg cannot write our files; None where it can. It tries: its lists of encoders would not tell all."""
+    tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    scale = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int"
+    # fmt: off
+    command = [
+        binary, "-hide_banner", "-loglevel", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-r", "8",
+        "-i", "pipe:", "-filter_complex",
+        f"[0]split=4[a][b][c][d];[a]{scale},format=yuv420p,{tags}[video];[c]palettegen[palette];"
+        "[d][palette]paletteuse=dither=sierra2_4a[gif]",
+        "-map", "[video]", "-vcodec", "libx264", "-crf", "17", "-tune", "zerolatency", "-f", "null", "-",
+        "-map", "[b]", "-vcodec", "libx264rgb", "-qp", "0", "-f", "null", "-",
+        "-map", "[gif]", "-vcodec", "gif", "-f", "null", "-",
+    ]
+    # fmt: on
+    try:
+        done = subprocess.run(
+            command, input=bytes(2 * 16 * 16 * 3), capture_output=True, timeout=_PATIENCE, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return f"it does not end within {_PATIENCE:g} s"
+    except OSError as error:
+        return str(error.strerror or error)
+    return None if done.returncode == 0 else reason(done.stderr.decode("utf-8", "replace"))
 
 
 class Drain(threading.Thread):
@@ -48,7 +100,7 @@ class Drain(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        """Runs a stream to its end: status, what it wrote, and what it said."""
+        """Read to the end, in a thread of its own: a full pipe would block ffmpeg for ever."""
         for line in self._stream:
             self._lines.append(line.decode("utf-8", "replace").strip())
 
@@ -59,33 +111,21 @@ class Drain(threading.Thread):
 
 
 def reason(log: str) -> str:
-    """What ffmpeg said last, in one line."""
     """The one line of ffmpeg's output that tells most, without the name of the part that says it."""
-    lines = [re.sub(r"^(\[[^\]]*\] )+", "", line) for line in log.splitlines() if line] or ["no message"]
-    telling = r"no space left|too large|invalid data|not found|matches no streams|permission denied|no such"
-    return next((line for line in reversed(lines) if re.search(telling, line, re.IGNORECASE)), lines[-1])
-
-
-def run(stream: Any) -> tuple[int, bytearray, str]:
-    """Run a graph of ffmpeg-python and collect exit status, standard output and the end of standard error."""
-    command = stream.global_args("-hide_banner", "-nostdin", "-loglevel", "info").compile(cmd=ffmpeg_binary())
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        drain = Drain(process.stderr)
-        output = bytearray()
-        while chunk := process.stdout.read(1 << 20):
-            output += chunk
-        log = drain.text()
-    return process.returncode, output, log
+    lines = [re.sub(r"^(\[[^\]]*\] )+", "", line)[:200] for line in log.splitlines() if line] or ["no message"]
+    for telling in (r"no space left", r"unknown encoder|no such filter", r"too large|not found|denied|no such|invalid"):
+        for line in reversed(lines):
+            if re.search(telling, line, re.IGNORECASE):
+                return line
+    return lines[-1]
 
 
 def check_channels(channels: int) -> None:
-    """Refuses numbers of colours that pictures do not have here."""
+    """Raise ValueError unless pictures may have so many channels."""
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}, expected 1 (grey) or 3 (RGB)")
 
 
 def as_fraction(fps: float) -> Fraction:
-    """Frames a second as ffmpeg is told them."""
+    """Frames per second as the fraction that ffmpeg is told."""
     return Fraction(fps).limit_denominator(100_000)

@@ -1,4 +1,4 @@
-"""Clips of files, as the model of a pipeline saw them in training."""
+"""Clips of files, cut as the model of a pipeline was trained on them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def read_clips(
     Args:
         pipeline: of the flow.
         paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
-            be read is skipped with a line in the log. Captions come from the files beside them, names and
-            places where training took them from there.
+            be read is skipped with a line in the log. Captions come from where training took them: text files beside
+            the videos, file names, and the second of the cut.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.

@@ -9,6 +9,7 @@ import numpy as np
 
 from starflow.data import Clip, to_frames
 from starflow.evaluate.scores import ClipScore
+from starflow.extras import import_extra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,10 +24,10 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
         titles: by default the names and the bits of the clips.
 
     Raises:
+        ImportError: matplotlib is not installed.
         ValueError: no clip, or scores without tokens or of other clips.
     """
-    from matplotlib.figure import Figure
-
+    plots = import_extra("matplotlib.figure", purpose="a heat map", extra="plots")
     if not clips or len(clips) != len(scores) or any(item.tokens is None for item in scores):
         raise ValueError(
             f"heat_map: {len(clips)} clips and {len(scores)} scores, expected one score with tokens (per_token) of each"
@@ -34,7 +35,7 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
     titles = [f"{item.name}: {item.bits_per_dim:.3f}" for item in scores] if titles is None else titles
     maps = [np.array(item.tokens) for item in scores]
     columns = max(len(bits) for bits in maps)
-    figure = Figure(figsize=(1.1 * columns + 1.2, 2.4 * len(clips)), layout="constrained")
+    figure: Figure = plots.Figure(figsize=(1.1 * columns + 1.2, 2.4 * len(clips)), layout="constrained")
     axes = figure.subplots(2 * len(clips), columns, squeeze=False)
     # A single token far out would leave the rest without contrast.
     low, high = np.percentile(np.concatenate([bits.ravel() for bits in maps]), (1, 99))

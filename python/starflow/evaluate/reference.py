@@ -1,4 +1,4 @@
-"""How unusual a clip is among others."""
+"""Reference: how unusual the bits of a clip are among those of ordinary clips."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def noise_floor(sigma: float, log_det_per_dimension: float | None = 0.0) -> floa
 
 @dataclass(frozen=True)
 class Anomaly:
-    """How a clip stands to ordinary ones (see `Reference`).
+    """How far a clip is from ordinary ones (see `Reference`).
 
     Args:
         deviations: its bits per dimension minus their mean, in standard deviations; below 0 it is more predictable.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from starflow_ext import ops
-from starflow_ext._affine import Activation, Terms, affine_terms, guided_terms
+from starflow_ext._affine import ScaleActivation, Terms, affine_terms, guided_terms
 from starflow_ext._check import arithmetic_dtype
 
 
@@ -26,7 +26,7 @@ class Affine:
     """
 
     raw: Tensor
-    activation: Activation
+    activation: ScaleActivation
     soft_clip: float = 0.0
     shifted: bool = False
     guidance: float = 0.0

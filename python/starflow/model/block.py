@@ -37,8 +37,8 @@ class FlowBlock(nn.Module):
         self.backwards = self.order == "reverse" and not self.frame_local
         identity = config.layers_per_block[index] == 0 and not self.top
         self.conditioner = None if identity else Conditioner(config, index)
-        # Where tokens of the first frame are guessed to lie before their first evaluation (see `solver`): the mean
-        # network output over data, tracked while training. Zeros guess x = z.
+        # Running mean of the network output over training data. The solver takes it as the output at the tokens of the
+        # first frame, for a first guess of them before any evaluation; zeros guess x = z.
         self.register_buffer("guess", torch.zeros(0 if self.conditioner is None else self.raw_channels))
         self.guess: Tensor
 
@@ -53,7 +53,7 @@ class FlowBlock(nn.Module):
         return grid.flatten(0, 1).unsqueeze(1) if self.frame_local else grid
 
     def fold_labels(self, context: Tensor | None, frames: int) -> Tensor | None:
-        """The condition of `fold`'s rows: class labels (the only one that a frame-local block reads) by frame."""
+        """The condition of each row of `fold`: class labels, which a frame-local block repeats for each frame."""
         return context if context is None or not self.frame_local else context.repeat_interleave(frames, 0)
 
     def layout(self, frames: int, height: int, width: int, context: Tensor | None, *, image: bool) -> Layout:
@@ -89,7 +89,8 @@ class FlowBlock(nn.Module):
         return out, log_det.reshape(batch, frames, height * width), affine, text
 
     def on_grid(self, values: Tensor, height: int, width: int) -> Tensor:
-        """Values of tokens in the block's own order, (batch, frames, frame tokens), at their places in the frames.
+        """Puts a value per token, (batch, frames, frame tokens) in the block's order, at the token's place in its
+        frame.
 
         Returns:
             (batch, frames, height, width).

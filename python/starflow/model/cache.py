@@ -14,9 +14,9 @@ from starflow_ext.rope_append import Cache
 class DecodeState:
     """K/V buffers, allocated once.
 
-    Slots are absolute positions: text first, then the network's inputs. The solver writes provisional keys and values
-    of a window at its slots and overwrites them by the next sweep; what it has accepted it never writes again. So the
-    buffers need no length of their own: a query reads the slots up to its position.
+    Slots are absolute positions: text first, then the network's inputs. A sweep of the solver writes provisional keys
+    and values at the slots of its window, and the next sweep overwrites them; slots of accepted tokens are never
+    written again. The buffers store no length: a query reads the slots up to its own position.
 
     Args:
         caches: by layer, each (rows, kv_heads, capacity, head_dim).

@@ -1,4 +1,4 @@
-"""Conditioner: what comes before a token predicts its affine map.
+"""Conditioner: predicts the affine map of each token from the tokens before it.
 
 `affine[t] = conditioner(previous[t])` with `previous[t] = x[t - 1]` and `previous[0]` the start token; without a start
 token `affine[0]` is the identity and the network reads one token less. Only this module knows which of the two holds.
@@ -21,6 +21,7 @@ from starflow.model.layers import Attending, Transformer
 from starflow.model.rope import concatenate, grid_positions, rotation, text_positions
 from starflow.model.tokens import Order, token_order
 from starflow_ext import ops
+from starflow_ext.block_attention import FrameMask
 from starflow_ext.linear_pack import PackedWeight
 from starflow_ext.rope_append import Rotation
 
@@ -55,7 +56,7 @@ class Layout:
 
 
 @lru_cache(maxsize=128)
-# What sampling left in the cache must serve training too.
+# Tensors made in inference mode cannot take part in autograd, and training may get a layout that sampling made.
 @torch.inference_mode(False)
 def make_layout(
     config: FlowConfig, order: Order, frames: int, height: int, width: int, text_tokens: int, *, still: bool
@@ -104,8 +105,10 @@ class Conditioner(Transformer):
             kv_heads=config.kv_heads(block),
             layers=config.layers_per_block[block],
             out_channels=channels if config.activation == "none" else 2 * channels,
-            text_dim=config.text_width(block),
+            # Text tokens stand at a time of their own, which a clip without end leaves behind for ever.
+            text_dim=config.text_width(block) if config.attention_frames is None else 0,
         )
+        self.attention_frames = config.attention_frames if config.is_top(block) else None
         self.activation = config.activation
         self.soft_clip = config.soft_clip
         self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
@@ -147,11 +150,11 @@ class Conditioner(Transformer):
             assert context is not None
             h = torch.cat([self.embed_text(context), h], 1)
         query, key = (concatenate(layout.text, table, h.device) for table in (layout.query, layout.key))
-        h = self.run(h, Attending(query, key))
+        h = self.run(h, Attending(query, key, frames=self._frames(layout)))
         stream = h[:, :text] if text else None
         return self._affine(self.put_out(h[:, text:]), shifted=self.sos_embed is None), stream
 
-    # What is cached has no gradient.
+    # Keys and values in a cache carry no gradient.
     @torch.no_grad()
     def prefill_text(self, context: Tensor, layout: Layout, state: DecodeState, temperature: float | Tensor) -> None:
         """Writes keys and values of the text into the first slots of `state`."""
@@ -194,9 +197,16 @@ class Conditioner(Transformer):
             caches=state.caches,
             start=slot + state.text_tokens,
             final=None if final is None else final - self.first_token + state.text_tokens,
+            frames=self._frames(layout),
             temperature=temperature,
         )
         return self._affine(self.put_out(self.run(h, attending)))
+
+    def _frames(self, layout: Layout) -> FrameMask | None:
+        """Which frames a slot sees, beside those that come before it; None for all."""
+        if self.attention_frames is None:
+            return None
+        return FrameMask(0, layout.frame_tokens, look_ahead=1, window=self.attention_frames)
 
     def _affine(self, raw: Tensor, *, shifted: bool = False) -> Affine:
         return Affine(raw, self.activation, self.soft_clip, shifted=shifted)
@@ -212,9 +222,9 @@ class Conditioner(Transformer):
     def position_rows(
         self, layout: Layout, slots: Tensor | slice = slice(None), packed: PackedWeight | None = None
     ) -> Tensor | None:
-        """What is added to the embedded tokens at `slots` for where they stand, (slots, width); None for nothing.
+        """Position embeddings of the tokens at `slots`, (slots, width), which are added to them; None without such.
 
-        `packed` is `proj_position.weight`, where it is at hand.
+        `packed` is `proj_position.weight` in packed form, if the caller has it.
         """
         device = self.proj_in.weight.device
         if self.pos_embed is not None:
@@ -226,15 +236,18 @@ class Conditioner(Transformer):
             return self.pos_embed[layout.order.to(device)[slots]]
         if self.proj_position is None or layout.query is None:
             return None
-        # Rotary angles alone tell positions relative to each other; where in the frame a token stands must then be
-        # inferred from its distance to the text, which takes training long to find.
+        # Rotary angles encode relative positions only. Without these rows a network has to infer the place of a token
+        # in its frame from the distance to the text, which takes long training.
+        if self.attention_frames is not None:
+            # A token must not know at which time of the clip it stands: all frames have the rows of the first one.
+            slots = torch.arange(layout.tokens, device=device)[slots] % layout.frame_tokens
         waves = torch.cat([table.to(device)[slots] for table in layout.query], -1)
         return ops.linear(waves, self.proj_position.weight if packed is None else packed)
 
     def condition_rows(self, context: Tensor | None, batch: int, packed: PackedWeight | None = None) -> Tensor | None:
-        """What is added to every embedded token of a sample for its text or class, (batch, 1, width); or None.
+        """Embedding of each sample's text summary or class, (batch, 1, width), added to all its tokens; None without.
 
-        `packed` is `proj_summary.weight`, where it is at hand.
+        `packed` is `proj_summary.weight` in packed form, if the caller has it.
         """
         if self.proj_summary is not None and context is not None:
             return ops.linear(context.sum(1, keepdim=True), self.proj_summary.weight if packed is None else packed)

@@ -5,8 +5,6 @@ Reference: Gu et al., STARFlow-V (2025), flow-score matching; Zhai et al., TarFl
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -18,9 +16,6 @@ from starflow.model.rope import concatenate
 from starflow.model.tokens import patchify, unpatchify
 from starflow_ext._mode import in_reference_mode
 from starflow_ext.block_attention import FrameMask
-
-if TYPE_CHECKING:
-    pass
 
 DENOISER_LAYERS = 8
 
@@ -48,7 +43,7 @@ class Denoiser(Transformer):
     """
 
     def __init__(self, config: FlowConfig) -> None:
-        # Like a shallow block, also where the flow has none.
+        # The sizes of a shallow block, even where the flow has none.
         heads = config.num_heads or config.channels // config.head_dim
         super().__init__(
             config,
@@ -96,7 +91,7 @@ class Denoiser(Transformer):
         return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
 
     def _packed(self) -> Weights | None:
-        """The weights as the native products take them, where a clip is made: on the CPU, in inference mode."""
+        """Packed weights for native products where a clip is sampled (CPU, inference mode); None elsewhere."""
         weight = self.proj_in.weight
         sampling = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
         if not sampling or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():

@@ -31,8 +31,8 @@ class Flow(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(FlowBlock(config, index) for index in range(config.num_blocks))
         self.denoiser = Denoiser(config) if config.learnable_self_denoiser else None
-        # Standard deviation squared of the prior by nominal position and channel; ones, except in volume-preserving
-        # TarFlow models, which track it.
+        # Variance of the prior by nominal position and channel: ones, but for volume-preserving TarFlow models, where
+        # it is a running mean.
         side = config.img_size // config.patch_size
         self.register_buffer("prior_variance", torch.ones(side * side, config.token_channels))
         self.prior_variance: Tensor
@@ -71,7 +71,7 @@ class Flow(nn.Module):
 
         Args:
             x, y: as for `encode`.
-            by: what a number is of (see `log_likelihood` and `token_log_likelihood`).
+            by: whether a number is of a clip, a frame or a token (see `log_likelihood` and `token_log_likelihood`).
 
         Returns:
             (batch,) of clips, (batch, frames), or (batch, frames, height, width) of tokens, which add up to the others.
@@ -93,7 +93,7 @@ class Flow(nn.Module):
         return self.token_log_likelihood(encoded).flatten(2).sum(-1)
 
     def token_log_likelihood(self, encoded: Encoded) -> Tensor:
-        """The terms of log p by the place of the token in its frame, in nats, (batch, frames, height, width).
+        """The term of log p at each place of the token grid, in nats, (batch, frames, height, width).
 
         A term is the log-density of the noise at a place and the log-determinants of the token there in all blocks. In
         a flow of one block that is log p of the token given those before it in the block's order. With more blocks what
@@ -133,7 +133,7 @@ class Flow(nn.Module):
     # -- noise to data ------------------------------------------------------------------------------------------------
 
     def known(self, prefix: Tensor, y: Tensor | None, frame: Sequence[int]) -> tuple[Tensor, ...]:
-        """What enters each block at given frames, as grids; then what the deep one makes of them.
+        """Encodes given frames: the grids that enter each block, and last the output of the deep block.
 
         Args:
             prefix: (batch, frames, channels, height, width).
@@ -183,7 +183,7 @@ class Flow(nn.Module):
         return self.prior_variance.to(grid.dtype).view(height, width, -1)
 
     def check(self, x: Tensor, y: Tensor | None, *, name: str = "x", condition: str = "y") -> Tensor | None:
-        """What the flow reads beside data or noise like `x`: `y`, once both fit.
+        """Checks that `x`, data or noise, and the condition `y` fit the flow; returns `y`.
 
         Args:
             x: data or noise, (batch, frames, channels, height, width), or without frames for images.

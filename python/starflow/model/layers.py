@@ -1,7 +1,7 @@
 """Norm, attention, MLP, layer, and the stack of layers that every network of the model is.
 
-All of them keep a float32 residual stream whatever the dtype of the weights: a rounded residual is noise that the
-Jacobi iteration never gets under. Every op goes through `starflow_ext.ops`.
+All of them keep a float32 residual stream whatever the dtype of the weights: the error of the Jacobi iteration cannot
+fall below the noise that rounding the stream would add. Every op goes through `starflow_ext.ops`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ _HALF_TYPES: Final = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Attending:
-    """What a pass needs to know, the same for all layers.
+    """Options of one pass through a network, the same for all its layers.
 
     Args:
         query_rotation, key_rotation: angles of the tokens of this pass; None without rotary positions.
         causal: tokens see the tokens before them; otherwise all, or those of `frames`.
         frames: frame-causal mask.
-        caches: K/V buffers by layer; tokens are written at `start` and read what is cached before them.
+        caches: K/V buffers by layer; keys and values of this pass are written from slot `start` on, and its queries
+            also read the slots before.
         start: first cache slot, one number or one for each sample.
-        final: slots of each sample below it are not written.
+        final: first slot of each sample that may be written; those below keep their keys and values.
         temperature: divides the attention logits, one number or one for each row of the batch.
-        weights: of all linear layers, packed, for a pass without a gradient; None multiplies by the modules' own.
+        weights: packed weights of all linear layers, for a pass without gradients; None takes the modules' own.
     """
 
     query_rotation: Rotation | None = None
@@ -88,12 +89,12 @@ class Int8Linear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """(out_features, in_features) float32, made anew each time."""
+        """(out_features, in_features) float32, computed at each access."""
         return self.weight_int8 * self.weight_scale[:, None]
 
 
 def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The two buffers of `Int8Linear` for a weight (out_features, in_features): integers and what a step is worth."""
+    """The two buffers of `Int8Linear` for a weight (out_features, in_features): integers, and the size of a step."""
     scale = weight.float().abs().amax(1) / 127
     steps = weight.float() / torch.where(scale > 0, scale, 1.0)[:, None]
     return steps.round().to(torch.int8), scale

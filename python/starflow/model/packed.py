@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from starflow.mapped import release
 from starflow.model.conditioner import Conditioner
 from starflow.model.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
-from starflow_ext.jacobi_sweep import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
-from starflow_ext.linear_pack import PackedWeight, Storage, pack_weight
+from starflow_ext.linear_pack import PackedWeight, WeightStorage, pack_weight
 from starflow_ext.rope_append import Pairing
+from starflow_ext.sweep_block import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class PackedNetwork:
     """The weights of a conditioner.
 
     Args:
-        block: what a sweep reads.
-        text, position, summary: what is computed once for a clip; None where the network has none.
+        block: weights that every sweep reads. text, position, summary: projections that are computed once for a clip;
+            None where the network lacks one.
     """
 
     block: BlockWeights
@@ -34,9 +34,9 @@ class PackedNetwork:
 
 
 class _Stamp:
-    """What a module held at a time: its own parameters and those of all modules in it.
+    """A snapshot of the parameters of a module and of all modules in it, which shows whether one was changed since.
 
-    Made once and compared before each clip: to walk the tree again takes three times as long.
+    It lists them once and is compared before each clip: walking the tree of modules again takes three times as long.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -64,15 +64,15 @@ class _Stamp:
 
 
 def _state(parameter: nn.Parameter | None) -> tuple[int, int | None]:
-    """Where its values lie and which they are; those made under inference mode count no versions nor change."""
+    """Address and version of a parameter's values; tensors made in inference mode have no version (None)."""
     if parameter is None:
         return 0, None
     return parameter.data_ptr(), None if parameter.is_inference() else parameter._version
 
 
-# What was packed of a network, by how, each with what the network held then.
+# Packed weights of each network by kind of packing, each with the snapshot that they were made from.
 _kept: WeakKeyDictionary[Transformer, dict[str | None, tuple[_Stamp, Any]]] = WeakKeyDictionary()
-# Networks whose own weights lie in a file: once packed, memory need not hold them too.
+# Networks whose weights are mapped from a file: once a layer is packed, its own pages go back to the system.
 _mapped: WeakSet[Transformer] = WeakSet()
 
 
@@ -88,14 +88,14 @@ def _keep(network: Transformer, how: str | None, pack: Callable[[], _Packed]) ->
     return packed
 
 
-def pack_conditioner(conditioner: Conditioner, storage: Storage | None = None) -> PackedNetwork:
+def pack_conditioner(conditioner: Conditioner, storage: WeightStorage | None = None) -> PackedNetwork:
     """The network of a block as native decoding reads it.
 
     Packing reads every weight once, so the result is kept with the module and made again only when a parameter was
-    changed or replaced. What writes to a parameter's `.data` escapes that; call `forget` then.
+    changed or replaced. A write through a parameter's `.data` is not noticed; call `forget` after one.
 
     Args:
-        conditioner: network, packed where it is.
+        conditioner: the network; its packed weights are on its device.
         storage: of the weights (see `starflow_ext.pack_weight`); None keeps their own dtype.
     """
     return _keep(conditioner, storage, lambda: _pack(conditioner, storage))
@@ -112,7 +112,7 @@ def forget(network: Transformer) -> None:
 
 
 def keep_mapped(module: nn.Module) -> None:
-    """Says that the weights of the networks in a module lie in a file, so that packing leaves one copy in memory."""
+    """Marks the networks in a module as mapped from a file, so that packing leaves one copy in memory."""
     _mapped.update(network for network in module.modules() if isinstance(network, Transformer))
 
 
@@ -128,7 +128,7 @@ def _pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
 
 
 @torch.no_grad()
-def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
+def _pack(conditioner: Conditioner, storage: WeightStorage | None) -> PackedNetwork:
     layers = []
     for layer in conditioner.layers:
         assert isinstance(layer, Layer)
@@ -154,7 +154,7 @@ def _pack(conditioner: Conditioner, storage: Storage | None) -> PackedNetwork:
     return PackedNetwork(block, text, position, summary)
 
 
-def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
+def _layer(layer: Layer, storage: WeightStorage | None) -> LayerWeights:
     attention, mlp = layer.attention, layer.mlp
     assert isinstance(attention, Attention)
     assert isinstance(mlp, MLP)
@@ -184,7 +184,7 @@ def _layer(layer: Layer, storage: Storage | None) -> LayerWeights:
     )
 
 
-def _linear(linear: nn.Linear | Int8Linear, storage: Storage | None) -> PackedLinear:
+def _linear(linear: nn.Linear | Int8Linear, storage: WeightStorage | None) -> PackedLinear:
     bias = None if linear.bias is None else _float(linear.bias)
     return PackedLinear(pack_weight(linear.weight, storage, keep=False), bias)
 

@@ -1,4 +1,4 @@
-"""Rotary positions: coordinates in, tables of cosines and sines out. Nothing is tabulated to a maximum length.
+"""Rotary positions: coordinates to tables of cosines and sines, which have no maximum length.
 
 Reference: Su et al., RoFormer (2021); the axes are those of STARFlow-V (rows, columns, and a third axis that text
 and frames share).

@@ -98,7 +98,7 @@ def _spread(height: int, width: int) -> list[int]:
 
 
 def _farthest(height: int, width: int) -> list[int]:
-    """Each cell is as far as any from those before it (Euclidean distance between centres), from the middle on."""
+    """From the middle on, always a cell with the largest (Euclidean) distance to the nearest cell before it."""
     cells = [(row, column) for row in range(height) for column in range(width)]
     nearest = [math.inf] * len(cells)
     chosen: list[int] = []
@@ -145,16 +145,17 @@ _IN_FRAME: Final[dict[str, Callable[[int, int], list[int]]]] = {
 
 
 @lru_cache(maxsize=256)
-# What sampling left in the cache must serve training too.
+# Tensors made in inference mode cannot take part in autograd, and training may get an order that sampling made.
 @torch.inference_mode(False)
 def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
     """The sequence in which a block visits the tokens of a clip.
 
     Args:
         order: "raster"; "reverse" (the whole sequence backwards); "reverse_in_frame" (each frame backwards, frames in
-            order); "spread" (each frame in bit-reversed Morton order, frames in order). Frames in order too, each so:
-            "farthest" (the token that is farthest from those before it), "checkerboard" (even squares, then odd ones),
-            "interlace" (bit-reversed rows), "diagonal", "random" (one shuffle); docs/token-order.md compares them.
+            order); "spread" (each frame in bit-reversed Morton order, frames in order). The others visit frames in
+            order too, and the tokens of each: "farthest" (the token that is farthest from those before it),
+            "checkerboard" (even squares, then odd ones), "interlace" (bit-reversed rows), "diagonal", "random" (one
+            shuffle); docs/token-order.md compares them.
         frames, height, width: of the grid.
 
     Returns:

@@ -275,9 +275,9 @@ class Pipeline(Pretrained):
             self.codec,
             (len(names), *shape[1:]),
             seeds,
-            self._sized(conditions, span.window, shape),
+            self._sized(conditions, span.frames, shape),
             span,
-            self._denoising(asked, span.window),
+            self._denoising(asked, span.frames),
             temperature=config.sample.temperature if asked.temperature is None else asked.temperature,
             read=read if self.text is not None else None,
             renew=asked.renew,
@@ -380,7 +380,7 @@ class Pipeline(Pretrained):
         context = Span.default_context(window) if asked.context_frames is None else asked.context_frames
         carried = Span(window, context, asked.sink_frames)
         return replace(
-            carried, window=window + reference, context=context + reference, sink=asked.sink_frames + reference
+            carried, frames=window + reference, context=context + reference, sink=asked.sink_frames + reference
         )
 
     def _beginning(self, reader: GivenReader, asked: SampleOptions, frames: int, latent_frames: int) -> Tensor | None:

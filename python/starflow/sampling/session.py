@@ -161,7 +161,7 @@ class Session:
             raise ValueError("session: frames is None, expected frames or a reference")
         clean = torch.cat(list(encoded.values()), 1)
         count = clean.shape[1]
-        most = self._span.window - (self._span.context is None)
+        most = self._span.frames - (self._span.context is None)
         if count > most:
             raise ValueError(f"session: {count} latent frames are given, expected at most {most} (the window)")
         if text is not None:
@@ -217,7 +217,7 @@ class Session:
         clean = self._encoded("frames", frames)
         conditions = self.conditions if text is None else self._told(text)
         noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
-        window, context, sink = self._span.window, self._span.context, self._span.sink
+        window, context, sink = self._span.frames, self._span.context, self._span.sink
         parts = [self._flow.encode(noisy[:, :window], conditions.y).z]
         while (done := sum(part.shape[1] for part in parts)) < noisy.shape[1]:
             if context is None:
@@ -311,10 +311,10 @@ class Session:
                 raise ValueError(f"session: frames is {noise}, expected at least 1")
             self._sources.append(count)
         length = self._drawn + self._waiting
-        if self._span.context is None and length > self._span.window:
+        if self._span.context is None and length > self._span.frames:
             self._sources.pop()
             raise ValueError(
-                f"session: the clip would have {length:g} latent frames, expected at most {self._span.window} (the "
+                f"session: the clip would have {length:g} latent frames, expected at most {self._span.frames} (the "
                 "flow has no sliding window)"
             )
         self._last = last

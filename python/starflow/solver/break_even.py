@@ -15,7 +15,8 @@ import torch
 from starflow.files import write_text
 from starflow.solver.protocol import Timed
 
-# A call of this many rows is past the break-even on every machine seen, so its time is arithmetic.
+# A call of this many rows is past the break-even on every machine that was measured, so that arithmetic alone decides
+# its time.
 _MANY_ROWS = 256
 
 

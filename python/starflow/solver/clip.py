@@ -3,8 +3,9 @@
 Noise comes in as it is drawn and frames go out as they become final, so a clip of any length takes the memory of its
 window. `starflow.decode` is a decoding that is given everything at once.
 
-A window of the deep block holds `Span.window` frames. When it is full, the next one begins with frames of the clip as
-given ones, at positions counted from 0 (Gu et al., STARFlow-V, 2025); blocks that see one frame at a time need none.
+The deep block decodes in windows of `Span.frames` frames (the solver's `Window` counts tokens). When a window is full,
+the next one begins: the last frames of the clip are given to it, at positions counted from 0 (Gu et al., STARFlow-V,
+2025). Blocks that see one frame at a time have no windows of frames.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ from starflow.solver.schedules import Schedule, Window
 if TYPE_CHECKING:
     from starflow.model import Flow
 
-# Makes the context of a new window: a number of last frames to what the deep block puts out at them.
+# Makes the context of a new window: takes how many last frames it has, and returns the output of the deep block at
+# them.
 Renew = Callable[[int], Tensor]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What the blocks of a decoding are told.
+    """Condition, guidance and way of solving, the same for all blocks of a decoding.
 
     Args:
         y, null: text or labels of the samples, and of the unconditional half; None without.
@@ -58,33 +60,33 @@ class Span:
     """How much of a clip the deep block sees.
 
     Args:
-        window: frames that are decoded before it begins anew.
-        context: frames of a window that were decoded before; None where a clip is no longer than the window.
-        sink: of the context, how many are the first frames of the clip, in place of the last ones.
+        frames: latent frames that the deep block attends to at most; then it begins anew with a context.
+        context: how many of these frames were decoded before; None where the clip is no longer than `frames`.
+        sink: how many frames of the context are the first ones of the clip; the others are the last decoded ones.
 
     Raises:
-        ValueError: no new frame in a window, or no last frame in a context.
+        ValueError: a context that leaves no room for a new frame, or a sink that leaves none for the last decoded one.
     """
 
-    window: int
+    frames: int
     context: int | None = None
     sink: int = 0
 
     def __post_init__(self) -> None:
         if self.context is None:
             return
-        if not 1 <= self.context < self.window:
+        if not 1 <= self.context < self.frames:
             raise ValueError(
-                f"flow: context_frames is {self.context}, expected 1 to {self.window - 1} (local_attn_window is "
-                f"{self.window})"
+                f"flow: context_frames is {self.context}, expected 1 to {self.frames - 1} (local_attn_window is "
+                f"{self.frames})"
             )
         if not 0 <= self.sink < self.context:
             raise ValueError(f"flow: sink_frames is {self.sink}, expected 0 to {self.context - 1} (below the context)")
 
     @staticmethod
-    def default_context(window: int) -> int:
-        """Three quarters of the window, at least one frame."""
-        return max(1, window * 3 // 4)
+    def default_context(frames: int) -> int:
+        """Three quarters of the frames, at least one."""
+        return max(1, frames * 3 // 4)
 
 
 class Decoding:
@@ -93,11 +95,12 @@ class Decoding:
     Args:
         flow: in eval mode.
         shape: of a frame of all clips, (batch, channels, height, width).
-        conditions: text, and how to solve, as `starflow.solver.checked` returns them.
+        conditions: text and way of solving, as `starflow.solver.checked` returns them.
         span: of the deep block.
-        known: what enters each block at given frames (`Flow.known`); they are not returned. None without.
-        renew: makes the context of a new window; None takes what the deep block made.
-        trace: reports list what every sweep did, which grows with the clip.
+        known: inputs of each block at given frames, as `Flow.known` returns them; these frames are not returned. None
+            without given frames.
+        renew: makes the context of a new window; None takes the deep block's output as it was decoded.
+        trace: reports have an entry for every sweep, and so grow with the clip.
 
     Raises:
         ValueError: more given frames than the window has.
@@ -137,7 +140,7 @@ class Decoding:
 
     @property
     def room(self) -> int:
-        """Frames of noise that the window has room for; of one whose frames were all pulled, the next one."""
+        """Frames of noise that the window still takes, or the next one where all frames of this one were pulled."""
         return self._deep.room
 
     @property
@@ -158,7 +161,8 @@ class Decoding:
         """The next frames of data, once they are final: (batch, frames, channels, height, width).
 
         Args:
-            together: all of the window, in fewer calls, in place of as few as possible.
+            together: solve the whole window in fewer calls, where otherwise frames are returned as soon as one is
+                final.
 
         Returns:
             Frames; None where noise is missing.
@@ -171,14 +175,14 @@ class Decoding:
         return None
 
     def rest(self) -> list[Tensor]:
-        """All frames whose noise is at hand, as grids that each block puts out, the deep one first."""
+        """Solves all frames whose noise is at hand; returns the output grids of each block, the deep one first."""
         grids = [self._deep.rest()]
         for stage in self._shallow:
             grids.append(grids[-1] if stage is None else stage.solve(grids[-1], more=not self._deep.done))
         return grids
 
     def change(self, y: Tensor | None) -> None:
-        """Changes the text from the next frame on that was not pulled; what was solved beyond it is solved again."""
+        """Changes the text of all frames that were not pulled yet; those of them that were solved are solved again."""
         for stage in (self._deep, *self._shallow):
             if stage is not None:
                 stage.change(y)
@@ -190,7 +194,8 @@ class _Stage:
     def __init__(self, block: FlowBlock, batch: int, conditions: Conditions, *, trace: bool) -> None:
         self.block, self.conditions, self._batch, self._trace = block, conditions, batch, trace
         self._report: SolveReport | None = None
-        # Rows and frames, how to make a decoder of them, the one that is used, and the order of its tokens.
+        # The decoder in use, with its rows and frames, a function that makes others like it, and the order of its
+        # tokens.
         self._kept: tuple[tuple[int, int], Callable[[Precision], BlockDecoder], BlockDecoder, Tensor] | None = None
 
     def change(self, y: Tensor | None) -> None:
@@ -212,7 +217,7 @@ class _Stage:
             guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
             make = partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature)
             self._kept = (rows, frames), make, make(c.precision), layout.order
-        # A window writes all that it reads, but for the text, which is the same.
+        # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
         return Inversion(own, schedule, first, lambda: decoder("float32")), order
@@ -232,15 +237,15 @@ class _Local(_Stage):
         solve.extend(to_sequence(folded, order))
         solve.run(solve.tokens)
         report = solve.report()
-        # Of the clips, whose frames are rows here.
+        # Frames are rows of the batch here; the report counts clips.
         self._report = self._add(replace(report, tokens=report.tokens * frames.shape[1], samples=frames.shape[0]))
         return to_grid(solve.x, order, 1, *folded.shape[2:4]).reshape(frames.shape)
 
     def _schedule(self) -> Schedule:
         schedule = self.conditions.schedule
         if isinstance(schedule, Window) and schedule.size is not None:
-            # The same for one frame as for many that share the rows of a call: a frame must not depend on how many are
-            # solved together.
+            # The size is the same for one frame and for many in a call: a frame must not depend on how many are solved
+            # together.
             return replace(schedule, size=-(-schedule.size // LOCAL_SHARE))
         return schedule
 
@@ -249,7 +254,7 @@ class _Local(_Stage):
         return self._report
 
 
-# Of the window's rows, the share that a frame of a frame-local block takes.
+# A frame of a frame-local block takes one part in so many of the size of the schedule's window.
 LOCAL_SHARE = 6
 
 
@@ -269,9 +274,9 @@ class _Causal(_Stage):
     ) -> None:
         super().__init__(block, size[0], conditions, trace=trace)
         given = 0 if known is None else known.shape[1]
-        if given > span.window or (given == span.window and span.context is None):
+        if given > span.frames or (given == span.frames and span.context is None):
             fewer = "at most local_attn_window" if span.context is not None else "fewer than the"
-            raise ValueError(f"flow: prefix has {given} frames, expected {fewer} {span.window}")
+            raise ValueError(f"flow: prefix has {given} frames, expected {fewer} {span.frames}")
         self._size, self._span, self._renew = size, span, renew
         self._queue: Tensor | None = None  # noise that is not in the window yet
         self._more = True
@@ -291,12 +296,12 @@ class _Causal(_Stage):
 
     @property
     def room(self) -> int:
-        """Frames that the window has room for beyond the noise that waits; of one that was pulled, the next one."""
+        """Frames that the window takes beyond the waiting noise, or the next one where all frames were pulled."""
         waiting = 0 if self._queue is None else self._queue.shape[1]
         taken = (0 if self._known is None else self._known.shape[1]) if self._open is None else self._in_window
-        if taken == self._span.window and self._span.context is not None and self._open_is_pulled:
+        if taken == self._span.frames and self._span.context is not None and self._open_is_pulled:
             taken = self._span.context
-        return max(self._span.window - taken - waiting, 0)
+        return max(self._span.frames - taken - waiting, 0)
 
     def push(self, z: Tensor, *, more: bool) -> None:
         """Takes noise."""
@@ -336,7 +341,7 @@ class _Causal(_Stage):
         return frames[:, :0] if some is None else some
 
     def change(self, y: Tensor | None) -> None:
-        """Begins anew behind the last frame that was pulled."""
+        """Takes another text, and begins a new window behind the last frame that was pulled."""
         super().change(y)
         if self._open is None:
             return
@@ -356,25 +361,25 @@ class _Causal(_Stage):
         return self._open[0].tokens // (self._size[1] * self._size[2])
 
     def _fill(self) -> None:
-        """Puts noise that waits into the window; a window that is full and was pulled makes room for the next."""
+        """Moves waiting noise into the window; opens the next one when all frames of a full window were pulled."""
         while self._queue is not None:
             if self._open is None:
                 known = self._queue[:, :0] if self._known is None else self._known
-                self._open = self._solve(self.conditions.schedule, known, self._span.window)
+                self._open = self._solve(self.conditions.schedule, known, self._span.frames)
                 self._out, self._known = known.shape[1], None
             begin = self._in_window
-            if room := self._span.window - begin:
+            if room := self._span.frames - begin:
                 noise, rest = self._queue[:, :room], self._queue[:, room:]
                 self._queue = rest if rest.shape[1] else None
                 solve, order = self._open
                 tokens = noise[0, ..., 0].numel()
-                more = begin + noise.shape[1] < self._span.window and self._more
+                more = begin + noise.shape[1] < self._span.frames and self._more
                 solve.extend(to_sequence(noise, order[:tokens]), more=more)
             if self._out < self._in_window or self._queue is None:
                 return
             if self._span.context is None:
                 raise ValueError(
-                    f"flow: frame {self._span.window} is asked for, expected at most {self._span.window} frames: the "
+                    f"flow: frame {self._span.frames} is asked for, expected at most {self._span.frames} frames: the "
                     "flow has no sliding window (local_attn_window)"
                 )
             self._close(self._span.context)

@@ -101,7 +101,7 @@ def decode(
 
 
 def checked(flow: Flow, z: Tensor, conditions: Conditions) -> Conditions:
-    """What noise like `z` can be decoded with; the arguments of `decode`.
+    """Checks that noise like `z` can be decoded under these conditions (arguments as of `decode`); returns them.
 
     Raises:
         ValueError: noise or text that does not fit, or guidance without something to guide by.

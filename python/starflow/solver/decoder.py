@@ -1,4 +1,4 @@
-"""BlockDecoder: what the solver inverts, a block of the flow with the caches of a clip."""
+"""BlockDecoder: a block of the flow with the caches of a clip, as the solver inverts it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from starflow.solver.native import NativeNetwork, NativeWindow, Precision, refus
 class BlockDecoder:
     """The map that the solver inverts: tokens before a window -> affine maps of the window.
 
-    Holds the K/V buffers; with guidance, of both halves. Single use: one decoder decodes one clip (or one window of a
-    long one).
+    It holds the K/V buffers, with guidance those of both halves. Single use: one decoder decodes one clip (or one
+    window of a long one).
 
     Args:
         block: of the flow, with a network.
         layout: of the clip.
         rows: samples.
         context, null: text or labels of the samples and of the unconditional half; None for a block without.
-        guidance: None or inactive is none.
+        guidance: how the halves are combined; None, or one that is not active, evaluates the conditional half alone.
         temperature: divides the attention logits.
         precision: of native decoding (see `starflow.solver.Precision`).
     """

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from starflow.solver.loop import invert
-from starflow.solver.places import places, token_numbers
 from starflow.solver.report import SolveReport
 from starflow.solver.schedules import Schedule, Window
+from starflow_ext.window_sweep import places, token_numbers
 
 Function = Callable[..., tuple[Tensor, Tensor]]
 
@@ -77,7 +77,7 @@ def solve(
 
 
 class FunctionDecoder:
-    """A function of x as what the solver inverts; arguments as of `solve`. Holds the x that the function is shown."""
+    """A function of x in the form that the solver inverts, and the x that it sees; arguments as of `solve`."""
 
     halves = 1
     first_token = 0

@@ -10,8 +10,8 @@ The window slides past what was accepted and is filled up by guesses: shift and 
 and the token's own noise.
 
 Every x that is returned is the exact inverse of some noise z'; `certify` measures max |z' - z|, in units of the
-noise's standard deviation. It says more than the distance to the token-by-token result, which float32 itself does not
-determine where a sample stands at a fork.
+noise's standard deviation. It is more telling than the distance to the token-by-token result: where a small change of z
+changes x a lot, rounding in float32 alone decides what token-by-token decoding returns.
 
 Reference: Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021), for
 Jacobi iteration; Gu et al., STARFlow-V (2025), for chunks; the acceptance rule and the guess are this project's.
@@ -19,6 +19,7 @@ Jacobi iteration; Gu et al., STARFlow-V (2025), for chunks; the acceptance rule 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -27,13 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.solver.protocol import Autoregressive
-from starflow.solver.report import SolveReport, not_finite, require_finite
+from starflow.solver.report import SolveReport, Tally, not_finite
 from starflow.solver.schedules import Chunks, Schedule, Sequential, Window
-from starflow.solver.state import Standing, Tally
-from starflow.solver.window import WILD, sweep_window
+from starflow.solver.window import sweep_once
 from starflow_ext.jacobi_solve import SolveProgress
+from starflow_ext.window_sweep import WILD, WindowProgress
 
-# Sweeps of a native call: few enough to be interrupted in between.
+# Most sweeps of one native call: between calls Ctrl-C is seen.
 _MOST_SWEEPS = 64
 
 
@@ -49,8 +50,8 @@ class Inversion:
         schedule: how.
         known: first tokens that are given, (batch, known tokens, channels), kept bit for bit; their dtype is that of
             the solve.
-        judge: makes the decoder that certifies, where `model` rounds what it computes or goes on after it is asked for
-            a report; None lets it judge itself.
+        judge: makes the decoder that computes the certificate, for a `model` of lower precision, or one that goes on
+            after a report; None takes `model` itself.
 
     Raises:
         ValueError: more tokens than the model has.
@@ -66,7 +67,7 @@ class Inversion:
         judge: Callable[[], Autoregressive] | None = None,
     ) -> None:
         count = known.shape[1]
-        require_finite(known, 0, "given data")
+        _require_finite(known, 0, "given data")
         self._model, self._schedule, self._judge = model, schedule, judge
         # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
         self._x = torch.cat([known.new_zeros(known.shape[0], 1, known.shape[2]), known], 1)
@@ -77,8 +78,8 @@ class Inversion:
         self._size = 1
         if isinstance(schedule, Window):
             self._size = schedule.size or model.default_window(known.shape[0], self._first)
-        self._at = Standing([self._first] * known.shape[0], [self._first] * known.shape[0])
-        self._before_the_end: tuple[Standing, Tensor] | None = None
+        self._at = WindowProgress([self._first] * known.shape[0], [self._first] * known.shape[0])
+        self._before_the_end: tuple[WindowProgress, Tensor] | None = None
         self._more = False
         self._progress = Tally()
 
@@ -120,7 +121,7 @@ class Inversion:
             raise ValueError(
                 f"solve: z has shape {list(z.shape)}, expected ({batch}, at most {left} further tokens, {channels})"
             )
-        require_finite(z, self.tokens, "noise")
+        _require_finite(z, self.tokens, "noise")
         if self._before_the_end is not None:
             self._at, self._x = self._before_the_end
             self._before_the_end = None
@@ -128,9 +129,9 @@ class Inversion:
         self._x, self._z = torch.cat([self._x, z], 1), torch.cat([self._z, z], 1)
         if isinstance(self._schedule, Window):
             guess = self._model.initial_guess(self._z[:, new:])
-            # A token that is final at its first evaluation is compared with its guess.
+            # The guess also counts as the earlier value of a token in its first evaluation.
             self._x[:, new + 1 :] = torch.where(guess.abs() < WILD, guess, self._z[:, new:])
-        if isinstance(self._at.kept, Tensor):
+        if self._at.kept is not None:
             self._at.kept = F.pad(self._at.kept, (0, 0, 0, z.shape[1]))
         self._more = more
 
@@ -157,7 +158,7 @@ class Inversion:
         return self.final
 
     def report(self) -> SolveReport:
-        """What was done so far; of what was done twice, both."""
+        """What the solve has done so far. Sweeps that were taken back and done again count each time."""
         report = SolveReport(
             tokens=max(self.final - self._first, 0),
             rows=self._progress.rows * self._model.halves,
@@ -190,7 +191,8 @@ def invert(
         z: noise (batch, tokens, channels), float32 or float64; what stands at known tokens is ignored.
         schedule: how.
         known: first tokens that are given, (batch, known tokens, channels): kept bit for bit.
-        judge: makes the decoder that certifies, where `model` rounds what it computes; None lets it judge itself.
+        judge: makes the decoder that computes the certificate, for a `model` of lower precision; None takes `model`
+            itself.
 
     Returns:
         x like `z`, and the report.
@@ -228,20 +230,31 @@ def certify(model: Autoregressive, x: Tensor, z: Tensor, first: int = 0) -> floa
     return float((seen - z[:, model.first_token :])[:, first - model.first_token :].abs().max())
 
 
-def _token(model: Autoregressive, x: Tensor, z: Tensor, at: Standing, progress: Tally) -> None:
-    """One token, of all samples."""
+def _require_finite(tokens: Tensor, first: int, what: str) -> None:
+    """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
+    if math.isfinite(tokens.sum(dtype=torch.float64)):
+        return
+    bad = ~tokens.isfinite().all(-1)
+    # The sum of large float64 may overflow.
+    if bool(bad.any()):
+        sample, token = bad.nonzero()[0].tolist()
+        raise not_finite(what, sample, first + token)
+
+
+def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, progress: Tally) -> None:
+    """Solves the next token of all samples."""
     token = at.frontier[0]
     affine = model.evaluate(x[:, token : token + 1], token)
     new = affine.decode(z[:, token : token + 1])
-    require_finite(new, token, "solution")
+    _require_finite(new, token, "solution")
     x[:, token + 1 : token + 2] = new
     progress.rows += z.shape[0]
     progress.accepted.append(z.shape[0])
     at.frontier = [token + 1] * z.shape[0]
 
 
-def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: Standing, progress: Tally) -> None:
-    """One chunk, of all samples."""
+def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: WindowProgress, progress: Tally) -> None:
+    """Solves the next chunk of all samples."""
     frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
     # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
     # second frame is short and has no guess.
@@ -258,7 +271,7 @@ def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: St
         progress.accepted.append(0)
         if change < schedule.threshold:
             break
-    require_finite(new, start, "solution")
+    _require_finite(new, start, "solution")
     progress.passes.append(sweep + 1)
     progress.accepted[-1] = size * z.shape[0]
     at.frontier = [start + size] * z.shape[0]
@@ -272,17 +285,17 @@ def _window(
     size: int,
     tolerance: float,
     most_sweeps: int,
-    at: Standing,
+    at: WindowProgress,
     progress: Tally,
 ) -> None:
-    """Sweeps of the window, at most so many in native code and one in plain torch."""
+    """Sweeps the window: up to `most_sweeps` times in native code, once in plain torch."""
     progress.window = max(progress.window, min(size, z.shape[1] - first))
     native = model.native_window if z.dtype == torch.float32 else None
     if native is None:
-        sweep_window(model, x, z, first, size, tolerance, at, progress)
+        sweep_once(model, x, z, first, size, tolerance, at, progress)
         return
     done = native.begin(x, first)
-    if isinstance(at.kept, Tensor):
+    if at.kept is not None:
         frontier, fresh = (torch.tensor(tokens, device=x.device) for tokens in (at.frontier, at.fresh))
         done = SolveProgress(x, frontier, fresh, at.kept)
     count = native.sweep(done, z, first, size, tolerance, most_sweeps)

@@ -13,12 +13,12 @@ from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext._mode import in_reference_mode
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
-from starflow_ext.jacobi_sweep import BlockState, CacheStorage
-from starflow_ext.linear_pack import Storage
+from starflow_ext.linear_pack import WeightStorage
 from starflow_ext.rope_append import Rotation
+from starflow_ext.sweep_block import BlockState, CacheStorage
 
-# How decoding stores weights, keys and values, and what products are taken of. The residual stream, norms, softmax and
-# the affine update are float32 always.
+# How decoding stores weights, keys and values, and in which dtypes it multiplies. The residual stream, norms, softmax
+# and the affine update are always float32.
 #   float32   the weights as they are; float32 products (bfloat16 ones for weights in bfloat16)
 #   two_bfloat16  weights and what they multiply as sums of two bfloat16 (16 bits), three products of these; attention
 #             in float32: for processors with tiles, where it is faster than float32
@@ -33,8 +33,8 @@ Precision = Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"]
 
 @dataclass(frozen=True)
 class _How:
-    weights: Storage | None
-    activations: Literal["float32", "two_bfloat16", "bfloat16"] | None
+    weights: WeightStorage | None
+    product_input: Literal["float32", "two_bfloat16", "bfloat16"] | None
     cache: CacheStorage
 
 
@@ -55,7 +55,8 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 def _how(conditioner: Conditioner, precision: Precision) -> _How | None:
     """How a network decodes natively; None where it does not."""
     weight = conditioner.proj_in.weight
-    if weight.dtype not in _DTYPES or in_reference_mode():
+    # The native sweep reads all that is cached.
+    if weight.dtype not in _DTYPES or in_reference_mode() or conditioner.attention_frames is not None:
         return None
     own = str(weight.dtype).removeprefix("torch.") if precision == "float32" else precision
     if weight.device.type == "cuda":
@@ -83,12 +84,12 @@ def refuse_precision(conditioner: Conditioner, precision: str) -> None:
 
 
 class NativeNetwork:
-    """Packed weights, caches and what is added to every row; text is cached at once.
+    """Packed weights, K/V caches, and the embeddings that are added to every row; the text is cached at once.
 
     Args:
         conditioner: one that decodes natively (see `runs`).
         layout: of the clip.
-        rows: of the caches: samples, with guidance those of both halves.
+        rows: of the caches, one for each sample, with guidance two.
         context: text or labels of the rows, or None.
         temperature: divides the attention logits, one number or one for each row.
         precision: see `Precision`.
@@ -137,7 +138,7 @@ class NativeNetwork:
         if text:
             assert context is not None
             assert packed.text is not None
-            embedded = ops.linear(context, packed.text.weight, packed.text.bias, activations=how.activations)
+            embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
 
     @staticmethod
@@ -147,10 +148,10 @@ class NativeNetwork:
 
     @property
     def cost_key(self) -> str:
-        """Names what the cost of a row depends on."""
+        """A name of everything that the cost of a row depends on."""
         weights = self._weights.proj_in.weight.storage
         kernels = native.selected_isa() if self._weights.device.type == "cpu" else "cuda"
-        return f"{kernels}-{weights}-{self._how.activations or weights}-{self._how.cache}"
+        return f"{kernels}-{weights}-{self._how.product_input or weights}-{self._how.cache}"
 
     def window(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> Affine:
         """Affine maps of the tokens `start ..`; as `Conditioner.window`."""
@@ -176,13 +177,13 @@ class NativeNetwork:
             first_token=c.first_token,
             activation=c.activation,
             soft_clip=c.soft_clip,
-            activations=self._how.activations,
+            product_input=self._how.product_input,
             **options,
         )
 
     def _sweep(self, rows: Tensor, start: Tensor, *, keep: Tensor | None = None, text: bool = False) -> Tensor:
         return ops.jacobi_sweep(
-            self._weights, self._state, rows, start, keep=keep, activations=self._how.activations, text=text
+            self._weights, self._state, rows, start, keep=keep, product_input=self._how.product_input, text=text
         )
 
 

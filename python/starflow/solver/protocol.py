@@ -15,10 +15,10 @@ class AffineMaps(Protocol):
 
     @property
     def raw(self) -> Tensor:
-        """What tells the maps, (rows, tokens, ...): rows of the batch, twice as many with guidance."""
+        """The parameters of the maps, (rows, tokens, ...): a row for each sample, with guidance two."""
 
     def like(self, raw: Tensor) -> AffineMaps:
-        """The maps that `raw` tells, of the same kind."""
+        """Maps of the same kind with the parameters `raw`."""
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Data to noise, and the log-determinant of each token."""
@@ -50,15 +50,15 @@ class Autoregressive(Protocol):
         """2 where a call evaluates a conditional and an unconditional half, else 1."""
 
     def initial_guess(self, z: Tensor) -> Tensor:
-        """Where tokens lie before anything is evaluated, like `z`."""
+        """First guess of the tokens before anything is evaluated, like `z`."""
 
     def default_window(self, batch: int, first: int) -> int:
-        """Rows of a sample in a call where the schedule names none; arguments as of `break_even`."""
+        """Tokens of a sample in a call where the schedule gives no size; arguments as of `break_even`."""
 
     def evaluate(self, previous: Tensor, start: int | Tensor, final: Tensor | None = None) -> AffineMaps:
         """Affine maps of the tokens `start ..`; row i of `previous` is token `start + i - 1`.
 
-        What is cached of the first `final` tokens of each sample stays.
+        Cached keys and values of the first `final` tokens of each sample stay as they are.
         """
 
     @property
@@ -79,11 +79,11 @@ class WindowSweeps(Protocol):
 
 
 class Timed(Autoregressive, Protocol):
-    """A model whose calls can be timed, and the times kept under a name."""
+    """A model whose calls can be timed, and whose times can be kept under a name."""
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device that it computes on."""
 
     @property
     def channels(self) -> int:
@@ -91,4 +91,4 @@ class Timed(Autoregressive, Protocol):
 
     @property
     def cost_key(self) -> str:
-        """Names what the cost of a call depends on beside its rows."""
+        """A name of everything but the rows that the cost of a call depends on."""

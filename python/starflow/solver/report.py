@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+from starflow.solver.protocol import AffineMaps
 
 
 @dataclass(frozen=True)
@@ -14,14 +12,14 @@ class SolveReport:
     """What a solve did.
 
     Args:
-        tokens: of a sample that were solved for: not those that were known or pass unchanged.
-        rows: evaluations of a token, all samples and halves.
-        sweeps: calls one after the other.
+        tokens: of a sample that were solved for, without those that were known or pass unchanged.
+        rows: evaluations of a token, summed over samples and the halves of guidance.
+        sweeps: calls of the network, one after the other.
         samples: rows of the batch.
-        accepted: tokens accepted in each sweep, all samples.
+        accepted: tokens accepted in each sweep, summed over samples.
         passes: sweeps of each chunk (`Chunks` only).
-        window: rows of a sample in a call.
-        backward_error: max |z' - z| where asked for.
+        window: most tokens of a sample in a call.
+        backward_error: max |z' - z| in standard deviations of the noise, where it was asked for.
     """
 
     tokens: int
@@ -52,19 +50,27 @@ class SolveReport:
         )
 
 
+@dataclass
+class Tally:
+    """What a solve has done so far.
+
+    Attributes:
+        rows: evaluations of a token, all samples.
+        accepted: tokens accepted in each sweep, all samples.
+        passes: sweeps of each chunk.
+        window: most rows of a sample in a call.
+        maps: of the last evaluation in plain torch; guesses are made by maps of the same kind.
+    """
+
+    rows: int = 0
+    accepted: list[int] = field(default_factory=list)
+    passes: list[int] = field(default_factory=list)
+    window: int = 1
+    maps: AffineMaps | None = None
+
+
 class NotFiniteError(RuntimeError):
     """A token is NaN or infinity: as noise, as given data, or as solved for (weights or text are not finite)."""
-
-
-def require_finite(tokens: Tensor, first: int, what: str) -> None:
-    """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
-    if math.isfinite(tokens.sum(dtype=torch.float64)):
-        return
-    bad = ~tokens.isfinite().all(-1)
-    # The sum of large float64 may overflow.
-    if bool(bad.any()):
-        sample, token = bad.nonzero()[0].tolist()
-        raise not_finite(what, sample, first + token)
 
 
 def not_finite(what: str, sample: int, token: int) -> NotFiniteError:

@@ -1,4 +1,4 @@
-"""Schedules: how a solve goes, and the text form of each."""
+"""Schedules: which tokens are evaluated together and when they are accepted, and the text form of each."""
 
 from __future__ import annotations
 
@@ -36,13 +36,14 @@ class Chunks:
 
 @dataclass(frozen=True)
 class Window:
-    """The sliding window with acceptance token by token (see the module).
+    """A sliding window of tokens, accepted one by one (see `starflow.solver.loop`).
 
     Args:
-        size: rows of a clip in a call, which a frame-local block shares out to its frames; None takes the break-even
-            of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance; of a function
-            (see `starflow.solve`) all tokens, or a frame where it can be evaluated window by window.
-        tolerance: of the change of a token in units of its scale. 0 is token by token for any size.
+        size: tokens of a clip in a call, of which each frame of a frame-local block takes a share; None takes the
+            break-even of a call on this machine (see `break_even`), divided by the batch and by 2 with guidance; of a
+            function (see `starflow.solve`) all tokens, or a frame where it can be evaluated window by window.
+        tolerance: a token counts as settled when it moves by less, in units of its scale. With 0 the result is that of
+            `Sequential` for any size.
         certificate: also measure the backward error.
     """
 

@@ -45,7 +45,7 @@ def make_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
     """
     options = dict(config)
     kind = options.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"text encoder: kind is {kind!r}, expected one of {', '.join(_KINDS)}")
     try:
         return _KINDS[kind](**options)

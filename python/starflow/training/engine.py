@@ -1,4 +1,4 @@
-"""Engine: a flow in several processes, whose gradients become means over them."""
+"""Engine: calls a flow in several processes, so that its gradients become means over them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Engine:
             device = [world.device] if world.device.type == "cuda" else None
             modules = [_Encoder(flow), *([] if flow.denoiser is None else [flow.denoiser])]
             with warnings.catch_warnings():
-                # The option's other name is unknown to the torch that this package still runs with.
+                # The option's new name is unknown to the oldest torch that this package runs with.
                 warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
                 self._replicas = [
                     DistributedDataParallel(
@@ -69,13 +69,13 @@ class Engine:
 
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """Gradients of a part of the batch: sent to the other processes only with the last one."""
+        """Computes a part of a batch inside; gradients go to the other processes with the last part only."""
         for network in self._sharded:
             network.set_requires_gradient_sync(last)
         with ExitStack() as stack:
             if self._sharded:
                 stack.enter_context(warnings.catch_warnings())
-                # It fears for views that are written to; nothing here writes to a network's output.
+                # FSDP warns of in-place writes to views of a network's output; nothing here writes to one.
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
             for replica in () if last else self._replicas:
                 stack.enter_context(replica.no_sync())

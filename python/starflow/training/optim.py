@@ -1,4 +1,4 @@
-"""The two optimisers of the recipe, the averaged weights, and what of them a resumed run needs.
+"""The two optimisers of the recipe and the averaged weights, with the state that a resumed run needs.
 
 Parameters may be whole or kept in pieces (see `starflow.distributed`): both are updated in place where they lie.
 """
@@ -15,9 +15,16 @@ from starflow.config import TrainConfig
 from starflow.distributed import local, whole
 from starflow.model import Flow
 
+# Of Muon; the published value.
+_MOMENTUM = 0.95
+
 
 class Optimizer:
-    """AdamW over named parameters with the schedule of the recipe and clipping.
+    """AdamW over named parameters, or Muon for the matrices of layers beside it, with schedule and clipping.
+
+    Muon moves a matrix along the orthogonal factor of its momentum, at a length that makes AdamW's learning rate fit:
+    all directions learn at one speed, the rare ones too. What projects into and out of a network, its norms, biases and
+    tables stay with AdamW.
 
     Args:
         parameters: name -> parameter.
@@ -25,7 +32,8 @@ class Optimizer:
         peak: learning rate after the warm-up.
         betas: of AdamW.
 
-    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019).
+    Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019); Jordan et al., Muon (2024); Liu et
+    al., Muon is Scalable for LLM Training (2025), for the length.
     """
 
     def __init__(
@@ -34,16 +42,30 @@ class Optimizer:
         self._names = list(parameters)
         self._parameters = list(parameters.values())
         self._train, self._peak = train, peak
-        self._adam = torch.optim.AdamW(
-            self._parameters, lr=peak, betas=betas, weight_decay=train.weight_decay, fused=True
-        )
-        # What AdamW makes at its first step, made here so that a training state can be read into it.
-        for parameter in self._parameters:
-            self._adam.state[parameter] = {
+        matrices = [p for name, p in parameters.items() if train.optimizer == "muon" and _in_layer(name, p)]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self._parameters if id(p) not in chosen]
+        adam = torch.optim.AdamW(rest, lr=peak, betas=betas, weight_decay=train.weight_decay, fused=True)
+        self._optimizers: list[torch.optim.Optimizer] = [adam]
+        # The optimisers make this at their first step; it is made here so that a training state can be read into it.
+        for parameter in rest:
+            adam.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        if matrices:
+            muon = torch.optim.Muon(
+                matrices,
+                lr=peak,
+                weight_decay=train.weight_decay,
+                momentum=_MOMENTUM,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            for parameter in matrices:
+                muon.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            self._optimizers.append(muon)
+        self._state = {p: optimizer.state[p] for optimizer in self._optimizers for p in optimizer.state}
 
     def clip(self) -> Tensor:
         """Clips the gradients; returns their norm before, a scalar."""
@@ -59,22 +81,29 @@ class Optimizer:
         return cosine_lr(updates, warmup=train.warmup_steps, total=train.steps, peak=self._peak, floor=train.min_lr)
 
     def step(self, updates: int) -> None:
-        """One update at the learning rate of its number."""
-        for group in self._adam.param_groups:
-            group["lr"] = self.lr(updates)
-        self._adam.step()
+        """Makes one update, with the learning rate that follows `updates` others."""
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.lr(updates)
+            optimizer.step()
 
     def zero_grad(self) -> None:
         """Drops the gradients."""
-        self._adam.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter name; they are the optimiser's own, to be read and written."""
         return {
             f"{name}/{key}": value
             for name, parameter in zip(self._names, self._parameters, strict=True)
-            for key, value in self._adam.state[parameter].items()
+            for key, value in self._state[parameter].items()
         }
+
+
+def _in_layer(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is the matrix of a product inside of a transformer layer."""
+    return parameter.dim() == 2 and ".layers." in f".{name}"
 
 
 class Average:
@@ -97,12 +126,12 @@ class Average:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Begins anew at the current weights."""
+        """Sets the average to the current weights."""
         torch._foreach_copy_(self._target, self._source)
 
     @torch.no_grad()
     def update(self, updates: int) -> None:
-        """Takes the current weights in, after `updates` earlier ones."""
+        """Adds the current weights to the average, after `updates` earlier ones."""
         if self._target is self._source:
             return
         decay = min(self._decay, (1 + updates) / (10 + updates))

@@ -29,7 +29,7 @@ _NUMBER = 4
 
 
 @dataclass(frozen=True)
-class Clip:
+class TokenGrid:
     """The tokens of a training clip.
 
     Args:
@@ -55,8 +55,8 @@ class Plan:
         devices: number of them. parallel: how they share the work.
         parameters: numbers of each part of the flow, the deep block last of the blocks.
         tokens: of a clip, text included.
-        clips: of a device at a time.
-        weights, gradients, moments, average: what is kept from step to step.
+        clips: computed on a device at a time.
+        weights, gradients, moments, average: kept from step to step.
         gathered: weights of layers made whole while they compute (`train.parallel` "fsdp").
         activations: kept for the backward pass at its peak. workspace: of the layer that computes.
         flops: of a step on a device. seconds: of a step at `rate` FLOP/s.
@@ -118,7 +118,7 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
             f"{devices} devices times train.accumulate"
         )
     rows = train.batch_size // (devices * train.accumulate)
-    clip = clip_of(config)
+    clip = grid_of(config)
     with torch.device("meta"):
         flow = Flow(flow_config)
     counts = _counts(flow)
@@ -181,19 +181,19 @@ def _easier(config: RunConfig, devices: int) -> Iterator[RunConfig]:
                 )
 
 
-def clip_of(config: RunConfig) -> Clip:
+def grid_of(config: RunConfig) -> TokenGrid:
     """The tokens of a training clip, without reading codec or text encoder where they have folders of their own."""
     data, patch = config.data, config.flow.patch_size
     spatial, frames = _compression(config)
-    # The longest that training shows: with its source before it, or its last frame.
+    # The longest clips of training have their source, or their last frame, before them.
     frames += frames if config.train.source_prob > 0 else config.train.last_frame_prob > 0
-    return Clip(frames, data.height // (spatial * patch), data.width // (spatial * patch), config.flow.txt_size)
+    return TokenGrid(frames, data.height // (spatial * patch), data.width // (spatial * patch), config.flow.txt_size)
 
 
 def _compression(config: RunConfig) -> tuple[int, int]:
     """Pixels of a latent position, and latent frames of a clip."""
     kind, frames = config.codec.get("kind"), config.data.frames
-    # Of the published autoencoders, whose folders need not be there to plan with.
+    # The numbers of the published autoencoders are known, so that a plan needs none of their folders.
     if kind == "wan":
         return 16, (frames - 1) // 4 + 1
     if kind == "autoencoder_kl":
@@ -234,7 +234,7 @@ def _networks(flow: Flow) -> list[tuple[Transformer, bool]]:
 # -- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def step_flops(flow: Flow, clip: Clip, *, denoiser_every: int = 1) -> float:
+def step_flops(flow: Flow, clip: TokenGrid, *, denoiser_every: int = 1) -> float:
     """Floating-point operations of a training step on one clip: forward, twice that backward, and what is recomputed.
 
     Args:
@@ -252,7 +252,7 @@ def step_flops(flow: Flow, clip: Clip, *, denoiser_every: int = 1) -> float:
 
 
 def forward_flops(
-    network: Transformer, clip: Clip, *, local: bool = False, dense: bool = False, layers_only: bool = False
+    network: Transformer, clip: TokenGrid, *, local: bool = False, dense: bool = False, layers_only: bool = False
 ) -> float:
     """Floating-point operations of one network on one clip, products alone, a multiplication and an addition as two.
 
@@ -273,7 +273,7 @@ def forward_flops(
             slots = clip.frame_tokens if local else grid
             products += _weight(network.proj_position) * slots + _weight(network.proj_summary)
     if local:
-        pairs = clip.frames * _pairs(network, Clip(1, clip.height, clip.width, 0), 0, dense)
+        pairs = clip.frames * _pairs(network, TokenGrid(1, clip.height, clip.width, 0), 0, dense)
     else:
         pairs = _pairs(network, clip, text, dense)
     return 2.0 * products + 4.0 * len(network.layers) * network.heads * network.head_dim * pairs
@@ -287,7 +287,7 @@ def _weight(linear: nn.Linear | None) -> int:
     return 0 if linear is None else linear.weight.numel()
 
 
-def _pairs(network: Transformer, clip: Clip, text: int, dense: bool) -> float:
+def _pairs(network: Transformer, clip: TokenGrid, text: int, dense: bool) -> float:
     """Pairs of a token and one that it sees."""
     frames, size = clip.frames, clip.frame_tokens
     length = text + frames * size
@@ -307,7 +307,7 @@ def _pairs(network: Transformer, clip: Clip, text: int, dense: bool) -> float:
 
 
 @lru_cache(maxsize=32)
-def _activations(flow: FlowConfig, clip: Clip, precision: str, rows: int) -> tuple[int, int]:
+def _activations(flow: FlowConfig, clip: TokenGrid, precision: str, rows: int) -> tuple[int, int]:
     """Bytes for so many clips: what the backward pass finds at its start, and what one layer takes meanwhile."""
     kept = _kept(flow, clip, precision, rows)
     whole = replace(flow, use_checkpoint=0)
@@ -319,10 +319,10 @@ def _activations(flow: FlowConfig, clip: Clip, precision: str, rows: int) -> tup
     return kept, (layer if flow.use_checkpoint else 0) + 2 * hidden
 
 
-def _kept(config: FlowConfig, clip: Clip, precision: str, rows: int) -> int:
+def _kept(config: FlowConfig, clip: TokenGrid, precision: str, rows: int) -> int:
     """Bytes that autograd keeps of a forward pass of so many clips, weights apart, with the results that are held."""
     patch = config.patch_size
-    # On the CPU: what is kept is the same on every device but for the attention of one without a kernel for it.
+    # Counted on the CPU: autograd keeps the same on every device, except where attention has no kernel.
     memoryless = FakeTensorMode(allow_non_fake_inputs=True)
     with memoryless:
         flow = Flow(config)
@@ -344,7 +344,7 @@ def _kept(config: FlowConfig, clip: Clip, precision: str, rows: int) -> int:
     return max(found.bytes, other.bytes)
 
 
-def _make_layouts(flow: Flow, clip: Clip) -> None:
+def _make_layouts(flow: Flow, clip: TokenGrid) -> None:
     """Makes the layouts that a pass will ask for: those made without memory would be kept for later passes."""
     for network, local in _networks(flow):
         order = next((block.order for block in flow.blocks if block.conditioner is network), "raster")

@@ -1,8 +1,8 @@
 """Training: the published recipe, deterministic under a seed, and resumable to the same bits.
 
-Whatever is random in a step (which clips, noise, dropping) follows from the seed and the number of the step, so the
-state of a run is weights, optimiser moments and two counters. One process or the many that `torchrun` starts compute
-the same steps (see `starflow.distributed`).
+Everything random in a step (choice of clips, noise, dropped captions) follows from the seed and the number of the step,
+so the state of a run is its weights, optimiser moments and three counters. One process or the many that `torchrun`
+starts compute the same steps (see `starflow.distributed`).
 
 Reference: Gu et al., STARFlow-V (2025), training details; Gu et al., STARFlow (2025); Zhai et al., TarFlow (2024).
 """
@@ -20,19 +20,19 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from starflow.codecs import Codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
+from starflow.extras import import_extra
 from starflow.files import remove_leftovers, sole
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
 from starflow.storage import (
@@ -59,6 +59,9 @@ from starflow.training.batches import (
 )
 from starflow.training.engine import Engine, shard
 from starflow.training.optim import Average, make_optimizers
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 __all__ = [
     "Features",
@@ -178,6 +181,7 @@ class Trainer:
         if self.world.first:
             about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
             save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
+        self.world.wait()
 
     def averaged(self) -> Flow:
         """The flow with the averaged weights; of weights in pieces a whole copy on the CPU, in the first process.
@@ -326,7 +330,7 @@ class Trainer:
                     encoded = engine.encode(part, text)
                     nll = nll_of(encoded).mean()
                 loss = weight * nll / parts
-                # All processes go on or none: a gradient is waited for by all.
+                # Either all processes go on or none does, since all wait for each other's gradients.
                 if not math.isfinite(value := self.world.mean(float(nll.detach()))):
                     return None
                 total += value / parts
@@ -339,7 +343,7 @@ class Trainer:
                         denoiser_loss = F.mse_loss(prediction.float(), target)
                     (denoiser_loss / parts).backward()
                     denoiser_total += float(denoiser_loss.detach()) / parts
-        # Means of each process's rows so far; running means are linear, so theirs are those of the batch.
+        # Each process has the running means of its own rows; as these are linear, their average is that of the batch.
         self.world.average(self._tracked)
         denoiser_total = self.world.mean(denoiser_total)
         return (total, denoiser_total) if math.isfinite(denoiser_total) else None
@@ -356,7 +360,7 @@ class Trainer:
         """Gradients of loss and penalty; returns that of the loss by `x`, where `x` asks for one."""
         gradient = None
         if x.requires_grad and isinstance(penalty, Tensor):
-            # By itself: the score target is the gradient of the likelihood alone.
+            # Apart from the penalty: the score target is the gradient of the likelihood alone.
             (gradient,) = torch.autograd.grad(loss, x, retain_graph=True)
         (loss + penalty).backward()
         return x.grad if gradient is None else gradient
@@ -394,7 +398,7 @@ def train(
     Args:
         config: of the run.
         folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
-            TensorBoard log `log`.
+            TensorBoard log `log` where TensorBoard is installed.
         resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
         on_step: called after each step, in every process.
         quiet: no progress bar.
@@ -494,7 +498,9 @@ def _run(
         if world.first:
             with saving(folder / "config.yaml", "config") as temporary:
                 temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
-            log = stack.enter_context(SummaryWriter(str(folder / "log"), purge_step=trainer.step + 1))
+            log = _open_log(folder / "log", trainer.step)
+            if log is not None:
+                stack.enter_context(log)
         interrupted = stack.enter_context(_deferred_interrupt())
         hidden = quiet or not world.first
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=trainer.step, disable=hidden, unit="step"))
@@ -514,6 +520,7 @@ def _run(
                 trainer.save(folder)
             if _due(done.step, recipe.sample_every):
                 _write_samples(trainer, folder, dataset)
+                world.wait()
             if stop and not end:
                 raise KeyboardInterrupt
     trainer.save_model(folder)
@@ -522,6 +529,18 @@ def _run(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _open_log(folder: Path, step: int) -> SummaryWriter | None:
+    """The TensorBoard log of a run that has done `step` steps; None, and a line that says so, without TensorBoard."""
+    try:
+        import_extra("tensorboard", purpose="a training log", extra="train")
+    except ImportError as error:
+        logger.warning("no log is written: %s", error)
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
 
 
 def _write_log(log: SummaryWriter, done: TrainStep) -> None:
@@ -541,7 +560,7 @@ def _write_log(log: SummaryWriter, done: TrainStep) -> None:
 def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None:
     """Samples of the averaged weights: the same noise each time, so that progress can be seen.
 
-    Of pairs: what becomes of the first sources of the data, each before its row.
+    A model of pairs shows what it makes of the first sources of the data; a row begins with its source.
     """
     from starflow.sampling import Pipeline
 

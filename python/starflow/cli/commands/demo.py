@@ -16,7 +16,7 @@ def _run(args: argparse.Namespace) -> int:
     print(
         f"{out / 'report.html'}: {figures.steps} steps in {figures.train_seconds:.0f} s, "
         f"{figures.bits_per_dim:.3f} bits per dimension on held-out clips; "
-        f"{figures.digit_accuracy:.0%} of the sampled clips show the digit asked for, "
+        f"{figures.digit_every_frame:.0%} of the sampled clips show the digit asked for in every frame, "
         f"{figures.direction_accuracy:.0%} move as asked for; {figures.sample_seconds:.2f} s for a clip"
     )
     return 0

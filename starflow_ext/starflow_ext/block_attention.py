@@ -1,0 +1,568 @@
+"""block_attention: softmax attention whose mask is a rule with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal, overload
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.nn import functional as F
+
+from starflow_ext._check import (
+    arithmetic_dtype,
+    check_device,
+    check_floating,
+    check_like,
+    check_tensor,
+    dtype_text,
+    require,
+    require_first_order,
+    shape_text,
+)
+from starflow_ext._load import operators
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import CONSTANTS, FORWARD_KERNELS
+from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
+
+# Of the CUDA kernels.
+_MOST_HEAD_DIM: Final = CONSTANTS["block_attention_most_head_dim_cuda"]
+
+
+@dataclass(frozen=True)
+class FrameMask:
+    """Which keys a query sees when whole frames are visible: a causal mask over frames with a look-ahead.
+
+    Tokens are ``prefix`` always-visible ones (text) and then frames of ``frame_tokens`` each. With f the frame of a
+    grid token (for a prefix query, ``(q - prefix) // frame_tokens``, negative), key k is seen by query q when k is in
+    the prefix, or ``f(q) + look_ahead - 1 - window <= f(k) <= max(f(q), 0) + look_ahead - 1``.
+
+    Args:
+        prefix: number of always-visible tokens.
+        frame_tokens: tokens of a frame.
+        look_ahead: A; 1 sees up to the own frame, 2 one frame ahead.
+        window: G, frames seen behind the furthest one; None is all.
+    """
+
+    prefix: int
+    frame_tokens: int
+    look_ahead: int
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("prefix", 0), ("frame_tokens", 1), ("look_ahead", 1)):
+            value = getattr(self, name)
+            require(value >= least, "block_attention", f"frames.{name} is", value, f"at least {least}")
+        require(
+            self.window is None or self.window >= self.look_ahead - 1,
+            "block_attention",
+            "frames.window is",
+            self.window,
+            f"at least look_ahead - 1 = {self.look_ahead - 1}, so that a frame sees itself",
+        )
+
+    def runs(self, tokens: int) -> list[tuple[slice, slice]]:
+        """Runs of queries that see the same grid keys: (queries, keys of the grid), the prefix being seen by all."""
+        frames = (tokens - self.prefix) // self.frame_tokens
+        runs = []
+        for frame in range(-1 if self.prefix else 0, frames):
+            behind = 0 if self.window is None else max(frame + self.look_ahead - 1 - self.window, 0)
+            ahead = min(max(frame, 0) + self.look_ahead, frames)
+            first = self.prefix + frame * self.frame_tokens
+            queries = slice(max(first, 0) if frame >= 0 else 0, first + self.frame_tokens)
+            keys = slice(self.prefix + behind * self.frame_tokens, self.prefix + ahead * self.frame_tokens)
+            runs.append((queries, keys))
+        return runs
+
+    def visible(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Boolean (queries, keys) for token indices ``queries`` and ``keys``."""
+        frame_q = torch.div(queries - self.prefix, self.frame_tokens, rounding_mode="floor")[:, None]
+        frame_k = torch.div(keys - self.prefix, self.frame_tokens, rounding_mode="floor")[None, :]
+        seen = frame_k <= frame_q.clamp(min=0) + self.look_ahead - 1
+        if self.window is not None:
+            seen &= frame_k >= frame_q + self.look_ahead - 1 - self.window
+        return seen | (keys < self.prefix)[None, :]
+
+
+@overload
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | None = None,
+    q_start: int | Tensor | None = None,
+    k_length: int | Tensor | None = None,
+    frames: FrameMask | None = None,
+    temperature: float | Tensor = 1.0,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | None = None,
+    q_start: int | Tensor | None = None,
+    k_length: int | Tensor | None = None,
+    frames: FrameMask | None = None,
+    temperature: float | Tensor = 1.0,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool | None = None,
+    q_start: int | Tensor | None = None,
+    k_length: int | Tensor | None = None,
+    frames: FrameMask | None = None,
+    temperature: float | Tensor = 1.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute ``softmax(q k^T / (sqrt(head_dim) * temperature)) v`` over the visible keys.
+
+    The mask is a rule of positions and never in memory; work is proportional to what is visible. Softmax and sums are
+    float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
+    depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
+    256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
+    keys of few queries are split over the device, and a row's bits depend on that number of parts. Compute capability
+    9.0 has a kernel of its own, chosen by device, dtype, ``head_dim`` and the places of keys and values alone
+    (``explain`` says where it runs). Plain torch for float64. Under autocast the operands are rounded to its dtype, as
+    by torch's own attention.
+
+    Args:
+        q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
+        k, v: (batch, kv_heads, keys, head_dim), rounded to the dtype of ``q``; key head j serves query heads
+            ``j * r .. j * r + r - 1``.
+        causal: a query sees the keys up to its own position. Default: where there are no ``frames``. With both, what
+            both allow: a sliding window of frames for causal decoding.
+        q_start: position of the first query among the keys, one number or one for each sample (batch,); None is
+            ``keys - queries`` (the queries are the last tokens). Only with ``causal`` or ``frames``.
+        k_length: keys of each sample, one number or (batch,); those at and beyond it are invisible. None is all.
+        frames: whole frames are visible, and a prefix always.
+        temperature: divides the products, one number or one for each sample (batch,); no gradient.
+        return_lse: also return the logarithm of the sum of the exponentials.
+
+    Returns:
+        (batch, heads, queries, head_dim), dtype of ``q``; the heads of a token lie side by side in memory. With
+        ``return_lse`` also (batch, heads, queries), float32 (float64 for float64). A query that sees no key gets
+        zeros, and minus infinity.
+
+    Raises:
+        RuntimeError: if shapes, dtypes, devices or numbers of heads do not fit, the options contradict each other, or
+            the CUDA kernels do not take the ``head_dim``.
+
+    Reference:
+        Vaswani et al., Attention Is All You Need (2017), section 3.2; Milakov and Gimelshein, Online normalizer
+        calculation for softmax (2018); Dao, FlashAttention-2 (2023); Ainslie et al., GQA (2023).
+    """
+    if in_reference_mode() or _why_torch(q):
+        return block_attention_reference(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
+    operator, arguments = _lower(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
+    out, lse = operator(*arguments)
+    return (out, lse) if return_lse else out
+
+
+def block_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | None,
+    q_start: int | Tensor | None,
+    k_length: int | Tensor | None,
+    frames: FrameMask | None,
+    temperature: float | Tensor,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute ``block_attention`` in plain torch, by a dense mask where torch needs one; arguments as there."""
+    check(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
+    q, k, v = _operands(q, k, v)
+    causal = frames is None if causal is None else causal
+    queries, keys = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    scale: float | None = None
+    if isinstance(temperature, Tensor):
+        q = q / temperature.to(q.dtype)[:, None, None, None]
+    elif temperature != 1.0:
+        scale = 1.0 / (q.shape[-1] ** 0.5 * temperature)
+    if keys == 0:
+        # Nothing to see, yet part of the graph.
+        out = (q + k.sum() + v.sum()) * 0.0
+        lse = q.new_full(q.shape[:-1], -torch.inf, dtype=arithmetic_dtype(q.dtype))
+        return (out, lse) if return_lse else out
+    aligned = q_start is None and k_length is None
+    if frames is not None and aligned and not causal and not return_lse:
+        return _by_frame(q, k, v, frames, scale, grouped=grouped)
+    square = causal and frames is None and k_length is None and _is_square(q_start, queries, keys)
+    mask = seen = None
+    if not square or return_lse:
+        mask = _visible(q, queries, keys, causal, q_start, k_length, frames)
+    if mask is not None:
+        seen = mask.any(-1, keepdim=True)
+        # A row that sees nothing looks at everything and is left out afterwards: softmax has no value for it.
+        mask = mask | ~seen
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if square else mask, is_causal=square, scale=scale, enable_gqa=grouped
+    )
+    if seen is not None and not square:
+        out = torch.where(seen, out, 0.0)
+    return (out, _log_sum(q, k, mask, seen, scale)) if return_lse else out
+
+
+def _is_square(q_start: int | Tensor | None, queries: int, keys: int) -> bool:
+    """Whether a causal mask is torch's own, or hides nothing from a single query."""
+    return queries == keys and (q_start is None or (isinstance(q_start, int) and q_start == 0))
+
+
+def _visible(
+    q: Tensor,
+    queries: int,
+    keys: int,
+    causal: bool,
+    q_start: int | Tensor | None,
+    k_length: int | Tensor | None,
+    frames: FrameMask | None,
+) -> Tensor | None:
+    """Boolean (batch or 1, 1, queries, keys), or nothing where all is visible."""
+
+    def column(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value, device=q.device).reshape(-1, 1)
+
+    key = torch.arange(keys, device=q.device)
+    position = column(keys - queries if q_start is None else q_start) + torch.arange(queries, device=q.device)
+    parts = []
+    if causal and not (queries == 1 and q_start is None):
+        parts.append(key <= position[..., None])
+    if frames is not None:
+        parts.append(torch.stack([frames.visible(row, key) for row in position]))
+    if k_length is not None:
+        parts.append(key < column(k_length)[..., None])
+    if not parts:
+        return None
+    mask = parts[0]
+    for part in parts[1:]:
+        mask = mask & part
+    return mask.expand(-1, queries, -1)[:, None]
+
+
+def _log_sum(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None, scale: float | None) -> Tensor:
+    dtype = arithmetic_dtype(q.dtype)
+    with torch.autocast(q.device.type, enabled=False):
+        keys = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
+        products = q.to(dtype) @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is None or seen is None:
+        return products.logsumexp(-1)
+    lse = products.masked_fill(~mask, -torch.inf).logsumexp(-1)
+    return torch.where(seen[..., 0], lse, -torch.inf)
+
+
+def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In one dtype: that of ``q``, or autocast's."""
+    device = q.device.type
+    dtype = q.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _why_torch(q: Tensor) -> str:
+    """Why a call is left to torch, or nothing."""
+    return "q is float64" if q.dtype == torch.float64 else ""
+
+
+# What `explain` says of each ForwardKernel of csrc/ops/block_attention/block_attention_schedule.h.
+_FORWARD_KERNELS: Final = {
+    "wgmma": "wgmma and TMA (sm_90a)",
+    "other_device": "mma.sync, as the device is not of compute capability 9",
+    "not_built": "mma.sync, as this build has no sm_90a",
+    "float32": "mma.sync, as q is float32",
+    "wide_head": "mma.sync, as head_dim is above 128",
+    "no_keys": "mma.sync, as there are no keys",
+    "unaligned": "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
+    "overlapping": "mma.sync, as rows of k or v lie on top of each other",
+}
+
+
+def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
+    """Which kernel a device of compute capability ``major`` runs, and why."""
+    number = operators().block_attention_forward_kernel.default(*_operands(q, k, v), major)
+    return _FORWARD_KERNELS[FORWARD_KERNELS[number]]
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
+    """Of a call on a CUDA device; "" where there is none, or no memory to look at."""
+    if is_fake(q) or not torch.cuda.is_available():
+        return ""
+    return _forward_kernel(q, k, v, torch.cuda.get_device_capability(q.device)[0])
+
+
+def _split(value: Any) -> tuple[Any, Tensor | None]:
+    """One number for all samples, or one for each."""
+    return (None, value) if isinstance(value, Tensor) else (value, None)
+
+
+def _lower(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | None,
+    q_start: int | Tensor | None,
+    k_length: int | Tensor | None,
+    frames: FrameMask | None,
+    temperature: float | Tensor,
+    return_lse: bool,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The native operator of a call and its arguments."""
+    check(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
+    one_temperature, temperatures = _split(temperature)
+    window = -1 if frames is None or frames.window is None else frames.window
+    return _native, (
+        *_operands(q, k, v),
+        frames is None if causal is None else causal,
+        *_split(q_start),
+        *_split(k_length),
+        0 if frames is None else frames.prefix,
+        0 if frames is None else frames.frame_tokens,
+        0 if frames is None else frames.look_ahead,
+        window,
+        1.0 if one_temperature is None else one_temperature,
+        temperatures,
+    )
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool | None,
+    q_start: int | Tensor | None,
+    k_length: int | Tensor | None,
+    frames: FrameMask | None,
+    temperature: float | Tensor,
+    return_lse: bool,
+) -> None:
+    """Raise what ``block_attention`` raises for wrong arguments; arguments as there."""
+    op = "block_attention"
+    named = (("q", q, "(batch, heads, queries, head_dim)"), ("k", k, "(batch, kv_heads, keys, head_dim)"))
+    for name, tensor, expected in named:
+        require(tensor.dim() == 4, op, f"{name} has shape", shape_text(tensor.shape), expected)
+    require(q.shape[-1] == k.shape[-1], op, "k has head_dim", k.shape[-1], f"{q.shape[-1]} like q")
+    require(q.shape[-1] > 0, op, "q has head_dim", 0, "at least 1")
+    require(q.shape[0] == k.shape[0], op, "k has batch", k.shape[0], f"{q.shape[0]} like q")
+    require(v.shape == k.shape, op, "v has shape", shape_text(v.shape), f"{shape_text(k.shape)} like k")
+    divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(divides, op, "k has heads", k.shape[1], f"a divisor of the {q.shape[1]} heads of q")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(op, name, tensor)
+        check_device(op, name, tensor, "q", q)
+    if q.is_cuda and not in_reference_mode() and not _why_torch(q):
+        require(q.shape[-1] <= _MOST_HEAD_DIM, op, "q has head_dim", q.shape[-1], f"at most {_MOST_HEAD_DIM} on cuda")
+    causal = frames is None if causal is None else causal
+    require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
+    if frames is not None and not causal and q_start is None:
+        tokens, prefix = q.shape[2], frames.prefix
+        require(
+            k.shape[2] == tokens and (tokens - prefix) % frames.frame_tokens == 0,
+            op,
+            "k has tokens",
+            k.shape[2],
+            f"{tokens} like q: {prefix} of the prefix and whole frames of {frames.frame_tokens}",
+        )
+    for name, value in (("q_start", q_start), ("k_length", k_length), ("temperature", temperature)):
+        if isinstance(value, Tensor):
+            expected = f"{shape_text(q.shape[:1])} for batch of q"
+            require(value.shape == q.shape[:1], op, f"{name} has shape", shape_text(value.shape), expected)
+            check_device(op, name, value, "q", q)
+            if name != "temperature":
+                whole = not value.is_floating_point() and value.dtype != torch.bool
+                require(whole, op, f"{name} has dtype", dtype_text(value.dtype), "an integer one")
+    if not isinstance(temperature, Tensor):
+        require(0.0 < temperature < float("inf"), op, "temperature is", f"{temperature:g}", "a finite number > 0")
+
+
+def _by_frame(q: Tensor, k: Tensor, v: Tensor, frames: FrameMask, scale: float | None, *, grouped: bool) -> Tensor:
+    """Frame by frame over the keys that it sees: no mask in memory, and work only for the visible part."""
+    tokens, prefix = q.shape[2], frames.prefix
+    out = []
+    for queries, keys in frames.runs(tokens):
+        if keys.start <= prefix:
+            seen_k, seen_v = k[:, :, : keys.stop], v[:, :, : keys.stop]
+        else:
+            seen_k, seen_v = (torch.cat([t[:, :, :prefix], t[:, :, keys]], 2) for t in (k, v))
+        out.append(F.scaled_dot_product_attention(q[:, :, queries], seen_k, seen_v, scale=scale, enable_gqa=grouped))
+    return torch.cat(out, 2)
+
+
+_native = operators().block_attention.default
+_native_backward = operators().block_attention_backward.default
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    batch, heads, queries, _ = q.shape
+    return _by_token(q), q.new_empty(batch, heads, queries, dtype=torch.float32)
+
+
+def _by_token(x: Tensor) -> Tensor:
+    """Like ``x``, the heads of a token side by side."""
+    batch, heads, tokens, head_dim = x.shape
+    return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    op = "block_attention_backward"
+    check_like(op, "grad_out", grad_out, "q", q)
+    check_like(op, "out", out, "q", q)
+    for name, of_rows in (("lse", lse), ("grad_lse", grad_lse)):
+        if of_rows is not None:
+            check_tensor(op, name, of_rows, torch.float32, q.shape[:-1], "q", q)
+    return _by_token(q), _by_token(k), _by_token(v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, *options = inputs
+    ctx.options = [None if isinstance(option, Tensor) else option for option in options]
+    ctx.tensors = [index for index, option in enumerate(options) if isinstance(option, Tensor)]
+    ctx.save_for_backward(q, k, v, *output, *(options[index] for index in ctx.tensors))
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    require_first_order("block_attention")
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    options = list(ctx.options)
+    for index, tensor in zip(ctx.tensors, tensors, strict=True):
+        options[index] = tensor
+    grads = _native_backward(grad_out, grad_lse, q, k, v, out, lse, *options)
+    return (*grads, *(None for _ in options))
+
+
+torch.library.register_fake("starflow_ext::block_attention", _fake)
+torch.library.register_fake("starflow_ext::block_attention_backward", _fake_backward)
+torch.library.register_autograd("starflow_ext::block_attention", _backward, setup_context=_save)
+
+
+def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
+    (dtype,) = dtypes
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    def sample(
+        label: str,
+        queries: int,
+        keys: int,
+        head_dim: int = 16,
+        *,
+        batch: int = 2,
+        heads: int = 2,
+        kv_heads: int = 2,
+        **options: Any,
+    ) -> Sample:
+        shape = (batch, kv_heads, keys, head_dim)
+        arguments = {"q": draw(batch, heads, queries, head_dim), "k": draw(*shape), "v": draw(*shape), **options}
+        return Sample(label, arguments)
+
+    yield sample("defaults", 7, 7)
+    yield Sample("large", sample("", 150, 210, batch=6, return_lse=True).arguments)
+    for queries, keys in ((0, 5), (5, 0), (1, 1), (1, 65), (3, 64), (64, 64), (65, 129), (5, 3)):
+        # A finite difference of minus infinities is NaN: logarithms of nothing have their own test.
+        yield sample(f"{queries} queries, {keys} keys", queries, keys, return_lse=queries <= keys)
+        yield sample(f"{queries} queries, {keys} keys, all visible", queries, keys, causal=False)
+    yield sample("no samples", 3, 3, batch=0)
+    for head_dim in (1, 17, 31, 33, 64, 80, 130, 256):
+        yield sample(f"head_dim {head_dim}", 9, 70, head_dim, return_lse=True)
+    for heads, kv_heads in ((4, 2), (6, 1), (3, 3), (16, 1)):
+        yield sample(f"{heads} heads, {kv_heads} of keys", 21, 70, heads=heads, kv_heads=kv_heads)
+    yield sample("start", 5, 90, q_start=40)
+    yield sample("start of each sample", 5, 90, q_start=torch.tensor([3, 85]), return_lse=True)
+    yield sample("queries before the first key", 5, 9, q_start=-3)
+    yield sample("length", 5, 90, causal=False, k_length=70)
+    yield sample("length of each sample", 5, 90, k_length=torch.tensor([0, 87]))
+    yield sample("temperature", 5, 9, temperature=0.7)
+    yield sample("temperature of each sample", 5, 9, temperature=torch.tensor([0.7, 1.5]))
+    for prefix, window in ((0, None), (3, None), (5, 2), (70, 1)):
+        mask = FrameMask(prefix, 20, 2, window)
+        tokens = prefix + 100
+        yield sample(f"{mask}", tokens, tokens, frames=mask, return_lse=prefix == 5)
+        yield sample(f"causal {mask}", 30, tokens, causal=True, frames=mask, q_start=torch.tensor([0, tokens - 30]))
+    yield sample("frames, start and length", 50, 120, frames=FrameMask(4, 9, 1, 3), q_start=61, k_length=100)
+
+
+def _case(
+    batch: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    dtype: torch.dtype = torch.float32,
+    head_dim: int = 64,
+    **options: Any,
+) -> Callable[[torch.Generator], Sample]:
+    def sample(generator: torch.Generator) -> Sample:
+        def draw(rows: int) -> Tensor:
+            return torch.randn((batch, heads, rows, head_dim), generator=generator).to(dtype)
+
+        label = f"[{batch}, {heads}, {queries} x {keys}, {head_dim}] {dtype_text(dtype)}"
+        return Sample(label, {"q": draw(queries), "k": draw(keys), "v": draw(keys), **options})
+
+    return sample
+
+
+def _operations(sample: Sample) -> int:
+    q, k = sample.arguments["q"], sample.arguments["k"]
+    frames = sample.arguments.get("frames")
+    causal = sample.arguments.get("causal", frames is None)
+    mask = _visible(q, q.shape[2], k.shape[2], causal, None, None, frames)
+    pairs = q.shape[2] * k.shape[2] if mask is None else int(mask.sum())
+    return 4 * int(q.shape[0] * q.shape[1]) * pairs * int(q.shape[3])
+
+
+_DENOISER: Final = FrameMask(prefix=0, frame_tokens=256, look_ahead=2, window=10)
+
+SPEC = Spec(
+    name="block_attention",
+    call=block_attention,
+    reference=block_attention_reference,
+    check=check,
+    dtypes=((torch.float64,), (torch.float32,), (torch.float16,), (torch.bfloat16,)),
+    samples=_samples,
+    # Float32: sums of up to 256 products, weights within 2^-22. 16 bits: where products take them, weights are rounded
+    # to 8 bits (bfloat16) or 11 (float16) before the sum, which is rounded again.
+    bounds={
+        torch.float64: Bound(1e-12, 1e-12),
+        torch.float32: Bound(4e-6, 4e-6),
+        torch.float16: Bound(1e-3, 1e-3),
+        torch.bfloat16: Bound(8e-3, 8e-3),
+    },
+    differentiable=("q", "k", "v"),
+    autocast=True,
+    variants=DOT_VARIANTS,
+    refuses=lambda variant, q, **arguments: _why_torch(q),
+    lower=_lower,
+    kernel=_kernel,
+    cases={
+        **{
+            f"window of 64, {keys} keys, {dtype_text(dtype)}": _case(1, 16, 64, keys, dtype)
+            for keys in (1024, 4096, 16384)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        **{
+            f"denoiser, {dtype_text(dtype)}": _case(1, 2, 21 * 256, 21 * 256, dtype, frames=_DENOISER)
+            for dtype in (torch.float32, torch.bfloat16)
+        },
+        **{f"training, {tokens} tokens": _case(4, 8, tokens, tokens) for tokens in (320, 1280)},
+    },
+    operations=_operations,
+)

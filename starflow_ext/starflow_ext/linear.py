@@ -1,0 +1,527 @@
+"""linear: a matrix product with what comes before it (a norm) and after it: bias, activation, gate, residual."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from starflow_ext._check import check_floating, dtype_text, require, require_first_order
+from starflow_ext._load import operators
+from starflow_ext._mode import in_reference_mode
+from starflow_ext._options import (
+    DTYPES,
+    EPILOGUES,
+    NORM_KINDS,
+    PRODUCT_INPUTS,
+    WEIGHT_STORAGES,
+    check_name,
+    name_of,
+)
+from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
+from starflow_ext.linear_pack import DEVICE_STORAGES, PackedWeight, check_device_storage, pack_weight, unpack
+from starflow_ext.norm import EPSILON, NormKind
+from starflow_ext.norm import norm as normalise
+
+Epilogue = Literal["none", "gelu", "gelu_tanh"]
+ProductInput = Literal["float32", "bfloat16", "two_bfloat16", "float16"]
+
+# On the CPU; on CUDA it is the type of the weight.
+CPU_PRODUCT_INPUTS: Final = tuple(name for name in PRODUCT_INPUTS if name != "float16")
+_NATIVE: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def _slow_in_torch() -> frozenset[torch.dtype]:
+    """Half types whose products torch computes one element at a time on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return frozenset((torch.bfloat16, torch.float16))
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),
+    }
+    return frozenset(dtype for dtype, known in supported.items() if not known)
+
+
+_SLOW_IN_TORCH: Final = _slow_in_torch()
+
+
+class InputNorm(NamedTuple):
+    """A norm of ``x`` on its way into the product; arguments as of ``norm``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    kind: NormKind = "layer_norm"
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    epilogue: Epilogue = "none",
+    multiply: Tensor | None = None,
+    residual: Tensor | None = None,
+    product_input: ProductInput | None = None,
+    norm: InputNorm | None = None,
+) -> Tensor:
+    """Compute ``residual + epilogue(norm(x) @ weight.T + bias) * multiply``.
+
+    A packed weight runs the native kernels of its device, with sums, norm and epilogue in float32; a row's bits depend
+    neither on the other rows nor on the number of threads. A plain tensor runs torch's own product, unless
+    ``product_input`` is given: packing for one call takes longer than it saves. float64 runs torch's too. Half types
+    that torch multiplies one element at a time on this processor it multiplies in float32.
+
+    On CUDA a packed weight is bfloat16 or float16, and ``x`` enters the product rounded to the same type; tensor cores
+    multiply and sum in float32. The gradient is torch's own products there. These kernels have not run on a device yet
+    (docs/cuda.md).
+
+    Args:
+        x: (..., in_channels); float32, bfloat16, float16, or float64 with a plain weight of float64.
+        weight: (out_channels, in_channels), or what ``pack_weight`` made of it. ``x`` is rounded to the dtype of a
+            plain weight; under autocast both are rounded to its dtype.
+        bias: (out_channels,).
+        epilogue: "none", "gelu" (exact, erf) or "gelu_tanh".
+        multiply: (..., out_channels), the other factor of a gated unit.
+        residual: (..., out_channels); the sum has its dtype, so a float32 residual stream stays float32.
+        product_input: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum
+            of two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A
+            level without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA the
+            type of the weight, and no other.
+        norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it.
+
+    Returns:
+        (..., out_channels), in the dtype of ``residual`` if given, else of a plain ``weight``, else of ``x``.
+
+    Raises:
+        RuntimeError: if an option, a dtype or a device is wrong, or a shape does not agree.
+
+    Reference:
+        Hendrycks and Gimpel, Gaussian Error Linear Units (2016); Shazeer, GLU Variants Improve Transformer (2020).
+    """
+    if in_reference_mode() or _why_torch(x, weight, bias, epilogue, multiply, residual, product_input, norm):
+        return linear_reference(x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    # The native op checks the rest, with the words of check().
+    operator, arguments = _lower(x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    out: Tensor = operator(*arguments)[0]
+    return out
+
+
+def linear_reference(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    product_input: str | None,
+    norm: InputNorm | None,
+) -> Tensor:
+    """Compute ``linear`` in plain torch, a packed weight by its rounded values; arguments as there."""
+    check(x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    if isinstance(weight, Tensor):
+        x, weight, norm = _rounded(x, weight, norm)
+        return _torch(x, weight, bias, epilogue, multiply, residual, norm, weight.dtype)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        return _torch(x, _values(weight).to(exact), bias, epilogue, multiply, residual, norm, x.dtype)
+
+
+def _values(packed: PackedWeight) -> Tensor:
+    """The weight as it is multiplied by, with a gradient where the original is kept."""
+    original = packed.weight
+    if original is None:
+        return packed.unpack()
+    if dtype_text(original.dtype) == packed.storage:
+        return original
+    return packed.unpack() + (original - original.detach())
+
+
+def _torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    norm: InputNorm | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """In the dtype of ``weight``; the result in that of ``residual``, else in ``dtype``."""
+    # Side by side, so that the bits do not depend on strides.
+    x, weight = x.contiguous(), weight.contiguous()
+    if norm is not None:
+        x = normalise(x, norm.weight, norm.bias, kind=norm.kind)
+    out = _product(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    if epilogue != "none":
+        out = F.gelu(out, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    if multiply is not None:
+        out = out * multiply
+    if residual is None:
+        return out.to(dtype)
+    return (residual + out.to(torch.promote_types(out.dtype, residual.dtype))).to(residual.dtype)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`, in float32 where torch is slow in the dtype (a training step on a Zen 3: 30 s in place of 1 s)."""
+    if not x.is_cpu or x.dtype not in _SLOW_IN_TORCH:
+        return F.linear(x, weight, bias)
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _rounded(x: Tensor, weight: Tensor, norm: InputNorm | None) -> tuple[Tensor, Tensor, InputNorm | None]:
+    """The operands of a product with a plain weight in the dtype that torch would multiply in."""
+    weight = weight.to(_product_dtype(weight))
+    if norm is not None:
+        x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
+    return x.to(weight.dtype), weight, norm
+
+
+def _product_dtype(weight: Tensor) -> torch.dtype:
+    """What a product with a plain weight is computed in."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def _why_torch(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    product_input: str | None,
+    norm: InputNorm | None,
+) -> str:
+    """Why a call is left to torch, or nothing."""
+    packed = isinstance(weight, PackedWeight)
+    if not (x.is_cpu or x.is_cuda) or not (packed or x.device == weight.device):
+        return f"x is on {x.device}"
+    named = (("x", x), ("weight", weight), ("bias", bias), ("multiply", multiply), ("residual", residual))
+    for name, tensor in named:
+        if isinstance(tensor, Tensor) and tensor.dtype not in _NATIVE:
+            return f"{name} is {dtype_text(tensor.dtype)}"
+    if packed or product_input is not None:
+        return ""
+    # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save,
+    # 1.2 to 2 times the whole call up to 256 rows and a few per cent above.
+    return "the weight is not packed, and packing it for one call takes longer than it saves (see pack_weight)"
+
+
+def _lower(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    product_input: str | None,
+    norm: InputNorm | None,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The native operator of a call and its arguments."""
+    _check_options(epilogue, product_input, norm, weight.device)
+    if isinstance(weight, Tensor):
+        x, weight, norm = _rounded(x, weight, norm)
+        packed = pack_weight(weight)
+        dtype = weight.dtype
+    else:
+        packed, dtype = weight, x.dtype
+    if product_input is None:
+        stored = packed.device.type == "cuda" or packed.storage == "bfloat16"
+        product_input = packed.storage if stored else "float32"
+    gradient = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad
+        for tensor in (x, packed.weight, bias, multiply, residual, *(norm or ())[:2])
+    )
+    if norm is not None and gradient:
+        # The op norm has the gradient.
+        x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
+    return _native, (
+        x,
+        packed.weight if gradient else None,
+        packed.panels,
+        packed.column_scale,
+        packed.out_channels,
+        packed.in_channels,
+        WEIGHT_STORAGES[packed.storage],
+        bias,
+        EPILOGUES[epilogue],
+        multiply,
+        residual,
+        PRODUCT_INPUTS[product_input],
+        NORM_KINDS["none" if norm is None else norm.kind],
+        None if norm is None else norm.weight,
+        None if norm is None else norm.bias,
+        DTYPES[_NATIVE[dtype if residual is None else residual.dtype]],
+        gradient and (epilogue != "none" or multiply is not None),
+    )
+
+
+def _check_options(epilogue: str, product_input: str | None, norm: InputNorm | None, device: torch.device) -> None:
+    check_name("linear", "epilogue", epilogue, EPILOGUES)
+    if product_input is not None:
+        known = PRODUCT_INPUTS if device.type == "cuda" else CPU_PRODUCT_INPUTS
+        check_name("linear", "product_input", product_input, known)
+    if norm is not None:
+        check_name("linear", "norm", norm.kind, EPSILON)
+
+
+def check(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    epilogue: str,
+    multiply: Tensor | None,
+    residual: Tensor | None,
+    product_input: str | None,
+    norm: InputNorm | None,
+) -> None:
+    """Raise what ``linear`` raises for wrong arguments; arguments as there."""
+    op = "linear"
+    _check_options(epilogue, product_input, norm, weight.device)
+    out_channels, in_channels = weight.shape if len(weight.shape) == 2 else (-1, -1)
+    require(out_channels >= 0, op, "weight has shape", list(weight.shape), "(out_channels, in_channels)")
+    require(
+        x.dim() >= 1 and x.shape[-1] == in_channels,
+        op,
+        "x has shape",
+        list(x.shape),
+        f"[..., {in_channels}] for weight of shape {list(weight.shape)}",
+    )
+    shape = [*x.shape[:-1], out_channels]
+    norm_weight, norm_bias, kind = (None, None, "layer_norm") if norm is None else norm
+    require(kind == "layer_norm" or norm_bias is None, op, "norm_bias is", "given", "None for rms_norm")
+    named = (
+        ("x", x, None),
+        ("bias", bias, shape[-1:]),
+        ("multiply", multiply, shape),
+        ("residual", residual, shape),
+        ("norm_weight", norm_weight, [in_channels]),
+        ("norm_bias", norm_bias, [in_channels]),
+    )
+    for name, tensor, expected in named:
+        if tensor is None:
+            continue
+        if expected is not None:
+            require(list(tensor.shape) == expected, op, f"{name} has shape", list(tensor.shape), expected)
+        if isinstance(weight, Tensor):
+            require(tensor.device == weight.device, op, f"{name} is on", tensor.device, f"{weight.device} like weight")
+        else:
+            expected_device = f"{weight.device} for a packed weight"
+            require(tensor.device == weight.device, op, f"{name} is on", tensor.device, expected_device)
+        check_floating(op, name, tensor)
+    if isinstance(weight, Tensor):
+        check_floating(op, "weight", weight)
+    native = not _why_torch(x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    if native and weight.device.type == "cuda" and product_input is not None:
+        storage = dtype_text(_product_dtype(weight)) if isinstance(weight, Tensor) else weight.storage
+        check_device_storage(storage, weight.device)
+        expected_storage = f'"{storage}" like the weight on {weight.device}'
+        require(product_input == storage, op, "product_input is", f'"{product_input}"', expected_storage)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(..., channels) to (rows, channels), empty ones too."""
+    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
+
+
+_native = operators().linear.default
+_ARGUMENTS: Final = tuple(argument.name for argument in _native._schema.arguments)
+
+
+def _fake(*given: Any) -> tuple[Tensor, Tensor]:
+    call = dict(zip(_ARGUMENTS, given, strict=True))
+    x, dtype = call["x"], name_of("linear", "out_dtype", call["out_dtype"], DTYPES)
+    out = x.new_empty([*x.shape[:-1], call["out_channels"]], dtype=getattr(torch, dtype))
+    return out, torch.empty_like(out) if call["keep_product"] else out.new_empty([0])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    call = dict(zip(_ARGUMENTS, inputs, strict=True))
+    saved = ("x", "weight", "panels", "column_scale", "multiply")
+    ctx.save_for_backward(*(call[name] for name in saved), output[1])
+    ctx.call = {name: call[name] for name in ("out_channels", "in_channels", "storage", "epilogue", "norm")}
+    ctx.bias_dtype = None if call["bias"] is None else call["bias"].dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    require_first_order("linear")
+    call = ctx.call
+    normalised = call["norm"] != NORM_KINDS["none"]
+    require(not normalised, "linear", "norm is", "given", "none where a gradient is needed: the op norm has one")
+    grads: dict[str, Tensor] = {}
+    needed = dict(zip(_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    if grad is None:
+        return (None,) * len(_ARGUMENTS)
+    x, weight, panels, column_scale, multiply, product = ctx.saved_tensors
+    epilogue = name_of("linear", "epilogue", call["epilogue"], EPILOGUES)
+    approximate = "tanh" if epilogue == "gelu_tanh" else "none"
+    if needed["residual"]:
+        grads["residual"] = grad
+    if multiply is not None:
+        if needed["multiply"]:
+            factor = product if epilogue == "none" else F.gelu(product, approximate=approximate)
+            grads["multiply"] = (grad * factor).to(multiply.dtype)
+        grad = grad * multiply
+    if epilogue != "none":
+        grad = torch.ops.aten.gelu_backward(grad, product.to(grad.dtype), approximate=approximate)
+    # Of what was multiplied: the rounded weight, which is the weight itself where it is stored in its own dtype.
+    storage = name_of("linear", "storage", call["storage"], WEIGHT_STORAGES)
+    if weight is not None and dtype_text(weight.dtype) == storage:
+        values = weight
+    else:
+        values = unpack(panels, column_scale, call["out_channels"], call["in_channels"], storage)
+    rows = _rows(grad).to(values.dtype)
+    if needed["x"]:
+        grads["x"] = _product(rows, values.t()).reshape(x.shape).to(x.dtype)
+    if needed["weight"]:
+        grads["weight"] = _product(rows.t(), _rows(x).to(values.dtype).t()).to(weight.dtype)
+    if needed["bias"]:
+        grads["bias"] = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return tuple(grads.get(name) for name in _ARGUMENTS)
+
+
+torch.library.register_fake("starflow_ext::linear", _fake)
+torch.library.register_autograd("starflow_ext::linear", _backward, setup_context=_save)
+
+# Of float32: rounding of the sums, and 40 units of GELU; half types add the rounding of what they store. Activations
+# rounded to bfloat16 are off by 2^-9 each; the two terms of a split one by 2^-17.
+_BOUNDS: Final = {
+    torch.float64: Bound(1e-13, 1e-13),
+    torch.float32: Bound(4e-6, 4e-6),
+    torch.float16: Bound(1e-3, 8e-6),
+    torch.bfloat16: Bound(8e-3, 8e-6),
+}
+_ROUNDED: Final = {dtype: Bound(2e-2, 2e-2) for dtype in _NATIVE}
+_SPLIT: Final = {dtype: Bound(bound.relative + 2e-5, 2e-5) for dtype, bound in _BOUNDS.items()}
+
+
+def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
+    dtype, weight_dtype = dtypes
+    # float64 is not packed.
+    exact = dtype == torch.float64
+
+    def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
+
+    def sample(
+        label: str, shape: tuple[int, int, int], out: int, *, storage: Any = None, plain: bool = exact, **options: Any
+    ) -> Sample:
+        weight = (draw(out, shape[-1], kind=torch.float64) / max(1, shape[-1]) ** 0.5).to(weight_dtype)
+        given = {"bias": 0.1 * draw(out), **options}
+        for name in ("multiply", "residual"):
+            if given.get(name) is True:
+                given[name] = draw(*shape[:-1], out)
+        if given.get("norm") == "layer_norm":
+            given["norm"] = InputNorm(draw(shape[-1]), draw(shape[-1]))
+        if given.get("norm") == "rms_norm":
+            given["norm"] = InputNorm(0.2 * draw(shape[-1]), kind="rms_norm")
+        bounds = None
+        stored = storage or dtype_text(weight_dtype)
+        product_input = given.get("product_input") or ("bfloat16" if stored == "bfloat16" else "float32")
+        if exact:
+            pass
+        elif (product_input == "bfloat16" and dtype != torch.bfloat16) or (plain and weight_dtype != torch.float32):
+            # torch rounds after each step.
+            bounds = _ROUNDED
+        elif product_input == "bfloat16" and given.get("norm"):
+            bounds = _ROUNDED
+        elif product_input == "two_bfloat16":
+            bounds = _SPLIT
+        return Sample(
+            f"{label} {list(shape)} to {out}",
+            {"x": draw(*shape), "weight": weight if plain else pack_weight(weight, storage), **given},
+            bounds,
+        )
+
+    yield sample("defaults", (2, 5, 48), 40)
+    large = sample("", (6, 301, 48), 40, epilogue="gelu", residual=True)
+    yield Sample("large", large.arguments, large.bounds)
+    yield sample("one element", (1, 1, 1), 1)
+    yield sample("no samples", (0, 5, 7), 9)
+    yield sample("no tokens", (2, 0, 7), 9)
+    yield sample("nothing in", (2, 5, 0), 9)
+    yield sample("nothing out", (2, 5, 7), 0)
+    for rows, channels, out in ((1, 33, 31), (7, 31, 33), (8, 64, 64), (15, 130, 1), (17, 1, 70), (29, 96, 97)):
+        yield sample("rows", (2, rows, channels), out, bias=None)
+    for epilogue in EPILOGUES:
+        for multiply, residual in ((None, None), (True, None), (None, True), (True, True)):
+            yield sample(f"{epilogue}", (2, 4, 19), 37, epilogue=epilogue, multiply=multiply, residual=residual)
+    for kind in ("layer_norm", "rms_norm"):
+        yield sample(kind, (2, 5, 50), 35, norm=kind)
+        yield sample(f"plain weight, {kind}", (2, 5, 50), 35, norm=kind, plain=True)
+    yield sample("plain weight", (2, 5, 48), 40, plain=True)
+    if not exact:
+        options = {"epilogue": "gelu", "multiply": True, "residual": True, "product_input": "float32"}
+        yield sample("plain weight, packed for the call", (2, 15, 48), 40, plain=True, **options)
+    if dtype == weight_dtype == torch.float32:
+        for storage in ("float16", "bfloat16", "int8", "two_bfloat16"):
+            for product_input in CPU_PRODUCT_INPUTS:
+                yield sample(
+                    f"{storage}, {product_input}", (2, 9, 70), 45, storage=storage, product_input=product_input
+                )
+
+
+def _on_cuda(sample: Sample) -> Sample:
+    """A packed weight in a type that products on CUDA take, and so what is multiplied by it."""
+    moved = sample.map(Tensor.cuda)
+    weight = sample.arguments["weight"]
+    if isinstance(weight, Tensor):
+        return moved
+    storage = weight.storage if weight.storage in DEVICE_STORAGES else "bfloat16"
+    original = (weight.unpack() if weight.weight is None else weight.weight).cuda().to(getattr(torch, storage))
+    packed = {"weight": pack_weight(original), "product_input": None}
+    bounds = dict.fromkeys(_NATIVE, Bound(4e-2, 4e-2))
+    return Sample(sample.label, {**moved.arguments, **packed}, bounds)
+
+
+def _case(rows: int, out: int, channels: int) -> Any:
+    def draw(generator: torch.Generator) -> Sample:
+        weight = torch.randn((out, channels), generator=generator) / channels**0.5
+        x = torch.randn((rows, channels), generator=generator)
+        return Sample(f"[{rows}, {channels}] to {out}", {"x": x, "weight": pack_weight(weight)})
+
+    return draw
+
+
+def _operations(sample: Sample) -> int:
+    x, weight = sample.arguments["x"], sample.arguments["weight"]
+    return 2 * int(x.numel()) * int(weight.shape[0])
+
+
+def _bytes(sample: Sample) -> int:
+    x, weight = sample.arguments["x"], sample.arguments["weight"]
+    return int(x.nbytes + weight.nbytes + x.nbytes // max(1, x.shape[-1]) * weight.shape[0])
+
+
+SPEC = Spec(
+    name="linear",
+    call=linear,
+    reference=linear_reference,
+    check=check,
+    dtypes=(
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16),
+    ),
+    samples=_samples,
+    bounds=_BOUNDS,
+    differentiable=("x", "weight", "bias", "multiply", "residual"),
+    shared=("weight", "bias", "norm"),
+    variants=DOT_VARIANTS,
+    refuses=lambda variant, **arguments: _why_torch(**arguments),
+    lower=_lower,
+    on_cuda=_on_cuda,
+    cases={f"{rows} rows": _case(rows, out, channels) for rows, out, channels in ((16, 3072, 768), (64, 768, 3072))},
+    bytes_moved=_bytes,
+    operations=_operations,
+)
