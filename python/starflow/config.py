@@ -25,6 +25,8 @@ FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace"
 
 # Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
 _LAYERS = 10_000
+# Integers end where those of tensors do.
+_INTEGERS = 1 << 63
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -656,6 +658,8 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     if kind is bool:
         require(isinstance(value, bool) or value in (0, 1), path, value, "true or false")
         return bool(value)
+    if kind in (int, float) and isinstance(value, int):
+        require(-_INTEGERS <= value < _INTEGERS, path, value, "a number of at most 63 bits")
     if kind is int:
         require(isinstance(value, int) and not isinstance(value, bool), path, value, "an integer")
         return value

@@ -38,7 +38,7 @@ def test_what_comes_out_can_be_trained_on(pipeline: Pipeline) -> None:
     still = torch.zeros(1, SIZE, SIZE)
     made = pipeline.sample(PROMPT, image=still)
     session = pipeline.session(PROMPT, image=still)
-    beginning, (frames, *_) = session.beginning, list(session.extend(1))
+    beginning, frames = session.beginning, next(session.extend(session.planned, last=True))
     encoded = pipeline.session("").encode(made.pixels)
     decoded = decode(pipeline.flow, encoded, pipeline.condition([PROMPT]))
     assert beginning is not None

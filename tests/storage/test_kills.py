@@ -82,7 +82,7 @@ def test_a_run_killed_at_any_moment_goes_on_to_the_same_bits(tiny, tmp_path: Pat
         begin = time.monotonic()
         processes = start(size, place, config)
         for process in processes:
-            process.join(300)
+            process.join(900)
         assert [process.exitcode for process in processes] == [0] * size
         return time.monotonic() - begin
 

@@ -570,7 +570,7 @@ def test_a_state_of_an_earlier_version_with_odd_counters_is_refused(tiny, tmp_pa
     del inner["data"]
     file.write_text(json.dumps(inner))
     train(tiny(steps=1), tmp_path, quiet=True)
-    for change in ({"step": "1"}, {"step": -1}, {"bad": True}, {"config": []}, {"updates": None}):
+    for change in ({"step": "1"}, {"step": -1}, {"bad": True}, {"config": []}, {"config": {"flow": 3}}, {"data": 3}):
         file.write_text(json.dumps({**inner, **change}))
         with pytest.raises(CheckpointError, match="is damaged, expected counters and a configuration in it"):
             train(tiny(steps=2), tmp_path, quiet=True)

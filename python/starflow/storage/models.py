@@ -274,6 +274,8 @@ def _part(path: str | Path, section: str, make: Callable[[], Kind]) -> Kind:
     """What `make` makes of a section of the header whose options are of no declared type."""
     try:
         return make()
+    except ValueError as error:
+        raise ValueError(short(error, 800)) from None
     except (TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: config.{section} in the header cannot be used: {short(error)}"

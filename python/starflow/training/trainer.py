@@ -211,12 +211,14 @@ class Trainer:
         """
         state = read_state(path)
         counters = [state.get(name) for name in ("step", "updates", "bad")]
-        saved = state.get("config")
-        if not isinstance(saved, dict) or not all(type(count) is int and count >= 0 for count in counters):
+        saved, data = state.get("config"), state.get("data", self.data)
+        whole = isinstance(saved, dict) and all(isinstance(options, dict) for options in saved.values())
+        whole = whole and isinstance(data, dict) and all(type(count) is int and count >= 0 for count in counters)
+        if not whole or not isinstance(saved, dict):
             raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(saved, to_mapping(self.config), path)
-        if state.get("data", self.data) != self.data:
-            told = [f"{facts.get('files', 'no')} files" for facts in (state["data"], self.data)]
+        if data != self.data:
+            told = [f"{facts.get('files', 'no')} files" for facts in (data, self.data)]
             logger.warning("data changed since %s: %s were, %s are; the run goes on with these", path.name, *told)
         averaged = bool(saved.get("train", {}).get("ema"))
         about = load_state(path, self._tensors(averaged=averaged and bool(self.config.train.ema)), self.world)
