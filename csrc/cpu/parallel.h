@@ -6,6 +6,8 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <stdexcept>
+#include <string>
 
 namespace starflow::cpu {
 
@@ -15,19 +17,19 @@ inline constexpr int64_t grain_elements = 16384;
 // The same for ops of a few instructions an element (a fifth of a nanosecond from the caches).
 inline constexpr int64_t light_grain_elements = 4 * grain_elements;
 
-// torch::stable::parallel_for, whose C interface loses what an exception says: the first one is thrown behind it.
+// torch::stable::parallel_for, whose C interface loses what an exception says: the first sentence is thrown behind it.
 template <class Function>
 void parallel(int64_t items, int64_t grain, const Function& function) {
-    std::exception_ptr thrown;
-    std::atomic_flag taken = ATOMIC_FLAG_INIT;
+    std::string sentence;
+    std::atomic<bool> thrown = false;
     torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
         try {
             function(begin, end);
-        } catch (...) {
-            if (!taken.test_and_set()) thrown = std::current_exception();
+        } catch (const std::exception& error) {
+            if (!thrown.exchange(true)) sentence = error.what();
         }
     });
-    if (thrown) std::rethrow_exception(thrown);
+    if (thrown) throw std::runtime_error(sentence);
 }
 
 // Each row is computed whole by one thread, so that results do not depend on how many there are.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -56,7 +57,7 @@ def test_the_root_of_the_checkout_hides_no_package(root: Path, module: str) -> N
     """`python -c` and `python -m` put the current folder first: the folder starflow_ext there is no package."""
     code = f"import {module}, starflow_ext.ops; print({module}.__file__)"
     done = _at_the_root(root, "-c", code)
-    assert done.stdout.strip() == sys.modules[module].__file__
+    assert done.stdout.strip() == importlib.import_module(module).__file__
 
 
 def test_wheel_holds_both_packages_and_no_sources() -> None:
