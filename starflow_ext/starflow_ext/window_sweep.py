@@ -110,17 +110,18 @@ def sweep_window(
     moved = x[after].clone()
     change = update_(moved, z[here], raw, tokens)
     accepted = change < tolerance
+    done = None
     if final is not None:
-        done = tokens < final[:, None]
-        moved = torch.where(done[..., None], x[after], moved)
-        accepted |= done
+        done = (tokens < final[:, None])[..., None]
+        moved = torch.where(done, x[after], moved)
+        accepted |= done[..., 0]
     x[after] = moved
     if guesses:
         halves = raw.view(raw.shape[0] // batch, batch, *raw.shape[1:])
         if at.kept is None:
             at.kept = raw.new_zeros(halves.shape[0], batch, total, raw.shape[-1])
         for kept, half in zip(at.kept, halves, strict=True):
-            kept[here] = half
+            kept[here] = half if done is None else torch.where(done, kept[here], half)
     if min(at.fresh) < max(starts) + width:
         at.fresh = [max(token, start + width) for token, start in zip(at.fresh, starts, strict=True)]
     # A token is final when all before it in the window moved less than the tolerance; NaN never does.

@@ -138,7 +138,7 @@ def test_wrong_arguments() -> None:
 
 
 def test_opcheck() -> None:
-    for storage in WEIGHT_STORAGES:
+    for storage in WEIGHT_STORAGES.values():
         torch.library.opcheck(operators().linear_pack.default, (_draw((33, 40)), storage))
 
 

@@ -9,6 +9,7 @@ import torch
 
 import starflow_ext
 from starflow_ext import ops
+from starflow_ext._options import PAIRINGS
 from starflow_ext.rope_append import Cache, Pairing, Rotation
 
 from .battery import assert_equal, assert_refused, copied, outcome, plain, run, samples_of
@@ -208,4 +209,4 @@ def test_wrong_arguments() -> None:
             changed |= {"query_norm": None, "key_norm": None}
         assert_refused(SPEC, changed, sentence)
     with pytest.raises(RuntimeError, match=r"^rope_append: query_rotation has one table, expected cosines and sines"):
-        torch.ops.starflow_ext.rope_append(qkv, 4, 2, rotation.cos, None, None, None, None, None, "half")
+        torch.ops.starflow_ext.rope_append(qkv, 4, 2, rotation.cos, None, None, None, None, None, PAIRINGS["half"])
