@@ -1,8 +1,8 @@
 """Print version and folder of a torch whose headers serve the build: ``2.13.0;/.../torch``, or nothing.
 
-Looked for where this interpreter imports from, then among the packages of its environment: pip builds in an environment
-of its own, and a torch that is installed already need not be downloaded once more. Nothing is imported, and no more than
-headers and one library to link with is taken.
+It is looked for where this interpreter imports from, then among the packages of its environment: pip builds in an
+environment of its own, and a torch that is installed already need not be downloaded once more. Nothing is imported,
+and no more than headers and one library to link with is taken.
 """
 
 from __future__ import annotations

@@ -79,8 +79,10 @@ def stand_in(compiler: str, folder: Path, soname: str, names: dict[str, tuple[st
     )
     (folder / f"{soname}.map").write_text(script)
     subprocess.run(
-        [compiler, "-shared", "-nostdlib", "-o", folder / soname, folder / f"{soname}.s", f"-Wl,-soname,{soname}"]
-        + [f"-Wl,--version-script,{folder / soname}.map"],
+        [
+            *(compiler, "-shared", "-nostdlib", "-o", folder / soname, folder / f"{soname}.s"),
+            *(f"-Wl,-soname,{soname}", f"-Wl,--version-script,{folder / soname}.map"),
+        ],
         check=True,
     )
 
@@ -131,7 +133,8 @@ def main(folder: Path, compiler: str) -> None:
     merged = " ".join(str(folder / name) for name in MERGED)
     loader = found_by(compiler, "ld-linux-x86-64.so.2")
     scripts = {
-        "libc.so": f"{folder}/libc.so.6 {found_by(compiler, 'libc_nonshared.a')} {folder}/liblater.a AS_NEEDED ( {merged} {loader} )",
+        "libc.so": f"{folder}/libc.so.6 {found_by(compiler, 'libc_nonshared.a')} {folder}/liblater.a "
+        f"AS_NEEDED ( {merged} {loader} )",
         "libm.so": f"{folder}/libm.so.6",
         "libgcc_s.so": f"{folder}/libgcc_s.so.1 {found_by(compiler, 'libgcc.a')}",
         "libstdc++.so": f"{folder}/libstdc++.so.6 {found_by(compiler, 'libstdc++.a')}",
