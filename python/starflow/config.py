@@ -558,7 +558,7 @@ def read_yaml(path: Path, expected: str = "a yaml file") -> Any:
     name = f"config {short(path)}"
     try:
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{name} is no file, expected {expected}")
+            raise ConfigError(f"{name} cannot be read: it is no file; expected {expected}")
         with path.open("rb") as file:
             content = file.read(_YAML_BYTES + 1)
     except (OSError, ValueError) as error:

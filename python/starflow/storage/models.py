@@ -312,7 +312,7 @@ def _index(file: Path) -> dict[str, Any]:
         )
     if not all(isinstance(text, str) for text in (*about.values(), *places.values())):
         raise CheckpointError(f"checkpoint {file} is damaged, expected text in its metadata and its weight_map")
-    if any(name in ("", ".", "..") or Path(name).name != name for name in places.values()):
+    if any(name in ("", ".", "..") or Path(name).name != name or len(name) > 255 for name in places.values()):
         raise CheckpointError(f"checkpoint {file} names files elsewhere, expected them beside it")
     if about["format"] == FORMAT and (not is_whole(index) or not isinstance(sums, dict)):
         raise CheckpointError(f"checkpoint {file} is damaged: it does not have the checksum in it")

@@ -261,11 +261,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     try:
-        values = json.loads(content) if len(content) <= _JSON_BYTES else None
+        values = json.loads(content, object_pairs_hook=_unique) if len(content) <= _JSON_BYTES else None
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise CheckpointError(f"checkpoint {path} is damaged, expected json of {what}")
+    return values
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping whose names stand there once."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a name stands there twice")
     return values
 
 
