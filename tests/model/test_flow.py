@@ -195,7 +195,7 @@ def test_bf16_weights_stay_close() -> None:
     assert got.z.dtype == torch.float32
     assert (got.z - exact.z).abs().max() < 0.02 * exact.z.abs().max()
     torch.testing.assert_close(nll_of(got), nll_of(exact), atol=0.01, rtol=0.01)
-    decoded = rounded.decode(x, y, schedule=EXACT)
+    decoded = decode(rounded, x, y, schedule=EXACT)
     assert decoded.x.dtype == torch.float32
     back = rounded.encode(decoded.x.clone(), y).z
     assert (back - x).abs().max() < 0.1  # bf16 products differ with the shape of a call
@@ -211,7 +211,7 @@ def test_weights_of_mixed_dtypes() -> None:
     }
     mixed.load_state_dict(state, assign=True)
     assert (mixed.encode(x, y).z - flow.encode(x, y).z).abs().max() < 0.1
-    assert mixed.decode(x, y, schedule=EXACT).x.isfinite().all()
+    assert decode(mixed, x, y, schedule=EXACT).x.isfinite().all()
     back = Flow(flow.config).eval()
     back.load_state_dict(mixed.state_dict())
     torch.testing.assert_close(back.encode(x, y).z, mixed.encode(x, y).z, atol=0.1, rtol=0.1)
@@ -301,7 +301,7 @@ def test_errors_of_decoding_name_the_argument() -> None:
         decode(flow, torch.zeros(2, 3), y)
     free = make_flow(IMAGE)
     with pytest.raises(ValueError, match=r"guidance is 2.0, expected 0 without text or classes to guide by"):
-        free.decode(latents(free), guidance=2.0, schedule=Sequential())
+        decode(free, latents(free), guidance=2.0, schedule=Sequential())
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")

@@ -42,7 +42,7 @@ class Machine:
     def built(self, **options: str) -> str:
         said = self.run(**options)
         assert "CMake Error" not in said
-        return said.partition("built: ")[2].partition(" because")[0]
+        return said.partition("built:")[2].partition("because")[0].strip()
 
 
 @pytest.fixture
