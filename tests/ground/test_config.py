@@ -133,7 +133,7 @@ def test_files_that_are_no_config(text: str, message: str, tmp_path: Path) -> No
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path, "digitz"):
-        with pytest.raises(ConfigError, match=r"^config .* is no file, expected a yaml file or one of .*digits"):
+        with pytest.raises(ConfigError, match=r"cannot be read: .*; expected a yaml file or one of .*digits"):
             RunConfig.load(path)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(ConfigError, match="is not text, expected a yaml file"):
