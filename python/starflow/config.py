@@ -668,7 +668,7 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
             try:
                 value = float(value)
             except ValueError:
-                raise ConfigError(f"{path} is {value!r}, expected a number") from None
+                raise ConfigError(f"{path} is {shown(value)}, expected a number") from None
         require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
         return float(value)
     if kind is str:
@@ -683,9 +683,9 @@ def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = 
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:
-            close = difflib.get_close_matches(str(key), names, n=1)
+            close = difflib.get_close_matches(short(key), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(names)}"
-            raise ConfigError(f"{path}.{key} is not an option{hint}")
+            raise ConfigError(f"{path}.{short(key)} is not an option{hint}")
     required = [
         f.name
         for f in dataclasses.fields(kind)  # type: ignore[arg-type]
