@@ -10,7 +10,7 @@
 
 namespace starflow {
 
-// RuntimeError in Python. The message is built only when the check fails, of an argument too that is a function.
+// Raises RuntimeError in Python. The message is built, and an argument that is a function called, only on failure.
 template <class Argument, class Got, class Expected>
 void require(bool condition, const char* op, const Argument& argument, const Got& got, const Expected& expected) {
     if (condition) return;
@@ -25,7 +25,7 @@ void require(bool condition, const char* op, const Argument& argument, const Got
     throw std::runtime_error(sentence.str());
 }
 
-// "x has shape", put together only when it is said.
+// Text such as "x has shape", which is put together only for a message.
 inline auto named(const char* name, const char* rest) {
     return [=] { return std::string(name) + rest; };
 }
@@ -49,21 +49,21 @@ Enum option_of(const char* op, const char* argument, int64_t number, const char*
     return static_cast<Enum>(number);
 }
 
-// A dtype that kernels compute with.
+// Requires a dtype that kernels compute with.
 void check_floating(const char* op, const char* name, const Tensor& tensor);
 
-// A tensor of this dtype and shape, on the device of another one.
+// Requires this dtype and shape, and the device of another tensor.
 void check_tensor(const char* op, const char* name, const Tensor& tensor, ScalarType type,
                   const std::vector<int64_t>& shape, const char* like_name, const Tensor& like);
 
-// A second tensor that must look like the first.
+// Requires a second tensor to look like the first.
 void check_like(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 
-// A tensor that is written: two places of it that are one place in memory would be written twice, in an order that
-// nobody promises.
+// Requires that no two elements of a tensor that is written share memory: that place would be written twice, in an
+// order that nobody promises.
 void check_own_memory(const char* op, const char* name, const Tensor& tensor);
 
-// The same device as the first tensor's.
+// Requires the device of the first tensor.
 void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 
 }  // namespace starflow

@@ -18,7 +18,7 @@ struct VisibleKeysOf {
     STARFLOW_HOST_DEVICE constexpr bool all_in(Index begin, Index end) const {
         return end <= prefix || (first <= (begin > prefix ? begin : prefix) && last >= end);
     }
-    // Without branches.
+    // The test has no branches.
     STARFLOW_HOST_DEVICE constexpr bool has(Index key) const {
         const auto before_prefix = static_cast<unsigned>(key < prefix);
         const auto in_run = static_cast<unsigned>(key >= first) & static_cast<unsigned>(key < last);

@@ -1,5 +1,5 @@
-// Runtime value to template argument, once, in front of a loop. Kernel files include this one: no torch, no std. Each
-// visitor is a lambda of the including file, so that every instantiation is local to it.
+// Turns a runtime value into a template argument, once, in front of a loop. Kernel files include this one: no torch, no
+// std. Each visitor is a lambda of the including file, so that every instantiation is local to it.
 #pragma once
 #include "common/dtype.h"
 

@@ -77,8 +77,8 @@ inline void tile_store(void* to, int64_t stride) {
     }
 }
 #else
-// By assembler: the compiler's intrinsics are macros that take the number of a tile as a literal, and do not tell the
-// compiler which memory they read.
+// The instructions are written in assembler: the compiler's intrinsics are macros that take the number of a tile as a
+// literal, and do not tell the compiler which memory they read.
 inline void tile_configure(const TileConfig& config) { __asm__ volatile("ldtilecfg %0" ::"m"(config)); }
 inline void tile_release() { __asm__ volatile("tilerelease" ::: "memory"); }
 template <int tile>
@@ -121,8 +121,8 @@ class Tiles {
 
 // -- products ---------------------------------------------------------------------------------------------------------
 
-// Weights and rows as one bfloat16 or as the sum of two. Of the four products of two sums that of the small terms is
-// left out: what is left is 2^-16 of the whole.
+// Weights and rows as one bfloat16 or as the sum of two. Of the four products of two such sums the product of the two
+// small terms is left out: it is 2^-16 of the whole.
 template <int weight_terms_, int row_terms>
 struct TileProduct {
     using Cell = BFloat16;
@@ -156,7 +156,7 @@ inline void multiply_tiles(const char* const (&rows)[2], const int64_t (&strides
         }
     }
     constexpr int64_t weight_cell = Product::cell * Product::weight_step;
-    // Loads between the products that do not wait for them: 5 % faster than all loads first.
+    // Loads stand between products that do not wait for them: this is 5 % faster than all loads first.
     const auto multiply = [&](int64_t cell, const char* weights) {
         tile_load<Tiles::rows_0>(rows[0] + cell * strides[0], cell_bytes);
         tile_load<Tiles::weights_0>(weights, panel_row_bytes);
@@ -172,7 +172,7 @@ inline void multiply_tiles(const char* const (&rows)[2], const int64_t (&strides
     const char* next = ahead.next;
     for (int64_t i = 0; i < cells; ++i) {
         const char* weights = panel + i * weight_cell;
-        // The small products first.
+        // The small products are added first.
         if constexpr (Product::weight_terms == 2) multiply(2 * i, weights + other);
         if constexpr (Product::terms == 2) multiply(2 * i + 1, weights);
         multiply(Product::terms * i, weights);
@@ -215,7 +215,7 @@ inline void multiply_panels_on_tiles(const PackedRows& rows, const Panels& weigh
     constexpr int64_t weight_cell = Product::cell * Product::weight_step;
     const int64_t all = rows.cells / Product::terms;
     const int64_t pairs = (rows.groups() + 1) / 2;
-    // One pair streams the panel; more pass over a part of it that stays in the first-level cache.
+    // One pair of groups streams the panel; several pass over a part of it that stays in the first-level cache.
     const int64_t block = pairs == 1 ? all : block_bytes / weight_cell;
     const int64_t other = weights.padded_depth() * panel_columns * static_cast<int64_t>(sizeof(BFloat16));
     const FetchShares<Product> ahead(weights, all, pairs);

@@ -14,8 +14,8 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// Reads a byte of each line, so that it is in the caches later. Not prefetches: processors drop those when many wait
-// for memory already (measured on a Zen 4: a prefetch of everything changed nothing, these reads took a sixth off).
+// Reads a byte of each line, so that it is in the caches later. Processors drop prefetches when many wait for memory
+// already (measured on a Zen 4: prefetching everything changed nothing, reads took a sixth off attention's time).
 inline void touch(const void* from, int64_t bytes) {
     for (int64_t line = 0; line < bytes; line += 64) {
         (void)static_cast<const volatile char*>(from)[line];
@@ -45,7 +45,7 @@ struct PanelCache {
                 slots * row_bytes};
     }
 
-    // A share of a block, into the second-level cache.
+    // Brings one of `parts` shares of the block of keys from `begin` on into the second-level cache.
     void touch_part(int64_t begin, int64_t part, int64_t parts) const {
         if (begin >= slots) return;
         const BlockPanels ahead = block(begin);
@@ -59,7 +59,7 @@ struct PanelCache {
     }
 };
 
-// Calls visitor(Product{}) with what attention multiplies by, for keys and values stored so.
+// Calls visitor(Product{}) with the product that attention uses for keys and values of this storage.
 template <class Visitor>
 inline void visit_attention_product(MatrixStorage storage, [[maybe_unused]] ProductInput product_input,
                                     const Visitor& visitor) {
@@ -101,8 +101,8 @@ struct CacheRow {
     }
 };
 
-// A key's and a value's row into the cache. bfloat16 lies in pairs along the depth (csrc/cpu/panels.h), for keys their
-// channels, for values the slots.
+// Writes the rows of a key and of its value into the cache. bfloat16 lies in pairs along the depth (csrc/cpu/panels.h),
+// which for keys is the channels, for values the slots.
 template <class Element>
 inline void put_key(char* keys, int64_t slot, int64_t head_dim, int64_t head_depth, const float* key) {
     auto* panel = reinterpret_cast<Element*>(keys) + slot / panel_columns * head_depth * panel_columns;
@@ -182,17 +182,17 @@ struct AttendScratch {
     }
 };
 
-inline constexpr float no_product = -3.0e38F;  // below every product; what a hidden key counts as
+inline constexpr float no_product = -3.0e38F;  // below every product; it stands for the product of a hidden key
 inline constexpr float log2_of_e = 1.44269504F;
-inline constexpr float least_power = -125.0F;  // 2 to it is nothing beside the largest weight
+inline constexpr float least_power = -125.0F;  // 2^least_power is nothing beside the largest weight
 
-// The largest product is taken anew only where one exceeds it by so many powers of two: what finds it are shuffles, and
-// sums that were scaled by an earlier one must be scaled again.
+// The largest product of a row is updated only where another exceeds it by this many powers of two: finding the largest
+// takes shuffles, and sums that were scaled by an earlier one must be scaled again.
 inline constexpr float most_power = 6.0F;
 
 // Softmax weights of a strip, rows [begin, begin + weights.rows) of the tile, over the block of keys at `block`, from
-// its products, whose panels hold `room` rows. `shrink` becomes by what each row's earlier sums are to be multiplied;
-// false where nothing changes.
+// its products, whose panels hold `room` rows. `shrink` gets the factor by which each row's earlier sums are to be
+// multiplied; the result is false where those sums stay as they are.
 template <class Product>
 inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t begin, int64_t room, int64_t block,
                   const VisibleKeys* visible, float scale, float (&shrink)[AttendScratch::strip_rows]) {
@@ -336,7 +336,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
     }
 }
 
-// What a row's weights sum to, and its inverse: zero where it saw no key.
+// The sum of a row's weights, and its inverse, which is zero where the row saw no key.
 inline float attended_total(const AttendScratch& s, int64_t r) {
     return sum(load(s.total + r * Vec<float>::lanes, AllLanes{}));
 }

@@ -19,7 +19,7 @@ namespace {
 #define STARFLOW_UNROLL _Pragma("GCC unroll 16")
 
 #if defined(__AVX512F__)
-inline constexpr int product_vectors = 2;  // registers of columns at a time; sums take product_vectors * rows of 32
+inline constexpr int product_vectors = 2;  // registers of columns at a time; sums take product_vectors * rows of the 32
 inline constexpr int most_product_rows = 14;
 #elif defined(__AVX2__)
 inline constexpr int product_vectors = 2;
@@ -40,7 +40,7 @@ template <class Weight>
 struct WidenedProduct {
     using Cell = float;
     static constexpr int cell = 16;  // depth of a cell
-    static constexpr int terms = 1;  // cells that hold a depth: their sum is the activation
+    static constexpr int terms = 1;  // cells that hold the same depth: their sum is the activation
     static constexpr int weight_terms = 1;
     static constexpr int most_rows = most_product_rows;
     static constexpr int64_t weight_step = panel_columns * static_cast<int64_t>(sizeof(Weight));  // bytes a depth
@@ -141,7 +141,7 @@ struct PairsProduct {
 // cache, the other half being the rows'.
 inline constexpr int64_t block_bytes = 16 * 1024;
 
-// Into the second level: the first is full. `other` is the distance of the second term of the weights.
+// Prefetches into the second-level cache, as the first is full. `other` is the distance to the weights' second term.
 template <class Product>
 inline void fetch(const char*& next, const Ahead& ahead, int64_t other) {
     if (next == nullptr) return;
@@ -151,24 +151,24 @@ inline void fetch(const char*& next, const Ahead& ahead, int64_t other) {
     }
 }
 
-// The lines two parts ahead, in equal shares of those that pass over the present part. One that asked for all would
-// hold the buffers that loads need: 64 rows on tiles of a Xeon, weights in the third-level cache and in memory, 2.3
-// and 1.2 TFLOP/s so, 2.65 and 1.75 with shares, 1.0 and 1.0 without any; 16 rows on a core of a Zen 3, float32,
-// weights in memory: 67 GFLOP/s with all asked by the last, 87 with shares, 62 without any.
+// The lines two parts ahead, fetched in equal shares by the groups that pass over the present part. One group that
+// fetched all would hold the buffers that loads need: 64 rows on tiles of a Xeon, weights in the third-level cache and
+// in memory, 2.3 and 1.2 TFLOP/s, with shares 2.65 and 1.75, without fetches 1.0 and 1.0; 16 rows on a core of a Zen 3,
+// float32, weights in memory: 67 GFLOP/s where the last group fetches all, with shares 87, without fetches 62.
 template <class Product>
 class FetchShares {
   public:
-    // `cells`: of the weights' depth.
+    // `cells` is the number of cells along the weights' depth.
     FetchShares(const Panels& weights, int64_t cells, int64_t shares)
         : panel_bytes_(weights.panel_bytes()),
           depth_bytes_(cells * cell_weight),
           lines_((lines + shares - 1) / shares) {}
 
-    // That of number `share` while `cells` cells from `cell` on are multiplied.
+    // What share number `share` fetches while `cells` cells from `cell` on are multiplied.
     Ahead share(int64_t share, const char* panel, int64_t cell, int64_t cells) const {
         if (share * lines_ >= lines) return {nullptr, 0};
         const int64_t at = cell * cell_weight + 2 * block_bytes;
-        // In the next panel, where this one ends before.
+        // The lines are those of the next panel where this one ends before them.
         const char* next = panel + (at < depth_bytes_ ? at : panel_bytes_ + at - depth_bytes_);
         return {next + share * lines_ * cells * 64, lines_};
     }
@@ -216,7 +216,7 @@ void multiply_group(const void* cells_of_rows, const char* panel, int64_t other,
     }
 }
 
-// What multiplies `rows` rows at a time.
+// The function that multiplies `rows` rows at a time.
 template <class Product>
 inline MultiplyGroup group_product(int64_t rows) {
     return Product::groups()[rows - 1];
@@ -295,7 +295,7 @@ inline void pack_cells(const PackedRows& packed, int64_t r, int64_t first, int64
             store(cell + k, a, AllLanes{});
             if constexpr (Product::terms == 2) {
                 const V high = load(cell + k, AllLanes{});
-                // Of infinity and NaN nothing is left: they stay what they are.
+                // The rest of infinity and of NaN is zero, so that both stay what they are.
                 const V rest = select_greater(V(__builtin_inff()), absolute(high), a - high, V(0.0F));
                 store(reinterpret_cast<Cell*>(to + stride) + k, rest, AllLanes{});
             }
@@ -311,10 +311,10 @@ inline void pack_row(const PackedRows& packed, int64_t r, int64_t depth, const V
 
 // -- the whole product ------------------------------------------------------------------------------------------------
 
-// More weights than these come from beyond the second-level cache.
+// Where the weights have more bytes than this, they come from beyond the second-level cache.
 inline constexpr int64_t second_level_bytes = 1 << 20;
 
-// What multiplies panels by tiles instead of registers has its own multiply_panels in amx.h.
+// Whether a product runs on tiles instead of registers: such a product has its own multiply_panels, in amx.h.
 template <class Product>
 inline constexpr bool on_tiles = false;
 
@@ -329,7 +329,7 @@ inline constexpr bool on_tiles = false;
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// Rows that multiply_strip multiplies at a time: a group, on tiles two.
+// Rows that multiply_strip multiplies at a time: one group in registers, two on tiles.
 template <class Product>
 inline constexpr int64_t strip_groups = on_tiles<Product> ? 2 : 1;
 template <class Product>
@@ -362,7 +362,7 @@ struct StripUnit<true> {
 template <class Product>
 using Strips = StripUnit<on_tiles<Product>>;
 
-// Panels [first, last) of `weights`: sums (rows, 32) of each, then epilogue(panel, sums).
+// Computes the sums (rows, 32) of each of the panels [first, last) of `weights`, then calls epilogue(panel, sums).
 template <class Product, class Epilogue>
 inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64_t first, int64_t last, float* sums,
                             const Epilogue& epilogue) {
@@ -397,8 +397,8 @@ inline void multiply_panels(const PackedRows& rows, const Panels& weights, int64
     }
 }
 
-// Calls visitor(Product{}) with what multiplies such weights by such inputs in the registers of this level: all
-// that multiply_group takes.
+// Calls visitor(Product{}) with the product, in the registers of this level, of weights of this storage and inputs of
+// this type: all products that multiply_group takes.
 template <class Visitor>
 inline void visit_register_product(MatrixStorage storage, [[maybe_unused]] ProductInput product_input,
                                    const Visitor& visitor) {

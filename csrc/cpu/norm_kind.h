@@ -7,7 +7,7 @@ namespace starflow {
 enum class NormKind : int32_t { none, layer, rms };
 inline constexpr const char* norm_kind_names[]{"none", "layer_norm", "rms_norm"};
 
-// Of the published models.
+// The epsilons are those of the published models.
 inline constexpr double layer_norm_epsilon = 1e-5;
 inline constexpr double rms_norm_epsilon = 1e-6;
 static constexpr double epsilon_of(NormKind kind) {
@@ -16,8 +16,8 @@ static constexpr double epsilon_of(NormKind kind) {
 
 struct RowNorm {
     NormKind kind;
-    const float* weight;  // (channels,); of rms an offset from one
-    const float* bias;    // (channels,) or null; of layer alone
+    const float* weight;  // (channels,); for rms an offset from one
+    const float* bias;    // (channels,) or null; for layer alone
     float epsilon;
 };
 

@@ -144,19 +144,19 @@ template <>
 struct BlockPacking<TileProduct<1, 1>> : BlockPacking<PairsProduct> {};
 #endif
 
-// Panels (padded_rows / 32) of depth `panel_depth`.
+// Writes panels (padded_rows / 32) of depth `panel_depth`.
 template <class Product, class T>
 inline void pack_columns(const BlockRows<T>& rows, int64_t padded_rows, int64_t panel_depth, char* panels) {
     BlockPacking<Product>::columns(rows, padded_rows, panel_depth, panels);
 }
 
-// `padded_rows` of the `panel_rows` rows of each panel, one for each 32 channels.
+// Writes `padded_rows` of the `panel_rows` rows of each panel; there is a panel for each 32 channels.
 template <class Product, class T>
 inline void pack_depth(const BlockRows<T>& rows, int64_t padded_rows, int64_t panel_rows, char* panels) {
     BlockPacking<Product>::depth(rows, padded_rows, panel_rows, panels);
 }
 
-// Packed rows, `packed.rows` channels of which `rows.depth` exist.
+// Writes packed rows: `packed.rows` channels, of which `rows.depth` exist.
 template <class Product, class T>
 inline void pack_channels(const BlockRows<T>& rows, const PackedRows& packed) {
     using V = Vec<float>;

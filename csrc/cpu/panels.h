@@ -63,8 +63,8 @@ static constexpr int64_t cache_head_bytes(MatrixStorage storage, int64_t slots, 
     return round_up(slots, key_block) * round_up(head_dim, depth_multiple) * storage_bytes(storage);
 }
 
-// How what a matrix multiplies enters the product. Where a level has no instruction for products of bfloat16, it stays
-// float32, which is more exact.
+// The type in which the input of a product with a matrix is multiplied. Where a level has no instruction for products
+// of bfloat16, the input stays float32, which is more exact.
 enum class ProductInput : int32_t {
     float32,
     bfloat16,      // rounded

@@ -17,7 +17,7 @@ inline constexpr int64_t grain_elements = 16384;
 // The same for ops of a few instructions an element (a fifth of a nanosecond from the caches).
 inline constexpr int64_t light_grain_elements = 4 * grain_elements;
 
-// torch::stable::parallel_for, whose C interface loses what an exception says: the first sentence is thrown behind it.
+// torch::stable::parallel_for, whose C interface loses an exception's message: the first one is thrown again here.
 template <class Function>
 void parallel(int64_t items, int64_t grain, const Function& function) {
     std::string sentence;

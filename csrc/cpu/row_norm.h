@@ -11,7 +11,7 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// What a row is multiplied by after `mean` is taken off.
+// The mean that a row is centred by, and the inverse that the centred row is multiplied by.
 struct RowMoments {
     float mean;
     float inverse;
@@ -52,8 +52,8 @@ inline void normalise_row(float* x, int64_t channels, const RowNorm& norm) {
                   [&](int64_t c, auto lanes) { store(x + c, normalised(x, c, lanes, moments, norm), lanes); });
 }
 
-// All rows of `packed` from row_of(r) (depth,), normalised; as they are for NormKind::none. The moments take a row up
-// to twice through the first-level cache before, which is less than one product with it.
+// Packs all rows row_of(r) (depth,) into `packed`, normalised, or as they are for NormKind::none. Computing the moments
+// reads a row up to twice from the first-level cache, which takes less time than one product with it.
 template <class Product, class RowOf>
 inline void pack_normalised_rows(const PackedRows& packed, int64_t depth, const RowNorm& norm, const RowOf& row_of) {
     for (int64_t r = 0; r < packed.rows; ++r) {

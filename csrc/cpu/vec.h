@@ -59,7 +59,7 @@ inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
 }
 inline Vec<double> absolute(Vec<double> a) { return Vec<double>(__builtin_fabs(a.v)); }
 inline Vec<double> square_root(Vec<double> a) { return Vec<double>(__builtin_sqrt(a.v)); }
-// Of the second operand where either is NaN, like the instruction.
+// Returns the second operand where either is NaN, like the instruction.
 inline Vec<double> minimum(Vec<double> a, Vec<double> b) { return Vec<double>(a.v < b.v ? a.v : b.v); }
 inline Vec<double> maximum(Vec<double> a, Vec<double> b) { return Vec<double>(a.v > b.v ? a.v : b.v); }
 inline Vec<double> select_greater(Vec<double> a, Vec<double> b, Vec<double> yes, Vec<double> no) {

@@ -153,7 +153,7 @@ inline void transpose(Vec<float> (&rows)[8]) {
     }
 }
 
-// Neighbours apart: (a, b) = u0 v0 u1 v1 ... to u and v; and together again.
+// Takes neighbours apart, (a, b) = u0 v0 u1 v1 ... into u and v, and puts them together again.
 inline __m256 across_halves(__m256 a) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), 0xd8)); }
 inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
     u = Vec<float>(across_halves(_mm256_shuffle_ps(a.v, b.v, 0x88)));

@@ -179,7 +179,7 @@ inline void transpose(Vec<float> (&rows)[16]) {
     }
 }
 
-// Neighbours apart: (a, b) = u0 v0 u1 v1 ... to u and v; and together again.
+// Takes neighbours apart, (a, b) = u0 v0 u1 v1 ... into u and v, and puts them together again.
 inline void deinterleave(Vec<float> a, Vec<float> b, Vec<float>& u, Vec<float>& v) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     u = Vec<float>(_mm512_permutex2var_ps(a.v, even, b.v));

@@ -4,8 +4,8 @@
 
 namespace starflow::cuda {
 
-// Of `threads` threads, whole warps that all come here; barrier 0 is __syncthreads. CUTLASS's own does not tell the
-// compiler that memory changes.
+// A barrier of `threads` threads, whole warps that all come here; barrier 0 is __syncthreads. CUTLASS's own barrier
+// does not tell the compiler that memory changes.
 template <int threads>
 __device__ void sync_named(int barrier) {
     asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(threads) : "memory");

@@ -30,7 +30,7 @@ struct alignas(sizeof(Storage) * width) Packed {
     Storage values[width];
 };
 
-// Neighbours of one access, of `width` that are wanted.
+// How many of `width` neighbours one access takes.
 template <class Storage, int width>
 inline constexpr int neighbours = sizeof(Storage) * width <= widest_access ? width : widest_access / sizeof(Storage);
 

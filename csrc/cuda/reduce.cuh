@@ -20,7 +20,7 @@ __device__ T warp_sum(T value) {
     return value;
 }
 
-// Over groups of `lanes` neighbours, a power of two. Every lane of the warp takes part.
+// The sum over each group of `lanes` neighbours, a power of two. Every lane of the warp takes part.
 template <class T>
 __device__ T group_sum(T value, int lanes) {
     for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(whole_warp, value, offset);

@@ -13,7 +13,7 @@ struct Again {
     bool in_node;
 };
 
-// By one thread of a turn's last kernel.
+// Called by one thread of a turn's last kernel.
 __device__ inline void set_again(const Again& again, bool value) {
 #if CUDART_VERSION >= 12040
     if (again.in_node) cudaGraphSetConditional(again.handle, value ? 1U : 0U);
@@ -38,7 +38,7 @@ struct Graph {
     }
 };
 
-// Calls one after the other, up to the first that fails; what it left is not for the next call of the runtime to find.
+// Makes calls one after the other, up to the first that fails, whose error the next call of the runtime does not find.
 class Steps {
   public:
     template <class Call>
@@ -136,8 +136,8 @@ int repeat_launches(const int64_t* more, cudaStream_t stream, const Body& body) 
 
 }  // namespace
 
-// Turns of body(stream, again) until one has said no by set_again and in *more, which lies on the device; at least one.
-// Every turn has the launches and the arguments of the first. Returns when the last has run.
+// Runs turns of body(stream, again), at least one, until a turn has said no by set_again and in *more, which lies on
+// the device. Every turn has the launches and the arguments of the first. Returns when the last has run.
 template <class Body>
 int repeat(Repeat how, const int64_t* more, void* stream, const Body& body) {
     auto* caller = static_cast<cudaStream_t>(stream);

@@ -14,14 +14,14 @@ inline constexpr int box_channels = 64;
 
 // The map of (batch, heads, rows, channels) of 16 bits, coordinates in the order channel, row, head, sample; beyond the
 // tensor zeros are brought. Address and strides (in elements) are multiples of 16 bytes; where a dimension has one
-// entry, its stride does not matter. Returns an error code of the CUDA runtime, whose numbers those of the driver are.
+// entry, its stride does not matter. Returns an error code of the CUDA runtime, whose numbers are the driver's too.
 inline int map_rows(CUtensorMap& map, Dtype dtype, const void* data, const int64_t (&sizes)[4],
                     const int64_t (&strides)[3], int box_rows) {
     cuuint64_t extents[4];
     cuuint64_t bytes[3];
     for (int d = 0; d < 4; ++d) extents[d] = static_cast<cuuint64_t>(sizes[3 - d]);
     for (int d = 0; d < 3; ++d) {
-        // Any stride that the driver takes, for a coordinate that is always 0.
+        // The coordinate of a dimension of one entry is always 0: any stride that the driver takes will do.
         bytes[d] = sizes[2 - d] > 1 ? static_cast<cuuint64_t>(strides[2 - d]) * 2 : 16;
     }
     if (sizes[2] == 1) bytes[0] = (extents[0] * 2 + 15) / 16 * 16;

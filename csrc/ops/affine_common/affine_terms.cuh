@@ -1,5 +1,5 @@
-// raw to shift and scale, and back through the derivative, on the device: what the CUDA kernels of the affine ops
-// share. One warp walks along the channels of a row.
+// The map from raw to shift and scale and its derivative, on the device: the CUDA kernels of the affine ops share them.
+// One warp walks along the channels of a row.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,4 +1,4 @@
-// raw to shift and scale, and back through the derivative, over Vec: what the CPU kernels of the affine ops share.
+// The map from raw to shift and scale and its derivative, over Vec: the CPU kernels of the affine ops share them.
 #pragma once
 #include "common/visit.h"
 #include "cpu/rows.h"

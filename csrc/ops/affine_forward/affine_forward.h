@@ -14,7 +14,7 @@ struct AffineForwardArgs {
     AffineShape shape;
     Rows x, raw, z;
     void* log_det;  // (batch, tokens), contiguous, in the type of the arithmetic
-    bool stream;    // z past the caches; its rows are aligned to cache lines
+    bool stream;    // z is written past the caches; its rows are aligned to cache lines
 };
 
 struct AffineForwardBackwardArgs {
@@ -22,7 +22,7 @@ struct AffineForwardBackwardArgs {
     Rows x, raw, grad_z;
     const void* grad_log_det;  // (batch, tokens), contiguous, in the type of the arithmetic
     Rows grad_x, grad_raw;
-    bool stream;  // grad_x and grad_raw past the caches
+    bool stream;  // grad_x and grad_raw are written past the caches
 };
 
 // Rows [begin, end) of the batch * tokens rows.

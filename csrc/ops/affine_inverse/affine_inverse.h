@@ -13,14 +13,14 @@ namespace starflow {
 struct AffineInverseArgs {
     AffineShape shape;
     Rows z, raw, x;
-    bool stream;  // x past the caches; its rows are aligned to cache lines
+    bool stream;  // x is written past the caches; its rows are aligned to cache lines
 };
 
 struct AffineInverseBackwardArgs {
     AffineShape shape;
     Rows z, raw, grad_x;
     Rows grad_z, grad_raw;
-    bool stream;  // grad_z and grad_raw past the caches
+    bool stream;  // grad_z and grad_raw are written past the caches
 };
 
 // Rows [begin, end) of the batch * tokens rows.

@@ -94,7 +94,7 @@ HeadRows rows_of(const Tensor& tensor) {
     return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
 }
 
-// Those of `with_channels`, without making it.
+// The rows that the result of `with_channels` would have; no copy is made.
 HeadRows rows_with_channels(const Tensor& tensor) {
     if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return rows_of(tensor);
     const int64_t row = tensor.size(3);
@@ -137,7 +137,7 @@ struct Prepared {
 // Rows of a tile: enough to pack keys and values seldom, few enough that every thread has several tiles.
 int64_t tile_rows(const AttentionShape& shape, int64_t multiple) {
     constexpr int64_t most = 126;  // whole groups of rows on every level
-    constexpr int64_t least = 56;  // packing takes a tenth of the time
+    constexpr int64_t least = 56;  // packing takes a tenth of a tile's time
     const int64_t rows = shape.queries * (shape.heads / shape.kv_heads);
     const int64_t heads = shape.batch * shape.kv_heads;
     const int64_t wanted = (int64_t{4} * torch::stable::get_num_threads() + heads - 1) / heads;
@@ -148,13 +148,13 @@ int64_t tile_rows(const AttentionShape& shape, int64_t multiple) {
 // Elements of a pass over memory that take as long as the products of one row with all keys.
 int64_t work_of_row(const AttentionShape& shape) { return std::max<int64_t>(1, shape.keys * shape.head_dim / 8); }
 
-// (batch, heads, queries, head_dim) whose heads of a token lie side by side: what follows reads whole tokens.
+// A new (batch, heads, queries, head_dim), a token's heads side by side: the next op reads whole tokens.
 Tensor new_by_token(const Tensor& like, const AttentionShape& shape, int64_t heads, int64_t rows) {
     return torch::stable::transpose(new_result(like, {shape.batch, rows, heads, shape.head_dim}, like.scalar_type()), 1,
                                     2);
 }
 
-// What the CUDA kernels take: they count rows, keys and blocks in 32 bits.
+// Checks the limits of the CUDA kernels, which count rows, keys and blocks in 32 bits.
 void check_cuda(const Tensor& q, const AttentionShape& shape) {
     cuda::check_build(op, "q", q);
     require(

@@ -26,13 +26,13 @@ struct Forward {
     static constexpr int row_blocks = warp_rows / 16;
     static constexpr int column_blocks = columns / 16;
     static constexpr int width_blocks = width / 16;
-    // Queries; keys and values, twice; what each row sees.
+    // Shared memory holds the queries, two stages of keys and values, and what each row sees.
     static constexpr int tiles_bytes = Tile::bytes(rows) + 4 * Tile::bytes(columns);
     static constexpr int shared_bytes = tiles_bytes + static_cast<int>(sizeof(VisibleInTile<rows>));
     // Queries stay in registers where there is room beside the sums.
     static constexpr bool keeps_queries = sizeof(Element) == 2 && row_blocks * width_blocks <= 8;
 
-    // Operands of float32 are four times as many registers: fewer on their way.
+    // Operands of float32 take four times as many registers, so fewer of them are loaded ahead.
     static constexpr int depth_unroll = sizeof(Element) == 2 ? width_blocks : width == 256 ? 1 : 2;
 
     using Sums = float[row_blocks][2 * width_blocks][4];
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     auto& visible_to = *reinterpret_cast<VisibleInTile<F::rows>*>(memory + F::tiles_bytes);
     block.template see<F::threads>(args, visible_to);
     __syncthreads();
-    // Read again where it is needed: registers are for the sums.
+    // What the rows see is read again wherever it is needed: registers are for the sums.
     const auto seen = [&] { return block.seen(visible_to); };
     const KeyTiles tiles = KeyTiles::of(seen().any, F::columns);
     const int tile_begin = block.part_begin(args, tiles, 0);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     for (int i = tile_begin; i < tile_end; ++i) {
         const int stage = (i - tile_begin) % 2;
         cute::cp_async_wait<0>();
-        // This tile is there for all, and nobody computes with the one before any more.
+        // From here on all threads see this tile, and none computes with the tile before it any more.
         __syncthreads();
         if (i + 1 < tile_end) fetch_keys(i + 1, 1 - stage);
         if constexpr (F::keeps_queries) {
@@ -191,7 +191,7 @@ int launch_forward(const AttentionArgs& args, void* stream) {
     return enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes, stream, args, wide);
 }
 
-// Large tiles exist for 16 bits, up to a width of 128.
+// Large tiles exist for types of 16 bits, up to a width of 128.
 template <class Element>
 int launch_by_width(const AttentionArgs& args, void* stream) {
     const int64_t width = tile_width(args.shape.head_dim);

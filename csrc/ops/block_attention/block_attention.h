@@ -11,8 +11,9 @@
 // bfloat16 where q is bfloat16 and the level has them, sums and softmax of float32.
 // Memory: k and v once for each tile of 56 to 196 rows of queries, packed into 16 to 32 KB of panels that stay in the
 // first-level cache while the tile passes over them.
-// 64 queries on 4096 keys of 64 float32: 67 MFLOP for 2 MB read, 32 an element: bound by arithmetic.
-// On CUDA the same, tiles of 64 or 128 rows and of 16 to 64 keys in shared memory (block_attention_schedule.h).
+// 64 queries on 4096 keys of 64 float32: 67 MFLOP for 2 MB read, 32 FLOP a byte, so arithmetic is the bound.
+// On CUDA the passes are the same, with tiles of 64 or 128 rows and of 16 to 64 keys in shared memory
+// (block_attention_schedule.h).
 #pragma once
 #include "common/dtype.h"
 #include "cpu/panels.h"
@@ -53,7 +54,7 @@ struct AttentionShape {
     Dtype data;  // of q, k, v, out and gradients: float32, bfloat16 or float16
 };
 
-// By what products are multiplied: 1 / (root * temperature), root = sqrt(head_dim).
+// The factor of the products of queries and keys: 1 / (root * temperature), root = sqrt(head_dim).
 struct AttentionScale {
     float scale;  // where temperatures is null
     double root;
@@ -71,7 +72,7 @@ struct AttentionArgs {
     // float32 (splits, batch, heads, queries, head_dim), then their lse (splits, batch, heads, queries). Null with one.
     int64_t splits;
     float* parts;
-    bool sm90;  // CUDA: what block_attention_sm90.cu has runs (`forward_kernel_for` is wgmma)
+    bool sm90;  // CUDA: the kernel of block_attention_sm90.cu runs (`forward_kernel_for` is wgmma)
 };
 
 struct AttentionBackwardArgs {
@@ -89,7 +90,7 @@ struct AttentionKernels {
     int64_t (*forward_scratch)(const AttentionArgs& args);
     // Items [begin, end): a tile of rows of a key head of a sample.
     void (*forward)(const AttentionArgs& args, int64_t begin, int64_t end, void* scratch);
-    int64_t (*row_multiple)(Dtype data);  // a good tile is a multiple
+    int64_t (*row_multiple)(Dtype data);  // rows of a good tile are a multiple of this
 };
 
 struct AttentionBackwardKernels {

@@ -62,7 +62,7 @@ struct Backward {
     static constexpr int tiles_bytes = 2 * Tile::bytes(rows) + 4 * Tile::bytes(columns);
     static constexpr int shared_bytes = tiles_bytes + 2 * static_cast<int>(sizeof(Queries));
 
-    // Two tiles of rows, and two of columns, twice.
+    // Shared memory: two tiles of rows, then two stages of two tiles of columns.
     struct Memory {
         unsigned char* bytes;
 
@@ -79,7 +79,7 @@ struct Backward {
     __device__ static int warp_row() { return warp() % row_warps * 16; }
     __device__ static int part() { return parts == 1 ? 0 : warp() / row_warps; }
 
-    // A warp's 16 rows times all columns.
+    // Multiplies a warp's 16 rows by all columns.
     __device__ static void multiply(Tile rows_tile, int row, Tile columns_tile, Weights& products) {
 #pragma unroll
         for (int d = 0; d < width_blocks; ++d) {
@@ -104,7 +104,7 @@ struct Backward {
             }
         }
     }
-    // A warp's sums to global memory, through rows of a tile that it and those of its rows alone still use.
+    // Writes a warp's sums to global memory, by way of tile rows that only the warps sharing these rows still use.
     template <class Target>
     __device__ static void write(Tile through, const Sums& sums, float factor, int head_dim, bool wide,
                                  const Target& target) {
@@ -131,7 +131,7 @@ struct Backward {
     }
 
   private:
-    // The warps that share rows.
+    // A barrier of the warps that share rows.
     __device__ static void sync_rows() {
         if constexpr (parts == 1) {
             __syncwarp();
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
     const auto all_rows = static_cast<unsigned>(rows_of(shape));
     const unsigned row_tiles = (all_rows + B::rows - 1) / B::rows;
     const auto kv_heads = static_cast<unsigned>(shape.kv_heads);
-    // The last rows see the most keys where there is a causal mask: longest first.
+    // The last rows see the most keys where there is a causal mask: the longest tiles come first.
     const unsigned first = (row_tiles - 1 - blockIdx.x % row_tiles) * B::rows;
     const unsigned head = blockIdx.x / row_tiles;
     const unsigned b = head / kv_heads;
@@ -203,7 +203,7 @@ __global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackw
     for (int i = 0; i < tiles.count; ++i) {
         const int stage = i % 2;
         cute::cp_async_wait<0>();
-        // This tile is there for all, and nobody computes with the one before any more.
+        // From here on all threads see this tile, and none computes with the tile before it any more.
         __syncthreads();
         if (i + 1 < tiles.count) fetch_keys(i + 1, 1 - stage);
         typename B::Weights weights = {};
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     const auto keys = static_cast<int>(shape.keys);
     const auto kv_heads = static_cast<unsigned>(shape.kv_heads);
     const unsigned key_tiles = (keys + B::rows - 1) / B::rows;
-    // The first keys are seen by the most queries where there is a causal mask: longest first.
+    // The first keys are seen by the most queries where there is a causal mask: the longest tiles come first.
     const int first = static_cast<int>(blockIdx.x % key_tiles) * B::rows;
     const unsigned head = blockIdx.x / key_tiles;
     const unsigned b = head / kv_heads;
@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(B::threads) grad_keys_kernel(AttentionBackward
     for (int i = 0; i < count; ++i) {
         const int stage = i % 2;
         cute::cp_async_wait<0>();
-        // This tile is there for all, and nobody computes with the one before any more.
+        // From here on all threads see this tile, and none computes with the tile before it any more.
         __syncthreads();
         if (i + 1 < count) fetch_queries(i + 1, 1 - stage);
         typename B::Weights weights = {};

@@ -142,7 +142,7 @@ struct Head {
         zero_row<Vec<float>>(scratch.grad_value, keys * head_dim);
     }
 
-    // Rows [first, first + rows) of the key head, side by side, then nothing.
+    // Copies rows [first, first + rows) of the key head into neighbouring rows of head_dim elements.
     BlockRows<T> gather(const HeadRows& from, int64_t first, int64_t rows) const {
         auto* to = reinterpret_cast<T*>(scratch.gathered);
         for (int64_t r = 0; r < rows; ++r) {
@@ -181,7 +181,7 @@ struct Head {
         zero_row<Vec<float>>(scratch.grad_query, tile * head_dim);
     }
 
-    // P and dS of the tile from S and dP, where they lie; dS also as packed rows.
+    // Computes P and dS of the tile from S and dP, in place; dS also as packed rows.
     void weigh_tile(int64_t block) const {
         using V = Vec<float>;
         using Cell = typename Product::Cell;
@@ -219,7 +219,7 @@ struct Head {
         }
     }
 
-    // What a product reads of P or dS.
+    // The panels by which a product reads P or dS.
     const char* panels_of(const float* sums, char* panels) const {
         if constexpr (as_sums) return reinterpret_cast<const char*>(sums);
         for (int64_t half = 0; half < halves; ++half) {
@@ -270,7 +270,7 @@ struct Head {
         }
     }
 
-    // Rows of keys from (keys / 32, head_dim, 32).
+    // Writes rows of keys from sums (keys / 32, head_dim, 32).
     void write_grad_keys(const float* sums, const HeadRows& rows, float factor) const {
         using V = Vec<float>;
         T* const to = head_at<T>(rows, b, kv_head);

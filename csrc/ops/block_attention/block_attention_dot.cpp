@@ -117,7 +117,7 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, void* memory
     visit_attention(args.shape.data, [&](auto element, auto product) {
         for (int64_t item = begin; item < end; ++item) {
             const int64_t head = item / tiles;
-            // A first tile and a last one in turn: with a causal mask later tiles have more to do, and threads take
+            // First and last tiles are taken in turn: with a causal mask later tiles have more to do, and threads take
             // neighbouring items.
             const int64_t turn = item % tiles;
             const int64_t first = (turn % 2 == 0 ? turn / 2 : tiles - 1 - turn / 2) * args.tile_rows;

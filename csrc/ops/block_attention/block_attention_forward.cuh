@@ -19,7 +19,7 @@ struct ForwardBlock {
         const unsigned row_tiles = (all_rows + rows - 1) / rows;
         const auto splits = static_cast<unsigned>(args.splits);
         const auto kv_heads = static_cast<unsigned>(args.shape.kv_heads);
-        // The last rows see the most keys where there is a causal mask: longest first.
+        // The last rows see the most keys where there is a causal mask: the longest tiles come first.
         const unsigned first = (row_tiles - 1 - blockIdx.x / splits % row_tiles) * rows;
         const unsigned head = blockIdx.x / splits / row_tiles;
         return {blockIdx.x % splits, first, first + rows < all_rows ? first + rows : all_rows, head / kv_heads,
@@ -30,7 +30,7 @@ struct ForwardBlock {
     __device__ Element* row(const HeadRows& all, const AttentionShape& shape, unsigned in_tile) const {
         return first + in_tile < end ? row_at<Element>(all, shape, b, kv_head, first + in_tile) : nullptr;
     }
-    // What each row sees, by `threads` threads.
+    // Writes what each row sees, by `threads` threads.
     template <int threads>
     __device__ void see(const AttentionArgs& args, VisibleInTile<rows>& visible) const {
         const auto group = static_cast<unsigned>(group_of(args.shape));
@@ -73,7 +73,7 @@ __device__ void hide(const VisibleInTile<rows>& seen, int warp_row, int key, flo
     }
 }
 
-// Products to weights relative to each row's largest product so far. What was summed before shrinks to it:
+// Turns products into weights relative to each row's largest product so far. Earlier sums are rescaled to it by
 // shrink(m, h, factor).
 template <int row_blocks, int blocks, class Shrink>
 __device__ void weigh(float slope, SoftmaxRow (&state)[row_blocks][2], float (&weights)[row_blocks][blocks][4],
@@ -89,10 +89,10 @@ __device__ void weigh(float slope, SoftmaxRow (&state)[row_blocks][2], float (&w
                 most = fmaxf(most, fmaxf(weights[m][n][2 * h], weights[m][n][2 * h + 1]));
             }
             most = quad_largest(most);
-            // Of a row that has seen no key yet, any finite number makes all weights 0.
+            // For a row that has seen no key yet, any finite number makes all weights 0.
             const float known = most == -INFINITY ? 0.0F : most;
-            // Subtracted first: exactly 1 where the largest stays. A fused product and difference would not be, and
-            // thousands of keys would add that up.
+            // The difference is taken first, so that the factor is exactly 1 where the largest stays. A fused
+            // multiply-add would be slightly off, and over thousands of keys that error would grow.
             const float shrink = power_of_two((row.largest - known) * slope);
             const float offset = known * slope;
             row.largest = most;
@@ -119,13 +119,13 @@ __device__ void scale_sums(float (&sums)[blocks][4], int h, float factor) {
     }
 }
 
-// A warp's results and logarithms to memory, from row `warp_row` of the tile on; with several parts of the keys to
-// those of this one. 16 bits go by way of `tile`, whose rows the warp has to itself.
+// Writes a warp's results and logarithms, from row `warp_row` of the tile on; with several parts of the keys, into the
+// results of this part. 16 bits go by way of `tile`, whose rows the warp has to itself.
 template <int rows, class Tile, int row_blocks, int blocks>
 __device__ void finish_rows(const AttentionArgs& args, Tile tile, int warp_row, bool wide, float scale,
                             const SoftmaxRow (&state)[row_blocks][2], const float (&sums)[row_blocks][blocks][4]) {
     using Element = typename Tile::Element;
-    // Computed again: kept from the start, it would take registers that sums need.
+    // The block is computed again: kept from the start, it would take registers that sums need.
     const auto block = ForwardBlock<rows>::here(args);
     const AttentionShape& shape = args.shape;
     const auto head_dim = static_cast<int>(shape.head_dim);

@@ -1,4 +1,4 @@
-// By what the CPU kernels of block_attention multiply.
+// The products that the CPU kernels of block_attention use.
 #pragma once
 #include "cpu/attend.h"
 #include "cpu/pack_block.h"
@@ -8,8 +8,8 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// Calls visitor(T{}, Product{}): products of bfloat16 where the data is and the level has them, on tiles if it can. On
-// a level without, panels hold float32, and nothing is rounded on its way into a product.
+// Calls visitor(T{}, Product{}): products are of bfloat16 where the data is bfloat16 and the level has them, on tiles
+// if it can. On a level without, panels hold float32, and nothing is rounded on its way into a product.
 template <class Visitor>
 inline void visit_attention(Dtype data, const Visitor& visitor) {
     switch (data) {

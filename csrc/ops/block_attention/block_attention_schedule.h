@@ -40,7 +40,7 @@ constexpr AttentionTile forward_tile(int element_bytes, int64_t width, bool larg
 // for shared memory.
 inline constexpr int sm90_columns = 128;
 
-// Which kernel a forward pass on CUDA runs: `wgmma` is that of sm_90a, the others say why not.
+// Which kernel a forward pass on CUDA runs: `wgmma` is that of sm_90a, the other values say why that one does not run.
 enum class ForwardKernel : int32_t {
     wgmma,
     other_device,
@@ -69,7 +69,7 @@ inline ForwardKernel forward_kernel_by_rows(const AttentionShape& shape, const H
     return !aligned ? ForwardKernel::unaligned : !apart ? ForwardKernel::overlapping : ForwardKernel::wgmma;
 }
 
-// `major` of the device's compute capability. Not by the queries: a row has the bits that it has alone.
+// `major` belongs to the device's compute capability. The queries have no say: a row has the bits that it has alone.
 inline ForwardKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
                                         bool built) {
     if (major != 9) return ForwardKernel::other_device;
@@ -81,7 +81,7 @@ inline ForwardKernel forward_kernel_for(const AttentionShape& shape, const HeadR
     return by_keys != ForwardKernel::wgmma ? by_keys : forward_kernel_by_rows(shape, v);
 }
 
-// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums. Of 256 channels
+// The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums. For 256 channels
 // these do not fit the registers of a warp, and two or four warps share 16 rows.
 constexpr AttentionTile backward_tile(int element_bytes, int64_t width) {
     if (width == 256) return element_bytes == 4 ? AttentionTile{16, 16, 4} : AttentionTile{64, 16, 8};
@@ -137,7 +137,7 @@ STARFLOW_HOST_DEVICE constexpr VisibleKeysOf<int> visible_in_tile(const Attentio
     return {within(seen.prefix), within(seen.first), within(seen.last)};
 }
 
-// What queries between two of them see. All of `every` is seen by each, nothing outside of `any` by one.
+// What the queries of a range see. Each query sees all keys of `every`, and none sees a key outside of `any`.
 struct VisibleByRows {
     VisibleKeysOf<int> every;
     VisibleKeysOf<int> any;

@@ -71,7 +71,7 @@ struct Forward {
     static constexpr int threads = multiplying + group_threads;
     static constexpr int multiplying_warps = multiplying / warp_size;
     static constexpr uint32_t stage_bytes = columns * width * sizeof(Element);
-    // On a multiprocessor, by what its shared memory holds.
+    // Blocks that run on a multiprocessor, as many as its shared memory holds.
     static constexpr int blocks = groups == 1 && width == 64 ? 2 : 1;
     // Where a thread's share of the registers does not hold sums and weights, the group that loads leaves some to those
     // that multiply.
@@ -103,7 +103,7 @@ struct Forward {
     };
 };
 
-// The n-th tile into its stage, by one thread.
+// Loads the n-th tile into its stage; one thread calls this.
 template <class F>
 __device__ void bring(const CUtensorMap& map, const StageBarriers& barriers, int n, typename F::Element* tile, int key,
                       unsigned kv_head, unsigned b) {
@@ -120,7 +120,7 @@ __device__ void bring(const CUtensorMap& map, const StageBarriers& barriers, int
     }
 }
 
-// This warp has read what it needs of the n-th tile.
+// Says that this warp has read what it needs of the n-th tile.
 __device__ inline void leave(const StageBarriers& barriers, int n) {
     if (lane() == 0) Empty::arrive(&barriers.empty[stage_of(n)]);
 }
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
         fetch<F::rows, F::multiplying>(queries, args.q.data, head_dim, wide,
                                        [&](int row) { return block.template row<const Element>(args.q, shape, row); });
         cute::cp_async_wait<0>();
-        // What threads have written is seen by wgmma, which does not read by their way.
+        // The fence makes what threads have written visible to wgmma, which reads by the async proxy.
         cutlass::arch::fence_view_async_shared();
         sync_named<F::multiplying>(1);
 
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
             cute::warpgroup_commit_batch();
         };
         // Wait for the n-th tile of values. A weight of 0 hides no NaN, and keys that no row sees may be anything:
-        // where a tile has such, zeros take their place.
+        // where a tile has such keys, zeros take the place of their values.
         const auto take_values = [&](int n) {
             Full::wait(&shared.value_stages.full[stage_of(n)], phase_of(n));
             const VisibleKeysOf<int> any = seen().any;
@@ -239,7 +239,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
             cutlass::arch::fence_view_async_shared();
             sync_named<F::multiplying>(1);
         };
-        // Weights of the n-th tile, of its products; those of hidden keys are 0.
+        // Weights of the n-th tile from its products; those of hidden keys are 0.
         float shrink[2];
         const auto weigh_keys = [&](int n) {
             const int key = key_of(n);

@@ -21,7 +21,7 @@ inline constexpr float log2_of_e = 1.44269504F;
 
 __device__ inline int warp() { return static_cast<int>(threadIdx.x) / warp_size; }
 
-// Loads behind it are not moved in front of it: their results would wait in registers that sums need.
+// The compiler moves no load from behind this call to before it: the results would wait in registers that sums need.
 __device__ inline void hold_loads() { __syncwarp(); }
 
 // What all threads of a quad, which have the columns of the same rows, hold together.
@@ -52,8 +52,8 @@ struct Tile {
     __device__ Element* at(int row, int column) const {
         return data + row * stride + (sizeof(Element) == 4 ? column : column ^ row % 8 * chunk);
     }
-    // The same of (row + row_block, column + column_block), where the blocks are multiples of 16 that the compiler
-    // knows and column < 16: one operation of integers for each column, none for a row.
+    // The same address as at(row + row_block, column + column_block), where the blocks are multiples of 16 that the
+    // compiler knows and column < 16: one operation of integers for each column, none for a row.
     __device__ Element* at(int row, int row_block, int column, int column_block) const {
         constexpr auto size = static_cast<int>(sizeof(Element));
         const int bytes = static_cast<int>(reinterpret_cast<char*>(at(row, column)) - reinterpret_cast<char*>(data));
@@ -91,7 +91,7 @@ __device__ void fetch(Tile tile, const void* memory, int head_dim, bool wide, co
     }
 }
 
-// Rows [first, first + rows) of a tile to target(row), a row of head_dim elements or null, by the lanes of one warp.
+// Copy rows [first, first + rows) of a tile to target(row), a row of head_dim elements or null, by the lanes of a warp.
 template <int rows, class Tile, class Target>
 __device__ void flush(Tile tile, int first, int head_dim, bool wide, const Target& target) {
     using Element = typename Tile::Element;
@@ -289,7 +289,7 @@ struct Products<float> {
     }
 };
 
-// A thread's sums of a row, times a factor, to a row of float32.
+// Write a thread's sums of a row, times a factor, to a row of float32.
 template <int blocks>
 __device__ void write_sums(float* to, int head_dim, const float (&sums)[blocks][4], int half, float factor) {
 #pragma unroll
@@ -300,7 +300,7 @@ __device__ void write_sums(float* to, int head_dim, const float (&sums)[blocks][
     }
 }
 
-// The same to a row of a tile of 16 bits, from a channel on.
+// Write them to a row of a tile of 16 bits, from a channel on.
 template <class Tile, int blocks>
 __device__ void write_sums(Tile tile, int row, const float (&sums)[blocks][4], int half, float factor,
                            int first_channel = 0) {

@@ -60,8 +60,8 @@ STARFLOW_HOST_DEVICE constexpr int64_t guess_source(int64_t n, int64_t fresh, co
     return source < options.first ? -1 : source;
 }
 
-// What is read of tokens that are not final must be finite: one NaN would reach every later row. Beyond this it is
-// divergence, not data; any value in its place is as right, for it is only a guess.
+// What is read of tokens that are not final must be finite: one NaN would reach every later row. A value beyond this is
+// a sign of divergence; any other in its place is as right, for it is only a guess.
 inline constexpr float wild = 1e6F;
 STARFLOW_HOST_DEVICE constexpr bool is_wild(float value) { return !(value < wild && value > -wild); }
 

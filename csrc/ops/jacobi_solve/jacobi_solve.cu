@@ -54,8 +54,8 @@ struct Row {
     __device__ bool in(const Turn& turn) const { return b < turn.state.batch; }
 };
 
-// Linear guidance: `to`, which may be `given`, gets what the two halves say together. By all lanes of a warp, which see
-// it afterwards.
+// Linear guidance: `to`, which may be `given`, gets the combination of the two halves. All lanes of a warp call this,
+// and see the result afterwards.
 __device__ void extrapolate(const Turn& turn, int64_t n, const float* given, const float* free, float* to) {
     const float weight = linear_weight(turn.options.guidance, n, turn.state.tokens);
     for (int64_t c = lane(); c < turn.out; c += warp_size) {
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(block_threads) accept_kernel(Turn turn, Again 
     set_again(again, more);
 }
 
-// Nothing was done yet: a thread each of the report's numbers.
+// Sets the report of a solve that has not begun, one thread for each number.
 __global__ void __launch_bounds__(block_threads) begin_kernel(int64_t* report, int64_t numbers) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= numbers) return;

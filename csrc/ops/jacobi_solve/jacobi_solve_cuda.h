@@ -1,10 +1,10 @@
 // jacobi_solve on CUDA: turns of guess, sweep, update and acceptance, repeated on the device; the rule is in
 // jacobi_rule.h, the sweep in jacobi_sweep_cuda.h, how turns are repeated in cuda/repeat.h.
 //
-// Every sample has as many rows in each sweep. Near its end, where fewer tokens are left than a window holds, a window
-// begins before the frontier: what it computes of final tokens once more is not written anywhere, and since a row's
-// bits do not depend on the others, the rest is what a shorter window gives. So does a sample that is done, until all
-// are.
+// Every sample has the same number of rows in each sweep. Near its end, where fewer tokens are left than a window
+// holds, its window begins before the frontier: what is computed of final tokens once more is not written anywhere, and
+// since a row's bits do not depend on the others, the rest is what a shorter window gives. A sample that is done keeps
+// such a window too, until all are.
 //
 // Launches of a turn: 3, and those of a sweep. Bytes beside a sweep's: the window's x, z, raw and kept once.
 #pragma once

@@ -79,7 +79,7 @@ class Solver {
         update_.update(args, 0, rows);
     }
 
-    // Linear guidance of row `row` of raw_, which predicts token n; the other half stands `rows` rows further.
+    // Applies linear guidance to row `row` of raw_, which predicts token n; the other half stands `rows` rows further.
     void combine(int64_t row, int64_t rows, int64_t n) {
         const SolveGuidance& g = options_.guidance;
         if (g.weight <= 0.0 || !g.linear) return;

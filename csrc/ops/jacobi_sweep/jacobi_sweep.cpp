@@ -10,8 +10,8 @@ namespace {
 
 constexpr const char* op = "jacobi_sweep";
 
-// One number for each cache row, in memory of the host. They are checked there, so on a CUDA device that is where they
-// are best: else the host waits for the stream.
+// One number for each cache row, in memory of the host. The numbers are checked there, so with a CUDA device too they
+// are best given there: otherwise the host waits for the stream.
 Tensor numbers(const char* name, const Tensor& tensor, const SweepBlock& block, const Tensor& keys) {
     require(
         tensor.scalar_type() == ScalarType::Long && shape_of(tensor) == std::vector<int64_t>{block.cache_rows} &&

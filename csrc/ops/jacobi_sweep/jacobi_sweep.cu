@@ -29,9 +29,9 @@ struct Gather {
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + block_threads - 1) / block_threads); }
 
-// One warp a row: the token that it reads, rounded; what is added to its embedding, or its embedding; the turns of its
-// slot. Reads and writes 4 values of the residual stream at a time where `width` is 4. Without a word on the blocks of
-// a multiprocessor ptxas takes 32 registers and spills.
+// One warp a row gathers the token that the row reads, rounded; what is added to its embedding, or the embedding
+// itself; and the rotation tables of its slot. It handles 4 values of the residual stream at a time where `width` is 4.
+// Without a launch bound on the blocks of a multiprocessor ptxas takes 32 registers and spills.
 template <int width>
 __global__ void __launch_bounds__(block_threads, 4) gather_kernel(Gather g) {
     const SweepCudaArgs& args = g.args;
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(block_threads, 4) gather_kernel(Gather g) {
     }
 }
 
-// h += branch, 4 of `count` values a thread. Past the last of them is what fills up a line of the workspace.
+// h += branch, 4 of `count` values a thread. Values past the last only fill up a line of the workspace.
 __global__ void __launch_bounds__(block_threads) add_kernel(float* h, const float* branch, int64_t count) {
     constexpr int width = 4;
     const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
@@ -247,7 +247,7 @@ class Sweep {
         attention.out = attention.q;
         attention.out.data = at<void>(layout_.attended);
         attention.lse = at<float>(layout_.lse);
-        // One part of the keys, so that a row's bits depend on nothing but the row.
+        // The keys are not split, so that a row's bits depend on nothing but the row.
         attention.tile_rows = attention_schedule(attention.shape, args_.device.multiprocessors).tile_rows;
         attention.splits = 1;
         attention.sm90 = args_.device.sm90 &&

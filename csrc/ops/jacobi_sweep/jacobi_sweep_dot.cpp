@@ -164,7 +164,7 @@ struct Sweep {
         return {team.first(member, weights.count()), team.last(member, weights.count())};
     }
 
-    // Some panels of rows W^T, the rows row_of(r) normalised; finish(panel, sums) for each.
+    // Multiplies the rows row_of(r), normalised, by some panels of W and calls finish(panel, sums) for each.
     template <int count, class RowOf, class Finish>
     void multiply(int64_t member, const Panels& weights, const PanelRange (&ranges)[count], const RowNorm& norm,
                   const RowOf& row_of, const Finish& finish) const {
@@ -179,7 +179,7 @@ struct Sweep {
         });
     }
 
-    // A member's share of rows W^T; write(column, r, value, lanes).
+    // Computes a member's share of the columns of rows W^T and calls write(column, r, value, lanes).
     template <class RowOf, class Write>
     void multiply_share(int64_t member, const Panels& weights, const RowNorm& norm, const RowOf& row_of,
                         const Write& write) const {
@@ -188,7 +188,7 @@ struct Sweep {
         multiply(member, weights, {share}, norm, row_of, written(weights, write));
     }
 
-    // finish(panel, sums) that calls write(column, r, value, lanes).
+    // Returns a finish(panel, sums) that calls write(column, r, value, lanes).
     template <class Write>
     auto written(const Panels& weights, const Write& write) const {
         return [this, &weights, &write](int64_t p, const float* sums) {
@@ -229,7 +229,7 @@ struct Sweep {
             });
     }
 
-    // Norm (none too) of one head in place, and its rotation by the tables at `slot`.
+    // Normalises (or not, by its kind) one head in place and rotates it by the tables at `slot`.
     void turn(float* head, const RowNorm& norm, const float* cos, const float* sin, int64_t slot) const {
         if (cos == nullptr) return normalise_row(head, block.head_dim, norm);
         const bool normed = norm.kind != NormKind::none;
@@ -264,8 +264,8 @@ struct Sweep {
 
     int64_t head_size() const { return cache_head_bytes(block.cache, block.slots, block.head_dim); }
 
-    // Of rows [first, last) and key heads [head, end): queries are turned where they lie, keys and values go into the
-    // caches.
+    // For rows [first, last) and key heads [head, end): turns queries where they lie, and writes keys and values into
+    // the caches.
     void append(const SweepLayer& layer, int64_t first, int64_t last, int64_t head, int64_t end) const {
         const int64_t group = block.heads / block.kv_heads;
         const int64_t head_depth = round_up(block.head_dim, depth_multiple);
@@ -292,13 +292,13 @@ struct Sweep {
         });
     }
 
-    // Tiles of a window's query rows: (token, head of the group), whole tokens.
+    // Tokens of a tile of a window's query rows, which are (token, head of the group); a tile holds whole tokens.
     int64_t tile_tokens() const {
         const int64_t group = block.heads / block.kv_heads;
         return group >= attend_rows ? 1 : attend_rows / group;
     }
 
-    // Key heads [head, end) of all windows, each tile that takes(item) numbered so.
+    // Attention of key heads [head, end) of all windows, for the tiles whose number `takes` accepts.
     template <class Takes>
     void attend_heads(int64_t member, const SweepLayer& layer, int64_t head, int64_t end, const Takes& takes) const {
         visit_attention_product(block.cache, block.product_input, [&](auto product) {
@@ -323,7 +323,7 @@ struct Sweep {
                      int64_t tokens) const {
         const Own mine = own(member);
         const int64_t group = block.heads / block.kv_heads;
-        // More heads in a group than a tile has rows: some heads at a time.
+        // Where a group has more heads than a tile has rows, some heads are taken at a time.
         for (int64_t some = 0; some < group; some += attend_rows) {
             const int64_t heads = group - some < attend_rows ? group - some : attend_rows;
             const int64_t rows = tokens * heads;
@@ -516,7 +516,7 @@ struct Sweep {
         });
     }
 
-    // All members on the same rows.
+    // The whole sweep, all members on the same rows.
     void run() const {
         begin();
         for (int64_t l = 0; l < block.layer_count; ++l) {
@@ -526,7 +526,7 @@ struct Sweep {
         finish();
     }
 
-    // A team of one on its own rows: what comes before others' keys of layer l are needed, and after those of l - 1.
+    // A team of one, on its own rows: from the attention of layer l - 1 up to the keys and values of layer l.
     void run_between(int64_t l) const {
         if (l == 0) {
             begin();

@@ -101,7 +101,7 @@ class Reader {
         return {kind, given, nullptr, static_cast<float>(epsilon_of(kind))};
     }
 
-    // With the bias behind the weight.
+    // Reads a norm whose bias stands behind its weight.
     RowNorm norm_with_bias(const Place& weight, NormKind kind, int64_t width) const {
         RowNorm found = norm(weight, kind, width);
         found.bias = floats(weight.behind(1), width);
@@ -222,7 +222,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.cache = *cache;
     b.layer_count = keys.size(0);
     b.cache_rows = keys.size(1);
-    // On a CUDA device a head is its slots, side by side.
+    // On a CUDA device a head is stored as its slots, side by side.
     const int64_t head_bytes =
         on_device ? b.slots * b.head_dim * storage_bytes(b.cache) : cache_head_bytes(b.cache, b.slots, b.head_dim);
     const int64_t elements = head_bytes / storage_bytes(b.cache);

@@ -37,7 +37,7 @@ class Block {
 // The device of a tensor, as schedules of CUDA kernels see it.
 CudaDevice cuda_device(const Tensor& data);
 
-// The tensor in memory of the host. Of one on a CUDA device that takes the stream to come here.
+// The tensor in memory of the host. For a tensor on a CUDA device the host waits for the stream.
 Tensor on_host(const Tensor& tensor);
 
 // The kernels of the selected level, and a team of torch's own threads, for a Sweeper.

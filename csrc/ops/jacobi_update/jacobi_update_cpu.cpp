@@ -36,7 +36,7 @@ void update_rows(const JacobiUpdateArgs& args, int64_t begin, int64_t end) {
                 scale = scale * reciprocal(square_root(precision));
             }
             const V updated = multiply_add(scale, load(z + c, lanes), shift);
-            // Of floats without sign the bits order like the values, with NaN on top: a NaN stays the largest.
+            // The bits of floats without sign order like their values, with NaN on top: a NaN stays the largest.
             change = maximum_magnitude(change, absolute((updated - load(x + c, lanes)) * reciprocal(scale)));
             store(x + c, updated, lanes);
         });

@@ -10,7 +10,7 @@ struct GuidedTerms {
     T shift[width];
     T scale[width];
 
-    // From channel c on. `free` is the row of the unconditional half, which is read where the weight is above 0.
+    // The terms of channels from c on. `free` is the row of the unconditional half, read where the weight is above 0.
     template <class Raw>
     __device__ GuidedTerms(const Raw* raw, const Raw* free, T weight, const AffineShape& shape, int64_t c) {
         const RawTerms<T, width> terms(raw, shape, c);

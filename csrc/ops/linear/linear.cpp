@@ -110,7 +110,7 @@ int64_t row_block_of(int64_t rows) {
 
 void run_items(const LinearArgs& args, const LinearKernels& kernels) {
     const int64_t blocks = (args.rows + args.row_block - 1) / args.row_block;
-    // A product of float32 takes a thirtieth of a nanosecond, of which an item has 32 for each row and depth.
+    // A multiply-add of float32 takes a thirtieth of a nanosecond, and an item has 32 of them for each row and depth.
     cpu::parallel_rows(blocks * args.weights.count(), args.row_block * args.weights.depth,
                        [&](int64_t begin, int64_t end) {
                            kernels.multiply(args, begin, end, cpu::scratch<LinearKernels>(kernels.scratch_bytes(args)));

@@ -19,7 +19,7 @@ namespace starflow {
 enum class Epilogue : int32_t { none, gelu, gelu_tanh };
 inline constexpr const char* epilogue_names[]{"none", "gelu", "gelu_tanh"};
 
-// Rows whose channels lie side by side; the stride in elements. No data: not there.
+// Rows whose channels lie side by side; the stride in elements. An absent matrix has null data.
 struct Matrix {
     void* data;
     int64_t row_stride;
@@ -56,7 +56,7 @@ struct LinearCudaArgs {
     bool copied;
     bool wide_input;   // x and the parameters of its norm can be read 4 channels at a time
     bool wide_result;  // and all that the epilogue reads and writes, 4 columns at a time
-    bool sm90;         // by the kernel for sm_90a
+    bool sm90;         // the kernel for sm_90a runs
     LinearSchedule schedule;
     LinearWorkspace layout;
     void* workspace;

@@ -64,7 +64,7 @@ void finish_rows(const LinearArgs& args, int64_t first, int64_t count, int64_t p
 }
 
 void finish_panel(const LinearArgs& args, int64_t first, int64_t count, int64_t panel, const float* sums) {
-    // A twelfth of the whole call, where the depth is 256.
+    // The checks that `plain` spares each register take a twelfth of a call of linear where the depth is 256.
     const bool plain = args.weights.column_scale == nullptr && args.product.data == nullptr &&
                        args.epilogue == Epilogue::none && args.multiply.data == nullptr &&
                        args.residual.data == nullptr;

@@ -100,8 +100,8 @@ struct LinearBlock {
     }
 };
 
-// Called by the threads that hold sums, `thread` of Tile::threads, once all of a part, or of the depth, are in `tile`;
-// sync() is a barrier among them, and the first thing that this function needs.
+// Called by the threads that hold sums, `thread` of Tile::threads, once the sums of a part, or of the depth, are in
+// `tile`; sync() is a barrier of these threads, which this function calls before it reads the tile.
 template <class Tile, class Sync>
 __device__ void finish_tile(const LinearCudaArgs& args, const LinearBlock& block, Tile& tile, int thread,
                             const Sync& sync) {

@@ -11,8 +11,8 @@ constexpr int prepare_threads = 256;
 
 // norm(x), rounded to the type of the weight and padded with zeros: what is multiplied. A block a row. The formula of
 // the norm is in ops/norm/norm.h; its second and third pass over the row find it in the first-level cache. __fdividef
-// and rsqrtf are off by 2 units in the last place at most, a ten-thousandth of what the rounding takes. Four blocks a
-// multiprocessor leave 64 registers; without a word ptxas takes 32 and spills.
+// and rsqrtf are off by 2 units in the last place at most, a ten-thousandth of the error of the rounding. Four blocks a
+// multiprocessor leave 64 registers; without this launch bound ptxas takes 32 and spills.
 template <int width>
 __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs args) {
     __shared__ BlockSums<float, 1>::Scratch scratch;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs arg
     }
 }
 
-// No block has arrived at any tile.
+// Sets the counters of all tiles to zero: no block has arrived.
 __global__ void clear_counters(LinearCudaArgs args) {
     const int64_t tile = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
     auto* workspace = static_cast<unsigned char*>(args.workspace);

@@ -32,7 +32,7 @@ struct Tile {
     static constexpr int stages = stages_;
     static constexpr int row_warps = row_warps_;
     static constexpr int threads = row_warps * column_warps * warp_size;
-    // On a multiprocessor; without this word ptxas keeps to 128 registers and spills.
+    // Blocks that run on a multiprocessor; without this launch bound ptxas keeps to 128 registers and spills.
     static constexpr int blocks = threads == 128 ? 2 : 1;
     static constexpr int warp_rows = rows / row_warps;
     static constexpr int warp_columns = columns / column_warps;
@@ -175,7 +175,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
             load_step<Tile::columns, Tile::threads>(weight, columns, args.depth, first_column, from,
                                                     operands.weight[stage]);
         }
-        // Also of nothing, so that the number of groups says which step has come.
+        // An empty group is committed too, so that the number of groups says which step has come.
         cute::cp_async_fence();
     };
 #pragma unroll
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
     int stage = 0;
     for (int step = 0; step < steps; ++step) {
         cute::cp_async_wait<Tile::stages - 2>();
-        // This step is there for all threads, and all have done the last one, whose stage is loaded next.
+        // All threads see this step, and all are done with the one before, whose stage is loaded next.
         __syncthreads();
         load(step + Tile::stages - 1, stage == 0 ? Tile::stages - 1 : stage - 1);
         part_sums.add_step(operands.input[stage], operands.weight[stage], warp_row, warp_column);
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
         }
     }
 
-    // The operands are done with.
+    // No thread reads the operands after this barrier.
     __syncthreads();
     sums.put(shared.staged, warp_row, warp_column);
     finish_tile(args, block, shared.staged, static_cast<int>(threadIdx.x), [] { __syncthreads(); });

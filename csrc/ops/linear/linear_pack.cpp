@@ -52,8 +52,8 @@ std::tuple<Tensor, Tensor> run_pack(Tensor weight, int64_t storage) {
     const int64_t out_channels = weight.size(0);
     const int64_t in_channels = weight.size(1);
     const Tensor panels = new_result(weight, panels_shape(kind, out_channels, in_channels), panels_type(kind));
-    // Weights are read from end to end, a walk of the page table for each page: a sweep of width 768 takes a tenth less
-    // with large ones.
+    // Weights are read from end to end, with a walk of the page table for each page: a sweep of width 768 takes a tenth
+    // less time with large pages.
     cpu::prefer_large_pages(panels, int64_t{2} * 1024 * 1024);
     const Tensor column_scale =
         empty_like_shape(weight, {kind == MatrixStorage::int8 ? out_channels : 0}, ScalarType::Float);

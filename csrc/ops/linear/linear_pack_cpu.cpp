@@ -76,7 +76,7 @@ void write_pairs(Step& step, BFloat16* to, BFloat16* rest) {
                 const V weight = load(&step.turned[k + i][c], AllLanes{});
                 store(&rounded[i][c], weight, AllLanes{});
                 const V high = load(&rounded[i][c], AllLanes{});
-                // Of infinity and NaN nothing is left: they stay what they are.
+                // The rest of infinity and of NaN is zero, so that both stay what they are.
                 const V difference = select_greater(V(infinity), absolute(high), weight - high, V(0.0F));
                 if (rest != nullptr) store(&left[i][c], difference, AllLanes{});
             }
@@ -113,7 +113,7 @@ bool find_scales(const LinearPackArgs& args, int64_t first_row, float* inverse) 
         const float most = largest_of_row(row, args.in_channels);
         finite = finite && most < infinity;
         args.column_scale[first_row + c] = most / 127.0F;
-        // The inverse of a smaller one would be infinite: such a row is zero.
+        // The inverse of a smaller maximum would be infinite: such a row is packed as zero.
         inverse[c] = most > 1e-35F ? 127.0F / most : 0.0F;
     }
     return finite;

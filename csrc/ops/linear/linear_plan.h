@@ -11,7 +11,7 @@ struct CudaDevice {
     bool sm90;  // has the kernels for sm_90a
 };
 
-// Whether an address, and every row from it, takes `width` neighbours; what is not there does.
+// Whether an address, and every row from it, takes `width` neighbours; an absent matrix does.
 static inline bool takes_neighbours(const Matrix& matrix, int64_t width) {
     const int64_t size = matrix.dtype == Dtype::float32 ? 4 : 2;
     return matrix.data == nullptr ||
@@ -31,7 +31,7 @@ static inline LinearCudaArgs plan_linear(const LinearArgs& call, const CudaDevic
     args.depth = linear_round_up(channels, linear_row_multiple);
     const Dtype dtype = call.weights.storage == MatrixStorage::bfloat16 ? Dtype::bfloat16 : Dtype::float16;
     args.input = call.x;
-    if (call.rows == 1) args.input.row_stride = args.depth;  // whatever it is said to be
+    if (call.rows == 1) args.input.row_stride = args.depth;  // the stride of a single row does not matter
     // TMA takes no rows on top of each other.
     args.copied = call.x.dtype != dtype || call.norm.kind != NormKind::none || args.depth != channels ||
                   args.input.row_stride < args.depth || !takes_neighbours(args.input, linear_row_multiple);

@@ -28,8 +28,8 @@ struct Tile {
     static constexpr int columns = columns_;
     static constexpr int threads = groups * group_threads;  // that multiply
     static constexpr bool cooperative = groups > 1;
-    // On a multiprocessor; and registers that the loading group leaves to those that multiply: together those of a
-    // block.
+    // Blocks that run on a multiprocessor, and registers that the loading group leaves to the groups that multiply:
+    // together they have those of a block.
     static constexpr int blocks = cooperative ? 1 : 2;
     static constexpr int load_registers = 40;
     static constexpr int multiply_registers = cooperative ? 232 : 216;
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
     }
 
     const auto sync = [] { sync_named<Tile::threads>(1); };
-    // The operands are done with, by the other group too.
+    // No thread of either group reads the operands after this barrier.
     sync();
     const auto places = product.get_slice(thread).partition_C(cute::make_identity_tensor(shape));
 #pragma unroll

@@ -39,7 +39,7 @@ struct NormArgs {
     const void* bias;    // null: none
     void* out;
     void* sum;    // null: none
-    bool stream;  // out past the caches; its rows are aligned to cache lines
+    bool stream;  // out is written past the caches; its rows are aligned to cache lines
 };
 
 struct NormBackwardArgs {
@@ -53,7 +53,7 @@ struct NormBackwardArgs {
     void* parameters;  // (parameters, channels): the sum of partial over the blocks
     RowBlocks blocks;
     bool with_bias;  // two parameters, else one
-    bool stream;     // grad_x past the caches
+    bool stream;     // grad_x is written past the caches
 };
 
 struct NormKernels {

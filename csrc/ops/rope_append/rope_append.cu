@@ -140,7 +140,7 @@ __device__ T* head_of(const Heads& heads, int64_t b, int64_t h, int64_t t) {
     return static_cast<T*>(heads.data) + b * heads.batch_stride + h * heads.head_stride + t * heads.token_stride;
 }
 
-// To a cache of any dtype: one kernel for all of them, since the choice is the same for every thread.
+// Stores planes in a cache of any dtype: one kernel serves all, since the choice is the same for every thread.
 template <int width, class T>
 __device__ void store_kept(const Heads& heads, Dtype kept, int64_t b, int64_t h, int64_t slot, const Layout& layout,
                            int p, const Planes<T, width>& planes) {
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(block_threads) backward_kernel(RopeAppendBackw
     const int64_t heads = shape.heads + 2 * shape.kv_heads;
     const int64_t first_row = args.blocks.begin(blockIdx.x);
     const int64_t items = (args.blocks.end(blockIdx.x) - first_row) * heads;
-    // All groups of a warp go round together: they meet in the sums.
+    // All groups of a warp take the same number of turns, since every lane takes part in the sums.
     for (int64_t first = 0; first < items; first += groups) {
         const bool here = first + group < items;
         const int64_t item = here ? first + group : 0;

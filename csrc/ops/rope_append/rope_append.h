@@ -76,7 +76,7 @@ struct RopeAppendKernels {
     void (*forward)(const RopeAppendArgs& args, int64_t begin, int64_t end);
     // Blocks [begin, end) of rows.
     void (*backward)(const RopeAppendBackwardArgs& args, int64_t begin, int64_t end);
-    // All blocks to the gradients of the weights.
+    // Adds up the sums of all blocks: the gradients of the weights.
     void (*sum_blocks)(const RopeAppendBackwardArgs& args);
 };
 

@@ -100,8 +100,8 @@ inline void with_walk(const Turn<T>& turn, bool interleaved, const Function& fun
     }
 }
 
-// Fused where a level fuses: GCC 12 turns pairs of products, difference and sum of doubles into vfmaddsub where a loop
-// is vectorised, in spite of -ffp-contract=off, and whether it is depends on addresses.
+// The products are fused wherever the level fuses: GCC 12 turns pairs of products, difference and sum of doubles into
+// vfmaddsub in a vectorised loop, in spite of -ffp-contract=off, and which loop runs depends on addresses.
 template <class V>
 inline Pair<V> rotated(Pair<V> x, V cos, V sin) {
     return {multiply_add(x.u, cos, V(0) - x.v * sin), multiply_add(x.v, cos, x.u * sin)};
