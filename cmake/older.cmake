@@ -5,4 +5,6 @@ if(STARFLOW_OLDER)
     COMMAND ${Python_EXECUTABLE} ${CMAKE_SOURCE_DIR}/cmake/older_symbols.py ${CMAKE_BINARY_DIR}/older ${CMAKE_CXX_COMPILER}
     COMMAND_ERROR_IS_FATAL ANY)
   add_link_options(-L${CMAKE_BINARY_DIR}/older)
+  # Before torch's library, which has copies of some of the later ones and shows them.
+  link_libraries(stdc++)
 endif()
