@@ -74,7 +74,7 @@ def cold_cache() -> partial[Any]:
 
 
 def _on_cuda(spec: Spec, case: str, variant: str) -> Sample:
-    """The call on the device; torch multiplies by a weight as it was before it was packed."""
+    """The call on the device; torch multiplies by the weight before packing."""
     sample = spec.on_cuda(draw(spec, case))
     if variant == "cuda":
         return sample
@@ -121,7 +121,7 @@ def test_op(
 def test_attention_beside_flash_attn(
     queries: int, keys: int, variant: str, cold_cache: partial[Any], benchmark: Any
 ) -> None:
-    """Causal, the queries being the last of the keys, 32 heads of 128 in bfloat16; skipped without flash-attn."""
+    """Causal attention of the last tokens, 32 heads of 128 in bfloat16; skipped without flash-attn."""
     flash = pytest.importorskip("flash_attn")
     q, k, v = (torch.randn(1, n, 32, 128, device="cuda", dtype=torch.bfloat16) for n in (queries, keys, keys))
     theirs = partial(flash.flash_attn_func, q, k, v, causal=True)
@@ -190,7 +190,7 @@ def test_sweep(
     cold_cache: partial[Any],
     benchmark: Any,
 ) -> None:
-    """At the middle of the clip."""
+    """A sweep at the middle of the clip."""
     state = _state(deep, rows)
     start = torch.full((rows,), TEXT + TOKENS // 2)
     x = torch.randn(rows, window, CHANNELS, device="cuda")
@@ -199,12 +199,12 @@ def test_sweep(
     with torch.inference_mode(), reference_mode() if variant == "torch" else nullcontext():
         got = call()
         with reference_mode():
-            # Activations are rounded by the kernels alone.
+            # The kernels round activations to bfloat16, the reference does not.
             torch.testing.assert_close(got, call(), atol=0.1, rtol=0.1)
         benchmark.pedantic(call, setup=cold_cache, rounds=ROUNDS, warmup_rounds=2)
     seen = 2 * 2 * rows * (int(start[0]) + window) * WIDTH * 2
     best = benchmark.stats.stats.min
-    # Two operations for each weight of two bytes.
+    # A weight of two bytes costs two operations a row.
     rate = 2 * rows * window * deep.nbytes / 2 / best
     benchmark.extra_info.update(
         {
@@ -220,7 +220,7 @@ def test_sweep(
 @pytest.mark.parametrize("window", [16, 128])
 @pytest.mark.benchmark(timer=Moment)
 def test_solve(window: int, way: str, deep: BlockWeights, benchmark: Any) -> None:
-    """32 sweeps with guidance, the same however they are repeated; what is between sweeps is what differs."""
+    """32 sweeps with guidance; the ways to repeat a sweep run the same kernels and differ in the time between."""
     state = _state(deep, 2)
     z = torch.randn(1, TOKENS, CHANNELS, device="cuda")
     options = {"first": 0, "first_token": 0, "frame_tokens": FRAME, "window": window, "tolerance": 0.0}

@@ -34,7 +34,7 @@ def implementation(spec: Spec, variant: str) -> Callable[..., Any]:
 
 
 def outcome(spec: Spec, call: Callable[..., Any], sample: Sample) -> tuple[Tensor, ...]:
-    """What a call returns, and what it overwrites."""
+    """The tensors that a call returns, and those that it overwrites."""
     arguments = spec.arguments(**sample.arguments)
     returned = tensors(call(**arguments))
     return (*returned, *tensors(tuple(arguments[name] for name in spec.mutates)))
@@ -51,7 +51,7 @@ def check(spec: Spec, case: str, sample: Sample, results: tuple[Tensor, ...], va
     for got, want in zip(results, _exact(spec.name, case), strict=True):
         if got.is_floating_point():
             relative, absolute = (sample.bounds or spec.bounds)[got.dtype]
-            # Four times what the tests allow: among millions of elements are those that round worst.
+            # The bound is four times that of the tests: millions of elements include worse roundings.
             assert ((got.double() - want).abs() <= 4 * (absolute + relative * want.abs())).all(), variant
 
 

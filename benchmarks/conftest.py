@@ -34,7 +34,7 @@ def copy_bandwidth() -> float:
 
 @pytest.fixture(params=["torch", "compile", *native.isa_levels()])
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Plain torch, torch.compile of it, and each level of this machine."""
+    """The variants: plain torch, torch.compile of it, and each CPU level of this machine."""
     name = str(request.param)
     missing = native.isa_levels().get(name)
     if missing:
@@ -46,7 +46,7 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    """Replace what names the host by what explains a figure."""
+    """Replace the facts that name the host by those that explain a figure."""
     machine_info.clear()
     facts = starflow_ext.info()
     machine_info.update(
@@ -56,14 +56,14 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
             "threads": facts["threads"]["used"],
             "torch": facts["build"]["torch"],
             "compiler": facts["build"]["compiler"],
-            # Other work on the machine makes single figures jump two or three times.
+            # Other work on the machine makes single timings two or three times as long.
             "load when it began": round(os.getloadavg()[0], 1),
         }
     )
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:
-    """Keep the commit alone."""
+    """Keep only the commit's id."""
     commit = commit_info.get("id")
     commit_info.clear()
     commit_info["id"] = commit

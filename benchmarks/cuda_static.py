@@ -1,7 +1,8 @@
-"""The targets of CUDA: what is known of the kernels without a GPU.
+"""The targets of CUDA: facts of the kernels that need no GPU.
 
-The machine code of the library that is installed, bytes and bank conflicts of the kernels' sources on the emulated
-device, and what a release takes to build. Reader and calls are those of tests/static and tests/cuda_emulation.
+They are read from the machine code of the installed library, from bytes and bank conflicts of the kernels' sources on
+the emulated device, and from the time to build a release. Reader and calls come from tests/static and
+tests/cuda_emulation.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ RELEASE = HERE / ".cache" / "release"
 
 @contextmanager
 def _tests(*names: str) -> Iterator[list[Any]]:
-    """Modules of the tests. What they skip is skipped here."""
+    """Modules of the tests; a skip that they raise skips the target."""
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
     try:
@@ -77,7 +78,7 @@ def cuda_local_memory() -> Iterator[Figure]:
 
 @target("cuda")
 def cuda_tensor_cores() -> Iterator[Figure]:
-    """Kernels of products and attention, of those with instructions of tensor cores."""
+    """Share of the kernels of products and attention that have instructions of tensor cores."""
     kernels = [kernel for kernel in _kernels() if kernel.multiplies]
     without = [kernel for kernel in kernels if not kernel.tensor_core_instructions]
     raw = {
@@ -93,7 +94,7 @@ def cuda_tensor_cores() -> Iterator[Figure]:
 
 @target("cuda")
 def cuda_bytes() -> Iterator[Figure]:
-    """Bytes that one-pass ops move, over those of inputs and results; 64 channels, and 61, which fit no 16 bytes."""
+    """Bytes that one-pass ops move, over those of inputs and results; with 64 channels and with 61 (unaligned rows)."""
     with _tests("cuda_emulation.affine", "cuda_emulation.emulator") as (affine, emulator):
         for name in affine.OPS:
             kernels = emulator.emulated(affine.source_of(name))
@@ -126,7 +127,7 @@ def cuda_attention_banks() -> Iterator[Figure]:
 
 @dataclass(frozen=True)
 class Took:
-    """Of a command: what passed, and what all its processes computed."""
+    """Elapsed seconds of a command, and CPU seconds of all its processes."""
 
     seconds: float
     cpu_seconds: float
@@ -144,7 +145,7 @@ def _timed(command: list[str | Path], environment: dict[str, str]) -> Took:
 
 
 def _slowest(log: Path) -> Path:
-    """The CUDA source that took longest, by ninja's log."""
+    """The CUDA source that took longest to compile, by ninja's log."""
     took: dict[str, int] = {}
     for line in log.read_text().splitlines()[1:]:
         begin, end, _, output, _ = line.split("\t")
@@ -154,7 +155,7 @@ def _slowest(log: Path) -> Path:
 
 
 def _release_environment() -> dict[str, str]:
-    """All architectures on two cores, without a compiler cache."""
+    """Environment that builds all architectures on two cores, without a compiler cache."""
     if shutil.which(os.environ.get("CUDACXX", "nvcc")) is None:
         raise Skipped("nvcc is not on PATH")
     for module in ("scikit_build_core", "pybind11", "cutlass_library"):
@@ -182,7 +183,7 @@ def cuda_build() -> Iterator[Figure]:
     took = _timed([*pip, "-C", f"build-dir={RELEASE / 'build'}", "--wheel-dir", wheels, sources], environment)
     (wheel,) = wheels.glob("*.whl")
     yield Figure("cuda_wheel", wheel.stat().st_size / 1e6, "MB, four architectures", 40.0, 20.0, lower=True)
-    # Of all processes: what else runs on the machine makes a build take longer, though not its own work.
+    # CPU time is summed over all processes: other work on the machine lengthens a build, though not its CPU time.
     raw = {"cpu_minutes": took.cpu_seconds / 60, "cores": os.cpu_count()}
     yield Figure("cuda_build", took.seconds / 60, "minutes, four architectures", 25.0, 15.0, lower=True, raw=raw)
 

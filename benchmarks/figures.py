@@ -1,4 +1,4 @@
-"""What targets.py prints, and the table of what it can measure."""
+"""The lines that targets.py prints, and the table of its targets."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Figure:
     """One line of the output.
 
     Attributes:
-        name: of the target.
-        value: what was measured. unit: of what.
-        goal, moonshot: what shall hold, and what the ceiling allows.
-        lower: smaller is better.
+        name: name of the target.
+        value: measured value. unit: its unit.
+        goal, moonshot: value that shall be reached, and value that the ceiling allows.
+        lower: whether smaller is better.
         raw: medians in seconds, and other facts.
     """
 
@@ -54,7 +54,7 @@ TARGETS: dict[str, tuple[str, Target]] = {}
 
 
 def target(group: str) -> Callable[[Target], Target]:
-    """Enter a function under its name."""
+    """Enter a function into the table of targets under its name."""
 
     def enter(function: Target) -> Target:
         TARGETS[function.__name__] = (group, function)

@@ -1,8 +1,8 @@
-"""What the likelihood of a trained model says: by the level of the noise, and about clips that are not ordinary.
+"""Likelihood of a trained model: by the level of the noise, and for clips that are unlike the training data.
 
     python benchmarks/likelihood.py demo/run
 
-Prints the tables of docs/likelihood.md, of a model trained on the moving digits (the demo's).
+Prints the tables of docs/likelihood.md for a model trained on the moving digits (the demo's).
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ def one_frame(clip: Clip, other: Clip) -> Clip:
 
 
 def backwards(clip: Clip, other: Clip) -> Clip:
-    """The frames in reverse: against what the caption says."""
+    """The frames are in reverse order, against the direction that the caption names."""
     return dataclasses.replace(clip, pixels=clip.pixels.flip(0))
 
 
 def upside_down(clip: Clip, other: Clip) -> Clip:
-    """Every frame turned over."""
+    """Every frame is upside down."""
     return dataclasses.replace(clip, pixels=clip.pixels.flip(-2))
 
 
 def captioned_otherwise(clip: Clip, other: Clip) -> Clip:
-    """With the caption of another clip."""
+    """The caption comes from another clip."""
     return dataclasses.replace(clip, caption=other.caption)
 
 
 def empty(clip: Clip, other: Clip) -> Clip:
-    """The ground without a digit."""
+    """Every frame is background without a digit."""
     return dataclasses.replace(clip, pixels=torch.full_like(clip.pixels, -1.0))
 
 
@@ -63,19 +63,19 @@ def area(odd: Sequence[float], ordinary: Sequence[float]) -> float:
 
 
 def worst_frame(item: ClipScore) -> float:
-    """Largest deviation of a frame, on either side."""
+    """Largest absolute deviation of a frame's score."""
     assert item.anomaly is not None
     return max(map(abs, item.anomaly.frames))
 
 
 def either_side(item: ClipScore) -> float:
-    """Deviation of the clip, on either side."""
+    """Absolute deviation of the clip's score."""
     assert item.anomaly is not None
     return abs(item.anomaly.deviations)
 
 
 def noise_table(pipeline: Pipeline, clips: Sequence[Clip]) -> str:
-    """Markdown: bits by the level of the noise that is added."""
+    """Markdown table of bits per dimension by the level of the added noise."""
     trained = pipeline.config.train.noise_std
     lines = [
         "| noise | bits per dimension | floor | above the floor | better than shuffled | one frame of another clip |",
@@ -104,7 +104,7 @@ def altered(change: Callable[[Clip, Clip], Clip], clips: Sequence[Clip]) -> list
 
 
 def anomaly_table(pipeline: Pipeline, clips: Sequence[Clip]) -> str:
-    """Markdown: how well odd clips are told from ordinary ones, by three scores."""
+    """Markdown table of how well three scores tell odd clips from ordinary ones."""
     ordinary, judged = clips[:ORDINARY], clips[ORDINARY:]
     reference = Reference(score(pipeline, ordinary))
     plain = [reference.judge(item) for item in score(pipeline, judged, seed=1000)]

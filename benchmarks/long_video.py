@@ -1,11 +1,11 @@
-"""How far clips drift that are ten times as long as those of the training, by how windows are joined.
+"""Drift of clips that are ten times as long as the training clips, by the way that windows are joined.
 
     python benchmarks/long_video.py [--clips N] [--frames N] [--figure docs/images/long-video.svg]
 
-For each way of joining windows it makes clips of a trained model and measures, frame by frame: the bits per dimension
+For each way of joining windows it samples clips of a trained model and measures, frame by frame: the bits per dimension
 of a frame under the model given the frames before it, the share of clips that still show the digit that they began with
-(as `DigitJudge` reads it), and the ink of a frame over that of held-out clips. Prints one JSON line each and draws the
-curves.
+(as `DigitJudge` reads it), and the ink of a frame over that of held-out clips. It prints one JSON line for each and
+draws the curves.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 
 def held_out(clips: int, frames: int) -> tuple[Tensor, list[str]]:
-    """Clips of the data that no training saw, one digit after the other, and their captions."""
+    """Held-out clips of the data, one digit after the other, and their captions."""
     data = models.CutDigits(frames, SIZE, "test")
     found: dict[str, list[Tensor]] = {digit: [] for digit in DIGITS}
     index = 0
@@ -60,7 +60,7 @@ def held_out(clips: int, frames: int) -> tuple[Tensor, list[str]]:
 
 @torch.inference_mode()
 def bits(pipeline: Pipeline, pixels: Tensor, captions: list[str], step: int) -> tuple[list[int], list[float]]:
-    """Numbers of frames, and mean bits per dimension of each given the frames before it in a window."""
+    """Indices of frames, and the mean bits per dimension of each given the frames before it in a window."""
     window = pipeline.config.data.frames
     latents = pipeline.codec.encode(pixels)
     noisy = latents + pipeline.config.train.noise_std * noise.draw(
@@ -77,18 +77,18 @@ def bits(pipeline: Pipeline, pixels: Tensor, captions: list[str], step: int) -> 
 
 
 def kept(judge: DigitJudge, pixels: Tensor, step: int) -> list[float]:
-    """Share of clips whose frame at a place shows the digit that they began with."""
+    """Share of clips, frame by frame, that show the digit that they began with."""
     read = torch.stack([judge.read(clip) for clip in pixels])
     return (read == read[:, :1]).float().mean(0)[::step].tolist()
 
 
 def ink(pixels: Tensor) -> Tensor:
-    """Mean brightness of each frame above the ground, (frames,)."""
+    """Mean brightness of each frame above the background, (frames,)."""
     return pixels.add(1).div(2).sub(0.1).clamp(min=0).mean((0, 2, 3, 4))
 
 
 def clips_of(pipeline: Pipeline, captions: list[str], frames: int, options: dict[str, Any]) -> Tensor:
-    """Clips by one way, pixels."""
+    """Pixels of clips that are sampled with the options of one way."""
     limit = frames if "window" in options else None
     made = pipeline.session(captions, seed=1000, frames=limit, **(options | ({"window": frames} if limit else {})))
     return torch.cat([part.pixels for part in made.extend(frames, last=True, together=True)], 1)

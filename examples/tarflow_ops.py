@@ -28,7 +28,7 @@ Caches = list[list[Tensor]]
 
 
 class Attention(nn.Module):
-    """Causal self-attention; with a cache the tokens stand behind those that it holds."""
+    """Causal self-attention; with a cache the tokens follow those that it holds."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, h: Tensor, cache: list[Tensor] | None) -> Tensor:
-        """(batch, tokens, width) to the same."""
+        """Map (batch, tokens, width) to the same shape."""
         q, k, v = self.qkv(self.norm(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache[:] = [torch.cat([old, new], 2) for old, new in zip(cache, (k, v), strict=True)]
@@ -45,12 +45,12 @@ class Attention(nn.Module):
         return h + out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The queries are the last tokens of the keys: all of them, or one."""
+        """Attend from queries that belong to the last keys: to all keys, or to one."""
         return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1)
 
 
 class Block(nn.Module):
-    """Standardises each token by what came before it; the first passes unchanged."""
+    """Standardises each token given the tokens before it; the first passes unchanged."""
 
     attention: type[Attention] = Attention
 
@@ -76,7 +76,7 @@ class Block(nn.Module):
         return out
 
     def caches(self, batch: int) -> Caches:
-        """Keys and values of no token yet, for each layer."""
+        """Empty keys and values for each layer."""
         empty = self.position.new_empty(batch, self.heads, 0, self.proj_in.out_features // self.heads)
         return [[empty, empty] for _ in self.attentions]
 
@@ -165,7 +165,7 @@ class FastTarFlow(TarFlow):
 
 
 def solved(flow: FastTarFlow, z: Tensor, size: int, tolerance: float) -> Tensor:
-    """Noise to data, a window of tokens at a time; its queries are the last of the keys that are cached by then."""
+    """Noise to data, a window of tokens at a time; the queries of a window belong to the last cached keys."""
     for block in reversed(flow.chain()):
         caches = block.caches(z.shape[0])
 
@@ -197,12 +197,12 @@ class Outcome:
 def compare(
     tokens: int = 1024, channels: int = 12, width: int = 128, layers: int = 2, blocks: int = 2, batch: int = 1
 ) -> Outcome:
-    """The plain and the swapped model with the same weights, on the same data and noise."""
+    """Compare the plain model and the one on ops with the same weights, on the same data and noise."""
     torch.manual_seed(0)
     sizes = (tokens, channels, width, width // 32, layers, blocks)
     plain, fast = TarFlow(*sizes).eval(), FastTarFlow(*sizes).eval()
     for block in plain.chain():
-        # As weak as in trained models is the dependence on the tokens just before: what `solve` gains rests on it.
+        # Tokens depend on those just before them as weakly as in trained models: the gain of `solve` rests on that.
         nn.init.normal_(block.proj_out.weight, 0.0, 0.2 * width**-0.5)
     fast.load_state_dict(plain.state_dict())
     x, z = torch.randn(2, batch, tokens, channels).unbind()

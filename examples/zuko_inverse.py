@@ -61,12 +61,12 @@ def train(side: int, steps: int, hidden: int = 256) -> zuko.flows.MAF:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one flow and batch.
+    """Both inverses of one flow and batch.
 
     Args:
-        error, zuko_error: largest difference of the noise of the result from what was asked for, in deviations.
-        sweeps: of the transforms together.
-        seconds, zuko_seconds: of the inverse.
+        error, zuko_error: largest difference of the result's noise from the given noise, in standard deviations.
+        sweeps: sweeps of all transforms together.
+        seconds, zuko_seconds: time of each inverse.
     """
 
     error: float
@@ -77,12 +77,12 @@ class Outcome:
 
     @property
     def speedup(self) -> float:
-        """Over zuko's own inverse."""
+        """Speed-up over zuko's own inverse."""
         return self.zuko_seconds / self.seconds
 
 
 def compare(flow: zuko.flows.MAF, batch: int, repeats: int = 5) -> Outcome:
-    """Both inverses of the same noise."""
+    """Time both inverses on the same noise."""
     z = torch.randn(batch, len(flow.transform.transforms[0].order), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         to_noise = flow.transform()
@@ -93,7 +93,7 @@ def compare(flow: zuko.flows.MAF, batch: int, repeats: int = 5) -> Outcome:
 
 
 def _timed(call: Callable[[], Value], repeats: int) -> tuple[float, Value]:
-    """Least seconds of some calls, and the value."""
+    """Least seconds of `repeats` calls, and the value."""
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The affine parametrisation in plain torch: what the references of the affine ops share.
+"""The affine parametrisation in plain torch, shared by the references of the affine ops.
 
 Reference: Zhai et al., Normalizing Flows are Capable Generative Models (TarFlow), section 3; Gu et al., STARFlow,
 section 3 (softplus scale, soft clip, guidance).
@@ -31,12 +31,12 @@ ScaleActivation = Literal["softplus", "exp", "none"]
 SOFTPLUS_BIAS: Final = CONSTANTS["softplus_bias"]
 
 # The scale stays within exp(+-80), 5.5e34 and 1.8e-35, so that it, its inverse and every gradient are finite in
-# float32; sane networks stay within exp(+-10). Clamped before the maths: after it, NaN would get into the gradient.
+# float32; sane networks stay within exp(+-10). The argument is clamped: clamping the result would leave NaN gradients.
 LOG_SCALE_LIMIT: Final = CONSTANTS["log_scale_limit"]
 SCALE_LIMIT: Final = CONSTANTS["scale_limit"]
 
-# Of float32: 16 units of rounding, for the longest chain (clip, softplus, quotient); log_det sums as many channels.
-# Half types add the rounding of what they store.
+# Float32 is allowed 16 units of rounding, for the longest chain (clip, softplus, quotient); log_det is a sum over
+# channels. Half types add the rounding of stored values.
 AFFINE_BOUNDS: Final[Mapping[torch.dtype, Bound]] = {
     torch.float64: Bound(1e-13, 1e-13),
     torch.float32: Bound(2e-6, 4e-6),
@@ -101,7 +101,7 @@ def activation_of(op: str, code: int) -> str:
 
 
 def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: float, shifted: bool) -> Terms:
-    """Turn what the network puts out into shift and scale.
+    """Turn the output of the network into shift and scale.
 
     Args:
         raw: (..., tokens, 2 * channels), log-scale before shift; (..., tokens, channels) with activation "none".
@@ -126,7 +126,7 @@ def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: fl
             log_scale = log_half.clamp(-LOG_SCALE_LIMIT, LOG_SCALE_LIMIT)
             scale = log_scale.exp()
         else:
-            # From 40 on softplus(u) is u in float64 too; torch's default of 20 is good for float32 only.
+            # From u = 40 on softplus(u) rounds to u in float64 too; torch's default threshold of 20 suits float32 only.
             scale = F.softplus((log_half + SOFTPLUS_BIAS).clamp(-LOG_SCALE_LIMIT, SCALE_LIMIT), threshold=40.0)
             log_scale = scale.log()
     if shifted:
@@ -172,11 +172,11 @@ AFFINE_DTYPES: Final[tuple[Dtypes, ...]] = (
 def affine_samples(
     data_name: str, dtypes: Dtypes, generator: torch.Generator, *, shifted: bool = True
 ) -> Iterator[Sample]:
-    """Draw calls of an affine op: every option, and the shapes that go wrong first.
+    """Draw calls of an affine op: every option, and the shapes where errors are likeliest.
 
     Args:
         data_name: name of the argument that is transformed.
-        dtypes: of the data and of ``raw``.
+        dtypes: dtypes of the data and of ``raw``.
         generator: source of the values.
         shifted: whether the op knows the option ``shifted``.
 

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-# What kernels compute with.
+# Dtypes of the tensors that kernels take.
 FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -45,20 +45,20 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
-    """Check for a dtype that kernels compute with."""
+    """Check that a tensor has one of the dtypes that kernels take."""
     known = "float32, bfloat16, float16 or float64"
     require(tensor.dtype in FLOATING, op, f"{name} has dtype", dtype_text(tensor.dtype), known)
 
 
 def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
-    """Check that a second tensor is where the first is."""
+    """Check that a second tensor is on the device of the first."""
     require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
 
 
 def check_tensor(
     op: str, name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int], like_name: str, like: Tensor
 ) -> None:
-    """Check for a dtype and a shape, and that the tensor is where another one is."""
+    """Check the dtype and the shape of a tensor, and that it is on the device of another one."""
     require(tensor.dtype == dtype, op, f"{name} has dtype", dtype_text(tensor.dtype), dtype_text(dtype))
     require(list(tensor.shape) == list(shape), op, f"{name} has shape", shape_text(tensor.shape), list(shape))
     check_device(op, name, tensor, like_name, like)
@@ -74,14 +74,14 @@ def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor)
 
 
 def check_own_memory(op: str, name: str, tensor: Tensor) -> None:
-    """Check that a tensor can be written: no two of its places are one in memory."""
+    """Check that a tensor can be written: no two of its elements share memory."""
     own = "a tensor of its own (an expanded one cannot be written; use .clone())"
     shared = any(stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     require(not shared, op, f"{name} has", "elements that share memory", own)
 
 
 def require_first_order(op: str) -> None:
-    """Refuse a gradient of the native gradient, which would silently be missing."""
+    """Refuse second-order gradients, which the native gradient would silently leave out."""
     require(
         not torch.is_grad_enabled(),
         op,

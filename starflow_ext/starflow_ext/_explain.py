@@ -19,13 +19,13 @@ from starflow_ext._spec import tensors
 
 @dataclass(frozen=True)
 class Explanation:
-    """What would run a call.
+    """Which variant and kernel would run a call.
 
     Attributes:
         op: name of the op.
         runs: the variant that would run.
         refused: every other variant, with the reason.
-        kernel: of an op with several CUDA kernels, which one would run, and why; else "".
+        kernel: for an op with several CUDA kernels, the one that would run, and why; else "".
     """
 
     op: str
@@ -80,7 +80,7 @@ def _choose(
     selected = native.selected_isa()
     order = list(native.isa_levels())
     refused: dict[str, str] = {}
-    candidates = []  # in rising order: the last one runs
+    candidates = []  # in rising order of level: the last candidate runs
     for variant, missing in {"cuda": "", **native.isa_levels()}.items():
         reason = missing
         if in_reference_mode():
@@ -129,6 +129,6 @@ def support_table() -> str:
 
 
 def _places(variants: tuple[str, ...]) -> tuple[str, str]:
-    """Write the levels of the CPU, and what runs on CUDA."""
+    """Write the CPU levels of an op, and whether a kernel or the reference runs on CUDA."""
     levels = ", ".join(variant for variant in variants if variant != "cuda")
     return levels, "sm_80 and later" if "cuda" in variants else "plain torch"

@@ -20,7 +20,7 @@ def _codes(option: str) -> dict[str, int]:
 
 
 SCALE_ACTIVATIONS: Final = _codes("scale_activation")
-# With "none", which linear and the sweeps take and the op norm does not.
+# These include "none", which linear and the sweeps take and the op norm does not.
 NORM_KINDS: Final = _codes("norm_kind")
 WEIGHT_STORAGES: Final = _codes("matrix_storage")
 PRODUCT_INPUTS: Final = _codes("product_input")
@@ -36,7 +36,7 @@ def code_of(op: str, argument: str, name: str, codes: Codes) -> int:
     """Return the number of an option's value.
 
     Raises:
-        RuntimeError: if there is no such value; names those that there are.
+        RuntimeError: if there is no such value; the message names the known ones.
     """
     code = codes.get(name)
     if code is None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from starflow_ext._load import native
 
-# Dtypes of one call, the data's first: each further one is of whatever else the op lets differ (raw, weight, cache).
+# Dtypes of one call: that of the data, then that of each argument whose dtype may differ (raw, weight, cache).
 Dtypes = tuple[torch.dtype, ...]
 
-# Of an op with <op>_cpu.cpp, and of one with <op>_dot.cpp.
+# VARIANTS are those of an op whose kernels are in <op>_cpu.cpp, DOT_VARIANTS those of an op with <op>_dot.cpp.
 VARIANTS: Final = (*native.kernel_levels()["cpu"], "cuda")
 DOT_VARIANTS: Final = (*native.kernel_levels()["dot"], "cuda")
 
@@ -49,10 +49,10 @@ class Sample:
     """One call of an op.
 
     Attributes:
-        label: what the call shows.
-        arguments: by name; what is left out has its default. Tensors are fresh, may be absent (None) and may lie in
-            tuples.
-        bounds: in place of the op's, for a call that asks for another precision.
+        label: what the call tests.
+        arguments: arguments by name; those left out have their defaults. Tensors are fresh, may be absent (None) and
+            may lie in tuples.
+        bounds: bounds in place of the op's, for a call that asks for another precision.
     """
 
     label: str
@@ -72,24 +72,25 @@ class Spec:
     Attributes:
         name: name of the op, of its file and of its schema.
         call: the public function.
-        reference: the same in plain torch; takes every argument of ``call`` by name, defaults too.
-        check: raises what the op raises for wrong arguments; takes the same.
+        reference: the op in plain torch; takes every argument of ``call`` by name, defaults too.
+        check: raises what the op raises for wrong arguments; takes the arguments of ``reference``.
         dtypes: combinations that the op takes; one of float32 alone, and one of float64 alone for gradients.
         samples: calls on the CPU with one combination of dtypes, drawn from a generator. The first shows the op as it
             is mostly called; one is labelled "large": several grains of work, batch (at least 6) in front.
-        bounds: of results and gradients, by the dtype that they are stored in; dtypes without a bound are exact.
+        bounds: bounds of results and gradients, by the dtype that they are stored in; dtypes without a bound are exact.
         differentiable: arguments that have first-order gradients, in calls that overwrite nothing.
-        autocast: under autocast the operands are rounded to its dtype, as by torch's own op; else nothing is.
+        autocast: whether operands are rounded to autocast's dtype under autocast, as by torch's own op.
         mutates: arguments that are overwritten.
         shared: arguments whose tensors do not have the batch in front.
-        variants: those that the op has, of ``VARIANTS`` or further CPU levels in rising order. Without "cuda", tensors
+        variants: variants of the op, from ``VARIANTS`` or further CPU levels, in rising order. Without "cuda", tensors
             on a CUDA device run the reference.
-        refuses: variant, then every argument of ``call`` by name; why that variant would not take the call, or "".
-        lower: every argument of ``call`` by name to the native operator and its arguments; by default the operator of
-            the op's name and the arguments in order.
-        kernel: every argument of ``call`` by name, on a CUDA device, to which of several kernels would run and why; ""
-            where there is no such device.
-        on_cuda: a call on the CPU to the same call on a CUDA device; by default every tensor is moved.
+        refuses: takes a variant, then every argument of ``call`` by name; returns why that variant would not take the
+            call, or "".
+        lower: takes every argument of ``call`` by name; returns the native operator and its arguments; by default the
+            operator of the op's name and the arguments in order.
+        kernel: takes every argument of ``call`` by name, on a CUDA device; returns which of several kernels would run
+            and why, or "" where there is no such device.
+        on_cuda: turns a call on the CPU into the same call on a CUDA device; by default it moves every tensor.
         cases: calls that the benchmarks time, by name.
         bytes_moved: bytes that a call must move at least; by default every argument and every result once.
         operations: multiplications and additions of a call, for an op whose ceiling is arithmetic.

@@ -27,7 +27,7 @@ from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import CONSTANTS, FORWARD_KERNELS
 from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
 
-# Of the CUDA kernels.
+# Largest head_dim that the CUDA kernels take.
 _MOST_HEAD_DIM: Final = CONSTANTS["block_attention_most_head_dim_cuda"]
 
 
@@ -42,8 +42,8 @@ class FrameMask:
     Args:
         prefix: number of always-visible tokens.
         frame_tokens: tokens of a frame.
-        look_ahead: A; 1 sees up to the own frame, 2 one frame ahead.
-        window: G, frames seen behind the furthest one; None is all.
+        look_ahead: with 1 a query sees up to its own frame, with 2 one frame further.
+        window: frames that a query sees before the furthest visible one; None is all.
     """
 
     prefix: int
@@ -129,18 +129,18 @@ def block_attention(
     The mask is a rule of positions and never in memory; work is proportional to what is visible. Softmax and sums are
     float32. On the CPU products are float32, or bfloat16 for bfloat16 ``q`` where the level has them, and a row's bits
     depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
-    256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the
-    keys of few queries are split over the device, and a row's bits depend on that number of parts. Compute capability
-    9.0 has a kernel of its own, chosen by device, dtype, ``head_dim`` and the places of keys and values alone
-    (``explain`` says where it runs). Plain torch for float64. Under autocast the operands are rounded to its dtype, as
-    by torch's own attention.
+    256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the keys of few queries are
+    split over the device, and a row's bits depend on the number of parts. Compute capability 9.0 has a kernel of its
+    own, chosen by device, dtype, ``head_dim`` and the addresses and strides of keys and values alone (``explain`` says
+    where it runs). Float64 runs in plain torch. Under autocast the operands are rounded to its dtype, as by torch's own
+    attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
         k, v: (batch, kv_heads, keys, head_dim), rounded to the dtype of ``q``; key head j serves query heads
             ``j * r .. j * r + r - 1``.
-        causal: a query sees the keys up to its own position. Default: where there are no ``frames``. With both, what
-            both allow: a sliding window of frames for causal decoding.
+        causal: a query sees the keys up to its own position. Default: True unless ``frames`` is given. With both, a key
+            is visible where both allow it: a sliding window of frames for causal decoding.
         q_start: position of the first query among the keys, one number or one for each sample (batch,); None is
             ``keys - queries`` (the queries are the last tokens). Only with ``causal`` or ``frames``.
         k_length: keys of each sample, one number or (batch,); those at and beyond it are invisible. None is all.
@@ -191,7 +191,7 @@ def block_attention_reference(
     elif temperature != 1.0:
         scale = 1.0 / (q.shape[-1] ** 0.5 * temperature)
     if keys == 0:
-        # Nothing to see, yet part of the graph.
+        # No key is visible, yet the result must stay part of the autograd graph.
         out = (q + k.sum() + v.sum()) * 0.0
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=arithmetic_dtype(q.dtype))
         return (out, lse) if return_lse else out
@@ -204,7 +204,7 @@ def block_attention_reference(
         mask = _visible(q, queries, keys, causal, q_start, k_length, frames)
     if mask is not None:
         seen = mask.any(-1, keepdim=True)
-        # A row that sees nothing looks at everything and is left out afterwards: softmax has no value for it.
+        # Softmax of a row without visible keys is undefined: such a row attends to all keys here and is set to 0 below.
         mask = mask | ~seen
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if square else mask, is_causal=square, scale=scale, enable_gqa=grouped
@@ -215,7 +215,7 @@ def block_attention_reference(
 
 
 def _is_square(q_start: int | Tensor | None, queries: int, keys: int) -> bool:
-    """Whether a causal mask is torch's own, or hides nothing from a single query."""
+    """Whether a causal mask is torch's ``is_causal``: as many queries as keys, from position 0 on."""
     return queries == keys and (q_start is None or (isinstance(q_start, int) and q_start == 0))
 
 
@@ -228,7 +228,7 @@ def _visible(
     k_length: int | Tensor | None,
     frames: FrameMask | None,
 ) -> Tensor | None:
-    """Boolean (batch or 1, 1, queries, keys), or nothing where all is visible."""
+    """The mask, boolean (batch or 1, 1, queries, keys), or None where all is visible."""
 
     def column(value: int | Tensor) -> Tensor:
         return torch.as_tensor(value, device=q.device).reshape(-1, 1)
@@ -262,7 +262,7 @@ def _log_sum(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None, sca
 
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """In one dtype: that of ``q``, or autocast's."""
+    """The operands in one dtype: that of ``q``, or autocast's."""
     device = q.device.type
     dtype = q.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -271,7 +271,7 @@ def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _why_torch(q: Tensor) -> str:
-    """Why a call is left to torch, or nothing."""
+    """Why a call is left to torch, or "" where it is not."""
     return "q is float64" if q.dtype == torch.float64 else ""
 
 
@@ -295,14 +295,14 @@ def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
-    """Of a call on a CUDA device; "" where there is none, or no memory to look at."""
+    """Which CUDA kernel would run a call; "" without a CUDA device, or for tensors without memory."""
     if is_fake(q) or not torch.cuda.is_available():
         return ""
     return _forward_kernel(q, k, v, torch.cuda.get_device_capability(q.device)[0])
 
 
 def _split(value: Any) -> tuple[Any, Tensor | None]:
-    """One number for all samples, or one for each."""
+    """Split a value into one number for all samples and a tensor with one for each; the other is left out."""
     return (None, value) if isinstance(value, Tensor) else (value, None)
 
 
@@ -386,7 +386,7 @@ def check(
 
 
 def _by_frame(q: Tensor, k: Tensor, v: Tensor, frames: FrameMask, scale: float | None, *, grouped: bool) -> Tensor:
-    """Frame by frame over the keys that it sees: no mask in memory, and work only for the visible part."""
+    """Attention of each frame over its visible keys: no mask in memory, and work only for the visible part."""
     tokens, prefix = q.shape[2], frames.prefix
     out = []
     for queries, keys in frames.runs(tokens):
@@ -408,7 +408,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tenso
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """Like ``x``, the heads of a token side by side."""
+    """An empty tensor like ``x``, with the heads of a token side by side in memory."""
     batch, heads, tokens, head_dim = x.shape
     return x.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
 
@@ -478,7 +478,7 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
     yield sample("defaults", 7, 7)
     yield Sample("large", sample("", 150, 210, batch=6, return_lse=True).arguments)
     for queries, keys in ((0, 5), (5, 0), (1, 1), (1, 65), (3, 64), (64, 64), (65, 129), (5, 3)):
-        # A finite difference of minus infinities is NaN: logarithms of nothing have their own test.
+        # Finite differences of minus infinity are NaN: the log-sum of rows without visible keys has its own test.
         yield sample(f"{queries} queries, {keys} keys", queries, keys, return_lse=queries <= keys)
         yield sample(f"{queries} queries, {keys} keys, all visible", queries, keys, causal=False)
     yield sample("no samples", 3, 3, batch=0)
@@ -538,8 +538,8 @@ SPEC = Spec(
     check=check,
     dtypes=((torch.float64,), (torch.float32,), (torch.float16,), (torch.bfloat16,)),
     samples=_samples,
-    # Float32: sums of up to 256 products, weights within 2^-22. 16 bits: where products take them, weights are rounded
-    # to 8 bits (bfloat16) or 11 (float16) before the sum, which is rounded again.
+    # Float32 bounds cover sums of up to 256 products and weights within 2^-22. Where products take 16-bit operands,
+    # weights are rounded to 8 bits (bfloat16) or 11 (float16) before the sum, which is rounded again.
     bounds={
         torch.float64: Bound(1e-12, 1e-12),
         torch.float32: Bound(4e-6, 4e-6),

@@ -27,7 +27,7 @@ class SolveProgress:
 
     Attributes:
         x: (batch, tokens + 1, channels) float32; row n + 1 holds token n. Tokens that are given, or guessed before
-            anything is evaluated, stand there at the start.
+            the first evaluation, are there at the start.
         frontier: (batch,) int64 first token of each sample that is not final; all tensors on one device.
         fresh: (batch,) int64 first token of each sample that was never evaluated.
         kept: (halves, batch, tokens, out channels) float32: the network's last output for each token.
@@ -40,14 +40,14 @@ class SolveProgress:
 
     @classmethod
     def begin(cls, x: Tensor, first: int, *, halves: int, out_channels: int) -> SolveProgress:
-        """Start at token ``first`` of all samples; the other arguments as the attributes."""
+        """Start at token ``first`` of all samples; the other arguments are sizes of the attributes."""
         batch, tokens = x.shape[0], x.shape[1] - 1
         frontier = torch.full((batch,), first, device=x.device)
         return cls(x, frontier, frontier.clone(), x.new_zeros(halves, batch, tokens, out_channels))
 
 
 class Guided(NamedTuple):
-    """What ``guided`` says: the outputs are extrapolated, in which parts, and by a weight that grows along the clip."""
+    """The option ``guided``: whether and which outputs are extrapolated, and whether its weight grows over the clip."""
 
     linear: bool
     log_scale: bool
@@ -69,7 +69,7 @@ class Guided(NamedTuple):
 
 
 class SweepCount(NamedTuple):
-    """What a call did: rows it evaluated, tokens that each sweep made final, and the first one that is not finite."""
+    """Rows that a call evaluated, tokens that each of its sweeps made final, and the first token that is not finite."""
 
     rows: int
     accepted: tuple[int, ...]
@@ -106,20 +106,21 @@ def jacobi_solve(
 
     Args:
         weights, state: the block; with guidance, the caches hold the conditional samples before the unconditional ones.
-        progress: where to go on; written.
+        progress: the state that the solve goes on from; written.
         z: (batch, tokens, channels) float32 noise.
         first: first token that is solved for. first_token: the token that slot 0 of the network predicts.
         frame_tokens: tokens of a frame; guesses come from the token one frame earlier.
         window: rows of a sample in a sweep.
-        tolerance: of the change of a token.
-        activation, soft_clip: of ``jacobi_update``.
-        guidance: weight; above 0 there are two halves. guided: "gaussian" as in ``jacobi_update``, or the parts that
-            are extrapolated: "a" the log-scale, "b" the shift, with "+" for a weight that grows along the clip.
-        product_input: of ``jacobi_sweep``.
-        most_sweeps: after so many it returns, for the caller to look at what is final or to be interrupted.
+        tolerance: a token's change, in units of its scale, must be below it.
+        activation, soft_clip: as of ``jacobi_update``.
+        guidance: its weight; above 0 there are two halves.
+        guided: "gaussian" as in ``jacobi_update``, or the parts that are extrapolated: "a" the log-scale, "b" the
+            shift, with "+" for a weight that grows along the clip.
+        product_input: as of ``jacobi_sweep``.
+        most_sweeps: sweeps after which the call returns, so that the caller can use final tokens or be interrupted.
 
     Returns:
-        What was done; ``bad`` is (sample, token) where a final token is NaN or infinite, which ends the solve.
+        Counts of this call; ``bad`` is (sample, token) where a final token is NaN or infinite, which ends the solve.
 
     Raises:
         RuntimeError: if a shape, a dtype or an option is wrong; on CUDA also while the current stream is captured into

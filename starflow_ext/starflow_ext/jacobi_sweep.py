@@ -33,7 +33,7 @@ def jacobi_sweep(
     product_input: ProductInput | None = None,
     text: bool = False,
 ) -> Tensor:
-    """Run a block's network over a window of tokens of each cache row, with what is cached before them.
+    """Run a block's network over a window of tokens of each cache row, behind the cached tokens before it.
 
     Writes keys and values of the window into ``state``; running a window again overwrites them. A row's result does not
     depend on the other rows, on the width of the window or on the number of threads, to the last bit.
@@ -44,10 +44,10 @@ def jacobi_sweep(
         rows: (cache rows, tokens, channels) float32: the network's input at slots ``start ..``; with ``text`` (cache
             rows, tokens, width): text in the residual stream.
         start: (cache rows,) int64 first slot of each window. The host checks it: with ``rows`` on a CUDA device it is
-            best on the CPU; from the device it is read, which waits for the stream.
-        keep: (cache rows,) int64 slots below it are not written; None writes all. On a device like ``start``.
-        product_input: how what the weights multiply enters products (see ``linear``); None: "float32", on CUDA the
-            storage of the weights, which is all that there is.
+            best kept on the CPU; reading it from the device waits for the stream.
+        keep: (cache rows,) int64; slots below it are not written; None writes all. On a CUDA device as for ``start``.
+        product_input: how activations enter products with the weights (see ``linear``); None: "float32", on CUDA
+            the storage of the weights, the only choice there.
         text: ``rows`` is embedded text; only keys and values are wanted.
 
     Returns:
@@ -121,7 +121,7 @@ def jacobi_sweep_reference(
 
 
 def _hidden(kind: NormKind | None, layer: LayerWeights, h: Tensor) -> Tensor:
-    """The first half of the MLP."""
+    """The hidden activations of the MLP."""
     before = _input_norm(kind, *layer.mlp_norm)
     if layer.gate is None:
         return linear(h, layer.up.weight, layer.up.bias, norm=before, epilogue="gelu")
@@ -140,7 +140,7 @@ def _projected(x: Tensor, weights: PackedLinear, before: InputNorm | None = None
 
 
 def _added(h: Tensor, x: Tensor, weights: PackedLinear, post: Tensor | None) -> Tensor:
-    """The residual stream with a branch, normalised or not, added to it."""
+    """The residual stream ``x`` plus a branch, which ``post`` normalises where it is given."""
     if post is None:
         return linear(x, weights.weight, weights.bias, residual=h)
     return h + norm(_projected(x, weights), post, kind="rms_norm")

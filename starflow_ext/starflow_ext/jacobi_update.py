@@ -89,7 +89,7 @@ def jacobi_update_reference(
     new = shift + scale * z.to(dtype)
     change = ((new - x.to(dtype)).abs() / scale).to(torch.float32)
     x.copy_(new)
-    # A token without channels has not moved; amax has no value for it.
+    # A token without channels has not moved: its change is the empty sum, 0, as amax of nothing is undefined.
     return change.amax(dim=-1) if x.shape[-1] > 0 else change.sum(dim=-1)
 
 

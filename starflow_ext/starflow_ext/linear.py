@@ -1,4 +1,4 @@
-"""linear: a matrix product with what comes before it (a norm) and after it: bias, activation, gate, residual."""
+"""linear: a matrix product, fused with the norm before it and the bias, activation, gate and residual after it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from starflow_ext.norm import norm as normalise
 Epilogue = Literal["none", "gelu", "gelu_tanh"]
 ProductInput = Literal["float32", "bfloat16", "two_bfloat16", "float16"]
 
-# On the CPU; on CUDA it is the type of the weight.
+# Product inputs that the CPU's kernels take; on CUDA the input has the type of the weight.
 CPU_PRODUCT_INPUTS: Final = tuple(name for name in PRODUCT_INPUTS if name != "float16")
 _NATIVE: Final = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -72,7 +72,7 @@ def linear(
     A packed weight runs the native kernels of its device, with sums, norm and epilogue in float32; a row's bits depend
     neither on the other rows nor on the number of threads. A plain tensor runs torch's own product, unless
     ``product_input`` is given: packing for one call takes longer than it saves. float64 runs torch's too. Half types
-    that torch multiplies one element at a time on this processor it multiplies in float32.
+    that torch multiplies one element at a time on this processor are multiplied in float32.
 
     On CUDA a packed weight is bfloat16 or float16, and ``x`` enters the product rounded to the same type; tensor cores
     multiply and sum in float32. The gradient is torch's own products there. These kernels have not run on a device yet
@@ -88,8 +88,8 @@ def linear(
         residual: (..., out_channels); the sum has its dtype, so a float32 residual stream stays float32.
         product_input: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum
             of two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A
-            level without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA the
-            type of the weight, and no other.
+            level without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA it
+            can only be the type of the weight.
         norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it.
 
     Returns:
@@ -130,7 +130,7 @@ def linear_reference(
 
 
 def _values(packed: PackedWeight) -> Tensor:
-    """The weight as it is multiplied by, with a gradient where the original is kept."""
+    """The rounded weight that products use, with a gradient where the original is kept."""
     original = packed.weight
     if original is None:
         return packed.unpack()
@@ -149,8 +149,8 @@ def _torch(
     norm: InputNorm | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """In the dtype of ``weight``; the result in that of ``residual``, else in ``dtype``."""
-    # Side by side, so that the bits do not depend on strides.
+    """Compute ``linear`` in the dtype of ``weight``; the result has that of ``residual``, else ``dtype``."""
+    # The operands are contiguous, so that the bits do not depend on strides.
     x, weight = x.contiguous(), weight.contiguous()
     if norm is not None:
         x = normalise(x, norm.weight, norm.bias, kind=norm.kind)
@@ -181,7 +181,7 @@ def _rounded(x: Tensor, weight: Tensor, norm: InputNorm | None) -> tuple[Tensor,
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
-    """What a product with a plain weight is computed in."""
+    """The dtype that a product with a plain weight is computed in."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -198,7 +198,7 @@ def _why_torch(
     product_input: str | None,
     norm: InputNorm | None,
 ) -> str:
-    """Why a call is left to torch, or nothing."""
+    """Why a call is left to torch, or "" where it is not."""
     packed = isinstance(weight, PackedWeight)
     if not (x.is_cpu or x.is_cuda) or not (packed or x.device == weight.device):
         return f"x is on {x.device}"
@@ -208,8 +208,8 @@ def _why_torch(
             return f"{name} is {dtype_text(tensor.dtype)}"
     if packed or product_input is not None:
         return ""
-    # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save,
-    # 1.2 to 2 times the whole call up to 256 rows and a few per cent above.
+    # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save;
+    # the call as a whole takes 1.2 to 2 times as long up to 256 rows, and a few per cent longer above.
     return "the weight is not packed, and packing it for one call takes longer than it saves (see pack_weight)"
 
 
@@ -372,7 +372,7 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         grad = grad * multiply
     if epilogue != "none":
         grad = torch.ops.aten.gelu_backward(grad, product.to(grad.dtype), approximate=approximate)
-    # Of what was multiplied: the rounded weight, which is the weight itself where it is stored in its own dtype.
+    # The gradient uses the rounded weight, which is the weight itself where it is stored in its own dtype.
     storage = name_of("linear", "storage", call["storage"], WEIGHT_STORAGES)
     if weight is not None and dtype_text(weight.dtype) == storage:
         values = weight
@@ -391,8 +391,8 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 torch.library.register_fake("starflow_ext::linear", _fake)
 torch.library.register_autograd("starflow_ext::linear", _backward, setup_context=_save)
 
-# Of float32: rounding of the sums, and 40 units of GELU; half types add the rounding of what they store. Activations
-# rounded to bfloat16 are off by 2^-9 each; the two terms of a split one by 2^-17.
+# Float32 bounds cover the rounding of the sums, and 40 units of rounding in GELU; half types add the rounding of stored
+# values. Activations rounded to bfloat16 are off by 2^-9 each, those split in two terms by 2^-17.
 _BOUNDS: Final = {
     torch.float64: Bound(1e-13, 1e-13),
     torch.float32: Bound(4e-6, 4e-6),
@@ -405,7 +405,7 @@ _SPLIT: Final = {dtype: Bound(bound.relative + 2e-5, 2e-5) for dtype, bound in _
 
 def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
     dtype, weight_dtype = dtypes
-    # float64 is not packed.
+    # Weights are not packed in float64.
     exact = dtype == torch.float64
 
     def draw(*shape: int, kind: torch.dtype = dtype) -> Tensor:
@@ -429,7 +429,7 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
         if exact:
             pass
         elif (product_input == "bfloat16" and dtype != torch.bfloat16) or (plain and weight_dtype != torch.float32):
-            # torch rounds after each step.
+            # torch rounds after each step of the epilogue.
             bounds = _ROUNDED
         elif product_input == "bfloat16" and given.get("norm"):
             bounds = _ROUNDED
@@ -470,7 +470,7 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
 
 
 def _on_cuda(sample: Sample) -> Sample:
-    """A packed weight in a type that products on CUDA take, and so what is multiplied by it."""
+    """The call on a CUDA device, its weight packed in a type that products there take."""
     moved = sample.map(Tensor.cuda)
     weight = sample.arguments["weight"]
     if isinstance(weight, Tensor):

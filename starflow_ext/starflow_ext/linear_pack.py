@@ -28,11 +28,12 @@ _OWN: Final[dict[torch.dtype, WeightStorage]] = {
     torch.bfloat16: "bfloat16",
 }
 
-# Output channels of a panel, and what the depth is padded to (csrc/cpu/panels.h).
+# Output channels of a panel, and the multiple that its depth is padded to (csrc/cpu/panels.h).
 PANEL_COLUMNS: Final = CONSTANTS["panel_columns"]
 DEPTH_MULTIPLE: Final = CONSTANTS["depth_multiple"]
 
-# On CUDA: what the tensor cores take, and what rows are padded to (csrc/ops/linear/linear_schedule.h).
+# On CUDA: storages that tensor cores take, and the multiple that rows are padded to
+# (csrc/ops/linear/linear_schedule.h).
 DEVICE_STORAGES: Final = ("float16", "bfloat16")
 ROW_MULTIPLE: Final = CONSTANTS["linear_row_multiple"]
 
@@ -44,9 +45,9 @@ class PackedWeight:
     Attributes:
         panels: the packed values; layout in ``csrc/cpu/panels.h``. On CUDA the matrix itself, its rows padded with
             zeros to a multiple of 16 bytes.
-        column_scale: (out_channels,) float32 of storage "int8", else empty.
+        column_scale: (out_channels,) float32 for storage "int8", else empty.
         out_channels, in_channels: shape of the weight.
-        storage: what the values are kept as.
+        storage: format of the packed values.
         weight: the original, for state dicts and gradients; None where it was dropped.
     """
 
@@ -64,12 +65,12 @@ class PackedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where it is packed, and what multiplies by it must be."""
+        """The device that holds the packed weight, and that its operands must be on."""
         return self.panels.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a product reads; the original, where it is kept, is not among them."""
+        """Bytes of the packed weight that a product reads, without the original where that is kept."""
         return self.panels.nbytes + self.column_scale.nbytes
 
     def unpack(self) -> Tensor:
@@ -139,7 +140,7 @@ def device_rows_shape(out_channels: int, in_channels: int) -> list[int]:
 
 
 def check_device_storage(storage: str, device: torch.device) -> None:
-    """Check for a storage that products on CUDA take."""
+    """Check that products on the device take this storage."""
     expected = f'"bfloat16" or "float16" for a weight on {device}'
     require(storage in DEVICE_STORAGES, "linear_pack", "storage is", f'"{storage}"', expected)
 

@@ -27,10 +27,10 @@ from starflow_ext._spec import Bound, Dtypes, Sample, Spec
 
 NormKind = Literal["layer_norm", "rms_norm"]
 
-# Of the published models, by kind.
+# Epsilons of the published models, by kind of norm.
 EPSILON: Final = {kind: CONSTANTS[f"{kind}_epsilon"] for kind in NORM_KINDS if kind != "none"}
 
-# A block of threads holds a row in registers.
+# On CUDA a block of threads holds a row in registers, which bounds the channels.
 MOST_CHANNELS_CUDA: Final = CONSTANTS["norm_most_channels_cuda"]
 
 
@@ -248,15 +248,15 @@ SPEC = Spec(
     call=norm,
     reference=norm_reference,
     check=check,
-    # Of x and of weight and bias.
+    # Dtypes of x, and of weight and bias.
     dtypes=(
         *((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
         (torch.float32, torch.bfloat16),
         (torch.bfloat16, torch.float32),
     ),
     samples=_samples,
-    # Float32: 16 units of rounding, for two sums, a root and three products; a value near the mean has lost its leading
-    # digits. Results are never in half precision; gradients are.
+    # Float32 is allowed 16 units of rounding: two sums, a root and three products; a value near the mean loses its
+    # leading digits. Results are never in half precision; gradients are.
     bounds={
         torch.float64: Bound(1e-13, 1e-13),
         torch.float32: Bound(2e-6, 4e-6),

@@ -33,7 +33,7 @@ __all__ = [
     "rope_append",
 ]
 
-# What the solver runs on packed weights and caches of its own: too much state for a Spec. Their variants.
+# Variants of the solver's ops, which run on packed weights and caches of their own: too much state for a Spec.
 LOOPS: Final[Mapping[str, tuple[str, ...]]] = dict.fromkeys(("jacobi_solve", "jacobi_sweep"), _linear.SPEC.variants)
 
 # The ops that are functions of their tensors.

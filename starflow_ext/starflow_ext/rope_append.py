@@ -28,7 +28,7 @@ from starflow_ext.norm import norm_reference
 
 Pairing = Literal["interleaved", "half"]
 
-# A warp holds a head in registers.
+# On CUDA a warp holds a head in registers, which bounds head_dim.
 MOST_HEAD_DIM_CUDA: Final = CONSTANTS["rope_append_most_head_dim_cuda"]
 
 
@@ -175,7 +175,7 @@ def rope_append_reference(
 
 
 def _turned(x: Tensor, weight: Tensor | None, rotation: Rotation | None, pairing: Pairing) -> Tensor:
-    # Rounded once, at the end, as in the kernels.
+    # The result is rounded once, at the end, as in the kernels.
     out = x if weight is None else norm_reference(x, weight, None, "rms_norm", None)
     assert isinstance(out, Tensor)
     return (out if rotation is None else rotate(out, rotation, pairing)).to(x.dtype)
@@ -310,7 +310,7 @@ def _lower(
 
 
 class _Options(NamedTuple):
-    """What the native operators share, in the order of their schemas."""
+    """Arguments that the native operators share, in the order of their schemas."""
 
     heads: int
     kv_heads: int
@@ -331,7 +331,7 @@ class _Options(NamedTuple):
         return _check_heads(qkv, *heads, query, key, self.query_norm, self.key_norm, pairing)
 
 
-# How many arguments they are.
+# Number of the shared arguments.
 _SHARED: Final = len(_Options._fields)
 
 
@@ -388,7 +388,7 @@ def _backward(ctx: Any, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor) -> tuple
     qkv, *saved = ctx.saved_tensors
     options = _Options(*(ctx.heads, ctx.kv_heads, *saved, ctx.pairing))
     grad_qkv, weights = _native_backward(grad_q, grad_k, grad_v, qkv, *options)
-    # (2, head_dim): of queries, of keys; none without norms.
+    # ``weights`` is (2, head_dim): gradients of the query norm and of the key norm; there are none without norms.
     by_norm = {"query_norm": 0, "key_norm": 1}
     grads = {
         name: weights[row].to(norm.dtype)
@@ -467,7 +467,7 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
 
 
 def _moved(sample: Sample) -> int:
-    """Bytes of qkv read; of q, k and v written; and of the tables."""
+    """Bytes of a call: qkv and the tables are read; q, k and v are written."""
     arguments = sample.arguments
     qkv, cache = arguments["qkv"], arguments.get("cache")
     kept = qkv.element_size() if cache is None else cache.keys.element_size()
@@ -512,7 +512,7 @@ SPEC = Spec(
     call=rope_append,
     reference=rope_append_reference,
     check=check,
-    # Of qkv and of the cache.
+    # Dtypes of qkv and of the cache.
     dtypes=(
         *((dtype, dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)),
         (torch.float32, torch.bfloat16),
@@ -521,8 +521,8 @@ SPEC = Spec(
         (torch.float16, torch.bfloat16),
     ),
     samples=_samples,
-    # Float32: 16 units of rounding, for a sum, a root, four products and a difference that may cancel. Half types add
-    # the rounding of what they store: nothing is rounded between norm, rotation and cache.
+    # Float32 is allowed 16 units of rounding: a sum, a root, four products, a difference that may cancel. Half types
+    # add the rounding of stored values: nothing is rounded between norm, rotation and cache.
     bounds={
         torch.float64: Bound(1e-13, 1e-13),
         torch.float32: Bound(2e-6, 4e-6),

@@ -1,4 +1,4 @@
-"""What ``jacobi_sweep`` and ``jacobi_solve`` run on: the packed network of a block, and the state of one decoding."""
+"""Operands of ``jacobi_sweep`` and ``jacobi_solve``: the packed network of a block, and the state of one decoding."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ class BlockWeights:
     """The packed network of one block.
 
     Attributes:
-        heads, kv_heads, head_dim: of the attention.
-        proj_in, proj_out: tokens to the residual stream, and it to the output.
-        layers: at least one.
-        norm: kind of the pre-norms; None without.
-        start_token: (channels,) what slot 0 reads; None for a block without a start token.
+        heads, kv_heads, head_dim: shape of the attention.
+        proj_in, proj_out: maps from tokens to the residual stream, and from the stream to the output.
+        layers: at least one layer.
+        norm: kind of the pre-norms; None without pre-norms.
+        start_token: (channels,) input of slot 0; None for a block without a start token.
         final_norm: (width,) weight of RMSNorm in front of ``proj_out``.
     """
 
@@ -118,7 +118,7 @@ class BlockWeights:
 
     @property
     def device(self) -> torch.device:
-        """Where they are packed, and the block runs."""
+        """The device that holds the packed weights and runs the block."""
         return self.proj_in.weight.device
 
     @cached_property
@@ -165,15 +165,15 @@ def pack_qkv(
 ) -> PackedLinear:
     """Pack the fused projection of queries, keys and values for the sweep, whose planes are always half-split.
 
-    Elements 2k and 2k + 1 of an interleaved head become k and k + head_dim / 2. Products of queries and keys do not see
-    it, since both are reordered alike.
+    Elements 2k and 2k + 1 of an interleaved head become k and k + head_dim / 2. Products of queries and keys do not
+    change, since both are reordered alike.
 
     Args:
         weight: ((heads + 2 * kv_heads) * head_dim, width).
-        bias: as many, or None.
+        bias: one for each row of ``weight``, or None.
         heads, kv_heads: numbers of heads.
         pairing: which elements form a rotary plane in the model.
-        storage, keep: of ``pack_weight``.
+        storage, keep: as of ``pack_weight``.
     """
     if pairing == "interleaved":
         order = head_order(weight.shape[0] // (heads + 2 * kv_heads), pairing)
@@ -186,27 +186,27 @@ def pack_qkv(
 
 
 def head_order(head_dim: int, pairing: Pairing) -> Tensor:
-    """Element of a head that stands at each place of a packed one."""
+    """Return which element of a head stands at each place of a packed head."""
     order = torch.arange(head_dim)
     return torch.cat([order[0::2], order[1::2]]) if pairing == "interleaved" else order
 
 
 @dataclass(frozen=True, eq=False)
 class BlockState:
-    """What one decoding of a clip holds: caches, and what is added to or asked of every row.
+    """State of one decoding of a clip: caches, and the conditioning of every row.
 
     Slots are positions of the network's input: text first, then the grid.
 
     Attributes:
         keys, values: (layers, cache rows, kv_heads, elements of a head); keys are rotated.
-        slots: of each cache row.
+        slots: slots of each cache row.
         text_tokens: slots taken by text.
         temperature: (cache rows,) divides the products of queries and keys.
         position: (grid slots, width) added to the embedded tokens, or None.
         condition: (cache rows, width) added to the embedded tokens, or None.
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
-        layout: of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", (slots, head_dim) side
-            by side, which those of CUDA do.
+        layout: layout of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", contiguous
+            (slots, head_dim), which those of CUDA read.
     """
 
     keys: Tensor
@@ -235,7 +235,7 @@ class BlockState:
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
     ) -> BlockState:
-        """Allocate caches of ``slots`` slots for ``rows`` rows, where the weights are; the others as the attributes.
+        """Allocate caches of ``slots`` slots for ``rows`` rows on the weights' device; the rest as the attributes.
 
         Raises:
             RuntimeError: if ``storage`` is none of "float32", "float16" and "bfloat16".
@@ -283,7 +283,7 @@ class BlockState:
         return _present(given)
 
     def select(self, rows: Tensor) -> BlockState:
-        """Return copies of some rows of the caches, with what is added to them."""
+        """Return a state with copies of some rows of the caches and their conditioning."""
         return replace(
             self,
             keys=self.keys[:, rows],
@@ -293,7 +293,7 @@ class BlockState:
         )
 
     def layer_cache(self, layer: int, head_dim: int) -> Cache:
-        """Return keys and values of a layer as (cache rows, kv_heads, slots, head_dim); of panels copies."""
+        """Return keys and values of a layer as (cache rows, kv_heads, slots, head_dim); panels are copied."""
         if self.layout == "rows":
             return Cache(*(stored[layer].unflatten(-1, (-1, head_dim)) for stored in (self.keys, self.values)))
         keys, values = self._columns(layer, head_dim)
@@ -306,7 +306,7 @@ class BlockState:
         )
 
     def store(self, layer: int, cache: Cache) -> None:
-        """Put back what ``layer_cache`` has returned."""
+        """Write keys and values that ``layer_cache`` returned back into the caches."""
         if self.layout == "rows":
             return
         slots, head_dim = cache.keys.shape[-2:]
@@ -316,13 +316,13 @@ class BlockState:
         values.copy_(F.pad(cache.values.transpose(-2, -1), (0, more_slots, 0, more_depth)).reshape(values.shape))
 
     def _columns(self, layer: int, head_dim: int) -> tuple[Tensor, Tensor]:
-        """Views of the panels of a layer, of which keys have a column for each slot, and values for each channel."""
+        """Views of the panels of a layer: keys have a column for each slot, values a column for each channel."""
         depth = _round_up(head_dim, DEPTH_MULTIPLE)
         return _columns(self.keys[layer], depth), _columns(self.values[layer], _round_up(self.slots, KEY_BLOCK))
 
 
 def _columns(panels: Tensor, depth: int) -> Tensor:
-    """View panels (..., elements) of a cache as (..., panel, column, depth), of bfloat16 the depth in pairs."""
+    """View panels (..., elements) of a cache as (..., panel, column, depth); bfloat16 splits the depth into pairs."""
     pairs = (2,) if panels.dtype == torch.bfloat16 else ()
     cut: Tensor = panels.unflatten(-1, (-1, depth // 2 if pairs else depth, PANEL_COLUMNS, *pairs))
     return cut.transpose(-3, -2) if pairs else cut.transpose(-2, -1)
@@ -333,7 +333,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _present(named: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """What is absent is empty, as the native ops take it."""
+    """Replace absent tensors by empty ones, as the native ops take them."""
     return {name: _ABSENT if tensor is None else tensor for name, tensor in named.items()}
 
 
@@ -358,5 +358,5 @@ def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
 
 
 def size_of(sizes: Sequence[int], name: str) -> int:
-    """Return a number of those that ``block_sizes`` puts in order."""
+    """Return the number called ``name`` of those that ``block_sizes`` returned."""
     return sizes[_BLOCK_SIZES.index(name)]

@@ -1,7 +1,7 @@
 """The rule of the sliding window in plain torch: one sweep over the windows of a batch.
 
-It is the one that ``jacobi_solve`` is tested against, and that models decode by where no native kernel runs. In words
-it is in docs/solver.md.
+``jacobi_solve`` is tested against it, and models decode by it where no native kernel runs. docs/solver.md states the
+rule in words.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from starflow_ext._options import CONSTANTS
 
-# Provisional tokens beyond this are divergence, not data.
+# A provisional token of a larger magnitude is taken for divergence, not data.
 WILD: Final = CONSTANTS["wild"]
 
-# Evaluates windows. Takes what the network reads, (batch, width, channels), each row the token before the one that it
+# Evaluates windows. Takes the network's input (batch, width, channels), each row the token before the one that it
 # predicts; the first tokens of the windows, one number or one for each sample; and the first token of each sample whose
 # cached keys and values may be overwritten, or None for all. Returns the network's output (halves * batch, width, out
 # channels).
 Evaluate = Callable[[Tensor, "int | Tensor", "Tensor | None"], Tensor]
-# Overwrites tokens (batch, width, channels) by what their noise and the network's output make of them. Takes the
+# Overwrites tokens (batch, width, channels) by the affine map of their noise under the network's output. Takes the
 # tokens, their noise, the output, and the numbers of the tokens (batch or 1, width). Returns the largest change of each
 # token in units of its scale, (batch, width).
 Update = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -35,7 +35,7 @@ Places = tuple[slice, slice] | tuple[Tensor, Tensor]
 
 @dataclass
 class WindowProgress:
-    """Where a solve stands, beside its tokens: what it can go on from.
+    """State of a solve beside its tokens, from which it can go on.
 
     Attributes:
         frontier: first token of each sample that is not final.
@@ -48,13 +48,13 @@ class WindowProgress:
     kept: Tensor | None = None
 
     def clone(self) -> WindowProgress:
-        """Return a copy that later sweeps leave alone."""
+        """Return a copy that later sweeps do not change."""
         kept = None if self.kept is None else self.kept.clone()
         return WindowProgress(list(self.frontier), list(self.fresh), kept)
 
 
 class Swept(NamedTuple):
-    """What a sweep did: rows that were evaluated in each half, tokens made final, and the first that is not finite."""
+    """Rows that a sweep evaluated in each half, tokens that it made final, and the first that is not finite."""
 
     rows: int
     accepted: int
@@ -81,22 +81,23 @@ def sweep_window(
         update_: its affine map.
         x: (batch, tokens + 1, channels); row n + 1 holds token n. Written.
         z: (batch, tokens, channels) noise.
-        at: where the solve stands; written.
+        at: state of the solve; written.
         first: first token that is solved for.
         frame_tokens: tokens of a frame; guesses come from the token one frame earlier.
         size: rows of a window.
-        tolerance: of the change of a token in units of its scale.
+        tolerance: a token's change, in units of its scale, must be below it.
         guesses: whether outputs are kept for guesses; False where there is no later frame.
 
     Returns:
-        What was done.
+        The counts of this sweep.
     """
-    # Bookkeeping is on the host, where every sweep has to look at it: calls of a small model are as short.
+    # Frontiers are kept on the host, which reads them in every sweep: tensor ops on them would take as long as calls of
+    # a small model.
     batch, total, frontier = z.shape[0], z.shape[1], at.frontier
     low = min(frontier)
     width = min(size, total - low)
-    # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: what was
-    # cached of them stays, so that a sample does not depend on the batch that it is in.
+    # A sample ahead of the others, near its end, computes some accepted tokens again, without effect: their cached
+    # keys and values stay, so that a sample does not depend on the batch that it is in.
     starts = [low] * batch if low + width == total else [min(token, total - width) for token in frontier]
     again = starts != frontier
     here, after = (places([token + shift for token in starts], width, z.device) for shift in (0, 1))
@@ -129,7 +130,7 @@ def sweep_window(
     reached: list[int] = (settled.add_(1).clamp_(max=width) + begin).tolist()
     bad = None
     if not math.isfinite(float(change.amax())):
-        # Of what is accepted only the last token can be other than finite: those before it moved by a number.
+        # Only the last accepted token of a sample can be NaN or infinite: those before it moved by a finite number.
         for sample, (start, token) in enumerate(zip(starts, reached, strict=True)):
             if bad is None and not math.isfinite(float(change[sample, token - 1 - start])):
                 bad = sample, token - 1
@@ -160,10 +161,10 @@ def _guess_(
 
 
 def _tame_(x: Tensor, z: Tensor, here: Places, tokens: Tensor, frontier: list[int]) -> None:
-    """Replace what is read of tokens that are not final, where it is not finite or far off, by their noise.
+    """Replace tokens in the network's input that are not final, where they are not finite or huge, by their noise.
 
-    A masked NaN still reaches every row of the window, as 0 * NaN. Any value in its place is as right, for it is only a
-    guess.
+    A masked NaN still reaches every row of the window, as 0 * NaN. Such a token is only a guess, so that any value may
+    stand in its place.
     """
     read = x[here]
     size = read.abs()
@@ -180,7 +181,7 @@ def _together(starts: list[int]) -> bool:
 
 
 def places(starts: list[int], width: int, device: torch.device) -> Places:
-    """Index ``width`` tokens from ``starts`` on, one for each sample: by slices where all start together."""
+    """Return indices of ``width`` tokens from each sample's start on; slices where all samples start together."""
     if _together(starts):
         return slice(None), slice(starts[0], starts[0] + width)
     return torch.arange(len(starts), device=device)[:, None], token_numbers(starts, width, device)

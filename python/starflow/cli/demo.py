@@ -67,7 +67,7 @@ _MAPPED = 2
 
 @dataclass(frozen=True)
 class SolverRow:
-    """How one schedule did on the deep block of one clip."""
+    """Cost and error of one schedule on the deep block of one clip."""
 
     name: str
     evaluations_per_token: float
@@ -82,18 +82,18 @@ class DemoFigures:
     """What the demo measured; written to `figures.json` and into the report.
 
     Args:
-        steps, train_seconds, clips_per_second: of training.
-        bits_per_dim: of held-out clips. noise_floor_bits: below it nothing can score on average.
-        digit_every_frame, direction_accuracy: share of sampled clips whose every frame shows the digit asked for,
-            frames being read one by one, and of those that move as asked for.
-        real_digit_every_frame, real_direction_accuracy: the same of held-out real clips: the judge's own error.
+        steps, train_seconds, clips_per_second: steps, seconds and rate of training.
+        bits_per_dim: mean of held-out clips. noise_floor_bits: the least that any model can reach on average.
+        digit_every_frame, direction_accuracy: share of sampled clips whose every frame, read alone, shows the digit
+            asked for, and share of those that move as asked for.
+        real_digit_every_frame, real_direction_accuracy: both shares of held-out real clips: the judge's own error.
         shuffled_ranked, reversed_ranked: share of held-out clips that score better than the same frames shuffled, or
             backwards.
         clip_certificate: largest backward error of the sampled clips, over all blocks, by the solver of the config.
-        sweeps_per_frame: of the deep block of one clip at the default tolerance, window of one frame.
-        certificate: backward error of the same; published_certificate: of the published scheme.
-        sample_seconds: for one clip, all blocks, denoiser and codec.
-        seconds: of the whole demo.
+        sweeps_per_frame: sweeps of the deep block for one clip at the default tolerance, window of one frame.
+        certificate: backward error of that solve; published_certificate: that of the published scheme.
+        sample_seconds: time of sampling one clip: all blocks, denoiser and codec.
+        seconds: time of the whole demo.
     """
 
     steps: int
@@ -121,14 +121,14 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
     Args:
         folder: gets `report.html`, `figures.json`, `clips` (mp4 and GIF), contact sheets and the trained model `run`.
             A demo that was interrupted goes on from its last checkpoint.
-        steps: of training; default those of the config `digits`.
-        seed: of everything.
-        quiet: no progress bar.
+        steps: training steps; default those of the config `digits`.
+        seed: seed of weights, data, noise and samples.
+        quiet: shows no progress bar.
 
     Returns:
-        What was measured.
+        The measured figures.
     """
-    # What the end needs is missed before the training and not after it.
+    # A missing package that the report needs is an error before the training, not after it.
     import_extra("matplotlib.figure", purpose="the report", extra="plots")
     begin = time.perf_counter()
     config = RunConfig.load("digits")
@@ -196,13 +196,13 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
 
 
 def _prompt(index: int) -> str:
-    """Every digit in turn with every direction in turn."""
+    """The prompt of a clip: digits and directions take turns with its index."""
     digit, direction = DIGITS[index % len(DIGITS)], list(DIRECTIONS)[index % len(DIRECTIONS)]
     return f"{'an' if digit == 'eight' else 'a'} {digit} {direction}"
 
 
 def _write_clips(folder: Path, kind: str, made: Sampled, config: RunConfig, *, count: int) -> list[tuple[Path, str]]:
-    """mp4 and GIF of each clip; returns (GIF, caption)."""
+    """Writes mp4 and GIF of each clip; returns (GIF, caption) of each."""
     folder.mkdir(parents=True, exist_ok=True)
     shown = []
     for index, (pixels, prompt) in enumerate(zip(made.pixels[:count], made.prompts, strict=False)):
@@ -233,15 +233,15 @@ def _held_out(config: RunConfig) -> list[Clip]:
 
 
 def solver_study(pipeline: Pipeline, prompt: str, seed: int) -> list[SolverRow]:
-    """The deep block of one clip by every schedule, each with its backward error.
+    """Solves the deep block of one clip by every schedule, and measures each backward error.
 
     Args:
-        pipeline: with the trained flow.
-        prompt: of the clip.
-        seed: of its noise.
+        pipeline: pipeline with the trained flow.
+        prompt: prompt of the clip.
+        seed: seed of its noise.
 
     Returns:
-        Token by token, windows of one frame, half and a quarter of it, and the published chunks, in this order.
+        Rows of token by token, windows of one frame, half and a quarter of it, and published chunks, in order.
     """
     flow, data, codec = pipeline.flow, pipeline.config.data, pipeline.codec
     block = flow.blocks[-1]

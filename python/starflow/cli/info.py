@@ -73,10 +73,10 @@ def _ffmpeg() -> dict[str, str]:
 
 
 def model(path: str | Path) -> dict[str, dict[str, Any]]:
-    """What a model file holds, without reading its weights: sections of named facts.
+    """Contents of a model file, without reading its weights: sections of named facts.
 
     Args:
-        path: of the file, or of the folder of a run.
+        path: path of the file, or of the folder of a run.
 
     Raises:
         CheckpointError: not a model of ours, or damaged.

@@ -1,7 +1,7 @@
 """The command `starflow`.
 
-Exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted. What goes wrong is told in
-one sentence on standard error; `--debug` adds the traceback. Files appear whole or not at all.
+Exit status: 0 success, 1 failure, 2 the command line is wrong, 130 interrupted. An error is one sentence on standard
+error; `--debug` adds the traceback. Files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a wrong command line in one sentence."""
+    """Reports a wrong command line in one sentence."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{PROG}: error: {message} (see {self.prog} --help)\n")
@@ -86,7 +86,7 @@ exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 in
 
 
 def _hint(command: str, rest: Sequence[str]) -> str:
-    """The option that was probably meant."""
+    """A hint at the option that was probably meant."""
     own = _Parser()
     _COMMANDS[command].add_options(own)
     known = set(re.findall(r"--[a-z-]+", own.format_usage()))
@@ -95,7 +95,7 @@ def _hint(command: str, rest: Sequence[str]) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    """What went wrong, in one line."""
+    """The message of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
-    # argparse takes a list of positional arguments in one piece only: what stands behind an option comes back as rest.
+    # argparse takes a list of positional arguments in one piece only: those behind an option come back as `rest`.
     takes_rest = _COMMANDS[args.command].rest
     if rest and (takes_rest is None or any(text.startswith("-") for text in rest)):
         parser.error(f"{args.command} does not know {' '.join(rest)}{_hint(args.command, rest)}")
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             after = "what was made before plays"
         return _fail(130, f"interrupted; {after}")
     except BrokenPipeError:
-        # The reader of a pipe, such as `head`, has seen enough; what is still in the buffer has nowhere to go.
+        # The reader of the pipe, such as `head`, has closed it: the rest of the buffer is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:

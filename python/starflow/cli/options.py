@@ -32,7 +32,7 @@ class Command:
         help: a line of `starflow --help`.
         description: what `starflow COMMAND --help` begins with.
         add_options: puts the options of the command into a parser.
-        run: does what a command line says and returns the exit status.
+        run: runs a parsed command line and returns the exit status.
         rest: name of the list of positional arguments, which may also stand behind options.
     """
 
@@ -68,7 +68,7 @@ def size_of(text: str) -> tuple[int, int]:
 
 
 def model_path(text: str) -> str:
-    """An argparse type: where a model is written to, no pickle by its name."""
+    """An argparse type: path that a model is written to; names of pickle files are refused."""
     if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
         raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .safetensors, or a folder")
     return text
@@ -93,10 +93,10 @@ def setting(text: str) -> tuple[list[str], Any]:
 
 
 def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:
-    """A configuration with some of its options set anew.
+    """A configuration with some of its options changed.
 
     Args:
-        name: of a configuration that comes with the package, or path of a yaml file.
+        name: name of a configuration that comes with the package, or path of a yaml file.
         settings: (path, value), such as (["train", "steps"], 1000).
 
     Raises:
@@ -170,7 +170,7 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
         elif kinds[0] in (int, float):
             least, above = field.metadata["least"], field.metadata["above"]
             how["type"] = number(kinds[0], least if above is None else above, above=above is not None)
-        # argparse reads % as a conversion.
+        # argparse reads % in a help text as a conversion.
         text = option_help()[field.name].replace("%", "%%")
         groups[heading].add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)
 

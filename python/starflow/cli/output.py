@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Meter:
-    """Counts frames and tells on standard error how fast they come.
+    """Counts frames and prints their rate on standard error.
 
     Args:
-        begin: the time from which on they count.
+        begin: time that the rate is measured from.
     """
 
     def __init__(self, begin: float) -> None:
@@ -37,7 +37,7 @@ class Meter:
         return (self.frames - 1) / (self.seconds - self.first) if self.frames > 1 else self.frames / self.seconds
 
     def add(self, frames: int) -> None:
-        """Counts frames that are there now."""
+        """Counts frames that have just come."""
         now = time.perf_counter()
         self.seconds = now - self._begin
         self.first = self.first if self.frames else self.seconds
@@ -48,7 +48,7 @@ class Meter:
             print(f"{self.frames} frames, {self.rate:.1f} frames/s", end=end, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Leaves the line of the display."""
+        """Ends the line that the rate is shown on."""
         if self._live:
             print(file=sys.stderr)
 
@@ -59,7 +59,7 @@ def clips_text(count: int) -> str:
 
 
 def print_report(sampled: Sampled) -> None:
-    """Prints what a sample took."""
+    """Prints the report of a sample."""
     report = sampled.report
     clips, frames = sampled.pixels.shape[:2]
     error = "" if report.backward_error is None else f", backward error {report.backward_error:.2g}"
@@ -163,13 +163,13 @@ def clip_name(row: int, prompt: str, seed: int) -> str:
 
 
 def options_told(asked: SampleOptions) -> dict[str, Any]:
-    """What was asked for beside the prompts, for the json of a clip."""
+    """The options of a sample beside the prompts, for the json of a clip."""
     options = asked.to_mapping()
     return {"options": {name: value for name, value in options.items() if name not in ("seed", "seeds")}}
 
 
 def computed_together(clips: int) -> dict[str, Any]:
-    """What else decides the last bits of a clip."""
+    """Facts beside the options that decide the last bits of a clip."""
     import torch
 
     from starflow.cli.info import version

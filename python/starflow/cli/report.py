@@ -31,7 +31,7 @@ class Report:
     """Collects sections, then writes the page.
 
     Args:
-        title: of the page.
+        title: title of the page.
     """
 
     def __init__(self, title: str) -> None:
@@ -39,7 +39,7 @@ class Report:
         self._parts: list[str] = []
 
     def heading(self, text: str) -> None:
-        """A section begins."""
+        """Begins a section."""
         self._parts.append(f"<h2>{html.escape(text)}</h2>")
 
     def text(self, text: str, *, note: bool = False) -> None:

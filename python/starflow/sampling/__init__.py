@@ -1,4 +1,4 @@
-"""What comes out, and when? From prompts and given frames to clips, at once or frame by frame."""
+"""How are clips made? From prompts and given frames to clips, at once or frame by frame."""
 
 from starflow.sampling.cleaning import Denoising, score_denoise
 from starflow.sampling.options import Denoise, SampleOptions, option_help, option_kinds

@@ -1,4 +1,4 @@
-"""How the noise of the training data is removed from what the flow puts out."""
+"""Removal of the noise of the training data from the output of the flow."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Denoising:
     """How the noise of the training data is removed.
 
     Unless `whole` is set, a frame is cleaned together with the frames around it, as a clip of their own: `behind`
-    frames, itself, and `look_ahead` frames. So what is made of a frame does not depend on how long the clip gets.
+    frames, itself, and `look_ahead` frames. So a cleaned frame does not depend on how long the clip gets.
 
     Args:
         kind: "learned" by the denoiser, "score" by a step along the flow's own score, or "none".
         sigma: standard deviation of that noise.
-        step: of the denoiser (see `starflow.model.tweedie_step`).
-        behind, look_ahead: frames that a frame is cleaned with.
-        whole: the clip is cleaned when it has ended, all at once: what needs all frames.
+        step: step of the denoiser (see `starflow.model.tweedie_step`).
+        behind, look_ahead: frames before and after a frame that it is cleaned with.
+        whole: the clip is cleaned at once, when it has ended, for a denoiser or a score that needs all frames.
     """
 
     kind: Cleaning

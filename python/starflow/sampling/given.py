@@ -14,16 +14,16 @@ from starflow.data import VideoError, frames_at, probe, read_image, read_video, 
 
 @dataclass(frozen=True)
 class GivenReader:
-    """Reads what is given to clips of one size.
+    """Reads given pictures and videos for clips of one size.
 
     Args:
-        codec: of the model.
-        clips: how many are made.
+        codec: codec of the model.
+        clips: number of clips that are made.
         size: height and width in pixels.
         fps: frames a second that a video is read at; None for its own.
         training_frames: pixel frames of the training clips.
         forward: whether the model runs forward in time, so that clips can go on from what is given.
-        device: where the pixels go.
+        device: device that the pixels go to.
     """
 
     codec: Codec
@@ -66,9 +66,9 @@ class GivenReader:
         Args:
             name: of the option.
             source: a file, or a tensor ([clips,] frames, channels, height, width) in [-1, 1].
-            most: frames; None takes as many as the training clips have.
-            exactly: refuses a video that has fewer.
-            end: takes the last ones.
+            most: frames that are taken at most; None takes as many as the training clips have.
+            exactly: refuses a video that has fewer than `most`.
+            end: takes the last frames in place of the first.
 
         Returns:
             (clips, frames, channels, height, width).
@@ -117,7 +117,7 @@ class GivenReader:
             )
 
     def _checked(self, name: str, pixels: Tensor) -> Tensor:
-        """Pixels of every clip."""
+        """Checks given pixels and repeats them for every clip."""
         if pixels.dim() == 4:
             pixels = pixels.expand(self.clips, *pixels.shape)
         expected = (self.codec.channels, *self.size)

@@ -1,6 +1,6 @@
-"""SampleOptions: everything that a sample can be told, declared once.
+"""SampleOptions: every option of sampling, declared once.
 
-Signatures (`Pipeline.sample`, `Pipeline.session`), the options of `starflow sample`, their help, and what is written
+Signatures (`Pipeline.sample`, `Pipeline.session`), the options of `starflow sample`, their help, and the json file
 beside a clip all follow from the fields here and from the docstring of the class.
 """
 
@@ -24,7 +24,7 @@ from starflow.data import CaptionMode
 from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
 
 Denoise: TypeAlias = Literal["auto", "learned", "score", "none"]
-# A file, or what it holds.
+# A picture or video: the path of a file, or its pixels.
 Given: TypeAlias = str | Path | Tensor
 
 Made = TypeVar("Made", bound=Callable[..., Any])
@@ -151,11 +151,11 @@ class SampleOptions:
 
     @property
     def mode(self) -> CaptionMode | None:
-        """How captions tell what stands before a clip."""
+        """How captions mark the frames that stand before a clip; None for none."""
         return "last" if self.last_image is not None else "v2v" if self.source is not None else None
 
     def schedule(self, default: str) -> Schedule:
-        """The schedule that `solver` means, where it says nothing that of the text `default`."""
+        """The schedule that `solver` means; without `solver`, that of the text `default`."""
         if isinstance(self.solver, str) or self.solver is None:
             return parse_solver(default if self.solver is None else self.solver, certificate=self.certificate)
         if self.certificate and isinstance(self.solver, Window):
@@ -163,10 +163,10 @@ class SampleOptions:
         return self.solver
 
     def numbers(self, clips: int) -> tuple[int, ...]:
-        """The seeds of so many clips.
+        """The seeds of a number of clips.
 
         Raises:
-            ValueError: another number of `seeds`.
+            ValueError: the number of `seeds` is not `clips`.
         """
         if self.seeds is None:
             return tuple(range(self.seed, self.seed + clips))
@@ -175,7 +175,7 @@ class SampleOptions:
         return self.seeds
 
     def to_mapping(self) -> dict[str, Any]:
-        """What is not left to the model, as plain values that json can write."""
+        """The options that are set, not left to the model, as plain values that json can write."""
         values = [(option, getattr(self, option.name)) for option in fields(self)]
         told = [
             (option.name, value) for option, value in values if isinstance(value, Tensor) or value != option.default
@@ -219,7 +219,7 @@ def option_kinds() -> dict[str, tuple[Any, ...]]:
 
 
 def takes_options(method: Made) -> Made:
-    """Gives a method of (self, prompts, options, **changes) the signature that its options have by name."""
+    """Gives a method of (self, prompts, options, **changes) a signature that lists every option by name."""
     hints = typing.get_type_hints(SampleOptions)
     own = [p for p in inspect.signature(method).parameters.values() if p.kind is not p.VAR_KEYWORD]
     named = [

@@ -1,8 +1,8 @@
 """Pipeline: from prompts to clips, with a report of what the solver did.
 
-Text and its empty half, noise, an optional given beginning (a picture or the end of a video), the inverse flow, the
-denoiser, the codec. Everything runs in inference mode; noise is drawn by seed and frame, so a clip can be made again
-alone with its own seed, whatever batch it was first made in.
+Text, the empty text of guidance, noise and an optional beginning (a picture or the end of a video) go through the
+inverse flow, the denoiser and the codec. Everything runs in inference mode; noise is drawn by seed and frame, so a clip
+can be made again alone with its own seed, whatever batch it was first made in.
 
 Reference: Gu et al., STARFlow-V (2025), sampling.
 """
@@ -36,7 +36,7 @@ from starflow.text import Features, TextEncoder, caption_for
 logger = logging.getLogger(__name__)
 
 
-# Frames before one that is cleaned which the denoiser sees, where the model does not say (docs/long-video.md).
+# Frames that the denoiser sees before the one it cleans, where the model does not set them (docs/long-video.md).
 BEHIND = 1
 
 
@@ -45,12 +45,12 @@ class Sampled:
     """What `Pipeline.sample` returns.
 
     Args:
-        pixels: (clips, frames, channels, height, width) in [-1, 1]; given frames are the ones that were given.
+        pixels: (clips, frames, channels, height, width) in [-1, 1]; given frames are returned unchanged.
         latents: clean latents (clips, latent frames, latent channels, h, w).
-        noisy: what the flow put out, before the denoiser: at temperature 1 a draw from the density that it learned.
-        prompts, captions, seeds: of each clip; a caption is what the text encoder saw.
-        given: pixel frames at the start that were given.
-        report: of the whole call.
+        noisy: output of the flow, before the denoiser: at temperature 1 a draw from the density that it learned.
+        prompts, captions, seeds: those of each clip; a caption is the text that the text encoder read.
+        given: number of pixel frames at the start that were given.
+        report: report of the whole call.
     """
 
     pixels: Tensor
@@ -68,9 +68,9 @@ class Pipeline(Pretrained):
 
     Args:
         flow: put into eval mode and onto `device`.
-        config: of the run that trained it.
-        codec: pixels to latents.
-        text: captions to features; None for a flow without text.
+        config: configuration of the run that trained it.
+        codec: maps pixels to latents.
+        text: maps captions to features; None for a flow without text.
         device: where the flow runs.
 
     Raises:
@@ -136,8 +136,8 @@ class Pipeline(Pretrained):
         Args:
             prompt: what the clip shows; "" for the empty half of guidance.
             fps: frames a second, by default those of the training clips.
-            image: a single frame.
-            mode: "last" where the frame to end with is given, "v2v" where a source is.
+            image: the clip is a single frame.
+            mode: "last" where the frame to end with is given, "v2v" where a source clip is.
             size: height and width in pixels, by default those of the training clips.
         """
         data = self.config.data
@@ -155,7 +155,7 @@ class Pipeline(Pretrained):
         mode: CaptionMode | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor | None:
-        """What the flow reads for these prompts: text features, class labels, or None for a flow without condition.
+        """The flow's condition for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
             prompts, fps, image, mode, size: see `caption`.
@@ -182,7 +182,7 @@ class Pipeline(Pretrained):
 
         Args:
             prompts: one or several; "" for a clip of anything.
-            options: what else is asked for (see `SampleOptions`).
+            options: all other options (see `SampleOptions`).
             changes: options by name, in place of those of `options`.
 
         Returns:
@@ -293,7 +293,7 @@ class Pipeline(Pretrained):
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _check_mode(self, asked: SampleOptions, frames: int) -> None:
-        """Refuses a clip of so many frames with a last frame or a source, or without, where training had none such."""
+        """Refuses a clip with a last frame or a source, or without one, where training had no such clips."""
         data, train = self.config.data, self.config.train
         if asked.mode is None and train.source_prob == 1.0 and not (frames == 1 and train.image_prob):
             raise ValueError(
@@ -327,7 +327,7 @@ class Pipeline(Pretrained):
         return codec.latent_frames(frames), codec.latent_channels, height // codec.spatial, width // codec.spatial
 
     def _reader(self, clips: int, shape: tuple[int, int, int, int], asked: SampleOptions) -> GivenReader:
-        """What reads given pictures and videos for clips of this latent shape."""
+        """The reader of given pictures and videos for clips of this latent shape."""
         data = self.config.data
         return GivenReader(
             self.codec,
@@ -340,10 +340,10 @@ class Pipeline(Pretrained):
         )
 
     def _denoising(self, asked: SampleOptions, window: int) -> Denoising:
-        """What the options of denoising mean."""
+        """How frames are cleaned, by the options of denoising, with a window of `window` latent frames."""
         recipe, c = self.config.train, self.flow.config
         kind = self._denoiser(asked.denoise)
-        # A denoiser that is not causal sees the clip from its first to its last frame, and a score is that of a clip.
+        # A denoiser that is not causal sees all frames of a clip, and the score is that of a whole clip's density.
         whole = kind == "score" or (kind == "learned" and c.temporal_causal == 0)
         most = c.temporal_causal - 1 if kind == "learned" and not whole else 0
         ahead = most if asked.look_ahead is None else asked.look_ahead
@@ -354,7 +354,7 @@ class Pipeline(Pretrained):
         return Denoising(kind, recipe.noise_std, step, max(behind, 0), ahead, whole=whole)
 
     def _denoiser(self, denoise: Denoise) -> Cleaning:
-        """Which denoiser an option means."""
+        """Which denoiser the option `denoise` means for this model."""
         learned = self.flow.denoiser is not None
         if self.config.train.noise_std == 0.0:
             return "none"
@@ -365,7 +365,7 @@ class Pipeline(Pretrained):
         return denoise
 
     def _span(self, frames: int, asked: SampleOptions, reference: int) -> Span:
-        """How much the deep block sees of a clip of so many latent frames, if it is no longer, behind a reference."""
+        """The frames that the deep block sees of a clip of at most `frames` latent frames behind `reference` ones."""
         c, window = self.flow.config, asked.window_frames
         if not (c.shallow_block_local and c.temporal_causal > 0):
             if window is not None:
@@ -399,7 +399,7 @@ class Pipeline(Pretrained):
         return pixels
 
     def _half(self, frames: int) -> int:
-        """The most frames up to half of `frames` that the codec can hold, at least 1."""
+        """The largest number of frames up to half of `frames` that the codec can encode, at least 1."""
         for count in range(frames // 2, 1, -1):
             try:
                 self.codec.latent_frames(count)
@@ -409,7 +409,7 @@ class Pipeline(Pretrained):
         return 1
 
     def _sized(self, conditions: Conditions, window: int, shape: tuple[int, int, int, int]) -> Conditions:
-        """Settles a measured window for one clip, so that a clip does not depend on how many are made together."""
+        """Measures a window of size "auto" for one clip, so that a clip does not depend on the size of the batch."""
         schedule, y, null = conditions.schedule, conditions.y, conditions.null
         if not isinstance(schedule, Window) or schedule.size is not None:
             return conditions

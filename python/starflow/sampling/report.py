@@ -1,4 +1,4 @@
-"""What a call of `Pipeline.sample` did."""
+"""Reports of a call of `Pipeline.sample`: schedule, sweeps, errors and seconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from starflow.solver import solver_text
 
 @dataclass(frozen=True)
 class BlockReport:
-    """What solving one block took.
+    """Cost and error of solving one block.
 
     Args:
         block: index; the last of the flow is the deep one, solved first.
@@ -30,16 +30,16 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a call of `Pipeline.sample` did.
+    """Options, cost and error of a call of `Pipeline.sample`.
 
     Args:
-        solver: as it ran, in the words of the option. precision: of the arithmetic. guidance: weight.
+        solver: the schedule that ran, as the option's text. precision: precision of decoding. guidance: its weight.
         temperature: factor of the noise.
         denoised: "learned", "score" or "none".
-        window, sweeps, evaluations_per_token: of the deep block, which is where the time goes.
+        window, sweeps, evaluations_per_token: those of the deep block, which takes most of the time.
         backward_error: largest of all blocks, where it was asked for; None otherwise.
-        blocks: of each block that has a network, the deep one first.
-        seconds: text, flow, denoiser and codec together.
+        blocks: reports of the blocks that have a network, the deep one first.
+        seconds: time of text encoder, flow, denoiser and codec together.
         frames_per_second: frames of all clips over `seconds`.
     """
 
@@ -62,7 +62,7 @@ class SampleReport:
 
 
 def report_of(session: Session, seconds: float, frames: int) -> SampleReport:
-    """What a session did in so many seconds for so many pixel frames of all clips."""
+    """The report of a session that took `seconds` for `frames` pixel frames of all clips."""
     last = len(session.reports) - 1
     blocks = tuple(
         BlockReport(last - place, report.window, report.sweeps, report.evaluations_per_token, report.backward_error)

@@ -24,7 +24,7 @@ from starflow.model import Flow
 from starflow.sampling.cleaning import Denoising, score_denoise
 from starflow.solver import Conditions, Decoding, SolveReport, Span, checked
 
-# Prompts to text features or class labels (batch, ...); None for a flow without.
+# Maps prompts to text features or class labels (batch, ...); returns None for a flow without a condition.
 Reader = Callable[[Sequence[str]], Tensor | None]
 
 
@@ -33,10 +33,10 @@ class Frames:
     """Frames that are final.
 
     Args:
-        first: number of the first latent frame in the clip, given frames counted.
+        first: index in the clip of the first of these latent frames; given frames count.
         pixels: (clips, frames, channels, height, width) in [-1, 1].
         latents: clean latents (clips, latent frames, channels, height, width).
-        noisy: what the flow put out, like `latents`.
+        noisy: output of the flow, of the shape of `latents`.
     """
 
     first: int
@@ -46,22 +46,22 @@ class Frames:
 
 
 class Session:
-    """Clips in the making: give a beginning or none, then take frames for as long as you like.
+    """Clips that are generated frame by frame, from a given beginning or from none, to any length.
 
-    The frames do not depend on how they are asked for. In native code, on one level of the processor, frames taken one
-    by one are those taken at once, to the last bit, with any schedule but `Chunks`.
+    The frames do not depend on how many are asked for at once. In native code, at one CPU level, frames taken one by
+    one equal those taken at once, to the last bit, with any schedule but `Chunks`.
 
     Args:
         flow: in eval mode, on the device of all tensors.
-        codec: latents to pixels.
-        shape: of a latent frame of all clips, (clips, channels, height, width).
-        seeds: of the noise of each clip.
-        conditions: text, and how to solve.
+        codec: maps latents to pixels.
+        shape: shape of a latent frame of all clips, (clips, channels, height, width).
+        seeds: seed of the noise of each clip.
+        conditions: text, guidance and how to solve.
         span: frames that the deep block sees; without a context the clip ends with the window.
         denoising: how frames are cleaned.
         temperature: factor of the noise.
-        read: what turns prompts into text; None for a session that is given features.
-        renew: frames that a new window begins with are cleaned and given fresh noise.
+        read: turns prompts into text features; None for a session that is given features.
+        renew: whether the frames that a new window begins with are cleaned and given fresh noise.
 
     Raises:
         ValueError: arguments that do not fit the flow.
@@ -92,22 +92,22 @@ class Session:
         self.conditions = self._checked(conditions)
         self._span, self.denoising, self.temperature = span, denoising, temperature
         self._read, self._renew = read, renew
-        # What the clips were begun with.
+        # The given frames that the clips were begun with.
         self.beginning: Frames | None = None
-        # What the clips shall be extended by, where that was said when they were begun (`Pipeline.session`).
+        # Noise, or a number of frames, to extend the clips by, where `Pipeline.session` set it.
         self.planned: Tensor | int | None = None
-        self._reference = 0  # frames that are given and no part of the clips
+        self._reference = 0  # given frames that the clips refer to and do not contain
         self._decode = codec.decoder()
         self._decoding: Decoding | None = None
-        # What is to be decoded next: noise, or how many frames of it are to be drawn.
+        # Noise that is decoded next, or the number of frames that noise is drawn for.
         self._sources: deque[Tensor | float] = deque()
         self._known: tuple[Tensor, ...] | None = None
         self._last = False
         self._texts: list[tuple[int, Tensor | None]] = [(0, self.conditions.y)]
         self._noisy = torch.empty(shape[0], 0, *shape[1:], device=self._device)
-        self._begin = 0  # number of the first frame in `_noisy`
-        self._next = 0  # of the next frame that goes out
-        self._drawn = 0  # of the next frame whose noise is read
+        self._begin = 0  # index of the first frame in `_noisy`
+        self._next = 0  # index of the next frame that goes out
+        self._drawn = 0  # index of the next frame whose noise is read
         self._clean = self._noisy
 
     @property
@@ -117,7 +117,7 @@ class Session:
 
     @property
     def reports(self) -> tuple[SolveReport | None, ...]:
-        """What the solver did in each block, the deep one first; None for an identity block, or before the first."""
+        """The solver's report of each block, the deep one first; None for an identity block, or one not yet solved."""
         return () if self._decoding is None else self._decoding.reports
 
     # -- what goes in -------------------------------------------------------------------------------------------------
@@ -134,9 +134,9 @@ class Session:
         Args:
             frames: pixels (clips, frames, channels, height, width) in [-1, 1]; None with a reference alone.
             text: as for `change`; None keeps what the session was made with.
-            reference: like `frames`, what the clips refer to and do not show, such as the frame that they end with. It
-                is encoded alone and stands before the first frame, as in training; `Span.sink` keeps it in every
-                window.
+            reference: frames like `frames` that the clips refer to and do not show, such as the frame that they end
+                with. They are encoded alone and stand before the first frame, as in training; `Span.sink` keeps them
+                in every window.
 
         Returns:
             The given frames with their latents, clean and with the noise that the flow sees.
@@ -197,14 +197,14 @@ class Session:
 
     @in_inference_mode
     def encode(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Tensor:
-        """The noise that given frames are made of: `extend` makes them again, or others under another text.
+        """The noise of given frames: `extend` makes the same frames from it, or others under another text.
 
         Without guidance and with the text that they were encoded with, frames come back up to the solver's tolerance
-        and what the denoiser leaves of their noise.
+        and the noise that the denoiser leaves.
 
         Args:
             frames: pixels (clips, frames, channels, height, width) in [-1, 1].
-            text: of these frames, as for `change`; None is the session's own.
+            text: text of these frames, as for `change`; None is the session's own.
 
         Returns:
             Noise for `extend`, (clips, latent frames, channels, height, width).
@@ -232,9 +232,9 @@ class Session:
 
     @torch.inference_mode()
     def change(self, text: str | Sequence[str] | Tensor) -> None:
-        """Changes the text from the next frame on that the flow has not decoded yet.
+        """Changes the text of all frames that the flow has not decoded yet.
 
-        Frames that the denoiser looked ahead at keep the old one: with a look-ahead of one, the frame that goes out
+        Frames that the denoiser looked ahead at keep the old text: with a look-ahead of one, the frame that goes out
         next. A new window of the deep block begins, with the frames before it as its context.
 
         Args:
@@ -282,12 +282,12 @@ class Session:
             noise: standard normal noise of further frames, (clips, latent frames, channels, height, width), times the
                 temperature where that is wanted; or a number of latent frames, whose noise follows from the seeds; None
                 goes on without end.
-            last: the clips end with these frames. Until then the denoiser waits for the frames that it looks ahead at,
-                and so many frames stay behind.
-            together: frames of a window come together, in fewer calls, in place of each as soon as it is final.
+            last: whether the clips end with these frames. Else the denoiser waits for its look-ahead frames, and as
+                many frames are held back.
+            together: whether the frames of a window come together, in fewer calls, or each as soon as it is final.
 
         Returns:
-            Iterator of frames. What is not taken from it goes out first when the session is extended again.
+            Iterator of frames. Frames that are not taken from it go out first when the session is extended again.
 
         Raises:
             ValueError: noise of another shape, no frame, or a clip that has ended.
@@ -348,7 +348,7 @@ class Session:
 
     @property
     def _waiting(self) -> float:
-        """Frames that were asked for and whose noise was not read yet."""
+        """Number of frames that were asked for and whose noise was not read yet."""
         return sum(source.shape[1] if isinstance(source, Tensor) else source for source in self._sources)
 
     def _take(self, count: int) -> Tensor:
@@ -375,7 +375,7 @@ class Session:
         return drawn.to(self._device)
 
     def _ready(self) -> int:
-        """Frames that the denoiser can clean for good."""
+        """Number of frames that can be cleaned now, as all frames that the denoiser sees are there."""
         assert self._decoding is not None
         have = self._begin + self._noisy.shape[1] - self._next
         if self._last and self._decoding.done:
@@ -413,21 +413,21 @@ class Session:
         return denoiser.denoise(x, text if self._flow.config.conditional_denoiser else None, step=how.step)
 
     def _forget(self, clean: Tensor) -> None:
-        """Drops what no later frame needs."""
+        """Drops frames and texts that no later frame needs."""
         context = (self._span.context or 0) if self._renew else 0
         self._clean = torch.cat([self._clean, clean], 1)[:, -context:] if context else self._noisy[:, :0]
         if self.denoising.whole:
             return
         keep = max(self._next - self.denoising.behind, 0)
         if keep > self._begin:
-            # A copy, since a view would keep all that it was cut from.
+            # A copy, since a view would keep the dropped frames in memory.
             self._noisy = self._noisy[:, keep - self._begin :].clone()
             self._begin = keep
         while len(self._texts) > 1 and self._texts[1][0] <= self._next:
             self._texts.pop(0)
 
     def _renewed(self, count: int) -> Tensor:
-        """The last frames, cleaned, with fresh noise, as the deep block puts them out."""
+        """The last frames, cleaned and with fresh noise, in the space that the deep block decodes into."""
         have = self._begin + self._noisy.shape[1]
         ahead = [self._cleaned(frame) for frame in range(self._next, have)]
         clean = torch.cat([self._clean, *ahead], 1)[:, -count:]
@@ -435,7 +435,7 @@ class Session:
         return self._flow.known(noisy, self.conditions.y, self.shape[1:])[-2]
 
     def _checked(self, conditions: Conditions) -> Conditions:
-        """Conditions that fit the flow."""
+        """Checks that conditions fit the flow, and returns them."""
         like = torch.empty(self.shape[0], 1, *self.shape[1:], dtype=torch.float32)
         y, null = conditions.y, conditions.null
         conditions = checked(self._flow, like, conditions)
