@@ -16,7 +16,7 @@ import starflow_ext
 from starflow.config import to_mapping
 from starflow.data import ffmpeg_binary
 from starflow.solver import cache_folder
-from starflow.storage import empty_flow, model_file, model_files, read_header
+from starflow.storage import empty_flow, model_file, model_files, read_header, shipped_card, shipped_name
 
 DISTRIBUTION = "starflow-ext"
 
@@ -76,7 +76,7 @@ def model(path: str | Path) -> dict[str, dict[str, Any]]:
     """Contents of a model file, without reading its weights: sections of named facts.
 
     Args:
-        path: path of the file, or of the folder of a run.
+        path: path of the file, or of the folder of a run, or the name of a shipped model.
 
     Raises:
         CheckpointError: not a model of ours, or damaged.
@@ -92,7 +92,10 @@ def model(path: str | Path) -> dict[str, dict[str, Any]]:
         counts[part] += parameter.numel()
     last = f"block {header.config.flow.num_blocks - 1}"
     parameters = {f"{part} (deep)" if part == last else part: f"{count:,}" for part, count in counts.items()}
+    shipped = shipped_name(path)
+    card = {} if shipped is None else {"card": to_mapping(shipped_card(shipped))}
     return {
+        **card,
         "model": {"file": str(file), "size": f"{size / 2**20:.1f} MiB", **header.about},
         "parameters": {**parameters, "all": f"{sum(counts.values()):,}"},
         **{section: options for section, options in to_mapping(header.config).items() if options},

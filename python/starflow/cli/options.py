@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 PROG = "starflow"
+MODEL_HELP = "folder of a run, a .safetensors file, or a model that comes with the package (`starflow info` lists them)"
 
 
 @dataclass(frozen=True)

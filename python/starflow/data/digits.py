@@ -313,7 +313,7 @@ class DigitJudge:
         drawn = [_draw(images[i], center[None], size) for i, center in zip(indices, centers, strict=True)]
         frames = torch.cat(drawn)
         spoiled = _spoil(frames[torch.from_numpy(rng.permutation(len(frames)))], rng)
-        features = self._features(torch.cat([frames, spoiled]))
+        features = self.features(torch.cat([frames, spoiled]))
         targets = np.concatenate([labels[indices], np.full(len(spoiled), -1)])
         self._classifier = SVC(C=10.0, gamma="scale").fit(features, targets)
 
@@ -329,7 +329,7 @@ class DigitJudge:
         Raises:
             ValueError: when the clip has another shape.
         """
-        return torch.from_numpy(self._classifier.predict(self._features(pixels)).astype(np.int64))
+        return torch.from_numpy(self._classifier.predict(self.features(pixels)).astype(np.int64))
 
     def direction(self, pixels: torch.Tensor) -> str:
         """Read the initial direction.
@@ -398,8 +398,18 @@ class DigitJudge:
         levels = pixels[:, 0].detach().to("cpu", torch.float32).add(1.0).mul(0.5)
         return (levels - 0.25).clamp(0.0, 0.75) / 0.75
 
-    def _features(self, pixels: torch.Tensor) -> np.ndarray:
-        """What the classifier reads of each frame, (frames, 144)."""
+    def features(self, pixels: torch.Tensor) -> np.ndarray:
+        """What the classifier reads of each frame: the digit, moved to the middle and enlarged to 12 x 12 levels.
+
+        Args:
+            pixels: (frames, 1, size, size) in [-1, 1].
+
+        Returns:
+            (frames, 144) float32.
+
+        Raises:
+            ValueError: when the frames have another shape.
+        """
         weights = self._weights(pixels)
         centers = torch.nan_to_num(_center(weights), nan=self.size / 2.0)
         window = 12

@@ -112,10 +112,10 @@ class Pipeline(Pretrained):
         """Reads a model that training or conversion wrote.
 
         Args:
-            path: a `.safetensors` file, or the folder of a run.
+            path: a `.safetensors` file, the folder of a run, or the name of a model that comes with the package.
             device: where the flow runs.
         """
-        loaded = load_model(Path(path))
+        loaded = load_model(path)
         pipeline = cls(loaded.flow, loaded.config, loaded.codec, loaded.text, device=device)
         pipeline.about = loaded.about
         return pipeline
@@ -249,6 +249,9 @@ class Pipeline(Pretrained):
         if weight and self.text is None:
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
         self._check_mode(asked, length)
+        holds = self.about.get("holds_frames", "")
+        if holds.isdecimal() and length > int(holds):
+            logger.warning("sample: frames is %d, and what the model's card tells was seen up to %s", length, holds)
         shape = self._latent_shape(length, asked.size)
         reader = self._reader(len(names), shape, asked)
         told: dict[str, Any] = {"fps": reader.fps, "image": length == 1, "size": reader.size}

@@ -17,12 +17,14 @@ from starflow.storage.models import (
     write_model,
 )
 from starflow.storage.published import from_published, load_published, published_state
+from starflow.storage.shipped import Card, shipped_card, shipped_name, shipped_names
 from starflow.storage.states import latest_state, load_state, read_state, save_state
 from starflow.storage.tensors import CheckpointError, LazyTensor, saving
 
 __all__ = [
     "INDEX",
     "MODEL",
+    "Card",
     "CheckpointError",
     "Header",
     "LazyTensor",
@@ -46,5 +48,8 @@ __all__ = [
     "save_model",
     "save_state",
     "saving",
+    "shipped_card",
+    "shipped_name",
+    "shipped_names",
     "write_model",
 ]

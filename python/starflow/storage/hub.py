@@ -18,6 +18,7 @@ from starflow.extras import import_extra
 from starflow.messages import short
 from starflow.model import Flow
 from starflow.storage.models import INDEX, MODEL, save_model
+from starflow.storage.shipped import shipped_name
 from starflow.storage.tensors import CheckpointError
 from starflow.text import TextEncoder
 
@@ -67,7 +68,7 @@ class Pretrained(ABC):
         Nothing is downloaded for a path that exists, and nothing but the files of a model otherwise.
 
         Args:
-            name: a path, as for `load`, or an id of the hub ("owner/name").
+            name: a path or a shipped model, as for `load`, or an id of the hub ("owner/name").
             device: where the flow runs.
             revision: of the repository: a branch, a tag or a commit.
             token: of the hub, for repositories that are not public.
@@ -79,7 +80,7 @@ class Pretrained(ABC):
             ImportError: an id of the hub, and huggingface_hub is not installed.
             CheckpointError: no such path or repository, no connection, or a file that is no model of ours.
         """
-        if Path(name).exists():
+        if shipped_name(name) or Path(name).exists():
             return cls.load(name, device=device)
         if not _ID.fullmatch(str(name)):
             raise CheckpointError(

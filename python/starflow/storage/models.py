@@ -23,6 +23,7 @@ from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
 from starflow.messages import listed, short
 from starflow.model import Flow, Int8Linear, keep_mapped
+from starflow.storage.shipped import shipped_file, shipped_name, shipped_names
 from starflow.storage.tensors import (
     FORMAT,
     FORMATS,
@@ -249,7 +250,8 @@ def load_model(path: str | Path) -> Loaded:
     """Reads a model that `save_model` wrote.
 
     Args:
-        path: of the file or folder, or of the folder of a run (which holds `model.safetensors`).
+        path: of the file or folder, or of the folder of a run (which holds `model.safetensors`); or the name of a
+            model that comes with the package (see `shipped_names`).
 
     Raises:
         CheckpointError: no such file, not safetensors, truncated or damaged, weights that are not finite, or tensors
@@ -283,13 +285,23 @@ def _part(path: str | Path, section: str, make: Callable[[], Kind]) -> Kind:
 
 
 def model_file(path: str | Path) -> Path:
-    """The file that holds the header of a model given by its own path or by the folder of its run."""
+    """The file that holds the header of a model given by its own path, by the folder of its run, or as a shipped one.
+
+    Raises:
+        CheckpointError: there is no such model, or a shipped one that is damaged or has a namesake here.
+    """
+    shipped = shipped_name(path)
+    if shipped is not None:
+        return shipped_file(shipped)
     path = standing(Path(path))
     file = path
     if path.is_dir():
         file = path / INDEX if (path / INDEX).is_file() else path / MODEL
     if not file.is_file():
-        raise CheckpointError(f"checkpoint {file} does not exist, expected a model file or the folder of a run")
+        raise CheckpointError(
+            f"checkpoint {file} does not exist, expected a model file or the folder of a run, or a model that comes "
+            f"with the package: {', '.join(shipped_names())}"
+        )
     return file
 
 

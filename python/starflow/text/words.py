@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,8 @@ STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
 """Words that `WordEncoder` drops by default."""
 
 
+# Characters of a word that is compared with the vocabulary to name its nearest ones.
+_COMPARED = 40
 # Characters that may stand between the letters of a word: the apostrophe, the hyphen, and the two joiners (zero width)
 # of Persian and of the scripts of India.
 _INSIDE = "'-\u200c\u200d"
@@ -95,8 +98,10 @@ class WordEncoder:
             words = split_words(text, self.stop_words)
             for word in words:
                 if word not in self._index:
+                    close = difflib.get_close_matches(word[:_COMPARED], self.vocabulary, n=2)
+                    nearest = f" (nearest: {', '.join(close)})" if close else ""
                     raise ValueError(
-                        f'WordEncoder: "{word}" in "{text}" is not a known word, '
+                        f'WordEncoder: "{word}" in "{text}" is not a known word{nearest}, '
                         f"expected words of the vocabulary: {', '.join(self.vocabulary)}"
                     )
             if len(words) > self.size:

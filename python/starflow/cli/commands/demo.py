@@ -1,4 +1,4 @@
-"""`starflow demo`: train on moving digits, sample, score, and write a report."""
+"""`starflow demo`: show the shipped model, train another, sample, score, and write a report."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-_DESCRIPTION = f"""Train a small flow on moving handwritten digits, sample from it, continue and score clips, and
-write a report with figures and clips. Takes minutes on two CPU cores and downloads nothing. A demo that was
-interrupted goes on when the same command is given again; the trained model is OUT/run.
+_DESCRIPTION = f"""Show clips of the model that comes with the package, within seconds; then train a smaller flow on
+moving handwritten digits, sample from it, continue and score clips, and write a report with figures and clips. Takes
+minutes on two CPU cores and downloads nothing. A demo that was interrupted goes on when the same command is given
+again; the trained model is OUT/run.
 
 examples:
   {PROG} demo
@@ -39,4 +40,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
-COMMAND = Command("train on moving digits, sample, score, and write a report", _DESCRIPTION, _add_options, _run)
+COMMAND = Command(
+    "show the shipped model, train one, sample, score, and write a report", _DESCRIPTION, _add_options, _run
+)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starflow.cli.options import (
+    MODEL_HELP,
     PROG,
     Command,
     add_device,
@@ -150,6 +151,7 @@ NAME.json (prompt, seed, solver, its work and its error, seconds), and for all t
 seed gives the same clip, alone or among others; the i-th clip has the seed SEED + i.
 
 examples:
+  {PROG} sample digits "a three moving up and left"
   {PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
   {PROG} sample runs/mine "a three moving up" --image first_frame.png
   {PROG} sample runs/mine "a three moving up" --image first_frame.png --last-image last_frame.png
@@ -161,7 +163,7 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a run, or a .safetensors file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what a clip shows; one or several")
     parser.add_argument("--out", default="samples", metavar="FOLDER", help="where files go (default: samples)")
     parser.add_argument(

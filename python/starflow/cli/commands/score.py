@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starflow.cli.options import (
+    MODEL_HELP,
     PROG,
     Command,
     add_device,
@@ -155,7 +156,7 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder of a run, or a .safetensors file")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="video files, or folders of them with their captions")
     parser.add_argument(
         "--held-out", type=number(int, 1), metavar="N", help="in place of paths: N clips of the run's own test data"
