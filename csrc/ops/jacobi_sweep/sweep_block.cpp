@@ -179,7 +179,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
         sizes.size() == block_size_count, op, "sizes holds", [&] { return std::to_string(sizes.size()) + " numbers"; },
         [] { return std::to_string(block_size_count); });
     for (int i = 0; i < block_size_count; ++i) {
-        const int64_t least = i == size_text_tokens || i == size_slots || i == size_norm ? 0 : 1;
+        const int64_t least = i == size_text_tokens || i >= size_slots ? 0 : 1;
         require(
             sizes[i] >= least, op, named(block_size_names[i], " is"), [&] { return sizes[i]; },
             [&] { return "at least " + std::to_string(least); });
@@ -193,6 +193,8 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.hidden = sizes[size_hidden];
     b.text_tokens = sizes[size_text_tokens];
     b.slots = sizes[size_slots];
+    b.mask_frame_tokens = sizes[size_mask_frame_tokens];
+    b.mask_frames = sizes[size_mask_frames];
     const auto kind = option_of<NormKind>(op, "norm", sizes[size_norm], norm_kind_names);
     require(
         b.heads % b.kv_heads == 0, op, "kv_heads is", [&] { return std::to_string(b.kv_heads); },

@@ -83,7 +83,9 @@ class SampleOptions:
         look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
             trained to see. 0 shows a frame sooner, cleaned a little worse.
         window_frames: latent frames that the deep block sees of a long clip; by default those of the model's own window
-            (`flow.local_attn_window`), or else of the training clips. Shallow blocks that look over time see all.
+            (`flow.local_attn_window`), or else of the training clips. Shallow blocks that look over time see all. A
+            model whose deep block attends to the last frames alone (`flow.attention_frames`) has no windows unless this
+            or one of the next three is given: its cache rolls.
         context_frames: of these, the ones that a window takes over from the one before; by default three quarters.
         sink_frames: of the context, how many are the first frames of the clip, for good.
         renew: cleans the frames that a window takes over and gives them fresh noise.

@@ -269,7 +269,7 @@ class Pipeline(Pretrained):
         elif asked.source is not None:
             reference = reader.video("source", asked.source, None, end=False)
         before = 0 if reference is None else self.codec.latent_frames(reference.shape[1])
-        span = Span(before + shape[0]) if asked.source is not None else self._span(shape[0], asked, before)
+        span = Span(before + shape[0]) if asked.source is not None else self._span(shape[0], shape[2:], asked, before)
         precision = config.sample.precision if asked.precision is None else asked.precision
         schedule = asked.schedule(config.sample.solver)
         conditions = Conditions(y, null, Guidance(weight), schedule, precision=precision)
@@ -367,9 +367,15 @@ class Pipeline(Pretrained):
             return "learned" if learned else "score"
         return denoise
 
-    def _span(self, frames: int, asked: SampleOptions, reference: int) -> Span:
-        """The frames that the deep block sees of a clip of at most `frames` latent frames behind `reference` ones."""
+    def _span(self, frames: int, size: tuple[int, int], asked: SampleOptions, reference: int) -> Span:
+        """The frames that the deep block sees of a clip of at most `frames` latent frames behind `reference` ones, each
+        of the size (height, width) in latents.
+        """
         c, window = self.flow.config, asked.window_frames
+        windows = window or asked.context_frames or asked.sink_frames or asked.renew or reference
+        if c.attention_frames is not None and not windows:
+            height, width = (side // c.patch_size for side in size)
+            return Span.rolling(c.attention_frames, height * width)
         if not (c.shallow_block_local and c.temporal_causal > 0):
             if window is not None:
                 raise ValueError(

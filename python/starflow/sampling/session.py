@@ -1,4 +1,4 @@
-"""Session: clips that grow frame by frame, in the memory of one window.
+"""Session: clips that grow frame by frame, in the memory of one window, or of a cache that rolls.
 
 Noise goes through the flow, the denoiser and the codec, and a frame comes out as soon as nothing can change it any
 more: the deep block is past it, the shallow blocks are solved for it, and the frames that the denoiser looks ahead at
@@ -57,14 +57,14 @@ class Session:
         shape: shape of a latent frame of all clips, (clips, channels, height, width).
         seeds: seed of the noise of each clip.
         conditions: text, guidance and how to solve.
-        span: frames that the deep block sees; without a context the clip ends with the window.
+        span: frames that the deep block sees; the clip ends with them where no new window begins and no cache rolls.
         denoising: how frames are cleaned.
         temperature: factor of the noise.
         read: turns prompts into text features; None for a session that is given features.
         renew: whether the frames that a new window begins with are cleaned and given fresh noise.
 
     Raises:
-        ValueError: arguments that do not fit the flow.
+        ValueError: arguments that do not fit the flow, or `renew` where a cache rolls.
 
     Example:
         >>> from starflow.sampling.pipeline import Pipeline
@@ -91,6 +91,8 @@ class Session:
         self._device = next(flow.parameters()).device
         self.conditions = self._checked(conditions)
         self._span, self.denoising, self.temperature = span, denoising, temperature
+        if renew and span.behind is not None:
+            raise ValueError("session: renew is True, expected False where a cache rolls: no window begins anew")
         self._read, self._renew = read, renew
         # The given frames that the clips were begun with.
         self.beginning: Frames | None = None
@@ -142,7 +144,8 @@ class Session:
             The given frames with their latents, clean and with the noise that the flow sees.
 
         Raises:
-            ValueError: frames or text that do not fit, no frame, or more than the window has.
+            ValueError: frames or text that do not fit, no frame, or more than the window has (a cache that rolls takes
+                any number).
         """
         beginning = self._prefill(frames, text, reference)
         if beginning is not None:
@@ -162,7 +165,7 @@ class Session:
         clean = torch.cat(list(encoded.values()), 1)
         count = clean.shape[1]
         most = self._span.frames - (self._span.context is None)
-        if count > most:
+        if count > most and self._span.behind is None:
             raise ValueError(f"session: {count} latent frames are given, expected at most {most} (the window)")
         if text is not None:
             self.change(text)
@@ -218,6 +221,8 @@ class Session:
         conditions = self.conditions if text is None else self._told(text)
         noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
         window, context, sink = self._span.frames, self._span.context, self._span.sink
+        if self._span.behind is not None:
+            return self._flow.encode(noisy, conditions.y).z
         parts = [self._flow.encode(noisy[:, :window], conditions.y).z]
         while (done := sum(part.shape[1] for part in parts)) < noisy.shape[1]:
             if context is None:
@@ -235,7 +240,8 @@ class Session:
         """Changes the text of all frames that the flow has not decoded yet.
 
         Frames that the denoiser looked ahead at keep the old text: with a look-ahead of one, the frame that goes out
-        next. A new window of the deep block begins, with the frames before it as its context.
+        next. A new window of the deep block begins, with the frames before it as its context; a cache that rolls goes
+        on as it is.
 
         Args:
             text: a prompt for all clips, one for each, or features (clips, text tokens, txt_dim).
@@ -311,7 +317,7 @@ class Session:
                 raise ValueError(f"session: frames is {noise}, expected at least 1")
             self._sources.append(count)
         length = self._drawn + self._waiting
-        if self._span.context is None and length > self._span.frames:
+        if not self._span.endless and length > self._span.frames:
             self._sources.pop()
             raise ValueError(
                 f"session: the clip would have {length:g} latent frames, expected at most {self._span.frames} (the "
@@ -319,6 +325,36 @@ class Session:
             )
         self._last = last
         return self._iterate(together=together)
+
+    def step(self, condition: Tensor | None = None) -> Frames:
+        """Goes on by one frame, the next that is not out yet.
+
+        The denoiser sees the frames that it looks ahead at first, so that the first call decodes as many more. With
+        a cache that rolls (`flow.attention_frames`), which never looks beyond the frame that it solves, frames are
+        those of `extend`; and so they are otherwise, but sweeps of a window that reached beyond a frame are done again.
+
+        Args:
+            condition: of this frame; None, as flows have none.
+
+        Returns:
+            The frame: one latent frame, and its pixels.
+
+        Raises:
+            ValueError: a condition, a clip that has ended or cannot go on, or a denoiser that sees whole clips.
+            NotFiniteError: noise, text or weights are not finite.
+        """
+        if condition is not None:
+            raise ValueError(
+                f"session: condition has shape {list(condition.shape)}, expected None: the flow has no conditions for "
+                "each frame"
+            )
+        if self.denoising.whole:
+            raise ValueError("session: step cleans frames one by one, expected a denoiser that does not see whole clips")
+        if self._last:
+            raise ValueError("session: step comes after the last frame, expected it before (last was True)")
+        while (frames := self._advance(together=False)) is None:
+            self.extend(1)
+        return frames
 
     def _iterate(self, *, together: bool) -> Iterator[Frames]:
         while (frames := self._advance(together=together)) is not None:

@@ -5,7 +5,8 @@ window. `starflow.decode` is a decoding that is given everything at once.
 
 The deep block decodes in windows of `Span.frames` frames (the solver's `Window` counts tokens). When a window is full,
 the next one begins: the last frames of the clip are given to it, at positions counted from 0 (Gu et al., STARFlow-V,
-2025). Blocks that see one frame at a time have no windows of frames.
+2025). Blocks that see one frame at a time have no windows of frames. A deep block that was trained to attend to the
+last frames alone (`flow.attention_frames`) needs none either: its cache rolls (`starflow.solver.rolling`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from starflow.solver.decoder import BlockDecoder
 from starflow.solver.loop import Inversion
 from starflow.solver.native import Precision
 from starflow.solver.report import SolveReport
+from starflow.solver.rolling import RollingInversion, rolling_frames
 from starflow.solver.schedules import Schedule, Window
 
 if TYPE_CHECKING:
@@ -60,19 +62,28 @@ class Span:
     """How much of a clip the deep block sees.
 
     Args:
-        frames: latent frames that the deep block attends to at most; then it begins anew with a context.
+        frames: latent frames that the deep block attends to at most; then it begins anew with a context. With `behind`
+            frames that its cache holds.
         context: how many of these frames were decoded before; None where the clip is no longer than `frames`.
         sink: how many frames of the context are the first ones of the clip; the others are the last decoded ones.
+        behind: frames that the block sees before each, where its cache rolls; None where it does not.
 
     Raises:
-        ValueError: a context that leaves no room for a new frame, or a sink that leaves none for the last decoded one.
+        ValueError: a context that leaves no room for a new frame, or a sink that leaves none for the last decoded one;
+            frames that leave no room for a new one behind `behind`.
     """
 
     frames: int
     context: int | None = None
     sink: int = 0
+    behind: int | None = None
 
     def __post_init__(self) -> None:
+        if self.behind is not None and not (1 <= self.behind < self.frames and self.context is None):
+            raise ValueError(
+                f"flow: attention_frames is {self.behind}, expected 1 to {self.frames - 1} for a cache that holds "
+                f"{self.frames} frames and rolls, without a context"
+            )
         if self.context is None:
             return
         if not 1 <= self.context < self.frames:
@@ -82,6 +93,16 @@ class Span:
             )
         if not 0 <= self.sink < self.context:
             raise ValueError(f"flow: sink_frames is {self.sink}, expected 0 to {self.context - 1} (below the context)")
+
+    @classmethod
+    def rolling(cls, behind: int, frame_tokens: int) -> Span:
+        """Of a block that sees `behind` frames of `frame_tokens` tokens before each."""
+        return cls(rolling_frames(behind, frame_tokens), behind=behind)
+
+    @property
+    def endless(self) -> bool:
+        """Whether a clip may be longer than `frames`."""
+        return self.context is not None or self.behind is not None
 
     @staticmethod
     def default_context(frames: int) -> int:
@@ -122,7 +143,11 @@ class Decoding:
         self._flow = flow
         deep, *shallow = flow.solving_order()
         given = {block.index: None if known is None else known[block.index] for block in (deep, *shallow)}
-        self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
+        self._deep: _Causal | _Rolling
+        if span.behind is not None:
+            self._deep = _Rolling(deep, size, conditions, span, given[deep.index], trace=trace)
+        else:
+            self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
         self._shallow: list[_Local | _Causal | None] = []
         for block in shallow:
             if block.conditioner is None:
@@ -209,18 +234,24 @@ class _Stage:
 
     def _solve(self, schedule: Schedule, known: Tensor, frames: int) -> tuple[Inversion, Tensor]:
         """A solve of `frames` frames, of which those of the folded grid `known` are given, and the order of tokens."""
-        block, c = self.block, self.conditions
         rows, _, height, width, _ = known.shape
         if self._kept is None or self._kept[0] != (rows, frames):
-            context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
-            layout = block.layout(frames, height, width, context, image=c.image)
-            guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
-            make = partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature)
-            self._kept = (rows, frames), make, make(c.precision), layout.order
+            make, order = self._decoders(rows, frames, height, width)
+            self._kept = (rows, frames), make, make(self.conditions.precision), order
         # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
         return Inversion(own, schedule, first, lambda: decoder("float32")), order
+
+    def _decoders(
+        self, rows: int, frames: int, height: int, width: int
+    ) -> tuple[Callable[[Precision], BlockDecoder], Tensor]:
+        """What makes a decoder of a precision for `rows` (folded) samples, and the order of its tokens."""
+        block, c = self.block, self.conditions
+        context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
+        layout = block.layout(frames, height, width, context, image=c.image)
+        guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
+        return partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature), layout.order
 
     def _add(self, report: SolveReport) -> SolveReport:
         report = report if self._trace else replace(report, accepted=(), passes=())
@@ -406,3 +437,89 @@ class _Causal(_Stage):
         area = self._size[1] * self._size[2]
         tokens = sequence[:, begin * area : end * area]
         return to_grid(tokens, order[: (end - begin) * area], end - begin, *self._size[1:])
+
+
+class _Rolling(_Stage):
+    """A deep block that attends to the last frames alone."""
+
+    def __init__(
+        self,
+        block: FlowBlock,
+        size: tuple[int, int, int],
+        conditions: Conditions,
+        span: Span,
+        known: Tensor | None,
+        *,
+        trace: bool,
+    ) -> None:
+        super().__init__(block, size[0], conditions, trace=trace)
+        self._size, self._span, self._known = size, span, known
+        self._queue: Tensor | None = None  # noise that is not decoded yet
+        self._more = True
+        self._open: tuple[RollingInversion, Tensor] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every frame was pulled and none may come."""
+        return not self._more and self._queue is None
+
+    @property
+    def room(self) -> int:
+        """Frames that may wait beside those that do: no more than the cache holds."""
+        return max(self._span.frames - (0 if self._queue is None else self._queue.shape[1]), 0)
+
+    def push(self, z: Tensor, *, more: bool) -> None:
+        """Takes noise."""
+        self._more = more
+        if z.shape[1]:
+            self._queue = z if self._queue is None else torch.cat([self._queue, z], 1)
+
+    def pull(self, *, together: bool) -> Tensor | None:
+        """The next frame, or all whose noise is at hand; None where noise is missing."""
+        if self._queue is None:
+            return None
+        count = self._queue.shape[1] if together else 1
+        now, rest = self._queue[:, :count], self._queue[:, count:]
+        self._queue = rest if rest.shape[1] else None
+        solve, order = self._opened(now)
+        _, height, width = self._size
+        solved = (solve.solve(to_sequence(frame, order)) for frame in now.split(1, 1))
+        return torch.cat([to_grid(frame, order, 1, height, width) for frame in solved], 1)
+
+    def rest(self) -> Tensor:
+        """All frames whose noise is at hand."""
+        frames = self.pull(together=True)
+        assert frames is not None
+        return frames
+
+    def change(self, y: Tensor | None) -> None:
+        """Takes another text; no frame is solved before it is pulled."""
+        super().change(y)
+        if self._open is not None:
+            self._open[0].change(*self._texts())
+
+    def report(self) -> SolveReport | None:
+        """What was done; None before the first frame."""
+        return None if self._open is None else self._open[0].report()
+
+    def _opened(self, like: Tensor) -> tuple[RollingInversion, Tensor]:
+        """The solve, to which given frames were given, and the order of the tokens of a frame."""
+        if self._open is None:
+            rows, height, width = self._size
+            make, order = self._decoders(rows, self._span.frames, height, width)
+            order = order[: height * width]
+            assert self._span.behind is not None
+            solve = RollingInversion(
+                make(self.conditions.precision),
+                self.conditions.schedule,
+                self._span.behind,
+                to_sequence(like[:, :0], order[:0]),
+                lambda: make("float32"),
+                trace=self._trace,
+            )
+            self._open = solve, order
+            if self._known is not None:
+                for frame in self._known.to(like.dtype).split(1, 1):
+                    solve.give(to_sequence(frame, order))
+                self._known = None
+        return self._open

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from starflow.model import Affine, Conditioner, Guidance, Layout, concatenate, pack_conditioner
+from starflow.model import Affine, Conditioner, Guidance, Layout, concatenate, later, pack_conditioner
 from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext._mode import in_reference_mode
@@ -55,8 +55,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 def _how(conditioner: Conditioner, precision: Precision) -> _How | None:
     """How a network decodes natively; None where it does not."""
     weight = conditioner.proj_in.weight
-    # The native sweep reads all that is cached.
-    if weight.dtype not in _DTYPES or in_reference_mode() or conditioner.attention_frames is not None:
+    if weight.dtype not in _DTYPES or in_reference_mode():
         return None
     own = str(weight.dtype).removeprefix("torch.") if precision == "float32" else precision
     if weight.device.type == "cuda":
@@ -109,20 +108,19 @@ class NativeNetwork:
         device = conditioner.proj_in.weight.device
         self._conditioner, self._how = conditioner, how
         packed = pack_conditioner(conditioner, how.weights)
-        self._weights = packed.block
+        self._weights, self._summary, self._rows = packed.block, packed.summary, rows
         text = conditioner.text_tokens(context)
         query, key = (concatenate(layout.text, table, device) for table in (layout.query, layout.key))
         position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
         if context is not None and context.is_floating_point():
             context = context.float()
-        condition = conditioner.condition_rows(
-            context, rows, packed=None if packed.summary is None else packed.summary.weight
-        )
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
                 Rotation(*(t.to(device) for t in table)) if table else None for table in (layout.query, layout.key)
             )
+        self._query, self._key = query, key
+        behind = conditioner.attention_frames
         self._state = BlockState.allocate(
             self._weights,
             rows,
@@ -131,15 +129,35 @@ class NativeNetwork:
             storage=how.cache,
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
-            condition=None if condition is None else condition.float().expand(rows, -1, -1).flatten(1).contiguous(),
+            condition=self._condition(context),
             query_rotation=query,
             key_rotation=key,
+            frame_tokens=0 if behind is None else layout.frame_tokens,
+            frames_behind=0 if behind is None else behind,
         )
         if text:
             assert context is not None
             assert packed.text is not None
             embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
+
+    def _condition(self, context: Tensor | None) -> Tensor | None:
+        """What is added to the tokens of each row, (rows, width)."""
+        packed = None if self._summary is None else self._summary.weight
+        condition = self._conditioner.condition_rows(context, self._rows, packed=packed)
+        return None if condition is None else condition.float().expand(self._rows, -1, -1).flatten(1).contiguous()
+
+    def change(self, context: Tensor | None) -> None:
+        """Changes what is added to tokens; as `BlockDecoder.change`."""
+        if context is not None and context.is_floating_point():
+            context = context.float()
+        self._state = replace(self._state, condition=self._condition(context))
+
+    def forget(self, tokens: int, layout: Layout) -> None:
+        """Drops the first tokens of the caches; `layout` is that of the tokens that then fill them."""
+        self._state.forget(self._weights.head_dim, tokens)
+        query, key = (later(table, layout.begin) for table in (self._query, self._key))
+        self._state = replace(self._state, query_rotation=query, key_rotation=key)
 
     @staticmethod
     def runs(conditioner: Conditioner, precision: Precision) -> bool:
