@@ -58,6 +58,8 @@ class FlowConfig:
         sos: a learned start token is read in place of the token before the first; otherwise the output is shifted and
             the first token passes unchanged (TarFlow).
         txt_size, txt_dim: text tokens and their width. cond_top_only: only the deep block reads them.
+        frame_dim: width of the vector that each latent frame may be given, such as an action; 0 for none. The deep
+            block adds its projection to the tokens of that frame: a frame depends on the vectors up to its own.
         use_softplus: scale = softplus(a + const) instead of exp(a). nvp: False predicts the shift only.
         soft_clip: bound s of the network output, s * tanh(raw / s); 0 switches it off.
         norm_type: "layer_norm", "rms_norm" or "none". use_final_norm: RMSNorm before the output projection.
@@ -79,8 +81,8 @@ class FlowConfig:
             are relative in time, and text enters by `text_embed` alone. A clip then grows for ever in the memory of
             these frames, and nothing is encoded twice.
         learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
-            conditional_denoiser: that network reads the text. denoiser_window: frames before its own that a frame sees
-            in that network; None is all of them.
+            conditional_denoiser: that network reads text and the vectors of frames. denoiser_window: frames before its
+            own that a frame sees in that network; None is all of them.
         use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
         num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
             inside a token (TarFlow) instead of fastest.
@@ -103,6 +105,7 @@ class FlowConfig:
     txt_size: int = 0
     txt_dim: int = 0
     cond_top_only: bool = False
+    frame_dim: int = 0
     use_softplus: bool = True
     nvp: bool = True
     soft_clip: float = 0.0
@@ -136,7 +139,7 @@ class FlowConfig:
         for name in ("num_heads", "num_kv_heads", "top_block_channels", "pt_seq_len"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"flow.{name}", value, "an integer >= 1 or nothing")
-        for name in ("txt_size", "txt_dim", "temporal_causal", "use_checkpoint", "num_classes"):
+        for name in ("txt_size", "txt_dim", "frame_dim", "temporal_causal", "use_checkpoint", "num_classes"):
             require(getattr(self, name) >= 0, f"flow.{name}", getattr(self, name), "an integer >= 0")
         require(self.img_size % self.patch_size == 0, "flow.img_size", self.img_size, "a multiple of patch_size")
         require(len(self.layers_per_block) >= 1, "flow.layers_per_block", self.layers_per_block, "one entry a block")
@@ -217,10 +220,17 @@ class FlowConfig:
             self.num_classes == 0 or self.txt_size == 0, "flow.num_classes", self.num_classes, "0 when there is text"
         )
         require(
-            not self.conditional_denoiser or (self.learnable_self_denoiser and self.txt_size > 0),
+            not self.conditional_denoiser
+            or (self.learnable_self_denoiser and (self.txt_size > 0 or self.frame_dim > 0)),
             "flow.conditional_denoiser",
             self.conditional_denoiser,
-            "learnable_self_denoiser and txt_size > 0 with it",
+            "learnable_self_denoiser and txt_size > 0 or frame_dim > 0 with it",
+        )
+        require(
+            self.frame_dim == 0 or self.temporal_causal > 0,
+            "flow.temporal_causal",
+            self.temporal_causal,
+            "a number > 0 with frame_dim (frames go forward in time)",
         )
         require(0 <= self.soft_clip < float("inf"), "flow.soft_clip", self.soft_clip, "a finite bound >= 0")
         require(
@@ -319,7 +329,9 @@ class DataConfig:
     """What a flow is trained on.
 
     Args:
-        kind: "digits" (moving handwritten digits, made on the fly) or "folder" (video and image files).
+        kind: "digits" (moving handwritten digits), "paddle" (a ball game and its keys, see
+            `starflow.worlds.PaddleBall`), both made on the fly, or "folder" (video and image files, with the actions of
+            their frames where these were recorded, see `starflow.data.read_actions`).
         path: the folder; of pairs (`train.source_prob`) one with subfolders `source` and `target`.
         frames: pixel frames of a clip.
         height, width: clips are resized to cover this and centre-cropped.
@@ -339,7 +351,7 @@ class DataConfig:
             they show the "typical" 40 % of the handwritings or "all" (see `starflow.data.MovingDigits`).
     """
 
-    kind: Literal["digits", "folder"] = "digits"
+    kind: Literal["digits", "paddle", "folder"] = "digits"
     path: str | None = None
     frames: int = 8
     height: int = 32
@@ -391,8 +403,10 @@ class TrainConfig:
         noise_std: standard deviation sigma of the noise added to latents. cond_noise_level: captions state sigma, and
             the loss is weighted by sigma / 0.3.
         latent_norm_regularization: weight of a penalty, the mean square of the latents that enter each block.
-        drop_label: probability that a caption is emptied. drop_image: probability that the first latent frame of a clip
-            is dropped and its caption begins with "(extend) ", so that the flow learns to continue a clip.
+        drop_label: probability that a caption is emptied. drop_frame_condition: probability that the vectors of all
+            frames of a clip are left out, so that the flow learns what happens whatever they are. drop_image:
+            probability that the first latent frame of a clip is dropped and its caption begins with "(extend) ", so
+            that the flow learns to continue a clip.
             last_frame_prob: probability that the last frame of a clip, encoded alone, stands before the clip and its
             caption begins with "(last) ", so that the flow learns to arrive at a given frame. source_prob: of the steps
             that do neither and show no images, the share in which the source of each clip stands before it and its
@@ -429,6 +443,7 @@ class TrainConfig:
     cond_noise_level: bool = False
     latent_norm_regularization: float = 0.0
     drop_label: float = 0.1
+    drop_frame_condition: float = 0.1
     drop_image: float = 0.0
     last_frame_prob: float = 0.0
     source_prob: float = 0.0
@@ -451,7 +466,8 @@ class TrainConfig:
             require(
                 size >= 1 and size % self.accumulate == 0, "train.accumulate", self.accumulate, f"a divisor of {size}"
             )
-        for name in ("drop_label", "drop_image", "last_frame_prob", "source_prob", "image_prob", "ema"):
+        shares = ("drop_label", "drop_frame_condition", "drop_image", "last_frame_prob", "source_prob", "image_prob")
+        for name in (*shares, "ema"):
             require(0.0 <= getattr(self, name) <= 1.0, f"train.{name}", getattr(self, name), "a number from 0 to 1")
         numbers = ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay")
         counts = ("warmup_steps", "checkpoint_every", "sample_every")

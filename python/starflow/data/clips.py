@@ -52,12 +52,15 @@ class Clip:
         caption: what the clip shows; "" where it is not known.
         name: where the clip comes from, for logs and error messages.
         source: in a data set of pairs, pixels of the clip that this one is derived from, of the same shape.
+        frame_conditions: a vector for each frame, float32 (frames, frame_dim), such as the action that led to it in
+            one-hot form; NaN for a frame without. None for a clip without.
     """
 
     pixels: torch.Tensor
     caption: str
     name: str
     source: torch.Tensor | None = None
+    frame_conditions: torch.Tensor | None = None
 
 
 class ClipDataset(Protocol):

@@ -63,7 +63,7 @@ class FlowBlock(nn.Module):
         return make_layout(self.config, self.order, frames, height, width, text, still=image or self.frame_local)
 
     def encode(
-        self, grid: Tensor, context: Tensor | None, *, image: bool
+        self, grid: Tensor, context: Tensor | None, *, image: bool, frame_conditions: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Affine | None, Tensor | None]:
         """Data to noise for a grid.
 
@@ -71,6 +71,7 @@ class FlowBlock(nn.Module):
             grid: (batch, frames, height, width, channels).
             context: text or labels, (batch, ...); None for a block that reads none.
             image: whether the grid is an image (no time).
+            frame_conditions: vectors of the frames (batch, frames, frame_dim), or None; the deep block reads them.
 
         Returns:
             The grid of noise; log |dz/dx| of each token in the block's own order, (batch, frames, frame tokens); the
@@ -83,7 +84,8 @@ class FlowBlock(nn.Module):
         folded = self.fold(grid)
         layout = self.layout(folded.shape[1], height, width, context, image=image)
         x = to_sequence(folded, layout.order)
-        affine, text = self.conditioner(x, self.fold_labels(context, frames), layout)
+        told = frame_conditions if self.top else None
+        affine, text = self.conditioner(x, self.fold_labels(context, frames), layout, told)
         z, log_det = affine.encode(x)
         out = to_grid(z, layout.order, folded.shape[1], height, width).reshape(grid.shape)
         return out, log_det.reshape(batch, frames, height * width), affine, text

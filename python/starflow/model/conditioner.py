@@ -112,6 +112,7 @@ class Conditioner(Transformer):
             out_channels=channels if config.activation == "none" else 2 * channels,
             # Text tokens stand at a time of their own, which a clip without end leaves behind for ever.
             text_dim=config.text_width(block) if config.attention_frames is None else 0,
+            frame_dim=config.frame_dim if config.is_top(block) else 0,
         )
         self.attention_frames = config.attention_frames if config.is_top(block) else None
         self.activation = config.activation
@@ -135,13 +136,16 @@ class Conditioner(Transformer):
         """How many text tokens of `context` this block reads."""
         return context.shape[1] if context is not None and self.proj_text is not None else 0
 
-    def forward(self, x: Tensor, context: Tensor | None, layout: Layout) -> tuple[Affine, Tensor | None]:
+    def forward(
+        self, x: Tensor, context: Tensor | None, layout: Layout, frame_conditions: Tensor | None = None
+    ) -> tuple[Affine, Tensor | None]:
         """Affine maps of all tokens of known data, in one pass.
 
         Args:
             x: (batch, tokens, channels) in the block's order.
             context: text (batch, text tokens, text_dim), class labels (batch,) or None.
             layout: of the clip.
+            frame_conditions: vector of each frame (batch, frames, frame_dim), NaN for none; None for none at all.
 
         Returns:
             The affine maps, and the text stream (batch, text tokens, width) after the layers or None.
@@ -149,7 +153,7 @@ class Conditioner(Transformer):
         inputs = x
         if self.sos_embed is not None:
             inputs = torch.cat([self.sos_embed.to(x.dtype).expand(x.shape[0], -1, -1), x[:, :-1]], 1)
-        h = self._embed_slots(inputs, context, layout, slice(None))
+        h = self._embed_slots(inputs, context, layout, slice(None), frame_conditions)
         text = self.text_tokens(context)
         if text:
             assert context is not None
@@ -175,6 +179,7 @@ class Conditioner(Transformer):
         state: DecodeState,
         temperature: float | Tensor = 1.0,
         final: Tensor | None = None,
+        frame_conditions: Tensor | None = None,
     ) -> Affine:
         """Affine maps of the tokens `start .. start + tokens - 1` from the tokens before them and the cached prefix.
 
@@ -189,13 +194,14 @@ class Conditioner(Transformer):
             state: holds text and accepted tokens.
             temperature: divides the attention logits.
             final: (batch,) tokens of each sample whose keys and values stay; None writes all.
+            frame_conditions: as for `forward`, of all frames of the layout.
         """
         slot = start - self.first_token
         count = torch.arange(previous.shape[1], device=previous.device)
         slots = slot[:, None] + count if isinstance(slot, Tensor) else slot + count
         if self.sos_embed is not None:
             previous = torch.where((slots == 0)[..., None], self.sos_embed.to(previous.dtype), previous)
-        h = self._embed_slots(previous, context, layout, slots)
+        h = self._embed_slots(previous, context, layout, slots, frame_conditions)
         attending = Attending(
             later(_on(layout.query, h, slots), layout.begin),
             later(_on(layout.key, h, slots), layout.begin),
@@ -216,13 +222,48 @@ class Conditioner(Transformer):
     def _affine(self, raw: Tensor, *, shifted: bool = False) -> Affine:
         return Affine(raw, self.activation, self.soft_clip, shifted=shifted)
 
-    def _embed_slots(self, inputs: Tensor, context: Tensor | None, layout: Layout, slots: Tensor | slice) -> Tensor:
+    def _embed_slots(
+        self,
+        inputs: Tensor,
+        context: Tensor | None,
+        layout: Layout,
+        slots: Tensor | slice,
+        frame_conditions: Tensor | None,
+    ) -> Tensor:
         h = self.embed(inputs)
         position = self.position_rows(layout, slots)
         if position is not None:
             h = h + position
+        told = self.frame_rows(frame_conditions, layout, slots)
+        if told is not None:
+            h = h + told
         condition = self.condition_rows(context, h.shape[0])
         return h if condition is None else h + condition
+
+    def frame_rows(
+        self,
+        frame_conditions: Tensor | None,
+        layout: Layout,
+        slots: Tensor | slice = slice(None),
+    ) -> Tensor | None:
+        """Embeddings of the vectors of frames at `slots`, (batch, slots, width), which are added to the tokens there.
+
+        A slot has the vector of the frame whose token it predicts: a token depends on the vectors up to its own frame.
+
+        Args:
+            frame_conditions: (batch, frames, frame_dim), NaN for none; None for none at all.
+            layout: of the clip.
+            slots: all, or those of a window: (slots,), or (batch, slots).
+        """
+        rows = self.embed_frames(frame_conditions)
+        if rows is None:
+            return None
+        device = rows.device
+        predicted = torch.arange(layout.tokens, device=device)[slots] + self.first_token
+        frame = layout.order.to(device)[predicted.clamp(max=layout.tokens - 1)] // layout.frame_tokens
+        if frame.dim() == 1:
+            return rows[:, frame]
+        return rows[torch.arange(rows.shape[0], device=device)[:, None], frame]
 
     def position_rows(
         self, layout: Layout, slots: Tensor | slice = slice(None), packed: PackedWeight | None = None

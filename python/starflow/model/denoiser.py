@@ -39,7 +39,7 @@ class Denoiser(Transformer):
 
     Args:
         config: of the flow; `temporal_causal` is the look-ahead (0 sees everything), `denoiser_window` the frames
-            behind, `conditional_denoiser` whether it reads text.
+            behind, `conditional_denoiser` whether it reads text and the vectors of frames.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -53,15 +53,18 @@ class Denoiser(Transformer):
             layers=DENOISER_LAYERS,
             out_channels=config.token_channels,
             text_dim=config.txt_dim if config.conditional_denoiser else 0,
+            frame_dim=config.frame_dim if config.conditional_denoiser else 0,
         )
         self.config = config
 
-    def forward(self, x: Tensor, text: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor | None = None, frame_conditions: Tensor | None = None) -> Tensor:
         """The predicted scaled score.
 
         Args:
             x: noisy latents (batch, frames, channels, height, width), or without frames for images.
-            text: (batch, text tokens, text_dim), needed by a conditional denoiser.
+            text: (batch, text tokens, text_dim), needed by a conditional denoiser of a flow with text.
+            frame_conditions: vectors of the frames (batch, frames, frame_dim), NaN for none, or None; one that is not
+                conditional does not read them.
 
         Returns:
             Like `x`.
@@ -77,6 +80,9 @@ class Denoiser(Transformer):
         _, frames, height, width, _ = grid.shape
         weights = self._packed()
         h = self.embed(grid.flatten(1, 3), weights)
+        told = self.embed_frames(frame_conditions, weights)
+        if told is not None:
+            h = h + told.repeat_interleave(height * width, 1)
         count = 0
         if self.proj_text is not None and text is not None:
             h = torch.cat([self.embed_text(text, weights), h], 1)
@@ -98,9 +104,11 @@ class Denoiser(Transformer):
             return None
         return pack_linears(self)
 
-    def denoise(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
+    def denoise(
+        self, x: Tensor, text: Tensor | None = None, frame_conditions: Tensor | None = None, *, step: float = STEP
+    ) -> Tensor:
         """One step to clean data: `x - step * prediction` (see `tweedie_step`; the default is the published one)."""
-        prediction: Tensor = self(x, text)
+        prediction: Tensor = self(x, text, frame_conditions)
         return x - step * prediction
 
     def denoise_video(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:

@@ -39,12 +39,14 @@ class Flow(nn.Module):
 
     # -- data to noise ------------------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, y: Tensor | None = None) -> Encoded:
+    def encode(self, x: Tensor, y: Tensor | None = None, frame_conditions: Tensor | None = None) -> Encoded:
         """Maps data to noise.
 
         Args:
             x: (batch, frames, channels, height, width), or (batch, channels, height, width) for images.
             y: text (batch, text tokens, txt_dim), class labels (batch,) int64, negative for none, or None.
+            frame_conditions: a vector for each frame, (batch, frames, frame_dim), such as the action that led to it;
+                NaN for a frame that has none, None where no frame has one.
 
         Returns:
             Noise, log-determinants and what lies between (see `Encoded`).
@@ -54,23 +56,32 @@ class Flow(nn.Module):
         """
         image = x.dim() == 4
         y = self.check(x, y)
+        told = self.check_frame_conditions(x, frame_conditions)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
         latents, log_dets, affines = [grid], [], []
         text: Tensor | None = None
         for block in self._blocks():
-            grid, log_det, affine, text = block.encode(grid, self._context(block, y), image=image)
+            context = self._context(block, y)
+            grid, log_det, affine, text = block.encode(grid, context, image=image, frame_conditions=told)
             latents.append(grid)
             log_dets.append(log_det)
             affines.append(affine)
         z = self.from_grid(grid, image)
         return Encoded(z, tuple(log_dets), tuple(latents), tuple(affines), text)
 
-    def log_prob(self, x: Tensor, y: Tensor | None = None, *, by: Literal["clip", "frame", "token"] = "clip") -> Tensor:
+    def log_prob(
+        self,
+        x: Tensor,
+        y: Tensor | None = None,
+        frame_conditions: Tensor | None = None,
+        *,
+        by: Literal["clip", "frame", "token"] = "clip",
+    ) -> Tensor:
         """Log p(x) in nats.
 
         Args:
-            x, y: as for `encode`.
+            x, y, frame_conditions: as for `encode`.
             by: whether a number is of a clip, a frame or a token (see `log_likelihood` and `token_log_likelihood`).
 
         Returns:
@@ -81,7 +92,7 @@ class Flow(nn.Module):
         """
         if by not in ("clip", "frame", "token"):
             raise ValueError(f"flow: by is {by!r}, expected 'clip', 'frame' or 'token'")
-        tokens = self.token_log_likelihood(self.encode(x, y))
+        tokens = self.token_log_likelihood(self.encode(x, y, frame_conditions))
         return tokens if by == "token" else tokens.flatten(2 if by == "frame" else 1).sum(-1)
 
     def log_likelihood(self, encoded: Encoded) -> Tensor:
@@ -106,12 +117,12 @@ class Flow(nn.Module):
             total = total + block.on_grid(log_det, *grid.shape[2:4])
         return total
 
-    def nll(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def nll(self, x: Tensor, y: Tensor | None = None, frame_conditions: Tensor | None = None) -> Tensor:
         """Training objective of each sample, (batch,): mean over dimensions of z^2 / 2 minus the log-determinants.
 
         The negative log-likelihood in nats per dimension without the constant log(2 pi) / 2.
         """
-        return nll_of(self.encode(x, y))
+        return nll_of(self.encode(x, y, frame_conditions))
 
     def track(self, encoded: Encoded, rate: float) -> None:
         """Updates what is tracked rather than learned: the solver's first guess of each block, and the prior's variance
@@ -132,13 +143,16 @@ class Flow(nn.Module):
 
     # -- noise to data ------------------------------------------------------------------------------------------------
 
-    def known(self, prefix: Tensor, y: Tensor | None, frame: Sequence[int]) -> tuple[Tensor, ...]:
+    def known(
+        self, prefix: Tensor, y: Tensor | None, frame: Sequence[int], frame_conditions: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         """Encodes given frames: the grids that enter each block, and last the output of the deep block.
 
         Args:
             prefix: (batch, frames, channels, height, width).
             y: text or labels.
             frame: channels, height and width of the frames that come after them.
+            frame_conditions: of the given frames, as for `encode`.
 
         Raises:
             ValueError: frames of another size, or a flow that cannot go on from frames.
@@ -149,7 +163,7 @@ class Flow(nn.Module):
             raise ValueError(
                 f"flow: prefix has frames of {list(prefix.shape[2:])}, expected {list(frame)} like the noise"
             )
-        return self.encode(prefix, y).latents
+        return self.encode(prefix, y, frame_conditions).latents
 
     def noise_grid(self, z: Tensor) -> Tensor:
         """Standard normal noise (batch, frames, channels, height, width) as the grid that the deep block inverts."""
@@ -181,6 +195,36 @@ class Flow(nn.Module):
         if self.config.nvp or height * width != self.prior_variance.shape[0]:
             return grid.new_ones(())
         return self.prior_variance.to(grid.dtype).view(height, width, -1)
+
+    def check_frame_conditions(
+        self, x: Tensor, frame_conditions: Tensor | None, *, name: str = "frame_conditions"
+    ) -> Tensor | None:
+        """Checks that the vectors of frames fit the flow and `x`; returns them in the dtype of the residual stream.
+
+        Args:
+            x: data or noise, (batch, frames, channels, height, width), or without frames for images (one frame).
+            frame_conditions: (batch, frames, frame_dim), a frame all NaN or all finite; None for none.
+            name: what the caller calls them.
+
+        Raises:
+            ValueError: a flow without such vectors, another shape or dtype, or infinite values.
+        """
+        told, config = frame_conditions, self.config
+        if told is None:
+            return None
+        if not config.frame_dim:
+            raise ValueError(f"flow: {name} is given, expected None (the flow reads none: frame_dim is 0)")
+        expected = [x.shape[0], x.shape[1] if x.dim() == 5 else 1, config.frame_dim]
+        if list(told.shape) != expected:
+            raise ValueError(
+                f"flow: {name} has shape {list(told.shape)}, expected {expected} (batch, frames, frame_dim)"
+            )
+        if not told.is_floating_point():
+            raise ValueError(f"flow: {name} has dtype {str(told.dtype).removeprefix('torch.')}, expected a float one")
+        none = told.isnan()
+        if not bool((none.all(-1) | told.isfinite().all(-1)).all()):
+            raise ValueError(f"flow: {name} holds infinity or NaN, expected finite vectors, or NaN alone for none")
+        return told.to(x.device, torch.promote_types(x.dtype, torch.float32))
 
     def check(self, x: Tensor, y: Tensor | None, *, name: str = "x", condition: str = "y") -> Tensor | None:
         """Checks that `x`, data or noise, and the condition `y` fit the flow; returns `y`.

@@ -218,6 +218,7 @@ class Transformer(nn.Module):
         width, heads, kv_heads, layers: of this network.
         out_channels: channels that it puts out for each grid token.
         text_dim: width of the text that it reads; 0 reads none.
+        frame_dim: width of the vectors of frames that it reads; 0 reads none.
     """
 
     def __init__(
@@ -230,6 +231,7 @@ class Transformer(nn.Module):
         layers: int,
         out_channels: int,
         text_dim: int,
+        frame_dim: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
@@ -237,6 +239,7 @@ class Transformer(nn.Module):
         self.checkpoint_every = config.use_checkpoint
         self.proj_in = nn.Linear(config.token_channels, width)
         self.proj_text = nn.Linear(text_dim, width) if text_dim else None
+        self.proj_frame = nn.Linear(frame_dim, width) if frame_dim else None
         self.layers = nn.ModuleList(Layer(config, width, heads, kv_heads) for _ in range(layers))
         self.final_norm = Norm(width, "rms_norm") if config.use_final_norm else None
         self.proj_out = nn.Linear(width, out_channels)
@@ -260,6 +263,17 @@ class Transformer(nn.Module):
     def embed(self, tokens: Tensor, weights: Weights | None = None) -> Tensor:
         """Grid tokens (batch, tokens, channels) to the residual stream."""
         return _stream(_multiply(self.proj_in, tokens, weights))
+
+    def embed_frames(self, frame_conditions: Tensor | None, weights: Weights | None = None) -> Tensor | None:
+        """Vectors of frames (batch, frames, frame_dim) to what is added to the tokens of each (batch, frames, width).
+
+        Zeros for a frame whose vector is NaN (none is given); None where the network reads no such vectors.
+        """
+        if self.proj_frame is None or frame_conditions is None:
+            return None
+        given = frame_conditions.isfinite().all(-1, keepdim=True)
+        rows = _stream(_multiply(self.proj_frame, torch.where(given, frame_conditions, 0.0), weights))
+        return torch.where(given, rows, 0.0)
 
     def run(self, h: Tensor, attending: Attending) -> Tensor:
         """All layers and the final norm over the residual stream (batch, tokens, width)."""

@@ -5,6 +5,7 @@ A batch depends on the seed and the number of its step alone.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from starflow.data import (
 )
 from starflow.noise import draw_batch, stream
 from starflow.text import STOP_WORDS, TextEncoder, caption_for, make_text_encoder, split_words
+from starflow.worlds import PaddleClips
 
 
 def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
@@ -57,6 +59,12 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
             start=data.start,
             handwritings=data.handwritings,
         )
+    if data.kind == "paddle":
+        require(data.height == data.width, "data.width", data.width, f"the height {data.height} for the paddle world")
+        require(data.channels == 1, "data.channels", data.channels, "1 for the paddle world")
+        require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for the paddle world, which is square")
+        require(not pairs, "train.source_prob", config.train.source_prob, "0 for the paddle world, which has no pairs")
+        return PaddleClips(frames=data.frames, size=data.height, split=split)
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
     folder = Path(data.path)
@@ -167,6 +175,12 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
         side = getattr(data, name)
         require(side % multiple == 0, f"data.{name}", side, f"a multiple of {multiple} (codec times patch)")
     codec.latent_frames(data.frames)
+    require(
+        flow.frame_dim == 0 or codec.temporal == 1,
+        "flow.frame_dim",
+        flow.frame_dim,
+        f"0 with a codec of {codec.temporal} pixel frames in a latent one (a vector belongs to one frame)",
+    )
     reads = flow.txt_size > 0 or flow.num_classes > 0
     require(reads == (text is not None), "text", config.text, "a text encoder exactly when flow reads text or classes")
     if text is not None and flow.num_classes:
@@ -188,6 +202,25 @@ def source_of(clip: Clip) -> Tensor:
     return clip.source
 
 
+def conditions_of(clip: Clip, dim: int) -> Tensor:
+    """The vectors of the frames of a clip, (frames, dim).
+
+    Raises:
+        ConfigError: the clip has none, or vectors of another width.
+    """
+    given = clip.frame_conditions
+    if given is None:
+        raise ConfigError(
+            f"training: clip {clip.name} has no actions, expected a vector for each frame (flow.frame_dim is {dim})"
+        )
+    if given.shape != (len(clip.pixels), dim):
+        raise ConfigError(
+            f"training: clip {clip.name} has vectors of frames of shape {list(given.shape)}, expected "
+            f"{[len(clip.pixels), dim]} (frames, flow.frame_dim)"
+        )
+    return given
+
+
 @dataclass(frozen=True)
 class Batch:
     """A training batch before the codec.
@@ -200,6 +233,8 @@ class Batch:
         posterior: the same, for a codec with a posterior.
         extend: the first latent frame is to be dropped, after noising.
         reference: like `pixels`, what is encoded by itself and stands before the clip: its last frame or its source.
+        frame_conditions: vectors of the latent frames that the flow sees, (batch, latent frames, frame_dim), NaN for
+            none; None for a flow without.
     """
 
     pixels: Tensor
@@ -209,6 +244,7 @@ class Batch:
     posterior: Tensor | None
     extend: bool
     reference: Tensor | None = None
+    frame_conditions: Tensor | None = None
 
 
 class Batches:
@@ -256,7 +292,11 @@ class Batches:
             shape = (shape[0], codec.latent_frames(reference.shape[1]) + shape[1], *shape[2:])
         mode = "extend" if extend else mode
         size = (pixels.shape[-2], pixels.shape[-1])
-        dropped = stream(train.seed, "drop", step).random(count)[rows] < train.drop_label
+        drop = stream(train.seed, "drop", step)
+        dropped = drop.random(count)[rows] < train.drop_label
+        told = self._frame_conditions(clips, shape[1] if not image else 1, extend=extend)
+        if told is not None:
+            told[torch.from_numpy(drop.random(count)[rows] < train.drop_frame_condition)] = math.nan
         return Batch(
             pixels,
             [
@@ -268,7 +308,21 @@ class Batches:
             None if codec.exact else draw_batch(train.seed, step, shape, first=rows.start, purpose="posterior"),
             extend,
             reference,
+            told,
         )
+
+    def _frame_conditions(self, clips: Sequence[Clip], frames: int, *, extend: bool) -> Tensor | None:
+        """Vectors of the latent frames of a batch; frames without one, such as those of a reference, have NaN."""
+        dim = self._config.flow.frame_dim
+        if not dim:
+            return None
+        told = torch.full((len(clips), frames, dim), math.nan)
+        for row, clip in enumerate(clips):
+            given = conditions_of(clip, dim)
+            # An image shows no time in which a vector could act; a reference stands before the clip.
+            if frames >= len(given):
+                told[row, frames - len(given) :] = given
+        return told[:, 1:] if extend else told
 
     def _reference(
         self, clips: Sequence[Clip], choose: np.random.Generator

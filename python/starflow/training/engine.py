@@ -25,9 +25,9 @@ class _Encoder(nn.Module):
         self.blocks = flow.blocks
         self._encode = flow.encode
 
-    def forward(self, x: Tensor, y: Tensor | None) -> Encoded:
+    def forward(self, x: Tensor, y: Tensor | None, frame_conditions: Tensor | None) -> Encoded:
         """See `Flow.encode`."""
-        return self._encode(x, y)
+        return self._encode(x, y, frame_conditions)
 
 
 class Engine:
@@ -43,8 +43,8 @@ class Engine:
         denoiser: as the flow's, or None.
     """
 
-    encode: Callable[[Tensor, Tensor | None], Encoded]
-    denoiser: Callable[[Tensor, Tensor | None], Tensor] | None
+    encode: Callable[[Tensor, Tensor | None, Tensor | None], Encoded]
+    denoiser: Callable[[Tensor, Tensor | None, Tensor | None], Tensor] | None
 
     def __init__(self, flow: Flow, world: World, parallel: Parallel) -> None:
         self.encode, self.denoiser = flow.encode, flow.denoiser

@@ -250,7 +250,8 @@ class Trainer:
         """
         lr, scores = self.optimizer.lr(self.updates), self._scores
         x, y = self._inputs(batch)
-        losses = self._backward(x, y)
+        told = None if batch.frame_conditions is None else batch.frame_conditions.to(self.device)
+        losses = self._backward(x, y, told)
         norm = denoiser_norm = math.nan
         finite = losses is not None
         if finite:
@@ -315,19 +316,19 @@ class Trainer:
         y = self.features(batch.captions)
         return x, None if y is None else y.to(self.device)
 
-    def _backward(self, x: Tensor, y: Tensor | None) -> tuple[float, float] | None:
+    def _backward(self, x: Tensor, y: Tensor | None, told: Tensor | None) -> tuple[float, float] | None:
         """Gradients of a batch, part by part: both losses, or None where one is not finite."""
         train, flow, engine = self.config.train, self.flow, self.engine
         weight = train.noise_std / STEP if train.cond_noise_level else 1.0
         parts = train.accumulate
-        texts = [None] * parts if y is None else y.chunk(parts)
+        texts, vectors = ([None] * parts if given is None else given.chunk(parts) for given in (y, told))
         total = denoiser_total = 0.0
         denoiser = engine.denoiser if self._scores else None
-        for index, (part, text) in enumerate(zip(x.chunk(parts), texts, strict=True), start=1):
+        for index, (part, text, vector) in enumerate(zip(x.chunk(parts), texts, vectors, strict=True), start=1):
             part = part.detach().requires_grad_(denoiser is not None)
             with engine.accumulating(last=index == parts):
                 with self._autocast():
-                    encoded = engine.encode(part, text)
+                    encoded = engine.encode(part, text, vector)
                     nll = nll_of(encoded).mean()
                 loss = weight * nll / parts
                 # Either all processes go on or none does, since all wait for each other's gradients.
@@ -339,7 +340,8 @@ class Trainer:
                 if denoiser is not None and gradient is not None:
                     target = score_target(gradient * parts, train.noise_std)
                     with self._autocast():
-                        prediction = denoiser(part.detach(), text if flow.config.conditional_denoiser else None)
+                        read = (text, vector) if flow.config.conditional_denoiser else (None, None)
+                        prediction = denoiser(part.detach(), *read)
                         denoiser_loss = F.mse_loss(prediction.float(), target)
                     (denoiser_loss / parts).backward()
                     denoiser_total += float(denoiser_loss.detach()) / parts

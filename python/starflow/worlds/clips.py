@@ -1,0 +1,94 @@
+"""PaddleClips: clips of the paddle-and-ball world with the actions of their frames, made on the fly."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+from starflow.data import Clip, to_pixels
+from starflow.worlds.paddle import COURT, PaddleBall, draw_court, random_state
+from starflow.worlds.policies import Policy, PolicyName
+from starflow.worlds.world import one_hot
+
+# Frames that are played before a clip begins, at most: positions are then those of play.
+_BEFORE = 60
+
+
+class PaddleClips:
+    """Clips of `PaddleBall`, each from any state of the game on, without captions.
+
+    Clips depend on (seed of the set, split, index, epoch, seed) alone. The first frame of a clip has no action, since
+    what that acted on is not in the clip.
+
+    Args:
+        frames: in a clip.
+        size: height and width in pixels.
+        split: "train" or "test"; their games differ.
+        seed: of the set.
+        length: items in one epoch.
+        policy: how the game is played.
+
+    Raises:
+        ValueError: when an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        frames: int = 12,
+        size: int = COURT,
+        split: Literal["train", "test"] = "train",
+        seed: int = 0,
+        length: int = 10000,
+        policy: PolicyName = "mixed",
+    ) -> None:
+        for name, value, least in (
+            ("frames", frames, 1),
+            ("size", size, COURT),
+            ("seed", seed, 0),
+            ("length", length, 1),
+        ):
+            if value < least:
+                raise ValueError(f"PaddleClips: {name} is {value}, expected at least {least}")
+        if split not in ("train", "test"):
+            raise ValueError(f'PaddleClips: split is "{split}", expected "train" or "test"')
+        self.frames, self.size, self.split, self.seed, self.length = frames, size, split, seed, length
+        self.policy: PolicyName = policy
+
+    def __len__(self) -> int:
+        return self.length
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        """Plays one clip.
+
+        Args:
+            index: from 0 to length - 1.
+            epoch: each epoch shows other games.
+            seed: of the run.
+
+        Returns:
+            the clip, pixels (frames, 1, size, size), actions (frames, 3).
+
+        Raises:
+            IndexError: when there is no such index.
+        """
+        if not 0 <= index < self.length:
+            raise IndexError(f"PaddleClips: index is {index}, expected 0 to {self.length - 1}")
+        rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
+        world = PaddleBall(self.size)
+        world.state = random_state(rng)
+        policy = Policy(world, self.policy, rng)
+        for _ in range(int(rng.integers(_BEFORE + 1))):
+            world.advance(policy())
+        states = [world.state]
+        actions: list[int | None] = [None]
+        for _ in range(self.frames - 1):
+            action = policy()
+            world.advance(action)
+            states.append(world.state)
+            actions.append(action)
+        pixels = to_pixels(torch.from_numpy(draw_court(states, self.size)))
+        told = one_hot(actions, len(world.actions))
+        return Clip(pixels, "", f"paddle/{self.split}/{index}", frame_conditions=told)

@@ -1,0 +1,201 @@
+"""PaddleBall: a paddle, a ball and three walls, deterministic, with a state that can be read and set.
+
+The court is 24 by 24 units, drawn at any size of at least as many pixels. Top, bottom and right are walls; the paddle
+guards the left side. The ball moves by one unit along each axis in a frame. The upper third of the paddle sends it up,
+the lower third down, the middle one lets it go on as it came. A ball that is missed leaves on the left and is served
+again from the middle, to the right, up or down, at a height drawn by the number of the serve.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from starflow.worlds.world import Step
+
+# Side of the court in units.
+COURT = 24
+_WALL = 1
+_BALL = 2
+_PADDLE_HEIGHT = 6
+_PADDLE_LEFT, _PADDLE_RIGHT = 2, 4
+_LOW, _HIGH = _WALL, COURT - _WALL
+# Brightness of walls, paddle and ball: a reader tells them apart by it.
+_WALL_LEVEL, _PADDLE_LEVEL, _BALL_LEVEL = 0.4, 0.75, 1.0
+
+
+@dataclass(frozen=True)
+class PaddleState:
+    """All that the game depends on; numbers in units of the court.
+
+    Args:
+        paddle: upper edge of the paddle, 1 to 17.
+        ball: left and upper edge of the ball.
+        velocity: of the ball, (1 or -1 to the right, 1 or -1 down).
+        serves: balls that were served so far.
+        seed: of the serves.
+    """
+
+    paddle: int
+    ball: tuple[int, int]
+    velocity: tuple[int, int]
+    serves: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        x, y = self.ball
+        known = (
+            (
+                "paddle",
+                self.paddle,
+                _LOW <= self.paddle <= _HIGH - _PADDLE_HEIGHT,
+                f"{_LOW} to {_HIGH - _PADDLE_HEIGHT}",
+            ),
+            (
+                "ball",
+                self.ball,
+                0 <= x <= _HIGH - _BALL and _LOW <= y <= _HIGH - _BALL,
+                f"(0 to {_HIGH - _BALL}, {_LOW} to {_HIGH - _BALL})",
+            ),
+            ("velocity", self.velocity, {*map(abs, self.velocity)} == {1}, "1 or -1 along each axis"),
+        )
+        for name, value, fits, expected in known:
+            if not fits:
+                raise ValueError(f"PaddleState: {name} is {value}, expected {expected}")
+
+
+def serve(seed: int, serves: int, paddle: int) -> PaddleState:
+    """The state in which ball number `serves` (from 1) of a game is served."""
+    rng = np.random.default_rng([seed, serves])
+    y = int(rng.integers(_LOW, _HIGH - _BALL + 1))
+    down = 1 if rng.random() < 0.5 else -1
+    return PaddleState(paddle, (COURT // 2, y), (1, down), serves, seed)
+
+
+def advance(state: PaddleState, action: int) -> tuple[PaddleState, float]:
+    """The state one frame later, and the reward: 1 where the paddle met the ball, -1 where the ball was lost."""
+    paddle = min(max(state.paddle + (0, -1, 1)[action], _LOW), _HIGH - _PADDLE_HEIGHT)
+    (x, y), (right, down) = state.ball, state.velocity
+    reward = 0.0
+    if x == _HIGH - _BALL and right > 0:
+        right = -1
+    elif x == _PADDLE_RIGHT and right < 0 and paddle - _BALL < y < paddle + _PADDLE_HEIGHT:
+        right, reward = 1, 1.0
+        middle = y + _BALL / 2 - paddle
+        down = -1 if middle < _PADDLE_HEIGHT / 3 else 1 if middle > 2 * _PADDLE_HEIGHT / 3 else down
+    if not _LOW <= y + down <= _HIGH - _BALL:
+        down = -down
+    if x + right < 0:
+        return serve(state.seed, state.serves + 1, paddle), -1.0
+    return replace(state, paddle=paddle, ball=(x + right, y + down), velocity=(right, down)), reward
+
+
+def draw_court(states: Sequence[PaddleState], size: int = COURT) -> np.ndarray:
+    """Pictures of states, uint8 (states, size, size, 1); an edge that divides a pixel covers its share of it."""
+    paddle = np.array([state.paddle for state in states])
+    x, y = np.array([state.ball for state in states]).T
+    right, all_rows = np.full(len(states), _HIGH), np.zeros(len(states))
+
+    def box(left: np.ndarray, top: np.ndarray, width: int, height: int, level: float) -> np.ndarray:
+        columns, rows = _cover(left, width, size), _cover(top, height, size)
+        return np.asarray(level * rows[:, :, None] * columns[:, None, :])
+
+    walls = (
+        box(right, all_rows, _WALL, COURT, _WALL_LEVEL),
+        box(all_rows, all_rows, COURT, _WALL, _WALL_LEVEL),
+        box(all_rows, right, COURT, _WALL, _WALL_LEVEL),
+    )
+    bat = box(np.full(len(states), _PADDLE_LEFT), paddle, _PADDLE_RIGHT - _PADDLE_LEFT, _PADDLE_HEIGHT, _PADDLE_LEVEL)
+    levels = np.maximum.reduce([*walls, bat, box(x, y, _BALL, _BALL, _BALL_LEVEL)])
+    pictures: np.ndarray = np.rint(levels * 255.0).astype(np.uint8)[..., None]
+    return pictures
+
+
+def _cover(begin: np.ndarray, length: int, size: int) -> np.ndarray:
+    """Share of each of `size` pixels that lies between `begin` and `begin + length` units, (states, size)."""
+    scale = size / COURT
+    low, high = (begin * scale)[:, None], ((begin + length) * scale)[:, None]
+    pixels = np.arange(size)
+    share: np.ndarray = np.clip(np.minimum(pixels + 1, high) - np.maximum(pixels, low), 0.0, 1.0)
+    return share
+
+
+class PaddleBall:
+    """The game as a world: it holds a state, and actions change it.
+
+    Args:
+        size: height and width of its frames, at least 24.
+        seed: of the serves.
+
+    Attributes:
+        state: may be read and set, to move the ball elsewhere for example.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> from dataclasses import replace
+        >>> from starflow.worlds import PaddleBall
+        >>> world = PaddleBall(seed=1)
+        >>> world.step(1).frame.shape
+        (24, 24, 1)
+        >>> world.state = replace(world.state, ball=(12, 3))
+    """
+
+    actions = ("stay", "up", "down")
+
+    def __init__(self, size: int = COURT, seed: int = 0) -> None:
+        if size < COURT:
+            raise ValueError(f"PaddleBall: size is {size}, expected at least {COURT}")
+        if seed < 0:
+            raise ValueError(f"PaddleBall: seed is {seed}, expected an integer >= 0")
+        self.size = size
+        self.state = serve(seed, 1, (COURT - _PADDLE_HEIGHT) // 2)
+
+    @property
+    def frame(self) -> np.ndarray:
+        """The picture of the state, uint8 (size, size, 1)."""
+        (picture,) = draw_court([self.state], self.size)
+        return np.asarray(picture)
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        """Begins a game; without a seed that of the next one."""
+        self.state = serve(self.state.seed + 1 if seed is None else seed, 1, (COURT - _PADDLE_HEIGHT) // 2)
+        return self.frame
+
+    def step(self, action: int) -> Step:
+        """Does an action for one frame; a game never ends.
+
+        Raises:
+            ValueError: an action that is none of 0, 1 and 2.
+        """
+        reward = self.advance(action)
+        return Step(self.frame, reward)
+
+    def advance(self, action: int) -> float:
+        """As `step` without a picture; returns the reward."""
+        if isinstance(action, bool) or action not in (0, 1, 2):
+            raise ValueError(f"PaddleBall: action is {action!r}, expected 0 (stay), 1 (up) or 2 (down)")
+        self.state, reward = advance(self.state, int(action))
+        return reward
+
+    def suggest(self, aim: float = 0.5) -> int:
+        """The action of somebody who follows the ball, to meet it at a share `aim` of the paddle from above."""
+        wanted = self.state.ball[1] + _BALL / 2 - aim * _PADDLE_HEIGHT
+        apart = wanted - self.state.paddle
+        return 0 if abs(apart) < 1 else 1 if apart < 0 else 2
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def random_state(rng: np.random.Generator) -> PaddleState:
+    """Any state of the game, for clips that begin anywhere."""
+    right, down = (1 if rng.random() < 0.5 else -1 for _ in range(2))
+    # Half of the positions are near the paddle, where most is decided.
+    far = _HIGH - _BALL if rng.random() < 0.5 else COURT // 2
+    ball = int(rng.integers(0, far + 1)), int(rng.integers(_LOW, _HIGH - _BALL + 1))
+    paddle = int(rng.integers(_LOW, _HIGH - _PADDLE_HEIGHT + 1))
+    return PaddleState(paddle, ball, (right, down), 1, int(rng.integers(1 << 31)))

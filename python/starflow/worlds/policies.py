@@ -1,0 +1,62 @@
+"""Policies: how a world is played while it is recorded."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from starflow.worlds.world import PlayableWorld
+
+PolicyName = Literal["random", "mixed"]
+POLICIES = get_args(PolicyName)
+
+# Longest time that a key is held, and that "mixed" plays in one way, in frames.
+_HELD = 12
+_WAY = 48
+
+
+class Policy:
+    """Chooses actions, deterministic under its generator.
+
+    Args:
+        world: that is played.
+        kind: "random" holds one key after another for 1 to 12 frames; "mixed" also taps keys, leaves them alone and,
+            in a world that suggests actions, plays well, each for a while.
+        rng: of its choices.
+
+    Raises:
+        ValueError: a kind that is none of these.
+    """
+
+    def __init__(self, world: PlayableWorld, kind: PolicyName, rng: np.random.Generator) -> None:
+        if kind not in POLICIES:
+            raise ValueError(f"policy: kind is {kind!r}, expected one of {', '.join(map(repr, POLICIES))}")
+        self._world, self._kind, self._rng = world, kind, rng
+        self._way, self._way_left = "hold", 0
+        self._action, self._held = 0, 0
+        self._aim = 0.5
+
+    def __call__(self) -> int:
+        """The next action."""
+        if self._kind == "mixed":
+            self._choose_way()
+        if self._way == "play":
+            suggested = self._world.suggest(self._aim)
+            # A slip now and then shows what a wrong key does near the ball.
+            if suggested is not None and self._rng.random() < 0.95:
+                return suggested
+        if self._held == 0:
+            self._held = 1 if self._way == "tap" else int(self._rng.integers(1, _HELD + 1))
+            self._action = 0 if self._way == "leave" else int(self._rng.integers(len(self._world.actions)))
+        self._held -= 1
+        return self._action
+
+    def _choose_way(self) -> None:
+        """Another way of playing, where the time of the last one is over."""
+        self._way_left -= 1
+        if self._way_left >= 0:
+            return
+        self._way_left = int(self._rng.integers(1, _WAY + 1))
+        self._way = str(self._rng.choice(["play", "hold", "tap", "leave"], p=[0.45, 0.3, 0.15, 0.1]))
+        self._aim, self._held = float(self._rng.random()), 0
