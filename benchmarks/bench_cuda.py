@@ -23,7 +23,7 @@ from starflow_ext._spec import Sample, Spec, tensors
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
 from starflow_ext.linear_pack import PackedWeight, pack_weight
 from starflow_ext.rope_append import Rotation
-from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, LinearWeights
 
 from .bench_ops import check, draw, implementation, outcome
 
@@ -143,9 +143,9 @@ def deep() -> BlockWeights:
     """The layers with random weights."""
     generator = torch.Generator("cuda").manual_seed(5)
 
-    def linear(out: int, depth: int) -> PackedLinear:
+    def linear(out: int, depth: int) -> LinearWeights:
         weight = torch.randn(out, depth, generator=generator, device="cuda", dtype=torch.bfloat16) * depth**-0.5
-        return PackedLinear(pack_weight(weight, keep=False), torch.zeros(out, device="cuda"))
+        return LinearWeights(pack_weight(weight, keep=False), torch.zeros(out, device="cuda"))
 
     ones, zeros = torch.ones(WIDTH, device="cuda"), torch.zeros(WIDTH, device="cuda")
     layers = tuple(

@@ -31,7 +31,7 @@ from starflow.storage import published_state
 from starflow.training import train
 from starflow_ext import ops, pack_weight
 from starflow_ext.rope_append import Cache, Rotation
-from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, LinearWeights
 
 HERE = Path(__file__).parent
 LATENTS = (5, 48, 8, 8)  # frames, channels, height, width: 320 tokens
@@ -208,10 +208,10 @@ def big(ceilings: dict[str, float], *, tokens: int = 64, most_seconds: float = 1
     kv_heads, layers = config.kv_heads(config.num_blocks - 1), config.layers_per_block[-1]
     generator = torch.Generator().manual_seed(0)
 
-    def linear(out_channels: int, in_channels: int) -> PackedLinear:
+    def linear(out_channels: int, in_channels: int) -> LinearWeights:
         weight = torch.empty(out_channels, in_channels, dtype=torch.bfloat16)
         weight.normal_(0.0, in_channels**-0.5, generator=generator)
-        return PackedLinear(pack_weight(weight, keep=False), torch.zeros(out_channels))
+        return LinearWeights(pack_weight(weight, keep=False), torch.zeros(out_channels))
 
     def layer() -> LayerWeights:
         one = torch.ones(width), torch.zeros(width)

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "build_config.h"
+#include "cpu/fingerprint.h"
 #include "cpu/isa.h"
 #include "cuda/repeat.h"
 #include "cuda/runtime.h"
@@ -114,6 +115,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     });
     m.def("selected_isa", [] { return std::string(cpu::isa_names[static_cast<int>(cpu::selected())]); });
     m.def("set_isa", &cpu::set_override, py::arg("name"));
+    // Of tensors that the caller holds: addresses and bytes; see csrc/cpu/fingerprint.h.
+    m.def(
+        "fingerprint",
+        [](const std::vector<std::pair<uintptr_t, int64_t>>& tensors, int64_t most_lines) {
+            std::vector<cpu::MemoryBlock> blocks;
+            blocks.reserve(tensors.size());
+            for (const auto& [address, bytes] : tensors) {
+                blocks.push_back({reinterpret_cast<const void*>(address), bytes});
+            }
+            const py::gil_scoped_release released;
+            return cpu::fingerprint(blocks.data(), static_cast<int64_t>(blocks.size()), most_lines);
+        },
+        py::arg("tensors"), py::arg("most_lines"));
     m.def("repeat", &starflow::cuda::repeat_name);
     m.def("set_repeat", &starflow::cuda::set_repeat, py::arg("name"));
     m.def("cuda_devices", [] {

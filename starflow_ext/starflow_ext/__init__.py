@@ -6,12 +6,14 @@ from starflow_ext._info import Info, info
 from starflow_ext._load import native
 from starflow_ext._mode import reference_mode
 from starflow_ext.linear_pack import PackedWeight, pack_weight
+from starflow_ext.packed_linear import PackedLinear, swap_linears
 
 __version__: str = str(native.build_info()["version"])
 
 __all__ = [
     "Explanation",
     "Info",
+    "PackedLinear",
     "PackedWeight",
     "__version__",
     "explain",
@@ -19,4 +21,5 @@ __all__ = [
     "ops",
     "pack_weight",
     "reference_mode",
+    "swap_linears",
 ]

@@ -15,7 +15,7 @@ from starflow_ext.sweep_block import (
     BlockState,
     BlockWeights,
     LayerWeights,
-    PackedLinear,
+    LinearWeights,
     block_sizes,
     block_tensors,
     product_input_of,
@@ -135,11 +135,11 @@ def _input_norm(kind: NormKind | None, weight: Tensor | None, bias: Tensor | Non
     return InputNorm(weight, bias if kind == "layer_norm" else None, kind)
 
 
-def _projected(x: Tensor, weights: PackedLinear, before: InputNorm | None = None) -> Tensor:
+def _projected(x: Tensor, weights: LinearWeights, before: InputNorm | None = None) -> Tensor:
     return linear(x, weights.weight, weights.bias, norm=before)
 
 
-def _added(h: Tensor, x: Tensor, weights: PackedLinear, post: Tensor | None) -> Tensor:
+def _added(h: Tensor, x: Tensor, weights: LinearWeights, post: Tensor | None) -> Tensor:
     """The residual stream ``x`` plus a branch, which ``post`` normalises where it is given."""
     if post is None:
         return linear(x, weights.weight, weights.bias, residual=h)

@@ -22,7 +22,14 @@ from starflow_ext._options import (
     name_of,
 )
 from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
-from starflow_ext.linear_pack import DEVICE_STORAGES, PackedWeight, check_device_storage, pack_weight, unpack
+from starflow_ext.linear_pack import (
+    DEVICE_STORAGES,
+    PackedWeight,
+    check_device_storage,
+    pack_for_call,
+    pack_weight,
+    unpack,
+)
 from starflow_ext.norm import EPSILON, NormKind
 from starflow_ext.norm import norm as normalise
 
@@ -101,12 +108,30 @@ def linear(
     Reference:
         Hendrycks and Gimpel, Gaussian Error Linear Units (2016); Shazeer, GLU Variants Improve Transformer (2020).
     """
+    if isinstance(weight, PackedWeight):
+        _check_fresh(weight)
     if in_reference_mode() or _why_torch(x, weight, bias, epilogue, multiply, residual, product_input, norm):
         return linear_reference(x, weight, bias, epilogue, multiply, residual, product_input, norm)
     # The native op checks the rest, with the words of check().
     operator, arguments = _lower(x, weight, bias, epilogue, multiply, residual, product_input, norm)
     out: Tensor = operator(*arguments)[0]
     return out
+
+
+def _check_fresh(packed: PackedWeight) -> None:
+    """Check that a packed weight is still that of its original; a compiled graph cannot read the values."""
+    original = packed.weight
+    if original is None or torch.compiler.is_compiling():
+        return
+    # Where it is trained, the product and its gradient read it several times anyway.
+    trained = original.requires_grad and torch.is_grad_enabled()
+    require(
+        packed.is_fresh(exact=trained),
+        "linear",
+        "weight is",
+        "packed from values that its original no longer has",
+        "it packed again after a change (pack_weight), or a PackedLinear, which does so by itself",
+    )
 
 
 def linear_reference(
@@ -227,7 +252,7 @@ def _lower(
     _check_options(epilogue, product_input, norm, weight.device)
     if isinstance(weight, Tensor):
         x, weight, norm = _rounded(x, weight, norm)
-        packed = pack_weight(weight)
+        packed = pack_for_call(weight)
         dtype = weight.dtype
     else:
         packed, dtype = weight, x.dtype

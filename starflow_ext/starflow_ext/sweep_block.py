@@ -39,7 +39,7 @@ Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class PackedLinear:
+class LinearWeights:
     """A packed weight and its bias (out_channels,), float32 or None."""
 
     weight: PackedWeight
@@ -63,11 +63,11 @@ class LayerWeights:
         attention_post, mlp_post: (width,) weights of RMSNorm on the branches.
     """
 
-    qkv: PackedLinear
-    proj: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
-    gate: PackedLinear | None = None
+    qkv: LinearWeights
+    proj: LinearWeights
+    up: LinearWeights
+    down: LinearWeights
+    gate: LinearWeights | None = None
     attention_norm: tuple[Tensor | None, Tensor | None] = (None, None)
     mlp_norm: tuple[Tensor | None, Tensor | None] = (None, None)
     query_norm: Tensor | None = None
@@ -111,8 +111,8 @@ class BlockWeights:
     heads: int
     kv_heads: int
     head_dim: int
-    proj_in: PackedLinear
-    proj_out: PackedLinear
+    proj_in: LinearWeights
+    proj_out: LinearWeights
     layers: tuple[LayerWeights, ...]
     norm: NormKind | None
     start_token: Tensor | None = None
@@ -164,7 +164,7 @@ def pack_qkv(
     pairing: Pairing,
     storage: WeightStorage | None = None,
     keep: bool = True,
-) -> PackedLinear:
+) -> LinearWeights:
     """Pack the fused projection of queries, keys and values for the sweep, whose planes are always half-split.
 
     Elements 2k and 2k + 1 of an interleaved head become k and k + head_dim / 2. Products of queries and keys do not
@@ -184,7 +184,7 @@ def pack_qkv(
         rows[:turned] = (rows[:turned].view(-1, len(order))[:, order]).flatten()
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
-    return PackedLinear(pack_weight(weight, storage, keep=keep), None if bias is None else bias.detach().float())
+    return LinearWeights(pack_weight(weight, storage, keep=keep), None if bias is None else bias.detach().float())
 
 
 def head_order(head_dim: int, pairing: Pairing) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from starflow_ext.jacobi_solve import SolveProgress
 from starflow_ext.linear_pack import device_rows_shape
 from starflow_ext.norm import EPSILON
-from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, LinearWeights
 
 from .emulator import Kernels, Mutation, Report, emulated
 
@@ -32,7 +32,7 @@ def sweep_kernels(mutation: Mutation | None = None) -> Kernels:
     return emulated(SWEEP, mutation)
 
 
-def _matrix(linear: PackedLinear | None) -> Mapping[str, Any]:
+def _matrix(linear: LinearWeights | None) -> Mapping[str, Any]:
     """A weight in rows of its storage, padded with zeros, with its bias."""
     if linear is None:
         return {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from starflow_ext import ops
 from starflow_ext.linear_pack import pack_weight
 from starflow_ext.rope_append import Rotation
-from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, PackedLinear
+from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, LinearWeights
 
 # Distance from the reference by what is stored and what enters the products; values are of order 1.
 BOUNDS = {"float32": 2e-5, "float16": 5e-3, "bfloat16": 0.1, "int8": 5e-5, "two_bfloat16": 2e-5}
@@ -33,9 +33,9 @@ def block(options: dict[str, Any], storage: Any = "float32", device: str = "cpu"
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).to(device)
 
-    def linear(out: int, depth: int) -> PackedLinear:
+    def linear(out: int, depth: int) -> LinearWeights:
         weight = pack_weight(draw(out, depth) * depth**-0.5, storage, keep=False)
-        return PackedLinear(weight, 0.1 * draw(out) if options.get("bias", True) else None)
+        return LinearWeights(weight, 0.1 * draw(out) if options.get("bias", True) else None)
 
     def layer() -> LayerWeights:
         return LayerWeights(

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from starflow.mapped import release
 from starflow.model.conditioner import Conditioner
 from starflow.model.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
+from starflow_ext._stamp import fingerprint
 from starflow_ext.linear_pack import PackedWeight, WeightStorage, pack_weight
 from starflow_ext.rope_append import Pairing
-from starflow_ext.sweep_block import BlockWeights, LayerWeights, PackedLinear, head_order, pack_qkv
+from starflow_ext.sweep_block import BlockWeights, LayerWeights, LinearWeights, head_order, pack_qkv
 
 
 @dataclass(frozen=True)
@@ -28,50 +29,51 @@ class PackedNetwork:
     """
 
     block: BlockWeights
-    text: PackedLinear | None
-    position: PackedLinear | None
-    summary: PackedLinear | None
+    text: LinearWeights | None
+    position: LinearWeights | None
+    summary: LinearWeights | None
 
 
-class _Stamp:
-    """A snapshot of the parameters of a module and of all modules in it, which shows whether one was changed since.
+class _Contents:
+    """The tensors of a network and what they hold, to see whether one was changed since.
 
     It lists them once and is compared before each clip: walking the tree of modules again takes three times as long.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        holders = list(module.modules())
-        self._modules = [(held._modules, name, child) for held in holders for name, child in held._modules.items()]
-        self._parameters = [
-            (held._parameters, name, parameter, *_state(parameter))
-            for held in holders
-            for name, parameter in held._parameters.items()
+    def __init__(self, network: Transformer) -> None:
+        holders = list(network.modules())
+        self._places: list[tuple[dict[str, Any], str, Any]] = [
+            (place, name, held)
+            for holder in holders
+            for place in (holder._modules, holder._parameters, holder._buffers)
+            for name, held in place.items()
         ]
+        # Those of each layer, then the rest.
+        self._parts = [[*layer.parameters(), *layer.buffers()] for layer in network.layers]
+        of_layers = {id(tensor) for part in self._parts for tensor in part}
+        tensors = (held for _, _, held in self._places if isinstance(held, Tensor))
+        self._parts.append([tensor for tensor in tensors if id(tensor) not in of_layers])
+        self._found: list[int | None] = [None] * len(self._parts)
+        self._mapped = network in _mapped
 
-    def holds(self) -> bool:
-        """Whether every module and parameter is in its place and no value was changed in place."""
-        for modules, name, child in self._modules:
-            if modules.get(name) is not child:
-                return False
-        for parameters, name, parameter, pointer, version in self._parameters:
-            if parameters.get(name) is not parameter:
-                return False
-            if parameter is None:
-                continue
-            if parameter.data_ptr() != pointer or (version is not None and parameter._version != version):
-                return False
-        return True
+    def read(self, part: int) -> None:
+        """Notes what a part, a layer or with -1 the rest, holds once it is packed; mapped weights leave the memory."""
+        self._found[part] = fingerprint(self._parts[part])
+        if self._mapped:
+            release(self._parts[part])
+
+    def are_the_same(self) -> bool:
+        """Whether everything is in its place and every tensor holds what it held."""
+        if any(place.get(name) is not held for place, name, held in self._places):
+            return False
+        return all(
+            found is not None and fingerprint(part) == found
+            for part, found in zip(self._parts, self._found, strict=True)
+        )
 
 
-def _state(parameter: nn.Parameter | None) -> tuple[int, int | None]:
-    """Address and version of a parameter's values; tensors made in inference mode have no version (None)."""
-    if parameter is None:
-        return 0, None
-    return parameter.data_ptr(), None if parameter.is_inference() else parameter._version
-
-
-# Packed weights of each network by kind of packing, each with the snapshot that they were made from.
-_kept: WeakKeyDictionary[Transformer, dict[str | None, tuple[_Stamp, Any]]] = WeakKeyDictionary()
+# Packed weights of each network by kind of packing, each with what they were made from.
+_kept: WeakKeyDictionary[Transformer, dict[str | None, tuple[_Contents, Any]]] = WeakKeyDictionary()
 # Networks whose weights are mapped from a file: once a layer is packed, its own pages go back to the system.
 _mapped: WeakSet[Transformer] = WeakSet()
 
@@ -79,11 +81,15 @@ _mapped: WeakSet[Transformer] = WeakSet()
 _Packed = TypeVar("_Packed")
 
 
-def _keep(network: Transformer, how: str | None, pack: Callable[[], _Packed]) -> _Packed:
+def _keep(network: Transformer, how: str | None, pack: Callable[[Callable[[int], None]], _Packed]) -> _Packed:
+    """What `pack` made of the weights as they are; it calls what it is given after each layer, with its index."""
     by_way = _kept.setdefault(network, {})
     kept = by_way.get(how)
-    if kept is None or not kept[0].holds():
-        kept = by_way[how] = _Stamp(network), pack()
+    if kept is None or not kept[0].are_the_same():
+        contents = _Contents(network)
+        made = pack(contents.read)
+        contents.read(-1)
+        kept = by_way[how] = contents, made
     packed: _Packed = kept[1]
     return packed
 
@@ -91,24 +97,20 @@ def _keep(network: Transformer, how: str | None, pack: Callable[[], _Packed]) ->
 def pack_conditioner(conditioner: Conditioner, storage: WeightStorage | None = None) -> PackedNetwork:
     """The network of a block as native decoding reads it.
 
-    Packing reads every weight once, so the result is kept with the module and made again only when a parameter was
-    changed or replaced. A write through a parameter's `.data` is not noticed; call `forget` after one.
+    The result is kept with the module and made again when a weight was replaced or holds something else, however it was
+    written: the weights are read (some 20 GB/s), which takes a tenth of packing them. What a clip was begun with stays
+    until its window ends.
 
     Args:
         conditioner: the network; its packed weights are on its device.
         storage: of the weights (see `starflow_ext.pack_weight`); None keeps their own dtype.
     """
-    return _keep(conditioner, storage, lambda: _pack(conditioner, storage))
+    return _keep(conditioner, storage, lambda packed: _pack(conditioner, storage, packed))
 
 
 def pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
     """The weights of all linear layers of a network in their own dtype, kept like those of `pack_conditioner`."""
-    return _keep(network, "linears", lambda: _pack_linears(network))
-
-
-def forget(network: Transformer) -> None:
-    """Drops the packed weights of a network."""
-    _kept.pop(network, None)
+    return _keep(network, "linears", lambda packed: _pack_linears(network, packed))
 
 
 def keep_mapped(module: nn.Module) -> None:
@@ -117,24 +119,29 @@ def keep_mapped(module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
+def _pack_linears(network: Transformer, done: Callable[[int], None]) -> dict[nn.Module, PackedWeight]:
     packed: dict[nn.Module, PackedWeight] = {}
-    for linear in network.modules():
-        if isinstance(linear, nn.Linear | Int8Linear):
-            packed[linear] = pack_weight(linear.weight, "int8" if isinstance(linear, Int8Linear) else None, keep=False)
-            if network in _mapped:
-                release([*linear.parameters(), *linear.buffers()])
+
+    def pack(module: nn.Module) -> None:
+        for linear in module.modules():
+            if isinstance(linear, nn.Linear | Int8Linear) and linear not in packed:
+                storage: WeightStorage | None = "int8" if isinstance(linear, Int8Linear) else None
+                packed[linear] = pack_weight(linear.weight, storage, keep=False)
+
+    for index, layer in enumerate(network.layers):
+        pack(layer)
+        done(index)
+    pack(network)
     return packed
 
 
 @torch.no_grad()
-def _pack(conditioner: Conditioner, storage: WeightStorage | None) -> PackedNetwork:
+def _pack(conditioner: Conditioner, storage: WeightStorage | None, done: Callable[[int], None]) -> PackedNetwork:
     layers = []
-    for layer in conditioner.layers:
+    for index, layer in enumerate(conditioner.layers):
         assert isinstance(layer, Layer)
         layers.append(_layer(layer, storage))
-        if conditioner in _mapped:
-            release([*layer.parameters(), *layer.buffers()])
+        done(index)
     config = conditioner.config
     text, position, summary = (
         None if linear is None else _linear(linear, storage)
@@ -184,9 +191,9 @@ def _layer(layer: Layer, storage: WeightStorage | None) -> LayerWeights:
     )
 
 
-def _linear(linear: nn.Linear | Int8Linear, storage: WeightStorage | None) -> PackedLinear:
+def _linear(linear: nn.Linear | Int8Linear, storage: WeightStorage | None) -> LinearWeights:
     bias = None if linear.bias is None else _float(linear.bias)
-    return PackedLinear(pack_weight(linear.weight, storage, keep=False), bias)
+    return LinearWeights(pack_weight(linear.weight, storage, keep=False), bias)
 
 
 def _affine(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
