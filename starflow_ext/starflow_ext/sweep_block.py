@@ -203,10 +203,12 @@ class BlockState:
         text_tokens: slots taken by text.
         temperature: (cache rows,) divides the products of queries and keys.
         position: (grid slots, width) added to the embedded tokens, or None.
-        condition: (cache rows, width) added to the embedded tokens, or None.
+        condition: (cache rows, width) added to the embedded tokens, or None; with ``condition_tokens``
+            (cache rows, frames, width), of which each is added to the tokens of a frame. It may be written in place.
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
         layout: layout of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", contiguous
             (slots, head_dim), which those of CUDA read.
+        condition_tokens: grid slots that share a row of ``condition``; 0 where all do.
     """
 
     keys: Tensor
@@ -219,6 +221,7 @@ class BlockState:
     query_rotation: Rotation | None = None
     key_rotation: Rotation | None = None
     layout: CacheLayout = "panels"
+    condition_tokens: int = 0
 
     @classmethod
     def allocate(
@@ -234,6 +237,7 @@ class BlockState:
         condition: Tensor | None = None,
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
+        condition_tokens: int = 0,
     ) -> BlockState:
         """Allocate caches of ``slots`` slots for ``rows`` rows on the weights' device; the rest as the attributes.
 
@@ -260,6 +264,7 @@ class BlockState:
             query_rotation,
             key_rotation,
             layout,
+            condition_tokens,
         )
 
     @property
@@ -354,7 +359,8 @@ def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:
 
 def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
     """Return the numbers of a block as the native ops take them."""
-    return list(_sizes_in_order({**weights.sizes, "text_tokens": state.text_tokens, "slots": state.slots}))
+    own = {"text_tokens": state.text_tokens, "slots": state.slots, "condition_tokens": state.condition_tokens}
+    return list(_sizes_in_order({**weights.sizes, **own}))
 
 
 def size_of(sizes: Sequence[int], name: str) -> int:

@@ -138,6 +138,12 @@ def test_what_may_be_absent(kernels: Kernels) -> None:
     _bare(kernels)
 
 
+def test_tokens_of_a_frame_share_its_condition(kernels: Kernels) -> None:
+    weights = block({}, "float16")
+    state, expected = (state_of(weights, 3, SLOTS, storage="float16", condition_tokens=7) for _ in range(2))
+    _sweeps(kernels, weights, state, expected)
+
+
 def _pieces(kernels: Kernels) -> None:
     """Whole windows, or parts of one, after one another: the same bits."""
     weights = block({"gated": True, "post": True}, "float16")

@@ -179,7 +179,8 @@ Block::Block(const char* op, const BlockTensors& tensors) {
         sizes.size() == block_size_count, op, "sizes holds", [&] { return std::to_string(sizes.size()) + " numbers"; },
         [] { return std::to_string(block_size_count); });
     for (int i = 0; i < block_size_count; ++i) {
-        const int64_t least = i == size_text_tokens || i == size_slots || i == size_norm ? 0 : 1;
+        const bool any = i == size_text_tokens || i == size_slots || i == size_norm || i == size_condition_tokens;
+        const int64_t least = any ? 0 : 1;
         require(
             sizes[i] >= least, op, named(block_size_names[i], " is"), [&] { return sizes[i]; },
             [&] { return "at least " + std::to_string(least); });
@@ -193,6 +194,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.hidden = sizes[size_hidden];
     b.text_tokens = sizes[size_text_tokens];
     b.slots = sizes[size_slots];
+    b.condition_tokens = sizes[size_condition_tokens];
     const auto kind = option_of<NormKind>(op, "norm", sizes[size_norm], norm_kind_names);
     require(
         b.heads % b.kv_heads == 0, op, "kv_heads is", [&] { return std::to_string(b.kv_heads); },
@@ -239,7 +241,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     const int64_t half = b.head_dim / 2;
     b.start_token = read.floats(of_block(block_start_token), b.channels);
     b.position = read.floats(of_block(block_position), (b.slots - b.text_tokens) * b.width);
-    b.condition = read.floats(of_block(block_condition), b.cache_rows * b.width);
+    b.condition = read.floats(of_block(block_condition), b.cache_rows * condition_rows(b) * b.width);
     b.query_cos = read.floats(of_block(block_query_cos), b.slots * half);
     b.query_sin = read.floats(of_block(block_query_sin), b.slots * half);
     b.key_cos = read.floats(of_block(block_key_cos), b.slots * half);

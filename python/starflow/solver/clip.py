@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
 from typing import TYPE_CHECKING
 
 import torch
@@ -99,6 +100,7 @@ class Decoding:
         span: of the deep block.
         known: inputs of each block at given frames, as `Flow.known` returns them; these frames are not returned. None
             without given frames.
+        known_conditions: vectors of the given frames (batch, frames, frame_dim), NaN for none; None for none at all.
         renew: makes the context of a new window; None takes the deep block's output as it was decoded.
         trace: reports have an entry for every sweep, and so grow with the clip.
 
@@ -114,6 +116,7 @@ class Decoding:
         span: Span,
         *,
         known: tuple[Tensor, ...] | None = None,
+        known_conditions: Tensor | None = None,
         renew: Renew | None = None,
         trace: bool = False,
     ) -> None:
@@ -123,6 +126,8 @@ class Decoding:
         deep, *shallow = flow.solving_order()
         given = {block.index: None if known is None else known[block.index] for block in (deep, *shallow)}
         self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
+        if self._deep.reads_frames and known is not None:
+            self._deep.tell(known[0].shape[1], known_conditions)
         self._shallow: list[_Local | _Causal | None] = []
         for block in shallow:
             if block.conditioner is None:
@@ -148,13 +153,16 @@ class Decoding:
         """Whether every frame was pulled and none may come."""
         return self._deep.done
 
-    def push(self, z: Tensor, *, more: bool) -> None:
+    def push(self, z: Tensor, *, more: bool, frame_conditions: Tensor | None = None) -> None:
         """Takes noise.
 
         Args:
             z: of further frames (batch, frames, channels, height, width).
             more: whether there may be more frames after them.
+            frame_conditions: vectors of these frames (batch, frames, frame_dim), NaN for none; None for none at all.
         """
+        if self._deep.reads_frames:
+            self._deep.tell(z.shape[1], frame_conditions)
         self._deep.push(self._flow.noise_grid(z), more=more)
 
     def pull(self, *, together: bool = False) -> Tensor | None:
@@ -196,7 +204,9 @@ class _Stage:
         self._report: SolveReport | None = None
         # The decoder in use, with its rows and frames, a function that makes others like it, and the order of its
         # tokens.
-        self._kept: tuple[tuple[int, int], Callable[[Precision], BlockDecoder], BlockDecoder, Tensor] | None = None
+        self._kept: tuple[tuple[int, int], Callable[..., BlockDecoder], BlockDecoder, Tensor] | None = None
+        # Vectors of the frames that a decoder sees, NaN where there is none; None for a block that reads none.
+        self._told: Tensor | None = None
 
     def change(self, y: Tensor | None) -> None:
         """Takes another text for what is to come."""
@@ -216,11 +226,13 @@ class _Stage:
             layout = block.layout(frames, height, width, context, image=c.image)
             guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
             make = partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature)
-            self._kept = (rows, frames), make, make(c.precision), layout.order
+            self._kept = (rows, frames), make, make(c.precision, self._told), layout.order
+        elif self._told is not None:
+            self._kept[2].tell(0, self._told)
         # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
-        return Inversion(own, schedule, first, lambda: decoder("float32")), order
+        return Inversion(own, schedule, first, lambda: decoder("float32", self._told)), order
 
     def _add(self, report: SolveReport) -> SolveReport:
         report = report if self._trace else replace(report, accepted=(), passes=())
@@ -278,12 +290,27 @@ class _Causal(_Stage):
             fewer = "at most local_attn_window" if span.context is not None else "fewer than the"
             raise ValueError(f"flow: prefix has {given} frames, expected {fewer} {span.frames}")
         self._size, self._span, self._renew = size, span, renew
+        # Vectors of the frames of the window and of those that wait.
+        device = next(block.parameters()).device
+        self._vectors = torch.empty(size[0], 0, block.config.frame_dim, device=device)
         self._queue: Tensor | None = None  # noise that is not in the window yet
         self._more = True
         self._out = 0  # frames of the window that are given or were pulled
         self._first: Tensor | None = None  # the sink
         self._open: tuple[Inversion, Tensor] | None = None
         self._known = known
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether the block reads a vector of each frame."""
+        return self.block.conditioner is not None and self.block.conditioner.proj_frame is not None
+
+    def tell(self, frames: int, frame_conditions: Tensor | None) -> None:
+        """Takes the vectors of the next frames, of which there are so many; None where they have none."""
+        dim = self.block.config.frame_dim
+        if frame_conditions is None:
+            frame_conditions = torch.full((self._batch, frames, dim), nan)
+        self._vectors = torch.cat([self._vectors, frame_conditions.to(self._vectors)], 1)
 
     @property
     def done(self) -> bool:
@@ -365,6 +392,9 @@ class _Causal(_Stage):
         while self._queue is not None:
             if self._open is None:
                 known = self._queue[:, :0] if self._known is None else self._known
+                if self.reads_frames:
+                    self._told = self._vectors.new_full((self._batch, self._span.frames, self._vectors.shape[2]), nan)
+                    self._told[:, : known.shape[1]] = self._vectors[:, : known.shape[1]]
                 self._open = self._solve(self.conditions.schedule, known, self._span.frames)
                 self._out, self._known = known.shape[1], None
             begin = self._in_window
@@ -372,6 +402,7 @@ class _Causal(_Stage):
                 noise, rest = self._queue[:, :room], self._queue[:, room:]
                 self._queue = rest if rest.shape[1] else None
                 solve, order = self._open
+                self._tell_decoder(begin, begin + noise.shape[1])
                 tokens = noise[0, ..., 0].numel()
                 more = begin + noise.shape[1] < self._span.frames and self._more
                 solve.extend(to_sequence(noise, order[:tokens]), more=more)
@@ -384,6 +415,14 @@ class _Causal(_Stage):
                 )
             self._close(self._span.context)
 
+    def _tell_decoder(self, begin: int, end: int) -> None:
+        """Gives the decoder the vectors of the frames `begin .. end - 1` of the window."""
+        if self._told is None:
+            return
+        assert self._kept is not None
+        self._told[:, begin:end] = self._vectors[:, begin:end]
+        self._kept[2].tell(begin, self._told[:, begin:end])
+
     def _close(self, carried: int) -> None:
         """Ends the window; the next one begins with `carried` frames of it."""
         assert self._open is not None
@@ -393,6 +432,7 @@ class _Causal(_Stage):
             self._first = self._grid(solve.x, order, 0, self._span.sink)
         sink = self._span.sink if carried > self._span.sink else 0
         last = carried - sink
+        self._vectors = torch.cat([self._vectors[:, :sink], self._vectors[:, self._out - last :]], 1)
         if self._renew is not None:
             self._known = self._renew(last)
         else:

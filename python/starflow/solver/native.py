@@ -93,6 +93,7 @@ class NativeNetwork:
         context: text or labels of the rows, or None.
         temperature: divides the attention logits, one number or one for each row.
         precision: see `Precision`.
+        frame_conditions: of the rows, as for `tell`, of all frames; None without.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class NativeNetwork:
         context: Tensor | None,
         temperature: float | Tensor,
         precision: Precision,
+        frame_conditions: Tensor | None = None,
     ) -> None:
         how = _how(conditioner, precision)
         assert how is not None
@@ -118,6 +120,12 @@ class NativeNetwork:
         condition = conditioner.condition_rows(
             context, rows, packed=None if packed.summary is None else packed.summary.weight
         )
+        condition = None if condition is None else condition.float().expand(rows, -1, -1)
+        # What all tokens of a row have in common, where each frame has a condition of its own beside it.
+        self._shared = condition
+        if frame_conditions is not None:
+            shape = (rows, layout.frames, conditioner.width)
+            condition = torch.zeros(shape, device=device) if condition is None else condition.expand(shape)
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
@@ -131,7 +139,8 @@ class NativeNetwork:
             storage=how.cache,
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
-            condition=None if condition is None else condition.float().expand(rows, -1, -1).flatten(1).contiguous(),
+            condition=condition if condition is None else condition.squeeze(1).clone().contiguous(),
+            condition_tokens=0 if frame_conditions is None else layout.frame_tokens,
             query_rotation=query,
             key_rotation=key,
         )
@@ -140,11 +149,20 @@ class NativeNetwork:
             assert packed.text is not None
             embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
+        if frame_conditions is not None:
+            self.tell(0, frame_conditions)
 
     @staticmethod
     def runs(conditioner: Conditioner, precision: Precision) -> bool:
         """Whether a network decodes natively: in float32 or less, outside `starflow_ext.reference_mode`."""
         return _how(conditioner, precision) is not None
+
+    def tell(self, frame: int, frame_conditions: Tensor) -> None:
+        """Sets the vectors of the frames `frame ..` of the layout, (rows, frames, frame_dim), NaN for none."""
+        rows, held = self._conditioner.embed_frames(frame_conditions), self._state.condition
+        assert rows is not None
+        assert held is not None
+        held[:, frame : frame + rows.shape[1]] = rows.float() if self._shared is None else rows.float() + self._shared
 
     @property
     def cost_key(self) -> str:
