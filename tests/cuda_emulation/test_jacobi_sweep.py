@@ -138,10 +138,15 @@ def test_what_may_be_absent(kernels: Kernels) -> None:
     _bare(kernels)
 
 
-def test_tokens_of_a_frame_share_its_condition(kernels: Kernels) -> None:
+def _frames(kernels: Kernels) -> None:
+    """Conditions of each frame of 7 tokens."""
     weights = block({}, "float16")
     state, expected = (state_of(weights, 3, SLOTS, storage="float16", condition_tokens=7) for _ in range(2))
     _sweeps(kernels, weights, state, expected)
+
+
+def test_tokens_of_a_frame_share_its_condition(kernels: Kernels) -> None:
+    _frames(kernels)
 
 
 def _pieces(kernels: Kernels) -> None:
@@ -204,7 +209,8 @@ MUTATIONS = mutations(
         r"row % g\.piece\.tokens == 0 && lane\(\) == 0": "row == 0",
         r"slot == block\.text_tokens && ": "",
         r"cache_row % args\.samples": "cache_row",
-        r"\(slot - block\.text_tokens\)": "slot",
+        r"slot - block\.text_tokens;": "slot;",
+        r"condition_of\(block, cache_row, place\)": "condition_of(block, cache_row, 0)",
         r"if \(at >= count\) return;": "",
         r"block_\.width % wide == 0 && ": "",
         r"added \? stream_h\(\) : Matrix\{\}": "Matrix{}",
@@ -224,6 +230,7 @@ def test_mutation_is_caught(mutation: Mutation) -> None:
     def check(kernels: Kernels) -> None:
         _checked(kernels, KINDS["one channel more"] | {"gated": True, "post": True, "qk": True}, "float16", "float16")
         _bare(kernels)
+        _frames(kernels)
         _pieces(kernels)
         _halves(kernels)
 
