@@ -232,6 +232,7 @@ class FlowConfig:
             self.temporal_causal,
             "a number > 0 with frame_dim (frames go forward in time)",
         )
+        require(self.frame_dim == 0 or self.sos, "flow.sos", self.sos, "True with frame_dim")
         require(0 <= self.soft_clip < float("inf"), "flow.soft_clip", self.soft_clip, "a finite bound >= 0")
         require(
             self.nvp or not self.use_softplus, "flow.use_softplus", self.use_softplus, "False with nvp False (no scale)"

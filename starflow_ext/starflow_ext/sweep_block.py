@@ -205,13 +205,15 @@ class BlockState:
         text_tokens: slots taken by text.
         temperature: (cache rows,) divides the products of queries and keys.
         position: (grid slots, width) added to the embedded tokens, or None.
-        condition: (cache rows, width) added to the embedded tokens, or None.
+        condition: (cache rows, width) added to the embedded tokens, or None; with ``condition_tokens``
+            (cache rows, frames, width), of which each is added to the tokens of a frame. It may be written in place.
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
         layout: layout of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", contiguous
             (slots, head_dim), which those of CUDA read.
         frame_tokens: tokens of a frame, where a token sees the text, its own frame and ``frames_behind`` before it; 0
             where it sees all before it.
         frames_behind: see ``frame_tokens``.
+        condition_tokens: grid slots that share a row of ``condition``; 0 where all do.
     """
 
     keys: Tensor
@@ -226,6 +228,7 @@ class BlockState:
     layout: CacheLayout = "panels"
     frame_tokens: int = 0
     frames_behind: int = 0
+    condition_tokens: int = 0
 
     @classmethod
     def allocate(
@@ -243,6 +246,7 @@ class BlockState:
         key_rotation: Rotation | None = None,
         frame_tokens: int = 0,
         frames_behind: int = 0,
+        condition_tokens: int = 0,
     ) -> BlockState:
         """Allocate caches of ``slots`` slots for ``rows`` rows on the weights' device; the rest as the attributes.
 
@@ -271,6 +275,7 @@ class BlockState:
             layout,
             frame_tokens,
             frames_behind,
+            condition_tokens,
         )
 
     @property
@@ -409,6 +414,7 @@ def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
     own = {
         "text_tokens": state.text_tokens,
         "slots": state.slots,
+        "condition_tokens": state.condition_tokens,
         "mask_frame_tokens": state.frame_tokens,
         "mask_frames": state.frames_behind,
     }

@@ -1,5 +1,14 @@
 """What goes in? Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
+from starflow.data.actions import (
+    Action,
+    RecordedWorld,
+    action_line,
+    action_vector,
+    actions_beside,
+    read_actions,
+    read_world,
+)
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
     Clip,
@@ -26,16 +35,21 @@ __all__ = [
     "DIRECTIONS",
     "IMAGE_SUFFIXES",
     "VOCABULARY",
+    "Action",
     "CaptionMode",
     "Clip",
     "ClipDataset",
     "DigitJudge",
     "Motion",
     "MovingDigits",
+    "RecordedWorld",
     "VideoError",
     "VideoFolder",
     "VideoInfo",
     "VideoWriter",
+    "action_line",
+    "action_vector",
+    "actions_beside",
     "aspect_size",
     "assemble",
     "caption_at",
@@ -45,8 +59,10 @@ __all__ = [
     "frames_at",
     "nearest_aspect",
     "probe",
+    "read_actions",
     "read_image",
     "read_video",
+    "read_world",
     "sample_batch",
     "sample_group",
     "sample_indices",

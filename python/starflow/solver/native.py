@@ -92,6 +92,7 @@ class NativeNetwork:
         context: text or labels of the rows, or None.
         temperature: divides the attention logits, one number or one for each row.
         precision: see `Precision`.
+        frame_conditions: of the rows, as for `tell`, of all frames; None without.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class NativeNetwork:
         context: Tensor | None,
         temperature: float | Tensor,
         precision: Precision,
+        frame_conditions: Tensor | None = None,
     ) -> None:
         how = _how(conditioner, precision)
         assert how is not None
@@ -114,6 +116,9 @@ class NativeNetwork:
         position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
         if context is not None and context.is_floating_point():
             context = context.float()
+        self._shared = self._in_common(context)
+        # Frames of the layout, where each has a condition of its own.
+        self._frames = None if frame_conditions is None else layout.frames
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
@@ -129,7 +134,8 @@ class NativeNetwork:
             storage=how.cache,
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
-            condition=self._condition(context),
+            condition=self._condition(),
+            condition_tokens=0 if frame_conditions is None else layout.frame_tokens,
             query_rotation=query,
             key_rotation=key,
             frame_tokens=0 if behind is None else layout.frame_tokens,
@@ -140,22 +146,36 @@ class NativeNetwork:
             assert packed.text is not None
             embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
+        if frame_conditions is not None:
+            self.tell(0, frame_conditions)
 
-    def _condition(self, context: Tensor | None) -> Tensor | None:
-        """What is added to the tokens of each row, (rows, width)."""
+    def _in_common(self, context: Tensor | None) -> Tensor | None:
+        """What is added to all tokens of each row, (rows, 1, width)."""
         packed = None if self._summary is None else self._summary.weight
         condition = self._conditioner.condition_rows(context, self._rows, packed=packed)
-        return None if condition is None else condition.float().expand(self._rows, -1, -1).flatten(1).contiguous()
+        return None if condition is None else condition.float().expand(self._rows, -1, -1)
+
+    def _condition(self) -> Tensor | None:
+        """What is added to tokens, (rows, width); (rows, frames, width) where `tell` adds the vectors of frames."""
+        if self._frames is None:
+            return None if self._shared is None else self._shared.flatten(1).contiguous()
+        shape = (self._rows, self._frames, self._conditioner.width)
+        condition = torch.zeros(shape, device=self._weights.device)
+        return condition if self._shared is None else condition + self._shared
 
     def change(self, context: Tensor | None) -> None:
         """Changes what is added to tokens; as `BlockDecoder.change`."""
         if context is not None and context.is_floating_point():
             context = context.float()
-        self._state = replace(self._state, condition=self._condition(context))
+        self._shared = self._in_common(context)
+        self._state = replace(self._state, condition=self._condition())
 
     def forget(self, tokens: int, layout: Layout) -> None:
         """Drops the first tokens of the caches; `layout` is that of the tokens that then fill them."""
         self._state.forget(self._weights.head_dim, tokens)
+        if self._frames is not None and (held := self._state.condition) is not None:
+            frames = tokens // layout.frame_tokens
+            held[:, :-frames] = held[:, frames:].clone()
         query, key = (later(table, layout.begin) for table in (self._query, self._key))
         self._state = replace(self._state, query_rotation=query, key_rotation=key)
 
@@ -163,6 +183,13 @@ class NativeNetwork:
     def runs(conditioner: Conditioner, precision: Precision) -> bool:
         """Whether a network decodes natively: in float32 or less, outside `starflow_ext.reference_mode`."""
         return _how(conditioner, precision) is not None
+
+    def tell(self, frame: int, frame_conditions: Tensor) -> None:
+        """Sets the vectors of the frames `frame ..` of the layout, (rows, frames, frame_dim), NaN for none."""
+        rows, held = self._conditioner.embed_frames(frame_conditions), self._state.condition
+        assert rows is not None
+        assert held is not None
+        held[:, frame : frame + rows.shape[1]] = rows.float() if self._shared is None else rows.float() + self._shared
 
     @property
     def cost_key(self) -> str:

@@ -70,33 +70,34 @@ class RollingInversion(Inversion):
         self._past: SolveReport | None = None
 
     @torch.inference_mode()
-    def give(self, tokens: Tensor) -> None:
-        """Appends tokens that are known, before any other.
+    def give(self, frame: Tensor, vector: Tensor | None = None) -> None:
+        """Appends a frame that is known, before any other that is not.
 
         Args:
-            tokens: whole frames, (batch, tokens, channels).
+            frame: its tokens, (batch, frame tokens, channels).
+            vector: its condition (batch, frame_dim), NaN for none; None for a block that reads none.
 
         Raises:
             NotFiniteError: a token is not finite.
         """
-        require_finite(tokens, self._progress.before + self.tokens, "given data")
-        for frame in tokens.split(self._decoder.frame_tokens, 1):
-            self._make_room()
-            start = self.tokens
-            self._x, self._z = torch.cat([self._x, frame], 1), F.pad(self._z, (0, 0, 0, frame.shape[1]))
-            for decoder in (self._decoder, self._second):
-                if decoder is not None:
-                    decoder.evaluate(self._x[:, start:-1], start)
-            self._first = self._certified = self.tokens
-            self._at.frontier = [self._first] * self._x.shape[0]
-            self._at.fresh = list(self._at.frontier)
+        require_finite(frame, self._progress.before + self.tokens, "given data")
+        self._make_room()
+        self._tell(vector)
+        start = self.tokens
+        self._x, self._z = torch.cat([self._x, frame], 1), F.pad(self._z, (0, 0, 0, frame.shape[1]))
+        for decoder in self._decoders:
+            decoder.evaluate(self._x[:, start:-1], start)
+        self._first = self._certified = self.tokens
+        self._at.frontier = [self._first] * self._x.shape[0]
+        self._at.fresh = list(self._at.frontier)
 
     @torch.inference_mode()
-    def solve(self, z: Tensor) -> Tensor:
+    def solve(self, z: Tensor, vector: Tensor | None = None) -> Tensor:
         """Solves the next frame.
 
         Args:
             z: its noise, (batch, frame tokens, channels).
+            vector: its condition, as of `give`.
 
         Returns:
             Its tokens, like `z`.
@@ -105,6 +106,7 @@ class RollingInversion(Inversion):
             NotFiniteError: a token is not finite; names it.
         """
         self._make_room()
+        self._tell(vector)
         self.extend(z)
         self.run(self.tokens)
         self._counted += z.shape[1]
@@ -114,9 +116,8 @@ class RollingInversion(Inversion):
     def change(self, context: Tensor | None, null: Tensor | None) -> None:
         """Changes the text or labels of the frames to come; arguments as of `BlockDecoder`."""
         self._certify()
-        for decoder in (self._decoder, self._second):
-            if decoder is not None:
-                decoder.change(context, null)
+        for decoder in self._decoders:
+            decoder.change(context, null)
 
     @torch.inference_mode()
     def report(self) -> SolveReport:
@@ -135,15 +136,25 @@ class RollingInversion(Inversion):
         )
         return report if self._past is None else self._past.then(report)
 
+    @property
+    def _decoders(self) -> tuple[BlockDecoder, ...]:
+        """All that have a cache."""
+        return (self._decoder,) if self._second is None else (self._decoder, self._second)
+
+    def _tell(self, vector: Tensor | None) -> None:
+        """Sets the condition of the next frame."""
+        if vector is not None:
+            for decoder in self._decoders:
+                decoder.tell(self.tokens // self._decoder.frame_tokens, vector[:, None])
+
     def _make_room(self) -> None:
         """Forgets frames where the cache is full."""
         if self.tokens < self._decoder.tokens:
             return
         self._past = self.report()
         frames = self._decoder.tokens // self._decoder.frame_tokens - self._behind
-        for decoder in (self._decoder, self._second):
-            if decoder is not None:
-                decoder.forget(frames)
+        for decoder in self._decoders:
+            decoder.forget(frames)
         gone, at, tally = frames * self._decoder.frame_tokens, self._at, self._progress
         self._progress = Tally(window=tally.window, maps=tally.maps, before=tally.before + gone)
         self._counted = 0
