@@ -9,7 +9,6 @@ Slots are positions of the network's input: token n is predicted at slot n with 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from starflow.model.affine import Affine
 from starflow.model.cache import DecodeState
 from starflow.model.layers import Attending, Transformer
 from starflow.model.rope import concatenate, grid_positions, rotation, text_positions
+from starflow.model.tables import kept_tables
 from starflow.model.tokens import Order, token_order
 from starflow_ext import ops
 from starflow_ext.block_attention import FrameMask
@@ -55,9 +55,7 @@ class Layout:
         return self.frames * self.frame_tokens
 
 
-@lru_cache(maxsize=128)
-# Tensors made in inference mode cannot take part in autograd, and training may get a layout that sampling made.
-@torch.inference_mode(False)
+@kept_tables(128)
 def make_layout(
     config: FlowConfig, order: Order, frames: int, height: int, width: int, text_tokens: int, *, still: bool
 ) -> Layout:
@@ -76,7 +74,7 @@ def make_layout(
         # A slot holds the content of one token and predicts another, so queries stand where the predicted token
         # stands and keys where their content stands; the start token stands outside the clip.
         ordered = positions[visited]
-        before = torch.cat([torch.full((1, 3), -1.0), ordered[:-1]])
+        before = torch.cat([torch.full((1, 3), -1.0, dtype=torch.float32), ordered[:-1]])
         query, key = (ordered, before) if config.sos else (torch.cat([ordered[1:], ordered[:1]]), ordered)
     else:
         # The published models give slot n the angles of raster slot n, whatever the order.
