@@ -39,7 +39,7 @@ def kept_tables(most: int) -> Callable[[Callable[Arguments, Table]], Callable[Ar
         def table(*arguments: Arguments.args, **options: Arguments.kwargs) -> Table:
             if torch.compiler.is_compiling() or not _takes_ordinary_tensors():
                 return make(*arguments, **options)
-            return kept(*arguments, **options)
+            return kept(*arguments, **options)  # type: ignore[arg-type]
 
         return table
 
