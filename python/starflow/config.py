@@ -417,7 +417,8 @@ class TrainConfig:
             `batch_size`). image_frame: the frame of a clip that is shown as an image: "any", or "first" for data whose
             first frames look unlike later ones, when sampled images shall look like first frames.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
-            exceeds `grad_skip` times the clip; 0 is off.
+            exceeds `grad_skip` times the clip; 0 is off. The log tells when more than half of 100 steps are skipped,
+            and 500 in a row end the training.
         ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: dtype in which matrix products are computed; the residual stream and the affine maps stay float32.
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each

@@ -27,7 +27,7 @@ CacheStorage = Literal["float32", "float16", "bfloat16"]
 # Caches on the CPU hold whole blocks of keys (csrc/cpu/panels.h).
 KEY_BLOCK: Final = CONSTANTS["key_block"]
 _CACHE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ABSENT: Final = torch.empty(0)
+_ABSENT: Final = torch.empty(0, dtype=torch.float32, device="cpu")
 
 # In which order the native ops take the numbers and tensors of a block, by name.
 _BLOCK_SIZES: Final = tuple(native.orders()["block_sizes"])
