@@ -173,7 +173,10 @@ def test_a_flow_without_vectors_refuses_them() -> None:
     ("changes", "message"),
     [
         ({"frame_dim": -1}, r"flow\.frame_dim is -1, expected an integer >= 0"),
-        ({"temporal_causal": 0, "seq_order": "R2L"}, r"flow\.temporal_causal is 0, expected a number > 0 with frame_dim"),
+        (
+            {"temporal_causal": 0, "seq_order": "R2L"},
+            r"flow\.temporal_causal is 0, expected a number > 0 with frame_dim",
+        ),
         ({"sos": False}, r"flow\.sos is False, expected True with frame_dim"),
     ],
 )

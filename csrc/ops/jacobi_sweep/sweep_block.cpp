@@ -99,7 +99,7 @@ class Reader {
     RowNorm norm(const Place& weight, NormKind kind, int64_t width) const {
         const float* given = floats(weight, width);
         if (given == nullptr) kind = NormKind::none;
-        return {kind, given, nullptr, static_cast<float>(epsilon_of(kind))};
+        return {kind, given, nullptr, static_cast<float>(epsilon_of(kind)), static_cast<float>(weight_offset_of(kind))};
     }
 
     // Reads a norm whose bias stands behind its weight.

@@ -143,7 +143,9 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"actions: {path} is no text in UTF-8 (byte {error.start}), expected lines of JSON") from None
     except OSError as error:
-        raise ValueError(f"actions: {path} cannot be read ({error.strerror or error}), expected lines of JSON") from None
+        raise ValueError(
+            f"actions: {path} cannot be read ({error.strerror or error}), expected lines of JSON"
+        ) from None
 
 
 def _json(text: str, where: str) -> Any:

@@ -273,7 +273,7 @@ class _Stage:
     def _decoders(
         self, rows: int, frames: int, height: int, width: int
     ) -> tuple[Callable[[Precision, Tensor | None], BlockDecoder], Tensor]:
-        """What makes a decoder of a precision and of vectors of frames for `rows` (folded) samples, and the order of its tokens."""
+        """What makes a decoder of a precision and vectors of frames, for folded samples, and the order of its tokens."""
         block, c = self.block, self.conditions
         context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
         layout = block.layout(frames, height, width, context, image=c.image)
