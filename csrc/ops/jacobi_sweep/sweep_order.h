@@ -19,10 +19,9 @@ enum BlockSize : int {
     size_mask_frames,
     block_size_count
 };
-inline constexpr const char* block_size_names[]{"channels",          "width",  "heads",        "kv_heads",
-                                                "head_dim",          "hidden", "out_channels", "text_tokens",
-                                                "slots",             "norm",   "mask_frame_tokens",
-                                                "mask_frames"};
+inline constexpr const char* block_size_names[]{
+    "channels",     "width",       "heads", "kv_heads", "head_dim",          "hidden",
+    "out_channels", "text_tokens", "slots", "norm",     "mask_frame_tokens", "mask_frames"};
 
 // A weight is its panels (on CUDA rows), the scale of its columns and its bias, one behind the other.
 enum BlockTensor : int {
