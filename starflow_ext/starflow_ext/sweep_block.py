@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from starflow_ext._check import require
 from starflow_ext._load import native
 from starflow_ext._options import CONSTANTS, NORM_KINDS, PRODUCT_INPUTS, check_name
+from starflow_ext.block_attention import FrameMask
 from starflow_ext.linear import CPU_PRODUCT_INPUTS, ProductInput
 from starflow_ext.linear_pack import DEPTH_MULTIPLE, PANEL_COLUMNS, PackedWeight, WeightStorage, pack_weight
 from starflow_ext.norm import NormKind
@@ -209,6 +211,9 @@ class BlockState:
         layout: layout of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", contiguous
             (slots, head_dim), which those of CUDA read.
         condition_tokens: grid slots that share a row of ``condition``; 0 where all do.
+        frame_tokens: tokens of a frame, where a token sees the text, its own frame and ``frames_behind`` before it; 0
+            where it sees all before it.
+        frames_behind: see ``frame_tokens``.
     """
 
     keys: Tensor
@@ -222,6 +227,8 @@ class BlockState:
     key_rotation: Rotation | None = None
     layout: CacheLayout = "panels"
     condition_tokens: int = 0
+    frame_tokens: int = 0
+    frames_behind: int = 0
 
     @classmethod
     def allocate(
@@ -238,6 +245,8 @@ class BlockState:
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
         condition_tokens: int = 0,
+        frame_tokens: int = 0,
+        frames_behind: int = 0,
     ) -> BlockState:
         """Allocate caches of ``slots`` slots for ``rows`` rows on the weights' device; the rest as the attributes.
 
@@ -265,7 +274,16 @@ class BlockState:
             key_rotation,
             layout,
             condition_tokens,
+            frame_tokens,
+            frames_behind,
         )
+
+    @property
+    def frames(self) -> FrameMask | None:
+        """Which frames a token sees; None for all before it."""
+        if self.frame_tokens == 0:
+            return None
+        return FrameMask(self.text_tokens, self.frame_tokens, look_ahead=1, window=self.frames_behind)
 
     @property
     def nbytes(self) -> int:
@@ -320,10 +338,44 @@ class BlockState:
         keys.copy_(F.pad(cache.keys, (0, more_depth, 0, more_slots)).reshape(keys.shape))
         values.copy_(F.pad(cache.values.transpose(-2, -1), (0, more_slots, 0, more_depth)).reshape(values.shape))
 
+    def forget(self, head_dim: int, count: int) -> None:
+        """Move the caches by ``count`` slots to the front, over the first ones: slot n + count becomes slot n.
+
+        Args:
+            head_dim: elements of a head.
+            count: slots that are forgotten.
+
+        Raises:
+            RuntimeError: if the caches hold text, which stands at the front, or ``count`` is more than their slots.
+        """
+        op = "jacobi_sweep"
+        require(self.text_tokens == 0, op, "text_tokens is", self.text_tokens, "0 where slots are forgotten")
+        require(0 <= count <= self.slots, op, "count is", count, f"0 to the {self.slots} slots")
+        if self.layout == "rows":
+            for stored in (self.keys, self.values):
+                _move(stored, count * head_dim)
+            return
+        depth, slots = _round_up(head_dim, DEPTH_MULTIPLE), _round_up(self.slots, KEY_BLOCK)
+        if count % PANEL_COLUMNS == 0:
+            _move(self.keys, count * depth)
+            _move(self.values.unflatten(-1, (-1, slots * PANEL_COLUMNS)), count * PANEL_COLUMNS)
+            return
+        # Inside of a panel the keys of neighbouring slots lie interleaved.
+        for layer in range(self.keys.shape[0]):
+            keys, values = self.layer_cache(layer, head_dim)
+            self.store(layer, Cache(*(F.pad(held[:, :, count:], (0, 0, 0, count)) for held in (keys, values))))
+
     def _columns(self, layer: int, head_dim: int) -> tuple[Tensor, Tensor]:
         """Views of the panels of a layer: keys have a column for each slot, values a column for each channel."""
         depth = _round_up(head_dim, DEPTH_MULTIPLE)
         return _columns(self.keys[layer], depth), _columns(self.values[layer], _round_up(self.slots, KEY_BLOCK))
+
+
+def _move(stored: Tensor, count: int) -> None:
+    """Move the elements of the last axis by ``count`` to the front, layer by layer."""
+    kept = stored.shape[-1] - count
+    for layer in stored:
+        layer[..., :kept] = layer[..., count:].clone()
 
 
 def _columns(panels: Tensor, depth: int) -> Tensor:
@@ -359,7 +411,13 @@ def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:
 
 def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
     """Return the numbers of a block as the native ops take them."""
-    own = {"text_tokens": state.text_tokens, "slots": state.slots, "condition_tokens": state.condition_tokens}
+    own = {
+        "text_tokens": state.text_tokens,
+        "slots": state.slots,
+        "mask_frame_tokens": state.frame_tokens,
+        "mask_frames": state.frames_behind,
+        "condition_tokens": state.condition_tokens,
+    }
     return list(_sizes_in_order({**weights.sizes, **own}))
 
 

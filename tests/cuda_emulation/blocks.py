@@ -124,6 +124,8 @@ class DeviceBlock:
             "cache_rows": state.keys.shape[1],
             "text_tokens": state.text_tokens,
             "slots": state.slots,
+            "mask_frame_tokens": state.frame_tokens,
+            "mask_frames": state.frames_behind,
             "cache": str(state.keys.dtype).removeprefix("torch."),
         }
 

@@ -7,9 +7,9 @@
 #include <random>
 #include <thread>
 
-#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_solve/loop.cpp"
 #include "ops/jacobi_sweep/jacobi_sweep_dot.cpp"
+#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_update/jacobi_update_cpu.cpp"
 
 using namespace starflow;
@@ -73,7 +73,7 @@ struct Problem {
     int64_t tokens = frame * frames, channels = any(1, 20), kv_heads = any(1, 2), group = any(1, 3);
     int64_t head_dim = 2 * any(1, 20), width = any(1, 70), hidden = any(1, 90), halves = any(1, 2),
             layer_count = any(1, 2);
-    bool gated = any(0, 1) == 1, normed = any(0, 1) == 1, by_frame = any(0, 1) == 1;
+    bool gated = any(0, 1) == 1, normed = any(0, 1) == 1, masked = any(0, 1) == 1, by_frame = any(0, 1) == 1;
     MatrixStorage storage = any(0, 1) == 1 ? MatrixStorage::float32 : MatrixStorage::bfloat16;
     MatrixStorage cache = any(0, 1) == 1 ? MatrixStorage::float32 : MatrixStorage::bfloat16;
     int64_t heads = kv_heads * group, slots = text + tokens;
@@ -142,6 +142,8 @@ struct Problem {
                          rows,
                          text,
                          slots,
+                         masked ? frame : 0,
+                         1,
                          cache,
                          ProductInput::bfloat16};
         const Team team{threads, run_team};

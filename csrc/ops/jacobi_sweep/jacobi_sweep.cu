@@ -237,10 +237,8 @@ class Sweep {
         AttentionArgs attention{};
         attention.shape = {piece_.windows, block_.heads, block_.kv_heads, piece_.tokens,
                            block_.slots,   head_dim,     cache_};
-        attention.mask.causal = true;
+        attention.mask = mask_of(block_);
         attention.mask.starts = slots;
-        attention.mask.length = block_.slots;
-        attention.mask.window = -1;
         attention.scale = {0.0F, sqrt(static_cast<double>(head_dim)), at<double>(layout_.temperatures)};
         attention.q = {rope.q.data, rope.q.batch_stride, rope.q.head_stride, rope.q.token_stride};
         attention.k = {keys.data, keys.batch_stride, keys.head_stride, keys.token_stride};

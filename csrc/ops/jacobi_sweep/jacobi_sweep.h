@@ -5,7 +5,8 @@
 //   raw = norm(h) W_out^T + b
 //
 // Rows are the tokens of all windows, one behind the other; a window is a run of slots of one row of the caches. Keys
-// and values of a window are written at its slots, and a token sees all slots up to its own.
+// and values of a window are written at its slots, and a token sees all slots up to its own, or of these the text, its
+// own frame and a number of frames before it.
 //
 // The members of a team work in one of two ways (`Sweeper` chooses); no sum is split over members, so that results
 // depend neither on the way nor on how many there are.
@@ -24,6 +25,7 @@
 #include "cpu/panels.h"
 #include "cpu/team.h"
 #include "cpu/variants.h"
+#include "ops/block_attention/block_attention.h"
 
 namespace starflow {
 
@@ -68,7 +70,9 @@ struct SweepBlock {
     const float* temperature;  // (cache rows,) divides the products of queries and keys
     int64_t cache_rows;
     int64_t text_tokens;
-    int64_t slots;  // of the caches
+    int64_t slots;              // of the caches
+    int64_t mask_frame_tokens;  // of a frame, where a slot sees its own and `mask_frames` before it; 0: all
+    int64_t mask_frames;
     MatrixStorage cache;
     ProductInput product_input;
 };
@@ -83,6 +87,19 @@ STARFLOW_HOST_DEVICE constexpr int64_t condition_rows(const SweepBlock& block) {
 STARFLOW_HOST_DEVICE constexpr const float* condition_of(const SweepBlock& block, int64_t cache_row, int64_t slot) {
     const int64_t row = block.condition_tokens == 0 ? 0 : slot / block.condition_tokens;
     return block.condition + (cache_row * condition_rows(block) + row) * block.width;
+}
+
+// Who sees whom; a window's first slot is to be set.
+STARFLOW_HOST_DEVICE constexpr AttentionMask mask_of(const SweepBlock& block) {
+    AttentionMask mask{};
+    mask.causal = true;
+    mask.frames = block.mask_frame_tokens > 0;
+    mask.prefix = block.text_tokens;
+    mask.frame_tokens = block.mask_frame_tokens;
+    mask.look_ahead = 1;
+    mask.window = mask.frames ? block.mask_frames : -1;
+    mask.length = block.slots;
+    return mask;
 }
 
 // A window: `count` rows from slot `slot` of a row of the caches on; slots below `keep` are not written.

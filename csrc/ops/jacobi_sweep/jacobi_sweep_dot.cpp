@@ -3,6 +3,7 @@
 
 #include "cpu/attend.h"
 #include "cpu/row_norm.h"
+#include "ops/block_attention/block_attention_rows.h"
 
 namespace starflow::STARFLOW_ISA {
 namespace {
@@ -329,6 +330,9 @@ struct Sweep {
             const int64_t rows = tokens * heads;
             const PackedRows queries = packed_rows<Product>(mine.queries, rows, block.head_dim);
             VisibleKeys visible[attend_rows];
+            AttentionMask mask = mask_of(block);
+            mask.start = window.slot;
+            const AttentionShape shape{.keys = block.slots};
             const float scale =
                 1.0F / (__builtin_sqrtf(static_cast<float>(block.head_dim)) * block.temperature[window.cache_row]);
             for (int64_t r = 0; r < rows; ++r) {
@@ -337,7 +341,7 @@ struct Sweep {
                                      (head * group + some + r % heads) * block.head_dim;
                 pack_row<Product>(queries, r, block.head_dim,
                                   [&](int64_t c, auto lanes) { return load(query + c, lanes); });
-                visible[r] = {0, 0, window.slot + token + 1};
+                visible[r] = visible_keys(mask, shape, 0, token);
             }
             const int64_t offset = (window.cache_row * block.kv_heads + head) * head_size();
             const PanelCache<Product> cache{layer.keys + offset, layer.values + offset,

@@ -1,5 +1,6 @@
 #include "ops/jacobi_sweep/sweep_block.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "common/check.h"
@@ -179,8 +180,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
         sizes.size() == block_size_count, op, "sizes holds", [&] { return std::to_string(sizes.size()) + " numbers"; },
         [] { return std::to_string(block_size_count); });
     for (int i = 0; i < block_size_count; ++i) {
-        const bool any = i == size_text_tokens || i == size_slots || i == size_norm || i == size_condition_tokens;
-        const int64_t least = any ? 0 : 1;
+        const int64_t least = i == size_text_tokens || i >= size_slots ? 0 : 1;
         require(
             sizes[i] >= least, op, named(block_size_names[i], " is"), [&] { return sizes[i]; },
             [&] { return "at least " + std::to_string(least); });
@@ -195,6 +195,9 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.text_tokens = sizes[size_text_tokens];
     b.slots = sizes[size_slots];
     b.condition_tokens = sizes[size_condition_tokens];
+    // More than there are slots is as many: so no product of the two overflows.
+    b.mask_frame_tokens = std::min(sizes[size_mask_frame_tokens], b.slots);
+    b.mask_frames = std::min(sizes[size_mask_frames], b.slots);
     const auto kind = option_of<NormKind>(op, "norm", sizes[size_norm], norm_kind_names);
     require(
         b.heads % b.kv_heads == 0, op, "kv_heads is", [&] { return std::to_string(b.kv_heads); },

@@ -51,6 +51,13 @@ int64_t Sweeper::memory_bytes(int64_t rows, int64_t members) const {
     return shared_bytes(rows) + kernels_.own_bytes(block_, rows) * members;
 }
 
+int64_t Sweeper::slots_read(const SweepWindow& window) const {
+    const int64_t before = window.slot + window.count;
+    if (block_.mask_frame_tokens == 0) return before;
+    const int64_t frames = (block_.mask_frames + 1) * block_.mask_frame_tokens;
+    return std::min(before, block_.text_tokens + frames);
+}
+
 int64_t Sweeper::parts_of(const std::vector<SweepWindow>& windows, int64_t rows) const {
     const int64_t members = team_.members;
     if (rows < members * least_part_rows) return 1;
@@ -60,7 +67,7 @@ int64_t Sweeper::parts_of(const std::vector<SweepWindow>& windows, int64_t rows)
         const int64_t cut = rows * part / members;
         for (const SweepWindow& window : windows) {
             if (window.first_row >= cut || window.first_row + window.count <= cut) continue;
-            bytes += 2 * block_.kv_heads * cache_head_bytes(block_.cache, window.slot + window.count, block_.head_dim);
+            bytes += 2 * block_.kv_heads * cache_head_bytes(block_.cache, slots_read(window), block_.head_dim);
         }
     }
     return bytes - bytes / members < rows * block_.width * bytes_saved ? members : 1;

@@ -32,6 +32,8 @@ class Sweeper {
     int64_t memory_bytes(int64_t rows, int64_t members) const;
     // The members of the team, which each take rows of their own, or 1: all rows, of which they share out the work.
     int64_t parts_of(const std::vector<SweepWindow>& windows, int64_t rows) const;
+    // Slots whose keys the last row of a window sees.
+    int64_t slots_read(const SweepWindow& window) const;
 
     const SweepBlock& block_;
     const SweepKernels& kernels_;

@@ -9,7 +9,7 @@ from starflow.model.flow import Flow, nll_of
 from starflow.model.guidance import Guidance
 from starflow.model.layers import Int8Linear, Transformer, to_int8
 from starflow.model.packed import keep_mapped, pack_conditioner, pack_linears
-from starflow.model.rope import concatenate
+from starflow.model.rope import concatenate, later
 from starflow.model.tokens import Order, patchify, to_grid, to_sequence, token_order, unpatchify
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Transformer",
     "concatenate",
     "keep_mapped",
+    "later",
     "make_layout",
     "nll_of",
     "pack_conditioner",

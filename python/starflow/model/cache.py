@@ -14,7 +14,7 @@ from starflow_ext.rope_append import Cache
 class DecodeState:
     """K/V buffers, allocated once.
 
-    Slots are absolute positions: text first, then the network's inputs. A sweep of the solver writes provisional keys
+    Slots are positions: text first, then the network's inputs. A sweep of the solver writes provisional keys
     and values at the slots of its window, and the next sweep overwrites them; slots of accepted tokens are never
     written again. The buffers store no length: a query reads the slots up to its own position.
 
@@ -47,3 +47,10 @@ class DecodeState:
             ),
             text_tokens,
         )
+
+    def forget(self, tokens: int) -> None:
+        """Moves keys and values of grid tokens by `tokens` slots to the front, over those of the first ones."""
+        begin = self.text_tokens
+        for cache in self.caches:
+            for held in cache:
+                held[:, :, begin : held.shape[2] - tokens] = held[:, :, begin + tokens :].clone()

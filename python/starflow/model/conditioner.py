@@ -18,7 +18,7 @@ from starflow.config import FlowConfig
 from starflow.model.affine import Affine
 from starflow.model.cache import DecodeState
 from starflow.model.layers import Attending, Transformer
-from starflow.model.rope import concatenate, grid_positions, rotation, text_positions
+from starflow.model.rope import concatenate, grid_positions, later, rotation, text_positions
 from starflow.model.tokens import Order, token_order
 from starflow_ext import ops
 from starflow_ext.block_attention import FrameMask
@@ -34,6 +34,7 @@ class Layout:
         frames, height, width: of the token grid that the block sees (one frame for a frame-local block).
         order: raster index of the n-th token.
         text: rotation of the text tokens; query, key: rotation of the slots. None without rotary positions.
+        begin: frames that came before and were forgotten; the rotations are those of a clip without such.
     """
 
     frames: int
@@ -43,6 +44,7 @@ class Layout:
     text: Rotation | None
     query: Rotation | None
     key: Rotation | None
+    begin: int = 0
 
     @property
     def frame_tokens(self) -> int:
@@ -67,6 +69,9 @@ def make_layout(
         return Layout(frames, height, width, visited, None, None, None)
     side = config.position_side
     positions = grid_positions(frames, height, width, side, still=still)
+    if config.attention_frames is not None:
+        # Clips without end: in float32 the angles of late frames would be less exact than those of the first.
+        positions = positions.double()
     if frames > 1 and not config.third_axis:
         raise ValueError(
             f"flow: the clip has {frames} frames, expected 1: without text and with temporal_causal 0 rotary positions "
@@ -76,7 +81,7 @@ def make_layout(
         # A slot holds the content of one token and predicts another, so queries stand where the predicted token
         # stands and keys where their content stands; the start token stands outside the clip.
         ordered = positions[visited]
-        before = torch.cat([torch.full((1, 3), -1.0), ordered[:-1]])
+        before = torch.cat([torch.full((1, 3), -1.0, dtype=ordered.dtype), ordered[:-1]])
         query, key = (ordered, before) if config.sos else (torch.cat([ordered[1:], ordered[:1]]), ordered)
     else:
         # The published models give slot n the angles of raster slot n, whatever the order.
@@ -198,8 +203,8 @@ class Conditioner(Transformer):
             previous = torch.where((slots == 0)[..., None], self.sos_embed.to(previous.dtype), previous)
         h = self._embed_slots(previous, context, layout, slots, frame_conditions)
         attending = Attending(
-            _on(layout.query, h, slots),
-            _on(layout.key, h, slots),
+            later(_on(layout.query, h, slots), layout.begin),
+            later(_on(layout.key, h, slots), layout.begin),
             caches=state.caches,
             start=slot + state.text_tokens,
             final=None if final is None else final - self.first_token + state.text_tokens,

@@ -44,7 +44,7 @@ def rotation(positions: Tensor, head_dim: int, *, third_axis: bool) -> Rotation:
     """Cosines and sines of the rotary angles.
 
     Args:
-        positions: (..., 3) row, column, third coordinate.
+        positions: (..., 3) row, column, third coordinate; in float64 angles are computed in float64.
         head_dim: size of a head; a multiple of 4, at least 16 with the third axis.
         third_axis: whether the last 8 planes carry the third coordinate (models of text or video).
 
@@ -56,9 +56,29 @@ def rotation(positions: Tensor, head_dim: int, *, third_axis: bool) -> Rotation:
     frequencies = 10000.0 ** (-2.0 * torch.arange(spatial // 2, dtype=torch.float32) / max(spatial, 1))
     axes = [positions[..., 0:1] * frequencies, positions[..., 1:2] * frequencies]
     if third:
-        axes.append(positions[..., 2:3] * 10000.0 ** (-torch.arange(third, dtype=torch.float32) / third))
+        axes.append(positions[..., 2:3] * _third_frequencies(third))
     angles = torch.cat(axes, -1)
-    return Rotation(angles.cos(), angles.sin())
+    return Rotation(angles.cos().float(), angles.sin().float())
+
+
+def later(table: Rotation | None, frames: int) -> Rotation | None:
+    """The table of the same tokens so many frames later, of a model with a third axis; None without rotary positions.
+
+    The angles are added in float64: a table is as exact after any number of frames as it was.
+    """
+    if table is None or frames == 0:
+        return table
+    angles = frames * _third_frequencies(THIRD_AXIS_PLANES).to(table.cos.device).double()
+    cos, sin = (wave[..., -THIRD_AXIS_PLANES:].double() for wave in table)
+    turned = cos * angles.cos() - sin * angles.sin(), sin * angles.cos() + cos * angles.sin()
+    return Rotation(
+        *(torch.cat([own[..., :-THIRD_AXIS_PLANES], t.float()], -1) for own, t in zip(table, turned, strict=True))
+    )
+
+
+def _third_frequencies(planes: int) -> Tensor:
+    """Angle of each plane of the third axis, for a coordinate of 1."""
+    return 10000.0 ** (-torch.arange(planes, dtype=torch.float32) / planes)
 
 
 def concatenate(first: Rotation | None, second: Rotation | None, device: torch.device) -> Rotation | None:

@@ -246,7 +246,7 @@ class Pipeline(Pretrained):
             length = edited.shape[1]
             guidance = 0.0 if guidance is None else guidance
         weight = config.sample.guidance if guidance is None else guidance
-        if weight and self.text is None:
+        if weight and self.text is None and not c.frame_dim:
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
         self._check_mode(asked, length)
         shape = self._latent_shape(length, asked.size)
@@ -266,7 +266,7 @@ class Pipeline(Pretrained):
         elif asked.source is not None:
             reference = reader.video("source", asked.source, None, end=False)
         before = 0 if reference is None else self.codec.latent_frames(reference.shape[1])
-        span = Span(before + shape[0]) if asked.source is not None else self._span(shape[0], asked, before)
+        span = Span(before + shape[0]) if asked.source is not None else self._span(shape[0], shape[2:], asked, before)
         precision = config.sample.precision if asked.precision is None else asked.precision
         schedule = asked.schedule(config.sample.solver)
         conditions = Conditions(y, null, Guidance(weight), schedule, precision=precision)
@@ -282,6 +282,13 @@ class Pipeline(Pretrained):
             read=read if self.text is not None else None,
             renew=asked.renew,
         )
+        if asked.actions is not None:
+            vectors = reader.actions(asked.actions, config)
+            if vectors.shape[1] > shape[0]:
+                raise ValueError(
+                    f"sample: actions are of {vectors.shape[1]} frames, expected at most {shape[0]}, those of the clip"
+                )
+            session.tell(vectors)
         beginning = self._beginning(reader, asked, length, shape[0])
         if beginning is not None or reference is not None:
             session.prefill(beginning, reference=reference)
@@ -364,9 +371,15 @@ class Pipeline(Pretrained):
             return "learned" if learned else "score"
         return denoise
 
-    def _span(self, frames: int, asked: SampleOptions, reference: int) -> Span:
-        """The frames that the deep block sees of a clip of at most `frames` latent frames behind `reference` ones."""
+    def _span(self, frames: int, size: tuple[int, int], asked: SampleOptions, reference: int) -> Span:
+        """The frames that the deep block sees of a clip of at most `frames` latent frames behind `reference` ones, each
+        of the size (height, width) in latents.
+        """
         c, window = self.flow.config, asked.window_frames
+        windows = window or asked.context_frames or asked.sink_frames or asked.renew or reference
+        if c.attention_frames is not None and not windows:
+            height, width = (side // c.patch_size for side in size)
+            return Span.rolling(c.attention_frames, height * width)
         if not (c.shallow_block_local and c.temporal_causal > 0):
             if window is not None:
                 raise ValueError(

@@ -5,7 +5,8 @@ window. `starflow.decode` is a decoding that is given everything at once.
 
 The deep block decodes in windows of `Span.frames` frames (the solver's `Window` counts tokens). When a window is full,
 the next one begins: the last frames of the clip are given to it, at positions counted from 0 (Gu et al., STARFlow-V,
-2025). Blocks that see one frame at a time have no windows of frames.
+2025). Blocks that see one frame at a time have no windows of frames. A deep block that was trained to attend to the
+last frames alone (`flow.attention_frames`) needs none either: its cache rolls (`starflow.solver.rolling`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from starflow.solver.decoder import BlockDecoder
 from starflow.solver.loop import Inversion
 from starflow.solver.native import Precision
 from starflow.solver.report import SolveReport
+from starflow.solver.rolling import RollingInversion, rolling_frames
 from starflow.solver.schedules import Schedule, Window
 
 if TYPE_CHECKING:
@@ -61,19 +63,28 @@ class Span:
     """How much of a clip the deep block sees.
 
     Args:
-        frames: latent frames that the deep block attends to at most; then it begins anew with a context.
+        frames: latent frames that the deep block attends to at most; then it begins anew with a context. With `behind`
+            frames that its cache holds.
         context: how many of these frames were decoded before; None where the clip is no longer than `frames`.
         sink: how many frames of the context are the first ones of the clip; the others are the last decoded ones.
+        behind: frames that the block sees before each, where its cache rolls; None where it does not.
 
     Raises:
-        ValueError: a context that leaves no room for a new frame, or a sink that leaves none for the last decoded one.
+        ValueError: a context that leaves no room for a new frame, or a sink that leaves none for the last decoded one;
+            frames that leave no room for a new one behind `behind`.
     """
 
     frames: int
     context: int | None = None
     sink: int = 0
+    behind: int | None = None
 
     def __post_init__(self) -> None:
+        if self.behind is not None and not (1 <= self.behind < self.frames and self.context is None):
+            raise ValueError(
+                f"flow: attention_frames is {self.behind}, expected 1 to {self.frames - 1} for a cache that holds "
+                f"{self.frames} frames and rolls, without a context"
+            )
         if self.context is None:
             return
         if not 1 <= self.context < self.frames:
@@ -83,6 +94,16 @@ class Span:
             )
         if not 0 <= self.sink < self.context:
             raise ValueError(f"flow: sink_frames is {self.sink}, expected 0 to {self.context - 1} (below the context)")
+
+    @classmethod
+    def rolling(cls, behind: int, frame_tokens: int) -> Span:
+        """Of a block that sees `behind` frames of `frame_tokens` tokens before each."""
+        return cls(rolling_frames(behind, frame_tokens), behind=behind)
+
+    @property
+    def endless(self) -> bool:
+        """Whether a clip may be longer than `frames`."""
+        return self.context is not None or self.behind is not None
 
     @staticmethod
     def default_context(frames: int) -> int:
@@ -125,7 +146,11 @@ class Decoding:
         self._flow = flow
         deep, *shallow = flow.solving_order()
         given = {block.index: None if known is None else known[block.index] for block in (deep, *shallow)}
-        self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
+        self._deep: _Causal | _Rolling
+        if span.behind is not None:
+            self._deep = _Rolling(deep, size, conditions, span, given[deep.index], trace=trace)
+        else:
+            self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
         if self._deep.reads_frames and known is not None:
             self._deep.tell(known[0].shape[1], known_conditions)
         self._shallow: list[_Local | _Causal | None] = []
@@ -196,6 +221,9 @@ class Decoding:
                 stage.change(y)
 
 
+_Kept: TypeAlias = tuple[tuple[int, int], Callable[[Precision, Tensor | None], BlockDecoder], BlockDecoder, Tensor]
+
+
 class _Stage:
     """One block of a decoding."""
 
@@ -204,13 +232,32 @@ class _Stage:
         self._report: SolveReport | None = None
         # The decoder in use, with its rows and frames, a function that makes others like it, and the order of its
         # tokens.
-        self._kept: tuple[tuple[int, int], Callable[..., BlockDecoder], BlockDecoder, Tensor] | None = None
-        # Vectors of the frames that a decoder sees, NaN where there is none; None for a block that reads none.
+        self._kept: _Kept | None = None
+        # Vectors of the frames of the window and of those that wait, NaN where there is none.
+        self._vectors = torch.empty(batch, 0, block.config.frame_dim, device=block.guess.device)
+        # Those of the frames that the decoder sees; None for a block that reads none.
         self._told: Tensor | None = None
 
     def change(self, y: Tensor | None) -> None:
         """Takes another text for what is to come."""
         self.conditions, self._kept = replace(self.conditions, y=y), None
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether the block reads a vector of each frame."""
+        return self.block.conditioner is not None and self.block.conditioner.proj_frame is not None
+
+    def tell(self, frames: int, frame_conditions: Tensor | None) -> None:
+        """Takes the vectors of the next frames, of which there are so many; None where they have none."""
+        told = self._none(frames) if frame_conditions is None else frame_conditions.to(self._vectors)
+        assert told is not None
+        self._vectors = torch.cat([self._vectors, told], 1)
+
+    def _none(self, frames: int) -> Tensor | None:
+        """Vectors of frames that have none; None for a block that reads none."""
+        if not self.reads_frames:
+            return None
+        return self._vectors.new_full((self._batch, frames, self._vectors.shape[2]), nan)
 
     def _texts(self) -> tuple[Tensor | None, Tensor | None]:
         """What the block reads, for the samples and for the unconditional half."""
@@ -219,20 +266,26 @@ class _Stage:
 
     def _solve(self, schedule: Schedule, known: Tensor, frames: int) -> tuple[Inversion, Tensor]:
         """A solve of `frames` frames, of which those of the folded grid `known` are given, and the order of tokens."""
-        block, c = self.block, self.conditions
         rows, _, height, width, _ = known.shape
         if self._kept is None or self._kept[0] != (rows, frames):
-            context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
-            layout = block.layout(frames, height, width, context, image=c.image)
-            guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
-            make = partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature)
-            self._kept = (rows, frames), make, make(c.precision, self._told), layout.order
+            make, order = self._decoders(rows, frames, height, width)
+            self._kept = (rows, frames), make, make(self.conditions.precision, self._told), order
         elif self._told is not None:
             self._kept[2].tell(0, self._told)
         # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
         return Inversion(own, schedule, first, lambda: decoder("float32", self._told)), order
+
+    def _decoders(
+        self, rows: int, frames: int, height: int, width: int
+    ) -> tuple[Callable[[Precision, Tensor | None], BlockDecoder], Tensor]:
+        """What makes a decoder of a precision, with vectors of its frames, for `rows` (folded) samples; their order."""
+        block, c = self.block, self.conditions
+        context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
+        layout = block.layout(frames, height, width, context, image=c.image)
+        guided = c.guidance if block.top or (c.guidance.all_blocks and not block.config.cond_top_only) else None
+        return partial(BlockDecoder, block, layout, rows, context, null, guided, c.temperature), layout.order
 
     def _add(self, report: SolveReport) -> SolveReport:
         report = report if self._trace else replace(report, accepted=(), passes=())
@@ -290,27 +343,12 @@ class _Causal(_Stage):
             fewer = "at most local_attn_window" if span.context is not None else "fewer than the"
             raise ValueError(f"flow: prefix has {given} frames, expected {fewer} {span.frames}")
         self._size, self._span, self._renew = size, span, renew
-        # Vectors of the frames of the window and of those that wait.
-        device = next(block.parameters()).device
-        self._vectors = torch.empty(size[0], 0, block.config.frame_dim, device=device)
         self._queue: Tensor | None = None  # noise that is not in the window yet
         self._more = True
         self._out = 0  # frames of the window that are given or were pulled
         self._first: Tensor | None = None  # the sink
         self._open: tuple[Inversion, Tensor] | None = None
         self._known = known
-
-    @property
-    def reads_frames(self) -> bool:
-        """Whether the block reads a vector of each frame."""
-        return self.block.conditioner is not None and self.block.conditioner.proj_frame is not None
-
-    def tell(self, frames: int, frame_conditions: Tensor | None) -> None:
-        """Takes the vectors of the next frames, of which there are so many; None where they have none."""
-        dim = self.block.config.frame_dim
-        if frame_conditions is None:
-            frame_conditions = torch.full((self._batch, frames, dim), nan)
-        self._vectors = torch.cat([self._vectors, frame_conditions.to(self._vectors)], 1)
 
     @property
     def done(self) -> bool:
@@ -392,8 +430,8 @@ class _Causal(_Stage):
         while self._queue is not None:
             if self._open is None:
                 known = self._queue[:, :0] if self._known is None else self._known
-                if self.reads_frames:
-                    self._told = self._vectors.new_full((self._batch, self._span.frames, self._vectors.shape[2]), nan)
+                self._told = self._none(self._span.frames)
+                if self._told is not None:
                     self._told[:, : known.shape[1]] = self._vectors[:, : known.shape[1]]
                 self._open = self._solve(self.conditions.schedule, known, self._span.frames)
                 self._out, self._known = known.shape[1], None
@@ -446,3 +484,96 @@ class _Causal(_Stage):
         area = self._size[1] * self._size[2]
         tokens = sequence[:, begin * area : end * area]
         return to_grid(tokens, order[: (end - begin) * area], end - begin, *self._size[1:])
+
+
+class _Rolling(_Stage):
+    """A deep block that attends to the last frames alone."""
+
+    def __init__(
+        self,
+        block: FlowBlock,
+        size: tuple[int, int, int],
+        conditions: Conditions,
+        span: Span,
+        known: Tensor | None,
+        *,
+        trace: bool,
+    ) -> None:
+        super().__init__(block, size[0], conditions, trace=trace)
+        self._size, self._span, self._known = size, span, known
+        self._queue: Tensor | None = None  # noise that is not decoded yet
+        self._more = True
+        self._open: tuple[RollingInversion, Tensor] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether every frame was pulled and none may come."""
+        return not self._more and self._queue is None
+
+    @property
+    def room(self) -> int:
+        """Frames that may wait beside those that do: no more than the cache holds."""
+        return max(self._span.frames - (0 if self._queue is None else self._queue.shape[1]), 0)
+
+    def push(self, z: Tensor, *, more: bool) -> None:
+        """Takes noise."""
+        self._more = more
+        if z.shape[1]:
+            self._queue = z if self._queue is None else torch.cat([self._queue, z], 1)
+
+    def pull(self, *, together: bool) -> Tensor | None:
+        """The next frame, or all whose noise is at hand; None where noise is missing."""
+        if self._queue is None:
+            return None
+        count = self._queue.shape[1] if together else 1
+        now, rest = self._queue[:, :count], self._queue[:, count:]
+        self._queue = rest if rest.shape[1] else None
+        solve, order = self._opened(now)
+        _, height, width = self._size
+        solved = (solve.solve(to_sequence(frame, order), self._next_vector()) for frame in now.split(1, 1))
+        return torch.cat([to_grid(frame, order, 1, height, width) for frame in solved], 1)
+
+    def rest(self) -> Tensor:
+        """All frames whose noise is at hand."""
+        frames = self.pull(together=True)
+        assert frames is not None
+        return frames
+
+    def change(self, y: Tensor | None) -> None:
+        """Takes another text; no frame is solved before it is pulled."""
+        super().change(y)
+        if self._open is not None:
+            self._open[0].change(*self._texts())
+
+    def report(self) -> SolveReport | None:
+        """What was done; None before the first frame."""
+        return None if self._open is None else self._open[0].report()
+
+    def _opened(self, like: Tensor) -> tuple[RollingInversion, Tensor]:
+        """The solve, to which given frames were given, and the order of the tokens of a frame."""
+        if self._open is None:
+            rows, height, width = self._size
+            make, order = self._decoders(rows, self._span.frames, height, width)
+            order = order[: height * width]
+            assert self._span.behind is not None
+            solve = RollingInversion(
+                make(self.conditions.precision, self._none(self._span.frames)),
+                self.conditions.schedule,
+                self._span.behind,
+                to_sequence(like[:, :0], order[:0]),
+                lambda: make("float32", self._none(self._span.frames)),
+                trace=self._trace,
+            )
+            self._open = solve, order
+            if self._known is not None:
+                for frame in self._known.to(like.dtype).split(1, 1):
+                    solve.give(to_sequence(frame, order), self._next_vector())
+                self._known = None
+        return self._open
+
+    def _next_vector(self) -> Tensor | None:
+        """The vector of the next frame, (batch, 1, frame_dim); None for a block that reads none."""
+        if not self.reads_frames:
+            return None
+        vector, self._vectors = self._vectors[:, :1], self._vectors[:, 1:]
+        return vector

@@ -92,7 +92,10 @@ def decode(
             "frames, channels, height, width)"
         )
     span = Span(frames)
-    if window is not None and frames > window:
+    if flow.config.attention_frames is not None and not image:
+        area = (z.shape[-2] // flow.config.patch_size) * (z.shape[-1] // flow.config.patch_size)
+        span = Span.rolling(flow.config.attention_frames, area)
+    elif window is not None and frames > window:
         span = Span(window, Span.default_context(window) if context_frames is None else context_frames)
     given = 0 if prefix is None else prefix.shape[1]
     before = None if told is None else told[:, :given]
@@ -123,6 +126,11 @@ def checked(flow: Flow, z: Tensor, conditions: Conditions) -> Conditions:
     null = flow.check(z, null, name="z", condition="null") if null is not None else None
     if guide.active and flow.config.txt_size > 0 and null is None:
         raise ValueError("flow: null is None, expected text features of the empty prompt (guidance is on)")
+    if guide.active and guide.annealed and flow.config.attention_frames is not None:
+        raise ValueError(
+            "flow: guidance.annealed is True, expected False with flow.attention_frames: its weight grows up to the "
+            "end of a clip, which may have none"
+        )
     if guide.active and guide.needs_condition and y is None and not flow.config.frame_dim:
         raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without text or classes to guide by")
     return replace(conditions, y=y, null=null)

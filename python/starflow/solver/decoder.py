@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,8 @@ class BlockDecoder:
     """The map that the solver inverts: tokens before a window -> affine maps of the window.
 
     It holds the K/V buffers, with guidance those of both halves. Single use: one decoder decodes one clip (or one
-    window of a long one).
+    window of a long one). Where the block attends to the last frames alone, it decodes a clip without end, as the first
+    frames are forgotten.
 
     Args:
         block: of the flow, with a network.
@@ -46,16 +49,11 @@ class BlockDecoder:
         self.guidance = guidance if guidance is not None and guidance.active else None
         self._guess = block.guess
         self.halves = 2 if self.guidance is not None else 1
-        self._context = context
+        self._context = self._of_halves(context, null)
         self._temperature: float | Tensor = temperature
-        if self.guidance is not None:
-            if conditioner.class_embed is not None and context is not None and null is None:
-                null = torch.full_like(context, -1)
-            if context is not None and null is not None:
-                self._context = torch.cat([context, null])
-            if self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
-                self._temperature = torch.full((2 * rows,), temperature, device=self.device)
-                self._temperature[rows:] *= self.guidance.temperature
+        if self.guidance is not None and self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
+            self._temperature = torch.full((2 * rows,), temperature, device=self.device)
+            self._temperature[rows:] *= self.guidance.temperature
         self._frame_conditions: Tensor | None = None
         if conditioner.proj_frame is not None and frame_conditions is not None:
             self._frame_conditions = self._halved(frame_conditions)
@@ -91,6 +89,33 @@ class BlockDecoder:
         """Vectors of frames of the rows of both halves; the unconditional one has none."""
         told = frame_conditions.to(self.device, copy=True)
         return told if self.guidance is None else torch.cat([told, torch.full_like(told, torch.nan)])
+
+    def _of_halves(self, context: Tensor | None, null: Tensor | None) -> Tensor | None:
+        """Text or labels of all rows."""
+        if self.guidance is None or context is None:
+            return context
+        if self.conditioner.class_embed is not None and null is None:
+            null = torch.full_like(context, -1)
+        return context if null is None else torch.cat([context, null])
+
+    def forget(self, frames: int) -> None:
+        """Drops the first frames of the cache, which the tokens to come do not see: token n becomes token n - tokens.
+
+        Args:
+            frames: how many; the block attends to the last frames alone (`flow.attention_frames`).
+        """
+        self.layout = replace(self.layout, begin=self.layout.begin + frames)
+        if self._native is not None:
+            self._native.forget(frames * self.frame_tokens, self.layout)
+        else:
+            assert self._state is not None
+            self._state.forget(frames * self.frame_tokens)
+
+    def change(self, context: Tensor | None, null: Tensor | None) -> None:
+        """Changes the text or labels of the tokens to come, of a block whose text is no token of its own."""
+        self._context = self._of_halves(context, null)
+        if self._native is not None:
+            self._native.change(self._context)
 
     @property
     def first_token(self) -> int:

@@ -67,7 +67,7 @@ class Inversion:
         judge: Callable[[], Autoregressive] | None = None,
     ) -> None:
         count = known.shape[1]
-        _require_finite(known, 0, "given data")
+        require_finite(known, 0, "given data")
         self._model, self._schedule, self._judge = model, schedule, judge
         # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
         self._x = torch.cat([known.new_zeros(known.shape[0], 1, known.shape[2]), known], 1)
@@ -121,7 +121,7 @@ class Inversion:
             raise ValueError(
                 f"solve: z has shape {list(z.shape)}, expected ({batch}, at most {left} further tokens, {channels})"
             )
-        _require_finite(z, self.tokens, "noise")
+        require_finite(z, self._progress.before + self.tokens, "noise")
         if self._before_the_end is not None:
             self._at, self._x = self._before_the_end
             self._before_the_end = None
@@ -230,7 +230,7 @@ def certify(model: Autoregressive, x: Tensor, z: Tensor, first: int = 0) -> floa
     return float((seen - z[:, model.first_token :])[:, first - model.first_token :].abs().max())
 
 
-def _require_finite(tokens: Tensor, first: int, what: str) -> None:
+def require_finite(tokens: Tensor, first: int, what: str) -> None:
     """Raises `NotFiniteError` for the first token of (batch, tokens, channels) that is not finite."""
     if math.isfinite(tokens.sum(dtype=torch.float64)):
         return
@@ -246,7 +246,7 @@ def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, prog
     token = at.frontier[0]
     affine = model.evaluate(x[:, token : token + 1], token)
     new = affine.decode(z[:, token : token + 1])
-    _require_finite(new, token, "solution")
+    require_finite(new, progress.before + token, "solution")
     x[:, token + 1 : token + 2] = new
     progress.rows += z.shape[0]
     progress.accepted.append(z.shape[0])
@@ -256,13 +256,13 @@ def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, prog
 def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: WindowProgress, progress: Tally) -> None:
     """Solves the next chunk of all samples."""
     frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
-    # The published code compares `start <= frame` here and `start > frame` for the guess: the first chunk of the
-    # second frame is short and has no guess.
-    size = min(schedule.block if start <= frame else 4 * schedule.block, total - start)
+    # As in the published code the first chunk of the second frame is short and has no guess.
+    later = progress.before + start > frame
+    size = min(4 * schedule.block if later else schedule.block, total - start)
     window = slice(start + 1, start + size + 1)
     progress.window = max(progress.window, size)
     for sweep in range(schedule.max_iterations):
-        read = start - frame if sweep == 0 and start > frame else start
+        read = start - frame if sweep == 0 and later else start
         affine = model.evaluate(x[:, read : read + size], start)
         new = affine.decode(z[:, start : start + size])
         change = (new - x[:, window]).square().mean() / new.square().mean()
@@ -271,7 +271,7 @@ def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: Wi
         progress.accepted.append(0)
         if change < schedule.threshold:
             break
-    _require_finite(new, start, "solution")
+    require_finite(new, progress.before + start, "solution")
     progress.passes.append(sweep + 1)
     progress.accepted[-1] = size * z.shape[0]
     at.frontier = [start + size] * z.shape[0]
@@ -302,5 +302,5 @@ def _window(
     progress.rows += count.rows // model.halves
     progress.accepted += count.accepted
     if count.bad is not None:
-        raise not_finite("solution", *count.bad)
+        raise not_finite("solution", count.bad[0], progress.before + count.bad[1])
     at.frontier, at.fresh, at.kept = done.frontier.tolist(), done.fresh.tolist(), done.kept

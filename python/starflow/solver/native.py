@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
-from starflow.model import Affine, Conditioner, Guidance, Layout, concatenate, pack_conditioner
+from starflow.model import Affine, Conditioner, Guidance, Layout, concatenate, later, pack_conditioner
 from starflow_ext import ops
 from starflow_ext._load import native
 from starflow_ext._mode import in_reference_mode
@@ -55,8 +55,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 def _how(conditioner: Conditioner, precision: Precision) -> _How | None:
     """How a network decodes natively; None where it does not."""
     weight = conditioner.proj_in.weight
-    # The native sweep reads all that is cached.
-    if weight.dtype not in _DTYPES or in_reference_mode() or conditioner.attention_frames is not None:
+    if weight.dtype not in _DTYPES or in_reference_mode():
         return None
     own = str(weight.dtype).removeprefix("torch.") if precision == "float32" else precision
     if weight.device.type == "cuda":
@@ -111,26 +110,23 @@ class NativeNetwork:
         device = conditioner.proj_in.weight.device
         self._conditioner, self._how = conditioner, how
         packed = pack_conditioner(conditioner, how.weights)
-        self._weights = packed.block
+        self._weights, self._summary, self._rows = packed.block, packed.summary, rows
         text = conditioner.text_tokens(context)
         query, key = (concatenate(layout.text, table, device) for table in (layout.query, layout.key))
         position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
         if context is not None and context.is_floating_point():
             context = context.float()
-        condition = conditioner.condition_rows(
-            context, rows, packed=None if packed.summary is None else packed.summary.weight
-        )
-        condition = None if condition is None else condition.float().expand(rows, -1, -1)
-        # What all tokens of a row have in common, where each frame has a condition of its own beside it.
-        self._shared = condition
+        # What is added to all tokens of a row, and where frames have vectors to the tokens of each, beside that.
+        self._shared = condition = self._condition(context)
         if frame_conditions is not None:
-            shape = (rows, layout.frames, conditioner.width)
-            condition = torch.zeros(shape, device=device) if condition is None else condition.expand(shape)
+            condition = torch.zeros(rows, layout.frames, conditioner.width, device=device)
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
                 Rotation(*(t.to(device) for t in table)) if table else None for table in (layout.query, layout.key)
             )
+        self._query, self._key = query, key
+        behind = conditioner.attention_frames
         self._state = BlockState.allocate(
             self._weights,
             rows,
@@ -139,10 +135,12 @@ class NativeNetwork:
             storage=how.cache,
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
-            condition=condition if condition is None else condition.squeeze(1).clone().contiguous(),
+            condition=condition,
             condition_tokens=0 if frame_conditions is None else layout.frame_tokens,
             query_rotation=query,
             key_rotation=key,
+            frame_tokens=0 if behind is None else layout.frame_tokens,
+            frames_behind=0 if behind is None else behind,
         )
         if text:
             assert context is not None
@@ -151,6 +149,26 @@ class NativeNetwork:
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
         if frame_conditions is not None:
             self.tell(0, frame_conditions)
+
+    def _condition(self, context: Tensor | None) -> Tensor | None:
+        """What is added to the tokens of each row, (rows, width)."""
+        packed = None if self._summary is None else self._summary.weight
+        condition = self._conditioner.condition_rows(context, self._rows, packed=packed)
+        return None if condition is None else condition.float().expand(self._rows, -1, -1).flatten(1).contiguous()
+
+    def change(self, context: Tensor | None) -> None:
+        """Changes what is added to tokens; as `BlockDecoder.change`."""
+        if context is not None and context.is_floating_point():
+            context = context.float()
+        self._shared = self._condition(context)
+        if not self._state.condition_tokens:
+            self._state = replace(self._state, condition=self._shared)
+
+    def forget(self, tokens: int, layout: Layout) -> None:
+        """Drops the first tokens of the caches; `layout` is that of the tokens that then fill them."""
+        self._state.forget(self._weights.head_dim, tokens)
+        query, key = (later(table, layout.begin) for table in (self._query, self._key))
+        self._state = replace(self._state, query_rotation=query, key_rotation=key)
 
     @staticmethod
     def runs(conditioner: Conditioner, precision: Precision) -> bool:
@@ -162,7 +180,8 @@ class NativeNetwork:
         rows, held = self._conditioner.embed_frames(frame_conditions), self._state.condition
         assert rows is not None
         assert held is not None
-        held[:, frame : frame + rows.shape[1]] = rows.float() if self._shared is None else rows.float() + self._shared
+        shared = 0.0 if self._shared is None else self._shared[:, None]
+        held[:, frame : frame + rows.shape[1]] = rows.float() + shared
 
     @property
     def cost_key(self) -> str:

@@ -60,6 +60,7 @@ class Tally:
         passes: sweeps of each chunk.
         window: most rows of a sample in a call.
         maps: of the last evaluation in plain torch; guesses are made by maps of the same kind.
+        before: tokens that were forgotten, before those that the solve still holds.
     """
 
     rows: int = 0
@@ -67,6 +68,7 @@ class Tally:
     passes: list[int] = field(default_factory=list)
     window: int = 1
     maps: AffineMaps | None = None
+    before: int = 0
 
 
 class NotFiniteError(RuntimeError):

@@ -47,4 +47,4 @@ def sweep_once(
     progress.rows += done.rows
     progress.accepted.append(done.accepted)
     if done.bad is not None:
-        raise not_finite("solution", *done.bad)
+        raise not_finite("solution", done.bad[0], progress.before + done.bad[1])
