@@ -211,10 +211,10 @@ class BlockState:
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
         layout: layout of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", contiguous
             (slots, head_dim), which those of CUDA read.
+        condition_tokens: grid slots that share a row of ``condition``; 0 where all do.
         frame_tokens: tokens of a frame, where a token sees the text, its own frame and ``frames_behind`` before it; 0
             where it sees all before it.
         frames_behind: see ``frame_tokens``.
-        condition_tokens: grid slots that share a row of ``condition``; 0 where all do.
     """
 
     keys: Tensor
@@ -227,9 +227,9 @@ class BlockState:
     query_rotation: Rotation | None = None
     key_rotation: Rotation | None = None
     layout: CacheLayout = "panels"
+    condition_tokens: int = 0
     frame_tokens: int = 0
     frames_behind: int = 0
-    condition_tokens: int = 0
 
     @classmethod
     def allocate(
@@ -245,9 +245,9 @@ class BlockState:
         condition: Tensor | None = None,
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
+        condition_tokens: int = 0,
         frame_tokens: int = 0,
         frames_behind: int = 0,
-        condition_tokens: int = 0,
     ) -> BlockState:
         """Allocate caches of ``slots`` slots for ``rows`` rows on the weights' device; the rest as the attributes.
 
@@ -274,9 +274,9 @@ class BlockState:
             query_rotation,
             key_rotation,
             layout,
+            condition_tokens,
             frame_tokens,
             frames_behind,
-            condition_tokens,
         )
 
     @property
@@ -430,9 +430,9 @@ def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
     own = {
         "text_tokens": state.text_tokens,
         "slots": state.slots,
-        "condition_tokens": state.condition_tokens,
         "mask_frame_tokens": state.frame_tokens,
         "mask_frames": state.frames_behind,
+        "condition_tokens": state.condition_tokens,
     }
     return list(_sizes_in_order({**weights.sizes, **own}))
 

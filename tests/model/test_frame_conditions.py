@@ -1,4 +1,4 @@
-"""A vector for each frame: what it tells, and to which frames; in both directions, in native code and in plain torch."""
+"""A vector for each frame: what it tells, and to which frames; in both directions, natively and in plain torch."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_guidance_is_by_the_vectors() -> None:
     torch.testing.assert_close(decode(flow, z, None, none, guidance=2.0, schedule=EXACT).x, plain, atol=1e-4, rtol=1e-4)
     guided = decode(flow, z, None, told, guidance=2.0, schedule=EXACT).x
     assert (guided - decode(flow, z, None, told, schedule=EXACT).x).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="guidance is 2.0, expected 0 without anything to guide by"):
+    with pytest.raises(ValueError, match=r"guidance is 2\.0, expected 0 without anything to guide by"):
         decode(flow, z, guidance=Guidance(2.0))
 
 

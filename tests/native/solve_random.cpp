@@ -7,9 +7,9 @@
 #include <random>
 #include <thread>
 
-#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_solve/loop.cpp"
 #include "ops/jacobi_sweep/jacobi_sweep_dot.cpp"
+#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_update/jacobi_update_cpu.cpp"
 
 using namespace starflow;

@@ -15,14 +15,14 @@ enum BlockSize : int {
     size_text_tokens,
     size_slots,
     size_norm,               // a NormKind
-    size_condition_tokens,   // 0: a row of the caches has one condition
     size_mask_frame_tokens,  // 0: a slot sees all before it
     size_mask_frames,
+    size_condition_tokens,  // 0: a row of the caches has one condition
     block_size_count
 };
 inline constexpr const char* block_size_names[]{
-    "channels",    "width", "heads", "kv_heads",         "head_dim",          "hidden",     "out_channels",
-    "text_tokens", "slots", "norm",  "condition_tokens", "mask_frame_tokens", "mask_frames"};
+    "channels",    "width", "heads", "kv_heads",          "head_dim",    "hidden",          "out_channels",
+    "text_tokens", "slots", "norm",  "mask_frame_tokens", "mask_frames", "condition_tokens"};
 
 // A weight is its panels (on CUDA rows), the scale of its columns and its bias, one behind the other.
 enum BlockTensor : int {

@@ -1,11 +1,14 @@
 """What goes in? Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
 from starflow.data.actions import (
+    ACTION_SUFFIX,
+    WORLD_FILE,
     Action,
     RecordedWorld,
     action_line,
     action_vector,
     actions_beside,
+    of_clip,
     read_actions,
     read_world,
 )
@@ -30,11 +33,13 @@ from starflow.data.sidecars import caption_at, captions_of
 from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
+    "ACTION_SUFFIX",
     "CHANGES",
     "DIGITS",
     "DIRECTIONS",
     "IMAGE_SUFFIXES",
     "VOCABULARY",
+    "WORLD_FILE",
     "Action",
     "CaptionMode",
     "Clip",
@@ -58,6 +63,7 @@ __all__ = [
     "ffmpeg_binary",
     "frames_at",
     "nearest_aspect",
+    "of_clip",
     "probe",
     "read_actions",
     "read_image",

@@ -56,7 +56,7 @@ def read_world(folder: Path) -> RecordedWorld | None:
     told = _json(_text(path), str(path))
     world, actions = (told.get(name) for name in ("world", "actions")) if isinstance(told, dict) else (None, None)
     named = isinstance(actions, list) and all(isinstance(name, str) for name in actions)
-    if not isinstance(world, str) or not named:
+    if not isinstance(world, str) or not isinstance(actions, list) or not named:
         raise ValueError(f'actions: {path} is no description, expected {{"world": "NAME", "actions": ["NAME", ...]}}')
     return RecordedWorld(world, tuple(actions))
 
@@ -98,6 +98,16 @@ def read_actions(path: Path, frame_dim: int, frames: int | None = None) -> torch
         if entry.get("frame", number) != number:
             raise ValueError(f"actions: {where} is of frame {entry['frame']!r}, expected frame {number}")
         told[number] = action_vector(entry["action"], frame_dim, where)
+    return told
+
+
+def of_clip(vectors: torch.Tensor, start: int, frames: int) -> torch.Tensor:
+    """The vectors of a clip that is cut from a video at frame `start`, (frames, frame_dim).
+
+    The first frame has none, since what its action acted on is not in the clip.
+    """
+    told = vectors[start : start + frames].clone()
+    told[0] = torch.nan
     return told
 
 

@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, read_actions
+from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, of_clip, read_actions
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
 from starflow.data.folders import find_files
@@ -412,9 +412,7 @@ class VideoFolder:
                 self._broken.add(file.path)
                 logger.warning("skipped: %s", error)
                 continue
-            told = None if file.actions is None else file.actions[start : start + self.frames].clone()
-            if told is not None:
-                told[0] = torch.nan
+            told = None if file.actions is None else of_clip(file.actions, start, self.frames)
             return Clip(pixels, self._caption(file, caption, start), f"{file.name}@{start}", source, told)
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
 

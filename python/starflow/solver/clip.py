@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import nan
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -221,6 +221,9 @@ class Decoding:
                 stage.change(y)
 
 
+_Kept: TypeAlias = tuple[tuple[int, int], Callable[[Precision, Tensor | None], BlockDecoder], BlockDecoder, Tensor]
+
+
 class _Stage:
     """One block of a decoding."""
 
@@ -229,12 +232,15 @@ class _Stage:
         self._report: SolveReport | None = None
         # The decoder in use, with its rows and frames, a function that makes others like it, and the order of its
         # tokens.
-        self._kept: tuple[tuple[int, int], Callable[..., BlockDecoder], BlockDecoder, Tensor] | None = None
-        # Vectors of the frames that a decoder sees, NaN where there is none; None for a block that reads none.
+        self._kept: _Kept | None = None
+        # Vectors of the frames of the window and of those that wait, NaN where there is none.
+        self._vectors = torch.empty(batch, 0, block.config.frame_dim, device=block.guess.device)
+        # Those of the frames that the decoder sees; None for a block that reads none.
         self._told: Tensor | None = None
-        # Vectors of the frames of the window and of those that wait.
-        device = next(block.parameters()).device
-        self._vectors = torch.empty(batch, 0, block.config.frame_dim, device=device)
+
+    def change(self, y: Tensor | None) -> None:
+        """Takes another text for what is to come."""
+        self.conditions, self._kept = replace(self.conditions, y=y), None
 
     @property
     def reads_frames(self) -> bool:
@@ -243,14 +249,15 @@ class _Stage:
 
     def tell(self, frames: int, frame_conditions: Tensor | None) -> None:
         """Takes the vectors of the next frames, of which there are so many; None where they have none."""
-        dim = self.block.config.frame_dim
-        if frame_conditions is None:
-            frame_conditions = torch.full((self._batch, frames, dim), nan)
-        self._vectors = torch.cat([self._vectors, frame_conditions.to(self._vectors)], 1)
+        told = self._none(frames) if frame_conditions is None else frame_conditions.to(self._vectors)
+        assert told is not None
+        self._vectors = torch.cat([self._vectors, told], 1)
 
-    def change(self, y: Tensor | None) -> None:
-        """Takes another text for what is to come."""
-        self.conditions, self._kept = replace(self.conditions, y=y), None
+    def _none(self, frames: int) -> Tensor | None:
+        """Vectors of frames that have none; None for a block that reads none."""
+        if not self.reads_frames:
+            return None
+        return self._vectors.new_full((self._batch, frames, self._vectors.shape[2]), nan)
 
     def _texts(self) -> tuple[Tensor | None, Tensor | None]:
         """What the block reads, for the samples and for the unconditional half."""
@@ -273,7 +280,7 @@ class _Stage:
     def _decoders(
         self, rows: int, frames: int, height: int, width: int
     ) -> tuple[Callable[[Precision, Tensor | None], BlockDecoder], Tensor]:
-        """What makes a decoder of a precision and vectors of frames, for folded samples, and the order of its tokens."""
+        """What makes a decoder of a precision, with vectors of its frames, for `rows` (folded) samples; their order."""
         block, c = self.block, self.conditions
         context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
         layout = block.layout(frames, height, width, context, image=c.image)
@@ -423,8 +430,8 @@ class _Causal(_Stage):
         while self._queue is not None:
             if self._open is None:
                 known = self._queue[:, :0] if self._known is None else self._known
-                if self.reads_frames:
-                    self._told = self._vectors.new_full((self._batch, self._span.frames, self._vectors.shape[2]), nan)
+                self._told = self._none(self._span.frames)
+                if self._told is not None:
                     self._told[:, : known.shape[1]] = self._vectors[:, : known.shape[1]]
                 self._open = self._solve(self.conditions.schedule, known, self._span.frames)
                 self._out, self._known = known.shape[1], None
@@ -542,13 +549,6 @@ class _Rolling(_Stage):
         """What was done; None before the first frame."""
         return None if self._open is None else self._open[0].report()
 
-    def _next_vector(self) -> Tensor | None:
-        """The vectors of the next frame, (batch, frame_dim); None for a block that reads none."""
-        if not self.reads_frames:
-            return None
-        vector, self._vectors = self._vectors[:, 0], self._vectors[:, 1:]
-        return vector
-
     def _opened(self, like: Tensor) -> tuple[RollingInversion, Tensor]:
         """The solve, to which given frames were given, and the order of the tokens of a frame."""
         if self._open is None:
@@ -556,15 +556,12 @@ class _Rolling(_Stage):
             make, order = self._decoders(rows, self._span.frames, height, width)
             order = order[: height * width]
             assert self._span.behind is not None
-            told = None
-            if self.reads_frames:
-                told = self._vectors.new_full((rows, self._span.frames, self._vectors.shape[2]), nan)
             solve = RollingInversion(
-                make(self.conditions.precision, told),
+                make(self.conditions.precision, self._none(self._span.frames)),
                 self.conditions.schedule,
                 self._span.behind,
                 to_sequence(like[:, :0], order[:0]),
-                lambda: make("float32", told),
+                lambda: make("float32", self._none(self._span.frames)),
                 trace=self._trace,
             )
             self._open = solve, order
@@ -573,3 +570,10 @@ class _Rolling(_Stage):
                     solve.give(to_sequence(frame, order), self._next_vector())
                 self._known = None
         return self._open
+
+    def _next_vector(self) -> Tensor | None:
+        """The vector of the next frame, (batch, 1, frame_dim); None for a block that reads none."""
+        if not self.reads_frames:
+            return None
+        vector, self._vectors = self._vectors[:, :1], self._vectors[:, 1:]
+        return vector

@@ -77,6 +77,19 @@ class BlockDecoder:
             assert self._context is not None
             conditioner.prefill_text(self._context, layout, self._state, self._temperature)
 
+    def tell(self, frame: int, frame_conditions: Tensor) -> None:
+        """Sets the vectors of the frames `frame ..`, (rows, frames, frame_dim), before any of them is evaluated."""
+        assert self._frame_conditions is not None
+        told = self._halved(frame_conditions)
+        self._frame_conditions[:, frame : frame + told.shape[1]] = told
+        if self._native is not None:
+            self._native.tell(frame, told)
+
+    def _halved(self, frame_conditions: Tensor) -> Tensor:
+        """Vectors of frames of the rows of both halves; the unconditional one has none."""
+        told = frame_conditions.to(self.device, copy=True)
+        return told if self.guidance is None else torch.cat([told, torch.full_like(told, torch.nan)])
+
     def _of_halves(self, context: Tensor | None, null: Tensor | None) -> Tensor | None:
         """Text or labels of all rows."""
         if self.guidance is None or context is None:
@@ -97,30 +110,12 @@ class BlockDecoder:
         else:
             assert self._state is not None
             self._state.forget(frames * self.frame_tokens)
-        if (told := self._frame_conditions) is not None:
-            told[:, :-frames] = told[:, frames:].clone()
-            told[:, -frames:] = torch.nan
 
     def change(self, context: Tensor | None, null: Tensor | None) -> None:
         """Changes the text or labels of the tokens to come, of a block whose text is no token of its own."""
         self._context = self._of_halves(context, null)
         if self._native is not None:
             self._native.change(self._context)
-            if self._frame_conditions is not None:
-                self._native.tell(0, self._frame_conditions)
-
-    def tell(self, frame: int, frame_conditions: Tensor) -> None:
-        """Sets the vectors of the frames `frame ..`, (rows, frames, frame_dim), before any of them is evaluated."""
-        assert self._frame_conditions is not None
-        told = self._halved(frame_conditions)
-        self._frame_conditions[:, frame : frame + told.shape[1]] = told
-        if self._native is not None:
-            self._native.tell(frame, told)
-
-    def _halved(self, frame_conditions: Tensor) -> Tensor:
-        """Vectors of frames of the rows of both halves; the unconditional one has none."""
-        told = frame_conditions.to(self.device, copy=True)
-        return told if self.guidance is None else torch.cat([told, torch.full_like(told, torch.nan)])
 
     @property
     def first_token(self) -> int:

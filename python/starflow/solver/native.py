@@ -116,9 +116,10 @@ class NativeNetwork:
         position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
         if context is not None and context.is_floating_point():
             context = context.float()
-        self._shared = self._in_common(context)
-        # Frames of the layout, where each has a condition of its own.
-        self._frames = None if frame_conditions is None else layout.frames
+        # What is added to all tokens of a row, and where frames have vectors to the tokens of each, beside that.
+        self._shared = condition = self._condition(context)
+        if frame_conditions is not None:
+            condition = torch.zeros(rows, layout.frames, conditioner.width, device=device)
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
@@ -134,7 +135,7 @@ class NativeNetwork:
             storage=how.cache,
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
-            condition=self._condition(),
+            condition=condition,
             condition_tokens=0 if frame_conditions is None else layout.frame_tokens,
             query_rotation=query,
             key_rotation=key,
@@ -149,33 +150,23 @@ class NativeNetwork:
         if frame_conditions is not None:
             self.tell(0, frame_conditions)
 
-    def _in_common(self, context: Tensor | None) -> Tensor | None:
-        """What is added to all tokens of each row, (rows, 1, width)."""
+    def _condition(self, context: Tensor | None) -> Tensor | None:
+        """What is added to the tokens of each row, (rows, width)."""
         packed = None if self._summary is None else self._summary.weight
         condition = self._conditioner.condition_rows(context, self._rows, packed=packed)
-        return None if condition is None else condition.float().expand(self._rows, -1, -1)
-
-    def _condition(self) -> Tensor | None:
-        """What is added to tokens, (rows, width); (rows, frames, width) where `tell` adds the vectors of frames."""
-        if self._frames is None:
-            return None if self._shared is None else self._shared.flatten(1).contiguous()
-        shape = (self._rows, self._frames, self._conditioner.width)
-        condition = torch.zeros(shape, device=self._weights.device)
-        return condition if self._shared is None else condition + self._shared
+        return None if condition is None else condition.float().expand(self._rows, -1, -1).flatten(1).contiguous()
 
     def change(self, context: Tensor | None) -> None:
         """Changes what is added to tokens; as `BlockDecoder.change`."""
         if context is not None and context.is_floating_point():
             context = context.float()
-        self._shared = self._in_common(context)
-        self._state = replace(self._state, condition=self._condition())
+        self._shared = self._condition(context)
+        if not self._state.condition_tokens:
+            self._state = replace(self._state, condition=self._shared)
 
     def forget(self, tokens: int, layout: Layout) -> None:
         """Drops the first tokens of the caches; `layout` is that of the tokens that then fill them."""
         self._state.forget(self._weights.head_dim, tokens)
-        if self._frames is not None and (held := self._state.condition) is not None:
-            frames = tokens // layout.frame_tokens
-            held[:, :-frames] = held[:, frames:].clone()
         query, key = (later(table, layout.begin) for table in (self._query, self._key))
         self._state = replace(self._state, query_rotation=query, key_rotation=key)
 
@@ -189,7 +180,8 @@ class NativeNetwork:
         rows, held = self._conditioner.embed_frames(frame_conditions), self._state.condition
         assert rows is not None
         assert held is not None
-        held[:, frame : frame + rows.shape[1]] = rows.float() if self._shared is None else rows.float() + self._shared
+        shared = 0.0 if self._shared is None else self._shared[:, None]
+        held[:, frame : frame + rows.shape[1]] = rows.float() + shared
 
     @property
     def cost_key(self) -> str:

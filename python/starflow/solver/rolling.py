@@ -70,34 +70,36 @@ class RollingInversion(Inversion):
         self._past: SolveReport | None = None
 
     @torch.inference_mode()
-    def give(self, frame: Tensor, vector: Tensor | None = None) -> None:
-        """Appends a frame that is known, before any other that is not.
+    def give(self, tokens: Tensor, told: Tensor | None = None) -> None:
+        """Appends tokens that are known, before any other.
 
         Args:
-            frame: its tokens, (batch, frame tokens, channels).
-            vector: its condition (batch, frame_dim), NaN for none; None for a block that reads none.
+            tokens: whole frames, (batch, tokens, channels).
+            told: vectors of these frames (batch, frames, frame_dim), for a block that reads such.
 
         Raises:
             NotFiniteError: a token is not finite.
         """
-        require_finite(frame, self._progress.before + self.tokens, "given data")
-        self._make_room()
-        self._tell(vector)
-        start = self.tokens
-        self._x, self._z = torch.cat([self._x, frame], 1), F.pad(self._z, (0, 0, 0, frame.shape[1]))
-        for decoder in self._decoders:
-            decoder.evaluate(self._x[:, start:-1], start)
-        self._first = self._certified = self.tokens
-        self._at.frontier = [self._first] * self._x.shape[0]
-        self._at.fresh = list(self._at.frontier)
+        require_finite(tokens, self._progress.before + self.tokens, "given data")
+        for index, frame in enumerate(tokens.split(self._decoder.frame_tokens, 1)):
+            self._make_room()
+            self._tell(None if told is None else told[:, index : index + 1])
+            start = self.tokens
+            self._x, self._z = torch.cat([self._x, frame], 1), F.pad(self._z, (0, 0, 0, frame.shape[1]))
+            for decoder in (self._decoder, self._second):
+                if decoder is not None:
+                    decoder.evaluate(self._x[:, start:-1], start)
+            self._first = self._certified = self.tokens
+            self._at.frontier = [self._first] * self._x.shape[0]
+            self._at.fresh = list(self._at.frontier)
 
     @torch.inference_mode()
-    def solve(self, z: Tensor, vector: Tensor | None = None) -> Tensor:
+    def solve(self, z: Tensor, told: Tensor | None = None) -> Tensor:
         """Solves the next frame.
 
         Args:
             z: its noise, (batch, frame tokens, channels).
-            vector: its condition, as of `give`.
+            told: its vector (batch, 1, frame_dim), for a block that reads such.
 
         Returns:
             Its tokens, like `z`.
@@ -106,7 +108,7 @@ class RollingInversion(Inversion):
             NotFiniteError: a token is not finite; names it.
         """
         self._make_room()
-        self._tell(vector)
+        self._tell(told)
         self.extend(z)
         self.run(self.tokens)
         self._counted += z.shape[1]
@@ -116,8 +118,9 @@ class RollingInversion(Inversion):
     def change(self, context: Tensor | None, null: Tensor | None) -> None:
         """Changes the text or labels of the frames to come; arguments as of `BlockDecoder`."""
         self._certify()
-        for decoder in self._decoders:
-            decoder.change(context, null)
+        for decoder in (self._decoder, self._second):
+            if decoder is not None:
+                decoder.change(context, null)
 
     @torch.inference_mode()
     def report(self) -> SolveReport:
@@ -136,16 +139,13 @@ class RollingInversion(Inversion):
         )
         return report if self._past is None else self._past.then(report)
 
-    @property
-    def _decoders(self) -> tuple[BlockDecoder, ...]:
-        """All that have a cache."""
-        return (self._decoder,) if self._second is None else (self._decoder, self._second)
-
-    def _tell(self, vector: Tensor | None) -> None:
-        """Sets the condition of the next frame."""
-        if vector is not None:
-            for decoder in self._decoders:
-                decoder.tell(self.tokens // self._decoder.frame_tokens, vector[:, None])
+    def _tell(self, told: Tensor | None) -> None:
+        """Gives the decoders the vector of the next frame."""
+        if told is None:
+            return
+        for decoder in (self._decoder, self._second):
+            if decoder is not None:
+                decoder.tell(self.tokens // self._decoder.frame_tokens, told)
 
     def _make_room(self) -> None:
         """Forgets frames where the cache is full."""
@@ -153,8 +153,9 @@ class RollingInversion(Inversion):
             return
         self._past = self.report()
         frames = self._decoder.tokens // self._decoder.frame_tokens - self._behind
-        for decoder in self._decoders:
-            decoder.forget(frames)
+        for decoder in (self._decoder, self._second):
+            if decoder is not None:
+                decoder.forget(frames)
         gone, at, tally = frames * self._decoder.frame_tokens, self._at, self._progress
         self._progress = Tally(window=tally.window, maps=tally.maps, before=tally.before + gone)
         self._counted = 0
