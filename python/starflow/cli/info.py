@@ -21,7 +21,7 @@ from starflow.storage import empty_flow, model_file, model_files, read_header
 DISTRIBUTION = "starflow-ext"
 
 
-_PACKAGES = ("numpy", "safetensors", "ffmpeg-python", "imageio-ffmpeg", "transformers", "diffusers")
+_PACKAGES = ("numpy", "safetensors", "av", "ffmpeg-python", "imageio-ffmpeg", "transformers", "diffusers")
 
 
 def version(distribution: str = DISTRIBUTION) -> str:

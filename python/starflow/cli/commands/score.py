@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
-        clips = held_out_clips(pipeline, args.held_out)
+        clips = held_out_clips(pipeline.config, args.held_out)
         if args.caption is not None:
             clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
     else:
@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
         per_token=per_token,
         noise_std=sigma,
     )
-    ordinary = [] if args.reference is None else held_out_clips(pipeline, args.reference)
+    ordinary = [] if args.reference is None else held_out_clips(pipeline.config, args.reference)
     if ordinary:
         reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma))
         scores = [reference.judge(item) for item in scores]
