@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -409,3 +410,25 @@ def test_an_error_that_nobody_foresaw_is_told_in_one_sentence(
     )
     with pytest.raises(RuntimeError, match="the kernels"):
         run("score", model, "--held-out", 1, "--debug")
+
+
+def test_a_clip_that_no_encoder_writes_is_kept_as_frames(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def fail(path: Path, *_: object, **__: object) -> None:
+        calls.append(path)
+        raise OSError(errno.EIO, f"ffmpeg could not write {path}: killed; no file was left behind")
+
+    monkeypatch.setattr(starflow.data, "write_video", fail)
+    assert run("sample", model, "--out", tmp_path, "--scale", 1) == 1
+    assert len(calls) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"000-seed0.{kind}" for kind in ("gif", "json", "npy")} | {
+        "sheet.png"
+    }
+    assert np.load(tmp_path / "000-seed0.npy").shape == (4, 16, 16, 1)
+    assert "killed; no file was left behind; it is tried once more" in caplog.messages[-3]
+    assert caplog.messages[-1].endswith(
+        "000-seed0.npy holds the frames of 000-seed0.mp4 (uint8: frames, height, width, channels)"
+    )

@@ -160,12 +160,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         set_threads(args.threads)
         status: int = args.run(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as told:
+        # A command that knows better what is left says so.
         resumes = args.command in ("demo", "train")
         after = "the same command goes on from the last checkpoint" if resumes else "no file is half-written"
-        if getattr(args, "stream", False):
-            after = "what was made before plays"
-        return _fail(130, f"interrupted; {after}")
+        return _fail(130, f"interrupted; {str(told) or after}")
     except BrokenPipeError:
         # The reader of the pipe, such as `head`, has closed it: the rest of the buffer is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from starflow.config import ConfigError, RunConfig, from_mapping, parse_yaml, to_mapping
-from starflow.messages import shown
+from starflow.messages import short, shown
 
 if TYPE_CHECKING:
     from starflow.data import Clip
@@ -154,7 +154,7 @@ def load_pipeline(args: argparse.Namespace, world: World) -> Pipeline:
 
     licence = read_header(args.model).about.get("licence")
     if licence and world.first:
-        print(f"{args.model}: {licence}", file=sys.stderr)
+        print(f"{args.model}: {short(licence, 400)}", file=sys.stderr)
     return Pipeline.load(args.model, device=world.device)
 
 

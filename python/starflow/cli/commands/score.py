@@ -22,6 +22,7 @@ from starflow.cli.options import (
 from starflow.cli.output import clips_text, write_json
 from starflow.config import ConfigError
 from starflow.files import replacing
+from starflow.messages import short
 
 if TYPE_CHECKING:
     from starflow.evaluate import ClipScore
@@ -103,7 +104,8 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
             f"No model scores less than the noise on average: {facts['noise_floor']:.3f}. "
             f"In 8-bit levels: add {facts['to_8_bit_levels']:.3f}."
         )
-    width = max(len(item.name) for item in scores)
+    names = [short(item.name) for item in scores]
+    width = max(map(len, names))
     ordered = [item for item in scores if item.shuffled is not None and item.reversed is not None]
     judged = any(item.anomaly is not None for item in scores)
     print(
@@ -111,15 +113,15 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
         + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else "")
         + (f"  {'anomaly':>8}  {'p-value':>8}  worst frame" if judged else "")
     )
-    for item in scores:
-        line = f"{item.name:<{width}}  {item.bits_per_dim:>8.4f}"
+    for name, item in zip(names, scores, strict=True):
+        line = f"{name:<{width}}  {item.bits_per_dim:>8.4f}"
         if item.shuffled is not None and item.reversed is not None:
             line += f"  {item.shuffled:>8.4f}  {item.reversed:>8.4f}"
         if item.anomaly is not None:
             worst = max(range(len(item.frames)), key=[abs(value) for value in item.anomaly.frames].__getitem__)
             line += f"  {item.anomaly.deviations:>+8.2f}  {item.anomaly.p_value:>8.3f}"
             line += f"  {worst:>3} ({item.anomaly.frames[worst]:+.1f})"
-        print(line + (f'  "{item.caption}"' if item.caption else ""))
+        print(line + (f'  "{short(item.caption)}"' if item.caption else ""))
         if frames:
             print("  frames: " + " ".join(f"{bits:.4f}" for bits in item.frames))
     print(f"{'mean':<{width}}  {facts['bits_per_dim']:>8.4f}")
