@@ -22,6 +22,7 @@ from starflow.config import ConfigError, FlowConfig, RunConfig
 from starflow.distributed import Parallel
 from starflow.model import Conditioner, Flow, FlowBlock, Transformer, nll_of
 from starflow.training.batches import make_parts
+from starflow.training.optim import moments_of
 
 GIB = 1 << 30
 # Bytes of a float32 number; weights, gradients, moments and averages are kept in it whatever `train.precision` is.
@@ -134,7 +135,8 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
         clips=rows,
         weights=share * _NUMBER,
         gradients=share * _NUMBER,
-        moments=2 * share * _NUMBER,
+        # Muon's are not shared out.
+        moments=(2 * share if sharded else moments_of(flow, train)) * _NUMBER,
         average=share * _NUMBER if train.ema else 0,
         gathered=_gathered(flow) if sharded else 0,
         activations=activations,
