@@ -183,7 +183,10 @@ def _check(call: Call, result: Result, label: str = "") -> None:
     else:
         weight, shift = (None if t is None else t.double() for t in call.norm[:2])
         assert weight is not None
-        x, rounding = norm_reference(call.x.double(), weight, shift, call.norm.kind, None, None, None), ROUNDING[call.weight.dtype]
+        x, rounding = (
+            norm_reference(call.x.double(), weight, shift, call.norm.kind, None, None, None),
+            ROUNDING[call.weight.dtype],
+        )
         assert isinstance(x, Tensor)
     weight = call.weight.double()
     product = F.linear(x, weight, bias)
