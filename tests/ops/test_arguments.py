@@ -98,6 +98,14 @@ def test_left_padding_and_scale_of_attention(dtype: torch.dtype, isa: str) -> No
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_a_sliding_window_of_tokens() -> None:
+    q, k, v = torch.randn(3, 2, 2, 50, 16, generator=torch.Generator().manual_seed(3))
+    behind = torch.arange(50)[:, None] - torch.arange(50)
+    want = F.scaled_dot_product_attention(q, k, v, (behind >= 0) & (behind < 7))
+    got = ops.block_attention(q, k, v, frames=FrameMask(0, 1, 1, 6), causal=True)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_plain_tuples_stand_for_the_named_ones() -> None:
     generator = torch.Generator().manual_seed(3)
     qkv = torch.randn(2, 5, 4 * 8, generator=generator)
