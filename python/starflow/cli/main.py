@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from starflow.cli.commands import convert, demo, info, plan, sample, score, train
+from starflow.cli.commands import convert, demo, info, plan, play, sample, score, train
 from starflow.cli.options import PROG, number
 from starflow.config import ConfigError
 
@@ -24,6 +24,7 @@ _COMMANDS = {
     "train": train.COMMAND,
     "sample": sample.COMMAND,
     "score": score.COMMAND,
+    "play": play.COMMAND,
     "convert": convert.COMMAND,
     "plan": plan.COMMAND,
     "info": info.COMMAND,
