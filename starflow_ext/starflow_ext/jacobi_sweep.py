@@ -113,7 +113,9 @@ def jacobi_sweep_reference(
             final=keep,
         )
         state.store(index, cache)
-        attended = block_attention(q, k, v, q_start=start, frames=state.frames, temperature=state.temperature)
+        attended = block_attention(
+            q, k, v, causal=True, q_start=start, frames=state.frames, temperature=state.temperature
+        )
         h = _added(h, attended.transpose(1, 2).flatten(2), layer.proj, layer.attention_post)
         h = _added(h, _hidden(weights.norm, layer, h), layer.down, layer.mlp_post)
     raw = _projected(h, weights.proj_out, _input_norm("rms_norm", weights.final_norm))

@@ -97,6 +97,25 @@ def test_every_type_of_cache(cache: Any, kernels: Kernels) -> None:
     _checked(kernels, {}, "bfloat16", cache)
 
 
+def _over_frames(kernels: Kernels, kind: str, storage: Any, cache: Any, *, sm90: bool = False) -> None:
+    weights = block(KINDS[kind], storage)
+    frames = {"frame_tokens": 6, "frames_behind": 1}
+    state, expected = (state_of(weights, 3, SLOTS + (120 if sm90 else 0), storage=cache, **frames) for _ in range(2))
+    _sweeps(kernels, weights, state, expected, sm90=sm90)
+
+
+@pytest.mark.parametrize("kind", ["plain", "large heads"])
+@pytest.mark.parametrize("storage, cache", [("float16", "float16"), ("bfloat16", "float32")])
+def test_sweeps_over_the_last_frames(kind: str, storage: Any, cache: Any, kernels: Kernels) -> None:
+    """A window that reaches over three frames, of which a token sees its own and the one before."""
+    _over_frames(kernels, kind, storage, cache)
+
+
+def test_sweeps_over_the_last_frames_on_sm_90a(kernels: Kernels) -> None:
+    """Most tiles of keys are seen by no query."""
+    _over_frames(kernels, "whole tiles", "float16", "float16", sm90=True)
+
+
 # Of heads whose caches TMA takes; one is padded to a tile of 128 channels.
 ON_SM90: dict[str, dict[str, Any]] = {
     "whole tiles": KINDS["whole tiles"],
@@ -207,8 +226,16 @@ MUTATIONS = mutations(
         r"args_\.keep \+ piece_\.first_window": "args_.keep",
         r"turn\(2, ": "turn(0, ",
         r"table\(first_table \+ 1\)": "table(first_table)",
-        r"attention\.mask\.causal = true;": "",
+        r"attention\.mask\.starts = slots;": "",
         r"Epilogue::gelu, hidden": "Epilogue::none, hidden",
+    },
+) + mutations(
+    "ops/jacobi_sweep/jacobi_sweep.h",
+    {
+        r"mask\.causal = true;": "",
+        r"mask\.prefix = block\.text_tokens;": "mask.prefix = 0;",
+        r"mask\.frames \? block\.mask_frames : -1": "-1",
+        r"mask\.length = block\.slots;": "mask.length = 1;",
     },
 )
 
@@ -217,6 +244,7 @@ MUTATIONS = mutations(
 def test_mutation_is_caught(mutation: Mutation) -> None:
     def check(kernels: Kernels) -> None:
         _checked(kernels, KINDS["one channel more"] | {"gated": True, "post": True, "qk": True}, "float16", "float16")
+        _over_frames(kernels, "one channel more", "float16", "float16")
         _bare(kernels)
         _pieces(kernels)
         _halves(kernels)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import starflow_ext
 from starflow_ext import ops
 from starflow_ext.jacobi_solve import SolveProgress
+from starflow_ext.sweep_block import BlockState
 
 from .blocks import BOUNDS, KINDS, block, state_of, sweeps
 
@@ -28,6 +29,71 @@ def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) ->
         expected = sweeps(weights, state_of(weights, 3, 90, storage=cache))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
+
+
+@pytest.mark.parametrize("frame_tokens, behind", [(8, 1), (5, 0), (64, 1), (1, 3), (200, 2), (2**62, 2**62)])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_sweeps_over_the_last_frames_are_those_of_the_reference(
+    storage: Any, frame_tokens: int, behind: int, isa: str
+) -> None:
+    """Windows of several frames, behind text, which every token sees."""
+    weights = block({}, storage)
+
+    def state() -> BlockState:
+        return state_of(weights, 3, 90, storage=storage, frame_tokens=frame_tokens, frames_behind=behind)
+
+    got = sweeps(weights, state(), "bfloat16" if storage == "bfloat16" else "float32")
+    with starflow_ext.reference_mode():
+        expected = sweeps(weights, state())
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
+
+
+def test_a_token_sees_the_last_frames_alone() -> None:
+    """What is cached of frames further back may be anything."""
+    weights = block({})
+    rows = torch.randn(1, 4, 5, generator=torch.Generator().manual_seed(1))
+    results = []
+    for value in (0.0, 7.0):
+        state = state_of(weights, 1, 64, 0, frame_tokens=8, frames_behind=2)
+        state.keys.fill_(1.0)
+        state.values.fill_(0.5)
+        for layer in range(2):
+            cache = state.layer_cache(layer, weights.head_dim)
+            cache.keys[:, :, :16], cache.values[:, :, :16] = value, value
+            state.store(layer, cache)
+        results.append(ops.jacobi_sweep(weights, state, rows, torch.tensor([36])))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("storage", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("count", [0, 1, 7, 32, 64, 90])
+@pytest.mark.parametrize("layout", ["panels", "rows"])
+def test_slots_that_are_forgotten_make_room_for_others(storage: Any, count: int, layout: Any) -> None:
+    weights = block({})
+    state = state_of(weights, 3, 90, 0, storage=storage)
+    if layout == "rows":
+        keys, values = torch.zeros(2, *state.keys.shape[:3], 90 * weights.head_dim, dtype=state.keys.dtype)
+        state = replace(state, keys=keys, values=values, layout="rows")
+    before = []
+    for layer in range(2):
+        cache = state.layer_cache(layer, weights.head_dim)
+        for held in cache:
+            held.copy_(torch.randn(held.shape, generator=torch.Generator().manual_seed(layer)))
+        state.store(layer, cache)
+        before.append([held.clone() for held in cache])
+    state.forget(weights.head_dim, count)
+    for layer, cached in enumerate(before):
+        for held, was in zip(state.layer_cache(layer, weights.head_dim), cached, strict=True):
+            assert torch.equal(held[:, :, : 90 - count], was[:, :, count:])
+
+
+def test_what_cannot_be_forgotten() -> None:
+    weights = block({})
+    with pytest.raises(RuntimeError, match="jacobi_sweep: text_tokens is 2, expected 0 where slots are forgotten"):
+        state_of(weights, 1, 9).forget(weights.head_dim, 4)
+    with pytest.raises(RuntimeError, match="jacobi_sweep: count is 10, expected 0 to the 9 slots"):
+        state_of(weights, 1, 9, 0).forget(weights.head_dim, 10)
 
 
 @pytest.mark.parametrize("kind", ["plain", "whole tiles"])
@@ -65,17 +131,25 @@ def test_the_reference_takes_both_layouts_of_a_cache() -> None:
     guidance=st.sampled_from([(0.0, "gaussian"), (0.8, "gaussian"), (0.5, "ab"), (0.5, "b+")]),
     activation=st.sampled_from(["softplus", "exp"]),
     shifted=st.integers(0, 1),
+    behind=st.sampled_from([None, 0, 1]),
 )
 def test_solves_are_those_of_the_reference(
-    batch: int, window: int, first: int, guidance: tuple[float, str], activation: Any, shifted: int
+    batch: int,
+    window: int,
+    first: int,
+    guidance: tuple[float, str],
+    activation: Any,
+    shifted: int,
+    behind: int | None,
 ) -> None:
+    frames = {} if behind is None else {"frame_tokens": 8, "frames_behind": behind}
     weights = block({})
     halves, tokens = 2 if guidance[0] else 1, 24
     g = torch.Generator().manual_seed(8)
     z, x = torch.randn(batch, tokens, 5, generator=g), torch.randn(batch, tokens + 1, 5, generator=g)
 
     def run() -> list[Any]:
-        state = state_of(weights, halves * batch, tokens + 2)
+        state = state_of(weights, halves * batch, tokens + 2, **frames)
         progress = SolveProgress.begin(x.clone(), first, halves=halves, out_channels=10)
         counts = []
         while int(progress.frontier.min()) < tokens:

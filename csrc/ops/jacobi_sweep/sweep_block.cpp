@@ -1,5 +1,6 @@
 #include "ops/jacobi_sweep/sweep_block.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "common/check.h"
@@ -193,8 +194,9 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.hidden = sizes[size_hidden];
     b.text_tokens = sizes[size_text_tokens];
     b.slots = sizes[size_slots];
-    b.mask_frame_tokens = sizes[size_mask_frame_tokens];
-    b.mask_frames = sizes[size_mask_frames];
+    // More than there are slots is as many: so no product of the two overflows.
+    b.mask_frame_tokens = std::min(sizes[size_mask_frame_tokens], b.slots);
+    b.mask_frames = std::min(sizes[size_mask_frames], b.slots);
     const auto kind = option_of<NormKind>(op, "norm", sizes[size_norm], norm_kind_names);
     require(
         b.heads % b.kv_heads == 0, op, "kv_heads is", [&] { return std::to_string(b.kv_heads); },

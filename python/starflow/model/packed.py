@@ -58,18 +58,23 @@ class _Contents:
 
     def read(self, part: int) -> None:
         """Notes what a part, a layer or with -1 the rest, holds once it is packed; mapped weights leave the memory."""
-        self._found[part] = fingerprint(self._parts[part])
-        if self._mapped:
-            release(self._parts[part])
+        self._found[part] = self._read(self._parts[part])
 
     def are_the_same(self) -> bool:
         """Whether everything is in its place and every tensor holds what it held."""
         if any(place.get(name) is not held for place, name, held in self._places):
             return False
         return all(
-            found is not None and fingerprint(part) == found
+            found is not None and self._read(part) == found
             for part, found in zip(self._parts, self._found, strict=True)
         )
+
+    def _read(self, part: list[Tensor]) -> int | None:
+        """What a part holds; weights that are mapped from a file leave the memory again."""
+        found = fingerprint(part)
+        if self._mapped:
+            release(part)
+        return found
 
 
 # Packed weights of each network by kind of packing, each with what they were made from.

@@ -349,7 +349,9 @@ class Session:
                 "each frame"
             )
         if self.denoising.whole:
-            raise ValueError("session: step cleans frames one by one, expected a denoiser that does not see whole clips")
+            raise ValueError(
+                "session: step cleans frames one by one, expected a denoiser that does not see whole clips"
+            )
         if self._last:
             raise ValueError("session: step comes after the last frame, expected it before (last was True)")
         while (frames := self._advance(together=False)) is None:

@@ -130,7 +130,7 @@ class RollingInversion(Inversion):
             samples=self._z.shape[0],
             accepted=tuple(tally.accepted) if self._trace else (),
             passes=tuple(tally.passes) if self._trace else (),
-            window=tally.window,
+            window=min(tally.window, self._decoder.frame_tokens),
             backward_error=self._error,
         )
         return report if self._past is None else self._past.then(report)

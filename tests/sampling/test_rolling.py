@@ -1,0 +1,181 @@
+"""Sessions whose cache rolls: frames one by one, at once or on from given ones, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from starflow import Flow, Guidance, Sequential, Window, noise
+from starflow.codecs import BlockTransform
+from starflow.config import RunConfig
+from starflow.sampling import Denoising, Frames, Pipeline, Session
+from starflow.solver import Conditions, Schedule, Span
+
+from ..flows import VIDEO, condition, make_flow, null
+
+FLOW = make_flow(
+    VIDEO
+    | {
+        "in_channels": 4,
+        "learnable_self_denoiser": True,
+        "conditional_denoiser": True,
+        "top_order": "spread",
+        "position_embed": True,
+        "text_embed": True,
+        "attention_frames": 2,
+    }
+)
+CODEC = BlockTransform(patch=2, channels=1)
+SHAPE = (2, 4, 3, 5)
+LOOSE = Window(size=11, tolerance=0.05)
+Configure = Callable[..., RunConfig]
+Build = Callable[[RunConfig], Pipeline]
+
+
+def session(
+    flow: Flow = FLOW, *, frames: int = 4, schedule: Schedule = LOOSE, ahead: int = 1, kind: str = "learned"
+) -> Session:
+    conditions = Conditions(condition(flow), null(flow), Guidance(1.0), schedule)
+    denoising = Denoising(kind, 0.2, 0.2, 1, ahead, whole=kind == "score")  # type: ignore[arg-type]
+    return Session(flow, CODEC, SHAPE, (3, 4), conditions, Span(frames, behind=2), denoising)
+
+
+def together(frames: Sequence[Frames], name: str = "pixels") -> Tensor:
+    return torch.cat([getattr(part, name) for part in frames], 1)
+
+
+def pixels(frames: int) -> Tensor:
+    return torch.rand(2, frames, 1, 6, 10, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.mark.parametrize("schedule", [LOOSE, Sequential()])
+@pytest.mark.parametrize("given", [0, 1, 9])
+def test_frames_do_not_depend_on_how_they_are_asked_for(schedule: Schedule, given: int) -> None:
+    """To the last bit, also past every place where the cache rolls; any number of given frames."""
+
+    def begin() -> Session:
+        made = session(schedule=schedule)
+        if given:
+            made.prefill(pixels(given))
+        return made
+
+    whole = list(begin().extend(9, last=True, together=True))
+    one_by_one = list(begin().extend(9, last=True))
+    assert [part.first for part in one_by_one] == list(range(given, given + 9))
+    pieces = begin()
+    drawn = noise.draw((3, 4), 4, *SHAPE[1:], first=given + 5)
+    parts = list(pieces.extend(1)) + list(pieces.extend(4, together=True)) + list(pieces.extend(drawn, last=True))
+    steps = begin()
+    stepped = [steps.step() for _ in range(8)] + list(steps.extend(1))
+    assert [part.first for part in stepped] == list(range(given, given + 9))
+    for name in ("noisy", "latents", "pixels"):
+        expected = together(whole, name)
+        assert expected.shape[1] == 9
+        assert torch.equal(together(one_by_one, name), expected)
+        assert torch.equal(together(parts, name), expected)
+        # The last of a clip is cleaned without another.
+        assert torch.equal(together(stepped, name)[:, :-1], expected[:, :-1])
+
+
+def test_a_step_decodes_its_frame_alone() -> None:
+    """Without look-ahead; with one, the first step decodes two."""
+    for ahead in (0, 1):
+        made = session(ahead=ahead)
+        for count in range(1, 6):
+            frames = made.step()
+            assert (frames.first, frames.pixels.shape[1], made.frames) == (count - 1, 1, count)
+            report = made.reports[0]
+            assert report is not None
+            assert report.tokens == (count + ahead) * 15
+
+
+def test_steps_go_on_where_an_iterator_was_left() -> None:
+    made, expected = session(), together(list(session().extend(6)))
+    parts = [next(made.extend(3))]
+    parts += [made.step() for _ in range(4)]
+    assert torch.equal(together(parts), expected)
+
+
+def test_frames_of_a_flow_with_windows_step_too() -> None:
+    flow = make_flow(VIDEO | {"in_channels": 4, "local_attn_window": 3})
+    conditions = Conditions(condition(flow), null(flow), Guidance(1.0), LOOSE)
+    made, other = (
+        Session(flow, CODEC, SHAPE, (3, 4), conditions, Span(3, 2), Denoising("none", 0.2, 0.2, 1, 0)) for _ in range(2)
+    )
+    assert torch.equal(together([made.step() for _ in range(5)]), together(list(other.extend(5))))
+    ends = Session(flow, CODEC, SHAPE, (3, 4), conditions, Span(2), Denoising("none", 0.2, 0.2, 1, 0))
+    ends.step(), ends.step()
+    with pytest.raises(ValueError, match="the clip would have 3 latent frames, expected at most 2"):
+        ends.step()
+
+
+def test_steps_that_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"condition has shape \[2, 3\], expected None: the flow has no conditions"):
+        session().step(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="expected a denoiser that does not see whole clips"):
+        session(kind="score", ahead=0).step()
+    made = session()
+    assert len(list(made.extend(2, last=True))) == 2
+    with pytest.raises(ValueError, match="step comes after the last frame"):
+        made.step()
+    conditions = Conditions(condition(FLOW), null(FLOW), Guidance(1.0), LOOSE)
+    with pytest.raises(ValueError, match="renew is True, expected False where a cache rolls"):
+        Session(
+            FLOW, CODEC, SHAPE, (3, 4), conditions, Span(4, behind=2), Denoising("none", 0.2, 0.2, 1, 0), renew=True
+        )
+
+
+def test_noise_of_given_frames_makes_them_again() -> None:
+    """More frames than the cache holds."""
+    conditions = Conditions(condition(FLOW), null(FLOW), Guidance(0.0), Window(8, 0.0))
+    made = Session(FLOW, CODEC, SHAPE, (3, 4), conditions, Span(4, behind=2), Denoising("none", 0.2, 0.2, 1, 0))
+    given = CODEC.encode(pixels(11))
+    noisy = given + 0.2 * noise.draw((3, 4), 11, *SHAPE[1:], purpose="train")
+    again = together(list(made.extend(made.encode(pixels(11)), last=True)), "noisy")
+    torch.testing.assert_close(again, noisy, atol=1e-4, rtol=1e-4)
+
+
+def test_another_text_is_read_by_the_frames_to_come() -> None:
+    same, changed = session(), session()
+    expected, parts = together(list(same.extend(9))), list(changed.extend(5))
+    other = condition(FLOW, seed=8)
+    assert other is not None
+    changed.change(other)
+    parts += list(changed.extend(4))
+    got = together(parts)
+    assert got.shape == expected.shape
+    # The frame that the denoiser looked ahead at keeps the text that it was decoded with.
+    assert torch.equal(got[:, :4], expected[:, :4])
+    assert (got[:, 5] - expected[:, 5]).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def rolling(configure: Configure, build: Build) -> Pipeline:
+    return build(configure(attention_frames=2, text_embed=True, position_embed=True))
+
+
+def test_a_sample_rolls(rolling: Pipeline) -> None:
+    """As the session does, to any length, whatever is given."""
+    for given in ({}, {"image": torch.zeros(1, 16, 16)}, {"video": torch.zeros(11, 1, 16, 16), "given": 11}):
+        options = {"frames": 15, "guidance": 1.0, "certificate": True, **given}
+        clip = rolling.sample("a three", **options)
+        made = rolling.session("a three", **options)
+        count = clip.given
+        steps = [made.step() for _ in range(14 - count)]
+        assert torch.equal(together(steps, "noisy"), clip.noisy[:, count:14])
+        assert clip.pixels.shape[1] == 15
+        assert torch.equal(rolling.sample("a three", **options | {"frames": 12}).noisy, clip.noisy[:, :12])
+        assert clip.report.backward_error is not None
+        assert clip.report.backward_error < 0.1
+
+
+@pytest.mark.parametrize("options", [{"window_frames": 4}, {"context_frames": 2}, {"sink_frames": 1}, {"renew": True}])
+def test_windows_that_are_asked_for_do_not_roll(rolling: Pipeline, options: dict[str, object]) -> None:
+    """They encode their context anew, without what came before it."""
+    windows = rolling.sample("a three", frames=12, guidance=0.0, **options).noisy
+    rolled = rolling.sample("a three", frames=12, guidance=0.0).noisy
+    assert windows.shape == rolled.shape
+    assert not torch.equal(windows, rolled)
