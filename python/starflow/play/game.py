@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -14,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from starflow import noise
-from starflow.data import enlarge, to_frames, to_pixels, write_video
-from starflow.evaluate import noise_floor
+from starflow.data import Clip, enlarge, to_frames, to_pixels, write_video
+from starflow.evaluate import Watcher, surprise
 from starflow.sampling import Pipeline, Session
 from starflow.worlds import PlayableWorld, one_hot
 
@@ -27,9 +25,6 @@ _BYTES = 64 << 20
 _BEGINNING = 8
 # A clip is enlarged until its shorter side has about so many pixels.
 _CLIP_SIDE = 288
-
-# Makes the real world of a game with a seed.
-MakeWorld = Callable[[int], PlayableWorld]
 
 
 @runtime_checkable
@@ -49,10 +44,10 @@ class Teleports(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Score:
-    """How surprising a picture is, given the pictures and actions before it.
+    """How surprising a picture is, given the pictures and actions before it (see `starflow.evaluate.surprise`).
 
     Args:
-        bits: minus log2 of its density, above what its noise alone costs on average (`starflow.evaluate.noise_floor`).
+        bits: of the picture.
         tokens: the share of each place, float32 (height, width).
     """
 
@@ -105,11 +100,12 @@ class Game:
 
     Args:
         pipeline: the model.
-        make_world: makes the real world; None for none.
+        make_world: opens the real world; None for none.
         seed: of the noise, and of the world.
 
     Raises:
         ValueError: the world has other actions or pictures than the model.
+        WorldError: the world cannot be opened.
 
     Example:
         >>> game = Game(Pipeline.load("runs/mine"), seed=1)  # doctest: +SKIP
@@ -117,21 +113,26 @@ class Game:
         (24, 24, 1)
     """
 
-    def __init__(self, pipeline: Pipeline, make_world: MakeWorld | None = None, *, seed: int = 0) -> None:
-        self._pipeline, self._make_world = pipeline, make_world
+    def __init__(
+        self, pipeline: Pipeline, make_world: Callable[[], PlayableWorld] | None = None, *, seed: int = 0
+    ) -> None:
+        self._pipeline = pipeline
         self.temperature = pipeline.config.sample.temperature
         self.prompt = ""
-        self._world: PlayableWorld | None = None
-        self._actions = tuple(map(str, range(pipeline.flow.config.frame_dim)))
+        dim, names = pipeline.flow.config.frame_dim, pipeline.config.data.actions or ()
+        self.actions: tuple[str, ...] = names if len(names) == dim else tuple(map(str, range(dim)))
+        self._world = None if make_world is None else make_world()
         self._moments: deque[Moment] = deque()
-        self.new(seed)
+        try:
+            if self._world is not None:
+                self._check(self._world)
+                self.actions = self._world.actions
+            self.new(seed)
+        except BaseException:
+            self.close()
+            raise
 
     # -- what there is ------------------------------------------------------------------------------------------------
-
-    @property
-    def actions(self) -> tuple[str, ...]:
-        """Names of the actions; none for a model that reads no actions."""
-        return self._actions
 
     @property
     def first(self) -> int:
@@ -146,12 +147,17 @@ class Game:
     @property
     def has_world(self) -> bool:
         """Whether the real world goes along."""
-        return self._world is not None
+        return self._world is not None and not self._left_behind
 
     @property
     def can_teleport(self) -> bool:
-        """Whether the real world can do what its rules forbid."""
+        """Whether there is a real world that can do what its rules forbid."""
         return isinstance(self._world, Teleports)
+
+    @property
+    def can_measure(self) -> bool:
+        """Whether surprise is known: of a model that learned with noise, and sees each picture for itself."""
+        return self._pipeline.config.train.noise_std > 0 and self._pipeline.codec.temporal == 1
 
     def moment(self, number: int) -> Moment:
         """A moment that is remembered.
@@ -166,20 +172,20 @@ class Game:
     # -- what one does ------------------------------------------------------------------------------------------------
 
     def new(self, seed: int) -> None:
-        """Begins again with another seed."""
-        self.close()
+        """Begins again with another seed.
+
+        Raises:
+            WorldError: the world failed.
+        """
         self.seed, self._sessions = seed, 0
         self._rng = np.random.default_rng(seed)
+        self._left_behind = self._told_the_truth = False
         self._moments.clear()
-        self._session: Session | None = None
-        self._waiting: deque[np.ndarray] = deque()
-        self._told_the_truth = False
         self._scored = 0  # number of the next moment that is to be scored
-        if self._make_world is not None:
-            self._world = world = self._make_world(seed)
-            self._check(world)
-            self._actions = world.actions
-            self._remember(None, (frame := world.reset(seed)), frame)
+        self._forget()
+        if self._world is not None:
+            frame = self._world.reset(seed)
+            self._remember(None, frame, frame)
             for _ in range(max(_BEGINNING, self._context) - 1):
                 frame = self._real(0)
                 self._remember(0, frame, frame)
@@ -192,21 +198,22 @@ class Game:
 
         Raises:
             ValueError: an action out of range.
+            WorldError: the world failed; the moments so far are kept.
         """
         told = action if self.actions else None
         if self.actions and not 0 <= action < len(self.actions):
             raise ValueError(
                 f"play: action is {action}, expected 0 to {len(self.actions) - 1} ({', '.join(self.actions)})"
             )
-        real = None if self._world is None else self._real(action)
-        if real is not None and self._told_the_truth:
-            self.score()
-            for moment in list(self._moments)[-self._context :]:
-                if moment.real is not None:
-                    moment.past = moment.real
-            self._session, self._told_the_truth = None, False
-            return self._remember(told, real, real)
-        return self._remember(told, self._dream(told), real)
+        real = self._real(action) if self.has_world else None
+        if real is None or not self._told_the_truth:
+            return self._remember(told, self._dream(told), real)
+        # From here on the model's past is the real one, this frame included.
+        self._told_the_truth = False
+        for moment in list(self._moments)[-self._context :]:
+            moment.past = moment.past if moment.real is None else moment.real
+        self._forget()
+        return self._remember(told, real, real)
 
     def follow(self) -> None:
         """From the next frame on, the dream goes on from what the real world shows.
@@ -214,17 +221,17 @@ class Game:
         Raises:
             ValueError: there is no real world.
         """
-        if self._world is None:
-            raise ValueError("play: follow is asked for, expected a model that is played beside a real world")
+        if not self.has_world:
+            raise ValueError("play: follow is asked for, expected a real world that goes along")
         self._told_the_truth = True
 
     def teleport(self) -> None:
         """Puts the ball elsewhere in the real world, and tells the dream so: an edit of its past.
 
         Raises:
-            ValueError: there is no real world, or none that can do this.
+            ValueError: there is no real world that can do this.
         """
-        if not isinstance(self._world, Teleports):
+        if not self.has_world or not isinstance(self._world, Teleports):
             raise ValueError("play: teleport is asked for, expected a real world that has something to put elsewhere")
         self._world.teleport(self._rng)
         self._told_the_truth = True
@@ -232,7 +239,7 @@ class Game:
     def branch(self, number: int) -> None:
         """Goes back to a moment, from where another future begins; what came after it is forgotten.
 
-        A real world whose state cannot be set is left behind: the dream goes on alone.
+        A real world whose state cannot be set is left behind: until the next game the dream goes on alone.
 
         Raises:
             ValueError: the moment is not remembered.
@@ -241,12 +248,12 @@ class Game:
         while self.last > number:
             self._moments.pop()
         self._scored = min(self._scored, number + 1)
-        self._session, self._told_the_truth = None, False
-        self._waiting.clear()
+        self._told_the_truth = False
+        self._forget()
         if isinstance(self._world, Rewinds) and moment.state is not None:
             self._world.state = moment.state
-        elif self._world is not None and self.actions:
-            self.close()
+        else:
+            self._left_behind = True
 
     def tell(self, prompt: str) -> None:
         """Changes what the frames to come show.
@@ -255,7 +262,7 @@ class Game:
             ValueError: a model without text, or a prompt that its encoder refuses.
         """
         self._pipeline.condition([prompt])
-        self.prompt = prompt
+        self.prompt, self._watcher = prompt, None
         if self._session is None:
             return
         try:
@@ -274,14 +281,13 @@ class Game:
 
     @property
     def unscored(self) -> int:
-        """Number of moments that were not asked about yet."""
-        return self.last + 1 - max(self._scored, self.first)
+        """Number of moments that were not asked about yet; 0 where surprise is not known."""
+        return self.last + 1 - max(self._scored, self.first) if self.can_measure else 0
 
     def skip_scores(self) -> None:
         """Leaves out the moments that were not asked about yet."""
-        self._scored = self.last + 1
+        self._scored, self._watcher = self.last + 1, None
 
-    @torch.inference_mode()
     def score(self, most: int = _MOMENTS) -> list[Moment]:
         """Finds out how surprising the moments were that were not asked about yet.
 
@@ -291,36 +297,54 @@ class Game:
         Returns:
             The moments that now have scores.
         """
-        new = list(self._moments)[-min(self.unscored, most) :] if self.unscored else []
-        self.skip_scores()
-        for begin in range(0, len(new), self._context + 1):
-            group = new[begin : begin + self._context + 1]
-            first = max(group[0].number - self._context, self.first)
-            window = [self.moment(number) for number in range(first, group[-1].number + 1)]
-            rows = [[moment.past for moment in window]]
-            if all(moment.real is not None for moment in window):
-                rows.append([moment.real for moment in window if moment.real is not None])
-            tokens = self._bits(rows, window)
-            for place, moment in enumerate(group, start=len(window) - len(group)):
-                scores = [Score(float(row[place].sum()), row[place]) for row in tokens]
-                moment.dream_score, moment.real_score = (*scores, None)[:2]
+        count = self.unscored
+        if count > most:
+            self.skip_scores()
+        new = list(self._moments)[-min(count, most) :] if count else []
+        if new and self._pipeline.flow.config.attention_frames is not None:
+            for moment in new:
+                self._watch(moment)
+        elif new:
+            self._look_back(new)
+        self._scored = self.last + 1
         return new
 
-    def _bits(self, rows: Sequence[Sequence[np.ndarray]], window: Sequence[Moment]) -> np.ndarray:
-        """Bits of each token above the noise's own, float32 (rows, frames, height, width)."""
-        pipeline, config = self._pipeline, self._pipeline.config
-        pixels = torch.stack([to_pixels(torch.from_numpy(np.stack(row))) for row in rows])
-        latents = pipeline.codec.encode(pixels.to(pipeline.device))
-        sigma = config.train.noise_std
-        drawn = noise.draw([self.seed], *latents.shape[1:], first=window[0].number, purpose="train").to(latents)
-        told = None
-        if self.actions:
-            told = self._vectors([moment.action for moment in window]).expand(len(rows), -1, -1)
-        y = pipeline.condition([self.prompt] * len(rows))
-        nats = pipeline.flow.log_prob(latents + sigma * drawn, y, told, by="token").double().cpu().numpy()
-        dimensions = latents[0, 0].numel() / nats[0, 0].size
-        floor = noise_floor(sigma) if sigma else 0.0
-        return np.asarray(-nats / math.log(2) - dimensions * floor, dtype=np.float32)
+    def _watch(self, moment: Moment) -> None:
+        """Scores a moment by a cache that goes along."""
+        rows = 1 if moment.real is None else 2
+        if self._watcher is None or self._watcher[1] != rows:
+            watcher = Watcher(self._pipeline, [self.prompt] * rows, seeds=[self.seed] * rows)
+            self._watcher = watcher, rows
+            begin = max(moment.number - self._context, self.first)
+            for before in (self.moment(number) for number in range(begin, moment.number)):
+                self._seen(watcher, before, rows)
+        tokens = self._seen(self._watcher[0], moment, rows)
+        moment.dream_score, moment.real_score = (*map(_score, tokens), None)[:2]
+
+    def _seen(self, watcher: Watcher, moment: Moment, rows: int) -> Tensor:
+        """Shows a moment to a watcher; returns the bits of its places, (rows, height, width)."""
+        pictures = [moment.past, moment.past if moment.real is None else moment.real]
+        told = self._vectors([moment.action])[:, 0].expand(rows, -1) if self.actions else None
+        return watcher.step(to_pixels(torch.from_numpy(np.stack(pictures[:rows]))), told).tokens
+
+    def _look_back(self, new: Sequence[Moment]) -> None:
+        """Scores moments of a model that sees windows, by the window that each few of them end."""
+        for begin in range(0, len(new), self._context):
+            group = new[begin : begin + self._context]
+            first = max(group[0].number - self._context, self.first)
+            window = [self.moment(number) for number in range(first, group[-1].number + 1)]
+            kinds = [[moment.past for moment in window]]
+            if all(moment.real is not None for moment in window):
+                kinds.append([moment.real for moment in window if moment.real is not None])
+            told = self._vectors([moment.action for moment in window])[0] if self.actions else None
+            clips = [
+                Clip(to_pixels(torch.from_numpy(np.stack(kind))), self.prompt, "play", frame_conditions=told)
+                for kind in kinds
+            ]
+            tokens = [found.tokens for found in surprise(self._pipeline, clips, seed=self.seed)]
+            for place, moment in enumerate(group, start=len(window) - len(group)):
+                scores = [_score(row[place]) for row in tokens]
+                moment.dream_score, moment.real_score = (*scores, None)[:2]
 
     # -- what one keeps -----------------------------------------------------------------------------------------------
 
@@ -351,8 +375,8 @@ class Game:
         dim = self._pipeline.flow.config.frame_dim
         if len(world.actions) != dim:
             raise ValueError(
-                f"play: the world has {len(world.actions)} actions ({', '.join(world.actions)}), expected {dim} like "
-                "the model (flow.frame_dim)"
+                f"play: the world {world.name} has {len(world.actions)} actions ({', '.join(world.actions)}), expected "
+                f"{dim} like the model (flow.frame_dim)"
             )
 
     @property
@@ -361,14 +385,20 @@ class Game:
         flow, config = self._pipeline.flow.config, self._pipeline.config
         if flow.attention_frames is not None:
             return flow.attention_frames
-        window = flow.local_attn_window or self._pipeline.codec.latent_frames(config.data.frames)
-        return max(1, window * 3 // 4)
+        return max(1, (flow.local_attn_window or config.data.frames) * 3 // 4)
 
     def _real(self, action: int) -> np.ndarray:
         """The next picture of the real world."""
         assert self._world is not None
         step = self._world.step(action)
         return self._world.reset() if step.done else step.frame
+
+    def _forget(self) -> None:
+        """Drops what goes along with the moments: others are made of the last moments when they are needed."""
+        self._session: Session | None = None
+        self._watcher: tuple[Watcher, int] | None = None
+        # Pictures that are decoded and not shown yet.
+        self._waiting: deque[np.ndarray] = deque()
 
     def _remember(self, action: int | None, dream: np.ndarray, real: np.ndarray | None) -> Moment:
         state = self._world.state if isinstance(self._world, Rewinds) else None
@@ -381,27 +411,43 @@ class Game:
     def _dream(self, action: int | None) -> np.ndarray:
         """The next picture of the dream."""
         if not self._waiting:
-            if self._session is None:
-                self._session = self._begin()
-            self._session.temperature = self.temperature
-            told = None if action is None else self._vectors([action])[:, 0]
-            frames = self._session.step(None)
-            self._waiting.extend(to_frames(frames.pixels[0]).numpy())
+            self._waiting.extend(to_frames(self._next_pixels(action)).numpy())
         return self._waiting.popleft()
+
+    def _next_pixels(self, action: int | None) -> Tensor:
+        """Pixels of the next frames, (frames, channels, height, width)."""
+        if self._session is None:
+            self._session = self._begin()
+        session = self._session
+        if session.denoising.whole or not session.endless:
+            # A model of whole clips: one after the other.
+            self._session = None
+            sampled = self._pipeline.sample(self.prompt, seed=session.seeds[0], temperature=self.temperature)
+            return sampled.pixels[0]
+        session.temperature = self.temperature
+        return session.step(action).pixels[0]
 
     def _begin(self) -> Session:
         """A session that goes on from the last moments."""
-        pipeline = self._pipeline
         # Another future: the noise of a frame is drawn by the seed and its place in the session.
         seed = self.seed + self._sessions
         self._sessions += 1
-        session = pipeline.session(self.prompt, seed=seed, temperature=self.temperature)
-        moments = list(self._moments)[-self._context :]
-        if moments:
-            pixels = to_pixels(torch.from_numpy(np.stack([moment.past for moment in moments])))[None]
-            session.prefill(pixels)
+        session = self._pipeline.session(self.prompt, seed=seed, temperature=self.temperature)
+        moments = list(self._moments)[-self._most(self._context) :]
+        if moments and session.endless and not session.denoising.whole:
+            if self.actions:
+                session.tell(self._vectors([moment.action for moment in moments]))
+            session.prefill(to_pixels(torch.from_numpy(np.stack([moment.past for moment in moments])))[None])
         return session
+
+    def _most(self, latent_frames: int) -> int:
+        """Pixel frames that the codec makes about so many latent frames of."""
+        return self._pipeline.codec.pixel_frames(latent_frames)
 
     def _vectors(self, actions: Sequence[int | None]) -> Tensor:
         """Actions as the flow reads them, (1 clip, frames, frame_dim)."""
         return one_hot(actions, len(self.actions))[None].to(self._pipeline.device)
+
+
+def _score(tokens: Tensor) -> Score:
+    return Score(float(tokens.sum()), tokens.numpy().astype(np.float32))

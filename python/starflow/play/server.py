@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from starflow.extras import import_extra
-from starflow.play.game import Game, MakeWorld
+from starflow.play.game import Game
 from starflow.play.protocol import MOST_BYTES
 from starflow.play.tab import Tab
 from starflow.sampling import Pipeline
+from starflow.worlds import PlayableWorld
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -51,13 +52,13 @@ class Played:
     Args:
         pipeline: the model.
         name: of the model, for the page.
-        make_world: makes the real world beside a dream; None for none.
+        make_world: opens the real world beside a dream; None for none.
         world: its name.
     """
 
     pipeline: Pipeline
     name: str
-    make_world: MakeWorld | None = None
+    make_world: Callable[[], PlayableWorld] | None = None
     world: str = ""
 
 

@@ -130,6 +130,10 @@ class Tab:
             self._commands[kind] = message
             self._wake.set()
 
+    @staticmethod
+    def _abilities(game: Game) -> dict[str, bool]:
+        return {"teleport": game.can_teleport, "measures": game.can_measure}
+
     async def _tell(self, error: Exception) -> None:
         text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         await self._socket.send_json({"type": "error", "text": short(text, 500)})
@@ -153,7 +157,7 @@ class Tab:
 
     async def _play(self) -> None:
         self.game = game = await self._compute(self._make_game)
-        await self._socket.send_json({"type": "hello", **self._about, "teleport": game.can_teleport})
+        await self._socket.send_json({"type": "hello", **self._about, **self._abilities(game)})
         await self._tell_state(game)
         await self._show_again(game)
         due = time.perf_counter()

@@ -6,14 +6,15 @@ import argparse
 import os
 import sys
 import webbrowser
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starflow.cli.options import MODEL_HELP, PROG, Command, add_device, device_name, number
 from starflow.config import ConfigError
 
 if TYPE_CHECKING:
-    from starflow.play import MakeWorld
     from starflow.sampling import Pipeline
+    from starflow.worlds import PlayableWorld
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -45,17 +46,17 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _world(asked: str | None, pipeline: Pipeline) -> tuple[str, MakeWorld | None]:
+def _world(asked: str | None, pipeline: Pipeline) -> tuple[str, Callable[[], PlayableWorld] | None]:
     """Name and maker of the real world beside the dream; none for a model that reads no actions."""
-    from starflow.worlds import PaddleBall
+    from starflow.worlds import open_world
 
-    config = pipeline.config
-    name = asked or ("paddle" if config.data.kind == "paddle" else "none")
-    if name == "none":
+    data = pipeline.config.data
+    name = data.world if asked is None else asked
+    if name is None or name == "none":
         return "", None
-    if name != "paddle":
-        raise ConfigError(f"--world is {name!r}, expected paddle or none")
-    return name, lambda seed: PaddleBall(config.data.height, seed)
+    if not pipeline.flow.config.frame_dim:
+        raise ConfigError(f"--world is {name!r}, expected none: the model reads no actions (flow.frame_dim is 0)")
+    return name, lambda: open_world(name, size=(data.height, data.width), channels=pipeline.codec.channels)
 
 
 _DESCRIPTION = f"""Play a model on a page of this machine: keys and touch steer its dream.
@@ -85,7 +86,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world",
         metavar="NAME",
-        help="the real world beside the dream: paddle or none (default: the one that the model learned from)",
+        help="the real world beside the dream: paddle, the name of a gymnasium environment, or none (default: the one that "
+        "the model learned from)",
     )
     parser.add_argument(
         "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page where there is a display"

@@ -71,7 +71,6 @@ export class Chart {
     const y = (bits) => height - 2 - ((Math.max(bits, floor) - floor) / (this.top - floor)) * (height - 12);
 
     pen.font = "11px system-ui, 'DejaVu Sans', sans-serif";
-    pen.fillStyle = colour("soft");
     pen.strokeStyle = colour("line");
     pen.lineWidth = 1;
     const unit = round(this.top / 3);
@@ -80,7 +79,6 @@ export class Chart {
       pen.moveTo(0, Math.round(y(bits)) + 0.5);
       pen.lineTo(width, Math.round(y(bits)) + 0.5);
       pen.stroke();
-      pen.fillText(`${bits} bits`, 2, y(bits) - 3);
     }
     pen.setLineDash([3, 3]);
     pen.strokeStyle = colour("alarm");
@@ -105,6 +103,15 @@ export class Chart {
       pen.lineJoin = "round";
       pen.stroke();
     });
+
+    // Numbers last, with the ground around them, so that a line does not hide them.
+    pen.fillStyle = colour("soft");
+    pen.strokeStyle = colour("card");
+    pen.lineWidth = 4;
+    for (let bits = 0; bits < this.top; bits += unit) {
+      pen.strokeText(`${bits} bits`, 2, y(bits) - 4);
+      pen.fillText(`${bits} bits`, 2, y(bits) - 4);
+    }
   }
 }
 

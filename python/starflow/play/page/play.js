@@ -134,7 +134,7 @@ function drawMap(canvas, bits) {
   if (!bits || !$("heat").checked) return;
   const image = pen.createImageData(canvas.width, canvas.height);
   bits.forEach((value, place) => {
-    const hot = Math.min(Math.max((value - 12) / 80, 0), 1);
+    const hot = Math.min(Math.max((value - 20) / 100, 0), 1);
     image.data.set([255, 150 - 110 * hot, 40 + 40 * hot, 215 * Math.sqrt(hot)], 4 * place);
   });
   pen.putImageData(image, 0, 0);
