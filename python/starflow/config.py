@@ -232,6 +232,7 @@ class FlowConfig:
             self.temporal_causal,
             "a number > 0 with frame_dim (frames go forward in time)",
         )
+        require(self.frame_dim == 0 or self.sos, "flow.sos", self.sos, "True with frame_dim")
         require(0 <= self.soft_clip < float("inf"), "flow.soft_clip", self.soft_clip, "a finite bound >= 0")
         require(
             self.nvp or not self.use_softplus, "flow.use_softplus", self.use_softplus, "False with nvp False (no scale)"
@@ -347,6 +348,10 @@ class DataConfig:
         mix_aspect: clips of a folder keep the published aspect ratio that is nearest to their file's, with about the
             area of height x width, and captions state it; the clips of a step have one shape.
         cache_gb: gibibytes of decoded frames that are kept in memory.
+        actions: names of the actions of frames, `flow.frame_dim` of them: clips have these as one-hot vectors. Null
+            takes those of the folder's `world.json`, and `flow.frame_dim` and `world` follow; an empty list is for
+            vectors that are no actions, or for none.
+        world: name of the world that the clips show, which `starflow.worlds.open_world` opens; null for none.
         start, handwritings: of digits: whether clips begin in the "middle" of the picture or "anywhere", and whether
             they show the "typical" 40 % of the handwritings or "all" (see `starflow.data.MovingDigits`).
     """
@@ -365,6 +370,8 @@ class DataConfig:
     caption_fps: bool = False
     mix_aspect: bool = False
     cache_gb: float = 2.0
+    actions: tuple[str, ...] | None = ()
+    world: str | None = None
     start: Literal["middle", "anywhere"] = "middle"
     handwritings: Literal["typical", "all"] = "typical"
 
@@ -373,6 +380,12 @@ class DataConfig:
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or self.fps > 0, "data.fps", self.fps, "a number > 0")
+        require(
+            self.actions is not None or self.kind == "folder",
+            "data.actions",
+            None,
+            "a list but for a folder, whose world.json has the names",
+        )
         require(
             not self.caption_fps or self.fps is not None or self.frames == 1,
             "data.fps",

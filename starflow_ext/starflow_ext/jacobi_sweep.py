@@ -92,7 +92,7 @@ def jacobi_sweep_reference(
         if state.position is not None:
             h = h + state.position[slots - state.text_tokens]
         if state.condition is not None:
-            h = h + state.condition[:, None]
+            h = h + _conditions(state, slots - state.text_tokens)
     query, key = (
         None if tables is None else Rotation(tables.cos[slots], tables.sin[slots])
         for tables in (state.query_rotation, state.key_rotation)
@@ -120,6 +120,15 @@ def jacobi_sweep_reference(
         h = _added(h, _hidden(weights.norm, layer, h), layer.down, layer.mlp_post)
     raw = _projected(h, weights.proj_out, _input_norm("rms_norm", weights.final_norm))
     return raw[:, :0] if text else raw
+
+
+def _conditions(state: BlockState, slots: Tensor) -> Tensor:
+    """What is added to the tokens of each row at its grid slots (rows, tokens): (rows, tokens or 1, width)."""
+    assert state.condition is not None
+    if state.condition_tokens == 0:
+        return state.condition[:, None]
+    rows = torch.arange(slots.shape[0], device=slots.device)
+    return state.condition[rows[:, None], slots // state.condition_tokens]
 
 
 def _hidden(kind: NormKind | None, layer: LayerWeights, h: Tensor) -> Tensor:

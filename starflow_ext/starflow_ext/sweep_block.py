@@ -205,10 +205,12 @@ class BlockState:
         text_tokens: slots taken by text.
         temperature: (cache rows,) divides the products of queries and keys.
         position: (grid slots, width) added to the embedded tokens, or None.
-        condition: (cache rows, width) added to the embedded tokens, or None.
+        condition: (cache rows, width) added to the embedded tokens, or None; with ``condition_tokens``
+            (cache rows, frames, width), of which each is added to the tokens of a frame. It may be written in place.
         query_rotation, key_rotation: tables (slots, head_dim / 2), or None.
         layout: layout of a head: "panels" (csrc/cpu/panels.h), which the CPU's kernels read, or "rows", contiguous
             (slots, head_dim), which those of CUDA read.
+        condition_tokens: grid slots that share a row of ``condition``; 0 where all do.
         frame_tokens: tokens of a frame, where a token sees the text, its own frame and ``frames_behind`` before it; 0
             where it sees all before it.
         frames_behind: see ``frame_tokens``.
@@ -224,6 +226,7 @@ class BlockState:
     query_rotation: Rotation | None = None
     key_rotation: Rotation | None = None
     layout: CacheLayout = "panels"
+    condition_tokens: int = 0
     frame_tokens: int = 0
     frames_behind: int = 0
 
@@ -241,6 +244,7 @@ class BlockState:
         condition: Tensor | None = None,
         query_rotation: Rotation | None = None,
         key_rotation: Rotation | None = None,
+        condition_tokens: int = 0,
         frame_tokens: int = 0,
         frames_behind: int = 0,
     ) -> BlockState:
@@ -269,6 +273,7 @@ class BlockState:
             query_rotation,
             key_rotation,
             layout,
+            condition_tokens,
             frame_tokens,
             frames_behind,
         )
@@ -411,6 +416,7 @@ def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
         "slots": state.slots,
         "mask_frame_tokens": state.frame_tokens,
         "mask_frames": state.frames_behind,
+        "condition_tokens": state.condition_tokens,
     }
     return list(_sizes_in_order({**weights.sizes, **own}))
 

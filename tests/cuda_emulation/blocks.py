@@ -115,6 +115,7 @@ class DeviceBlock:
             "start_token": weights.start_token,
             "position": state.position,
             "condition": state.condition,
+            "condition_tokens": state.condition_tokens,
             "query_cos": query[0],
             "query_sin": query[1],
             "key_cos": key[0],

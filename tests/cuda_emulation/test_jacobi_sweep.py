@@ -157,6 +157,17 @@ def test_what_may_be_absent(kernels: Kernels) -> None:
     _bare(kernels)
 
 
+def _frames(kernels: Kernels) -> None:
+    """Conditions of each frame of 7 tokens."""
+    weights = block({}, "float16")
+    state, expected = (state_of(weights, 3, SLOTS, storage="float16", condition_tokens=7) for _ in range(2))
+    _sweeps(kernels, weights, state, expected)
+
+
+def test_tokens_of_a_frame_share_its_condition(kernels: Kernels) -> None:
+    _frames(kernels)
+
+
 def _pieces(kernels: Kernels) -> None:
     """Whole windows, or parts of one, after one another: the same bits."""
     weights = block({"gated": True, "post": True}, "float16")
@@ -217,7 +228,8 @@ MUTATIONS = mutations(
         r"row % g\.piece\.tokens == 0 && lane\(\) == 0": "row == 0",
         r"slot == block\.text_tokens && ": "",
         r"cache_row % args\.samples": "cache_row",
-        r"\(slot - block\.text_tokens\)": "slot",
+        r"slot - block\.text_tokens;": "slot;",
+        r"condition_of\(block, cache_row, place\)": "condition_of(block, cache_row, 0)",
         r"if \(at >= count\) return;": "",
         r"block_\.width % wide == 0 && ": "",
         r"added \? stream_h\(\) : Matrix\{\}": "Matrix{}",
@@ -246,6 +258,7 @@ def test_mutation_is_caught(mutation: Mutation) -> None:
         _checked(kernels, KINDS["one channel more"] | {"gated": True, "post": True, "qk": True}, "float16", "float16")
         _over_frames(kernels, "one channel more", "float16", "float16")
         _bare(kernels)
+        _frames(kernels)
         _pieces(kernels)
         _halves(kernels)
 

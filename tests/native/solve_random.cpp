@@ -7,9 +7,9 @@
 #include <random>
 #include <thread>
 
-#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_solve/loop.cpp"
 #include "ops/jacobi_sweep/jacobi_sweep_dot.cpp"
+#include "ops/jacobi_sweep/sweeper.cpp"
 #include "ops/jacobi_update/jacobi_update_cpu.cpp"
 
 using namespace starflow;
@@ -73,14 +73,15 @@ struct Problem {
     int64_t tokens = frame * frames, channels = any(1, 20), kv_heads = any(1, 2), group = any(1, 3);
     int64_t head_dim = 2 * any(1, 20), width = any(1, 70), hidden = any(1, 90), halves = any(1, 2),
             layer_count = any(1, 2);
-    bool gated = any(0, 1) == 1, normed = any(0, 1) == 1, masked = any(0, 1) == 1;
+    bool gated = any(0, 1) == 1, normed = any(0, 1) == 1, masked = any(0, 1) == 1, by_frame = any(0, 1) == 1;
     MatrixStorage storage = any(0, 1) == 1 ? MatrixStorage::float32 : MatrixStorage::bfloat16;
     MatrixStorage cache = any(0, 1) == 1 ? MatrixStorage::float32 : MatrixStorage::bfloat16;
     int64_t heads = kv_heads * group, slots = text + tokens;
     Matrix in{width, channels, storage}, out{2 * channels, width, storage};
     std::vector<Matrix> matrices;
     std::vector<float> one = normals(width, 1.0F), head_one = normals(head_dim, 1.0F), start = normals(channels, 1.0F);
-    std::vector<float> position = normals(tokens * width, 0.3F), condition = normals(halves * batch * width, 0.3F);
+    std::vector<float> position = normals(tokens * width, 0.3F),
+                       condition = normals(halves * batch * (by_frame ? frames : 1) * width, 0.3F);
     std::vector<float> cos = normals(slots * head_dim / 2, 0.7F), sin = normals(slots * head_dim / 2, 0.7F);
     std::vector<float> temperature = std::vector<float>(halves * batch, 1.0F);
     std::vector<float> noise = normals(batch * tokens * channels, 1.0F);
@@ -113,9 +114,10 @@ struct Problem {
                               of[4].panels, post, keys.data() + offset, values.data() + offset});
         }
         std::vector<float> conditions;  // of both halves of these samples
+        const int64_t each = (by_frame ? frames : 1) * width;
         for (int64_t r = 0; r < rows; ++r) {
-            const auto from = condition.begin() + (r / samples * batch + r % samples) * width;
-            conditions.insert(conditions.end(), from, from + width);
+            const auto from = condition.begin() + (r / samples * batch + r % samples) * each;
+            conditions.insert(conditions.end(), from, from + each);
         }
         SweepBlock block{channels,
                          width,
@@ -131,6 +133,7 @@ struct Problem {
                          start.data(),
                          position.data(),
                          conditions.data(),
+                         by_frame ? frame : 0,
                          cos.data(),
                          sin.data(),
                          sin.data(),

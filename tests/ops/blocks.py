@@ -65,20 +65,25 @@ def block(options: dict[str, Any], storage: Any = "float32", device: str = "cpu"
     )
 
 
-def state_of(weights: BlockWeights, rows: int, slots: int, text: int = 2, **options: Any) -> BlockState:
+def state_of(
+    weights: BlockWeights, rows: int, slots: int, text: int = 2, *, condition_tokens: int = 0, **options: Any
+) -> BlockState:
+    """With `condition_tokens` of a frame that many tokens have a condition of their own."""
     g = torch.Generator().manual_seed(6)
     angles = torch.rand(slots, weights.head_dim // 2, generator=g) * 6
     rotation = Rotation(angles.cos(), angles.sin())
     width = weights.proj_in.weight.out_channels
     rotation = Rotation(*(table.to(weights.device) for table in rotation))
+    frames = () if condition_tokens == 0 else (-(-(slots - text) // condition_tokens),)
     return BlockState.allocate(
         weights,
         rows,
         slots,
         text_tokens=text,
+        condition_tokens=condition_tokens,
         temperature=torch.linspace(0.8, 1.2, rows).to(weights.device),
         position=0.3 * torch.randn(slots - text, width, generator=g).to(weights.device),
-        condition=0.3 * torch.randn(rows, width, generator=g).to(weights.device),
+        condition=0.3 * torch.randn(rows, *frames, width, generator=g).to(weights.device),
         query_rotation=rotation,
         key_rotation=Rotation(rotation.sin, rotation.cos),
         **options,

@@ -31,6 +31,32 @@ def test_sweeps_are_those_of_the_reference(kind: str, storage: Any, isa: str) ->
         torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
 
 
+@pytest.mark.parametrize("kind", ["plain", "one channel more"])
+def test_tokens_of_a_frame_share_its_condition(kind: str, isa: str) -> None:
+    weights = block(KINDS[kind])
+    got = sweeps(weights, state_of(weights, 3, 90, condition_tokens=7))
+    with starflow_ext.reference_mode():
+        expected = sweeps(weights, state_of(weights, 3, 90, condition_tokens=7))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=BOUNDS["float32"], rtol=BOUNDS["float32"])
+    # One row of conditions for all frames is the same row for each of them.
+    shared, each = (state_of(weights, 3, 90, condition_tokens=tokens) for tokens in (0, 7))
+    assert shared.condition is not None
+    assert each.condition is not None
+    each.condition.copy_(shared.condition[:, None].expand_as(each.condition))
+    for a, b in zip(sweeps(weights, each), sweeps(weights, shared), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_conditions_of_frames_have_a_row_for_each() -> None:
+    weights = block({})
+    state = state_of(weights, 3, 90, condition_tokens=7)
+    assert state.condition is not None
+    short = replace(state, condition=state.condition[:, 1:].contiguous())
+    with pytest.raises(RuntimeError, match="jacobi_sweep: condition"):
+        sweeps(weights, short)
+
+
 @pytest.mark.parametrize("frame_tokens, behind", [(8, 1), (5, 0), (64, 1), (1, 3), (200, 2), (2**62, 2**62)])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_sweeps_over_the_last_frames_are_those_of_the_reference(

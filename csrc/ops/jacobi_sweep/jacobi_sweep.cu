@@ -74,8 +74,9 @@ __global__ void __launch_bounds__(block_threads, 4) gather_kernel(Gather g) {
     for (int64_t c = lane() * width; c < block.width; c += warp_size * width) {
         float sum[width] = {};
         float more[width] = {};
-        if (block.position != nullptr) load<width>(block.position + (slot - block.text_tokens) * block.width + c, sum);
-        if (block.condition != nullptr) load<width>(block.condition + cache_row * block.width + c, more);
+        const int64_t place = slot - block.text_tokens;
+        if (block.position != nullptr) load<width>(block.position + place * block.width + c, sum);
+        if (block.condition != nullptr) load<width>(condition_of(block, cache_row, place) + c, more);
 #pragma unroll
         for (int i = 0; i < width; ++i) sum[i] += more[i];
         store<width>(h + c, sum);

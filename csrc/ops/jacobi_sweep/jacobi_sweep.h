@@ -1,6 +1,6 @@
 // jacobi_sweep: one block's network over windows of tokens, all layers in one call of one team of threads.
 //
-//   h = previous W_in^T + b + position[slot] + condition[sample]     row 0 of a clip reads the start token
+//   h = previous W_in^T + b + position[slot] + condition[sample, frame]     row 0 of a clip reads the start token
 //   each layer: h += post(attention(rope(norm(h) W_qkv^T)) W_proj^T),  h += post(mlp(norm(h)))
 //   raw = norm(h) W_out^T + b
 //
@@ -20,6 +20,7 @@
 // Each on rows of its own: every member reads all weights, but nothing that another wrote except keys and values, and
 // there is one barrier a layer, behind them.
 #pragma once
+#include "common/dtype.h"
 #include "cpu/norm_kind.h"
 #include "cpu/panels.h"
 #include "cpu/team.h"
@@ -60,7 +61,8 @@ struct SweepBlock {
     RowNorm final_norm;
     const float* start_token;  // (channels,) or null
     const float* position;     // (grid slots, width) or null
-    const float* condition;    // (cache rows, width) or null
+    const float* condition;    // (cache rows, condition_rows, width) or null
+    int64_t condition_tokens;  // grid slots that share a row of `condition`; 0: all of them
     const float* query_cos;    // (slots, head_dim / 2), text first; null without rotary positions
     const float* query_sin;
     const float* key_cos;
@@ -74,6 +76,18 @@ struct SweepBlock {
     MatrixStorage cache;
     ProductInput product_input;
 };
+
+// Rows of `condition` that a row of the caches has.
+STARFLOW_HOST_DEVICE constexpr int64_t condition_rows(const SweepBlock& block) {
+    if (block.condition_tokens == 0) return 1;
+    return (block.slots - block.text_tokens + block.condition_tokens - 1) / block.condition_tokens;
+}
+
+// That of a grid slot, counted behind the text.
+STARFLOW_HOST_DEVICE constexpr const float* condition_of(const SweepBlock& block, int64_t cache_row, int64_t slot) {
+    const int64_t row = block.condition_tokens == 0 ? 0 : slot / block.condition_tokens;
+    return block.condition + (cache_row * condition_rows(block) + row) * block.width;
+}
 
 // Who sees whom; a window's first slot is to be set.
 STARFLOW_HOST_DEVICE constexpr AttentionMask mask_of(const SweepBlock& block) {

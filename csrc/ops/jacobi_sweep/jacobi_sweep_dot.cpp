@@ -219,12 +219,12 @@ struct Sweep {
             },
             [&](int64_t column, int64_t r, Vec<float> value, auto lanes) {
                 const SweepWindow& window = args.windows[args.window_of_row[r]];
+                const int64_t slot = window.slot + r - window.first_row - block.text_tokens;
                 if (block.position != nullptr) {
-                    const int64_t slot = window.slot + r - window.first_row - block.text_tokens;
                     value = value + load(block.position + slot * block.width + column, lanes);
                 }
                 if (block.condition != nullptr) {
-                    value = value + load(block.condition + window.cache_row * block.width + column, lanes);
+                    value = value + load(condition_of(block, window.cache_row, slot) + column, lanes);
                 }
                 store(shared.h + r * shared.h_stride + column, value, lanes);
             });

@@ -194,6 +194,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     b.hidden = sizes[size_hidden];
     b.text_tokens = sizes[size_text_tokens];
     b.slots = sizes[size_slots];
+    b.condition_tokens = sizes[size_condition_tokens];
     // More than there are slots is as many: so no product of the two overflows.
     b.mask_frame_tokens = std::min(sizes[size_mask_frame_tokens], b.slots);
     b.mask_frames = std::min(sizes[size_mask_frames], b.slots);
@@ -243,7 +244,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     const int64_t half = b.head_dim / 2;
     b.start_token = read.floats(of_block(block_start_token), b.channels);
     b.position = read.floats(of_block(block_position), (b.slots - b.text_tokens) * b.width);
-    b.condition = read.floats(of_block(block_condition), b.cache_rows * b.width);
+    b.condition = read.floats(of_block(block_condition), b.cache_rows * condition_rows(b) * b.width);
     b.query_cos = read.floats(of_block(block_query_cos), b.slots * half);
     b.query_sin = read.floats(of_block(block_query_sin), b.slots * half);
     b.key_cos = read.floats(of_block(block_key_cos), b.slots * half);

@@ -17,18 +17,18 @@ enum BlockSize : int {
     size_norm,               // a NormKind
     size_mask_frame_tokens,  // 0: a slot sees all before it
     size_mask_frames,
+    size_condition_tokens,  // 0: a row of the caches has one condition
     block_size_count
 };
-inline constexpr const char* block_size_names[]{"channels",          "width",  "heads",        "kv_heads",
-                                                "head_dim",          "hidden", "out_channels", "text_tokens",
-                                                "slots",             "norm",   "mask_frame_tokens",
-                                                "mask_frames"};
+inline constexpr const char* block_size_names[]{
+    "channels",    "width", "heads", "kv_heads",          "head_dim",    "hidden",          "out_channels",
+    "text_tokens", "slots", "norm",  "mask_frame_tokens", "mask_frames", "condition_tokens"};
 
 // A weight is its panels (on CUDA rows), the scale of its columns and its bias, one behind the other.
 enum BlockTensor : int {
     block_start_token,  // (channels,)
     block_position,     // (grid slots, width)
-    block_condition,    // (cache rows, width)
+    block_condition,    // (cache rows, width), or (cache rows, frames, width)
     block_query_cos,    // (slots, head_dim / 2), like the next three
     block_query_sin,
     block_key_cos,

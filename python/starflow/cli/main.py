@@ -15,12 +15,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from starflow.cli.commands import convert, demo, info, plan, play, sample, score, train
+from starflow.cli.commands import convert, demo, info, plan, play, record, sample, score, train
 from starflow.cli.options import PROG, number
 from starflow.config import ConfigError
 
 _COMMANDS = {
     "demo": demo.COMMAND,
+    "record": record.COMMAND,
     "train": train.COMMAND,
     "sample": sample.COMMAND,
     "score": score.COMMAND,

@@ -1,5 +1,17 @@
 """What goes in? Clips and captions: video files, folders of them, and a built-in set that needs no download."""
 
+from starflow.data.actions import (
+    ACTION_SUFFIX,
+    WORLD_FILE,
+    Action,
+    RecordedWorld,
+    action_line,
+    action_vector,
+    actions_beside,
+    of_clip,
+    read_actions,
+    read_world,
+)
 from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
     Clip,
@@ -21,21 +33,28 @@ from starflow.data.sidecars import caption_at, captions_of
 from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
+    "ACTION_SUFFIX",
     "CHANGES",
     "DIGITS",
     "DIRECTIONS",
     "IMAGE_SUFFIXES",
     "VOCABULARY",
+    "WORLD_FILE",
+    "Action",
     "CaptionMode",
     "Clip",
     "ClipDataset",
     "DigitJudge",
     "Motion",
     "MovingDigits",
+    "RecordedWorld",
     "VideoError",
     "VideoFolder",
     "VideoInfo",
     "VideoWriter",
+    "action_line",
+    "action_vector",
+    "actions_beside",
     "aspect_size",
     "assemble",
     "caption_at",
@@ -44,9 +63,12 @@ __all__ = [
     "ffmpeg_binary",
     "frames_at",
     "nearest_aspect",
+    "of_clip",
     "probe",
+    "read_actions",
     "read_image",
     "read_video",
+    "read_world",
     "sample_batch",
     "sample_group",
     "sample_indices",

@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
+from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, of_clip, read_actions
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
 from starflow.data.folders import find_files
@@ -218,6 +219,7 @@ class _File:
         info: of a video; None for an image.
         size: (height, width) of its clips.
         source: in a pair, the file of the sources of these clips.
+        actions: vectors of all frames, or None.
     """
 
     path: Path
@@ -228,6 +230,7 @@ class _File:
     info: VideoInfo | None
     size: tuple[int, int]
     source: _File | None = None
+    actions: torch.Tensor | None = None
 
 
 class VideoFolder:
@@ -243,6 +246,9 @@ class VideoFolder:
 
     Frames are scaled to cover height x width, cropped in the middle, and chosen by timestamp as in `read_video`.
     Decoded files are kept in memory as uint8 up to `cache_bytes`; a file larger than that is read clip by clip.
+
+    With `frame_dim` each video has its actions in `NAME.jsonl` (see `read_actions`), and is read at its own rate, so
+    that frames and lines keep together. The first frame of a clip has none, since what it acted on is not in the clip.
 
     With `sources` the clips come in pairs: the source of a clip of `folder/sub/NAME.mp4` is cut from
     `sources/sub/NAME.*`, from the same second on, at the same rate and in the same size. A file without source is
@@ -265,6 +271,7 @@ class VideoFolder:
         aspect_multiple: with a number, clips have the one of `ASPECT_RATIOS` that is nearest to the shape of their
             file, about the area of height x width, and sides that are multiples of this number. With None all clips
             are height x width.
+        frame_dim: width of the vectors of frames; 0 leaves actions alone.
 
     Raises:
         ValueError: when an argument is out of range, a caption file is malformed, or no file is readable.
@@ -287,6 +294,7 @@ class VideoFolder:
         cache_bytes: int = 1 << 30,
         aspect_multiple: int | None = None,
         sources: str | Path | None = None,
+        frame_dim: int = 0,
     ) -> None:
         self.folder = Path(folder)
         self.sources = None if sources is None else Path(sources)
@@ -299,6 +307,7 @@ class VideoFolder:
             ("width", width, 1),
             ("clips_per_file", clips_per_file, 1),
             ("cache_bytes", cache_bytes, 0),
+            ("frame_dim", frame_dim, 0),
             ("aspect_multiple", 1 if aspect_multiple is None else aspect_multiple, 1),
         ):
             if value < least:
@@ -320,6 +329,7 @@ class VideoFolder:
         self.caption_second = caption_second
         self.cache_bytes = cache_bytes
         self.aspect_multiple = aspect_multiple
+        self.frame_dim = frame_dim
         self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._broken: set[Path] = set()
@@ -402,7 +412,8 @@ class VideoFolder:
                 self._broken.add(file.path)
                 logger.warning("skipped: %s", error)
                 continue
-            return Clip(pixels, self._caption(file, caption, start), f"{file.name}@{start}", source)
+            told = None if file.actions is None else of_clip(file.actions, start, self.frames)
+            return Clip(pixels, self._caption(file, caption, start), f"{file.name}@{start}", source, told)
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
 
     def _caption(self, file: _File, caption: str, start: int) -> str:
@@ -412,7 +423,11 @@ class VideoFolder:
     def _scan(self) -> list[_File]:
         sidecars = Sidecars()
         paths, ignored = [], 0
-        for path in sidecars.take_from(find_files(self.folder)):
+        unread = 0
+        for path in sidecars.take_from([path for path in find_files(self.folder) if path.name != WORLD_FILE]):
+            if path.suffix.lower() == ACTION_SUFFIX:
+                unread += 1
+                continue
             if path.suffix.lower() in IMAGE_SUFFIXES and self.frames > 1:
                 ignored += 1
                 sidecars.of(path)
@@ -433,6 +448,8 @@ class VideoFolder:
                     logger.warning("skipped: %s", file)
                 else:
                     files.append(file)
+        if unread and not self.frame_dim:
+            logger.warning("skipped: the actions of %d videos in %s, the model reads none", unread, self.folder)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
         for line in sidecars.left_over():
@@ -459,13 +476,27 @@ class VideoFolder:
         """Open a file that is cut at the given rate, or without one at `fps`, or at its own rate."""
         name, captions = str(path.relative_to(folder)), self._captions.get(path, ("",))
         if path.suffix.lower() in IMAGE_SUFFIXES:
-            return _File(path, name, 0.0, 1, captions, None, self._size(*image_size(path)))
+            none = torch.full((1, self.frame_dim), torch.nan) if self.frame_dim else None
+            return _File(path, name, 0.0, 1, captions, None, self._size(*image_size(path)), actions=none)
         info = probe(path, count=True)
         rate = rate or self.fps or info.fps
         available = frames_at(info, rate)
         if available < self.frames:
             raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
-        return _File(path, name, rate, available, captions, info, self._size(info.height, info.width))
+        size = self._size(info.height, info.width)
+        return _File(path, name, rate, available, captions, info, size, actions=self._actions(path, info, rate))
+
+    def _actions(self, path: Path, info: VideoInfo, rate: float) -> torch.Tensor | None:
+        """The vectors of the frames of a video, or None where none are read."""
+        if not self.frame_dim:
+            return None
+        told = read_actions(actions_beside(path), self.frame_dim, info.frames)
+        if frames_at(info, rate) != info.frames:
+            raise ValueError(
+                f"VideoFolder: {path} has actions and {info.fps:g} frames a second, expected fps None or as many, and "
+                f"not {rate:g}: each frame has an action of its own"
+            )
+        return told
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the clips of a file."""

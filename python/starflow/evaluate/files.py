@@ -13,10 +13,13 @@ from starflow.data import (
     Clip,
     VideoError,
     VideoFolder,
+    actions_beside,
     caption_at,
     captions_of,
     frames_at,
+    of_clip,
     probe,
+    read_actions,
     read_image,
     read_video,
     to_pixels,
@@ -62,6 +65,7 @@ def read_clips(
                 cut="even",
                 name_captions=data.name_captions,
                 caption_second=data.caption_second,
+                frame_dim=pipeline.config.flow.frame_dim,
             )
             clips += [folder.item(index) for index in range(len(folder))]
         else:
@@ -80,6 +84,9 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
         return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
+    told = None
+    if dim := pipeline.config.flow.frame_dim:
+        told = read_actions(actions_beside(path), dim, info.frames)
     last = frames_at(info, fps) - frames
     if last < 0:
         raise VideoError(f"{path}: {last + frames} frames at {fps:g} frames per second, expected at least {frames}")
@@ -100,6 +107,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
             ),
             caption_at(caption, spot / fps) if data.caption_second else caption,
             f"{path.name}@{spot}",
+            frame_conditions=None if told is None else of_clip(told, spot, frames),
         )
         for spot in spots
     ]

@@ -136,15 +136,17 @@ def score(
     for first, group in _groups(clips, batch):
         seeds = range(seed + first, seed + first + len(group))
         pixels = torch.stack([clip.pixels for clip in group])
-        tokens = _bits(pipeline, group, pixels, seeds, fps, sigma)
+        tokens = token_bits(pipeline, group, pixels, seeds, fps, sigma)
         # Tokens have equally many dimensions, and so have frames.
         bits = tokens.flatten(2).mean(2)
         shuffled = reverse = None
         if order_check and pixels.shape[1] > 1:
             orders = torch.stack([_shuffle(pixels.shape[1], number) for number in seeds])
             mixed = torch.stack([clip[order] for clip, order in zip(pixels, orders, strict=True)])
-            shuffled = _bits(pipeline, group, mixed, seeds, fps, sigma).flatten(1).mean(1).tolist()
-            reverse = _bits(pipeline, group, pixels.flip(1), seeds, fps, sigma).flatten(1).mean(1).tolist()
+            ordered = [_in_order(clip, order) for clip, order in zip(group, orders, strict=True)]
+            shuffled = token_bits(pipeline, ordered, mixed, seeds, fps, sigma).flatten(1).mean(1).tolist()
+            backwards = [_in_order(clip, torch.arange(pixels.shape[1] - 1, -1, -1)) for clip in group]
+            reverse = token_bits(pipeline, backwards, pixels.flip(1), seeds, fps, sigma).flatten(1).mean(1).tolist()
         for row, clip in enumerate(group):
             plain = ClipScore(clip.name, clip.caption, float(bits[row].mean()), tuple(bits[row].tolist()))
             if per_token:
@@ -155,11 +157,29 @@ def score(
     return scores
 
 
+def _in_order(clip: Clip, order: Tensor) -> Clip:
+    """The clip with the vectors of its frames in another order; the pixels stay."""
+    told = clip.frame_conditions
+    return clip if told is None else replace(clip, frame_conditions=told[order])
+
+
 @torch.inference_mode()
-def _bits(
+def token_bits(
     pipeline: Pipeline, clips: Sequence[Clip], pixels: Tensor, seeds: Sequence[int], fps: float | None, sigma: float
 ) -> Tensor:
-    """Bits per dimension of each token, (clips, latent frames, height, width), float64."""
+    """Bits per dimension of each token, (clips, latent frames, height, width), float64.
+
+    Args:
+        pipeline: with the flow.
+        clips: of one shape, with their captions, sources and vectors of frames.
+        pixels: of these clips (clips, frames, channels, height, width).
+        seeds: of the noise of each clip.
+        fps: frames a second that captions tell; None for those of the training clips.
+        sigma: standard deviation of the noise.
+
+    Raises:
+        ValueError: a clip that does not fit the model; the message names it.
+    """
     texts = [_condition(pipeline, clip, fps) for clip in clips]
     y = None if texts[0] is None else torch.cat([text for text in texts if text is not None])
     sources = [clip.source for clip in clips if clip.source is not None]
@@ -181,9 +201,31 @@ def _bits(
         )
     _, frames, channels, height, width = latents.shape
     drawn = noise.draw(seeds, frames, channels, height, width, purpose="train").to(latents)
-    nats = pipeline.flow.log_prob(latents + sigma * drawn, y, by="token").double()[:, -encoded[-1].shape[1] :]
+    told = _vectors(pipeline, clips, frames, pixels.shape[1])
+    nats = pipeline.flow.log_prob(latents + sigma * drawn, y, told, by="token").double()[:, -encoded[-1].shape[1] :]
     dimensions = channels * height * width / nats[0, 0].numel()
     return (-(nats / dimensions + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
+
+
+def _vectors(pipeline: Pipeline, clips: Sequence[Clip], frames: int, shown: int) -> Tensor | None:
+    """Vectors of the latent frames of clips, those of a source included, (clips, frames, frame_dim), or None."""
+    dim = pipeline.flow.config.frame_dim
+    for clip in clips:
+        told = clip.frame_conditions
+        if told is not None and not dim:
+            raise ValueError(f"score: {clip.name} has actions, expected none (the model reads none: frame_dim is 0)")
+        if dim and told is None:
+            raise ValueError(f"score: {clip.name} has no actions, expected {dim} numbers for each frame (frame_dim)")
+        if told is not None and list(told.shape) != [shown, dim]:
+            raise ValueError(
+                f"score: {clip.name} has actions of shape {list(told.shape)}, expected {[shown, dim]} (frames, "
+                "frame_dim)"
+            )
+    if not dim:
+        return None
+    told_all = torch.stack([clip.frame_conditions for clip in clips if clip.frame_conditions is not None])
+    before = told_all.new_full((len(clips), frames - shown, dim), math.nan)
+    return torch.cat([before, told_all], 1).to(pipeline.device)
 
 
 def _nested(tokens: Tensor) -> tuple[tuple[tuple[float, ...], ...], ...]:

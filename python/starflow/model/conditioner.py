@@ -249,6 +249,7 @@ class Conditioner(Transformer):
         """Embeddings of the vectors of frames at `slots`, (batch, slots, width), which are added to the tokens there.
 
         A slot has the vector of the frame whose token it predicts: a token depends on the vectors up to its own frame.
+        (Flows with such vectors have a start token, so that slots are tokens, and go forward in time.)
 
         Args:
             frame_conditions: (batch, frames, frame_dim), NaN for none; None for none at all.
@@ -259,8 +260,7 @@ class Conditioner(Transformer):
         if rows is None:
             return None
         device = rows.device
-        predicted = torch.arange(layout.tokens, device=device)[slots] + self.first_token
-        frame = layout.order.to(device)[predicted.clamp(max=layout.tokens - 1)] // layout.frame_tokens
+        frame = torch.arange(layout.tokens, device=device)[slots] // layout.frame_tokens
         if frame.dim() == 1:
             return rows[:, frame]
         return rows[torch.arange(rows.shape[0], device=device)[:, None], frame]

@@ -70,6 +70,26 @@ class Flow(nn.Module):
         z = self.from_grid(grid, image)
         return Encoded(z, tuple(log_dets), tuple(latents), tuple(affines), text)
 
+    def encode_shallow(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The part of `encode` before the deep block.
+
+        Args:
+            x, y: as for `encode`.
+
+        Returns:
+            The grid that enters the deep block, (batch, frames, height, width, channels), and the sum of the other
+            blocks' log-determinants at each of its places, (batch, frames, height, width).
+        """
+        image = x.dim() == 4
+        y = self.check(x, y)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
+        total = grid.new_zeros(grid.shape[:-1])
+        for block in self._blocks()[:-1]:
+            grid, log_det, _, _ = block.encode(grid, self._context(block, y), image=image)
+            total = total + block.on_grid(log_det, *grid.shape[2:4])
+        return grid, total
+
     def log_prob(
         self,
         x: Tensor,
@@ -197,7 +217,12 @@ class Flow(nn.Module):
         return self.prior_variance.to(grid.dtype).view(height, width, -1)
 
     def check_frame_conditions(
-        self, x: Tensor, frame_conditions: Tensor | None, *, name: str = "frame_conditions"
+        self,
+        x: Tensor,
+        frame_conditions: Tensor | None,
+        *,
+        name: str = "frame_conditions",
+        device: torch.device | None = None,
     ) -> Tensor | None:
         """Checks that the vectors of frames fit the flow and `x`; returns them in the dtype of the residual stream.
 
@@ -205,6 +230,7 @@ class Flow(nn.Module):
             x: data or noise, (batch, frames, channels, height, width), or without frames for images (one frame).
             frame_conditions: (batch, frames, frame_dim), a frame all NaN or all finite; None for none.
             name: what the caller calls them.
+            device: where they are wanted; None for that of `x`.
 
         Raises:
             ValueError: a flow without such vectors, another shape or dtype, or infinite values.
@@ -224,7 +250,7 @@ class Flow(nn.Module):
         none = told.isnan()
         if not bool((none.all(-1) | told.isfinite().all(-1)).all()):
             raise ValueError(f"flow: {name} holds infinity or NaN, expected finite vectors, or NaN alone for none")
-        return told.to(x.device, torch.promote_types(x.dtype, torch.float32))
+        return told.to(x.device if device is None else device, torch.promote_types(x.dtype, torch.float32))
 
     def check(self, x: Tensor, y: Tensor | None, *, name: str = "x", condition: str = "y") -> Tensor | None:
         """Checks that `x`, data or noise, and the condition `y` fit the flow; returns `y`.

@@ -38,7 +38,9 @@ class Denoising:
     whole: bool = False
 
 
-def score_denoise(flow: Flow, x: Tensor, y: Tensor | None, sigma: float) -> Tensor:
+def score_denoise(
+    flow: Flow, x: Tensor, y: Tensor | None, sigma: float, frame_conditions: Tensor | None = None
+) -> Tensor:
     """Denoises by the flow's own score: `x - sigma^2 * numel * d nll / d x` (Tweedie), for flows without a denoiser.
 
     Args:
@@ -46,13 +48,14 @@ def score_denoise(flow: Flow, x: Tensor, y: Tensor | None, sigma: float) -> Tens
         x: noisy latents.
         y: text or labels.
         sigma: standard deviation of the noise on the data.
+        frame_conditions: vectors of the frames, as of `Flow.encode`.
 
     Returns:
         Like `x`.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = x.detach().clone().requires_grad_()
-        context = None if y is None else y.clone()
-        loss = flow.nll(leaf, context).mean()
+        context, told = (None if given is None else given.clone() for given in (y, frame_conditions))
+        loss = flow.nll(leaf, context, told).mean()
         (gradient,) = torch.autograd.grad(loss, leaf)
     return x - sigma**2 * x.numel() * gradient

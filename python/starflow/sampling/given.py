@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,19 @@ import torch
 from torch import Tensor
 
 from starflow.codecs import Codec
-from starflow.data import VideoError, frames_at, probe, read_image, read_video, to_pixels
+from starflow.config import RunConfig
+from starflow.data import (
+    ACTION_SUFFIX,
+    VideoError,
+    action_vector,
+    frames_at,
+    probe,
+    read_actions,
+    read_image,
+    read_video,
+    to_pixels,
+)
+from starflow.sampling.options import Actions
 
 
 @dataclass(frozen=True)
@@ -110,6 +123,40 @@ class GivenReader:
         )
         return self._checked(name, to_pixels(frames))
 
+    def actions(self, source: Actions, config: RunConfig) -> Tensor:
+        """The actions of frames as vectors, for every clip.
+
+        Args:
+            source: a file, a text, numbers or vectors (see `SampleOptions.actions`).
+            config: of the run, which has the names of actions.
+
+        Returns:
+            (clips, frames, frame_dim), NaN where there is none.
+
+        Raises:
+            ValueError: a model without actions, or actions that do not fit; the message names them.
+        """
+        dim = config.flow.frame_dim
+        if not dim:
+            raise ValueError(
+                "sample: actions are given, expected a model that was trained with them (flow.frame_dim > 0)"
+            )
+        if isinstance(source, Tensor):
+            vectors = source
+        elif isinstance(source, str | Path) and Path(source).suffix == ACTION_SUFFIX:
+            vectors = read_actions(Path(source), dim)
+        else:
+            numbers = _numbers(source, config.data.actions or ()) if isinstance(source, str | Path) else source
+            told = [action_vector(action, dim, f"frame {frame}") for frame, action in enumerate(numbers)]
+            vectors = torch.stack(told) if told else torch.empty(0, dim)
+        vectors = vectors.expand(self.clips, *vectors.shape) if vectors.dim() == 2 else vectors
+        if vectors.dim() != 3 or vectors.shape[0] != self.clips or vectors.shape[2] != dim or not vectors.shape[1]:
+            raise ValueError(
+                f"sample: actions has shape {list(vectors.shape)}, expected ({self.clips} clips, at least 1 frame, "
+                f"{dim})"
+            )
+        return vectors.to(self.device)
+
     def _check_forward(self, name: str) -> None:
         if not self.forward:
             raise ValueError(
@@ -134,3 +181,18 @@ class GivenReader:
                 f"sample: {name} gives {pixels.shape[1]} frames, which the codec cannot hold: {error}"
             ) from None
         return pixels.to(self.device)
+
+
+def _numbers(text: str | Path, names: Sequence[str]) -> list[int]:
+    """The actions of a text such as "up:12,stay"."""
+    found: list[int] = []
+    for part in str(text).split(","):
+        name, colon, count = part.strip().partition(":")
+        if name not in names or (colon and not (count.isdecimal() and int(count) > 0)):
+            known = ", ".join(names) if names else "none, as the actions of this model have no names"
+            raise ValueError(
+                f"sample: actions has {part.strip()!r}, expected a file that ends in {ACTION_SUFFIX}, or names with "
+                f"their numbers of frames, such as NAME:12 (names: {known})"
+            )
+        found += [names.index(name)] * int(count or 1)
+    return found

@@ -27,6 +27,9 @@ Denoise: TypeAlias = Literal["auto", "learned", "score", "none"]
 # A picture or video: the path of a file, or its pixels.
 Given: TypeAlias = str | Path | Tensor
 
+# Actions of frames: a file or a text, numbers, or vectors.
+Actions: TypeAlias = str | Path | Sequence[int | None] | Tensor
+
 Made = TypeVar("Made", bound=Callable[..., Any])
 
 
@@ -68,6 +71,10 @@ class SampleOptions:
         edit: clip to make again under the prompt, like `video`: from its first frame on, `frames` of it. The flow finds
             its noise and decodes that; guidance is 0 unless it is given.
         edit_prompt: what the clip of `edit` shows.
+        actions: of the frames, given ones included, for a model that was trained with such (`flow.frame_dim`): a file
+            of lines of JSON as `starflow record` writes it, or names with their numbers of frames ("up:12,stay"), or
+            in Python numbers of actions (None for none), or vectors ([clips,] frames, frame_dim). The first is of the
+            first frame, to which nothing need have led. Frames beyond them have none.
         solver: how the flow is inverted, a schedule or its text: "window[:size[:tolerance]]" (fast, its error set by
             the tolerance, in units of a token's own scale; size "auto" fits this machine), "sequential" (token by
             token, exact, slow) or "chunks[:block[:threshold]]" (the published scheme, least exact); by default the
@@ -107,6 +114,7 @@ class SampleOptions:
     last_image: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
     source: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
     edit: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
+    actions: Actions | None = field(default=None, metadata=_shown("given frames", metavar="FILE_OR_TEXT"))
     edit_prompt: str = field(default="", metadata=_shown("given frames", metavar="TEXT"))
     solver: str | Schedule | None = field(default=None, metadata=_shown("how", metavar="TEXT"))
     precision: Precision | None = field(default=None, metadata=_shown("how"))
@@ -123,8 +131,8 @@ class SampleOptions:
             value = getattr(self, option.name)
             if value is not None:
                 _check(option, value)
-        for name in ("seeds", "size"):
-            if getattr(self, name) is not None:
+        for name in ("seeds", "size", "actions"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), str | Path | Tensor):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.size is not None and len(self.size) != 2:
             raise ValueError(f"sample: size is {self.size}, expected a height and a width")

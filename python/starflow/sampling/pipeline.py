@@ -246,7 +246,7 @@ class Pipeline(Pretrained):
             length = edited.shape[1]
             guidance = 0.0 if guidance is None else guidance
         weight = config.sample.guidance if guidance is None else guidance
-        if weight and self.text is None:
+        if weight and self.text is None and not c.frame_dim:
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
         self._check_mode(asked, length)
         holds = self.about.get("holds_frames", "")
@@ -285,6 +285,13 @@ class Pipeline(Pretrained):
             read=read if self.text is not None else None,
             renew=asked.renew,
         )
+        if asked.actions is not None:
+            vectors = reader.actions(asked.actions, config)
+            if vectors.shape[1] > shape[0]:
+                raise ValueError(
+                    f"sample: actions are of {vectors.shape[1]} frames, expected at most {shape[0]}, those of the clip"
+                )
+            session.tell(vectors)
         beginning = self._beginning(reader, asked, length, shape[0])
         if beginning is not None or reference is not None:
             session.prefill(beginning, reference=reference)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.codecs import Codec
+from starflow.data import action_vector
 from starflow.inference import in_inference_mode
 from starflow.model import Flow
 from starflow.sampling.cleaning import Denoising, score_denoise
@@ -111,6 +112,8 @@ class Session:
         self._next = 0  # index of the next frame that goes out
         self._drawn = 0  # index of the next frame whose noise is read
         self._clean = self._noisy
+        # Vectors of the frames from `_begin` on, as far as they were told; NaN for a frame without.
+        self._vectors = torch.empty(shape[0], 0, flow.config.frame_dim, device=self._device)
 
     @property
     def frames(self) -> int:
@@ -169,12 +172,15 @@ class Session:
             raise ValueError(f"session: {count} latent frames are given, expected at most {most} (the window)")
         if text is not None:
             self.change(text)
+        if reference is not None:
+            # A reference has no vectors, and those that were told are of the frames behind it.
+            self._reference = encoded["reference"].shape[1]
+            none = self._vectors.new_full((self.shape[0], self._reference, self._vectors.shape[2]), math.nan)
+            self._vectors = torch.cat([none, self._vectors], 1)
         noisy = clean + self.denoising.sigma * self._draw(0, count, "train")
-        self._known = self._flow.known(noisy, self.conditions.y, self.shape[1:])
+        self._known = self._flow.known(noisy, self.conditions.y, self.shape[1:], self._vectors_of(0, count))
         self._noisy, self._clean = noisy, clean
         self._next = self._drawn = count
-        if reference is not None:
-            self._reference = encoded["reference"].shape[1]
         if frames is not None:
             latents = encoded["frames"]
             self._decode(latents)
@@ -222,8 +228,8 @@ class Session:
         noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
         window, context, sink = self._span.frames, self._span.context, self._span.sink
         if self._span.behind is not None:
-            return self._flow.encode(noisy, conditions.y).z
-        parts = [self._flow.encode(noisy[:, :window], conditions.y).z]
+            return self._flow.encode(noisy, conditions.y, self._vectors_of(0, noisy.shape[1])).z
+        parts = [self._flow.encode(noisy[:, :window], conditions.y, self._vectors_of(0, min(window, noisy.shape[1]))).z]
         while (done := sum(part.shape[1] for part in parts)) < noisy.shape[1]:
             if context is None:
                 raise ValueError(
@@ -231,8 +237,12 @@ class Session:
                     "sliding window)"
                 )
             before = torch.cat([noisy[:, :sink], noisy[:, done - context + sink : done]], 1)
-            clip = torch.cat([before, noisy[:, done : done + window - context]], 1)
-            parts.append(self._flow.encode(clip, conditions.y).z[:, context:])
+            new = noisy[:, done : done + window - context]
+            clip = torch.cat([before, new], 1)
+            places = [(0, sink), (done - context + sink, done + new.shape[1])]
+            told = [self._vectors_of(*place) for place in places]
+            vectors = torch.cat([some for some in told if some is not None], 1) if told[0] is not None else None
+            parts.append(self._flow.encode(clip, conditions.y, vectors).z[:, context:])
         return torch.cat(parts, 1)
 
     @torch.inference_mode()
@@ -259,10 +269,44 @@ class Session:
                 )
             self._decoding.change(conditions.y)
         elif self._known is not None:
-            self._known = self._flow.known(self._noisy, conditions.y, self.shape[1:])
+            told = self._vectors_of(0, self._noisy.shape[1])
+            self._known = self._flow.known(self._noisy, conditions.y, self.shape[1:], told)
         self.conditions = conditions
         have = self._begin + self._noisy.shape[1]
         self._texts.append((have, self.conditions.y))
+
+    @torch.inference_mode()
+    def tell(self, frame_conditions: Tensor) -> None:
+        """Tells the vectors of the next latent frames that were told none, such as the actions that lead to them.
+
+        Told before `prefill`, the first ones are those of the given frames. A frame that nothing is told of has none.
+
+        Args:
+            frame_conditions: (clips, frames, frame_dim), NaN for a frame without.
+
+        Raises:
+            ValueError: a flow without such vectors, or vectors that do not fit.
+        """
+        self._tell(max(self._begin + self._vectors.shape[1], self._drawn), frame_conditions, "frame_conditions")
+
+    def _tell(self, first: int, vectors: Tensor, name: str) -> None:
+        """Puts vectors at the frames `first ..`."""
+        frames = vectors.shape[1] if vectors.dim() == 3 else 1
+        like = torch.empty(self.shape[0], frames, *self.shape[1:], device="meta")
+        # The meta tensor says which shape is meant, and nothing else.
+        told = self._flow.check_frame_conditions(like, vectors, name=name, device=self._device)
+        assert told is not None
+        before, after = self._vectors_of(self._begin, first), self._vectors[:, first - self._begin + frames :]
+        assert before is not None
+        self._vectors = torch.cat([before, told.to(before.dtype), after], 1)
+
+    def _vectors_of(self, first: int, end: int) -> Tensor | None:
+        """Vectors of the frames `first .. end - 1`, (clips, frames, frame_dim); None for a flow without."""
+        if not self._vectors.shape[2]:
+            return None
+        told = self._vectors[:, first - self._begin : end - self._begin]
+        missing = end - first - told.shape[1]
+        return torch.cat([told, told.new_full((told.shape[0], missing, told.shape[2]), math.nan)], 1)
 
     def _told(self, text: str | Sequence[str] | Tensor) -> Conditions:
         """The session's conditions with another text."""
@@ -326,7 +370,7 @@ class Session:
         self._last = last
         return self._iterate(together=together)
 
-    def step(self, condition: Tensor | None = None) -> Frames:
+    def step(self, condition: int | Tensor | None = None) -> Frames:
         """Goes on by one frame, the next that is not out yet.
 
         The denoiser sees the frames that it looks ahead at first, so that the first call decodes as many more. With
@@ -334,29 +378,45 @@ class Session:
         those of `extend`; and so they are otherwise, but sweeps of a window that reached beyond a frame are done again.
 
         Args:
-            condition: of this frame; None, as flows have none.
+            condition: what leads to this frame: the number of an action, or its vector ([clips,] frame_dim); None tells
+                nothing. With a denoiser that looks ahead it is of the frame that is decoded now, which comes out as
+                many frames later.
 
         Returns:
             The frame: one latent frame, and its pixels.
 
         Raises:
-            ValueError: a condition, a clip that has ended or cannot go on, or a denoiser that sees whole clips.
+            ValueError: a condition that does not fit the flow, a clip that has ended or cannot go on, or a denoiser
+                that sees whole clips.
             NotFiniteError: noise, text or weights are not finite.
         """
-        if condition is not None:
-            raise ValueError(
-                f"session: condition has shape {list(condition.shape)}, expected None: the flow has no conditions for "
-                "each frame"
-            )
+        vector = None if condition is None else self._vector(condition)
         if self.denoising.whole:
             raise ValueError(
                 "session: step cleans frames one by one, expected a denoiser that does not see whole clips"
             )
         if self._last:
             raise ValueError("session: step comes after the last frame, expected it before (last was True)")
+        if vector is not None:
+            self._tell(self._drawn, vector, "condition")
         while (frames := self._advance(together=False)) is None:
             self.extend(1)
+            if vector is not None:
+                self._tell(self._drawn, vector, "condition")
         return frames
+
+    def _vector(self, condition: int | Tensor) -> Tensor:
+        """A condition as vectors of one frame, (clips, 1, frame_dim)."""
+        dim = self._flow.config.frame_dim
+        if not dim:
+            raise ValueError("session: condition is given, expected None: the flow reads none (frame_dim is 0)")
+        if not isinstance(condition, Tensor):
+            condition = action_vector(condition, dim, "session: condition")
+        if condition.shape not in ((dim,), (self.shape[0], dim)):
+            raise ValueError(
+                f"session: condition has shape {list(condition.shape)}, expected [{dim}] or [{self.shape[0]}, {dim}]"
+            )
+        return condition.expand(self.shape[0], dim)[:, None]
 
     def _iterate(self, *, together: bool) -> Iterator[Frames]:
         while (frames := self._advance(together=together)) is not None:
@@ -369,13 +429,21 @@ class Session:
             renew = self._renewed if self._renew else None
             shape = self.shape
             self._decoding = Decoding(
-                self._flow, shape, self.conditions, self._span, known=self._known, renew=renew, trace=False
+                self._flow,
+                shape,
+                self.conditions,
+                self._span,
+                known=self._known,
+                known_conditions=None if self._known is None else self._vectors_of(0, self._drawn),
+                renew=renew,
+                trace=False,
             )
             self._known = None
         while not (ready := self._ready()):
             if room := min(self._decoding.room, self._waiting):
-                noise = self._take(int(room))
-                self._decoding.push(noise, more=not self._last or self._waiting > 0)
+                first, noise = self._drawn, self._take(int(room))
+                told = self._vectors_of(first, self._drawn)
+                self._decoding.push(noise, more=not self._last or self._waiting > 0, frame_conditions=told)
             elif self._last and not self._waiting:
                 self._decoding.push(self._noisy[:, :0], more=False)
             new = self._decoding.pull(together=together)
@@ -424,7 +492,7 @@ class Session:
         """Cleans and decodes the next frames."""
         first = self._next
         if self.denoising.whole:
-            clean = self._denoised(self._noisy, self.conditions.y)[:, first - self._begin :]
+            clean = self._denoised(self._noisy, self.conditions.y, self._begin)[:, first - self._begin :]
         else:
             clean = torch.cat([self._cleaned(frame) for frame in range(first, first + count)], 1)
         pixels = torch.cat([self._decode(frame) for frame in clean.split(1, 1)], 1).clamp(-1.0, 1.0)
@@ -439,16 +507,18 @@ class Session:
         begin = max(place - self.denoising.behind, 0)
         chunk = self._noisy[:, begin : place + self.denoising.look_ahead + 1]
         text = next(y for first, y in reversed(self._texts) if first <= frame)
-        return self._denoised(chunk, text)[:, place - begin : place - begin + 1]
+        return self._denoised(chunk, text, self._begin + begin)[:, place - begin : place - begin + 1]
 
-    def _denoised(self, x: Tensor, text: Tensor | None) -> Tensor:
-        """Frames without their noise."""
+    def _denoised(self, x: Tensor, text: Tensor | None, first: int) -> Tensor:
+        """The frames `first ..` without their noise."""
         how, denoiser = self.denoising, self._flow.denoiser
+        told = self._vectors_of(first, first + x.shape[1])
         if how.kind == "score":
-            return score_denoise(self._flow, x, text, how.sigma)
+            return score_denoise(self._flow, x, text, how.sigma, told)
         if how.kind == "none" or denoiser is None:
             return x
-        return denoiser.denoise(x, text if self._flow.config.conditional_denoiser else None, step=how.step)
+        read = (text, told) if self._flow.config.conditional_denoiser else (None, None)
+        return denoiser.denoise(x, *read, step=how.step)
 
     def _forget(self, clean: Tensor) -> None:
         """Drops frames and texts that no later frame needs."""
@@ -460,6 +530,7 @@ class Session:
         if keep > self._begin:
             # A copy, since a view would keep the dropped frames in memory.
             self._noisy = self._noisy[:, keep - self._begin :].clone()
+            self._vectors = self._vectors[:, keep - self._begin :].clone()
             self._begin = keep
         while len(self._texts) > 1 and self._texts[1][0] <= self._next:
             self._texts.pop(0)

@@ -9,6 +9,7 @@ from starflow.solver.loop import certify, invert
 from starflow.solver.native import Precision
 from starflow.solver.protocol import AffineMaps, Autoregressive, Timed, WindowSweeps
 from starflow.solver.report import NotFiniteError, SolveReport
+from starflow.solver.rolling import rolling_frames
 from starflow.solver.schedules import Chunks, Schedule, Sequential, Window, parse_solver, solver_text
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "decode",
     "invert",
     "parse_solver",
+    "rolling_frames",
     "solve",
     "solver_text",
 ]

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from math import nan
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -120,6 +121,7 @@ class Decoding:
         span: of the deep block.
         known: inputs of each block at given frames, as `Flow.known` returns them; these frames are not returned. None
             without given frames.
+        known_conditions: vectors of the given frames (batch, frames, frame_dim), NaN for none; None for none at all.
         renew: makes the context of a new window; None takes the deep block's output as it was decoded.
         trace: reports have an entry for every sweep, and so grow with the clip.
 
@@ -135,6 +137,7 @@ class Decoding:
         span: Span,
         *,
         known: tuple[Tensor, ...] | None = None,
+        known_conditions: Tensor | None = None,
         renew: Renew | None = None,
         trace: bool = False,
     ) -> None:
@@ -148,6 +151,8 @@ class Decoding:
             self._deep = _Rolling(deep, size, conditions, span, given[deep.index], trace=trace)
         else:
             self._deep = _Causal(deep, size, conditions, span, given[deep.index], renew, trace=trace)
+        if self._deep.reads_frames and known is not None:
+            self._deep.tell(known[0].shape[1], known_conditions)
         self._shallow: list[_Local | _Causal | None] = []
         for block in shallow:
             if block.conditioner is None:
@@ -173,13 +178,16 @@ class Decoding:
         """Whether every frame was pulled and none may come."""
         return self._deep.done
 
-    def push(self, z: Tensor, *, more: bool) -> None:
+    def push(self, z: Tensor, *, more: bool, frame_conditions: Tensor | None = None) -> None:
         """Takes noise.
 
         Args:
             z: of further frames (batch, frames, channels, height, width).
             more: whether there may be more frames after them.
+            frame_conditions: vectors of these frames (batch, frames, frame_dim), NaN for none; None for none at all.
         """
+        if self._deep.reads_frames:
+            self._deep.tell(z.shape[1], frame_conditions)
         self._deep.push(self._flow.noise_grid(z), more=more)
 
     def pull(self, *, together: bool = False) -> Tensor | None:
@@ -213,6 +221,9 @@ class Decoding:
                 stage.change(y)
 
 
+_Kept: TypeAlias = tuple[tuple[int, int], Callable[[Precision, Tensor | None], BlockDecoder], BlockDecoder, Tensor]
+
+
 class _Stage:
     """One block of a decoding."""
 
@@ -221,11 +232,32 @@ class _Stage:
         self._report: SolveReport | None = None
         # The decoder in use, with its rows and frames, a function that makes others like it, and the order of its
         # tokens.
-        self._kept: tuple[tuple[int, int], Callable[[Precision], BlockDecoder], BlockDecoder, Tensor] | None = None
+        self._kept: _Kept | None = None
+        # Vectors of the frames of the window and of those that wait, NaN where there is none.
+        self._vectors = torch.empty(batch, 0, block.config.frame_dim, device=block.guess.device)
+        # Those of the frames that the decoder sees; None for a block that reads none.
+        self._told: Tensor | None = None
 
     def change(self, y: Tensor | None) -> None:
         """Takes another text for what is to come."""
         self.conditions, self._kept = replace(self.conditions, y=y), None
+
+    @property
+    def reads_frames(self) -> bool:
+        """Whether the block reads a vector of each frame."""
+        return self.block.conditioner is not None and self.block.conditioner.proj_frame is not None
+
+    def tell(self, frames: int, frame_conditions: Tensor | None) -> None:
+        """Takes the vectors of the next frames, of which there are so many; None where they have none."""
+        told = self._none(frames) if frame_conditions is None else frame_conditions.to(self._vectors)
+        assert told is not None
+        self._vectors = torch.cat([self._vectors, told], 1)
+
+    def _none(self, frames: int) -> Tensor | None:
+        """Vectors of frames that have none; None for a block that reads none."""
+        if not self.reads_frames:
+            return None
+        return self._vectors.new_full((self._batch, frames, self._vectors.shape[2]), nan)
 
     def _texts(self) -> tuple[Tensor | None, Tensor | None]:
         """What the block reads, for the samples and for the unconditional half."""
@@ -237,16 +269,18 @@ class _Stage:
         rows, _, height, width, _ = known.shape
         if self._kept is None or self._kept[0] != (rows, frames):
             make, order = self._decoders(rows, frames, height, width)
-            self._kept = (rows, frames), make, make(self.conditions.precision), order
+            self._kept = (rows, frames), make, make(self.conditions.precision, self._told), order
+        elif self._told is not None:
+            self._kept[2].tell(0, self._told)
         # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
-        return Inversion(own, schedule, first, lambda: decoder("float32")), order
+        return Inversion(own, schedule, first, lambda: decoder("float32", self._told)), order
 
     def _decoders(
         self, rows: int, frames: int, height: int, width: int
-    ) -> tuple[Callable[[Precision], BlockDecoder], Tensor]:
-        """What makes a decoder of a precision for `rows` (folded) samples, and the order of its tokens."""
+    ) -> tuple[Callable[[Precision, Tensor | None], BlockDecoder], Tensor]:
+        """What makes a decoder of a precision, with vectors of its frames, for `rows` (folded) samples; their order."""
         block, c = self.block, self.conditions
         context, null = (block.fold_labels(text, rows // self._batch) for text in self._texts())
         layout = block.layout(frames, height, width, context, image=c.image)
@@ -396,6 +430,9 @@ class _Causal(_Stage):
         while self._queue is not None:
             if self._open is None:
                 known = self._queue[:, :0] if self._known is None else self._known
+                self._told = self._none(self._span.frames)
+                if self._told is not None:
+                    self._told[:, : known.shape[1]] = self._vectors[:, : known.shape[1]]
                 self._open = self._solve(self.conditions.schedule, known, self._span.frames)
                 self._out, self._known = known.shape[1], None
             begin = self._in_window
@@ -403,6 +440,7 @@ class _Causal(_Stage):
                 noise, rest = self._queue[:, :room], self._queue[:, room:]
                 self._queue = rest if rest.shape[1] else None
                 solve, order = self._open
+                self._tell_decoder(begin, begin + noise.shape[1])
                 tokens = noise[0, ..., 0].numel()
                 more = begin + noise.shape[1] < self._span.frames and self._more
                 solve.extend(to_sequence(noise, order[:tokens]), more=more)
@@ -415,6 +453,14 @@ class _Causal(_Stage):
                 )
             self._close(self._span.context)
 
+    def _tell_decoder(self, begin: int, end: int) -> None:
+        """Gives the decoder the vectors of the frames `begin .. end - 1` of the window."""
+        if self._told is None:
+            return
+        assert self._kept is not None
+        self._told[:, begin:end] = self._vectors[:, begin:end]
+        self._kept[2].tell(begin, self._told[:, begin:end])
+
     def _close(self, carried: int) -> None:
         """Ends the window; the next one begins with `carried` frames of it."""
         assert self._open is not None
@@ -424,6 +470,7 @@ class _Causal(_Stage):
             self._first = self._grid(solve.x, order, 0, self._span.sink)
         sink = self._span.sink if carried > self._span.sink else 0
         last = carried - sink
+        self._vectors = torch.cat([self._vectors[:, :sink], self._vectors[:, self._out - last :]], 1)
         if self._renew is not None:
             self._known = self._renew(last)
         else:
@@ -483,7 +530,7 @@ class _Rolling(_Stage):
         self._queue = rest if rest.shape[1] else None
         solve, order = self._opened(now)
         _, height, width = self._size
-        solved = (solve.solve(to_sequence(frame, order)) for frame in now.split(1, 1))
+        solved = (solve.solve(to_sequence(frame, order), self._next_vector()) for frame in now.split(1, 1))
         return torch.cat([to_grid(frame, order, 1, height, width) for frame in solved], 1)
 
     def rest(self) -> Tensor:
@@ -510,16 +557,23 @@ class _Rolling(_Stage):
             order = order[: height * width]
             assert self._span.behind is not None
             solve = RollingInversion(
-                make(self.conditions.precision),
+                make(self.conditions.precision, self._none(self._span.frames)),
                 self.conditions.schedule,
                 self._span.behind,
                 to_sequence(like[:, :0], order[:0]),
-                lambda: make("float32"),
+                lambda: make("float32", self._none(self._span.frames)),
                 trace=self._trace,
             )
             self._open = solve, order
             if self._known is not None:
                 for frame in self._known.to(like.dtype).split(1, 1):
-                    solve.give(to_sequence(frame, order))
+                    solve.give(to_sequence(frame, order), self._next_vector())
                 self._known = None
         return self._open
+
+    def _next_vector(self) -> Tensor | None:
+        """The vector of the next frame, (batch, 1, frame_dim); None for a block that reads none."""
+        if not self.reads_frames:
+            return None
+        vector, self._vectors = self._vectors[:, :1], self._vectors[:, 1:]
+        return vector

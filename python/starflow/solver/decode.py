@@ -41,6 +41,7 @@ def decode(
     flow: Flow,
     z: Tensor,
     y: Tensor | None = None,
+    frame_conditions: Tensor | None = None,
     *,
     null: Tensor | None = None,
     guidance: Guidance | float = 0.0,
@@ -56,7 +57,9 @@ def decode(
         flow: in eval mode.
         z: noise, shape of the data.
         y: text or labels as for `encode`.
-        null: text of the empty prompt like `y`, needed for guidance with text.
+        frame_conditions: vectors of the frames as for `encode`, those of the prefix included.
+        null: text of the empty prompt like `y`, needed for guidance with text. The unconditional half has no vectors of
+            frames.
         guidance: a weight, or a `Guidance`.
         schedule: of the solver; the default is `Window()`.
         prefix: first frames that are given, noisy latents (batch, prefix frames, channels, height, width). The
@@ -78,6 +81,9 @@ def decode(
     guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     schedule = Window() if schedule is None else schedule
     conditions = checked(flow, z, Conditions(y, null, guide, schedule, temperature, precision, image))
+    told = flow.check_frame_conditions(z, frame_conditions)
+    if guide.active and guide.needs_condition and y is None and told is None:
+        raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without anything to guide by")
     z = z.unsqueeze(1) if image else z
     window, frames = flow.config.local_attn_window, z.shape[1]
     if prefix is not None and (prefix.dim() != 5 or prefix.shape[1] >= frames or prefix.shape[0] != z.shape[0]):
@@ -91,9 +97,13 @@ def decode(
         span = Span.rolling(flow.config.attention_frames, area)
     elif window is not None and frames > window:
         span = Span(window, Span.default_context(window) if context_frames is None else context_frames)
-    known = None if prefix is None else flow.known(prefix, conditions.y, z.shape[2:])
-    decoding = Decoding(flow, (z.shape[0], *z.shape[2:]), conditions, span, known=known, trace=True)
-    decoding.push(z if prefix is None else z[:, prefix.shape[1] :], more=False)
+    given = 0 if prefix is None else prefix.shape[1]
+    before = None if told is None else told[:, :given]
+    known = None if prefix is None else flow.known(prefix, conditions.y, z.shape[2:], before)
+    decoding = Decoding(
+        flow, (z.shape[0], *z.shape[2:]), conditions, span, known=known, known_conditions=before, trace=True
+    )
+    decoding.push(z[:, given:], more=False, frame_conditions=None if told is None else told[:, given:])
     latents = decoding.rest()
     if known is not None:
         latents = [
@@ -121,6 +131,6 @@ def checked(flow: Flow, z: Tensor, conditions: Conditions) -> Conditions:
             "flow: guidance.annealed is True, expected False with flow.attention_frames: its weight grows up to the "
             "end of a clip, which may have none"
         )
-    if guide.active and guide.needs_condition and y is None:
+    if guide.active and guide.needs_condition and y is None and not flow.config.frame_dim:
         raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without text or classes to guide by")
     return replace(conditions, y=y, null=null)

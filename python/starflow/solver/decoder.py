@@ -27,6 +27,8 @@ class BlockDecoder:
         guidance: how the halves are combined; None, or one that is not active, evaluates the conditional half alone.
         temperature: divides the attention logits.
         precision: of native decoding (see `starflow.solver.Precision`).
+        frame_conditions: vectors of all frames of the layout (rows, frames, frame_dim), NaN for none or for one that
+            `tell` brings later; None for a block that reads none.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class BlockDecoder:
         guidance: Guidance | None = None,
         temperature: float = 1.0,
         precision: Precision = "float32",
+        frame_conditions: Tensor | None = None,
     ) -> None:
         assert block.conditioner is not None
         conditioner = block.conditioner
@@ -51,11 +54,20 @@ class BlockDecoder:
         if self.guidance is not None and self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
             self._temperature = torch.full((2 * rows,), temperature, device=self.device)
             self._temperature[rows:] *= self.guidance.temperature
+        self._frame_conditions: Tensor | None = None
+        if conditioner.proj_frame is not None and frame_conditions is not None:
+            self._frame_conditions = self._halved(frame_conditions)
         self._native: NativeNetwork | None = None
         self._state: DecodeState | None = None
         if NativeNetwork.runs(conditioner, precision):
             self._native = NativeNetwork(
-                conditioner, layout, self.halves * rows, self._context, self._temperature, precision
+                conditioner,
+                layout,
+                self.halves * rows,
+                self._context,
+                self._temperature,
+                precision,
+                self._frame_conditions,
             )
             return
         refuse_precision(conditioner, precision)
@@ -64,6 +76,19 @@ class BlockDecoder:
         if text:
             assert self._context is not None
             conditioner.prefill_text(self._context, layout, self._state, self._temperature)
+
+    def tell(self, frame: int, frame_conditions: Tensor) -> None:
+        """Sets the vectors of the frames `frame ..`, (rows, frames, frame_dim), before any of them is evaluated."""
+        assert self._frame_conditions is not None
+        told = self._halved(frame_conditions)
+        self._frame_conditions[:, frame : frame + told.shape[1]] = told
+        if self._native is not None:
+            self._native.tell(frame, told)
+
+    def _halved(self, frame_conditions: Tensor) -> Tensor:
+        """Vectors of frames of the rows of both halves; the unconditional one has none."""
+        told = frame_conditions.to(self.device, copy=True)
+        return told if self.guidance is None else torch.cat([told, torch.full_like(told, torch.nan)])
 
     def _of_halves(self, context: Tensor | None, null: Tensor | None) -> Tensor | None:
         """Text or labels of all rows."""
@@ -155,7 +180,14 @@ class BlockDecoder:
         else:
             assert self._state is not None
             affine = self.conditioner.window(
-                previous, wide_start, self._context, self.layout, self._state, self._temperature, final
+                previous,
+                wide_start,
+                self._context,
+                self.layout,
+                self._state,
+                self._temperature,
+                final,
+                self._frame_conditions,
             )
         return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
 

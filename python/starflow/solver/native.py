@@ -92,6 +92,7 @@ class NativeNetwork:
         context: text or labels of the rows, or None.
         temperature: divides the attention logits, one number or one for each row.
         precision: see `Precision`.
+        frame_conditions: of the rows, as for `tell`, of all frames; None without.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class NativeNetwork:
         context: Tensor | None,
         temperature: float | Tensor,
         precision: Precision,
+        frame_conditions: Tensor | None = None,
     ) -> None:
         how = _how(conditioner, precision)
         assert how is not None
@@ -114,6 +116,10 @@ class NativeNetwork:
         position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
         if context is not None and context.is_floating_point():
             context = context.float()
+        # What is added to all tokens of a row, and where frames have vectors to the tokens of each, beside that.
+        self._shared = condition = self._condition(context)
+        if frame_conditions is not None:
+            condition = torch.zeros(rows, layout.frames, conditioner.width, device=device)
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
@@ -129,7 +135,8 @@ class NativeNetwork:
             storage=how.cache,
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
-            condition=self._condition(context),
+            condition=condition,
+            condition_tokens=0 if frame_conditions is None else layout.frame_tokens,
             query_rotation=query,
             key_rotation=key,
             frame_tokens=0 if behind is None else layout.frame_tokens,
@@ -140,6 +147,8 @@ class NativeNetwork:
             assert packed.text is not None
             embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
+        if frame_conditions is not None:
+            self.tell(0, frame_conditions)
 
     def _condition(self, context: Tensor | None) -> Tensor | None:
         """What is added to the tokens of each row, (rows, width)."""
@@ -151,7 +160,9 @@ class NativeNetwork:
         """Changes what is added to tokens; as `BlockDecoder.change`."""
         if context is not None and context.is_floating_point():
             context = context.float()
-        self._state = replace(self._state, condition=self._condition(context))
+        self._shared = self._condition(context)
+        if not self._state.condition_tokens:
+            self._state = replace(self._state, condition=self._shared)
 
     def forget(self, tokens: int, layout: Layout) -> None:
         """Drops the first tokens of the caches; `layout` is that of the tokens that then fill them."""
@@ -163,6 +174,14 @@ class NativeNetwork:
     def runs(conditioner: Conditioner, precision: Precision) -> bool:
         """Whether a network decodes natively: in float32 or less, outside `starflow_ext.reference_mode`."""
         return _how(conditioner, precision) is not None
+
+    def tell(self, frame: int, frame_conditions: Tensor) -> None:
+        """Sets the vectors of the frames `frame ..` of the layout, (rows, frames, frame_dim), NaN for none."""
+        rows, held = self._conditioner.embed_frames(frame_conditions), self._state.condition
+        assert rows is not None
+        assert held is not None
+        shared = 0.0 if self._shared is None else self._shared[:, None]
+        held[:, frame : frame + rows.shape[1]] = rows.float() + shared
 
     @property
     def cost_key(self) -> str:

@@ -70,18 +70,20 @@ class RollingInversion(Inversion):
         self._past: SolveReport | None = None
 
     @torch.inference_mode()
-    def give(self, tokens: Tensor) -> None:
+    def give(self, tokens: Tensor, told: Tensor | None = None) -> None:
         """Appends tokens that are known, before any other.
 
         Args:
             tokens: whole frames, (batch, tokens, channels).
+            told: vectors of these frames (batch, frames, frame_dim), for a block that reads such.
 
         Raises:
             NotFiniteError: a token is not finite.
         """
         require_finite(tokens, self._progress.before + self.tokens, "given data")
-        for frame in tokens.split(self._decoder.frame_tokens, 1):
+        for index, frame in enumerate(tokens.split(self._decoder.frame_tokens, 1)):
             self._make_room()
+            self._tell(None if told is None else told[:, index : index + 1])
             start = self.tokens
             self._x, self._z = torch.cat([self._x, frame], 1), F.pad(self._z, (0, 0, 0, frame.shape[1]))
             for decoder in (self._decoder, self._second):
@@ -92,11 +94,12 @@ class RollingInversion(Inversion):
             self._at.fresh = list(self._at.frontier)
 
     @torch.inference_mode()
-    def solve(self, z: Tensor) -> Tensor:
+    def solve(self, z: Tensor, told: Tensor | None = None) -> Tensor:
         """Solves the next frame.
 
         Args:
             z: its noise, (batch, frame tokens, channels).
+            told: its vector (batch, 1, frame_dim), for a block that reads such.
 
         Returns:
             Its tokens, like `z`.
@@ -105,6 +108,7 @@ class RollingInversion(Inversion):
             NotFiniteError: a token is not finite; names it.
         """
         self._make_room()
+        self._tell(told)
         self.extend(z)
         self.run(self.tokens)
         self._counted += z.shape[1]
@@ -134,6 +138,14 @@ class RollingInversion(Inversion):
             backward_error=self._error,
         )
         return report if self._past is None else self._past.then(report)
+
+    def _tell(self, told: Tensor | None) -> None:
+        """Gives the decoders the vector of the next frame."""
+        if told is None:
+            return
+        for decoder in (self._decoder, self._second):
+            if decoder is not None:
+                decoder.tell(self.tokens // self._decoder.frame_tokens, told)
 
     def _make_room(self) -> None:
         """Forgets frames where the cache is full."""

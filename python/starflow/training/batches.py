@@ -20,11 +20,13 @@ from torch import Tensor
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, require
 from starflow.data import (
+    WORLD_FILE,
     CaptionMode,
     Clip,
     ClipDataset,
     MovingDigits,
     VideoFolder,
+    read_world,
     sample_group,
     stack_clips,
 )
@@ -38,9 +40,9 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
 
     Args:
         config: of the run.
-        split: digits: no digit image is in both. Folder: its subfolder of this name where there is one, else the
-            whole folder; clips are cut as `data.cut` says for "train" and evenly for "test". Pairs are in subfolders
-            "target" and "source" of that.
+        split: digits: no digit image is in both. Paddle: no game is in both. Folder: its subfolder of this name where
+            there is one, else the whole folder; clips are cut as `data.cut` says for "train" and evenly for "test".
+            Pairs are in subfolders "target" and "source" of that.
 
     Raises:
         ConfigError: options that the kind of data cannot honour.
@@ -87,6 +89,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         caption_second=data.caption_second,
         cache_bytes=int(data.cache_gb * 2**30),
         aspect_multiple=make_codec(config.codec).spatial * config.flow.patch_size if data.mix_aspect else None,
+        frame_dim=config.flow.frame_dim,
     )
 
 
@@ -153,6 +156,33 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
     return replace(config, text=text, flow=replace(config.flow, txt_size=size, txt_dim=len(filled)))
 
 
+def with_world(config: RunConfig) -> RunConfig:
+    """The configuration with the actions and the world of the folder's `world.json`, where `data.actions` is null.
+
+    `flow.frame_dim` follows: as many as there are actions. Any other configuration is left alone.
+
+    Raises:
+        ConfigError: the folder tells no actions.
+        ValueError: its `world.json` is damaged.
+    """
+    data = config.data
+    if data.actions is not None:
+        return config
+    if data.path is None:
+        raise ConfigError("data.path is None, expected a folder that `starflow record` wrote")
+    told = read_world(Path(data.path))
+    if told is None or not told.actions:
+        raise ConfigError(
+            f"data.actions is None, expected a list, or the names of actions in {Path(data.path) / WORLD_FILE}, which "
+            f"{'does not exist' if told is None else 'names none'}"
+        )
+    return replace(
+        config,
+        data=replace(data, actions=told.actions, world=told.world),
+        flow=replace(config.flow, frame_dim=len(told.actions)),
+    )
+
+
 def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
     """Codec and text encoder of a run, after checking that everything fits together.
 
@@ -180,6 +210,14 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
         "flow.frame_dim",
         flow.frame_dim,
         f"0 with a codec of {codec.temporal} pixel frames in a latent one (a vector belongs to one frame)",
+    )
+    actions = data.actions
+    require(actions is not None, "data.actions", None, "a list (see `with_world`)")
+    require(
+        not actions or len(actions) == flow.frame_dim,
+        "flow.frame_dim",
+        flow.frame_dim,
+        f"{len(actions or ())}, the number of data.actions",
     )
     reads = flow.txt_size > 0 or flow.num_classes > 0
     require(reads == (text is not None), "text", config.text, "a text encoder exactly when flow reads text or classes")

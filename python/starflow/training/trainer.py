@@ -56,6 +56,7 @@ from starflow.training.batches import (
     open_text,
     source_of,
     with_vocabulary,
+    with_world,
 )
 from starflow.training.engine import Engine, shard
 from starflow.training.optim import Average, make_optimizers
@@ -434,6 +435,7 @@ def _train(
     quiet: bool,
     dataset: ClipDataset | None,
 ) -> Flow:
+    config = with_world(config)
     if open_text(config):
         dataset = make_dataset(config) if dataset is None else dataset
         config = with_vocabulary(config, dataset)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from starflow.worlds.world import Step
+from starflow.worlds.world import Step, check_action
 
 # Side of the court in units.
 COURT = 24
@@ -144,7 +144,9 @@ class PaddleBall:
         >>> world.state = replace(world.state, ball=(12, 3))
     """
 
+    name = "paddle"
     actions = ("stay", "up", "down")
+    fps = 30.0
 
     def __init__(self, size: int = COURT, seed: int = 0) -> None:
         if size < COURT:
@@ -169,15 +171,14 @@ class PaddleBall:
         """Does an action for one frame; a game never ends.
 
         Raises:
-            ValueError: an action that is none of 0, 1 and 2.
+            ValueError: an action that is not 0 (stay), 1 (up) or 2 (down).
         """
         reward = self.advance(action)
         return Step(self.frame, reward)
 
     def advance(self, action: int) -> float:
         """As `step` without a picture; returns the reward."""
-        if isinstance(action, bool) or action not in (0, 1, 2):
-            raise ValueError(f"PaddleBall: action is {action!r}, expected 0 (stay), 1 (up) or 2 (down)")
+        check_action(self.name, action, len(self.actions))
         self.state, reward = advance(self.state, int(action))
         return reward
 

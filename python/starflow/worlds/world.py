@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from starflow.data import action_vector
+
+
+class WorldError(RuntimeError):
+    """A world cannot be made, or failed while it was played."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +34,14 @@ class Step:
 
 class PlayableWorld(Protocol):
     """An environment with a few actions, whose frames are pictures of one size."""
+
+    @property
+    def name(self) -> str:
+        """By which `open_world` opens it."""
+
+    @property
+    def fps(self) -> float:
+        """Frames a second that it is shown at."""
 
     @property
     def actions(self) -> tuple[str, ...]:
@@ -56,12 +70,11 @@ def one_hot(actions: Sequence[int | None], count: int) -> Tensor:
     Raises:
         ValueError: an action that is no integer from 0 to count - 1.
     """
-    told = torch.zeros(len(actions), count)
-    for frame, action in enumerate(actions):
-        if action is None:
-            told[frame] = torch.nan
-        elif isinstance(action, bool) or not isinstance(action, int | np.integer) or not 0 <= action < count:
-            raise ValueError(f"one_hot: action {frame} is {action!r}, expected an integer from 0 to {count - 1}")
-        else:
-            told[frame, int(action)] = 1.0
-    return told
+    vectors = [action_vector(action, count, f"frame {frame}") for frame, action in enumerate(actions)]
+    return torch.stack(vectors) if vectors else torch.empty(0, count)
+
+
+def check_action(world: str, action: Any, count: int) -> None:
+    """Raises ValueError unless `action` is one of the `count` actions of a world."""
+    if isinstance(action, bool) or not isinstance(action, int | np.integer) or not 0 <= action < count:
+        raise ValueError(f"world {world}: action is {action!r}, expected an integer from 0 to {count - 1}")

@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> int:
         settings.append((["train", "seed"], args.seed))
     if args.parallel is not None:
         settings.append((["train", "parallel"], args.parallel))
-    name = args.config or ("digits" if args.data is None else "clips")
+    name = args.config or _default(args.data)
     config = make_config(name, settings)
     folder = Path(args.out or f"runs/{Path(name).stem}")
     train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=device_name(args.device))
@@ -46,12 +46,22 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _default(data: str | None) -> str:
+    """Name of the configuration for a folder of videos, or for none."""
+    from starflow.data import WORLD_FILE
+
+    if data is None:
+        return "digits"
+    return "world" if (Path(data) / WORLD_FILE).is_file() else "clips"
+
+
 _DESCRIPTION = f"""Train a flow.
 
 Without --data: on the built-in set of moving handwritten digits, which needs no download. With --data: on a
 folder of video files of any format and size; NAME.txt or NAME.json beside NAME.mp4 holds its caption (in the
-configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). A run that
-was interrupted goes on where its last checkpoint is when the same command is given again.
+configuration "clips" NAME is, where there is no such file, followed by the second at which a clip begins). In a folder
+that "{PROG} record" wrote, or that has its form, NAME.jsonl holds the action of each frame. A run that was interrupted
+goes on where its last checkpoint is when the same command is given again.
 
 Under torchrun many processes train one flow, with the same numbers as one process ("--parallel fsdp": each keeps a
 piece of weights and moments). A checkpoint is resumed by any number of processes.
@@ -60,6 +70,7 @@ examples:
   {PROG} train --data my_clips --out runs/mine
   {PROG} train --config digits --set train.steps=2000 --set train.batch_size=16
   {PROG} train --config my.yaml --data my_clips
+  {PROG} train --config paddle --out runs/paddle          a ball game that one can play
   torchrun --nproc-per-node 8 -m starflow train --config my.yaml --parallel fsdp"""
 
 
@@ -68,8 +79,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="NAME_OR_PATH",
-        help=f"configuration: a yaml file, or one of {', '.join(config_names())} (default: clips with --data, else "
-        "digits)",
+        help=f"configuration: a yaml file, or one of {', '.join(config_names())} (default: with --data world where it "
+        "holds world.json, or clips; else digits)",
     )
     parser.add_argument("--out", metavar="FOLDER", help="folder of the run (default: runs/NAME of the configuration)")
     parser.add_argument("--steps", type=number(int, 1), metavar="N", help="short for --set train.steps=N")

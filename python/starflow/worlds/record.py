@@ -1,0 +1,140 @@
+"""record: play of a world as a folder of clips with their actions, which a flow trains on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from starflow.data import (
+    WORLD_FILE,
+    Action,
+    RecordedWorld,
+    action_line,
+    actions_beside,
+    read_world,
+    write_video,
+)
+from starflow.files import write_text
+from starflow.worlds.policies import Policy, PolicyName
+from starflow.worlds.world import PlayableWorld
+
+# Frames of a clip, which stay in memory until it ends.
+CLIP_FRAMES = 1000
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What `record` wrote.
+
+    Args:
+        clips, frames, episodes: how many.
+        reward: sum over all frames.
+    """
+
+    clips: int
+    frames: int
+    episodes: int
+    reward: float
+
+
+class _Clip:
+    """One clip: its frames in memory until it ends, when both of its files appear."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._path, self._fps = path, fps
+        self._shown: list[tuple[np.ndarray, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._shown)
+
+    def add(self, frame: np.ndarray, action: Action, reward: float, done: bool) -> None:
+        self._shown.append((np.array(frame), action_line(len(self), action, reward, done)))
+
+    def end(self) -> None:
+        """Writes the lines first: a video without them would not train."""
+        frames, lines = zip(*self._shown, strict=True)
+        write_text(actions_beside(self._path), "\n".join(lines) + "\n")
+        write_video(self._path, torch.from_numpy(np.stack(frames)), self._fps, lossless=True)
+
+
+def record(
+    world: PlayableWorld,
+    folder: str | Path,
+    frames: int,
+    *,
+    policy: PolicyName = "mixed",
+    seed: int = 0,
+    fps: float | None = None,
+    clip_frames: int = CLIP_FRAMES,
+    on_frame: Callable[[], object] | None = None,
+) -> Recorded:
+    """Plays a world and writes what is seen: `clip-000000.mp4` (lossless) and `clip-000000.jsonl` and so on.
+
+    A clip ends with its episode, or after `clip_frames` frames. A folder that holds clips of the same world gets more
+    of them. Where the world fails or the call is interrupted, the frames so far are kept.
+
+    Args:
+        world: to play; its frames are of one size.
+        folder: is made where it does not exist.
+        frames: to write.
+        policy: how it is played (see `Policy`).
+        seed: of the policy and of the world. The same seed writes the same clips where the world is deterministic.
+        fps: frames a second of the videos; None takes the world's own.
+        clip_frames: most frames of a clip.
+        on_frame: called after each frame.
+
+    Raises:
+        ValueError: an argument out of range, or a folder of another world.
+        WorldError: the world failed.
+        OSError: a file cannot be written.
+    """
+    for name, value in (("frames", frames), ("clip_frames", clip_frames)):
+        if value < 1:
+            raise ValueError(f"record: {name} is {value}, expected at least 1")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about, held = RecordedWorld(world.name, world.actions), read_world(folder)
+    if held is not None and held != about:
+        raise ValueError(
+            f"record: {folder} holds the world {held.world} with the actions {', '.join(held.actions)}, expected "
+            f"{about.world} with {', '.join(about.actions)}"
+        )
+    number = 1 + max((int(path.stem[5:]) for path in folder.glob("clip-*.mp4") if path.stem[5:].isdigit()), default=-1)
+    if held is None:
+        write_text(folder / WORLD_FILE, about.to_json())
+    rate = world.fps if fps is None else fps
+    play = Policy(world, policy, np.random.default_rng([seed, number]))
+    clips = episodes = count = 0
+    total = 0.0
+    clip: _Clip | None = None
+    with contextlib.ExitStack() as ending:
+        # Whatever ends the block, a clip that has frames is whole.
+        ending.callback(lambda: clip.end() if clip else None)
+        # Seeds of the episodes go on from those of the clips that are there.
+        frame, action, reward, done = world.reset(seed + number), None, 0.0, False
+        while True:
+            if clip is None:
+                clip = _Clip(folder / f"clip-{number:06d}.mp4", rate)
+                clips, number = clips + 1, number + 1
+            clip.add(frame, action, reward, done)
+            count, total = count + 1, total + reward
+            if on_frame is not None:
+                on_frame()
+            if done or count == frames or len(clip) == clip_frames:
+                complete, clip = clip, None
+                complete.end()
+            if done:
+                episodes += 1
+            if count == frames:
+                return Recorded(clips, count, episodes, total)
+            if done:
+                frame, action, reward, done = world.reset(), None, 0.0, False
+            else:
+                action = play()
+                step = world.step(action)
+                frame, reward, done = step.frame, step.reward, step.done
