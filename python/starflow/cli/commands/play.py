@@ -51,7 +51,9 @@ def _world(asked: str | None, pipeline: Pipeline) -> tuple[str, Callable[[], Pla
     from starflow.worlds import open_world
 
     data = pipeline.config.data
-    name = data.world if asked is None else asked
+    # Clips of the kind "paddle" are of that world, whatever else their configuration tells.
+    learned = data.world or ("paddle" if data.kind == "paddle" else None)
+    name = learned if asked is None else asked
     if name is None or name == "none":
         return "", None
     if not pipeline.flow.config.frame_dim:
