@@ -66,6 +66,7 @@ class Moment:
         real: what the real world shows under the same actions; None without one.
         state: of the real world, to go back to it; None where it cannot be read.
         past: what the model takes for this frame when it goes on: `dream`, or `real` where it was told the truth.
+        edited: whether it was told the truth at this frame.
         dream_score, real_score: how surprising they are, once that is known.
     """
 
@@ -75,6 +76,7 @@ class Moment:
     real: np.ndarray | None
     state: Any
     past: np.ndarray
+    edited: bool = False
     dream_score: Score | None = None
     real_score: Score | None = None
 
@@ -213,7 +215,9 @@ class Game:
         for moment in list(self._moments)[-self._context :]:
             moment.past = moment.past if moment.real is None else moment.real
         self._forget()
-        return self._remember(told, real, real)
+        moment = self._remember(told, real, real)
+        moment.edited = True
+        return moment
 
     def follow(self) -> None:
         """From the next frame on, the dream goes on from what the real world shows.

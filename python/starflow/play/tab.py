@@ -82,10 +82,9 @@ class Tab:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            game, self.game, self._shown, self._picture = self.game, None, None, None
+            self._shown = self._picture = None
             self._scores.clear()
-            if game is not None:
-                await self._compute(game.close)
+            await self._compute(self._free)
 
     async def close(self) -> None:
         """Closes the connection; `run` then ends."""
@@ -135,7 +134,8 @@ class Tab:
         return {"teleport": game.can_teleport, "measures": game.can_measure}
 
     async def _tell(self, error: Exception) -> None:
-        text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        ours = isinstance(error, ValueError) or type(error).__module__.partition(".")[0] == "starflow"
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
         await self._socket.send_json({"type": "error", "text": short(text, 500)})
 
     async def _tell_state(self, game: Game) -> None:
@@ -153,10 +153,21 @@ class Tab:
             }
         )
 
+    # -- the game, in the thread that computes ------------------------------------------------------------------------
+
+    def _make(self) -> Game:
+        self.game = self._make_game()
+        return self.game
+
+    def _free(self) -> None:
+        if self.game is not None:
+            self.game.close()
+            self.game = None
+
     # -- the game -----------------------------------------------------------------------------------------------------
 
     async def _play(self) -> None:
-        self.game = game = await self._compute(self._make_game)
+        game: Game = await self._compute(self._make)
         await self._socket.send_json({"type": "hello", **self._about, **self._abilities(game)})
         await self._tell_state(game)
         await self._show_again(game)
@@ -319,9 +330,17 @@ class Tab:
                         parts["real"] = self._shown.real.tobytes()
                     self._picture = None
                 if self._scores:
-                    scores = [(m.number, m.dream_score, m.real_score) for m in self._scores]
-                    header["bits"] = [(number, *(s and s.bits for s in pair)) for number, *pair in scores]
-                    for name, score in zip(("dream_map", "real_map"), scores[-1][1:], strict=True):
+                    header["bits"] = [
+                        {
+                            "frame": moment.number,
+                            "dream": moment.dream_score and moment.dream_score.bits,
+                            "real": moment.real_score and moment.real_score.bits,
+                            "edited": moment.edited,
+                        }
+                        for moment in self._scores
+                    ]
+                    newest = self._scores[-1]
+                    for name, score in (("dream_map", newest.dream_score), ("real_map", newest.real_score)):
                         if score is not None:
                             parts[name] = score.tokens.tobytes()
                     self._scores.clear()

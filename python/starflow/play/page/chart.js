@@ -27,8 +27,9 @@ export class Chart {
     this.dirty = true;
   }
 
-  add(frame, dream, real) {
+  add(frame, dream, real, edited) {
     this.bits.set(frame, [dream, real]);
+    if (edited) this.marks.add(frame);
     this.dirty = true;
   }
 

@@ -71,8 +71,8 @@ function received(data) {
   if (header.type === "clip") return download(parts.mp4);
   send("seen", { number: header.number });
   if (header.bits) {
-    for (const [frame, dream, real] of header.bits) {
-      chart.add(frame, dream, real);
+    for (const { frame, dream, real, edited } of header.bits) {
+      chart.add(frame, dream, real, edited);
       stats.bits = { dream, real };
     }
     heat = { dream: floats(parts.dream_map), real: floats(parts.real_map) };
@@ -173,7 +173,7 @@ function begin(message) {
   about = message;
   stats.connected = true;
   document.title = `${about.model} · starflow play`;
-  $("model").textContent = [about.model, about.world && `in ${about.world}`].filter(Boolean).join(" ");
+  $("model").textContent = [about.model, about.world !== about.model && about.world].filter(Boolean).join(" ");
   for (const name of ["dream", "real"]) {
     [$(name).width, $(name).height] = [about.width, about.height];
     [$(`${name}-map`).width, $(`${name}-map`).height] = [about.columns, about.rows];
@@ -181,6 +181,7 @@ function begin(message) {
   for (const id of ["real-figure", "real-legend", "real-legend-text", "follow"]) $(id).hidden = !about.world;
   $("teleport").hidden = !about.teleport;
   $("ask").hidden = !about.text;
+  $("surprise").hidden = $("heat").parentElement.hidden = $("measure").parentElement.hidden = !about.measures;
   showActions();
 }
 
@@ -301,10 +302,7 @@ const commands = {
   play: () => send("play", { on: !state.playing }),
   step: () => send("step"),
   back: () => seek(stats.frame - 1),
-  teleport: () => {
-    chart.marks.add(picture.last + 1);
-    send("teleport");
-  },
+  teleport: () => send("teleport"),
   follow: () => send("follow"),
   record: () => send("record", { on: !state.recording }),
   new: () => newGame(state.seed + 1),
