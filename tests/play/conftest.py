@@ -11,6 +11,7 @@ from starflow.config import DataConfig, RunConfig, SampleConfig
 from starflow.play import Game, Played
 from starflow.sampling import Pipeline
 from starflow.worlds import PaddleBall
+
 from ..pipelines import build, configure, pipeline
 
 __all__ = ["build", "configure", "pipeline"]
@@ -36,9 +37,7 @@ def paddle(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pip
         attention_frames=2,
         position_embed=True,
     )
-    data = DataConfig(
-        kind="paddle", frames=4, height=24, width=24, actions=("stay", "up", "down"), world="paddle"
-    )
+    data = DataConfig(kind="paddle", frames=4, height=24, width=24, actions=("stay", "up", "down"), world="paddle")
     return build(replace(config, data=data, sample=SampleConfig(solver="window:36", fps=30.0)))
 
 

@@ -11,7 +11,8 @@ import torch
 from starflow.config import RunConfig
 from starflow.data import Clip, to_pixels
 from starflow.evaluate import surprise
-from starflow.play import Game, Moment, game as module
+from starflow.play import Game, Moment
+from starflow.play import game as module
 from starflow.sampling import Pipeline
 from starflow.worlds import PaddleBall, Step, WorldError, one_hot
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import pytest
 
 from starflow.play.protocol import FIELDS, MessageError, pack, read_message, unpack
 
-GOOD = [
+GOOD: list[dict[str, Any]] = [
     {"type": "act", "action": 2, "key": 7},
     {"type": "play", "on": True},
     {"type": "step"},

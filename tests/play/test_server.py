@@ -7,19 +7,17 @@ import gc
 import socket
 import weakref
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("aiohttp", reason="aiohttp (the extra play) is not installed")
-
-import aiohttp
-
-from starflow.play import Played, PlayServer, serve
+from starflow.play import Game, Played, PlayServer, serve
 from starflow.sampling import Pipeline
 from starflow.worlds import PaddleBall, Step, WorldError
 
-from .visitor import PATIENCE, Visitor, visit
+from .visitor import PATIENCE, Visitor, aiohttp, visit
 
 
 def run(scenario: Callable[[PlayServer], Awaitable[None]], played: Played, **options: object) -> None:
@@ -41,7 +39,7 @@ async def gone(server: PlayServer) -> None:
     pytest.fail(f"{len(server.tabs)} tabs are open")
 
 
-# -- playing -------------------------------------------------------------------------------------------------------------
+# -- playing ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_visitor_is_greeted_and_sees_frames(played: Played) -> None:
@@ -119,7 +117,7 @@ def test_a_slow_page_misses_frames_and_nothing_piles_up(played: Played) -> None:
             (tab,) = server.tabs
             while tab.game is None or tab.game.last < 60:
                 await asyncio.sleep(0.05)
-            seen = []
+            seen: list[dict[str, Any]] = []
             while len(seen) < 3:
                 message = await page.next()
                 if message["type"] == "picture":
@@ -225,30 +223,27 @@ def test_two_pages_do_not_disturb_each_other(played: Played) -> None:
 
 def test_pages_take_turns(played: Played) -> None:
     async def scenario(server: PlayServer) -> None:
-        pages = [visit(server) for _ in range(3)]
-        opened = [await page.__aenter__() for page in pages]
-        for page in opened:
-            await page.send("pace", fps=240)
-
         async def watch(page: Visitor) -> None:
             while True:
                 await page.next()
 
-        watching = [asyncio.create_task(watch(page)) for page in opened]
-        games = []
-        while len(games) < 3:
-            await asyncio.sleep(0.05)
-            games = [tab.game for tab in server.tabs if tab.game is not None]
-        begun = [game.last for game in games]
-        while max(game.last for game in games) < 80:
-            await asyncio.sleep(0.05)
-        made = [game.last - first for game, first in zip(games, begun, strict=True)]
-        assert min(made) > 0.6 * max(made)
-        for task in watching:
-            task.cancel()
-        await asyncio.gather(*watching, return_exceptions=True)
-        for page in pages:
-            await page.__aexit__(None, None, None)
+        async with AsyncExitStack() as stack:
+            pages = [await stack.enter_async_context(visit(server)) for _ in range(3)]
+            for page in pages:
+                await page.send("pace", fps=240)
+            watching = [asyncio.create_task(watch(page)) for page in pages]
+            games: list[Game] = []
+            while len(games) < 3:
+                await asyncio.sleep(0.05)
+                games = [tab.game for tab in server.tabs if tab.game is not None]
+            begun = [game.last for game in games]
+            while max(game.last for game in games) < 80:
+                await asyncio.sleep(0.05)
+            made = [game.last - first for game, first in zip(games, begun, strict=True)]
+            assert min(made) > 0.6 * max(made)
+            for task in watching:
+                task.cancel()
+            await asyncio.gather(*watching, return_exceptions=True)
 
     run(scenario, played)
 
@@ -265,7 +260,7 @@ def test_a_page_that_is_closed_frees_its_game(played: Played, paddle: Pipeline) 
         async with visit(server) as page:
             await page.picture()
             (tab,) = server.tabs
-            held = weakref.ref(tab.game)  # type: ignore[arg-type]
+            held = weakref.ref(tab.game)
             assert held() is not None
             del tab
         await gone(server)
@@ -275,14 +270,14 @@ def test_a_page_that_is_closed_frees_its_game(played: Played, paddle: Pipeline) 
         # One that leaves without a word.
         async with visit(server) as page:
             await page.picture()
-            page.socket._response.connection.transport.abort()  # type: ignore[union-attr]
+            page.socket._response.connection.transport.abort()
         await gone(server)
         assert len(closed) == tried + 2
 
     run(scenario, Played(paddle, "tiny", Closes, "paddle"))
 
 
-# -- what goes wrong -----------------------------------------------------------------------------------------------------
+# -- what goes wrong --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -364,7 +359,7 @@ def test_a_port_in_use_is_told(played: Played) -> None:
 
 
 def test_an_address_of_another_machine_is_told(played: Played) -> None:
-    with pytest.raises(OSError, match="play: host is '203.0.113.1', expected an address of this machine"):
+    with pytest.raises(OSError, match=r"play: host is '203\.0\.113\.1', expected an address of this machine"):
         serve(played, host="203.0.113.1", port=0, announce=lambda url: pytest.fail(url))
 
 
@@ -381,16 +376,18 @@ def test_too_many_pages(played: Played, monkeypatch: pytest.MonkeyPatch) -> None
     run(scenario, played)
 
 
-# -- who may connect -----------------------------------------------------------------------------------------------------
+# -- who may connect --------------------------------------------------------------------------------------------------
 
 
 async def status(server: PlayServer, path: str, **options: object) -> int:
     """Status of a request, without cookies."""
     address = server.url.partition("?")[0].rstrip("/") + path
-    async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session:
-        async with session.get(address, **options) as answer:  # type: ignore[arg-type]
-            await answer.read()
-            return answer.status
+    async with (
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar()) as session,
+        session.get(address, **options) as answer,
+    ):
+        await answer.read()
+        return int(answer.status)
 
 
 def test_only_its_own_files_are_served(played: Played) -> None:

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-import aiohttp
+import pytest
 
 from starflow.play import PlayServer
 from starflow.play.protocol import unpack
+
+aiohttp: Any = pytest.importorskip("aiohttp", reason="aiohttp (the extra play) is not installed")
 
 # Longest time that anything takes on a busy machine, in seconds.
 PATIENCE = 60.0
@@ -25,7 +27,7 @@ class Visitor:
         sees: whether it tells the server of every picture that it has seen it.
     """
 
-    def __init__(self, socket: aiohttp.ClientWebSocketResponse, *, sees: bool = True) -> None:
+    def __init__(self, socket: Any, *, sees: bool = True) -> None:
         self.socket, self.sees = socket, sees
 
     async def send(self, kind: str, **fields: Any) -> None:

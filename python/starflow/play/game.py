@@ -125,6 +125,11 @@ class Game:
         self.actions: tuple[str, ...] = names if len(names) == dim else tuple(map(str, range(dim)))
         self._world = None if make_world is None else make_world()
         self._moments: deque[Moment] = deque()
+        # What goes along with the moments, made when it is needed: the dream; who measures surprise, of how many rows;
+        # and pictures that are decoded and not shown yet.
+        self._session: Session | None = None
+        self._watcher: tuple[Watcher, int] | None = None
+        self._waiting: deque[np.ndarray] = deque()
         try:
             if self._world is not None:
                 self._check(self._world)
@@ -316,13 +321,13 @@ class Game:
     def _watch(self, moment: Moment) -> None:
         """Scores a moment by a cache that goes along."""
         rows = 1 if moment.real is None else 2
-        if self._watcher is None or self._watcher[1] != rows:
+        watcher, watched = self._watcher or (None, 0)
+        if watcher is None or watched != rows:
             watcher = Watcher(self._pipeline, [self.prompt] * rows, seeds=[self.seed] * rows)
             self._watcher = watcher, rows
-            begin = max(moment.number - self._context, self.first)
-            for before in (self.moment(number) for number in range(begin, moment.number)):
-                self._seen(watcher, before, rows)
-        tokens = self._seen(self._watcher[0], moment, rows)
+            for number in range(max(moment.number - self._context, self.first), moment.number):
+                self._seen(watcher, self.moment(number), rows)
+        tokens = self._seen(watcher, moment, rows)
         moment.dream_score, moment.real_score = (*map(_score, tokens), None)[:2]
 
     def _seen(self, watcher: Watcher, moment: Moment, rows: int) -> Tensor:
@@ -398,11 +403,9 @@ class Game:
         return self._world.reset() if step.done else step.frame
 
     def _forget(self) -> None:
-        """Drops what goes along with the moments: others are made of the last moments when they are needed."""
-        self._session: Session | None = None
-        self._watcher: tuple[Watcher, int] | None = None
-        # Pictures that are decoded and not shown yet.
-        self._waiting: deque[np.ndarray] = deque()
+        """Drops what goes along with the moments, so that it begins again with the last ones."""
+        self._session = self._watcher = None
+        self._waiting.clear()
 
     def _remember(self, action: int | None, dream: np.ndarray, real: np.ndarray | None) -> Moment:
         state = self._world.state if isinstance(self._world, Rewinds) else None

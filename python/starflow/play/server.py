@@ -23,7 +23,7 @@ from starflow.sampling import Pipeline
 from starflow.worlds import PlayableWorld
 
 if TYPE_CHECKING:
-    from aiohttp import web
+    from aiohttp.web import AppRunner, Request, Response, WebSocketResponse
 
 # The page: these files, and no others.
 _PAGE = Path(__file__).parent / "page"
@@ -88,7 +88,7 @@ class PlayServer:
         self._token = None if _is_own(host) else secrets.token_urlsafe(24)
         self.tabs: set[Tab] = set()
         self._actions: tuple[str, ...] = ()
-        self._runner: web.AppRunner | None = None
+        self._runner: AppRunner | None = None
         # One thread computes for all tabs. A tab asks for one thing at a time, and turns come in the order of asking.
         self._thread: ThreadPoolExecutor | None = None
 
@@ -103,13 +103,16 @@ class PlayServer:
         web = self._web
 
         @web.middleware  # type: ignore[untyped-decorator]
-        async def guard(request: web.Request, handler: Callable[[web.Request], Any]) -> Any:
+        async def guard(request: Request, handler: Callable[[Request], Any]) -> Any:
             return await self._guard(request, handler)
 
         app = web.Application(middlewares=[guard])
         app.add_routes([web.get("/socket", self._socket), *(web.get(path, self._file) for path in _FILES)])
         self._thread = ThreadPoolExecutor(
-            1, thread_name_prefix="starflow-play", initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),)
+            1,
+            thread_name_prefix="starflow-play",
+            initializer=torch.set_num_threads,
+            initargs=(torch.get_num_threads(),),
         )
         try:
             self._actions = await self._compute(self._try)
@@ -138,7 +141,7 @@ class PlayServer:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _try(self) -> tuple[str, ...]:
-        """Plays two frames, so that what does not fit fails now and the first page need not wait; returns the actions."""
+        """Plays two frames, so that what does not fit fails now and no page waits for it; returns the actions."""
         game = Game(self._played.pipeline, self._played.make_world)
         for _ in range(2):
             game.step()
@@ -148,7 +151,7 @@ class PlayServer:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    async def _guard(self, request: web.Request, handler: Callable[[web.Request], Any]) -> Any:
+    async def _guard(self, request: Request, handler: Callable[[Request], Any]) -> Any:
         """Turns away whoever may not connect."""
         if not self._may(request):
             raise self._web.HTTPForbidden(
@@ -169,7 +172,7 @@ class PlayServer:
         # Cookies do not tell ports apart.
         return f"starflow-play-{self._port}"
 
-    def _may(self, request: web.Request) -> bool:
+    def _may(self, request: Request) -> bool:
         origin = request.headers.get("Origin")
         if origin is not None and origin.partition("://")[2] != request.host:
             return False  # a page of another site
@@ -180,14 +183,17 @@ class PlayServer:
         given = request.query.get("token") or request.cookies.get(self._cookie) or ""
         return hmac.compare_digest(given.encode(), self._token.encode())
 
-    async def _file(self, request: web.Request) -> web.Response:
+    async def _file(self, request: Request) -> Response:
         name, kind = _FILES[request.path]
-        return self._web.Response(body=(_PAGE / name).read_bytes(), content_type=kind, charset="utf-8")  # type: ignore[no-any-return]
+        answer: Response = self._web.Response(body=(_PAGE / name).read_bytes(), content_type=kind, charset="utf-8")
+        return answer
 
-    async def _socket(self, request: web.Request) -> web.WebSocketResponse:
+    async def _socket(self, request: Request) -> WebSocketResponse:
         if len(self.tabs) >= _TABS:
             raise self._web.HTTPServiceUnavailable(text=f"starflow play: {_TABS} pages are open, expected fewer\n")
-        socket = self._web.WebSocketResponse(heartbeat=20.0, max_msg_size=16 * MOST_BYTES, compress=False)
+        socket: WebSocketResponse = self._web.WebSocketResponse(
+            heartbeat=20.0, max_msg_size=16 * MOST_BYTES, compress=False
+        )
         await socket.prepare(request)
         played = self._played
 
@@ -200,7 +206,7 @@ class PlayServer:
             await tab.run()
         finally:
             self.tabs.discard(tab)
-        return socket  # type: ignore[no-any-return]
+        return socket
 
     async def _compute(self, function: Callable[[], Any]) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)

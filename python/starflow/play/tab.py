@@ -8,6 +8,7 @@ page that sends too much or reads too little.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from starflow.play.game import Game, Moment, write_clip
 from starflow.play.protocol import MOST_BYTES, MessageError, pack, read_message
 
 if TYPE_CHECKING:
-    from aiohttp import web
+    from aiohttp.web import WebSocketResponse
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class Tab:
 
     def __init__(
         self,
-        socket: web.WebSocketResponse,
+        socket: WebSocketResponse,
         make_game: Callable[[], Game],
         compute: Compute,
         about: Mapping[str, Any],
@@ -202,10 +203,8 @@ class Tab:
         if left == 0.0 or self._commands:
             await asyncio.sleep(0)
         else:
-            try:
+            with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), left)
-            except asyncio.TimeoutError:
-                pass
         self._wake.clear()
 
     async def _step(self, game: Game) -> None:

@@ -88,8 +88,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world",
         metavar="NAME",
-        help="the real world beside the dream: paddle, the name of a gymnasium environment, or none (default: the one that "
-        "the model learned from)",
+        help="the real world beside the dream: paddle, an environment of gymnasium, or none (default: the one that the "
+        "model learned from)",
     )
     parser.add_argument(
         "--open", action=argparse.BooleanOptionalAction, default=True, help="open the page where there is a display"
