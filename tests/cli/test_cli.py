@@ -177,6 +177,48 @@ def test_a_folder_of_real_clips_is_asked_for_by_name_and_second(
     assert 'prompt: ClassEncoder: "bikes" is not a class, expected one of big bunny 0, big bunny 1' in error(capsys)
 
 
+def test_record_then_train_then_sample_with_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A world of one's own in three commands."""
+    clips, folder, out = tmp_path / "clips", tmp_path / "run", tmp_path / "out"
+    assert run("record", "paddle", "--out", clips, "--frames", 40, "--size", "64x64", "--fps", 20, "--quiet") == 0
+    said = capsys.readouterr().out
+    assert f"{clips}: 40 frames in 1 clip, 0 episodes ended, reward" in said
+    assert f"actions: stay, up, down; train on them with: starflow train --data {clips}" in said
+    small = [f"flow.{option}" for option in ("channels=64", "top_block_channels=64", "layers_per_block=[1, 1]")]
+    args = [word for option in small for word in ("--set", option)]
+    assert run("train", "--data", clips, "--out", folder, "--steps", 1, "--quiet", *args) == 0
+    assert run("sample", folder, "--actions", "up:3,stay", "--frames", 6, "--out", out) == 0
+    (told,) = out.glob("*.json")
+    assert json.loads(told.read_text())["options"]["actions"] == "up:3,stay"
+    assert (
+        run("sample", folder, "--actions", clips / "clip-000000.jsonl", "--frames", 40, "--stream", "--out", out) == 0
+    )
+    assert run("score", folder, clips / "clip-000000.mp4", "--frames", 8) == 0
+    assert run("score", folder, clips, "--frames", 8, "--order-check") == 0
+    capsys.readouterr()
+    assert run("sample", folder, "--actions", "left", "--out", out) == 1
+    assert "sample: actions has 'left', expected a file that ends in .jsonl, or names" in error(capsys)
+    (clips / "clip-000000.jsonl").unlink()
+    assert run("score", folder, clips / "clip-000000.mp4", "--frames", 8) == 1
+    assert "clip-000000.jsonl does not exist, expected a line of JSON for each frame" in error(capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["nowhere-v0"], "world nowhere-v0 cannot be made"),
+        (["paddle", "--size", "24x32"], "world paddle: size is 24x32, expected a square"),
+        (["paddle", "--size", "8x8"], "PaddleBall: size is 8, expected at least 24"),
+    ],
+)
+def test_worlds_that_cannot_be_recorded(
+    args: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gymnasium")
+    assert run("record", *args, "--out", tmp_path / "out", "--frames", 3, "--quiet") == 1
+    assert message in error(capsys)
+
+
 def test_settings_reach_the_config() -> None:
     config = make_config("digits", [(["train", "lr"], "1e-4"), (["codec", "patch"], 8), (["data", "fps"], 5)])
     assert config.train.lr == 1e-4
@@ -348,7 +390,7 @@ def test_threads_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("command", ["", "demo", "train", "sample", "score", "convert", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "record", "train", "sample", "score", "convert", "info"])
 def test_help_is_a_manual(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*([command] if command else []), "--help") == 0
     said = capsys.readouterr().out

@@ -86,11 +86,11 @@ def make_layout(
     else:
         # The published models give slot n the angles of raster slot n, whatever the order.
         query = key = positions
-    tables = (
+    text, query_table, key_table = (
         rotation(p, config.head_dim, third_axis=config.third_axis)
         for p in (text_positions(text_tokens, side), query, key)
     )
-    return Layout(frames, height, width, visited, *tables)
+    return Layout(frames, height, width, visited, text, query_table, key_table)
 
 
 class Conditioner(Transformer):

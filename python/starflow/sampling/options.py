@@ -73,8 +73,8 @@ class SampleOptions:
         edit_prompt: what the clip of `edit` shows.
         actions: of the frames, given ones included, for a model that was trained with such (`flow.frame_dim`): a file
             of lines of JSON as `starflow record` writes it, or names with their numbers of frames ("up:12,stay"), or
-            in Python numbers of actions (None for none), or vectors ([clips,] frames, frame_dim). The first is of the
-            first frame, to which nothing need have led. Frames beyond them have none.
+            in Python a list of their numbers, or vectors ([clips,] frames, frame_dim). The first is of the first frame,
+            to which nothing need have led. Frames beyond them have none.
         solver: how the flow is inverted, a schedule or its text: "window[:size[:tolerance]]" (fast, its error set by
             the tolerance, in units of a token's own scale; size "auto" fits this machine), "sequential" (token by
             token, exact, slow) or "chunks[:block[:threshold]]" (the published scheme, least exact); by default the

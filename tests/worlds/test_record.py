@@ -1,0 +1,180 @@
+"""Recordings: what is written is what was seen, it trains, and whatever ends a recording keeps its frames."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from starflow.data import VideoFolder, read_actions, read_world, to_frames
+from starflow.worlds import PaddleBall, PlayableWorld, Step, WorldError, open_world, record
+
+
+class Counting:
+    """A world whose frame tells its number; its third action ends an episode, and it may fail."""
+
+    name, fps, actions = "counting", 10.0, ("on", "off", "end")
+
+    def __init__(self, fails_at: int | None = None, error: BaseException | None = None) -> None:
+        self.number, self.fails_at, self.error = 0, fails_at, error or WorldError("world counting failed")
+        self.seeds: list[int | None] = []
+
+    def _frame(self) -> np.ndarray:
+        self.number += 1
+        if self.number == self.fails_at:
+            raise self.error
+        return np.full((8, 8, 3), self.number % 256, np.uint8)
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        self.seeds.append(seed)
+        return self._frame()
+
+    def step(self, action: int) -> Step:
+        return Step(self._frame(), float(action), action == 2)
+
+    def suggest(self, aim: float) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def clips_of(folder: Path, frames: int = 1, **options: Any) -> VideoFolder:
+    return VideoFolder(folder, frames=frames, height=8, width=8, frame_dim=3, **options)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_what_is_written_is_what_was_seen(tmp_path: Path) -> None:
+    made = record(PaddleBall(), tmp_path, 50, seed=4, clip_frames=30)
+    assert (made.clips, made.frames, made.episodes) == (2, 50, 0)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        "clip-000000.jsonl", "clip-000000.mp4", "clip-000001.jsonl", "clip-000001.mp4", "world.json",
+    ]  # fmt: skip
+    assert read_world(tmp_path).actions == ("stay", "up", "down")  # type: ignore[union-attr]
+    # The same actions in the same game give the same frames, to the last bit.
+    world, rewards = PaddleBall(), 0.0
+    frame = world.reset(4)
+    for name, frames in (("clip-000000", 30), ("clip-000001", 20)):
+        folder = VideoFolder(tmp_path, frames=frames, height=24, width=24, channels=1, frame_dim=3, cut="even")
+        clips = {clip.name.split("@")[0]: clip for clip in (folder.item(index) for index in range(len(folder)))}
+        seen, lines = to_frames(clips[f"{name}.mp4"].pixels).numpy(), lines_of(tmp_path / f"{name}.jsonl")
+        assert [line["frame"] for line in lines] == list(range(frames))
+        for line, shown in zip(lines, seen[:frames], strict=True):
+            if line["action"] is not None:
+                step = world.step(line["action"])
+                frame, rewards = step.frame, rewards + step.reward
+                assert line["reward"] == step.reward
+            assert (frame == shown).all()
+    assert lines_of(tmp_path / "clip-000000.jsonl")[0]["action"] is None
+    assert rewards == made.reward
+
+
+def test_a_recording_that_is_made_again_is_the_same(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        record(PaddleBall(), tmp_path / name, 40, seed=4)
+    one, other = (tmp_path / name / "clip-000000.jsonl" for name in ("a", "b"))
+    assert one.read_text() == other.read_text()
+
+
+def test_clips_are_added_to_those_of_the_same_world(tmp_path: Path) -> None:
+    record(PaddleBall(), tmp_path, 20)
+    record(PaddleBall(), tmp_path, 20)
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-000000.mp4", "clip-000001.mp4"]
+    first, second = (tmp_path / f"clip-00000{n}.jsonl" for n in (0, 1))
+    assert first.read_text() != second.read_text()
+    with pytest.raises(ValueError, match=r"holds the world paddle with the actions stay, up, down, expected counting"):
+        record(Counting(), tmp_path, 5)
+
+
+def test_episodes_are_clips(tmp_path: Path) -> None:
+    world = Counting()
+    made = record(world, tmp_path, 200, policy="random")
+    assert made.episodes >= 2
+    assert world.seeds[0] == 0
+    assert world.seeds[1:] == [None] * (len(world.seeds) - 1)
+    count = 0
+    for path in sorted(tmp_path.glob("*.jsonl")):
+        lines = lines_of(path)
+        count += len(lines)
+        assert lines[0]["action"] is None
+        assert [line["done"] for line in lines[:-1]] == [False] * (len(lines) - 1)
+    assert count == 200
+
+
+@pytest.mark.parametrize("error", [WorldError("world counting failed"), KeyboardInterrupt()])
+def test_a_world_that_fails_keeps_the_frames_so_far(error: BaseException, tmp_path: Path) -> None:
+    with pytest.raises(type(error)):
+        record(Counting(fails_at=31, error=error), tmp_path, 200)
+    total = sum(len(lines_of(path)) for path in tmp_path.glob("*.jsonl"))
+    assert total == 30
+    assert len(clips_of(tmp_path)) == len(list(tmp_path.glob("*.mp4")))
+
+
+@pytest.mark.parametrize("name", ["frames", "clip_frames"])
+def test_numbers_out_of_range_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"record: {name} is 0, expected at least 1"):
+        record(PaddleBall(), tmp_path, **{"frames": 5, name: 0})
+
+
+def test_the_first_frame_of_a_clip_has_no_action(tmp_path: Path) -> None:
+    record(PaddleBall(), tmp_path, 40, seed=1)
+    told = read_actions(tmp_path / "clip-000000.jsonl", 3)
+    folder = VideoFolder(tmp_path, frames=8, height=24, width=24, channels=1, frame_dim=3)
+    for epoch in range(5):
+        clip = folder.item(0, epoch=epoch)
+        start = int(clip.name.split("@")[1])
+        assert clip.frame_conditions is not None
+        assert clip.frame_conditions[0].isnan().all()
+        assert torch.equal(clip.frame_conditions[1:], told[start + 1 : start + 8])
+
+
+def test_a_folder_that_was_recorded_elsewhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Vectors in place of numbers, no world.json, and a model that reads none."""
+    record(PaddleBall(), tmp_path, 12)
+    (tmp_path / "world.json").unlink()
+    vectors = [None, *([0.5 * frame, -1, 0] for frame in range(1, 12))]
+    path = tmp_path / "clip-000000.jsonl"
+    path.write_text("\n".join(json.dumps({"action": vector}) for vector in vectors))
+    clip = VideoFolder(tmp_path, frames=12, height=24, width=24, channels=1, frame_dim=3).item(0)
+    assert clip.frame_conditions is not None
+    assert clip.frame_conditions[3].tolist() == [1.5, -1.0, 0.0]
+    assert not caplog.messages
+    plain = VideoFolder(tmp_path, frames=12, height=24, width=24, channels=1).item(0)
+    assert plain.frame_conditions is None
+    assert "skipped: the actions of 1 videos" in caplog.text
+
+
+def test_lines_and_frames_that_disagree_are_refused(tmp_path: Path) -> None:
+    record(PaddleBall(), tmp_path, 12)
+    path = tmp_path / "clip-000000.jsonl"
+    lines = path.read_text().splitlines()
+    options: dict[str, Any] = {"frames": 4, "height": 24, "width": 24, "channels": 1}
+    path.write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match=r"clip-000000\.jsonl has 11 lines, expected 12 like the frames of the video"):
+        VideoFolder(tmp_path, frame_dim=3, **options)
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"line \d+ has the action [12], expected an integer from 0 to 0"):
+        VideoFolder(tmp_path, frame_dim=1, **options)
+    with pytest.raises(ValueError, match=r"clip-000000\.mp4 has actions and 30 frames a second, expected fps None"):
+        VideoFolder(tmp_path, frame_dim=3, fps=10, **options)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"clip-000000\.jsonl does not exist, expected a line of JSON for each frame"):
+        VideoFolder(tmp_path, frame_dim=3, **options)
+
+
+def test_worlds_by_name() -> None:
+    world: PlayableWorld = open_world("paddle", size=(48, 48))
+    assert world.reset(0).shape == (48, 48, 1)
+    with pytest.raises(ValueError, match="world paddle: size is 24x48, expected a square"):
+        open_world("paddle", size=(24, 48))
+    with pytest.raises(ValueError, match=r"world paddle: channels is 3, expected 1"):
+        open_world("paddle", channels=3)
+    with pytest.raises(WorldError, match="world '' is unknown, expected 'paddle' or the name of a gymnasium"):
+        open_world("")
