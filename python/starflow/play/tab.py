@@ -186,7 +186,9 @@ class Tab:
             due = max(due + period, now)
             try:
                 await self._step(game)
-                if self._surprise and (game.unscored >= _UNSCORED or time.perf_counter() + self._cost < due):
+                # A key does not wait for surprise, unless that has waited long.
+                has_time = not self._wake.is_set() and time.perf_counter() + self._cost < due
+                if self._surprise and (has_time or game.unscored >= _UNSCORED):
                     await self._score(game)
             # Whatever a world of somebody else's raises: the game so far is kept, and the page may go on.
             except Exception as error:

@@ -173,7 +173,7 @@ function begin(message) {
   about = message;
   stats.connected = true;
   document.title = `${about.model} · starflow play`;
-  $("model").textContent = [about.model, about.world !== about.model && about.world].filter(Boolean).join(" ");
+  $("model").textContent = [about.model, about.world !== about.model && about.world].filter(Boolean).join(" · ");
   for (const name of ["dream", "real"]) {
     [$(name).width, $(name).height] = [about.width, about.height];
     [$(`${name}-map`).width, $(`${name}-map`).height] = [about.columns, about.rows];
@@ -181,6 +181,7 @@ function begin(message) {
   for (const id of ["real-figure", "real-legend", "real-legend-text", "follow"]) $(id).hidden = !about.world;
   $("teleport").hidden = !about.teleport;
   $("ask").hidden = !about.text;
+  $("new").textContent = about.text ? "New clip" : "New game";
   $("surprise").hidden = $("heat").parentElement.hidden = $("measure").parentElement.hidden = !about.measures;
   showActions();
 }
@@ -198,6 +199,7 @@ function showState(message) {
   $("pace-value").value = `${Math.round(state.pace)} fps`;
   $("measure").checked = state.surprise;
   if (seedChanged) $("seed").value = state.seed;
+  if (document.activeElement !== $("prompt")) $("prompt").value = state.prompt;
   $("follow").disabled = $("teleport").disabled = !state.real;
   if (!state.playing) paints.length = 0;
 }
@@ -355,6 +357,10 @@ $("heat").addEventListener("change", () => (painted = false));
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   send("prompt", { text: $("prompt").value });
+});
+$("begin").addEventListener("click", () => {
+  send("prompt", { text: $("prompt").value });
+  newGame(state.seed + 1);
 });
 // After a slider was dragged the arrow keys play again.
 for (const slider of document.querySelectorAll("input[type=range]"))
