@@ -290,6 +290,11 @@ def test_a_prompt_changes_what_happens_next(browser: Any, pipeline: Pipeline) ->
         frames = page.stats["frames"]
         page.until(lambda stats: stats["frames"] >= frames + 3)
         assert page.stats["playing"]
+        page.page.fill("#prompt", "an eight standing still")
+        page.page.click("#begin")
+        page.until(lambda stats: page.page.input_value("#seed") == "1")
+        assert tab.game is not None
+        assert tab.game.prompt == "an eight standing still"
         assert page.stats["errors"] == []
 
 

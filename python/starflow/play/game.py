@@ -120,7 +120,7 @@ class Game:
     ) -> None:
         self._pipeline = pipeline
         self.temperature = pipeline.config.sample.temperature
-        self.prompt = ""
+        self.prompt = "" if pipeline.text is None else next(iter(pipeline.config.sample.prompts), "")
         dim, names = pipeline.flow.config.frame_dim, pipeline.config.data.actions or ()
         self.actions: tuple[str, ...] = names if len(names) == dim else tuple(map(str, range(dim)))
         self._world = None if make_world is None else make_world()

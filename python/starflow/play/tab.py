@@ -181,14 +181,15 @@ class Tab:
             now = time.perf_counter()
             period = 1.0 / self._pace
             # A key pulls the next frame forward. The one after that keeps to its time, so the game is no faster.
-            if not (self._stepping or (self._playing and now >= due - period)):
-                continue
-            due = max(due + period, now)
+            steps = self._stepping or (self._playing and now >= due - period)
+            due = max(due + period, now) if steps else due
             try:
-                await self._step(game)
+                if steps:
+                    await self._step(game)
                 # A key does not wait for surprise, unless that has waited long.
                 has_time = not self._wake.is_set() and time.perf_counter() + self._cost < due
-                if self._surprise and (has_time or game.unscored >= _UNSCORED):
+                scores = has_time or not self._playing or game.unscored >= _UNSCORED
+                if game.unscored and self._surprise and scores:
                     await self._score(game)
             # Whatever a world of somebody else's raises: the game so far is kept, and the page may go on.
             except Exception as error:
@@ -248,6 +249,8 @@ class Tab:
         """Pauses, and shows a moment of the past; the next frame branches off there."""
         moment = game.moment(frame)
         self._playing = False
+        if game.unscored and self._surprise:
+            await self._score(game)
         self._offer(game, moment, key=self._key)
         self._scores.append(moment)
 
