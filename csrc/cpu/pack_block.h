@@ -12,13 +12,18 @@
 namespace starflow::STARFLOW_ISA {
 namespace {
 
-// Consecutive rows whose channels lie side by side.
+// Consecutive rows whose channels lie side by side. pack_depth writes zeros for the rows of the gap: their weights are
+// zero, and zero times what lies there may be NaN.
 template <class T>
 struct BlockRows {
     const T* data;
     int64_t stride;
     int64_t count;
     int64_t depth;
+    int64_t gap_begin = 0;
+    int64_t gap_end = 0;
+
+    bool in_gap(int64_t r) const { return r >= gap_begin && r < gap_end; }
 };
 
 // One register of channels, zeros outside of the block.
@@ -75,14 +80,23 @@ struct BlockPacking<WidenedProduct<float>> {
             int64_t r = 0;
             if (c + panel_columns <= rows.depth) {
                 const T* from = rows.data + c;
-                for (; r < rows.count; ++r, from += rows.stride, to += panel_columns) {
-                    for (int64_t i = 0; i < panel_columns; i += V::lanes)
-                        store(to + i, load(from + i, AllLanes{}), AllLanes{});
+                const auto copy = [&](int64_t end) {
+                    for (; r < end; ++r, from += rows.stride, to += panel_columns) {
+                        for (int64_t i = 0; i < panel_columns; i += V::lanes)
+                            store(to + i, load(from + i, AllLanes{}), AllLanes{});
+                    }
+                };
+                if (rows.gap_begin < rows.gap_end) {
+                    copy(rows.gap_begin);
+                    for (; r < rows.gap_end; ++r, from += rows.stride, to += panel_columns) {
+                        for (int64_t i = 0; i < panel_columns; i += V::lanes) store(to + i, V(0.0F), AllLanes{});
+                    }
                 }
+                copy(rows.count);
             }
             for (; r < padded_rows; ++r, to += panel_columns) {
                 for (int64_t i = 0; i < panel_columns; i += V::lanes) {
-                    store(to + i, load_padded(rows, r, c + i), AllLanes{});
+                    store(to + i, rows.in_gap(r) ? V(0.0F) : load_padded(rows, r, c + i), AllLanes{});
                 }
             }
         }
@@ -123,13 +137,16 @@ struct BlockPacking<PairsProduct> {
     }
 
     static void depth(const BlockRows<BFloat16>& rows, int64_t padded_rows, int64_t panel_rows, char* panels) {
+        const auto row_of = [&](int64_t r, int64_t c) {
+            return rows.in_gap(r) ? load_pairs(rows.data, 0) : load_row(rows, r, c);
+        };
         auto* to = reinterpret_cast<BFloat16*>(panels);
         const int64_t padded = round_up(rows.depth, panel_columns);
         for (int64_t r = 0; r < padded_rows; r += 2) {
             for (int64_t c = 0; c < padded; c += panel_columns) {
                 Pairs first;
                 Pairs last;
-                interleave(load_row(rows, r, c), load_row(rows, r + 1, c), first, last);
+                interleave(row_of(r, c), row_of(r + 1, c), first, last);
                 BFloat16* at = to + c * panel_rows + r * panel_columns;
                 store_pairs(at, first);
                 store_pairs(at + panel_columns, last);

@@ -1,8 +1,8 @@
 // LayerNorm and RMSNorm of one row, in float32, on its way into packed rows (csrc/cpu/matmul.h) or into memory. For
 // kernel files.
 //
-//   layer  (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * weight + bias
-//   rms    x / sqrt(mean(x^2) + epsilon) * (1 + weight)
+//   layer  (x - mean) / sqrt(mean((x - mean)^2) + epsilon) * (weight_offset + weight) + bias
+//   rms    x / sqrt(mean(x^2) + epsilon) * (weight_offset + weight)
 #pragma once
 #include "cpu/matmul.h"
 #include "cpu/norm_kind.h"
@@ -25,11 +25,19 @@ inline RowMoments row_moments(const T* x, int64_t channels, const RowNorm& norm)
     if (norm.kind == NormKind::layer) {
         moments.mean = share * sum_over<V>(channels, [&](int64_t c, auto lanes) { return load(x + c, lanes); });
     }
-    const V mean(moments.mean);
-    const float squares = sum_over<V>(channels, [&](int64_t c, auto lanes) {
-        const V distance = load(x + c, lanes) - mean;
-        return distance * distance;
-    });
+    const auto sum_of_squares = [&] {
+        const V mean(moments.mean);
+        return sum_over<V>(channels, [&](int64_t c, auto lanes) {
+            const V distance = load(x + c, lanes) - mean;
+            return distance * distance;
+        });
+    };
+    float squares = sum_of_squares();
+    if (moments.mean * moments.mean > static_cast<float>(far_mean_squared) * share * squares) {
+        const V mean(moments.mean);
+        moments.mean += share * sum_over<V>(channels, [&](int64_t c, auto lanes) { return load(x + c, lanes) - mean; });
+        squares = sum_of_squares();
+    }
     moments.inverse = 1.0F / __builtin_sqrtf(share * squares + norm.epsilon);
     return moments;
 }
@@ -39,8 +47,8 @@ template <class T, class Lanes>
 inline Vec<float> normalised(const T* x, int64_t c, Lanes lanes, const RowMoments& moments, const RowNorm& norm) {
     using V = Vec<float>;
     const V y = (load(x + c, lanes) - V(moments.mean)) * V(moments.inverse);
-    if (norm.kind == NormKind::rms) return y * (V(1.0F) + load(norm.weight + c, lanes));
-    const V weighted = y * load(norm.weight + c, lanes);
+    const V weight = load(norm.weight + c, lanes);
+    const V weighted = y * (norm.weight_offset == 0.0F ? weight : V(norm.weight_offset) + weight);
     return norm.bias == nullptr ? weighted : weighted + load(norm.bias + c, lanes);
 }
 

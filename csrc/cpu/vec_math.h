@@ -125,5 +125,11 @@ inline Vec<float> gelu_tanh(Vec<float> x) {
     return x * reciprocal(V(1.0F) + exponential(clamp(V(0.0F) - u, V(-87.0F), V(87.0F))));
 }
 
+// silu(x) = x / (1 + exp(-x)). Below -87 the power is held there: the result is 1e-36 in place of 0.
+inline Vec<float> silu(Vec<float> x) {
+    using V = Vec<float>;
+    return x * reciprocal(V(1.0F) + exponential(clamp(V(0.0F) - x, V(-87.0F), V(87.0F))));
+}
+
 }  // namespace
 }  // namespace starflow::STARFLOW_ISA

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -19,12 +20,15 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from starflow.messages import short, shown
+from starflow.schedules import parse_solver
 
 ConfigType = TypeVar("ConfigType")
 FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
 
 # Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
 _LAYERS = 10_000
+# Channels and the like, so that the bytes of a weight fit into 63 bits; the widest published network has 3,072.
+_SIZE = 1 << 20
 # Integers end where those of tensors do.
 _INTEGERS = 1 << 63
 
@@ -141,6 +145,9 @@ class FlowConfig:
             require(value is None or value >= 1, f"flow.{name}", value, "an integer >= 1 or nothing")
         for name in ("txt_size", "txt_dim", "frame_dim", "temporal_causal", "use_checkpoint", "num_classes"):
             require(getattr(self, name) >= 0, f"flow.{name}", getattr(self, name), "an integer >= 0")
+        for name in ("in_channels", "img_size", "channels", "head_dim", "top_block_channels", "txt_dim", "num_classes"):
+            value = getattr(self, name) or 0
+            require(value <= _SIZE, f"flow.{name}", value, f"at most {_SIZE}")
         require(self.img_size % self.patch_size == 0, "flow.img_size", self.img_size, "a multiple of patch_size")
         require(len(self.layers_per_block) >= 1, "flow.layers_per_block", self.layers_per_block, "one entry a block")
         require(
@@ -429,7 +436,8 @@ class TrainConfig:
             `batch_size`). image_frame: the frame of a clip that is shown as an image: "any", or "first" for data whose
             first frames look unlike later ones, when sampled images shall look like first frames.
         grad_clip: norm that gradients are clipped to; 0 is off. grad_skip: after 100 steps, skip a step whose norm
-            exceeds `grad_skip` times the clip; 0 is off.
+            exceeds `grad_skip` times the clip; 0 is off. The log tells when more than half of 100 steps are skipped,
+            and 500 in a row end the training.
         ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: dtype in which matrix products are computed; the residual stream and the affine maps stay float32.
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
@@ -524,7 +532,14 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require(0.0 <= self.temperature < float("inf"), "sample.temperature", self.temperature, "a number >= 0")
+        for name in ("temperature", "guidance"):
+            value = getattr(self, name)
+            require(0.0 <= value < math.inf, f"sample.{name}", value, "a number >= 0")
+        require(0.0 < self.fps < math.inf, "sample.fps", self.fps, "a number > 0")
+        try:
+            parse_solver(self.solver)
+        except ValueError as error:
+            raise ConfigError(f"config.sample.{error}") from None
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,12 @@ def replacing(target: Path) -> Iterator[Path]:
         else:
             os.replace(temporary, target)
         _sync(target.parent)
+    except OSError as error:
+        # A full disk names no file, and the hidden one is of no use to anybody.
+        plain = error.errno is not None and error.strerror == os.strerror(error.errno)
+        if plain and error.filename in (None, str(temporary), temporary):
+            error.filename = str(target)
+        raise
     finally:
         try:
             _remove(temporary)

@@ -20,7 +20,6 @@ from starflow_ext._check import (
     check_tensor,
     dtype_text,
     require,
-    shape_text,
 )
 from starflow_ext._options import CONSTANTS, SCALE_ACTIVATIONS, check_name, name_of
 from starflow_ext._spec import Bound, Dtypes, Sample
@@ -57,9 +56,9 @@ def check_data(op: str, name: str, data: Tensor, *, dim: int | None = None) -> N
     """Check the tensor that is transformed: dtype and number of dimensions."""
     check_floating(op, name, data)
     if dim is None:
-        require(data.dim() >= 2, op, f"{name} has shape", shape_text(data.shape), "(..., tokens, channels)")
+        require(data.dim() >= 2, op, f"{name} has shape", data.shape, "(..., tokens, channels)")
     else:
-        require(data.dim() == dim, op, f"{name} has shape", shape_text(data.shape), "(batch, tokens, channels)")
+        require(data.dim() == dim, op, f"{name} has shape", data.shape, "(batch, tokens, channels)")
 
 
 def check_raw(
@@ -85,8 +84,10 @@ def check_raw(
         list(raw.shape) == expected,
         op,
         "raw has shape",
-        shape_text(raw.shape),
-        f"{shape_text(expected)} for {name} of shape {shape_text(data.shape)}",
+        raw.shape,
+        expected,
+        f"for {name} of shape",
+        data.shape,
     )
 
 
@@ -113,7 +114,11 @@ def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: fl
     Returns:
         The terms, each (..., tokens, channels).
     """
+    tokens = raw.shape[-2]
     raw = raw.to(dtype)
+    if shifted:
+        # The last row is unused, whatever it holds.
+        raw = raw[..., :-1, :]
     if soft_clip > 0.0:
         raw = soft_clip * torch.tanh(raw / soft_clip)
     if activation == "none":
@@ -131,7 +136,7 @@ def affine_terms(raw: Tensor, dtype: torch.dtype, activation: str, soft_clip: fl
             log_scale = scale.log()
     if shifted:
         shift, scale, log_scale = (
-            _behind(term, first) for term, first in ((shift, 0.0), (scale, 1.0), (log_scale, 0.0))
+            _behind(term, first, tokens) for term, first in ((shift, 0.0), (scale, 1.0), (log_scale, 0.0))
         )
     return Terms(shift, scale, log_scale)
 
@@ -235,5 +240,6 @@ def affine_cases(*data_names: str) -> dict[str, Callable[[torch.Generator], Samp
     }
 
 
-def _behind(term: Tensor, first: float) -> Tensor:
-    return torch.cat([torch.full_like(term[..., :1, :], first), term[..., :-1, :]], dim=-2)
+def _behind(term: Tensor, first: float, tokens: int) -> Tensor:
+    """Put a row for token 0 in front, where there is one."""
+    return F.pad(term, (0, 0, 1, 0), value=first)[..., :tokens, :]

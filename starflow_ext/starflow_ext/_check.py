@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+import contextlib
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,21 +17,36 @@ from torch import Tensor
 FLOATING: Final = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def require(condition: bool, op: str, argument: str, got: object, expected: object) -> None:
+def require(condition: bool, op: str, argument: str, got: object, *expected: object) -> None:
     """Raise the one sentence that the native library raises for the same mistake.
 
     Args:
         condition: what must hold.
         op: name of the op.
         argument: name of the argument at fault, with the property that is wrong ("shift has shape").
-        got: what was given.
-        expected: what would have been right.
+        got: what was given; turned into text only if it is shown, as torch.compile can write no shape that it keeps
+            open.
+        expected: what would have been right, in parts that are joined by spaces.
 
     Raises:
         RuntimeError: if ``condition`` is false; the type that torch's own ops raise.
     """
     if not condition:
-        raise RuntimeError(f"{op}: {argument} {got}, expected {expected}")
+        raise RuntimeError(f"{op}: {argument} {_text(got)}, expected {' '.join(_text(part) for part in expected)}")
+
+
+class Joined(NamedTuple):
+    """Parts of a message with nothing between them, put together only if it is shown."""
+
+    parts: Sequence[object]
+
+
+def _text(part: object) -> str:
+    if isinstance(part, Joined):
+        return "".join(_text(inner) for inner in part.parts)
+    if isinstance(part, torch.dtype):
+        return dtype_text(part)
+    return str(list(part)) if isinstance(part, torch.Size) else str(part)
 
 
 def shape_text(shape: torch.Size | list[int]) -> str:
@@ -52,7 +72,7 @@ def check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 def check_device(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Check that a second tensor is on the device of the first."""
-    require(tensor.device == like.device, op, f"{name} is on", tensor.device, f"{like.device} like {like_name}")
+    require(tensor.device == like.device, op, f"{name} is on", tensor.device, like.device, f"like {like_name}")
 
 
 def check_tensor(
@@ -60,16 +80,14 @@ def check_tensor(
 ) -> None:
     """Check the dtype and the shape of a tensor, and that it is on the device of another one."""
     require(tensor.dtype == dtype, op, f"{name} has dtype", dtype_text(tensor.dtype), dtype_text(dtype))
-    require(list(tensor.shape) == list(shape), op, f"{name} has shape", shape_text(tensor.shape), list(shape))
+    require(list(tensor.shape) == list(shape), op, f"{name} has shape", tensor.shape, list(shape))
     check_device(op, name, tensor, like_name, like)
 
 
 def check_like(op: str, name: str, tensor: Tensor, like_name: str, like: Tensor) -> None:
     """Check that a second tensor has the dtype, shape and device of the first."""
-    got, expected = dtype_text(tensor.dtype), dtype_text(like.dtype)
-    require(got == expected, op, f"{name} has dtype", got, f"{expected} like {like_name}")
-    shape = shape_text(like.shape)
-    require(tensor.shape == like.shape, op, f"{name} has shape", shape_text(tensor.shape), f"{shape} like {like_name}")
+    require(tensor.dtype == like.dtype, op, f"{name} has dtype", tensor.dtype, like.dtype, f"like {like_name}")
+    require(tensor.shape == like.shape, op, f"{name} has shape", tensor.shape, like.shape, f"like {like_name}")
     check_device(op, name, tensor, like_name, like)
 
 
@@ -78,6 +96,109 @@ def check_own_memory(op: str, name: str, tensor: Tensor) -> None:
     own = "a tensor of its own (an expanded one cannot be written; use .clone())"
     shared = any(stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
     require(not shared, op, f"{name} has", "elements that share memory", own)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast asks for on the tensor's device; None without autocast and for float64."""
+    device = tensor.device.type
+    # The query raises for devices that autocast does not know, such as meta.
+    if tensor.dtype == torch.float64 or not (device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)):
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def without_autocast(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without autocast, on any device."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+# Types that stand for one of an annotation; those of traced graphs and of numpy too.
+_STANDS_FOR: Final[dict[object, tuple[type, ...]]] = {
+    bool: (bool, torch.SymBool),
+    int: (int, torch.SymInt, numbers.Integral),
+    float: (float, int, torch.SymFloat, torch.SymInt, numbers.Real),
+}
+_WORDS: Final[dict[type, str]] = {
+    Tensor: "a tensor",
+    int: "an integer",
+    float: "a number",
+    bool: "True or False",
+    str: "a name",
+    tuple: "a tuple",
+    types.NoneType: "None",
+}
+
+
+def _alternatives(annotation: object) -> tuple[Any, ...]:
+    """The types of an annotation, as they are written."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(kind for part in typing.get_args(annotation) for kind in _alternatives(part))
+    if typing.get_origin(annotation) is typing.Literal:
+        return (str,)
+    return (typing.get_origin(annotation) or annotation,)
+
+
+def types_of(function: Callable[..., Any]) -> tuple[tuple[type, ...], ...]:
+    """Return the types that each parameter of a function may have, from its annotations.
+
+    ``all(map(isinstance, arguments, types))`` tests them at a call; ``refuse_types`` finds the words.
+    """
+    hints = typing.get_type_hints(function)
+    found = []
+    for name in inspect.signature(function).parameters:
+        kinds: list[type] = []
+        for kind in _alternatives(hints[name]):
+            kinds += _STANDS_FOR.get(kind, (kind,))
+        found.append(tuple(dict.fromkeys(kinds)))
+    return tuple(found)
+
+
+def refuse_types(op: str, function: Callable[..., Any], arguments: Sequence[object], prefix: str = "") -> NoReturn:
+    """Say which argument of a call has a wrong type; ``function`` declares them.
+
+    Raises:
+        RuntimeError: always.
+    """
+    hints = typing.get_type_hints(function)
+    for name, allowed, value in zip(inspect.signature(function).parameters, types_of(function), arguments, strict=True):
+        if not isinstance(value, allowed):
+            words = [_WORDS.get(kind, getattr(kind, "__name__", str(kind))) for kind in _alternatives(hints[name])]
+            require(False, op, f"{prefix}{name} is", _described(value), " or ".join(words))
+    raise AssertionError
+
+
+def _described(value: object) -> str:
+    if value is None or isinstance(value, (bool, int, float)):
+        return str(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    return f"a {type(value).__name__}" if not isinstance(value, Tensor) else "a tensor"
+
+
+Record = TypeVar("Record")
+
+
+def as_record(
+    op: str, name: str, value: Record | tuple[Any, ...], kind: Callable[..., Record], allowed: tuple[Any, ...] = ()
+) -> Record:
+    """Return the named record that an op takes, of a plain tuple too; ``allowed`` are the types of a named tuple.
+
+    Raises:
+        RuntimeError: if it has too many or too few parts, or one of a wrong type.
+    """
+    if type(value) is tuple:
+        parameters = inspect.signature(kind).parameters.values()
+        needed = sum(parameter.default is parameter.empty for parameter in parameters)
+        fits = needed <= len(value) <= len(parameters)
+        expected = f"({', '.join(parameter.name for parameter in parameters)})"
+        require(fits, op, f"{name} has", f"{len(value)} parts", expected)
+        value = kind(*value)
+    if allowed and not all(map(isinstance, typing.cast("tuple[Any, ...]", value), allowed)):
+        refuse_types(op, kind, typing.cast("tuple[Any, ...]", value), f"{name}.")
+    return typing.cast(Record, value)
 
 
 def require_first_order(op: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from starflow_ext import ops
 from starflow_ext._check import require
 from starflow_ext._load import native
-from starflow_ext._mode import in_reference_mode
+from starflow_ext._mode import why_reference
 from starflow_ext._spec import tensors
 
 
@@ -79,12 +79,13 @@ def _choose(
     with_cuda = bool(native.build_info()["cuda"])
     selected = native.selected_isa()
     order = list(native.isa_levels())
+    forced = why_reference()
     refused: dict[str, str] = {}
     candidates = []  # in rising order of level: the last candidate runs
     for variant, missing in {"cuda": "", **native.isa_levels()}.items():
         reason = missing
-        if in_reference_mode():
-            reason = "starflow_ext.reference_mode() is on"
+        if forced:
+            reason = forced
         elif variant not in variants:
             reason = f"this op has no {'CUDA kernel' if variant == 'cuda' else f'{variant} variant'} yet"
         elif (variant == "cuda") != (device.type == "cuda"):

@@ -58,14 +58,14 @@ def fingerprint(tensors: Sequence[Tensor]) -> int | None:
             here.append((dense.data_ptr(), dense.nbytes))
         else:
             elsewhere.append(dense)
-    value = native.fingerprint(here, 0)
+    value: int = native.fingerprint(here, 0)
     for tensor in elsewhere:
         value = hash((value, str(tensor.device), _on_device(tensor)))
     return value
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether a tensor is memory that can be read: neither fake, nor of another class, nor a transform's (vmap, grad)."""
+    """Whether a tensor is memory that can be read: not fake, of another class, or a transform's (vmap, grad)."""
     return type(tensor) in _PLAIN and (tensor.is_cpu or tensor.is_cuda) and not _is_transformed(tensor)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from starflow_ext._affine import (
     check_log_det,
     check_raw,
 )
-from starflow_ext._check import arithmetic_dtype, check_like, require_first_order
+from starflow_ext._check import arithmetic_dtype, check_like, refuse_types, require_first_order, types_of
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import SCALE_ACTIVATIONS, code_of
@@ -45,15 +45,18 @@ def affine_forward(
         log_det: (..., tokens), minus the sum of log(scale) over channels; float32, or float64 for ``x`` in float64.
 
     Raises:
-        RuntimeError: if a shape, a dtype, a device or an option is wrong.
+        RuntimeError: if a type, a shape, a dtype, a device or an option is wrong.
 
     Reference:
         Zhai et al., Normalizing Flows are Capable Generative Models, section 3.
     """
+    arguments = (x, raw, activation, soft_clip, shifted)
+    if not all(map(isinstance, arguments, _TYPES)):
+        refuse_types("affine_forward", affine_forward, arguments)
     if in_reference_mode():
-        return affine_forward_reference(x, raw, activation, soft_clip, shifted)
-    operator, arguments = _lower(x, raw, activation, soft_clip, shifted)
-    z, log_det = operator(*arguments)
+        return affine_forward_reference(*arguments)
+    operator, lowered = _lower(*arguments)
+    z, log_det = operator(*lowered)
     return z, log_det
 
 
@@ -73,6 +76,9 @@ def check(x: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bo
     check_data("affine_forward", "x", x)
     check_raw("affine_forward", "x", x, raw, activation, soft_clip)
 
+
+# The types that each argument may have.
+_TYPES: Final = types_of(affine_forward)
 
 _native = operators().affine_forward.default
 _native_backward = operators().affine_forward_backward.default

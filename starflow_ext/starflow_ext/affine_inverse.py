@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from starflow_ext._affine import (
     check_data,
     check_raw,
 )
-from starflow_ext._check import arithmetic_dtype, check_like, require_first_order
+from starflow_ext._check import arithmetic_dtype, check_like, refuse_types, require_first_order, types_of
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import SCALE_ACTIVATIONS, code_of
@@ -43,15 +43,18 @@ def affine_inverse(
         x: data (..., tokens, channels), dtype of ``z``.
 
     Raises:
-        RuntimeError: if a shape, a dtype, a device or an option is wrong.
+        RuntimeError: if a type, a shape, a dtype, a device or an option is wrong.
 
     Reference:
         Zhai et al., Normalizing Flows are Capable Generative Models, section 3.
     """
+    arguments = (z, raw, activation, soft_clip, shifted)
+    if not all(map(isinstance, arguments, _TYPES)):
+        refuse_types("affine_inverse", affine_inverse, arguments)
     if in_reference_mode():
-        return affine_inverse_reference(z, raw, activation, soft_clip, shifted)
-    operator, arguments = _lower(z, raw, activation, soft_clip, shifted)
-    x: Tensor = operator(*arguments)
+        return affine_inverse_reference(*arguments)
+    operator, lowered = _lower(*arguments)
+    x: Tensor = operator(*lowered)
     return x
 
 
@@ -68,6 +71,9 @@ def check(z: Tensor, raw: Tensor, activation: str, soft_clip: float, shifted: bo
     check_data("affine_inverse", "z", z)
     check_raw("affine_inverse", "z", z, raw, activation, soft_clip)
 
+
+# The types that each argument may have.
+_TYPES: Final = types_of(affine_inverse)
 
 _native = operators().affine_inverse.default
 _native_backward = operators().affine_inverse_backward.default

@@ -10,17 +10,22 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from starflow_ext._check import (
     arithmetic_dtype,
+    as_record,
+    autocast_dtype,
     check_device,
     check_floating,
     check_like,
     check_tensor,
     dtype_text,
+    refuse_types,
     require,
     require_first_order,
-    shape_text,
+    types_of,
+    without_autocast,
 )
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
@@ -52,6 +57,9 @@ class FrameMask:
     window: int | None = None
 
     def __post_init__(self) -> None:
+        given = (self.prefix, self.frame_tokens, self.look_ahead, self.window)
+        if not all(map(isinstance, given, types_of(FrameMask))):
+            refuse_types("block_attention", FrameMask, given, "frames.")
         for name, least in (("prefix", 0), ("frame_tokens", 1), ("look_ahead", 1)):
             value = getattr(self, name)
             require(value >= least, "block_attention", f"frames.{name} is", value, f"at least {least}")
@@ -94,8 +102,10 @@ def block_attention(
     *,
     causal: bool | None = None,
     q_start: int | Tensor | None = None,
+    k_start: int | Tensor | None = None,
     k_length: int | Tensor | None = None,
-    frames: FrameMask | None = None,
+    frames: FrameMask | tuple[int | None, ...] | None = None,
+    scale: float | None = None,
     temperature: float | Tensor = 1.0,
     return_lse: Literal[False] = False,
 ) -> Tensor: ...
@@ -107,8 +117,10 @@ def block_attention(
     *,
     causal: bool | None = None,
     q_start: int | Tensor | None = None,
+    k_start: int | Tensor | None = None,
     k_length: int | Tensor | None = None,
-    frames: FrameMask | None = None,
+    frames: FrameMask | tuple[int | None, ...] | None = None,
+    scale: float | None = None,
     temperature: float | Tensor = 1.0,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -119,8 +131,10 @@ def block_attention(
     *,
     causal: bool | None = None,
     q_start: int | Tensor | None = None,
+    k_start: int | Tensor | None = None,
     k_length: int | Tensor | None = None,
-    frames: FrameMask | None = None,
+    frames: FrameMask | tuple[int | None, ...] | None = None,
+    scale: float | None = None,
     temperature: float | Tensor = 1.0,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -143,28 +157,37 @@ def block_attention(
             is visible where both allow it: a sliding window of frames for causal decoding.
         q_start: position of the first query among the keys, one number or one for each sample (batch,); None is
             ``keys - queries`` (the queries are the last tokens). Only with ``causal`` or ``frames``.
+        k_start: first key of each sample, one number or (batch,); those before it are invisible (left padding). None
+            is 0. Not with ``frames``.
         k_length: keys of each sample, one number or (batch,); those at and beyond it are invisible. None is all.
-        frames: whole frames are visible, and a prefix always.
-        temperature: divides the products, one number or one for each sample (batch,); no gradient.
+        frames: whole frames are visible, and a prefix always; a ``FrameMask``, or a plain tuple of its arguments.
+        scale: multiplies the products, above 0; None is ``1 / sqrt(head_dim)``.
+        temperature: divides the products, one number or one for each sample (batch,), which has a gradient.
         return_lse: also return the logarithm of the sum of the exponentials.
 
     Returns:
-        (batch, heads, queries, head_dim), dtype of ``q``; the heads of a token lie side by side in memory. With
+        (batch, heads, queries, head_dim), dtype of ``q``; the heads of a token lie side by side in memory. Keys and
+        values that no query sees, and queries that see no key, may hold anything, NaN too. With
         ``return_lse`` also (batch, heads, queries), float32 (float64 for float64). A query that sees no key gets
         zeros, and minus infinity.
 
     Raises:
-        RuntimeError: if shapes, dtypes, devices or numbers of heads do not fit, the options contradict each other, or
-            the CUDA kernels do not take the ``head_dim``.
+        RuntimeError: if types, shapes, dtypes, devices or numbers of heads do not fit, the options contradict each
+            other, or the CUDA kernels do not take the ``head_dim``.
 
     Reference:
         Vaswani et al., Attention Is All You Need (2017), section 3.2; Milakov and Gimelshein, Online normalizer
         calculation for softmax (2018); Dao, FlashAttention-2 (2023); Ainslie et al., GQA (2023).
     """
+    given = (q, k, v, causal, q_start, k_start, k_length, frames, scale, temperature, return_lse)
+    if not all(map(isinstance, given, _TYPES)):
+        refuse_types("block_attention", block_attention, given)
+    mask = as_record("block_attention", "frames", frames, FrameMask) if isinstance(frames, tuple) else frames
+    arguments = (q, k, v, causal, q_start, k_start, k_length, mask, scale, temperature, return_lse)
     if in_reference_mode() or _why_torch(q):
-        return block_attention_reference(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
-    operator, arguments = _lower(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
-    out, lse = operator(*arguments)
+        return block_attention_reference(*arguments)
+    operator, lowered = _lower(*arguments)
+    out, lse = operator(*lowered)
     return (out, lse) if return_lse else out
 
 
@@ -174,49 +197,61 @@ def block_attention_reference(
     v: Tensor,
     causal: bool | None,
     q_start: int | Tensor | None,
+    k_start: int | Tensor | None,
     k_length: int | Tensor | None,
     frames: FrameMask | None,
+    scale: float | None,
     temperature: float | Tensor,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute ``block_attention`` in plain torch, by a dense mask where torch needs one; arguments as there."""
-    check(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
+    check(q, k, v, causal, q_start, k_start, k_length, frames, scale, temperature, return_lse)
     q, k, v = _operands(q, k, v)
     causal = frames is None if causal is None else causal
     queries, keys = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    scale: float | None = None
     if isinstance(temperature, Tensor):
         q = q / temperature.to(q.dtype)[:, None, None, None]
     elif temperature != 1.0:
-        scale = 1.0 / (q.shape[-1] ** 0.5 * temperature)
+        scale = (q.shape[-1] ** -0.5 if scale is None else scale) / temperature
     if keys == 0:
         # No key is visible, yet the result must stay part of the autograd graph.
         out = (q + k.sum() + v.sum()) * 0.0
         lse = q.new_full(q.shape[:-1], -torch.inf, dtype=arithmetic_dtype(q.dtype))
         return (out, lse) if return_lse else out
-    aligned = q_start is None and k_length is None
+    aligned = q_start is None and k_start is None and k_length is None
     if frames is not None and aligned and not causal and not return_lse:
         return _by_frame(q, k, v, frames, scale, grouped=grouped)
-    square = causal and frames is None and k_length is None and _is_square(q_start, queries, keys)
+    whole = k_start is None and k_length is None
+    square = causal and frames is None and whole and _is_square(q_start, queries, keys)
     mask = seen = None
     if not square or return_lse:
-        mask = _visible(q, queries, keys, causal, q_start, k_length, frames)
+        mask = _visible(q, queries, keys, causal, q_start, k_start, k_length, frames)
     if mask is not None:
         seen = mask.any(-1, keepdim=True)
+        # A weight of zero times NaN is NaN: zeros take the place of what nobody sees.
+        q = torch.where(seen, q, 0.0)
+        by_some = mask.any(-2)[..., None]
+        k, v = torch.where(by_some, k, 0.0), torch.where(by_some, v, 0.0)
         # Softmax of a row without visible keys is undefined: such a row attends to all keys here and is set to 0 below.
         mask = mask | ~seen
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if square else mask, is_causal=square, scale=scale, enable_gqa=grouped
-    )
+    out = _attend(q, k, v, attn_mask=None if square else mask, is_causal=square, scale=scale, enable_gqa=grouped)
     if seen is not None and not square:
         out = torch.where(seen, out, 0.0)
     return (out, _log_sum(q, k, mask, seen, scale)) if return_lse else out
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Torch's attention; under transforms the formula, as its kernels have no derivative but the first."""
+    if not in_reference_mode():
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, **options)
+
+
 def _is_square(q_start: int | Tensor | None, queries: int, keys: int) -> bool:
     """Whether a causal mask is torch's ``is_causal``: as many queries as keys, from position 0 on."""
-    return queries == keys and (q_start is None or (isinstance(q_start, int) and q_start == 0))
+    return queries == keys and (q_start is None or (not isinstance(q_start, Tensor) and q_start == 0))
 
 
 def _visible(
@@ -225,6 +260,7 @@ def _visible(
     keys: int,
     causal: bool,
     q_start: int | Tensor | None,
+    k_start: int | Tensor | None,
     k_length: int | Tensor | None,
     frames: FrameMask | None,
 ) -> Tensor | None:
@@ -240,6 +276,8 @@ def _visible(
         parts.append(key <= position[..., None])
     if frames is not None:
         parts.append(torch.stack([frames.visible(row, key) for row in position]))
+    if k_start is not None:
+        parts.append(key >= column(k_start)[..., None])
     if k_length is not None:
         parts.append(key < column(k_length)[..., None])
     if not parts:
@@ -252,7 +290,7 @@ def _visible(
 
 def _log_sum(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None, scale: float | None) -> Tensor:
     dtype = arithmetic_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         keys = k.to(dtype).repeat_interleave(q.shape[1] // k.shape[1], 1)
         products = q.to(dtype) @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None or seen is None:
@@ -263,10 +301,7 @@ def _log_sum(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None, sca
 
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operands in one dtype: that of ``q``, or autocast's."""
-    device = q.device.type
-    dtype = q.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(q) or q.dtype
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
@@ -301,9 +336,16 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
     return _forward_kernel(q, k, v, torch.cuda.get_device_capability(q.device)[0])
 
 
-def _split(value: Any) -> tuple[Any, Tensor | None]:
-    """Split a value into one number for all samples and a tensor with one for each; the other is left out."""
-    return (None, value) if isinstance(value, Tensor) else (value, None)
+def _split(value: Any, q: Tensor) -> tuple[Any, Tensor | None]:
+    """Split a value into one number for all samples and a tensor with one for each; the other is left out.
+
+    A graph that is traced gets a tensor: a number would be a constant of it, and another one another graph.
+    """
+    if value is None or isinstance(value, Tensor):
+        return None, value
+    if torch.compiler.is_compiling() or isinstance(value, torch.SymInt):
+        return None, torch.full(q.shape[:1], value, dtype=torch.int64, device=q.device)
+    return value, None
 
 
 def _lower(
@@ -312,26 +354,32 @@ def _lower(
     v: Tensor,
     causal: bool | None,
     q_start: int | Tensor | None,
+    k_start: int | Tensor | None,
     k_length: int | Tensor | None,
     frames: FrameMask | None,
+    scale: float | None,
     temperature: float | Tensor,
     return_lse: bool,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The native operator of a call and its arguments."""
-    check(q, k, v, causal, q_start, k_length, frames, temperature, return_lse)
-    one_temperature, temperatures = _split(temperature)
+    check(q, k, v, causal, q_start, k_start, k_length, frames, scale, temperature, return_lse)
+    # The operator multiplies by 1 / (sqrt(head_dim) * temperature).
+    if scale is not None:
+        temperature = temperature / (scale * q.shape[-1] ** 0.5)
+    each = isinstance(temperature, Tensor)
     window = -1 if frames is None or frames.window is None else frames.window
     return _native, (
         *_operands(q, k, v),
         frames is None if causal is None else causal,
-        *_split(q_start),
-        *_split(k_length),
+        *_split(q_start, q),
+        *_split(k_start, q),
+        *_split(k_length, q),
         0 if frames is None else frames.prefix,
         0 if frames is None else frames.frame_tokens,
         0 if frames is None else frames.look_ahead,
         window,
-        1.0 if one_temperature is None else one_temperature,
-        temperatures,
+        1.0 if each else temperature,
+        temperature if each else None,
     )
 
 
@@ -341,8 +389,10 @@ def check(
     v: Tensor,
     causal: bool | None,
     q_start: int | Tensor | None,
+    k_start: int | Tensor | None,
     k_length: int | Tensor | None,
     frames: FrameMask | None,
+    scale: float | None,
     temperature: float | Tensor,
     return_lse: bool,
 ) -> None:
@@ -350,13 +400,13 @@ def check(
     op = "block_attention"
     named = (("q", q, "(batch, heads, queries, head_dim)"), ("k", k, "(batch, kv_heads, keys, head_dim)"))
     for name, tensor, expected in named:
-        require(tensor.dim() == 4, op, f"{name} has shape", shape_text(tensor.shape), expected)
-    require(q.shape[-1] == k.shape[-1], op, "k has head_dim", k.shape[-1], f"{q.shape[-1]} like q")
+        require(tensor.dim() == 4, op, f"{name} has shape", tensor.shape, expected)
+    require(q.shape[-1] == k.shape[-1], op, "k has head_dim", k.shape[-1], q.shape[-1], "like q")
     require(q.shape[-1] > 0, op, "q has head_dim", 0, "at least 1")
-    require(q.shape[0] == k.shape[0], op, "k has batch", k.shape[0], f"{q.shape[0]} like q")
-    require(v.shape == k.shape, op, "v has shape", shape_text(v.shape), f"{shape_text(k.shape)} like k")
+    require(q.shape[0] == k.shape[0], op, "k has batch", k.shape[0], q.shape[0], "like q")
+    require(v.shape == k.shape, op, "v has shape", v.shape, k.shape, "like k")
     divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
-    require(divides, op, "k has heads", k.shape[1], f"a divisor of the {q.shape[1]} heads of q")
+    require(divides, op, "k has heads", k.shape[1], "a divisor of the", q.shape[1], "heads of q")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_floating(op, name, tensor)
         check_device(op, name, tensor, "q", q)
@@ -364,6 +414,7 @@ def check(
         require(q.shape[-1] <= _MOST_HEAD_DIM, op, "q has head_dim", q.shape[-1], f"at most {_MOST_HEAD_DIM} on cuda")
     causal = frames is None if causal is None else causal
     require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
+    require(k_start is None or frames is None, op, "k_start is", "given", "None with frames")
     if frames is not None and not causal and q_start is None:
         tokens, prefix = q.shape[2], frames.prefix
         require(
@@ -371,18 +422,30 @@ def check(
             op,
             "k has tokens",
             k.shape[2],
-            f"{tokens} like q: {prefix} of the prefix and whole frames of {frames.frame_tokens}",
+            tokens,
+            f"like q: {prefix} of the prefix and whole frames of {frames.frame_tokens}",
         )
-    for name, value in (("q_start", q_start), ("k_length", k_length), ("temperature", temperature)):
+    for name, value in (("q_start", q_start), ("k_start", k_start), ("k_length", k_length)):
         if isinstance(value, Tensor):
-            expected = f"{shape_text(q.shape[:1])} for batch of q"
-            require(value.shape == q.shape[:1], op, f"{name} has shape", shape_text(value.shape), expected)
-            check_device(op, name, value, "q", q)
-            if name != "temperature":
-                whole = not value.is_floating_point() and value.dtype != torch.bool
-                require(whole, op, f"{name} has dtype", dtype_text(value.dtype), "an integer one")
-    if not isinstance(temperature, Tensor):
-        require(0.0 < temperature < float("inf"), op, "temperature is", f"{temperature:g}", "a finite number > 0")
+            _check_by_sample(name, value, q)
+            whole = not value.is_floating_point() and value.dtype != torch.bool
+            require(whole, op, f"{name} has dtype", value.dtype, "an integer one")
+    if isinstance(temperature, Tensor):
+        _check_by_sample("temperature", temperature, q)
+        check_floating(op, "temperature", temperature)
+    else:
+        require(0.0 < temperature < float("inf"), op, "temperature is", temperature, "a finite number > 0")
+    require(scale is None or 0.0 < scale < float("inf"), op, "scale is", scale, "a finite number > 0")
+
+
+def _check_by_sample(name: str, value: Tensor, q: Tensor) -> None:
+    op = "block_attention"
+    require(value.shape == q.shape[:1], op, f"{name} has shape", value.shape, q.shape[:1], "for batch of q")
+    check_device(op, name, value, "q", q)
+
+
+# The types that each argument may have.
+_TYPES: Final = types_of(block_attention)
 
 
 def _by_frame(q: Tensor, k: Tensor, v: Tensor, frames: FrameMask, scale: float | None, *, grouped: bool) -> Tensor:
@@ -394,7 +457,7 @@ def _by_frame(q: Tensor, k: Tensor, v: Tensor, frames: FrameMask, scale: float |
             seen_k, seen_v = k[:, :, : keys.stop], v[:, :, : keys.stop]
         else:
             seen_k, seen_v = (torch.cat([t[:, :, :prefix], t[:, :, keys]], 2) for t in (k, v))
-        out.append(F.scaled_dot_product_attention(q[:, :, queries], seen_k, seen_v, scale=scale, enable_gqa=grouped))
+        out.append(_attend(q[:, :, queries], seen_k, seen_v, scale=scale, enable_gqa=grouped))
     return torch.cat(out, 2)
 
 
@@ -445,8 +508,14 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tens
     options = list(ctx.options)
     for index, tensor in zip(ctx.tensors, tensors, strict=True):
         options[index] = tensor
-    grads = _native_backward(grad_out, grad_lse, q, k, v, out, lse, *options)
-    return (*grads, *(None for _ in options))
+    grad_q, grad_k, grad_v = _native_backward(grad_out, grad_lse, q, k, v, out, lse, *options)
+    others: list[Tensor | None] = [None] * len(options)
+    temperatures = options[-1]
+    if temperatures is not None and ctx.needs_input_grad[-1]:
+        # Products are those of q / temperature: its gradient is that along q.
+        along = torch.where(grad_q == 0.0, 0.0, q.float() * grad_q.float()).sum((1, 2, 3))
+        others[-1] = (-along / temperatures.float()).to(temperatures.dtype)
+    return (grad_q, grad_k, grad_v, *others)
 
 
 torch.library.register_fake("starflow_ext::block_attention", _fake)
@@ -491,6 +560,11 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
     yield sample("queries before the first key", 5, 9, q_start=-3)
     yield sample("length", 5, 90, causal=False, k_length=70)
     yield sample("length of each sample", 5, 90, k_length=torch.tensor([0, 87]))
+    yield sample("first key", 5, 90, k_start=70)
+    yield sample("first key of each sample", 90, 90, k_start=torch.tensor([0, 87]))
+    yield sample("first key, start and length", 5, 90, q_start=60, k_start=torch.tensor([63, 3]), k_length=80)
+    yield sample("scale", 5, 9, scale=0.4)
+    yield sample("scale and temperature of each sample", 5, 9, scale=0.4, temperature=torch.tensor([0.7, 1.5]))
     yield sample("temperature", 5, 9, temperature=0.7)
     yield sample("temperature of each sample", 5, 9, temperature=torch.tensor([0.7, 1.5]))
     for prefix, window in ((0, None), (3, None), (5, 2), (70, 1)):
@@ -524,7 +598,7 @@ def _operations(sample: Sample) -> int:
     q, k = sample.arguments["q"], sample.arguments["k"]
     frames = sample.arguments.get("frames")
     causal = sample.arguments.get("causal", frames is None)
-    mask = _visible(q, q.shape[2], k.shape[2], causal, None, None, frames)
+    mask = _visible(q, q.shape[2], k.shape[2], causal, None, None, None, frames)
     pairs = q.shape[2] * k.shape[2] if mask is None else int(mask.sum())
     return 4 * int(q.shape[0] * q.shape[1]) * pairs * int(q.shape[3])
 

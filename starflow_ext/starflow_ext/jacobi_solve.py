@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from starflow_ext._affine import ScaleActivation, check_soft_clip
-from starflow_ext._check import require
+from starflow_ext._check import refuse_types, require, types_of
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import SCALE_ACTIVATIONS, check_name, code_of
 from starflow_ext.jacobi_sweep import jacobi_sweep_reference
 from starflow_ext.jacobi_update import jacobi_update_reference
 from starflow_ext.linear import ProductInput
-from starflow_ext.sweep_block import BlockState, BlockWeights, block_sizes, block_tensors, product_input_of
+from starflow_ext.sweep_block import (
+    BlockState,
+    BlockWeights,
+    block_sizes,
+    block_tensors,
+    product_input_of,
+    require_no_derivative,
+)
 from starflow_ext.window_sweep import WindowProgress, sweep_window
 
 
@@ -123,13 +130,18 @@ def jacobi_solve(
         Counts of this call; ``bad`` is (sample, token) where a final token is NaN or infinite, which ends the solve.
 
     Raises:
-        RuntimeError: if a shape, a dtype or an option is wrong; on CUDA also while the current stream is captured into
-            a graph.
+        RuntimeError: if a type, a shape, a dtype or an option is wrong or a derivative is asked for; on CUDA also while
+            the current stream is captured into a graph.
 
     Reference:
         Song et al., Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (2021); the acceptance
         by token and the guess are this project's (docs/solver.md).
     """
+    where = (weights, state, progress, z, first, first_token, frame_tokens, window, tolerance)
+    given = (*where, activation, soft_clip, guidance, guided, product_input, most_sweeps)
+    if not all(map(isinstance, given, _TYPES)):
+        refuse_types("jacobi_solve", jacobi_solve, given)
+    require_no_derivative("jacobi_solve", weights, state, z, progress.x)
     if in_reference_mode():
         return jacobi_solve_reference(
             weights,
@@ -171,6 +183,9 @@ def jacobi_solve(
     )
     return SweepCount(rows, tuple(accepted.tolist()), None if token < 0 else (sample, token))
 
+
+# The types that each argument may have.
+_TYPES: Final = types_of(jacobi_solve)
 
 _native = operators().jacobi_solve.default
 

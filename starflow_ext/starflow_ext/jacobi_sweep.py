@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import torch
 from torch import Tensor
 
+from starflow_ext._check import refuse_types, types_of
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode, reference_mode
 from starflow_ext.block_attention import block_attention
@@ -19,6 +22,7 @@ from starflow_ext.sweep_block import (
     block_sizes,
     block_tensors,
     product_input_of,
+    require_no_derivative,
     size_of,
 )
 
@@ -54,12 +58,16 @@ def jacobi_sweep(
         raw: (cache rows, tokens, out channels) float32; with ``text``, no tokens.
 
     Raises:
-        RuntimeError: if a shape or dtype is wrong, or the caches are too short; the message says how long they must be;
-            on CUDA also while the current stream is captured into a graph.
+        RuntimeError: if a type, a shape or a dtype is wrong, a derivative is asked for, or the caches are too short
+            (the message says how long they must be); on CUDA also while the current stream is captured into a graph.
 
     Reference:
         Gu et al., STARFlow-V (2025), parallel Jacobi iteration; the network is that of ``starflow.conditioner``.
     """
+    given = (weights, state, rows, start, keep, product_input, text)
+    if not all(map(isinstance, given, _TYPES)):
+        refuse_types("jacobi_sweep", jacobi_sweep, given)
+    require_no_derivative("jacobi_sweep", weights, state, rows)
     keep = torch.zeros_like(start) if keep is None else keep
     if in_reference_mode():
         return jacobi_sweep_reference(weights, state, rows, start, keep, text)
@@ -156,6 +164,9 @@ def _added(h: Tensor, x: Tensor, weights: LinearWeights, post: Tensor | None) ->
         return linear(x, weights.weight, weights.bias, residual=h)
     return h + norm(_projected(x, weights), post, kind="rms_norm")
 
+
+# The types that each argument may have.
+_TYPES: Final = types_of(jacobi_sweep)
 
 _native = operators().jacobi_sweep.default
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from starflow_ext._affine import (
     check_raw,
     guided_terms,
 )
-from starflow_ext._check import arithmetic_dtype, check_like, check_own_memory, require
+from starflow_ext._check import arithmetic_dtype, check_like, check_own_memory, refuse_types, require, types_of
 from starflow_ext._load import operators
-from starflow_ext._mode import in_reference_mode
+from starflow_ext._mode import in_reference_mode, require_no_transform
 from starflow_ext._options import SCALE_ACTIVATIONS, code_of
 from starflow_ext._spec import Dtypes, Sample, Spec
 
@@ -54,12 +54,17 @@ def jacobi_update(
         NaN, so that a comparison with a tolerance never accepts it.
 
     Raises:
-        RuntimeError: if a shape, a dtype, a device or an option is wrong, or if a gradient is asked for.
+        RuntimeError: if a type, a shape, a dtype, a device or an option is wrong, or if a gradient is asked for or a
+            transform of torch.func is active.
 
     Reference:
         Gu et al., STARFlow, section 3.5 (guidance); Song et al., Accelerating Feedforward Computation via Parallel
         Nonlinear Equation Solving, section 3 (Jacobi iteration).
     """
+    arguments = (x, z, raw, activation, soft_clip, guidance)
+    if not all(map(isinstance, arguments, _TYPES)):
+        refuse_types("jacobi_update", jacobi_update, arguments)
+    require_no_transform("jacobi_update", "x is overwritten")
     require(
         not (torch.is_grad_enabled() and (x.requires_grad or z.requires_grad or raw.requires_grad)),
         "jacobi_update",
@@ -68,9 +73,9 @@ def jacobi_update(
         "a call under torch.no_grad() or torch.inference_mode()",
     )
     if in_reference_mode():
-        return jacobi_update_reference(x, z, raw, activation, soft_clip, guidance)
-    operator, arguments = _lower(x, z, raw, activation, soft_clip, guidance)
-    change: Tensor = operator(*arguments)
+        return jacobi_update_reference(*arguments)
+    operator, lowered = _lower(*arguments)
+    change: Tensor = operator(*lowered)
     return change
 
 
@@ -102,6 +107,9 @@ def check(x: Tensor, z: Tensor, raw: Tensor, activation: str, soft_clip: float, 
     check_raw(op, "x", x, raw, activation, soft_clip, halves=2 if guidance > 0.0 else 1)
     check_own_memory(op, "x", x)
 
+
+# The types that each argument may have.
+_TYPES: Final = types_of(jacobi_update)
 
 _native = operators().jacobi_update.default
 

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from starflow_ext._check import check_floating, dtype_text, require, require_first_order
+from starflow_ext._check import (
+    as_record,
+    autocast_dtype,
+    check_floating,
+    dtype_text,
+    refuse_types,
+    require,
+    require_first_order,
+    types_of,
+    without_autocast,
+)
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import (
@@ -30,10 +40,10 @@ from starflow_ext.linear_pack import (
     pack_weight,
     unpack,
 )
-from starflow_ext.norm import EPSILON, NormKind
+from starflow_ext.norm import EPSILON, OFFSET, NormKind, check_epsilon, check_weight_offset
 from starflow_ext.norm import norm as normalise
 
-Epilogue = Literal["none", "gelu", "gelu_tanh"]
+Epilogue = Literal["none", "gelu", "gelu_tanh", "silu"]
 ProductInput = Literal["float32", "bfloat16", "two_bfloat16", "float16"]
 
 # Product inputs that the CPU's kernels take; on CUDA the input has the type of the weight.
@@ -58,9 +68,11 @@ _SLOW_IN_TORCH: Final = _slow_in_torch()
 class InputNorm(NamedTuple):
     """A norm of ``x`` on its way into the product; arguments as of ``norm``."""
 
-    weight: Tensor
+    weight: Tensor | None = None
     bias: Tensor | None = None
     kind: NormKind = "layer_norm"
+    eps: float | None = None
+    weight_offset: float | None = None
 
 
 def linear(
@@ -72,7 +84,7 @@ def linear(
     multiply: Tensor | None = None,
     residual: Tensor | None = None,
     product_input: ProductInput | None = None,
-    norm: InputNorm | None = None,
+    norm: InputNorm | tuple[Any, ...] | None = None,
 ) -> Tensor:
     """Compute ``residual + epilogue(norm(x) @ weight.T + bias) * multiply``.
 
@@ -90,31 +102,42 @@ def linear(
         weight: (out_channels, in_channels), or what ``pack_weight`` made of it. ``x`` is rounded to the dtype of a
             plain weight; under autocast both are rounded to its dtype.
         bias: (out_channels,).
-        epilogue: "none", "gelu" (exact, erf) or "gelu_tanh".
-        multiply: (..., out_channels), the other factor of a gated unit.
+        epilogue: "none", "gelu" (exact, erf), "gelu_tanh" or "silu".
+        multiply: (..., out_channels), the other factor of a gated unit (SwiGLU: "silu" and the product of the other
+            weight).
         residual: (..., out_channels); the sum has its dtype, so a float32 residual stream stays float32.
         product_input: how ``x`` enters the native product: "float32"; "bfloat16", rounded; "two_bfloat16", as the sum
             of two (16 bits). Default: "bfloat16" for weights stored in bfloat16, as torch does, else "float32". A
             level without an instruction for products of bfloat16 computes in float32, which is more exact. On CUDA it
             can only be the type of the weight.
-        norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it.
+        norm: LayerNorm or RMSNorm of ``x`` first, as the op ``norm`` computes it; or a plain tuple of its arguments.
 
     Returns:
         (..., out_channels), in the dtype of ``residual`` if given, else of a plain ``weight``, else of ``x``.
 
     Raises:
-        RuntimeError: if an option, a dtype or a device is wrong, or a shape does not agree.
+        RuntimeError: if a type, an option, a dtype or a device is wrong, a shape does not agree, or ``product_input``
+            is given for a call that is left to torch.
 
     Reference:
         Hendrycks and Gimpel, Gaussian Error Linear Units (2016); Shazeer, GLU Variants Improve Transformer (2020).
     """
+    given = (x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    if not all(map(isinstance, given, _TYPES)):
+        refuse_types("linear", linear, given)
     if isinstance(weight, PackedWeight):
         _check_fresh(weight)
-    if in_reference_mode() or _why_torch(x, weight, bias, epilogue, multiply, residual, product_input, norm):
-        return linear_reference(x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    if norm is not None:
+        norm = as_record("linear", "norm", norm, InputNorm, _NORM_TYPES)
+    arguments = (x, weight, bias, epilogue, multiply, residual, product_input, norm)
+    if in_reference_mode():
+        return linear_reference(*arguments)
+    if reason := _why_torch(*arguments):
+        require(product_input is None, "linear", "product_input is", f'"{product_input}"', "None, as", reason)
+        return linear_reference(*arguments)
     # The native op checks the rest, with the words of check().
-    operator, arguments = _lower(x, weight, bias, epilogue, multiply, residual, product_input, norm)
-    out: Tensor = operator(*arguments)[0]
+    operator, lowered = _lower(*arguments)
+    out: Tensor = operator(*lowered)[0]
     return out
 
 
@@ -150,7 +173,7 @@ def linear_reference(
         x, weight, norm = _rounded(x, weight, norm)
         return _torch(x, weight, bias, epilogue, multiply, residual, norm, weight.dtype)
     exact = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _torch(x, _values(weight).to(exact), bias, epilogue, multiply, residual, norm, x.dtype)
 
 
@@ -178,15 +201,26 @@ def _torch(
     # The operands are contiguous, so that the bits do not depend on strides.
     x, weight = x.contiguous(), weight.contiguous()
     if norm is not None:
-        x = normalise(x, norm.weight, norm.bias, kind=norm.kind)
+        x = _normalised(x, norm)
     out = _product(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
-    if epilogue != "none":
-        out = F.gelu(out, approximate="tanh" if epilogue == "gelu_tanh" else "none")
+    out = _activated(out, epilogue)
     if multiply is not None:
         out = out * multiply
     if residual is None:
         return out.to(dtype)
     return (residual + out.to(torch.promote_types(out.dtype, residual.dtype))).to(residual.dtype)
+
+
+def _normalised(x: Tensor, norm: InputNorm) -> Tensor:
+    """Compute the norm of ``x`` by the op of that name, which has the gradient."""
+    weight, bias, kind, eps, weight_offset = norm
+    return normalise(x, weight, bias, kind=kind, eps=eps, weight_offset=weight_offset)
+
+
+def _activated(x: Tensor, epilogue: str) -> Tensor:
+    if epilogue == "none":
+        return x
+    return F.silu(x) if epilogue == "silu" else F.gelu(x, approximate="tanh" if epilogue == "gelu_tanh" else "none")
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -201,16 +235,13 @@ def _rounded(x: Tensor, weight: Tensor, norm: InputNorm | None) -> tuple[Tensor,
     """The operands of a product with a plain weight in the dtype that torch would multiply in."""
     weight = weight.to(_product_dtype(weight))
     if norm is not None:
-        x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
+        x, norm = _normalised(x, norm), None
     return x.to(weight.dtype), weight, norm
 
 
 def _product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype that a product with a plain weight is computed in."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    return autocast_dtype(weight) or weight.dtype
 
 
 def _why_torch(
@@ -251,6 +282,7 @@ def _lower(
     """The native operator of a call and its arguments."""
     _check_options(epilogue, product_input, norm, weight.device)
     if isinstance(weight, Tensor):
+        _check_weight(weight)
         x, weight, norm = _rounded(x, weight, norm)
         packed = pack_for_call(weight)
         dtype = weight.dtype
@@ -261,11 +293,10 @@ def _lower(
         product_input = packed.storage if stored else "float32"
     gradient = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad
-        for tensor in (x, packed.weight, bias, multiply, residual, *(norm or ())[:2])
+        for tensor in (x, packed.weight, bias, multiply, residual, *(norm[:2] if norm else ()))
     )
     if norm is not None and gradient:
-        # The op norm has the gradient.
-        x, norm = normalise(x, norm.weight, norm.bias, kind=norm.kind), None
+        x, norm = _normalised(x, norm), None
     return _native, (
         x,
         packed.weight if gradient else None,
@@ -279,12 +310,25 @@ def _lower(
         multiply,
         residual,
         PRODUCT_INPUTS[product_input],
-        NORM_KINDS["none" if norm is None else norm.kind],
-        None if norm is None else norm.weight,
-        None if norm is None else norm.bias,
+        *_lowered_norm(norm, x),
         DTYPES[_NATIVE[dtype if residual is None else residual.dtype]],
         gradient and (epilogue != "none" or multiply is not None),
     )
+
+
+def _lowered_norm(norm: InputNorm | None, x: Tensor) -> tuple[int, Tensor | None, Tensor | None, float, float]:
+    """The norm as the operator takes it: kind, weight, bias, epsilon and what is added to the weight."""
+    if norm is None:
+        return NORM_KINDS["none"], None, None, 0.0, 0.0
+    weight, bias, kind, eps, weight_offset = norm
+    offset = OFFSET[kind] if weight_offset is None else weight_offset
+    if weight is None:
+        weight, offset = x.new_zeros(x.shape[-1:]), 1.0
+    return NORM_KINDS[kind], weight, bias, EPSILON[kind] if eps is None else eps, offset
+
+
+def _check_weight(weight: Tensor | PackedWeight) -> None:
+    require(len(weight.shape) == 2, "linear", "weight has shape", list(weight.shape), "(out_channels, in_channels)")
 
 
 def _check_options(epilogue: str, product_input: str | None, norm: InputNorm | None, device: torch.device) -> None:
@@ -294,6 +338,8 @@ def _check_options(epilogue: str, product_input: str | None, norm: InputNorm | N
         check_name("linear", "product_input", product_input, known)
     if norm is not None:
         check_name("linear", "norm", norm.kind, EPSILON)
+        check_epsilon("linear", "norm.eps", norm.eps)
+        check_weight_offset("linear", "norm.weight_offset", norm.weight_offset, norm.weight)
 
 
 def check(
@@ -309,17 +355,11 @@ def check(
     """Raise what ``linear`` raises for wrong arguments; arguments as there."""
     op = "linear"
     _check_options(epilogue, product_input, norm, weight.device)
-    out_channels, in_channels = weight.shape if len(weight.shape) == 2 else (-1, -1)
-    require(out_channels >= 0, op, "weight has shape", list(weight.shape), "(out_channels, in_channels)")
-    require(
-        x.dim() >= 1 and x.shape[-1] == in_channels,
-        op,
-        "x has shape",
-        list(x.shape),
-        f"[..., {in_channels}] for weight of shape {list(weight.shape)}",
-    )
+    _check_weight(weight)
+    out_channels, in_channels = weight.shape
+    _check_x(x, out_channels, in_channels)
     shape = [*x.shape[:-1], out_channels]
-    norm_weight, norm_bias, kind = (None, None, "layer_norm") if norm is None else norm
+    norm_weight, norm_bias, kind = (None, None, "layer_norm") if norm is None else norm[:3]
     require(kind == "layer_norm" or norm_bias is None, op, "norm_bias is", "given", "None for rms_norm")
     named = (
         ("x", x, None),
@@ -333,12 +373,9 @@ def check(
         if tensor is None:
             continue
         if expected is not None:
-            require(list(tensor.shape) == expected, op, f"{name} has shape", list(tensor.shape), expected)
-        if isinstance(weight, Tensor):
-            require(tensor.device == weight.device, op, f"{name} is on", tensor.device, f"{weight.device} like weight")
-        else:
-            expected_device = f"{weight.device} for a packed weight"
-            require(tensor.device == weight.device, op, f"{name} is on", tensor.device, expected_device)
+            require(list(tensor.shape) == expected, op, f"{name} has shape", tensor.shape, expected)
+        like = "like weight" if isinstance(weight, Tensor) else "for a packed weight"
+        require(tensor.device == weight.device, op, f"{name} is on", tensor.device, weight.device, like)
         check_floating(op, name, tensor)
     if isinstance(weight, Tensor):
         check_floating(op, "weight", weight)
@@ -350,10 +387,20 @@ def check(
         require(product_input == storage, op, "product_input is", f'"{product_input}"', expected_storage)
 
 
+def _check_x(x: Tensor, out_channels: int, in_channels: int) -> None:
+    fits = x.dim() >= 1 and x.shape[-1] == in_channels
+    shape = [out_channels, in_channels]
+    require(fits, "linear", "x has shape", x.shape, f"[..., {in_channels}] for weight of shape", shape)
+
+
 def _rows(tensor: Tensor) -> Tensor:
     """(..., channels) to (rows, channels), empty ones too."""
     return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor[None]
 
+
+# The types that each argument may have, and each part of a norm.
+_TYPES: Final = types_of(linear)
+_NORM_TYPES: Final = types_of(InputNorm)
 
 _native = operators().linear.default
 _ARGUMENTS: Final = tuple(argument.name for argument in _native._schema.arguments)
@@ -362,6 +409,13 @@ _ARGUMENTS: Final = tuple(argument.name for argument in _native._schema.argument
 def _fake(*given: Any) -> tuple[Tensor, Tensor]:
     call = dict(zip(_ARGUMENTS, given, strict=True))
     x, dtype = call["x"], name_of("linear", "out_dtype", call["out_dtype"], DTYPES)
+    # Nothing else checks a traced call, as the operator does when it runs.
+    _check_x(x, call["out_channels"], call["in_channels"])
+    shape = [*x.shape[:-1], call["out_channels"]]
+    expected = {"bias": shape[-1:], "multiply": shape, "residual": shape}
+    for name, wanted in expected.items():
+        if call[name] is not None:
+            require(list(call[name].shape) == wanted, "linear", f"{name} has shape", call[name].shape, wanted)
     out = x.new_empty([*x.shape[:-1], call["out_channels"]], dtype=getattr(torch, dtype))
     return out, torch.empty_like(out) if call["keep_product"] else out.new_empty([0])
 
@@ -387,15 +441,16 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         return (None,) * len(_ARGUMENTS)
     x, weight, panels, column_scale, multiply, product = ctx.saved_tensors
     epilogue = name_of("linear", "epilogue", call["epilogue"], EPILOGUES)
-    approximate = "tanh" if epilogue == "gelu_tanh" else "none"
     if needed["residual"]:
         grads["residual"] = grad
     if multiply is not None:
         if needed["multiply"]:
-            factor = product if epilogue == "none" else F.gelu(product, approximate=approximate)
-            grads["multiply"] = (grad * factor).to(multiply.dtype)
+            grads["multiply"] = (grad * _activated(product, epilogue)).to(multiply.dtype)
         grad = grad * multiply
-    if epilogue != "none":
+    if epilogue == "silu":
+        grad = torch.ops.aten.silu_backward(grad, product.to(grad.dtype))
+    elif epilogue != "none":
+        approximate = "tanh" if epilogue == "gelu_tanh" else "none"
         grad = torch.ops.aten.gelu_backward(grad, product.to(grad.dtype), approximate=approximate)
     # The gradient uses the rounded weight, which is the weight itself where it is stored in its own dtype.
     storage = name_of("linear", "storage", call["storage"], WEIGHT_STORAGES)
@@ -403,13 +458,16 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         values = weight
     else:
         values = unpack(panels, column_scale, call["out_channels"], call["in_channels"], storage)
-    rows = _rows(grad).to(values.dtype)
-    if needed["x"]:
-        grads["x"] = _product(rows, values.t()).reshape(x.shape).to(x.dtype)
-    if needed["weight"]:
-        grads["weight"] = _product(rows.t(), _rows(x).to(values.dtype).t()).to(weight.dtype)
+    # In the wider of both types, as the product itself: float16 holds no gradient above 65504 nor below 6e-8.
+    dtype = torch.promote_types(values.dtype, x.dtype)
+    rows = _rows(grad)
     if needed["bias"]:
         grads["bias"] = rows.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    rows = rows.to(dtype)
+    if needed["x"]:
+        grads["x"] = _product(rows, values.to(dtype).t()).reshape(x.shape).to(x.dtype)
+    if needed["weight"]:
+        grads["weight"] = _product(rows.t(), _rows(x).to(dtype).t()).to(weight.dtype)
     return tuple(grads.get(name) for name in _ARGUMENTS)
 
 
@@ -444,9 +502,11 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
         for name in ("multiply", "residual"):
             if given.get(name) is True:
                 given[name] = draw(*shape[:-1], out)
-        if given.get("norm") == "layer_norm":
+        if isinstance(given.get("norm"), InputNorm):
+            pass
+        elif given.get("norm") == "layer_norm":
             given["norm"] = InputNorm(draw(shape[-1]), draw(shape[-1]))
-        if given.get("norm") == "rms_norm":
+        elif given.get("norm") == "rms_norm":
             given["norm"] = InputNorm(0.2 * draw(shape[-1]), kind="rms_norm")
         bounds = None
         stored = storage or dtype_text(weight_dtype)
@@ -481,6 +541,9 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
             yield sample(f"{epilogue}", (2, 4, 19), 37, epilogue=epilogue, multiply=multiply, residual=residual)
     for kind in ("layer_norm", "rms_norm"):
         yield sample(kind, (2, 5, 50), 35, norm=kind)
+        norms = InputNorm(0.2 * draw(50), kind=kind, eps=0.1, weight_offset=0.5), InputNorm(kind=kind)
+        for given in norms:
+            yield sample(f"{kind} with options", (2, 5, 50), 35, norm=given)
         yield sample(f"plain weight, {kind}", (2, 5, 50), 35, norm=kind, plain=True)
     yield sample("plain weight", (2, 5, 48), 40, plain=True)
     if not exact:

@@ -9,19 +9,21 @@ import torch
 from torch import Tensor
 
 from starflow_ext._check import (
+    Joined,
     arithmetic_dtype,
+    as_record,
     check_device,
     check_floating,
     check_like,
     check_own_memory,
     check_tensor,
-    dtype_text,
+    refuse_types,
     require,
     require_first_order,
-    shape_text,
+    types_of,
 )
 from starflow_ext._load import operators
-from starflow_ext._mode import in_reference_mode
+from starflow_ext._mode import in_reference_mode, require_no_transform
 from starflow_ext._options import CONSTANTS, PAIRINGS, check_name, code_of, name_of
 from starflow_ext._spec import Bound, Dtypes, Sample, Spec, tensors
 from starflow_ext.norm import norm_reference
@@ -79,14 +81,15 @@ def rope_append(
     *,
     heads: int,
     kv_heads: int,
-    query_rotation: Rotation | None = None,
-    key_rotation: Rotation | None = None,
+    query_rotation: Rotation | tuple[Tensor, Tensor] | None = None,
+    key_rotation: Rotation | tuple[Tensor, Tensor] | None = None,
     query_norm: Tensor | None = None,
     key_norm: Tensor | None = None,
     pairing: Pairing = "interleaved",
-    cache: Cache | None = None,
+    cache: Cache | tuple[Tensor, Tensor] | None = None,
     start: int | Tensor = 0,
     final: Tensor | None = None,
+    slots: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Turn the fused projection into rotated queries, keys and values; with a cache, write keys and values into it.
 
@@ -97,27 +100,45 @@ def rope_append(
         qkv: (batch, tokens, (heads + 2 * kv_heads) * head_dim): queries, keys, values, head-major; float32, bfloat16,
             float16 or float64. On a CUDA device head_dim is at most 256.
         heads, kv_heads: numbers of heads.
-        query_rotation, key_rotation: angles of the tokens; None leaves them unrotated (learned positions).
+        query_rotation, key_rotation: angles of the tokens, ``Rotation`` or a plain tuple; None leaves them unrotated
+            (learned positions).
         query_norm, key_norm: RMSNorm weights (head_dim,), offsets from one; applied before the rotation.
         pairing: which elements form a plane.
-        cache: buffers that tokens are written to, at slots ``start .. start + tokens``; float32, bfloat16 or float16
-            (float64 for float64 ``qkv``). No gradient: call it under ``torch.no_grad()`` or ``torch.inference_mode()``.
+        cache: buffers that tokens are written to, at slots ``start .. start + tokens``, ``Cache`` or a plain tuple;
+            float32, bfloat16 or float16 (float64 for float64 ``qkv``). No gradient: call it under ``torch.no_grad()``
+            or ``torch.inference_mode()``.
         start: first slot, one number or one for each sample (batch,) int64.
         final: (batch,) int64; slots below it keep what they hold, whatever the tokens are; None writes all.
+        slots: how many slots of the cache are returned; None is ``max(start) + tokens``, which for a tensor ``start``
+            has to be read, and so cannot be compiled.
 
     Returns:
         q (batch, heads, tokens, head_dim), and k, v: (batch, kv_heads, tokens, head_dim) without a cache; with one,
-        its first ``max(start) + tokens`` slots.
+        its first ``slots`` slots.
 
     Raises:
-        RuntimeError: if a shape, a dtype, a device or an option is wrong, the channels do not split into the heads, the
-            cache is too short, or a gradient through the cache is asked for.
+        RuntimeError: if a type, a shape, a dtype, a device or an option is wrong, the channels do not split into the
+            heads, the cache is too short, ``start``, ``final`` or ``slots`` is given without one, or a gradient through
+            the cache is asked for.
 
     Reference:
         Su et al., RoFormer (2021); Henry et al., Query-Key Normalization for Transformers (2020).
     """
-    arguments = (qkv, heads, kv_heads, query_rotation, key_rotation, query_norm, key_norm, pairing, cache, start, final)
+    op = "rope_append"
+    options = (query_norm, key_norm, pairing)
+    placed = (start, final, slots)
+    given = (qkv, heads, kv_heads, query_rotation, key_rotation, *options, cache, *placed)
+    if not all(map(isinstance, given, _TYPES)):
+        refuse_types(op, rope_append, given)
+    if query_rotation is not None:
+        query_rotation = as_record(op, "query_rotation", query_rotation, Rotation, _TENSORS)
+    if key_rotation is not None:
+        key_rotation = as_record(op, "key_rotation", key_rotation, Rotation, _TENSORS)
     if cache is not None:
+        cache = as_record(op, "cache", cache, Cache, _TENSORS)
+    arguments = (qkv, heads, kv_heads, query_rotation, key_rotation, *options, cache, *placed)
+    if cache is not None:
+        require_no_transform(op, "the cache is overwritten")
         require(
             not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors(arguments))),
             "rope_append",
@@ -132,7 +153,7 @@ def rope_append(
         q, k, v = operator(*lowered)
         return q, k, v
     q = operator(*lowered)
-    end = _end(start, qkv.shape[1])
+    end = _end(start, qkv.shape[1]) if slots is None else slots
     return q, cache.keys[:, :, :end], cache.values[:, :, :end]
 
 
@@ -148,9 +169,11 @@ def rope_append_reference(
     cache: Cache | None,
     start: int | Tensor,
     final: Tensor | None,
+    slots: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``rope_append`` in plain torch; arguments as there."""
-    check(qkv, heads, kv_heads, query_rotation, key_rotation, query_norm, key_norm, pairing, cache, start, final)
+    options = (query_norm, key_norm, pairing)
+    check(qkv, heads, kv_heads, query_rotation, key_rotation, *options, cache, start, final, slots)
     batch, tokens, _ = qkv.shape
     parts = heads + 2 * kv_heads
     q, k, v = qkv.unflatten(-1, (parts, -1)).transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
@@ -162,21 +185,22 @@ def rope_append_reference(
     if isinstance(start, Tensor) or final is not None:
         rows = torch.arange(batch, device=qkv.device)[:, None]
         first = start[:, None] if isinstance(start, Tensor) else torch.full_like(rows, start)
-        slots = first + torch.arange(tokens, device=qkv.device)
+        places = first + torch.arange(tokens, device=qkv.device)
         for buffer, new in ((cache.keys, k), (cache.values, v)):
             written = new.transpose(1, 2).to(buffer.dtype)
             if final is not None:
-                written = torch.where((slots < final[:, None])[..., None, None], buffer[rows, :, slots], written)
-            buffer[rows, :, slots] = written
+                written = torch.where((places < final[:, None])[..., None, None], buffer[rows, :, places], written)
+            buffer[rows, :, places] = written
     else:
         cache.keys[:, :, start:end] = k
         cache.values[:, :, start:end] = v
+    end = end if slots is None else slots
     return q, cache.keys[:, :, :end], cache.values[:, :, :end]
 
 
 def _turned(x: Tensor, weight: Tensor | None, rotation: Rotation | None, pairing: Pairing) -> Tensor:
     # The result is rounded once, at the end, as in the kernels.
-    out = x if weight is None else norm_reference(x, weight, None, "rms_norm", None)
+    out = x if weight is None else norm_reference(x, weight, None, "rms_norm", None, None, None)
     assert isinstance(out, Tensor)
     return (out if rotation is None else rotate(out, rotation, pairing)).to(x.dtype)
 
@@ -199,10 +223,12 @@ def check(
     cache: Cache | None,
     start: int | Tensor,
     final: Tensor | None,
+    slots: int | None,
 ) -> None:
     """Raise what the native op raises for the same mistake; arguments as of the reference."""
     op = "rope_append"
     head_dim = _check_heads(qkv, heads, kv_heads, query_rotation, key_rotation, query_norm, key_norm, pairing)
+    _check_places(cache, start, final, slots)
     if cache is None:
         return
     _check_cache(qkv, kv_heads, head_dim, cache, start, final)
@@ -211,6 +237,18 @@ def check(
         first = int(first.min()) if first.numel() else 0
     require(first >= 0, op, "start is", first, "a slot, at least 0")
     require(end <= cache.keys.shape[2], op, "cache holds", f"{cache.keys.shape[2]} slots", f"at least {end}")
+
+
+def _check_places(cache: Cache | None, start: int | Tensor, final: Tensor | None, slots: int | None) -> None:
+    """Check that what speaks of a cache comes with one, and that it has the slots that are asked for."""
+    op = "rope_append"
+    if cache is None:
+        starts = isinstance(start, Tensor) or start != 0
+        for name, given in (("start", starts), ("final", final is not None), ("slots", slots is not None)):
+            require(not given, op, f"{name} is", "given", "none without a cache")
+    elif slots is not None and cache.keys.dim() == 4:
+        capacity = cache.keys.shape[2]
+        require(0 <= slots <= capacity, op, "slots is", slots, "at least 0 and at most", capacity, "like the cache")
 
 
 def _check_heads(
@@ -225,7 +263,7 @@ def _check_heads(
 ) -> int:
     op = "rope_append"
     check_floating(op, "qkv", qkv)
-    require(qkv.dim() == 3, op, "qkv has shape", shape_text(qkv.shape), "(batch, tokens, channels)")
+    require(qkv.dim() == 3, op, "qkv has shape", qkv.shape, "(batch, tokens, channels)")
     for name, count in (("heads", heads), ("kv_heads", kv_heads)):
         require(count >= 1, op, f"{name} is", count, "at least 1")
     batch, tokens, width = qkv.shape
@@ -238,8 +276,8 @@ def _check_heads(
     for name, weight in (("query_norm", query_norm), ("key_norm", key_norm)):
         if weight is not None:
             check_floating(op, name, weight)
-            shapes = shape_text(weight.shape), f"[{head_dim}] for head_dim of qkv"
-            require(list(weight.shape) == [head_dim], op, f"{name} has shape", *shapes)
+            fits = list(weight.shape) == [head_dim]
+            require(fits, op, f"{name} has shape", weight.shape, [head_dim], "for head_dim of qkv")
             check_device(op, name, weight, "qkv", qkv)
     for name, rotation in (("query_rotation", query_rotation), ("key_rotation", key_rotation)):
         if rotation is not None:
@@ -253,8 +291,9 @@ def _check_rotation(name: str, rotation: Rotation, batch: int, tokens: int, head
     require(head_dim % 2 == 0, op, "head_dim is", head_dim, "an even number for a rotation")
     check_floating(op, "rotation", rotation.cos)
     shape, table = list(rotation.cos.shape), [tokens, head_dim // 2]
-    expected = f"[..., {table[0]}, {table[1]}] for {tokens} tokens of head_dim {head_dim}"
-    require(shape in (table, [1, *table], [batch, *table]), op, "rotation has shape", shape, expected)
+    fits = shape in (table, [1, *table], [batch, *table])
+    expected = ("[..., ", tokens, ", ", head_dim // 2, "] for ", tokens, " tokens of head_dim ", head_dim)
+    require(fits, op, "rotation has shape", shape, Joined(expected))
     check_like(op, f"{name}.sin", rotation.sin, f"{name}.cos", rotation.cos)
 
 
@@ -265,22 +304,26 @@ def _check_cache(
     keys, batch = cache.keys, qkv.shape[0]
     wide = qkv.dtype == torch.float64
     kept = (torch.float64,) if wide else (torch.float32, torch.bfloat16, torch.float16)
-    expected = f"{'float64' if wide else 'float32, bfloat16 or float16'} for qkv of {dtype_text(qkv.dtype)}"
-    require(keys.dtype in kept, op, "cache.keys has dtype", dtype_text(keys.dtype), expected)
+    known = "float64" if wide else "float32, bfloat16 or float16"
+    require(keys.dtype in kept, op, "cache.keys has dtype", keys.dtype, known, "for qkv of", qkv.dtype)
     fits = keys.dim() == 4 and (keys.shape[0], keys.shape[1], keys.shape[3]) == (batch, kv_heads, head_dim)
-    expected = f"[{batch}, {kv_heads}, capacity, {head_dim}]"
-    require(fits, op, "cache.keys has shape", shape_text(keys.shape), expected)
+    expected = ("[", batch, ", ", kv_heads, ", capacity, ", head_dim, "]")
+    require(fits, op, "cache.keys has shape", keys.shape, Joined(expected))
     check_device(op, "cache.keys", keys, "qkv", qkv)
     check_own_memory(op, "cache.keys", keys)
     check_like(op, "cache.values", cache.values, "cache.keys", keys)
     check_own_memory(op, "cache.values", cache.values)
     for name, numbers in (("start", start), ("final", final)):
         if isinstance(numbers, Tensor):
-            require(numbers.dtype == torch.int64, op, f"{name} has dtype", dtype_text(numbers.dtype), "int64")
-            shapes = shape_text(numbers.shape), f"[{batch}], one a sample"
-            require(list(numbers.shape) == [batch], op, f"{name} has shape", *shapes)
+            require(numbers.dtype == torch.int64, op, f"{name} has dtype", numbers.dtype, "int64")
+            fits = list(numbers.shape) == [batch]
+            require(fits, op, f"{name} has shape", numbers.shape, Joined(("[", batch, "], one a sample")))
             check_device(op, name, numbers, "qkv", qkv)
 
+
+# The types that each argument may have, and both parts of a rotation and of a cache.
+_TYPES: Final = types_of(rope_append)
+_TENSORS: Final = types_of(Cache)
 
 _native = operators().rope_append.default
 _native_cached = operators().rope_append_cached.default
@@ -299,12 +342,17 @@ def _lower(
     cache: Cache | None,
     start: int | Tensor,
     final: Tensor | None,
+    slots: int | None,
 ) -> tuple[Any, tuple[Any, ...]]:
+    _check_places(cache, start, final, slots)
     tables = (*(query_rotation or (None, None)), *(key_rotation or (None, None)))
     code = code_of("rope_append", "pairing", pairing, PAIRINGS)
     options = (qkv, heads, kv_heads, *tables, query_norm, key_norm, code)
     if cache is None:
         return _native, options
+    # A number would be a constant of a traced graph, and another one another graph.
+    if not isinstance(start, Tensor) and (torch.compiler.is_compiling() or isinstance(start, torch.SymInt)):
+        start = torch.full(qkv.shape[:1], start, dtype=torch.int64, device=qkv.device)
     one, each = (0, start) if isinstance(start, Tensor) else (start, None)
     return _native_cached, (*options, *cache, one, each, final)
 
@@ -426,6 +474,7 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
         norms: str = "qk",
         each: bool = False,
         slots: int = 0,
+        returned: int | None = None,
         **options: Any,
     ) -> Sample:
         arguments: dict[str, Any] = {
@@ -439,6 +488,8 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
                 arguments[f"{name}_rotation"] = angles(*table)
             if short in norms:
                 arguments[f"{name}_norm"] = draw(head_dim)
+        if returned is not None:
+            arguments["slots"] = returned
         if slots:
             shape = (batch, heads[1], slots, head_dim)
             arguments["cache"] = Cache(draw(*shape, dtype=kept), draw(*shape, dtype=kept))
@@ -456,6 +507,7 @@ def _samples(dtypes: Dtypes, generator: torch.Generator) -> Iterator[Sample]:
     yield sample("values in a cache", 2, 5, 16, (4, 2), slots=9, start=3)
     yield sample("cache to its end", 2, 5, 8, slots=5)
     yield sample("no tokens in a cache", 2, 0, 8, slots=5, start=2)
+    yield sample("all slots of a cache", 2, 5, 8, slots=9, start=torch.tensor([0, 2]), returned=9)
     yield sample("final slots", 3, 4, 8, slots=9, start=2, final=torch.tensor([0, 4, 9]))
     yield sample(
         "starts by sample", 3, 4, 8, slots=9, each=True, start=torch.tensor([5, 0, 2]), final=torch.tensor([6, 0, 9])

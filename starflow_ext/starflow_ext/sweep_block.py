@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from starflow_ext._check import require
 from starflow_ext._load import native
+from starflow_ext._mode import require_no_transform
 from starflow_ext._options import CONSTANTS, NORM_KINDS, PRODUCT_INPUTS, check_name
 from starflow_ext.block_attention import FrameMask
 from starflow_ext.linear import CPU_PRODUCT_INPUTS, ProductInput
@@ -27,7 +28,7 @@ CacheStorage = Literal["float32", "float16", "bfloat16"]
 # Caches on the CPU hold whole blocks of keys (csrc/cpu/panels.h).
 KEY_BLOCK: Final = CONSTANTS["key_block"]
 _CACHE_DTYPES: Final = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_ABSENT: Final = torch.empty(0)
+_ABSENT: Final = torch.empty(0, dtype=torch.float32, device="cpu")
 
 # In which order the native ops take the numbers and tensors of a block, by name.
 _BLOCK_SIZES: Final = tuple(native.orders()["block_sizes"])
@@ -402,6 +403,21 @@ def product_input_of(op: str, weights: BlockWeights, product_input: ProductInput
     known = PRODUCT_INPUTS if weights.device.type == "cuda" else CPU_PRODUCT_INPUTS
     check_name(op, "product_input", product_input, known)
     return PRODUCT_INPUTS[product_input]
+
+
+def require_no_derivative(op: str, weights: BlockWeights, state: BlockState, *tensors: Tensor) -> None:
+    """Refuse a call of a sweep that a derivative is asked of: the results would be none of it, without a word."""
+    require_no_transform(op, "the caches are overwritten")
+    if not torch.is_grad_enabled():
+        return
+    asked = any(tensor.requires_grad for tensor in (*tensors, *block_tensors(weights, state)))
+    require(
+        not asked,
+        op,
+        "gradient mode is",
+        "on for a tensor that requires a gradient",
+        "a call under torch.no_grad() or torch.inference_mode()",
+    )
 
 
 def block_tensors(weights: BlockWeights, state: BlockState) -> list[Tensor]:

@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -403,3 +404,73 @@ def test_the_options_of_sample_are_those_of_python() -> None:
     assert sample_options_of(args).to_mapping() == {"size": (8, 4), "fps": 2.0, "sink_frames": 1}
     shown = {option.name for option in dataclasses.fields(SampleOptions)} - {"seeds"}
     assert shown <= set(vars(args))
+
+
+NINES = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--device", "bogus"], "--device is 'bogus', expected auto, cpu"),
+        (["--device", ""], "--device is '', expected auto, cpu"),
+        (["--device", "meta"], "--device is 'meta', expected auto, cpu"),
+        (["--device", "cuda:999"], "--device is 'cuda:999', expected "),
+        (["--threads", NINES], "argument --threads: "),
+        (["--threads", "5000"], "argument --threads: '5000' is given, expected at most 4096"),
+        (["--seed", NINES], "argument --seed: "),
+        (["--seed", str(1 << 63)], "argument --seed: '9223372036854775808' is given, expected at most 9.22337e+18"),
+        (["--guidance", "1e300"], "argument --guidance: '1e300' is given, expected at most 1e+30"),
+        (["--temperature", "inf"], "argument --temperature: 'inf' is given, expected at most 1e+30"),
+        (
+            ["--solver", "window:99999999999999999999"],
+            "sample: solver: window size is 99999999999999999999, expected 1 to",
+        ),
+        (["--solver", f"chunks:{NINES}"], "sample: solver: block is "),
+    ],
+)
+def test_devices_and_numbers_that_no_machine_has(
+    model: Path, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("sample", model, PROMPT, *arguments, "--out", tmp_path / "out") == 2
+    assert error(capsys).startswith(f"starflow: error: {message}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_that_nobody_foresaw_is_told_in_one_sentence(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the kernels\nare\x1b[31m red")
+
+    monkeypatch.setattr(Pipeline, "load", fail)
+    assert run("score", model, "--held-out", 1) == 1
+    assert error(capsys) == (
+        "starflow: error: RuntimeError: the kernels are\\x1b[31m red; this is a fault of starflow that nobody foresaw, "
+        "please report it to whom you have it from, with what the same command prints with --debug, and what `starflow "
+        "info` prints"
+    )
+    with pytest.raises(RuntimeError, match="the kernels"):
+        run("score", model, "--held-out", 1, "--debug")
+
+
+def test_a_clip_that_no_encoder_writes_is_kept_as_frames(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = []
+
+    def fail(path: Path, *_: object, **__: object) -> None:
+        calls.append(path)
+        raise OSError(errno.EIO, f"ffmpeg could not write {path}: killed; no file was left behind")
+
+    monkeypatch.setattr(starflow.data, "write_video", fail)
+    assert run("sample", model, "--out", tmp_path, "--scale", 1) == 1
+    assert len(calls) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"000-seed0.{kind}" for kind in ("gif", "json", "npy")} | {
+        "sheet.png"
+    }
+    assert np.load(tmp_path / "000-seed0.npy").shape == (4, 16, 16, 1)
+    assert "killed; no file was left behind; it is tried once more" in caplog.messages[-3]
+    assert caplog.messages[-1].endswith(
+        "000-seed0.npy holds the frames of 000-seed0.mp4 (uint8: frames, height, width, channels)"
+    )

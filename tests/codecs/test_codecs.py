@@ -286,3 +286,14 @@ def test_incomplete_weights_are_refused(kl_folder, tmp_path):
     (tmp_path / "config.json").write_text((kl_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"lack or misshape decoder\.conv_out\.weight, expected all of AutoencoderKL"):
         AutoencoderKLCodec(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [255.0, 65535.0])
+def test_pixels_of_another_scale_are_refused(scale: float) -> None:
+    codec = make_codec({"kind": "dct", "patch": 4, "channels": 1})
+    pixels = scale * torch.rand(1, 2, 1, 8, 8)
+    with pytest.raises(
+        ValueError, match=r"^BlockTransform: pixels reach \d.*, expected \[-1, 1\] \(those of 0 to 255 are"
+    ):
+        codec.encode(pixels)
+    codec.encode(pixels / scale * 2.2 - 1.1)

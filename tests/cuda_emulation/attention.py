@@ -22,7 +22,19 @@ HALVES = (torch.float16, torch.bfloat16)
 FORWARD = "ops/block_attention/block_attention.cu"
 FORWARD_SM90 = "ops/block_attention/block_attention_sm90.cu"
 
-OPTIONS = ("causal", "q_start", "q_starts", "k_length", "k_lengths", "prefix", "frame_tokens", "look_ahead", "window")
+OPTIONS = (
+    "causal",
+    "q_start",
+    "q_starts",
+    "k_start",
+    "k_starts",
+    "k_length",
+    "k_lengths",
+    "prefix",
+    "frame_tokens",
+    "look_ahead",
+    "window",
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,8 @@ class Call:
                     "frame_tokens": max(1, options["frame_tokens"]),
                     "look_ahead": options["look_ahead"],
                     "window": options["window"],
+                    "first": options["k_start"] or 0,
+                    "firsts": options["k_starts"],
                     "start": keys - queries if start is None else start,
                     "starts": options["q_starts"],
                     "length": keys if length is None else length,

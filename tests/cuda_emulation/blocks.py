@@ -11,7 +11,7 @@ from torch import Tensor
 
 from starflow_ext.jacobi_solve import SolveProgress
 from starflow_ext.linear_pack import device_rows_shape
-from starflow_ext.norm import EPSILON
+from starflow_ext.norm import EPSILON, OFFSET
 from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, LinearWeights
 
 from .emulator import Kernels, Mutation, Report, emulated
@@ -48,7 +48,7 @@ def _norm(kind: str | None, weight: Tensor | None, bias: Tensor | None = None) -
         return {}
     name = {"layer_norm": "layer", "rms_norm": "rms"}[kind]
     bias = bias if kind == "layer_norm" else None
-    return {"kind": name, "weight": weight, "bias": bias, "epsilon": EPSILON[kind]}
+    return {"kind": name, "weight": weight, "bias": bias, "epsilon": EPSILON[kind], "weight_offset": OFFSET[kind]}
 
 
 def workspace(kernels: Kernels, launcher: str, call: Mapping[str, Any]) -> Tensor:

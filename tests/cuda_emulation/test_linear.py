@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from starflow_ext._check import dtype_text
 from starflow_ext.linear import EPILOGUES, InputNorm
 from starflow_ext.linear_pack import device_rows_shape
-from starflow_ext.norm import EPSILON, norm_reference
+from starflow_ext.norm import EPSILON, OFFSET, norm_reference
 
 from .emulator import SEEDS, Kernels, Mutation, Report, assert_caught, emulated, mutations
 
@@ -151,6 +151,7 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
                 "weight": call.norm.weight,
                 "bias": call.norm.bias,
                 "epsilon": EPSILON[call.norm.kind],
+                "weight_offset": OFFSET[call.norm.kind],
             },
             "epilogue": call.epilogue,
             "multiply": _view(call.multiply),
@@ -182,7 +183,10 @@ def _check(call: Call, result: Result, label: str = "") -> None:
     else:
         weight, shift = (None if t is None else t.double() for t in call.norm[:2])
         assert weight is not None
-        x, rounding = norm_reference(call.x.double(), weight, shift, call.norm.kind, None), ROUNDING[call.weight.dtype]
+        x, rounding = (
+            norm_reference(call.x.double(), weight, shift, call.norm.kind, None, None, None),
+            ROUNDING[call.weight.dtype],
+        )
         assert isinstance(x, Tensor)
     weight = call.weight.double()
     product = F.linear(x, weight, bias)

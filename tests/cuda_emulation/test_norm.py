@@ -13,7 +13,7 @@ from torch import Tensor
 from starflow_ext import ops
 from starflow_ext._check import arithmetic_dtype
 from starflow_ext._spec import Bound, Dtypes, Sample
-from starflow_ext.norm import EPSILON
+from starflow_ext.norm import EPSILON, OFFSET
 
 from ..ops import battery
 from .emulator import SEEDS, Kernels, Mutation, Report, assert_caught, emulated, mutations
@@ -28,15 +28,33 @@ def _rows(tensor: Tensor) -> Tensor:
     return whole.reshape(prod(whole.shape[:-2]), *whole.shape[-2:])
 
 
-def _shape(rows: Tensor, kind: str) -> dict[str, Any]:
+def _shape(rows: Tensor, kind: str, epsilon: float | None = None, offset: float | None = None) -> dict[str, Any]:
     batch, tokens, channels = rows.shape
-    centred = kind == "layer_norm"
     shape = {"batch": batch, "tokens": tokens, "channels": channels, "data": rows.dtype}
-    return shape | {"centred": centred, "epsilon": EPSILON[kind], "offset": 0.0 if centred else 1.0}
+    return shape | {
+        "centred": kind == "layer_norm",
+        "epsilon": EPSILON[kind] if epsilon is None else epsilon,
+        "weight_offset": OFFSET[kind] if offset is None else offset,
+    }
+
+
+def _arguments(sample: Sample) -> tuple[Any, ...]:
+    """x, weight, bias, kind, residual, epsilon and offset, as the entry passes them on: there always is a weight."""
+    given = SPEC.arguments(**sample.arguments)
+    x, weight, bias, _, epsilon, offset = SPEC.lowered(sample)[1][:6]
+    return x, weight, bias, given["kind"], given["residual"], epsilon, offset
 
 
 def _norm(
-    kernels: Kernels, seed: int, x: Tensor, weight: Tensor, bias: Tensor | None, kind: str, residual: Tensor | None
+    kernels: Kernels,
+    seed: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kind: str,
+    residual: Tensor | None,
+    epsilon: float | None = None,
+    offset: float | None = None,
 ) -> tuple[Report, tuple[Tensor, ...]]:
     rows, dtype = _rows(x), arithmetic_dtype(x.dtype)
     out = rows.new_empty(rows.shape, dtype=dtype)
@@ -44,7 +62,7 @@ def _norm(
     report = kernels.launch(
         "norm_cuda",
         seed,
-        shape=_shape(rows, kind),
+        shape=_shape(rows, kind, epsilon, offset),
         x=rows,
         residual=None if residual is None else _rows(residual),
         weight=weight.to(dtype),
@@ -57,7 +75,7 @@ def _norm(
 
 
 def _run(kernels: Kernels, seed: int, sample: Sample) -> tuple[Report, tuple[Tensor, ...]]:
-    return _norm(kernels, seed, **SPEC.arguments(**sample.arguments))
+    return _norm(kernels, seed, *_arguments(sample))
 
 
 def _values(kernels: Kernels, dtypes: Dtypes) -> None:
@@ -98,7 +116,7 @@ def _gradients(
 
     Gradients and their results are read and written once.
     """
-    x, weight, bias, kind, residual = SPEC.arguments(**sample.arguments).values()
+    x, weight, bias, kind, residual, epsilon, offset = _arguments(sample)
     # The entry gives the gradient of a norm with a residual the sum in place of x.
     if residual is not None:
         x = x.to(residual.dtype) + residual
@@ -107,7 +125,7 @@ def _gradients(
     generator = torch.Generator().manual_seed(seed)
     grad_out, grad_sum = (torch.randn(rows.shape, generator=generator).to(dtype) for _ in "os")
     leaves = [None if leaf is None else leaf.double().requires_grad_() for leaf in (x, weight, bias)]
-    out = _rows(SPEC.reference(leaves[0], leaves[1], leaves[2], kind, None))
+    out = _rows(SPEC.reference(leaves[0], leaves[1], leaves[2], kind, epsilon, offset, None))
     loss = (out * grad_out.double()).sum()
     if residual is not None:
         loss = loss + (_rows(leaves[0]) * grad_sum.double()).sum()
@@ -119,7 +137,7 @@ def _gradients(
     report = kernels.launch(
         "norm_backward_cuda",
         seed,
-        shape=_shape(rows, kind),
+        shape=_shape(rows, kind, epsilon, offset),
         grad_out=grad_out,
         grad_sum=None if residual is None else grad_sum,
         x=rows,

@@ -34,7 +34,7 @@ def test_numbers_vectors_and_nothing(tmp_path: Path) -> None:
         ('{"action": -1}', "line 2 has the action -1"),
         ('{"action": true}', "line 2 has the action True"),
         ('{"action": 1.0}', r"line 2 has the action 1\.0"),
-        ('{"action": "up"}', "line 2 has the action up"),
+        ('{"action": "up"}', "line 2 has the action 'up'"),
         ('{"action": [1, 2]}', r"line 2 has the action \[1, 2\]"),
         ('{"action": [1, 2, NaN]}', r"line 2 has the action \[1, 2, nan\]"),
         ('{"action": [1, 2, "x"]}', r"line 2 has the action \[1, 2, 'x'\]"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -26,6 +27,22 @@ def test_ops_in_a_plain_tarflow() -> None:
 def test_ops_in_a_decoder_with_a_cache() -> None:
     done = example("decoder_cache")["compare"](prompt=40, new=5, chunk=16, width=256, layers=2, batch=2)
     assert done.error < 1e-5
+
+
+def test_a_causal_model_of_transformers() -> None:
+    """Padding on the left, dynamic and static caches, packed linears."""
+    pytest.importorskip("transformers", reason="transformers is not installed (extra `text`)")
+    found = example("hugging_face")["compare"](width=128, layers=2, prompts=(40, 17, 5), new=6)
+    assert found["logits"] < 1e-5
+    assert found["dynamic"] == found["static"] == 1.0
+
+
+def test_padding_that_is_not_on_the_left_is_refused() -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed (extra `text`)")
+    _, model = example("hugging_face")["build"](width=128, layers=1)
+    seen = torch.tensor([[1, 1, 1, 0]])
+    with pytest.raises(ValueError, match="expected padding on the left alone"):
+        model(torch.ones(1, 4, dtype=torch.int64), attention_mask=seen)
 
 
 def test_inverse_of_a_zuko_flow() -> None:

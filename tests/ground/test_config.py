@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from starflow import ConfigError, FlowConfig
-from starflow.config import DataConfig, RunConfig, TrainConfig, config_names, from_mapping, to_mapping
+from starflow.config import DataConfig, RunConfig, SampleConfig, TrainConfig, config_names, from_mapping, to_mapping
 
 from ..flows import CASES, VIDEO
 
@@ -152,6 +152,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (TrainConfig, {"lr": "nan"}, "train.lr is nan, expected a number >= 0"),
         (TrainConfig, {"beta2": 1.0}, "train.beta2 is 1.0, expected a number from 0 to below 1"),
         (TrainConfig, {"grad_clip": 0, "grad_skip": 1}, "train.grad_clip is 0.0, expected > 0 together with grad_skip"),
+        (SampleConfig, {"solver": "windwo:8"}, "config.sample.solver is 'windwo:8', expected \"sequential\""),
+        (SampleConfig, {"fps": 0}, "sample.fps is 0.0, expected a number > 0"),
+        (SampleConfig, {"guidance": "inf"}, "sample.guidance is inf, expected a number >= 0"),
     ],
 )
 def test_options_of_data_and_training(kind: type, values: dict[str, Any], message: str) -> None:

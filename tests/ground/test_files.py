@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -211,3 +212,11 @@ def test_a_folder_is_held_by_one_process_and_by_its_life(tmp_path: Path) -> None
     assert in_a_child(die) == 0
     with sole(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("names_it", [False, True])
+def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path, names_it: bool) -> None:
+    target = tmp_path / "model.safetensors"
+    with pytest.raises(OSError, match="No space left") as caught, replacing(target) as temporary:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(temporary)] if names_it else []))
+    assert caught.value.filename == str(target)

@@ -131,6 +131,25 @@ def _json(data: bytes) -> Iterable[tuple[str, bytes]]:
     yield "500,000 captions", json.dumps({"captions": ["a"] * 500_000}).encode()
 
 
+def _actions(path: Path) -> None:
+    path.write_text("".join(f'{{"frame": {frame}, "action": {frame % 3}}}\n' for frame in range(6)))
+
+
+def _lines(data: bytes) -> Iterable[tuple[str, bytes]]:
+    first, _, rest = data.partition(b"\n")
+    for value in ("3", "-1", "true", "1.5", '"\\u0007"', "[1, 2]", "[1, 2, 1e999]", "[1, 2, 1e300]", "{}", "9" * 400):
+        yield f"action {value[:20]}", b'{"action": ' + value.encode() + b"}\n" + rest
+    yield "integers of 400 digits", b'{"action": [' + b", ".join([b"9" * 400] * 3) + b"]}\n" + rest
+    yield "a line nested 10,000 times", b"[" * 10_000 + b"\n" + rest
+    yield "a line of a megabyte", first + b" " * (1 << 20) + b"\n" + rest
+    yield "a frame of another kind", b'{"frame": {"a": "\\u001b"}, "action": 1}\n' + rest
+    yield "ten megabytes", data * (10_000_000 // len(data))
+
+
+def _world(path: Path) -> None:
+    path.write_text(json.dumps({"world": "paddle", "actions": ["stay", "up", "down"]}))
+
+
 _H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "6")
 VIDEO = ("video", "folder", "score")
 
@@ -148,4 +167,6 @@ INPUTS = (
     Input("a.webp", _picture, ("picture",)),
     Input("a.txt", _caption, ("captions", "folder"), _texts),
     Input("a.json", _captions, ("captions", "folder"), _json),
+    Input("a.jsonl", _actions, ("actions",), _lines),
+    Input("world.json", _world, ("world",), _json),
 )

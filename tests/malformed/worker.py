@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from starflow.data import VideoFolder, captions_of, frames_at, probe, read_image, read_video
+from starflow.data import VideoFolder, captions_of, frames_at, probe, read_actions, read_image, read_video, read_world
 
 
 def video(path: Path) -> str:
@@ -45,6 +45,16 @@ def picture(path: Path) -> str:
 def captions(path: Path) -> str:
     """Reads the captions of the video beside the file."""
     return str(captions_of(path.with_suffix(".mp4")))[:200]
+
+
+def actions(path: Path) -> str:
+    """Reads the actions of a video of six frames."""
+    return str(read_actions(path, 3, 6).nansum().item())
+
+
+def world(path: Path) -> str:
+    """Reads what a folder tells of its world."""
+    return str(read_world(path.parent))[:200]
 
 
 def folder(path: Path) -> str:
@@ -96,7 +106,9 @@ def command(*arguments: str) -> str:
     raise RefusedError(said[0])
 
 
-USES: dict[str, Callable[[Path], str]] = {use.__name__: use for use in (video, picture, captions, folder, score)}
+USES: dict[str, Callable[[Path], str]] = {
+    use.__name__: use for use in (video, picture, captions, actions, world, folder, score)
+}
 
 
 def ending(use: str, path: Path) -> dict[str, str | int]:

@@ -304,7 +304,6 @@ def test_errors_of_decoding_name_the_argument() -> None:
         decode(free, latents(free), guidance=2.0, schedule=Sequential())
 
 
-@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 def test_compiles_without_a_graph_break() -> None:
     flow = make_flow(VIDEO, layers_per_block=(1, 1))
     x, y = inputs("video", flow)

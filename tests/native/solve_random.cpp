@@ -101,7 +101,7 @@ struct Problem {
         const int64_t rows = halves * samples;
         const int64_t head_bytes = cache_head_bytes(cache, slots, head_dim);
         std::vector<char> keys(layer_count * rows * kv_heads * head_bytes), values(keys.size());
-        const RowNorm norm{normed ? NormKind::layer : NormKind::none, one.data(), one.data(), 1e-5F};
+        const RowNorm norm{normed ? NormKind::layer : NormKind::none, one.data(), one.data(), 1e-5F, 0.0F};
         const RowNorm head_norm{normed ? NormKind::rms : NormKind::none, head_one.data(), nullptr, 1e-6F};
         const RowNorm post{normed ? NormKind::rms : NormKind::none, one.data(), nullptr, 1e-6F};
         std::vector<SweepLayer> layers;

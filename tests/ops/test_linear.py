@@ -30,6 +30,8 @@ def _draw(*shape: int, seed: int = 5) -> Tensor:
 def _epilogue(product: Tensor, epilogue: str) -> Tensor:
     if epilogue == "none":
         return product
+    if epilogue == "silu":
+        return F.silu(product)
     return F.gelu(product, approximate="tanh" if epilogue == "gelu_tanh" else "none")
 
 
@@ -48,7 +50,7 @@ def test_every_storage_activation_and_epilogue(storage: Any, product_input: Any,
         product = x.double() @ held.T + bias
         want = residual + _epilogue(product, epilogue) * gate
         size = (x.double().abs() @ held.abs().T + bias.abs()) * gate.abs()
-        # GELU's slope is at most 1.13; its own error is 40 units of float32.
+        # The slopes are at most 1.13; the error of GELU and of SiLU is at most 40 units of float32.
         allowed = 1.13 * BOUNDS[product_input] * size + 4e-6 * (want.abs() + residual.abs() + size)
         assert ((got - want).abs() <= allowed).all(), (rows, out, channels)
 

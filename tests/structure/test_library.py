@@ -80,6 +80,7 @@ def test_op_library_shows_only_what_the_module_calls(library: Path, tool: Tool) 
     names = {re.split(r"[\[(]", name)[0] for name in shown}
     assert names == {
         "starflow::cpu::features",
+        "starflow::cpu::fingerprint",
         "starflow::cpu::selected",
         "starflow::cpu::set_override",
         "starflow::cpu::why_not",

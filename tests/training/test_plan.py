@@ -77,6 +77,15 @@ def test_recomputing_costs_another_forward_pass_of_the_layers(tiny) -> None:
     assert step_flops(again, clip) - step_flops(once, clip) == pytest.approx(layers)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_are_those_of_the_optimiser(tiny, optimizer: str) -> None:
+    config = tiny(flow={"channels": 128}, optimizer=optimizer)
+    trainer = Trainer(config, *make_parts(config), CPU)
+    kept = [part for part in (trainer.optimizer, trainer.denoiser_optimizer) if part is not None]
+    moments = sum(t.nbytes for part in kept for name, t in part.state().items() if not name.endswith("/step"))
+    assert plan(config).moments == moments
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("recompute", [0, 1])
 def test_memory_is_what_a_step_takes(tiny, precision: str, recompute: int) -> None:

@@ -30,7 +30,7 @@ from starflow.text import ClassEncoder, Features
 from starflow.training import Batch, Batches, Trainer, TrainingError, make_dataset, make_parts, train
 from starflow.training.batches import with_vocabulary
 from starflow.training.optim import cosine_lr
-from starflow.training.trainer import PATIENCE, TRACK_RATE
+from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
 
 CPU = torch.device("cpu")
 # A flow that reads no captions.
@@ -271,6 +271,36 @@ def test_large_gradients_are_skipped_after_a_hundred_steps(tiny) -> None:
     assert (trainer.step, trainer.updates) == (101, 100)
     for name, tensor in before.items():
         assert torch.equal(trainer.flow.state_dict()[name], tensor)
+
+
+def test_many_skipped_steps_are_told_and_then_stop_the_run(tiny, caplog, tmp_path) -> None:
+    config = tiny(grad_clip=0.01, grad_skip=1.0, steps=700)
+    trainer, batches = trainer_of(config)
+    trainer.step = 100
+    batch = batches.make(0)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(50):
+            assert trainer.run(batch).skipped
+        assert not caplog.messages
+        trainer.save(tmp_path)
+        # A resumed run counts on.
+        trainer, _ = trainer_of(config)
+        trainer.load(latest_state(tmp_path))
+        trainer.run(batch)
+        (told,) = caplog.messages
+        assert told.startswith(
+            "step 151: 51 of the last 100 steps were skipped for gradients above train.grad_skip * train.grad_clip = "
+            "0.01 (the last norm is "
+        )
+        assert told.endswith("; raise train.grad_skip, or set it to 0")
+        for _ in range(99):
+            trainer.run(batch)
+        assert len(caplog.messages) == 1
+        trainer.run(batch)
+        assert caplog.messages[1].startswith("step 251: 100 of the last 100 steps were skipped")
+    trainer._skips.in_a_row = MOST_SKIPS - 1
+    with pytest.raises(TrainingError, match=r"^training: 500 steps in a row were skipped for gradients above "):
+        trainer.run(batch)
 
 
 # -- what a step reads ------------------------------------------------------------------------------------------------

@@ -20,6 +20,12 @@ struct Scale {
     T log_slope;  // d log(scale) / d log_half
 };
 
+// A gradient times the slope of a clamp: zero where the slope is, whatever comes through, which may be infinite there.
+template <class T>
+__device__ T through_clamp(T gradient, T slope) {
+    return slope > T(0) ? gradient * slope : T(0);
+}
+
 // s * tanh(raw / s), and its slope.
 template <class T>
 __device__ T clipped(T raw, T bound, T& slope) {

@@ -61,6 +61,12 @@ inline V inside(V x, T lo, T hi) {
     return select_greater(V(lo), x, V(T(0)), select_greater(x, V(hi), V(T(0)), V(T(1))));
 }
 
+// A gradient times the slope of a clamp: zero where the slope is, whatever comes through, which may be infinite there.
+template <class V>
+inline V through_clamp(V gradient, V slope) {
+    return select_greater(slope, V(0), gradient * slope, V(0));
+}
+
 // The derivative is dead code, and dropped, where the caller does not read it.
 template <ScaleActivation activation, class V, class T>
 inline Scale<V> scale_of(V log_half, T) {

@@ -76,7 +76,8 @@ __global__ void backward_kernel(AffineForwardBackwardArgs args) {
             const Scale<T>& scale = terms.scale[i];
             const T z = (values[i] - terms.shift[i]) / scale.scale;
             // d z / d log(scale) = -z, and log_det counts -log(scale).
-            grad_log_half[i] = -(gradient[i] * z + grad_log_det) * scale.log_slope * terms.log_half_slope[i];
+            grad_log_half[i] =
+                through_clamp(-(gradient[i] * z + grad_log_det), scale.log_slope) * terms.log_half_slope[i];
             gradient[i] /= scale.scale;
             grad_shift[i] = -gradient[i] * terms.shift_slope[i];
         }

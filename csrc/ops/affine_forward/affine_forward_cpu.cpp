@@ -74,7 +74,8 @@ void backward_rows(const AffineForwardBackwardArgs& args, int64_t begin, int64_t
             } else {
                 // d z / d log(scale) = -z, and log_det counts -log(scale).
                 const V grad_log_scale = V(T(0)) - multiply_add(gradient, z, grad_log_det);
-                put(grad_raw + c, grad_log_scale * scale.log_slope * terms.log_half_slope, lanes, args.stream);
+                put(grad_raw + c, through_clamp(grad_log_scale, scale.log_slope) * terms.log_half_slope, lanes,
+                    args.stream);
                 put(grad_raw + channels + c, grad_shift, lanes, args.stream);
             }
         });

@@ -68,7 +68,8 @@ __global__ void backward_kernel(AffineInverseBackwardArgs args) {
         for (int i = 0; i < width; ++i) {
             const Scale<T>& scale = terms.scale[i];
             grad_shift[i] = gradient[i] * terms.shift_slope[i];
-            grad_log_half[i] = gradient[i] * values[i] * scale.scale * scale.log_slope * terms.log_half_slope[i];
+            grad_log_half[i] =
+                through_clamp(gradient[i] * values[i] * scale.scale, scale.log_slope) * terms.log_half_slope[i];
             gradient[i] *= scale.scale;
         }
         store<width>(grad_z + c, gradient);

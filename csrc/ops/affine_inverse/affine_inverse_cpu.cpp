@@ -65,7 +65,8 @@ void backward_rows(const AffineInverseBackwardArgs& args, int64_t begin, int64_t
                 put(grad_raw + c, grad_shift, lanes, args.stream);
             } else {
                 const V grad_log_scale = gradient * load(z + c, lanes) * scale.scale;
-                put(grad_raw + c, grad_log_scale * scale.log_slope * terms.log_half_slope, lanes, args.stream);
+                put(grad_raw + c, through_clamp(grad_log_scale, scale.log_slope) * terms.log_half_slope, lanes,
+                    args.stream);
                 put(grad_raw + channels + c, grad_shift, lanes, args.stream);
             }
         });

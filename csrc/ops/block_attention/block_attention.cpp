@@ -32,6 +32,8 @@ struct Options {
     bool causal;
     OptionalInt q_start;
     Optional q_starts;
+    OptionalInt k_start;
+    Optional k_starts;
     OptionalInt k_length;
     Optional k_lengths;
     int64_t prefix;
@@ -81,8 +83,13 @@ AttentionShape check(const Tensor& q, const Tensor& k, const Tensor& v, const Op
         check_device(op, name, *values, "q", q);
     };
     check_batch("q_start", options.q_starts);
+    check_batch("k_start", options.k_starts);
     check_batch("k_length", options.k_lengths);
     check_batch("temperature", options.temperatures);
+    const bool hides = options.k_start.has_value() || options.k_starts.has_value();
+    require(
+        !hides || options.frame_tokens == 0, op, "k_start is", [] { return "given"; },
+        [] { return "None with frames"; });
     return {q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), *dtype};
 }
 
@@ -107,6 +114,7 @@ struct Prepared {
     AttentionMask mask{};
     AttentionScale scale{};
     Optional starts;
+    Optional firsts;
     Optional lengths;
     Optional temperatures;
 
@@ -116,6 +124,7 @@ struct Prepared {
             return as_parameter(*values, type);
         };
         starts = stored_as(options.q_starts, ScalarType::Long);
+        firsts = stored_as(options.k_starts, ScalarType::Long);
         lengths = stored_as(options.k_lengths, ScalarType::Long);
         temperatures = stored_as(options.temperatures, ScalarType::Double);
         mask.causal = options.causal;
@@ -125,8 +134,10 @@ struct Prepared {
         mask.look_ahead = options.look_ahead;
         mask.window = options.window;
         mask.start = options.q_start.value_or(shape.keys - shape.queries);
+        mask.first = options.k_start.value_or(0);
         mask.length = options.k_length.value_or(shape.keys);
         if (starts.has_value()) mask.starts = static_cast<const int64_t*>(starts->data_ptr());
+        if (firsts.has_value()) mask.firsts = static_cast<const int64_t*>(firsts->data_ptr());
         if (lengths.has_value()) mask.lengths = static_cast<const int64_t*>(lengths->data_ptr());
         scale.root = std::sqrt(static_cast<double>(shape.head_dim));
         scale.scale = static_cast<float>(1.0 / (scale.root * options.temperature));
@@ -218,12 +229,13 @@ std::tuple<Tensor, Tensor> run_forward(const Tensor& q, const Tensor& k, const T
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, OptionalInt q_start,
-                                   const Optional& q_starts, OptionalInt k_length, const Optional& k_lengths,
-                                   int64_t prefix, int64_t frame_tokens, int64_t look_ahead, int64_t window,
-                                   double temperature, const Optional& temperatures) {
+                                   const Optional& q_starts, OptionalInt k_start, const Optional& k_starts,
+                                   OptionalInt k_length, const Optional& k_lengths, int64_t prefix,
+                                   int64_t frame_tokens, int64_t look_ahead, int64_t window, double temperature,
+                                   const Optional& temperatures) {
     return run_forward(q, k, v,
-                       {causal, q_start, q_starts, k_length, k_lengths, prefix, frame_tokens, look_ahead, window,
-                        temperature, temperatures});
+                       {causal, q_start, q_starts, k_start, k_starts, k_length, k_lengths, prefix, frame_tokens,
+                        look_ahead, window, temperature, temperatures});
 }
 
 // The number of the ForwardKernel that a device of compute capability `major` would run.
@@ -236,11 +248,12 @@ int64_t forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, int64_
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Optional& grad_lse, const Tensor& q,
                                             const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
                                             bool causal, OptionalInt q_start, const Optional& q_starts,
-                                            OptionalInt k_length, const Optional& k_lengths, int64_t prefix,
-                                            int64_t frame_tokens, int64_t look_ahead, int64_t window,
-                                            double temperature, const Optional& temperatures) {
-    const Options options{causal,       q_start,    q_starts, k_length,    k_lengths,   prefix,
-                          frame_tokens, look_ahead, window,   temperature, temperatures};
+                                            OptionalInt k_start, const Optional& k_starts, OptionalInt k_length,
+                                            const Optional& k_lengths, int64_t prefix, int64_t frame_tokens,
+                                            int64_t look_ahead, int64_t window, double temperature,
+                                            const Optional& temperatures) {
+    const Options options{causal, q_start,      q_starts,   k_start, k_starts,    k_length,    k_lengths,
+                          prefix, frame_tokens, look_ahead, window,  temperature, temperatures};
     const AttentionShape shape = check(q, k, v, options);
     check_like(backward_op, "grad_out", grad_out, "q", q);
     check_like(backward_op, "out", out, "q", q);
@@ -292,12 +305,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def(
-        "block_attention(Tensor q, Tensor k, Tensor v, bool causal, int? q_start, Tensor? q_starts, int? k_length, "
+        "block_attention(Tensor q, Tensor k, Tensor v, bool causal, int? q_start, Tensor? q_starts, int? k_start, "
+        "Tensor? k_starts, int? k_length, "
         "Tensor? k_lengths, int prefix, int frame_tokens, int look_ahead, int window, float temperature, "
         "Tensor? temperatures) -> (Tensor out, Tensor lse)");
     m.def(
         "block_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, "
-        "Tensor lse, bool causal, int? q_start, Tensor? q_starts, int? k_length, Tensor? k_lengths, int prefix, "
+        "Tensor lse, bool causal, int? q_start, Tensor? q_starts, int? k_start, Tensor? k_starts, int? k_length, "
+        "Tensor? k_lengths, int prefix, "
         "int frame_tokens, int look_ahead, int window, float temperature, Tensor? temperatures) "
         "-> (Tensor, Tensor, Tensor)");
     m.def("block_attention_forward_kernel(Tensor q, Tensor k, Tensor v, int major) -> int");

@@ -4,6 +4,7 @@
 // q, out (batch, heads, queries, head_dim); k, v (batch, kv_heads, keys, head_dim); key head j serves the query heads
 // [j r, j r + r), r = heads / kv_heads; lse (batch, heads, queries) float32.
 // The mask is a rule of positions (`visible_keys`): each query sees a prefix and one run of keys. It is never stored.
+// What lies at keys that no query sees, and in queries that see no key, may be NaN: it is not read, or read as zeros.
 // Gradient, with P = exp(scale * q k^T - lse) and D = sum over channels of grad_out * out - grad_lse:
 //   grad_v = P^T grad_out,  dS = P * (grad_out v^T - D),  grad_q = scale * dS k,  grad_k = scale * dS^T q
 //
@@ -38,6 +39,8 @@ struct AttentionMask {
     int64_t frame_tokens;    //   T; frame of a token f(p) = floor((p - prefix) / T)
     int64_t look_ahead;      //   A: frames up to max(f(p), 0) + A - 1
     int64_t window;          //   G: frames from f(p) + A - 1 - G on; negative: all
+    int64_t first;           // keys before it are hidden, where firsts is null; not with frames
+    const int64_t* firsts;   // (batch,)
     int64_t start;           // where starts is null
     const int64_t* starts;   // (batch,)
     int64_t length;          // where lengths is null

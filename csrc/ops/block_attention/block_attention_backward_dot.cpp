@@ -133,8 +133,19 @@ struct Head {
           scale(scale_of(a.scale, sample)) {}
 
     void pack_keys() const {
-        const BlockRows<T> k{head_at<const T>(args.k, b, kv_head), args.k.row_stride, shape.keys, shape.head_dim};
-        const BlockRows<T> v{head_at<const T>(args.v, b, kv_head), args.v.row_stride, shape.keys, shape.head_dim};
+        // What any query sees: its bounds grow with the position. Elsewhere there are zeros in place of keys and
+        // values.
+        const VisibleKeys least = visible_keys(args.mask, shape, b, 0);
+        const VisibleKeys most = visible_keys(args.mask, shape, b, shape.queries - 1);
+        const int64_t last = most.last > most.prefix ? most.last : most.prefix;
+        const int64_t end = last < 0 ? 0 : last;
+        const int64_t gap_end = least.first < end ? least.first : end;
+        const auto seen_rows = [&](const HeadRows& rows) {
+            return BlockRows<T>{
+                head_at<const T>(rows, b, kv_head), rows.row_stride, end, shape.head_dim, most.prefix, gap_end};
+        };
+        const BlockRows<T> k = seen_rows(args.k);
+        const BlockRows<T> v = seen_rows(args.v);
         pack_columns<Product>(k, keys, head_dim, scratch.key_columns);
         pack_columns<Product>(v, keys, head_dim, scratch.value_columns);
         pack_depth<Product>(k, keys, keys, scratch.key_depth);
@@ -142,12 +153,17 @@ struct Head {
         zero_row<Vec<float>>(scratch.grad_value, keys * head_dim);
     }
 
-    // Copies rows [first, first + rows) of the key head into neighbouring rows of head_dim elements.
+    // Copies rows [first, first + rows) of the key head into neighbouring rows of head_dim elements; zeros for queries
+    // that see no key.
     BlockRows<T> gather(const HeadRows& from, int64_t first, int64_t rows) const {
         auto* to = reinterpret_cast<T*>(scratch.gathered);
         for (int64_t r = 0; r < rows; ++r) {
-            copy_row<Vec<float>>(row_at<const T>(from, shape, b, kv_head, first + r), to + r * head_dim,
-                                 shape.head_dim);
+            T* const copy = to + r * head_dim;
+            if (sees_any(scratch.visible[r])) {
+                copy_row<Vec<float>>(row_at<const T>(from, shape, b, kv_head, first + r), copy, shape.head_dim);
+            } else {
+                zero_row<Vec<float>>(copy, shape.head_dim);
+            }
         }
         return {to, head_dim, rows, shape.head_dim};
     }
@@ -159,16 +175,20 @@ struct Head {
         }
     }
 
+    static bool sees_any(const VisibleKeys& seen) { return seen.prefix > 0 || seen.first < seen.last; }
+
     void pack_tile(int64_t first, int64_t rows) const {
+        for (int64_t r = 0; r < tile; ++r) {
+            scratch.visible[r] = {0, 0, 0};
+            if (r < rows) scratch.visible[r] = visible_keys(args.mask, shape, b, (first + r) / group_of(shape));
+        }
         const BlockRows<T> queries = gather(args.q, first, rows);
         pack_rows(queries, scratch.query_rows);
         pack_channels<Product>(queries, packed_rows<Product>(scratch.query_channels, head_dim, tile));
         const BlockRows<T> grads = gather(args.grad_out, first, rows);
         pack_rows(grads, scratch.grad_rows);
         pack_channels<Product>(grads, packed_rows<Product>(scratch.grad_channels, head_dim, tile));
-        for (int64_t r = 0; r < tile; ++r) {
-            scratch.visible[r] = {0, 0, 0};
-            if (r >= rows) continue;
+        for (int64_t r = 0; r < rows; ++r) {
             const T* grad = grads.data + r * grads.stride;
             const T* out = row_at<const T>(args.out, shape, b, kv_head, first + r);
             const int64_t index = index_of(shape, b, kv_head, first + r);
@@ -176,7 +196,6 @@ struct Head {
                 shape.head_dim, [&](int64_t c, auto lanes) { return load(grad + c, lanes) * load(out + c, lanes); });
             scratch.dots[r] = dot - (args.grad_lse != nullptr ? args.grad_lse[index] : 0.0F);
             scratch.logs[r] = args.lse[index] * log2_of_e;
-            scratch.visible[r] = visible_keys(args.mask, shape, b, (first + r) / group_of(shape));
         }
         zero_row<Vec<float>>(scratch.grad_query, tile * head_dim);
     }

@@ -40,7 +40,9 @@ struct PackedWhenUsed {
     int64_t key_stride;
     const T* values;
     int64_t value_stride;
-    int64_t end;  // keys from here on are seen by no row, and not read
+    int64_t end;        // keys from here on are seen by no row, and not read
+    int64_t gap_begin;  // nor keys between these, whose values are zeros in the panels
+    int64_t gap_end;
     int64_t head_dim;
     char* key_panels;
     char* value_panels;
@@ -50,10 +52,12 @@ struct PackedWhenUsed {
         const int64_t left = end - begin;
         const int64_t count = left < key_block ? left : key_block;
         const int64_t depth = round_up(head_dim, depth_multiple);
+        const auto within = [&](int64_t key) { return key < begin ? 0 : key > begin + count ? count : key - begin; };
         pack_columns<Product>(BlockRows<T>{keys + begin * key_stride, key_stride, count, head_dim}, key_block, depth,
                               key_panels);
-        pack_depth<Product>(BlockRows<T>{values + begin * value_stride, value_stride, count, head_dim}, key_block,
-                            key_block, value_panels);
+        pack_depth<Product>(BlockRows<T>{values + begin * value_stride, value_stride, count, head_dim,
+                                         within(gap_begin), within(gap_end)},
+                            key_block, key_block, value_panels);
         return {key_panels, depth * row_bytes, value_panels, key_block * row_bytes};
     }
 
@@ -82,11 +86,16 @@ void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t 
         end = seen.prefix > end ? seen.prefix : end;
         end = seen.last > end ? seen.last : end;
     }
+    // No row sees what lies between the last row's prefix and the first row's run, as both grow with the position.
+    const int64_t gap_begin = scratch.visible[rows - 1].prefix;
+    const int64_t gap_end = scratch.visible[0].first;
     const PackedWhenUsed<Product, T> cache{head_at<const T>(args.k, b, kv_head),
                                            args.k.row_stride,
                                            head_at<const T>(args.v, b, kv_head),
                                            args.v.row_stride,
                                            end,
+                                           gap_begin,
+                                           gap_end,
                                            head_dim,
                                            scratch.keys,
                                            scratch.values};

@@ -43,7 +43,8 @@ STARFLOW_HOST_DEVICE constexpr VisibleKeys visible_keys(const AttentionMask& mas
     const int64_t length = mask.lengths != nullptr ? mask.lengths[b] : mask.length;
     int64_t end = smaller(shape.keys, length);
     if (mask.causal) end = smaller(end, position + 1);
-    if (!mask.frames) return {0, 0, end};
+    const int64_t hidden = mask.firsts != nullptr ? mask.firsts[b] : mask.first;
+    if (!mask.frames) return {0, hidden < 0 ? 0 : hidden, end};
     const int64_t offset = position - mask.prefix;
     const int64_t frame = (offset < 0 ? offset - mask.frame_tokens + 1 : offset) / mask.frame_tokens;
     const int64_t ahead = (frame < 0 ? 0 : frame) + mask.look_ahead;

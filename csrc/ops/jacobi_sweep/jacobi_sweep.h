@@ -77,18 +77,6 @@ struct SweepBlock {
     ProductInput product_input;
 };
 
-// Rows of `condition` that a row of the caches has.
-STARFLOW_HOST_DEVICE constexpr int64_t condition_rows(const SweepBlock& block) {
-    if (block.condition_tokens == 0) return 1;
-    return (block.slots - block.text_tokens + block.condition_tokens - 1) / block.condition_tokens;
-}
-
-// That of a grid slot, counted behind the text.
-STARFLOW_HOST_DEVICE constexpr const float* condition_of(const SweepBlock& block, int64_t cache_row, int64_t slot) {
-    const int64_t row = block.condition_tokens == 0 ? 0 : slot / block.condition_tokens;
-    return block.condition + (cache_row * condition_rows(block) + row) * block.width;
-}
-
 // Who sees whom; a window's first slot is to be set.
 STARFLOW_HOST_DEVICE constexpr AttentionMask mask_of(const SweepBlock& block) {
     AttentionMask mask{};
@@ -100,6 +88,18 @@ STARFLOW_HOST_DEVICE constexpr AttentionMask mask_of(const SweepBlock& block) {
     mask.window = mask.frames ? block.mask_frames : -1;
     mask.length = block.slots;
     return mask;
+}
+
+// Rows of `condition` that a row of the caches has.
+STARFLOW_HOST_DEVICE constexpr int64_t condition_rows(const SweepBlock& block) {
+    if (block.condition_tokens == 0) return 1;
+    return (block.slots - block.text_tokens + block.condition_tokens - 1) / block.condition_tokens;
+}
+
+// That of a grid slot, counted behind the text.
+STARFLOW_HOST_DEVICE constexpr const float* condition_of(const SweepBlock& block, int64_t cache_row, int64_t slot) {
+    const int64_t row = block.condition_tokens == 0 ? 0 : slot / block.condition_tokens;
+    return block.condition + (cache_row * condition_rows(block) + row) * block.width;
 }
 
 // A window: `count` rows from slot `slot` of a row of the caches on; slots below `keep` are not written.

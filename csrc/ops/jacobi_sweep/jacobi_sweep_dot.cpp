@@ -141,7 +141,7 @@ class PanelColumns {
     V bias_[registers];
 };
 
-inline constexpr RowNorm no_norm{NormKind::none, nullptr, nullptr, 0.0F};
+inline constexpr RowNorm no_norm{NormKind::none, nullptr, nullptr, 0.0F, 0.0F};
 
 struct Sweep {
     const SweepArgs& args;

@@ -99,13 +99,14 @@ class Reader {
     RowNorm norm(const Place& weight, NormKind kind, int64_t width) const {
         const float* given = floats(weight, width);
         if (given == nullptr) kind = NormKind::none;
-        return {kind, given, nullptr, static_cast<float>(epsilon_of(kind))};
+        return {kind, given, nullptr, static_cast<float>(epsilon_of(kind)), static_cast<float>(weight_offset_of(kind))};
     }
 
-    // Reads a norm whose bias stands behind its weight.
+    // Reads a norm whose bias stands behind its weight; only LayerNorm adds it.
     RowNorm norm_with_bias(const Place& weight, NormKind kind, int64_t width) const {
         RowNorm found = norm(weight, kind, width);
-        found.bias = floats(weight.behind(1), width);
+        const float* bias = floats(weight.behind(1), width);
+        if (found.kind == NormKind::layer) found.bias = bias;
         return found;
     }
 

@@ -2,6 +2,7 @@
 #include "ops/linear/linear.h"
 
 #include <algorithm>
+#include <limits>
 #include <tuple>
 
 #include "common/devices.h"
@@ -61,8 +62,12 @@ const float* vector_of(const char* name, Optional& tensor, const Tensor& panels,
     return static_cast<const float*>(tensor->data_ptr());
 }
 
-RowNorm norm_of(NormKind kind, Optional& weight, Optional& bias, const Tensor& panels, int64_t channels) {
-    if (kind == NormKind::none) return {kind, nullptr, nullptr, 0.0F};
+RowNorm norm_of(NormKind kind, Optional& weight, Optional& bias, double epsilon, double weight_offset,
+                const Tensor& panels, int64_t channels) {
+    if (kind == NormKind::none) return {kind, nullptr, nullptr, 0.0F, 0.0F};
+    require(
+        epsilon >= 0.0 && epsilon <= std::numeric_limits<double>::max(), op, "norm_eps is", [&] { return epsilon; },
+        [] { return "a finite number >= 0"; });
     require(
         weight.has_value(), op, "norm_weight is", [] { return "missing"; },
         [&] { return std::string("given for norm ") + norm_kind_names[static_cast<int>(kind)]; });
@@ -70,7 +75,7 @@ RowNorm norm_of(NormKind kind, Optional& weight, Optional& bias, const Tensor& p
         kind == NormKind::layer || !bias, op, "norm_bias is", [] { return "given"; },
         [] { return "None for rms_norm"; });
     return {kind, vector_of("norm_weight", weight, panels, channels), vector_of("norm_bias", bias, panels, channels),
-            static_cast<float>(epsilon_of(kind))};
+            static_cast<float>(epsilon), static_cast<float>(weight_offset)};
 }
 
 ScalarType type_of(int64_t out_dtype) {
@@ -134,7 +139,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
                                       const Tensor& column_scale, int64_t out_channels, int64_t in_channels,
                                       int64_t storage, Optional bias, int64_t epilogue, Optional multiply,
                                       Optional residual, int64_t product_input, int64_t norm, Optional norm_weight,
-                                      Optional norm_bias, int64_t out_dtype, bool keep_product) {
+                                      Optional norm_bias, double norm_epsilon, double norm_offset, int64_t out_dtype,
+                                      bool keep_product) {
     (void)weight;
     const auto stored = option_of<MatrixStorage>(op, "storage", storage, matrix_storage_names);
     std::vector<int64_t> shape = shape_of(x);
@@ -161,8 +167,8 @@ std::tuple<Tensor, Tensor> run_linear(Tensor x, const Optional& weight, const Te
     args.weights.bias = vector_of("bias", bias, panels, out_channels);
     args.x = matrix_of(x);
     args.rows = rows;
-    args.norm =
-        norm_of(option_of<NormKind>(op, "norm", norm, norm_kind_names), norm_weight, norm_bias, panels, in_channels);
+    args.norm = norm_of(option_of<NormKind>(op, "norm", norm, norm_kind_names), norm_weight, norm_bias, norm_epsilon,
+                        norm_offset, panels, in_channels);
     args.product_input = product_input_of(product_input, stored, panels);
     args.epilogue = option_of<Epilogue>(op, "epilogue", epilogue, epilogue_names);
     args.multiply = matrix_of(multiply);
@@ -184,7 +190,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
     m.def(
         "linear(Tensor x, Tensor? weight, Tensor panels, Tensor column_scale, int out_channels, int in_channels, "
         "int storage, Tensor? bias, int epilogue, Tensor? multiply, Tensor? residual, int product_input, int norm, "
-        "Tensor? norm_weight, Tensor? norm_bias, int out_dtype, bool keep_product) "
+        "Tensor? norm_weight, Tensor? norm_bias, float norm_epsilon, float norm_offset, int out_dtype, "
+        "bool keep_product) "
         "-> (Tensor out, Tensor product)");
 }
 

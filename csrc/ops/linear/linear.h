@@ -16,8 +16,8 @@
 
 namespace starflow {
 
-enum class Epilogue : int32_t { none, gelu, gelu_tanh };
-inline constexpr const char* epilogue_names[]{"none", "gelu", "gelu_tanh"};
+enum class Epilogue : int32_t { none, gelu, gelu_tanh, silu };
+inline constexpr const char* epilogue_names[]{"none", "gelu", "gelu_tanh", "silu"};
 
 // Rows whose channels lie side by side; the stride in elements. An absent matrix has null data.
 struct Matrix {

@@ -43,6 +43,7 @@ inline Vec<float> finished(const LinearArgs& args, int64_t row, int64_t c, Vec<f
     if (args.product.data != nullptr) store_to(args.product, row, c, sum, lanes);
     if (args.epilogue == Epilogue::gelu) sum = gelu(sum);
     if (args.epilogue == Epilogue::gelu_tanh) sum = gelu_tanh(sum);
+    if (args.epilogue == Epilogue::silu) sum = silu(sum);
     if (args.multiply.data != nullptr) sum = sum * load_from(args.multiply, row, c, lanes);
     if (args.residual.data != nullptr) sum = sum + load_from(args.residual, row, c, lanes);
     return sum;

@@ -40,6 +40,8 @@ __device__ inline float activated(Epilogue epilogue, float x) {
             return 0.5F * x * (1.0F + erff(x * 0.70710678F));  // sqrt(1 / 2)
         case Epilogue::gelu_tanh:
             return 0.5F * x * (1.0F + tanhf(0.79788456F * (x + 0.044715F * x * x * x)));  // sqrt(2 / pi)
+        case Epilogue::silu:
+            return x / (1.0F + expf(-x));
         default:
             return x;
     }

@@ -46,6 +46,22 @@ __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs arg
             for (int i = 0; i < width; ++i) squares[0] += (x[i] - mean) * (x[i] - mean);
         });
         sums(squares);
+        const float count = static_cast<float>(channels);
+        if (mean * mean * count > static_cast<float>(far_mean_squared) * squares[0]) {
+            float rest[1] = {};
+            squares[0] = 0.0F;
+            over_channels([&](int64_t, const float (&x)[width]) {
+#pragma unroll
+                for (int i = 0; i < width; ++i) rest[0] += x[i] - mean;
+            });
+            sums(rest);
+            mean += __fdividef(rest[0], count);
+            over_channels([&](int64_t, const float (&x)[width]) {
+#pragma unroll
+                for (int i = 0; i < width; ++i) squares[0] += (x[i] - mean) * (x[i] - mean);
+            });
+            sums(squares);
+        }
         inverse = rsqrtf(__fdividef(squares[0], static_cast<float>(channels)) + call.norm.epsilon);
     }
     over_channels([&](int64_t c, float (&x)[width]) {
@@ -56,8 +72,7 @@ __global__ void __launch_bounds__(prepare_threads, 4) prepare(LinearCudaArgs arg
             if (call.norm.bias != nullptr) load<width>(call.norm.bias + c, bias);
 #pragma unroll
             for (int i = 0; i < width; ++i) {
-                // The weight of RMSNorm is an offset from one.
-                x[i] = (x[i] - mean) * inverse * (centred ? weight[i] : 1.0F + weight[i]) + bias[i];
+                x[i] = (x[i] - mean) * inverse * (call.norm.weight_offset + weight[i]) + bias[i];
             }
         }
         store_row<width>(args.input, row, c, x);

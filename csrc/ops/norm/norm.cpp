@@ -1,6 +1,7 @@
 // Schema, checks and choice of variant; the formula is in norm.h.
 #include "ops/norm/norm.h"
 
+#include <limits>
 #include <tuple>
 
 #include "common/devices.h"
@@ -16,11 +17,14 @@ constexpr const char* backward_op = "norm_backward";
 
 const cpu::Variants<NormKernels> variants{STARFLOW_VARIANTS(norm)};
 
-NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind,
-                const std::optional<Tensor>& residual) {
+NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind, double epsilon,
+                double weight_offset, const std::optional<Tensor>& residual) {
     check_floating(op, "x", x);
     require(x.dim() >= 1, op, "x has shape", [] { return "[]"; }, [] { return "(..., channels)"; });
     const auto known = option_of(op, "kind", kind, norm_kind_names, NormKind::layer);
+    require(
+        epsilon >= 0.0 && epsilon <= std::numeric_limits<double>::max(), op, "eps is", [&] { return epsilon; },
+        [] { return "a finite number >= 0"; });
     const int64_t channels = x.size(x.dim() - 1);
     require(
         !x.is_cuda() || channels <= norm_most_channels_cuda, op, "x has channels",
@@ -50,7 +54,7 @@ NormShape check(const Tensor& x, const Tensor& weight, const std::optional<Tenso
     const int64_t tokens = x.dim() >= 2 ? x.size(x.dim() - 2) : 1;
     int64_t batch = 1;
     for (int64_t d = 0; d < x.dim() - 2; ++d) batch *= x.size(d);
-    return {batch, tokens, channels, data, layer, epsilon_of(known), layer ? 0.0 : 1.0};
+    return {batch, tokens, channels, data, layer, epsilon, weight_offset};
 }
 
 Tensor as_rows(const Tensor& tensor) {
@@ -58,8 +62,9 @@ Tensor as_rows(const Tensor& tensor) {
 }
 
 std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                              int64_t kind, const std::optional<Tensor>& residual) {
-    const NormShape shape = check(x, weight, bias, kind, residual);
+                                              int64_t kind, double epsilon, double weight_offset,
+                                              const std::optional<Tensor>& residual) {
+    const NormShape shape = check(x, weight, bias, kind, epsilon, weight_offset, residual);
     const ScalarType type = arithmetic_type(shape.data);
     const Tensor values = as_rows(x);
     const Tensor scale = as_parameter(weight, type);
@@ -87,19 +92,21 @@ std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& wei
     return {out, sum};
 }
 
-Tensor run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind) {
-    return std::get<0>(run(x, weight, bias, kind, std::nullopt));
+Tensor run_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t kind,
+                   double epsilon, double weight_offset) {
+    return std::get<0>(run(x, weight, bias, kind, epsilon, weight_offset, std::nullopt));
 }
 
 std::tuple<Tensor, Tensor> run_residual(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                        int64_t kind, const Tensor& residual) {
-    const auto [out, sum] = run(x, weight, bias, kind, residual);
+                                        int64_t kind, double epsilon, double weight_offset, const Tensor& residual) {
+    const auto [out, sum] = run(x, weight, bias, kind, epsilon, weight_offset, residual);
     return {out, *sum};
 }
 
 std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optional<Tensor>& grad_sum, const Tensor& x,
-                                        const Tensor& weight, int64_t kind, bool with_bias) {
-    const NormShape shape = check(x, weight, std::nullopt, kind, std::nullopt);
+                                        const Tensor& weight, int64_t kind, double epsilon, double weight_offset,
+                                        bool with_bias) {
+    const NormShape shape = check(x, weight, std::nullopt, kind, epsilon, weight_offset, std::nullopt);
     const ScalarType type = arithmetic_type(shape.data);
     check_tensor(backward_op, "grad_out", grad_out, type, shape_of(x), "x", x);
     if (grad_sum.has_value()) check_tensor(backward_op, "grad_sum", *grad_sum, type, shape_of(x), "x", x);
@@ -139,11 +146,13 @@ std::tuple<Tensor, Tensor> run_backward(const Tensor& grad_out, const std::optio
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
-    m.def("norm(Tensor x, Tensor weight, Tensor? bias, int kind) -> Tensor");
-    m.def("norm_residual(Tensor x, Tensor weight, Tensor? bias, int kind, Tensor residual) -> (Tensor, Tensor)");
+    m.def("norm(Tensor x, Tensor weight, Tensor? bias, int kind, float epsilon, float weight_offset) -> Tensor");
     m.def(
-        "norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor x, Tensor weight, int kind, bool with_bias) -> "
-        "(Tensor, Tensor)");
+        "norm_residual(Tensor x, Tensor weight, Tensor? bias, int kind, float epsilon, float weight_offset, "
+        "Tensor residual) -> (Tensor, Tensor)");
+    m.def(
+        "norm_backward(Tensor grad_out, Tensor? grad_sum, Tensor x, Tensor weight, int kind, float epsilon, "
+        "float weight_offset, bool with_bias) -> (Tensor, Tensor)");
 }
 
 STARFLOW_IMPLEMENT(m) {

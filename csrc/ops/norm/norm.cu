@@ -50,16 +50,30 @@ __device__ Statistics<T> statistics(const NormShape& shape, const Held<T, width>
         });
         sums(sum);
     }
-    const T mean = sum[0] / count;
-    T squares[1] = {};
-    over_pieces<width>(channels, [&](int, int piece) {
+    T mean = sum[0] / count;
+    T squares[1];
+    const auto sum_squares = [&] {
+        squares[0] = T(0);
+        over_pieces<width>(channels, [&](int, int piece) {
 #pragma unroll
-        for (int i = 0; i < width; ++i) {
-            const T centred = values[piece][i] - mean;
-            squares[0] += centred * centred;
-        }
-    });
-    sums(squares);
+            for (int i = 0; i < width; ++i) {
+                const T centred = values[piece][i] - mean;
+                squares[0] += centred * centred;
+            }
+        });
+        sums(squares);
+    };
+    sum_squares();
+    if (mean * mean * count > static_cast<T>(far_mean_squared) * squares[0]) {
+        T rest[1] = {};
+        over_pieces<width>(channels, [&](int, int piece) {
+#pragma unroll
+            for (int i = 0; i < width; ++i) rest[0] += values[piece][i] - mean;
+        });
+        sums(rest);
+        mean += rest[0] / count;
+        sum_squares();
+    }
     return {mean, T(1) / sqrt(squares[0] / count + static_cast<T>(shape.epsilon))};
 }
 
@@ -91,7 +105,7 @@ __global__ void __launch_bounds__(most_threads, 1) forward_kernel(NormArgs args)
         });
     }
     const Statistics<T> found = statistics<width>(shape, values, sums);
-    const T offset = static_cast<T>(shape.offset);
+    const T offset = static_cast<T>(shape.weight_offset);
     over_pieces<width>(channels, [&](int c, int piece) {
         T scale[width];
         T shift[width] = {};
@@ -120,7 +134,7 @@ __global__ void __launch_bounds__(most_threads, 1) backward_kernel(NormBackwardA
     T* bias_sum = weight_sum + channels;
     const int64_t block = blockIdx.x;
     const T* weight = static_cast<const T*>(args.weight);
-    const T offset = static_cast<T>(shape.offset);
+    const T offset = static_cast<T>(shape.weight_offset);
     over_pieces<width>(channels, [&](int c, int) {
         constexpr T zero[width] = {};
         store<width>(weight_sum + c, zero);

@@ -1,8 +1,10 @@
-// norm: out = (s - mean) * inverse * (offset + weight) + bias over the channels of each row, s = x, or x + residual.
+// norm: out = (s - mean) * inverse * (weight_offset + weight) + bias over the channels of each row, s = x, or x +
+// residual.
 //
-//   layer_norm: mean = sum(s) / C,  inverse = 1 / sqrt(sum((s - mean)^2) / C + 1e-5),  offset = 0
-//   rms_norm:   mean = 0,           inverse = 1 / sqrt(sum(s^2) / C + 1e-6),           offset = 1, no bias
-// Gradient, with n = (s - mean) * inverse, g = grad_out * (offset + weight):
+//   layer_norm: mean = sum(s) / C,  inverse = 1 / sqrt(sum((s - mean)^2) / C + epsilon)
+//   rms_norm:   mean = 0,           inverse = 1 / sqrt(sum(s^2) / C + epsilon),           no bias
+// epsilon and weight_offset (0: a plain weight, 1: an offset from one) are the caller's.
+// Gradient, with n = (s - mean) * inverse, g = grad_out * (weight_offset + weight):
 //   grad_s = inverse * (g - sum(g) / C - n * sum(g * n) / C) + grad_sum    (rms_norm: without sum(g))
 //   grad_weight = sum over rows of grad_out * n,  grad_bias = sum over rows of grad_out
 // The sums over rows are taken within blocks of rows, then over the blocks (RowBlocks).
@@ -28,7 +30,7 @@ struct NormShape {
     Dtype data;  // of x and grad_x
     bool centred;
     double epsilon;
-    double offset;
+    double weight_offset;
 };
 
 struct NormArgs {

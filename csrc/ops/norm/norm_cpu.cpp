@@ -22,11 +22,20 @@ inline Statistics<T> statistics(const NormShape& shape, const Data* row) {
     if (shape.centred) {
         mean = sum_over<V>(shape.channels, [&](int64_t c, auto lanes) { return load(row + c, lanes); }) / count;
     }
-    const V middle(mean);
-    const T squares = sum_over<V>(shape.channels, [&](int64_t c, auto lanes) {
-        const V centred = load(row + c, lanes) - middle;
-        return centred * centred;
-    });
+    const auto sum_of_squares = [&] {
+        const V middle(mean);
+        return sum_over<V>(shape.channels, [&](int64_t c, auto lanes) {
+            const V centred = load(row + c, lanes) - middle;
+            return centred * centred;
+        });
+    };
+    T squares = sum_of_squares();
+    if (mean * mean * count > static_cast<T>(far_mean_squared) * squares) {
+        const V middle(mean);
+        mean +=
+            sum_over<V>(shape.channels, [&](int64_t c, auto lanes) { return load(row + c, lanes) - middle; }) / count;
+        squares = sum_of_squares();
+    }
     const double variance = static_cast<double>(squares) / static_cast<double>(shape.channels);
     return {mean, static_cast<T>(1.0 / __builtin_sqrt(variance + shape.epsilon))};
 }
@@ -38,7 +47,7 @@ void forward_rows(const NormArgs& args, int64_t begin, int64_t end) {
     const int64_t channels = args.shape.channels;
     const T* weight = static_cast<const T*>(args.weight);
     const T* bias = static_cast<const T*>(args.bias);
-    const V offset(static_cast<T>(args.shape.offset));
+    const V offset(static_cast<T>(args.shape.weight_offset));
     for (int64_t row = begin; row < end; ++row) {
         const int64_t b = row / args.shape.tokens;
         const int64_t t = row % args.shape.tokens;
@@ -76,7 +85,7 @@ void backward_blocks(const NormBackwardArgs& args, int64_t begin, int64_t end) {
     const NormShape& shape = args.shape;
     const int64_t channels = shape.channels;
     const T* weight = static_cast<const T*>(args.weight);
-    const V offset(static_cast<T>(shape.offset));
+    const V offset(static_cast<T>(shape.weight_offset));
     for (int64_t block = begin; block < end; ++block) {
         T* weight_sum = static_cast<T*>(args.partial) + block * channels * (args.with_bias ? 2 : 1);
         T* bias_sum = args.with_bias ? weight_sum + channels : nullptr;

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from starflow import noise
+from starflow.cli.options import held_out_clips
 from starflow.cli.report import Report
 from starflow.config import RunConfig
 from starflow.data import (
@@ -21,7 +22,6 @@ from starflow.data import (
     DIRECTIONS,
     Clip,
     DigitJudge,
-    MovingDigits,
     enlarge,
     to_frames,
     write_contact_sheet,
@@ -168,7 +168,7 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
     train(config, folder / "run", on_step=history.append, quiet=quiet)
     train_seconds = time.perf_counter() - train_begin
     pipeline = Pipeline.load(folder / "run")
-    held_out = _held_out(config)
+    held_out = held_out_clips(config, _SCORED)
 
     prompts = [_prompt(index) for index in range(_JUDGED)]
     sampled = pipeline.sample(prompts, seed=seed, certificate=True)
@@ -281,11 +281,6 @@ def _tampered(clip: Clip, other: Clip) -> Clip:
     middle = len(pixels) // 2
     pixels[middle] = other.pixels[middle]
     return Clip(pixels, clip.caption, f"{clip.name}, frame {middle} of {other.name}")
-
-
-def _held_out(config: RunConfig) -> list[Clip]:
-    data = MovingDigits(frames=config.data.frames, size=config.data.height, split="test")
-    return [data.item(index) for index in range(_SCORED)]
 
 
 def solver_study(pipeline: Pipeline, prompt: str, seed: int) -> list[SolverRow]:

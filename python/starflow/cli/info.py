@@ -15,13 +15,16 @@ import yaml
 import starflow_ext
 from starflow.config import to_mapping
 from starflow.data import ffmpeg_binary
+from starflow.messages import short
 from starflow.solver import cache_folder
 from starflow.storage import empty_flow, model_file, model_files, read_header, shipped_card, shipped_name
 
 DISTRIBUTION = "starflow-ext"
 
 
-_PACKAGES = ("numpy", "safetensors", "ffmpeg-python", "imageio-ffmpeg", "transformers", "diffusers")
+# Characters of a fact: a vocabulary has some thousands.
+_MOST_TOLD = 20_000
+_PACKAGES = ("numpy", "safetensors", "av", "ffmpeg-python", "imageio-ffmpeg", "transformers", "diffusers")
 
 
 def version(distribution: str = DISTRIBUTION) -> str:
@@ -109,5 +112,6 @@ def text_of(facts: dict[str, dict[str, Any]]) -> str:
         lines.append(section)
         for name, value in entries.items():
             shown = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=1000)
-            lines.append(f"  {name}: {shown.removesuffix(chr(10)).removesuffix('...').strip()}")
+            told = shown.removesuffix("\n").removesuffix("...").strip()
+            lines.append(f"  {short(name)}: {short(told, _MOST_TOLD)}")
     return "\n".join(lines)

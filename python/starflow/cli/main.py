@@ -1,7 +1,8 @@
 """The command `starflow`.
 
 Exit status: 0 success, 1 failure, 2 the command line is wrong, 130 interrupted. An error is one sentence on standard
-error; `--debug` adds the traceback. Files appear whole or not at all.
+error, and one that nobody foresaw says so and where to report it; `--debug` adds the traceback. Files appear whole or
+not at all.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from typing import NoReturn
 
 from starflow.cli.commands import convert, demo, info, plan, play, record, sample, score, train
-from starflow.cli.options import PROG, number
+from starflow.cli.options import MOST_THREADS, PROG, number
 from starflow.config import ConfigError
+from starflow.messages import short
 
 _COMMANDS = {
     "demo": demo.COMMAND,
@@ -30,6 +33,9 @@ _COMMANDS = {
     "plan": plan.COMMAND,
     "info": info.COMMAND,
 }
+
+# Characters of an error: some list what differs.
+_MOST_SAID = 4000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +56,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("everywhere")
     group.add_argument(
         "--threads",
-        type=number(int, 1),
+        type=number(int, 1, most=MOST_THREADS),
         metavar="N",
         help="threads to compute with (default: OMP_NUM_THREADS, else what affinity and container quota allow)",
     )
@@ -99,8 +105,27 @@ def _hint(command: str, rest: Sequence[str]) -> str:
 def _sentence(error: BaseException) -> str:
     """The message of an error, in one line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        return f"{short(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    return short(error, _MOST_SAID) or type(error).__name__
+
+
+def _unforeseen(error: BaseException) -> str:
+    """What to tell of an error that is a fault of the program."""
+    return (
+        f"{type(error).__name__}: {_sentence(error)}; this is a fault of {PROG} that nobody foresaw, please report it"
+        f"{_where_to_report()}, with what the same command prints with --debug, and what `{PROG} info` prints"
+    )
+
+
+def _where_to_report() -> str:
+    from starflow.cli.info import DISTRIBUTION
+
+    try:
+        links = metadata.metadata(DISTRIBUTION).get_all("Project-URL") or []
+    except metadata.PackageNotFoundError:
+        links = []
+    found = [link.partition(", ")[2] for link in links if link.lower().startswith(("issues", "bug", "tracker"))]
+    return f" at {found[0]}" if found else " to whom you have it from"
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -134,15 +159,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(args, takes_rest).extend(rest)
     logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("starflow").setLevel(logging.INFO)
-    set_threads(args.threads)
     try:
+        set_threads(args.threads)
         status: int = args.run(args)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as told:
+        # A command that knows better what is left says so.
         resumes = args.command in ("demo", "train")
         after = "the same command goes on from the last checkpoint" if resumes else "no file is half-written"
-        if getattr(args, "stream", False):
-            after = "what was made before plays"
-        return _fail(130, f"interrupted; {after}")
+        return _fail(130, f"interrupted; {str(told) or after}")
     except BrokenPipeError:
         # The reader of the pipe, such as `head`, has closed it: the rest of the buffer is dropped.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,5 +181,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         ours = type(error).__module__.partition(".")[0] == "starflow"
         if ours or isinstance(error, ValueError | OSError | ImportError):
             return _fail(1, _sentence(error))
-        raise
+        return _fail(1, _unforeseen(error))
     return status

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from starflow.config import ConfigError, RunConfig, from_mapping, parse_yaml, to_mapping
-from starflow.messages import shown
+from starflow.messages import short, shown
 
 if TYPE_CHECKING:
     from starflow.data import Clip
@@ -44,17 +44,28 @@ class Command:
     rest: str | None = None
 
 
-def number(kind: Callable[[str], Any], least: float, *, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number of at least (or above) `least`."""
+# What an option may be: an integer fits the machine's, and no arithmetic on a number leaves the range of floats.
+_MOST_INTEGER = (1 << 63) - 1
+_MOST_NUMBER = 1e30
+MOST_THREADS = 4096
+
+
+def number(
+    kind: Callable[[str], Any], least: float, *, above: bool = False, most: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a number of at least (or above) `least` and at most `most`."""
     what = f"{'an integer' if kind is int else 'a number'} {'>' if above else '>='} {least:g}"
+    limit = most if most is not None else _MOST_INTEGER if kind is int else _MOST_NUMBER
 
     def parse(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < least or (above and value == least):
-            raise argparse.ArgumentTypeError(f"{text!r} is given, expected {what}")
+        if not least <= value or (above and value == least):
+            raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected {what}")
+        if value > limit:
+            raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected at most {limit:g}")
         return value
 
     return parse
@@ -114,11 +125,11 @@ def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConf
     return from_mapping(RunConfig, values)
 
 
-def held_out_clips(pipeline: Pipeline, count: int) -> list[Clip]:
-    """The first clips of the run's own test data."""
+def held_out_clips(config: RunConfig, count: int) -> list[Clip]:
+    """The first clips of a run's own test data."""
     from starflow.training import make_dataset
 
-    dataset = make_dataset(pipeline.config, "test")
+    dataset = make_dataset(config, "test")
     return [dataset.item(index) for index in range(min(count, len(dataset)))]
 
 
@@ -128,8 +139,12 @@ def device_name(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device is {name!r}, expected cpu: torch {torch.__version__} sees no CUDA device")
+    count = torch.cuda.device_count()
+    if re.fullmatch(r"cuda(:\d+)?", name) and not count:
+        raise ConfigError(f"--device is {shown(name)}, expected cpu: torch {torch.__version__} sees no CUDA device")
+    known = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    if name not in known:
+        raise ConfigError(f"--device is {shown(name)}, expected auto, {' or '.join(known)}")
     return name
 
 
@@ -140,7 +155,7 @@ def load_pipeline(args: argparse.Namespace, world: World) -> Pipeline:
 
     licence = read_header(args.model).about.get("licence")
     if licence and world.first:
-        print(f"{args.model}: {licence}", file=sys.stderr)
+        print(f"{args.model}: {short(licence, 400)}", file=sys.stderr)
     return Pipeline.load(args.model, device=world.device)
 
 

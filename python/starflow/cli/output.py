@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import logging
 import math
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starflow.config import ConfigError
-from starflow.files import write_text
+from starflow.files import replacing, write_text
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from starflow.sampling import Sampled, SampleOptions
+
+
+logger = logging.getLogger(__name__)
 
 
 class Meter:
@@ -78,6 +85,8 @@ class Output:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        # Files that could not be written, whose clips are kept as frames.
+        self.kept_as_frames: list[Path] = []
         self._new: list[Path] = []
         self._made = False
 
@@ -101,6 +110,34 @@ class Output:
         if not path.exists():
             self._new.append(path)
         return path
+
+    def encode(self, name: str, whole: Tensor, write: Callable[..., None], *arguments: Any, **options: Any) -> None:
+        """Writes a file by an encoder; where it fails twice, the frames are kept, which took long to compute.
+
+        Args:
+            name: of the file.
+            whole: frames to keep, uint8 (frames, height, width, channels).
+            write: takes the path, and what follows.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        path = self.path(name)
+        for attempt in (1, 2):
+            try:
+                write(path, *arguments, **options)
+                return
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise
+                logger.warning("%s%s", error.strerror or error, "; it is tried once more" if attempt == 1 else "")
+        import numpy
+
+        kept = self.path(f"{path.stem}.npy")
+        with replacing(kept) as temporary:
+            numpy.save(temporary, whole.cpu().numpy())
+        self.kept_as_frames.append(path)
+        logger.warning("%s holds the frames of %s (uint8: frames, height, width, channels)", kept, path.name)
 
     def json(self, name: str, values: Any) -> None:
         """Writes a json file."""
@@ -133,8 +170,8 @@ def write_clips(
         frames = enlarge(to_frames(pixels), scale)
         prompt, seed = sampled.prompts[row], sampled.seeds[row]
         name = clip_name(numbers[row], prompt, seed)
-        write_video(out.path(f"{name}.mp4"), frames, fps, lossless=args.lossless)
-        write_gif(out.path(f"{name}.gif"), frames[::skip], fps / skip)
+        out.encode(f"{name}.mp4", frames, write_video, frames, fps, lossless=args.lossless)
+        out.encode(f"{name}.gif", frames, write_gif, frames[::skip], fps / skip)
         out.json(
             f"{name}.json",
             {

@@ -9,6 +9,10 @@ import torch
 
 __all__ = ["Codec", "check_latents", "check_pixels"]
 
+# Pixels are in [-1, 1], and what filters and other networks make of them overshoots a little. Values beyond this are of
+# another scale, such as 0 to 255.
+_FAR = 8.0
+
 
 class Codec(Protocol):
     """Turns pixels in [-1, 1] into the latents that the flow models, and back.
@@ -76,6 +80,10 @@ def check_pixels(codec: str, pixels: torch.Tensor, channels: int, spatial: int) 
     for name, side in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
         if side < 1 or side % spatial:
             raise ValueError(f"{codec}: pixels have {name} {side}, expected a positive multiple of {spatial}")
+    if pixels.numel() and (most := float(pixels.detach().abs().amax())) > _FAR:
+        raise ValueError(
+            f"{codec}: pixels reach {most:.4g}, expected [-1, 1] (those of 0 to 255 are divided by 127.5, less 1)"
+        )
 
 
 def check_latents(codec: str, latents: torch.Tensor, latent_channels: int) -> None:

@@ -9,7 +9,6 @@ of it, as of the first frame. Other entries of a line are left alone, but for `f
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +16,15 @@ from typing import Any
 
 import torch
 
+from starflow.messages import shown
+
 ACTION_SUFFIX = ".jsonl"
 WORLD_FILE = "world.json"
 
 # A line has a few numbers; far more is no such file.
 _MAX_LINE = 1 << 16
 _MAX_BYTES = 1 << 30
+_LARGEST = torch.finfo(torch.float32).max
 
 Action = int | Sequence[float] | None
 
@@ -86,7 +88,8 @@ def read_actions(path: Path, frame_dim: int, frames: int | None = None) -> torch
             f"actions: {path} does not exist, expected a line of JSON for each frame of the video (the model has "
             f"{frame_dim} numbers for each, flow.frame_dim)"
         )
-    lines = _text(path).splitlines()
+    # Not `splitlines`, which also cuts at signs that a line of JSON may hold.
+    lines = _text(path).removesuffix("\n").split("\n")
     if frames is not None and len(lines) != frames:
         raise ValueError(f"actions: {path} has {len(lines)} lines, expected {frames} like the frames of the video")
     told = torch.full((len(lines), frame_dim), torch.nan)
@@ -96,7 +99,7 @@ def read_actions(path: Path, frame_dim: int, frames: int | None = None) -> torch
         if not isinstance(entry, dict) or "action" not in entry:
             raise ValueError(f'actions: {where} has no action, expected such as {{"frame": {number}, "action": 0}}')
         if entry.get("frame", number) != number:
-            raise ValueError(f"actions: {where} is of frame {entry['frame']!r}, expected frame {number}")
+            raise ValueError(f"actions: {where} is of frame {shown(entry['frame'])}, expected frame {number}")
         told[number] = action_vector(entry["action"], frame_dim, where)
     return told
 
@@ -131,7 +134,7 @@ def action_vector(action: Any, frame_dim: int, where: str) -> torch.Tensor:
     if isinstance(action, list | tuple) and len(action) == frame_dim and all(map(_is_number, action)):
         return torch.tensor(action, dtype=torch.float32)
     raise ValueError(
-        f"actions: {where} has the action {str(action)[:80]}, expected an integer from 0 to {frame_dim - 1}, "
+        f"actions: {where} has the action {shown(action)}, expected an integer from 0 to {frame_dim - 1}, "
         f"{frame_dim} finite numbers, or null"
     )
 
@@ -142,7 +145,8 @@ def action_line(frame: int, action: Action, reward: float, done: bool) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a number that float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _text(path: Path) -> str:

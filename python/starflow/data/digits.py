@@ -61,11 +61,12 @@ _JUDGED = 3
 
 
 @functools.cache
-def _load() -> tuple[torch.Tensor, np.ndarray]:
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    """Images (1797, 8, 8) in [0, 1] and their digits."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    return torch.from_numpy(bunch.images.astype(np.float32) / 16.0), bunch.target.astype(np.int64)
+    return bunch.images.astype(np.float32) / 16.0, bunch.target.astype(np.int64)
 
 
 @functools.cache
@@ -76,7 +77,7 @@ def _split(name: str, handwritings: Handwritings = "typical") -> np.ndarray:
     typical ones is held out of all.
     """
     images, labels = _load()
-    pixels = images.flatten(1).numpy()
+    pixels = images.reshape(len(images), -1)
     train: list[int] = []
     held_out: list[int] = []
     for digit in range(10):
@@ -235,7 +236,7 @@ class MovingDigits:
         if not 0 <= index < self.length:
             raise IndexError(f"MovingDigits: index is {index}, expected 0 to {self.length - 1}")
         rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
-        images, labels = _load()
+        images, labels = (torch.from_numpy(held) for held in _load())
         which = int(rng.choice(_split(self.split, self.handwritings)))
         direction = str(rng.choice(list(DIRECTIONS)))
         low = self.size * _GLYPH / 2.0
@@ -306,7 +307,8 @@ class DigitJudge:
         from sklearn.svm import SVC
 
         self.size = size
-        images, labels = _load()
+        loaded, labels = _load()
+        images = torch.from_numpy(loaded)
         rng = np.random.default_rng(0)
         indices = np.repeat(_split("train", handwritings), 2)
         centers = torch.from_numpy((size / 2.0 + rng.uniform(-1.0, 1.0, (len(indices), 2))).astype(np.float32))

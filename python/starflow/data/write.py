@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import av
 import ffmpeg
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,15 @@ def check_frames(function: str, frames: torch.Tensor) -> None:
         raise ValueError(
             f"{function}: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3], none empty"
         )
+
+
+def _plays(path: Path) -> bool:
+    """Whether a file has a frame that can be shown."""
+    try:
+        with av.open(str(path)) as container:
+            return next(container.decode(video=0), None) is not None
+    except (av.FFmpegError, OSError, IndexError):
+        return False
 
 
 class _Encoder:
@@ -70,7 +80,9 @@ class _Encoder:
         if status != 0:
             full = "no space left" in log.lower()
             code = errno.ENOSPC if full else errno.EIO
-            left = "what was written before plays" if self._growing else "no file was left behind"
+            left = "no file was left behind"
+            if self._growing:
+                left = "what was written before plays" if _plays(self._path) else "nothing in it plays"
             raise OSError(code, f"ffmpeg could not write {self._path}: {reason(log)}; {left}")
 
     @property

@@ -9,7 +9,6 @@ Slots are positions of the network's input: token n is predicted at slot n with 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from starflow.model.affine import Affine
 from starflow.model.cache import DecodeState
 from starflow.model.layers import Attending, Transformer
 from starflow.model.rope import concatenate, grid_positions, later, rotation, text_positions
+from starflow.model.tables import kept_tables
 from starflow.model.tokens import Order, token_order
 from starflow_ext import ops
 from starflow_ext.block_attention import FrameMask
@@ -57,9 +57,7 @@ class Layout:
         return self.frames * self.frame_tokens
 
 
-@lru_cache(maxsize=128)
-# Tensors made in inference mode cannot take part in autograd, and training may get a layout that sampling made.
-@torch.inference_mode(False)
+@kept_tables(128)
 def make_layout(
     config: FlowConfig, order: Order, frames: int, height: int, width: int, text_tokens: int, *, still: bool
 ) -> Layout:

@@ -29,14 +29,15 @@ def grid_positions(frames: int, height: int, width: int, side: float, *, still: 
         (frames * height * width, 3) float32: row, column, frame.
     """
     scale = side / math.sqrt(height * width)
-    t, i, j = torch.meshgrid(torch.arange(frames), torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([i * scale, j * scale, t * (0.0 if still else 1.0)], -1).reshape(-1, 3).float()
+    axes = (torch.arange(length, dtype=torch.float32) for length in (frames, height, width))
+    t, i, j = torch.meshgrid(*axes, indexing="ij")
+    return torch.stack([i * scale, j * scale, t * (0.0 if still else 1.0)], -1).reshape(-1, 3)
 
 
 def text_positions(tokens: int, side: float) -> Tensor:
     """Coordinates of text tokens, (tokens, 3) float32: (0, 0, l / tokens * side)."""
-    positions = torch.zeros(tokens, 3)
-    positions[:, 2] = torch.arange(tokens) / max(tokens, 1) * side
+    positions = torch.zeros(tokens, 3, dtype=torch.float32)
+    positions[:, 2] = torch.arange(tokens, dtype=torch.float32) / max(tokens, 1) * side
     return positions
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
+
+from starflow.model.tables import kept_tables
 
 Order = Literal[
     "raster",
@@ -144,9 +145,7 @@ _IN_FRAME: Final[dict[str, Callable[[int, int], list[int]]]] = {
 }
 
 
-@lru_cache(maxsize=256)
-# Tensors made in inference mode cannot take part in autograd, and training may get an order that sampling made.
-@torch.inference_mode(False)
+@kept_tables(256)
 def token_order(order: Order, frames: int, height: int, width: int) -> Tensor:
     """The sequence in which a block visits the tokens of a clip.
 

@@ -1,5 +1,6 @@
 """How is the flow inverted? Noise to data: schedules, the loop, windows, clips of any length, and the certificate."""
 
+from starflow.schedules import Chunks, Schedule, Sequential, Window, parse_solver, solver_text
 from starflow.solver.break_even import break_even, cache_folder
 from starflow.solver.clip import Conditions, Decoding, Span
 from starflow.solver.decode import Decoded, checked, decode
@@ -10,7 +11,6 @@ from starflow.solver.native import Precision
 from starflow.solver.protocol import AffineMaps, Autoregressive, Timed, WindowSweeps
 from starflow.solver.report import NotFiniteError, SolveReport
 from starflow.solver.rolling import rolling_frames
-from starflow.solver.schedules import Chunks, Schedule, Sequential, Window, parse_solver, solver_text
 
 __all__ = [
     "AffineMaps",

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from starflow.model import FlowBlock, Guidance, to_grid, to_sequence
+from starflow.schedules import Schedule, Window
 from starflow.solver.decoder import BlockDecoder
 from starflow.solver.loop import Inversion
 from starflow.solver.native import Precision
 from starflow.solver.report import SolveReport
 from starflow.solver.rolling import RollingInversion, rolling_frames
-from starflow.solver.schedules import Schedule, Window
 
 if TYPE_CHECKING:
     from starflow.model import Flow

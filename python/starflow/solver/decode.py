@@ -9,10 +9,10 @@ from torch import Tensor
 
 from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance
+from starflow.schedules import Schedule, Window
 from starflow.solver.clip import Conditions, Decoding, Span
 from starflow.solver.native import Precision
 from starflow.solver.report import SolveReport
-from starflow.solver.schedules import Schedule, Window
 
 
 @dataclass(frozen=True)

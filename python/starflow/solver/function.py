@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starflow.schedules import Schedule, Window
 from starflow.solver.loop import invert
 from starflow.solver.report import SolveReport
-from starflow.solver.schedules import Schedule, Window
 from starflow_ext.window_sweep import places, token_numbers
 
 Function = Callable[..., tuple[Tensor, Tensor]]

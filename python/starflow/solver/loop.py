@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from starflow.schedules import Chunks, Schedule, Sequential, Window
 from starflow.solver.protocol import Autoregressive
 from starflow.solver.report import SolveReport, Tally, not_finite
-from starflow.solver.schedules import Chunks, Schedule, Sequential, Window
 from starflow.solver.window import sweep_once
 from starflow_ext.jacobi_solve import SolveProgress
 from starflow_ext.window_sweep import WILD, WindowProgress

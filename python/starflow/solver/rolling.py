@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from starflow.schedules import Schedule, Window
 from starflow.solver.decoder import BlockDecoder
 from starflow.solver.loop import Inversion, require_finite
 from starflow.solver.report import SolveReport, Tally
-from starflow.solver.schedules import Schedule, Window
 
 # Frames that are forgotten together at least: to move the others costs about as much as to read the cache once.
 _FEWEST = 4

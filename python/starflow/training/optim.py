@@ -42,7 +42,7 @@ class Optimizer:
         self._names = list(parameters)
         self._parameters = list(parameters.values())
         self._train, self._peak = train, peak
-        matrices = [p for name, p in parameters.items() if train.optimizer == "muon" and _in_layer(name, p)]
+        matrices = [p for name, p in parameters.items() if _by_muon(name, p, train)]
         chosen = {id(p) for p in matrices}
         rest = [p for p in self._parameters if id(p) not in chosen]
         adam = torch.optim.AdamW(rest, lr=peak, betas=betas, weight_decay=train.weight_decay, fused=True)
@@ -101,9 +101,17 @@ class Optimizer:
         }
 
 
-def _in_layer(name: str, parameter: Tensor) -> bool:
-    """Whether a parameter is the matrix of a product inside of a transformer layer."""
-    return parameter.dim() == 2 and ".layers." in f".{name}"
+def _by_muon(name: str, parameter: Tensor, train: TrainConfig) -> bool:
+    """Whether Muon takes a parameter: the matrix of a product inside of a transformer layer."""
+    return train.optimizer == "muon" and parameter.dim() == 2 and ".layers." in f".{name}"
+
+
+def moments_of(flow: Flow, train: TrainConfig) -> int:
+    """Numbers that the optimisers of a flow keep beside its weights: two for each, one where Muon takes them."""
+    return sum(
+        parameter.numel() * (1 if _by_muon(name, parameter, train) else 2)
+        for name, parameter in flow.named_parameters()
+    )
 
 
 class Average:

@@ -20,8 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from starflow.config import ConfigError, FlowConfig, RunConfig
 from starflow.distributed import Parallel
-from starflow.model import Conditioner, Flow, FlowBlock, Transformer, make_layout, nll_of
+from starflow.model import Conditioner, Flow, FlowBlock, Transformer, nll_of
 from starflow.training.batches import make_parts
+from starflow.training.optim import moments_of
 
 GIB = 1 << 30
 # Bytes of a float32 number; weights, gradients, moments and averages are kept in it whatever `train.precision` is.
@@ -134,7 +135,8 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
         clips=rows,
         weights=share * _NUMBER,
         gradients=share * _NUMBER,
-        moments=2 * share * _NUMBER,
+        # Muon's are not shared out.
+        moments=(2 * share if sharded else moments_of(flow, train)) * _NUMBER,
         average=share * _NUMBER if train.ema else 0,
         gathered=_gathered(flow) if sharded else 0,
         activations=activations,
@@ -323,11 +325,8 @@ def _kept(config: FlowConfig, clip: TokenGrid, precision: str, rows: int) -> int
     """Bytes that autograd keeps of a forward pass of so many clips, weights apart, with the results that are held."""
     patch = config.patch_size
     # Counted on the CPU: autograd keeps the same on every device, except where attention has no kernel.
-    memoryless = FakeTensorMode(allow_non_fake_inputs=True)
-    with memoryless:
+    with FakeTensorMode(allow_non_fake_inputs=True):
         flow = Flow(config)
-    _make_layouts(flow, clip)
-    with memoryless:
         x = torch.empty(rows, clip.frames, config.in_channels, clip.height * patch, clip.width * patch)
         y = torch.empty(rows, clip.text, config.txt_dim) if clip.text else None
         rounding = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
@@ -342,14 +341,6 @@ def _kept(config: FlowConfig, clip: TokenGrid, precision: str, rows: int) -> int
             flow.denoiser(x.detach(), y if config.conditional_denoiser else None)
     # The graph of the flow is gone when the denoiser runs.
     return max(found.bytes, other.bytes)
-
-
-def _make_layouts(flow: Flow, clip: TokenGrid) -> None:
-    """Makes the layouts that a pass will ask for: those made without memory would be kept for later passes."""
-    for network, local in _networks(flow):
-        order = next((block.order for block in flow.blocks if block.conditioner is network), "raster")
-        frames, text = (1 if local else clip.frames), (0 if network.proj_text is None else clip.text)
-        make_layout(flow.config, order, frames, clip.height, clip.width, text, still=local)
 
 
 class _counting:  # noqa: N801  (a context manager)

@@ -83,6 +83,10 @@ TRACK_RATE = 0.05
 PATIENCE = 5
 # The published rule of skipping large gradients begins after so many steps.
 SKIP_AFTER = 100
+# The log tells when more than half of so many last steps were skipped for their gradients.
+SKIPS_LOOKED_AT = 100
+# So many skipped in a row end the training: the weights no longer change, so no gradient will be small again.
+MOST_SKIPS = 500
 # Steps between entries of the log.
 LOG_EVERY = 10
 
@@ -156,6 +160,7 @@ class Trainer:
         self.step = 0
         self.updates = 0
         self._bad = 0
+        self._skips = _Skips()
         # What tells the data that a run is trained on from others (see `data_of`).
         self.data: dict[str, Any] = {}
 
@@ -169,6 +174,7 @@ class Trainer:
             "step": self.step,
             "updates": self.updates,
             "bad": self._bad,
+            **self._skips.state(),
             "config": to_mapping(self.config),
             "data": self.data,
         }
@@ -215,7 +221,8 @@ class Trainer:
         saved, data = state.get("config"), state.get("data", self.data)
         whole = isinstance(saved, dict) and all(isinstance(options, dict) for options in saved.values())
         whole = whole and isinstance(data, dict) and all(type(count) is int and count >= 0 for count in counters)
-        if not whole or not isinstance(saved, dict):
+        skips = _Skips.of(state)
+        if not whole or not isinstance(saved, dict) or skips is None:
             raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(saved, to_mapping(self.config), path)
         if data != self.data:
@@ -226,6 +233,7 @@ class Trainer:
         if self.config.train.ema and not averaged:
             self.average.reset()
         self.step, self.updates, self._bad = about["step"], about["updates"], about["bad"]
+        self._skips = skips
 
     def _tensors(self, *, averaged: bool) -> dict[str, Tensor]:
         """Everything that a resumed run needs, to be read and written in place."""
@@ -259,7 +267,8 @@ class Trainer:
             norm = float(self.optimizer.clip())
             denoiser_norm = float(self.denoiser_optimizer.clip()) if self.denoiser_optimizer and scores else 0.0
             finite = math.isfinite(norm) and math.isfinite(denoiser_norm)
-        skip = not finite or self._too_large(max(norm, denoiser_norm))
+        large = finite and self._too_large(max(norm, denoiser_norm))
+        skip = not finite or large
         if not skip:
             self.optimizer.step(self.updates)
             if self.denoiser_optimizer and scores:
@@ -278,6 +287,7 @@ class Trainer:
                     f"training: the loss was not finite in {PATIENCE} steps in a row, up to step {self.step}; "
                     "expected a finite loss (lower train.lr, or set flow.soft_clip and train.grad_clip)"
                 )
+        self._note_skip(large, max(norm, denoiser_norm))
         nll, denoiser_loss = losses if losses is not None else (math.nan, math.nan)
         return TrainStep(
             self.step,
@@ -376,10 +386,37 @@ class Trainer:
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
 
+    @property
+    def _largest_norm(self) -> float:
+        """The norm from which gradients are skipped; 0 where none are."""
+        return self.config.train.grad_skip * self.config.train.grad_clip
+
     def _too_large(self, norm: float) -> bool:
-        train = self.config.train
-        limit = train.grad_skip * train.grad_clip
-        return limit > 0 and self.step >= SKIP_AFTER and norm > limit
+        return self._largest_norm > 0 and self.step >= SKIP_AFTER and norm > self._largest_norm
+
+    def _note_skip(self, skipped: bool, norm: float) -> None:
+        if not self._largest_norm:
+            return
+        skips = self._skips
+        warn = skips.note(skipped)
+        why = (
+            f"for gradients above train.grad_skip * train.grad_clip = {self._largest_norm:g} (the last norm is "
+            f"{norm:.3g})"
+        )
+        if skips.in_a_row >= MOST_SKIPS:
+            raise TrainingError(
+                f"training: {MOST_SKIPS} steps in a row were skipped {why}, up to step {self.step}; expected a limit "
+                "that most steps keep to (raise train.grad_skip or train.grad_clip, 0 turns either off; or lower "
+                "train.lr)"
+            )
+        if warn:
+            logger.warning(
+                "step %d: %d of the last %d steps were skipped %s; raise train.grad_skip, or set it to 0",
+                self.step,
+                skips.count,
+                SKIPS_LOOKED_AT,
+                why,
+            )
 
 
 def train(
@@ -621,6 +658,41 @@ def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Pa
         raise TrainingError(f"training: {path} belongs to another model: {'; '.join(fatal)}")
     if changed:
         logger.warning("options changed since %s: %s", path.name, "; ".join(changed))
+
+
+class _Skips:
+    """Which of the last steps were skipped for their gradients."""
+
+    def __init__(self, last: str = "", in_a_row: int = 0) -> None:
+        self._last = last
+        self.in_a_row = in_a_row
+        self._told = 0  # steps for which nothing is told
+
+    @property
+    def count(self) -> int:
+        """Skipped steps of the last `SKIPS_LOOKED_AT`."""
+        return self._last.count("1")
+
+    def note(self, skipped: bool) -> bool:
+        """Notes a step; returns whether to tell, which it does not of the same steps again."""
+        self._last = (self._last + "01"[skipped])[-SKIPS_LOOKED_AT:]
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        self._told = max(0, self._told - 1)
+        if self._told or self.count * 2 <= SKIPS_LOOKED_AT:
+            return False
+        self._told = SKIPS_LOOKED_AT
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"skips": self._last, "skips_in_a_row": self.in_a_row}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> _Skips | None:
+        """From what `state` returned, or from a state without it; None where it is damaged."""
+        last, in_a_row = state.get("skips", ""), state.get("skips_in_a_row", 0)
+        whole = isinstance(last, str) and len(last) <= SKIPS_LOOKED_AT and not last.strip("01")
+        return cls(last, in_a_row) if whole and type(in_a_row) is int and in_a_row >= 0 else None
 
 
 class _Speed:

@@ -75,7 +75,7 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
             out.sheet(*zip(*(everything[index] for index in sorted(everything)), strict=True))
     if world.first:
         print(f"{clips_text(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
-    return 0
+    return 1 if out.kept_as_frames else 0
 
 
 def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, prompts: list[str], fps: float) -> int:
@@ -118,10 +118,13 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
             meter.add(frames.pixels.shape[1])
 
         given = session.beginning
-        if given is not None:
-            write(given)
-        for frames in session.extend(session.planned, last=True):
-            write(frames)
+        try:
+            if given is not None:
+                write(given)
+            for frames in session.extend(session.planned, last=True):
+                write(frames)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("what was made before plays" if meter.frames else "no file was made") from None
         files.close()
         meter.end()
         report = report_of(session, meter.seconds, meter.frames * len(prompts)).to_mapping()

@@ -23,6 +23,7 @@ from starflow.cli.options import (
 from starflow.cli.output import clips_text, write_json
 from starflow.config import ConfigError
 from starflow.files import replacing
+from starflow.messages import short
 
 if TYPE_CHECKING:
     from starflow.evaluate import ClipScore
@@ -46,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
-        clips = held_out_clips(pipeline, args.held_out)
+        clips = held_out_clips(pipeline.config, args.held_out)
         if args.caption is not None:
             clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
     else:
@@ -64,7 +65,7 @@ def _run(args: argparse.Namespace) -> int:
         per_token=per_token,
         noise_std=sigma,
     )
-    ordinary = [] if args.reference is None else held_out_clips(pipeline, args.reference)
+    ordinary = [] if args.reference is None else held_out_clips(pipeline.config, args.reference)
     if ordinary:
         reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma))
         scores = [reference.judge(item) for item in scores]
@@ -104,7 +105,8 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
             f"No model scores less than the noise on average: {facts['noise_floor']:.3f}. "
             f"In 8-bit levels: add {facts['to_8_bit_levels']:.3f}."
         )
-    width = max(len(item.name) for item in scores)
+    names = [short(item.name) for item in scores]
+    width = max(map(len, names))
     ordered = [item for item in scores if item.shuffled is not None and item.reversed is not None]
     judged = any(item.anomaly is not None for item in scores)
     print(
@@ -112,15 +114,15 @@ def _print_scores(scores: Sequence[ClipScore], facts: dict[str, Any], *, frames:
         + (f"  {'shuffled':>8}  {'reversed':>8}" if ordered else "")
         + (f"  {'anomaly':>8}  {'p-value':>8}  worst frame" if judged else "")
     )
-    for item in scores:
-        line = f"{item.name:<{width}}  {item.bits_per_dim:>8.4f}"
+    for name, item in zip(names, scores, strict=True):
+        line = f"{name:<{width}}  {item.bits_per_dim:>8.4f}"
         if item.shuffled is not None and item.reversed is not None:
             line += f"  {item.shuffled:>8.4f}  {item.reversed:>8.4f}"
         if item.anomaly is not None:
             worst = max(range(len(item.frames)), key=[abs(value) for value in item.anomaly.frames].__getitem__)
             line += f"  {item.anomaly.deviations:>+8.2f}  {item.anomaly.p_value:>8.3f}"
             line += f"  {worst:>3} ({item.anomaly.frames[worst]:+.1f})"
-        print(line + (f'  "{item.caption}"' if item.caption else ""))
+        print(line + (f'  "{short(item.caption)}"' if item.caption else ""))
         if frames:
             print("  frames: " + " ".join(f"{bits:.4f}" for bits in item.frames))
     print(f"{'mean':<{width}}  {facts['bits_per_dim']:>8.4f}")

@@ -8,6 +8,7 @@ from typing import get_args
 
 from starflow.cli.options import PROG, Command, add_device, device_name, make_config, number, setting
 from starflow.config import ConfigError, config_names
+from starflow.messages import short
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -38,11 +39,11 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{folder}: trained for {config.train.steps} steps; sample from it with: {PROG} sample {folder}{given}")
     if text.get("kind") == "words":
         words = [word for word in text["vocabulary"] if word not in get_args(CaptionMode)]
-        print(f"words of a prompt, at most {text['size']}: {', '.join(words)}")
+        print(f"words of a prompt, at most {text['size']}: {short(', '.join(words), 4000)}")
     elif text.get("names"):
         # Without what captions begin with where something is given, which is not for the user to type.
         modes = tuple(f"({mode}) " for mode in get_args(CaptionMode))
-        print(f"prompts: {', '.join(name for name in text['names'] if not name.startswith(modes))}")
+        print(f"prompts: {short(', '.join(name for name in text['names'] if not name.startswith(modes)), 4000)}")
     return 0
 
 

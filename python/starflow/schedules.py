@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Final
+
+# Tokens of a clip and sweeps over them are counted in 31 bits.
+_MOST: Final = (1 << 31) - 1
 
 
 @dataclass(frozen=True)
@@ -26,9 +30,9 @@ class Chunks:
     max_iterations: int = 32
 
     def __post_init__(self) -> None:
-        if self.block < 1 or self.max_iterations < 1:
+        if not (1 <= self.block <= _MOST and 1 <= self.max_iterations <= _MOST):
             raise ValueError(
-                f"solver: block is {self.block} and max_iterations {self.max_iterations}, expected both at least 1"
+                f"solver: block is {self.block} and max_iterations {self.max_iterations}, expected 1 to {_MOST}"
             )
         if not 0.0 <= self.threshold < float("inf"):
             raise ValueError(f"solver: threshold is {self.threshold}, expected a finite number >= 0")
@@ -52,8 +56,8 @@ class Window:
     certificate: bool = False
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"solver: window size is {self.size}, expected at least 1")
+        if self.size is not None and not 1 <= self.size <= _MOST:
+            raise ValueError(f"solver: window size is {self.size}, expected 1 to {_MOST}")
         if not 0.0 <= self.tolerance < float("inf"):
             raise ValueError(f"solver: tolerance is {self.tolerance}, expected a finite number >= 0")
 
