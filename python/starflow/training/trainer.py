@@ -327,7 +327,7 @@ class Trainer:
         y = self.features(batch.captions)
         return x, None if y is None else y.to(self.device)
 
-    def _backward(self, x: Tensor, y: Tensor | None, told: Tensor | None) -> tuple[float, float] | None:
+    def _backward(self, x: Tensor, y: Tensor | None, told: Tensor | None = None) -> tuple[float, float] | None:
         """Gradients of a batch, part by part: both losses, or None where one is not finite."""
         train, flow, engine = self.config.train, self.flow, self.engine
         weight = train.noise_std / STEP if train.cond_noise_level else 1.0
