@@ -14,6 +14,7 @@ from starflow.evaluate import surprise
 from starflow.play import Game, Moment
 from starflow.play import game as module
 from starflow.sampling import Pipeline
+from starflow.storage import shipped_names
 from starflow.worlds import PaddleBall, Step, WorldError, one_hot
 
 
@@ -154,6 +155,23 @@ def test_surprise_is_that_of_the_clip(game: Game, paddle: Pipeline) -> None:
     assert scored[-1].dream_score.tokens.shape == (6, 6)
     assert scored[-1].dream_score.tokens.dtype == np.float32
     assert game.score() == []
+
+
+@pytest.mark.skipif("paddle" not in shipped_names(), reason="no model of the paddle world comes with the package")
+def test_a_trained_model_is_surprised_by_a_teleport() -> None:
+    game = Game(Pipeline.load("paddle"), PaddleBall)
+    ordinary, broken = [], []
+    game.score()
+    for frame in range(80):
+        if frame % 20 == 19:
+            game.teleport()
+        moment = game.step(frame % 3)
+        game.score()
+        assert moment.real_score is not None
+        # A ball that was put elsewhere shows for the frames in which the model has not seen how it flies.
+        (broken if moment.edited else ordinary if frame % 20 > 8 else []).append(moment.real_score.bits)
+    assert len(broken) == 4
+    assert min(broken) > np.quantile(ordinary, 0.95)
 
 
 def test_of_many_moments_the_last_ones_are_scored(game: Game) -> None:
