@@ -391,7 +391,7 @@ def test_threads_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("command", ["", "demo", "record", "train", "sample", "score", "convert", "info"])
+@pytest.mark.parametrize("command", ["", "demo", "record", "train", "sample", "score", "play", "convert", "info"])
 def test_help_is_a_manual(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*([command] if command else []), "--help") == 0
     said = capsys.readouterr().out

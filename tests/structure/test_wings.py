@@ -16,8 +16,9 @@ PACKAGE = Path(__file__).parents[2] / "python" / "starflow"
 
 # From the ground up: a wing imports the ground and wings that stand before it, no others.
 GROUND = ("config", "distributed", "extras", "files", "inference", "mapped", "messages", "noise", "schedules")
-WINGS = ("model", "solver", "codecs", "data", "worlds", "text", "storage", "sampling", "training", "evaluate", "cli")
-STOREYS = 9
+INPUTS = ("codecs", "data", "worlds", "text")
+WINGS = ("model", "solver", *INPUTS, "storage", "sampling", "training", "evaluate", "play", "cli")
+STOREYS = 10
 
 # What the wings above do not need to know: the first part of a name, and the wings that may import it.
 KEPT_FROM = {"torch.distributed": {"ground", "training"}, "starflow_ext.jacobi_solve": {"solver"}}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from starflow.cli.commands import convert, demo, info, plan, record, sample, score, train
+from starflow.cli.commands import convert, demo, info, plan, play, record, sample, score, train
 from starflow.cli.options import MOST_THREADS, PROG, number
 from starflow.config import ConfigError
 from starflow.messages import short
@@ -28,6 +28,7 @@ _COMMANDS = {
     "train": train.COMMAND,
     "sample": sample.COMMAND,
     "score": score.COMMAND,
+    "play": play.COMMAND,
     "convert": convert.COMMAND,
     "plan": plan.COMMAND,
     "info": info.COMMAND,

@@ -121,6 +121,11 @@ class Session:
         return self._next - self._reference
 
     @property
+    def endless(self) -> bool:
+        """Whether the clips may go on for ever: a window follows the one before, or a cache rolls."""
+        return self._span.endless
+
+    @property
     def reports(self) -> tuple[SolveReport | None, ...]:
         """The solver's report of each block, the deep one first; None for an identity block, or one not yet solved."""
         return () if self._decoding is None else self._decoding.reports

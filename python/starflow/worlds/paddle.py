@@ -182,6 +182,18 @@ class PaddleBall:
         self.state, reward = advance(self.state, int(action))
         return reward
 
+    def teleport(self, rng: np.random.Generator) -> None:
+        """Puts the ball elsewhere, at least a third of the court away; it flies on as before."""
+        x, y = self.state.ball
+        far = [
+            (left, top)
+            for left in range(_PADDLE_RIGHT + _BALL, _HIGH - _BALL)
+            for top in range(_LOW, _HIGH - _BALL + 1)
+            if max(abs(left - x), abs(top - y)) >= COURT // 3
+        ]
+        left, top = far[int(rng.integers(len(far)))]
+        self.state = replace(self.state, ball=(left, top))
+
     def suggest(self, aim: float = 0.5) -> int:
         """The action of somebody who follows the ball, to meet it at a share `aim` of the paddle from above."""
         wanted = self.state.ball[1] + _BALL / 2 - aim * _PADDLE_HEIGHT

@@ -1,0 +1,262 @@
+"""A game without a server: what it shows, remembers, forgets and measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from starflow.config import RunConfig
+from starflow.data import Clip, to_pixels
+from starflow.evaluate import surprise
+from starflow.play import Game, Moment
+from starflow.play import game as module
+from starflow.sampling import Pipeline
+from starflow.storage import shipped_names
+from starflow.worlds import PaddleBall, Step, WorldError, one_hot
+
+
+def moments(game: Game) -> list[Moment]:
+    return [game.moment(number) for number in range(game.first, game.last + 1)]
+
+
+def test_a_dream_begins_with_the_real_world(game: Game) -> None:
+    begun = moments(game)
+    assert len(begun) == 8
+    assert begun[0].action is None
+    assert all(moment.action == 0 for moment in begun[1:])
+    for moment in begun:
+        assert moment.real is not None
+        np.testing.assert_array_equal(moment.dream, moment.real)
+
+
+def test_the_real_world_obeys_the_same_keys(game: Game) -> None:
+    world = PaddleBall()
+    world.reset(0)
+    for _ in range(7):
+        world.step(0)
+    for action in (1, 1, 2, 0, 1):
+        moment = game.step(action)
+        np.testing.assert_array_equal(moment.real, world.step(action).frame)
+        assert moment.action == action
+        assert moment.dream.shape == (24, 24, 1)
+        assert moment.dream.dtype == np.uint8
+
+
+def test_a_game_depends_on_its_seed_and_keys_alone(paddle: Pipeline) -> None:
+    one, same, other = Game(paddle, seed=1), Game(paddle, seed=1), Game(paddle, seed=2)
+    pictures = [np.stack([game.step(action).dream for action in (0, 1, 2)]) for game in (one, same, other)]
+    np.testing.assert_array_equal(pictures[0], pictures[1])
+    assert (pictures[0] != pictures[2]).any()
+
+
+def test_an_action_reaches_the_dream(paddle: Pipeline) -> None:
+    up, down = Game(paddle, PaddleBall), Game(paddle, PaddleBall)
+    assert (up.step(1).dream != down.step(2).dream).any()
+
+
+def test_temperature_zero_takes_the_noise_away(paddle: Pipeline) -> None:
+    games = [Game(paddle, PaddleBall, seed=0) for _ in range(2)]
+    games[1].temperature = 0.0
+    assert (games[0].step(0).dream != games[1].step(0).dream).any()
+
+
+@pytest.mark.parametrize("action", [-1, 3])
+def test_actions_out_of_range_are_refused(game: Game, action: int) -> None:
+    with pytest.raises(ValueError, match=rf"play: action is {action}, expected 0 to 2 \(stay, up, down\)"):
+        game.step(action)
+
+
+def test_a_branch_forgets_what_came_after_and_takes_the_world_along(game: Game) -> None:
+    for _ in range(5):
+        game.step(1)
+    game.score()
+    kept = game.moment(9)
+    game.branch(9)
+    assert game.last == 9
+    assert game.moment(9) is kept
+    again = game.step(2)
+    assert again.number == 10
+    world = PaddleBall()
+    world.state = kept.state
+    np.testing.assert_array_equal(again.real, world.step(2).frame)
+    assert game.unscored == 1
+
+
+@pytest.mark.parametrize("number", [-1, 8])
+def test_moments_that_are_not_there(game: Game, number: int) -> None:
+    with pytest.raises(ValueError, match=f"play: frame is {number}, expected 0 to 7"):
+        game.branch(number)
+
+
+def test_a_world_that_cannot_be_wound_back_is_left_behind(paddle: Pipeline) -> None:
+    class Plain:
+        """The world without its state."""
+
+        name, actions, fps = "plain", PaddleBall.actions, 30.0
+
+        def __init__(self) -> None:
+            self._world = PaddleBall()
+            self.reset, self.step, self.suggest = self._world.reset, self._world.step, self._world.suggest
+            self.close = self._world.close
+
+    game = Game(paddle, Plain)
+    game.step(1)
+    game.branch(7)
+    assert not game.has_world
+    assert game.step(1).real is None
+    for ask in (game.follow, game.teleport):
+        with pytest.raises(ValueError, match="expected a real world"):
+            ask()
+    game.new(3)
+    assert game.has_world
+
+
+def test_waking_up_goes_on_from_the_real_world(game: Game) -> None:
+    for _ in range(4):
+        game.step(1)
+    dreamt = game.moment(10).dream
+    game.follow()
+    moment = game.step(1)
+    assert moment.edited
+    np.testing.assert_array_equal(moment.dream, moment.real)
+    # What was shown stays, and what the model goes on from is the truth.
+    np.testing.assert_array_equal(game.moment(10).dream, dreamt)
+    np.testing.assert_array_equal(game.moment(10).past, game.moment(10).real)
+    assert not game.step(1).edited
+
+
+def test_a_teleport_moves_the_ball_and_edits_the_past(game: Game) -> None:
+    game.step(0)
+    x, y = game.moment(game.last).state.ball
+    game.teleport()
+    moment = game.step(0)
+    left, top = moment.state.ball
+    assert max(abs(left - x), abs(top - y)) >= 7
+    assert moment.edited
+    np.testing.assert_array_equal(moment.dream, moment.real)
+
+
+def test_surprise_is_that_of_the_clip(game: Game, paddle: Pipeline) -> None:
+    for action in (1, 2, 0):
+        game.step(action)
+    scored = game.score()
+    assert [moment.number for moment in scored] == list(range(11))
+    seen = moments(game)
+    told = one_hot([moment.action for moment in seen], 3)
+    for name, score in (("dream", "dream_score"), ("real", "real_score")):
+        pixels = to_pixels(torch.from_numpy(np.stack([getattr(moment, name) for moment in seen])))
+        (expected,) = surprise(paddle, [Clip(pixels, "", name, frame_conditions=told)])
+        bits = torch.tensor([getattr(moment, score).bits for moment in seen], dtype=torch.float64)
+        torch.testing.assert_close(bits, expected.frames, rtol=1e-4, atol=1e-2)
+    assert scored[-1].dream_score is not None
+    assert scored[-1].dream_score.tokens.shape == (6, 6)
+    assert scored[-1].dream_score.tokens.dtype == np.float32
+    assert game.score() == []
+
+
+@pytest.mark.skipif("paddle" not in shipped_names(), reason="no model of the paddle world comes with the package")
+def test_a_trained_model_is_surprised_by_a_teleport() -> None:
+    game = Game(Pipeline.load("paddle"), PaddleBall)
+    ordinary, broken = [], []
+    game.score()
+    for frame in range(80):
+        if frame % 20 == 19:
+            game.teleport()
+        moment = game.step(frame % 3)
+        game.score()
+        assert moment.real_score is not None
+        # A ball that was put elsewhere shows for the frames in which the model has not seen how it flies.
+        (broken if moment.edited else ordinary if frame % 20 > 8 else []).append(moment.real_score.bits)
+    assert len(broken) == 4
+    assert min(broken) > np.quantile(ordinary, 0.95)
+
+
+def test_of_many_moments_the_last_ones_are_scored(game: Game) -> None:
+    assert [moment.number for moment in game.score(3)] == [5, 6, 7]
+    assert game.moment(4).dream_score is None
+    game.step(0)
+    game.skip_scores()
+    assert game.unscored == 0
+    game.step(0)
+    assert [moment.number for moment in game.score()] == [9]
+
+
+def test_what_is_remembered_is_bounded(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOMENTS", 12)
+    for _ in range(10):
+        game.step(0)
+        game.score()
+    assert (game.first, game.last) == (6, 17)
+    with pytest.raises(ValueError, match="play: frame is 5, expected 6 to 17"):
+        game.moment(5)
+    assert game.frames(0, 17).shape == (12, 24, 49, 1)
+
+
+def test_a_clip_shows_both(game: Game) -> None:
+    frames = game.frames(6, 7)
+    assert frames.shape == (2, 24, 49, 1)
+    np.testing.assert_array_equal(frames[1, :, :24], game.moment(7).dream)
+    np.testing.assert_array_equal(frames[1, :, 25:], game.moment(7).real)
+    assert b"ftyp" in module.write_clip(frames, 30.0)[:32]
+    with pytest.raises(ValueError, match="play: the clip has no frame"):
+        game.frames(8, 7)
+
+
+def test_a_world_of_other_actions_is_refused(paddle: Pipeline) -> None:
+    class Two(PaddleBall):
+        actions = ("stay", "up")  # type: ignore[assignment]
+
+    with pytest.raises(ValueError, match=r"the world paddle has 2 actions \(stay, up\), expected 3 like the model"):
+        Game(paddle, Two)
+
+
+def test_a_world_that_fails_leaves_the_moments(paddle: Pipeline) -> None:
+    class Fails(PaddleBall):
+        def step(self, action: int) -> Step:
+            if action == 2:
+                raise WorldError("world paddle failed")
+            return super().step(action)
+
+    game = Game(paddle, Fails)
+    game.step(1)
+    with pytest.raises(WorldError, match="world paddle failed"):
+        game.step(2)
+    assert game.last == 8
+    assert game.step(1).number == 9
+
+
+def test_a_model_of_text_streams_and_is_told_what_happens_next(pipeline: Pipeline) -> None:
+    game = Game(pipeline)
+    assert game.actions == ()
+    assert not game.can_teleport
+    for _ in range(5):
+        game.step()
+    with pytest.raises(ValueError, match="prompt"):
+        game.tell("an unknownword moving")
+    assert game.prompt == ""
+    game.tell("a three moving up")
+    for _ in range(3):
+        game.step()
+    scored = game.score()
+    assert [moment.number for moment in scored] == list(range(8))
+    assert all(moment.real_score is None and moment.dream_score is not None for moment in scored)
+    game.branch(2)
+    assert game.step().number == 3
+
+
+def test_a_model_without_text_refuses_a_prompt(game: Game) -> None:
+    with pytest.raises(ValueError, match="the model was trained without text"):
+        game.tell("a three")
+
+
+def test_a_model_of_whole_clips_shows_one_after_the_other(
+    configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]
+) -> None:
+    game = Game(build(configure(temporal_causal=0, shallow_block_local=False, cond_top_only=False)))
+    pictures = np.stack([game.step().dream for _ in range(6)])
+    assert (pictures[:2] != pictures[4:]).any()
+    game.tell("a three moving up")
+    game.step()
