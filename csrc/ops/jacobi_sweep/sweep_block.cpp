@@ -104,7 +104,8 @@ class Reader {
     // Reads a norm whose bias stands behind its weight.
     RowNorm norm_with_bias(const Place& weight, NormKind kind, int64_t width) const {
         RowNorm found = norm(weight, kind, width);
-        found.bias = floats(weight.behind(1), width);
+        const float* bias = floats(weight.behind(1), width);
+        if (kind == NormKind::layer) found.bias = bias;
         return found;
     }
 
