@@ -233,7 +233,7 @@ def test_wrong_arguments() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"x": torch.zeros(2, 5, 39)}, r"x has shape [2, 5, 39], expected [..., 40] for weight of shape [30, 40]"),
         ({"x": x.long()}, "x has dtype int64, expected float32, bfloat16, float16 or float64"),
-        ({"epilogue": "relu"}, 'epilogue is "relu", expected "none", "gelu" or "gelu_tanh"'),
+        ({"epilogue": "relu"}, 'epilogue is "relu", expected "none", "gelu", "gelu_tanh" or "silu"'),
         ({"product_input": "int8"}, 'product_input is "int8", expected "float32", "bfloat16" or "two_bfloat16"'),
         ({"bias": torch.zeros(31)}, "bias has shape [31], expected [30]"),
         ({"multiply": torch.zeros(5, 30)}, "multiply has shape [5, 30], expected [2, 5, 30]"),
