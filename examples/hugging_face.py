@@ -97,7 +97,7 @@ def pack(model: nn.Module) -> None:
 def build(width: int, layers: int, words: int = 512, positions: int = 8192) -> tuple[Any, Any]:
     """Return a Llama with random weights as transformers runs it, and the same on `starflow_ext`."""
     register()
-    config = {
+    config: dict[str, Any] = {
         "vocab_size": words,
         "hidden_size": width,
         "intermediate_size": 3 * width,
