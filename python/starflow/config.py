@@ -516,6 +516,7 @@ class SampleConfig:
 
     Args:
         guidance: weight of classifier-free guidance.
+        guidance_frames: first frames of a clip that are guided, for flows with attention_frames; None for all.
         temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
         precision: dtype of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
@@ -525,6 +526,7 @@ class SampleConfig:
     """
 
     guidance: float = 0.0
+    guidance_frames: int | None = None
     temperature: float = 1.0
     solver: str = "window"
     precision: Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"] = "float32"
@@ -535,6 +537,8 @@ class SampleConfig:
         for name in ("temperature", "guidance"):
             value = getattr(self, name)
             require(0.0 <= value < math.inf, f"sample.{name}", value, "a number >= 0")
+        frames = self.guidance_frames
+        require(frames is None or frames >= 1, "sample.guidance_frames", frames, "an integer >= 1 or nothing")
         require(0.0 < self.fps < math.inf, "sample.fps", self.fps, "a number > 0")
         try:
             parse_solver(self.solver)

@@ -46,6 +46,8 @@ def _text(part: object) -> str:
         return "".join(_text(inner) for inner in part.parts)
     if isinstance(part, torch.dtype):
         return dtype_text(part)
+    if isinstance(part, float):
+        return f"{part:g}"
     return str(list(part)) if isinstance(part, torch.Size) else str(part)
 
 

@@ -125,7 +125,7 @@ def test_plain_tuples_stand_for_the_named_ones() -> None:
 
 
 IGNORED = {
-    "norm": [({"weight": None, "bias": None, "weight_offset": 1.0}, "weight_offset is 1.0, expected None without a")],
+    "norm": [({"weight": None, "bias": None, "weight_offset": 1.0}, "weight_offset is 1, expected None without a")],
     "block_attention": [
         ({"k_start": 1, "frames": FrameMask(0, 7, 1)}, "k_start is given, expected None with frames"),
         ({"q_start": 1, "causal": False}, "q_start is given, expected None without causal"),

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from starflow import Flow, Guidance, Sequential, Window, noise
+import starflow_ext
+from starflow import Flow, Guidance, Sequential, Window, decode, noise
 from starflow.codecs import BlockTransform
 from starflow.config import RunConfig
 from starflow.sampling import Denoising, Frames, Pipeline, Session
-from starflow.solver import Conditions, Schedule, Span
+from starflow.solver import Conditions, Schedule, SolveReport, Span
 
 from ..flows import VIDEO, condition, make_flow, null
 
@@ -36,9 +38,17 @@ Build = Callable[[RunConfig], Pipeline]
 
 
 def session(
-    flow: Flow = FLOW, *, frames: int = 4, schedule: Schedule = LOOSE, ahead: int = 1, kind: str = "learned"
+    flow: Flow = FLOW,
+    *,
+    frames: int = 4,
+    schedule: Schedule = LOOSE,
+    ahead: int = 1,
+    kind: str = "learned",
+    guided: int | None = None,
+    weight: float = 1.0,
 ) -> Session:
-    conditions = Conditions(condition(flow), null(flow), Guidance(1.0), schedule)
+    guidance = Guidance(weight, frames=guided, all_blocks=flow.config.cond_top_only)
+    conditions = Conditions(condition(flow), null(flow), guidance, schedule)
     denoising = Denoising(kind, 0.2, 0.2, 1, ahead, whole=kind == "score")  # type: ignore[arg-type]
     return Session(flow, CODEC, SHAPE, (3, 4), conditions, Span(frames, behind=2), denoising)
 
@@ -113,7 +123,7 @@ def test_frames_of_a_flow_with_windows_step_too() -> None:
 
 
 def test_steps_that_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"condition has shape \[2, 3\], expected None: the flow has no conditions"):
+    with pytest.raises(ValueError, match="condition is given, expected None: the flow reads none"):
         session().step(torch.zeros(2, 3))
     with pytest.raises(ValueError, match="expected a denoiser that does not see whole clips"):
         session(kind="score", ahead=0).step()
@@ -179,3 +189,42 @@ def test_windows_that_are_asked_for_do_not_roll(rolling: Pipeline, options: dict
     rolled = rolling.sample("a three", frames=12, guidance=0.0).noisy
     assert windows.shape == rolled.shape
     assert not torch.equal(windows, rolled)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_first_frames_alone_are_guided(reference: bool) -> None:
+    """What is not guided is solved by half of the rows, and is the conditional flow's: the certificate says so."""
+
+    def made(guided: int | None) -> tuple[Tensor, SolveReport]:
+        schedule = Window(size=11, tolerance=1e-4, certificate=True)
+        with starflow_ext.reference_mode() if reference else contextlib.nullcontext():
+            own = session(schedule=schedule, guided=guided)
+            noisy = together(list(own.extend(9, last=True)), "noisy")
+        report = own.reports[0]
+        assert report is not None
+        return noisy, report
+
+    (every, whole), (first, part), (nine, _) = made(None), made(2), made(9)
+    assert torch.equal(nine, every)
+    torch.testing.assert_close(first[:, :2], every[:, :2])
+    assert (first[:, 2:] - every[:, 2:]).abs().max() > 1e-3
+    assert part.backward_error is not None
+    assert part.backward_error < 1e-3
+    assert part.evaluations_per_token < 0.8 * whole.evaluations_per_token
+
+
+def test_given_frames_count_among_the_guided_ones() -> None:
+    guided, free = session(guided=2), session(guided=None, weight=0.0)
+    for own in (guided, free):
+        own.prefill(pixels(2))
+    frames = [together(list(own.extend(3, last=True)), "noisy") for own in (guided, free)]
+    torch.testing.assert_close(frames[0], frames[1])
+
+
+def test_frames_that_are_guided_need_a_cache_that_rolls() -> None:
+    with pytest.raises(ValueError, match="guidance: frames is 0, expected None or an integer >= 1"):
+        Guidance(1.0, frames=0)
+    other = make_flow(VIDEO)
+    z = torch.zeros(2, 3, other.config.in_channels, 4, 4)
+    with pytest.raises(ValueError, match=r"guidance.frames is 1, expected None for a flow whose cache does not roll"):
+        decode(other, z, condition(other), null=null(other), guidance=Guidance(1.0, frames=1))

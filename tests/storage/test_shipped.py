@@ -37,7 +37,7 @@ def test_a_card_tells_of_its_weights(name: str) -> None:
 def test_a_model_was_trained_by_its_recipe(name: str) -> None:
     made = load_model(name)
     recipe = RunConfig.load(shipped_card(name).recipe)
-    for part in ("flow", "data", "train"):
+    for part in ("flow", "data", "train", "sample"):
         assert to_mapping(getattr(made.config, part)) == to_mapping(getattr(recipe, part)), part
     assert made.about["holds_frames"] == str(shipped_card(name).holds_frames)
 

@@ -24,6 +24,8 @@ class Guidance:
         annealed: with "linear", the weight grows from 0 to w along the sequence.
         temperature: with "linear", divides the attention logits of the unconditional prediction.
         all_blocks: guide the shallow blocks too where they read the condition.
+        frames: of the clip, given ones included, that are guided: the first so many, where a cache rolls; None for all.
+            What guidance adds to a frame the next one begins with, and adds to again: in a long clip it piles up.
 
     Raises:
         ValueError: a value out of range.
@@ -37,10 +39,13 @@ class Guidance:
     annealed: bool = False
     temperature: float = 1.0
     all_blocks: bool = True
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.weight < float("inf"):
             raise ValueError(f"guidance: weight is {self.weight}, expected a finite number >= 0")
+        if self.frames is not None and self.frames < 1:
+            raise ValueError(f"guidance: frames is {self.frames}, expected None or an integer >= 1")
         if not set(self.parts) <= {"a", "b"}:
             raise ValueError(f"guidance: parts is {self.parts!r}, expected a subset of 'ab'")
         if self.kind not in get_args(Kind):

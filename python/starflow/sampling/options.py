@@ -57,6 +57,8 @@ class SampleOptions:
         size: height and width in pixels; by default those of the training clips.
         fps: frames a second; by default those of the training clips.
         guidance: weight of classifier-free guidance by the prompt, 0 for none; by default the model's.
+        guidance_frames: of a clip, given ones included, that are guided: the first so many, for models whose cache rolls
+            (`flow.attention_frames`); by default the model's, mostly all. Guidance piles up over the frames of a clip.
         temperature: factor of the noise that clips are made from; by default the model's. At 1 clips are draws from the
             density of the flow; below 1 they vary less and keep together better.
         image: picture that becomes the first frame: a file, or in Python a tensor ([clips,] channels, height, width)
@@ -107,6 +109,7 @@ class SampleOptions:
     size: tuple[int, int] | None = field(default=None, metadata=_shown("what", least=1, metavar="HxW"))
     fps: float | None = field(default=None, metadata=_shown("what", above=0, metavar="F"))
     guidance: float | None = field(default=None, metadata=_shown("what", least=0, metavar="W"))
+    guidance_frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
     temperature: float | None = field(default=None, metadata=_shown("what", least=0, metavar="T"))
     image: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
     video: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))

@@ -272,7 +272,13 @@ class Pipeline(Pretrained):
         span = Span(before + shape[0]) if asked.source is not None else self._span(shape[0], shape[2:], asked, before)
         precision = config.sample.precision if asked.precision is None else asked.precision
         schedule = asked.schedule(config.sample.solver)
-        conditions = Conditions(y, null, Guidance(weight), schedule, precision=precision)
+        guided = config.sample.guidance_frames if asked.guidance_frames is None else asked.guidance_frames
+        # A window that begins anew encodes its context with both halves, so that guidance goes on there.
+        if asked.guidance_frames is None and span.behind is None:
+            guided = None
+        if guided is not None and span.behind is None:
+            raise ValueError(f"sample: guidance_frames is {guided}, expected None where no cache rolls")
+        conditions = Conditions(y, null, Guidance(weight, frames=guided), schedule, precision=precision)
         session = Session(
             self.flow,
             self.codec,

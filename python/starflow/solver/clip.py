@@ -504,6 +504,7 @@ class _Rolling(_Stage):
         self._queue: Tensor | None = None  # noise that is not decoded yet
         self._more = True
         self._open: tuple[RollingInversion, Tensor] | None = None
+        self._frames = 0  # that were given or solved
 
     @property
     def done(self) -> bool:
@@ -530,8 +531,14 @@ class _Rolling(_Stage):
         self._queue = rest if rest.shape[1] else None
         solve, order = self._opened(now)
         _, height, width = self._size
-        solved = (solve.solve(to_sequence(frame, order), self._next_vector()) for frame in now.split(1, 1))
-        return torch.cat([to_grid(frame, order, 1, height, width) for frame in solved], 1)
+        solved = []
+        for frame in now.split(1, 1):
+            if self._frames == self.conditions.guidance.frames:
+                solve.unguide()
+            self._frames += 1
+            tokens = solve.solve(to_sequence(frame, order), self._next_vector())
+            solved.append(to_grid(tokens, order, 1, height, width))
+        return torch.cat(solved, 1)
 
     def rest(self) -> Tensor:
         """All frames whose noise is at hand."""
@@ -567,6 +574,9 @@ class _Rolling(_Stage):
             self._open = solve, order
             if self._known is not None:
                 for frame in self._known.to(like.dtype).split(1, 1):
+                    if self._frames == self.conditions.guidance.frames:
+                        solve.unguide()
+                    self._frames += 1
                     solve.give(to_sequence(frame, order), self._next_vector())
                 self._known = None
         return self._open

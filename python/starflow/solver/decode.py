@@ -131,6 +131,18 @@ def checked(flow: Flow, z: Tensor, conditions: Conditions) -> Conditions:
             "flow: guidance.annealed is True, expected False with flow.attention_frames: its weight grows up to the "
             "end of a clip, which may have none"
         )
+    if guide.active and guide.frames is not None:
+        config = flow.config
+        if config.attention_frames is None:
+            raise ValueError(
+                f"flow: guidance.frames is {guide.frames}, expected None for a flow whose cache does not roll "
+                "(flow.attention_frames)"
+            )
+        if guide.all_blocks and not config.cond_top_only:
+            raise ValueError(
+                f"flow: guidance.frames is {guide.frames}, expected None where shallow blocks are guided too "
+                "(guidance.all_blocks, without flow.cond_top_only)"
+            )
     if guide.active and guide.needs_condition and y is None and not flow.config.frame_dim:
         raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without text or classes to guide by")
     return replace(conditions, y=y, null=null)

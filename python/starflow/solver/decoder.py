@@ -10,6 +10,7 @@ from torch import Tensor
 from starflow.model import Affine, DecodeState, FlowBlock, Guidance, Layout
 from starflow.solver.break_even import break_even
 from starflow.solver.native import NativeNetwork, NativeWindow, Precision, refuse_precision
+from starflow_ext.rope_append import Cache
 
 
 class BlockDecoder:
@@ -116,6 +117,26 @@ class BlockDecoder:
         self._context = self._of_halves(context, null)
         if self._native is not None:
             self._native.change(self._context)
+
+    def unguide(self) -> None:
+        """Evaluates the conditional half alone from now on."""
+        if self.guidance is None:
+            return
+        self.guidance, self.halves = None, 1
+
+        def first(both: Tensor) -> Tensor:
+            return both[: both.shape[0] // 2].clone()
+
+        self._context = None if self._context is None else first(self._context)
+        self._frame_conditions = None if self._frame_conditions is None else first(self._frame_conditions)
+        if isinstance(self._temperature, Tensor):
+            self._temperature = first(self._temperature)
+        if self._native is not None:
+            self._native.halve()
+        else:
+            assert self._state is not None
+            caches = tuple(Cache(*map(first, cache)) for cache in self._state.caches)
+            self._state = replace(self._state, caches=caches)
 
     @property
     def first_token(self) -> int:

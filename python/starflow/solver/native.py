@@ -170,6 +170,19 @@ class NativeNetwork:
         query, key = (later(table, layout.begin) for table in (self._query, self._key))
         self._state = replace(self._state, query_rotation=query, key_rotation=key)
 
+    def halve(self) -> None:
+        """Keeps the first half of the rows."""
+        state, rows = self._state, self._rows // 2
+        self._rows = rows
+        self._shared = None if self._shared is None else self._shared[:rows].clone()
+        self._state = replace(
+            state,
+            keys=state.keys[:, :rows].clone(),
+            values=state.values[:, :rows].clone(),
+            temperature=state.temperature[:rows].clone(),
+            condition=None if state.condition is None else state.condition[:rows].clone(),
+        )
+
     @staticmethod
     def runs(conditioner: Conditioner, precision: Precision) -> bool:
         """Whether a network decodes natively: in float32 or less, outside `starflow_ext.reference_mode`."""

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from starflow.model import Affine
 from starflow.schedules import Schedule, Window
 from starflow.solver.decoder import BlockDecoder
 from starflow.solver.loop import Inversion, require_finite
@@ -123,6 +125,21 @@ class RollingInversion(Inversion):
                 decoder.change(context, null)
 
     @torch.inference_mode()
+    def unguide(self) -> None:
+        """Solves the frames to come without guidance."""
+        if self._decoder.guidance is None:
+            return
+        self._past = self.report()
+        self._restart(0)
+        # Guesses are made of the conditional half of what was evaluated.
+        self._at.kept = None if self._at.kept is None else self._at.kept[:1].clone()
+        if isinstance(maps := self._progress.maps, Affine):
+            self._progress.maps = replace(maps, guidance=0.0)
+        for decoder in (self._decoder, self._second):
+            if decoder is not None:
+                decoder.unguide()
+
+    @torch.inference_mode()
     def report(self) -> SolveReport:
         """What the solve has done so far."""
         self._certify()
@@ -156,15 +173,20 @@ class RollingInversion(Inversion):
         for decoder in (self._decoder, self._second):
             if decoder is not None:
                 decoder.forget(frames)
-        gone, at, tally = frames * self._decoder.frame_tokens, self._at, self._progress
-        self._progress = Tally(window=tally.window, maps=tally.maps, before=tally.before + gone)
-        self._counted = 0
+        gone, at = frames * self._decoder.frame_tokens, self._at
+        self._restart(gone)
         # Copies, since views would keep the forgotten tokens in memory.
         self._x, self._z = self._x[:, gone:].clone(), self._z[:, gone:].clone()
         at.kept = None if at.kept is None else at.kept[:, :, gone:].clone()
         at.frontier, at.fresh = ([token - gone for token in tokens] for tokens in (at.frontier, at.fresh))
         self._certified -= gone
         self._first = max(self._first - gone, 0)
+
+    def _restart(self, gone: int) -> None:
+        """Counts anew, after a report, so many tokens further on."""
+        tally = self._progress
+        self._progress = Tally(window=tally.window, maps=tally.maps, before=tally.before + gone)
+        self._counted = 0
 
     def _certify(self) -> None:
         """Measures the backward error of the tokens that the judge has not seen."""
