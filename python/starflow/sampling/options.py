@@ -57,7 +57,7 @@ class SampleOptions:
         size: height and width in pixels; by default those of the training clips.
         fps: frames a second; by default those of the training clips.
         guidance: weight of classifier-free guidance by the prompt, 0 for none; by default the model's.
-        guidance_frames: first frames of a clip, given ones included, that alone are guided, for models whose cache rolls
+        guidance_frames: how many first frames of a clip, given ones included, are guided, where a cache rolls
             (`flow.attention_frames`); by default the model's, mostly all. Guidance piles up over the frames of a clip.
         temperature: factor of the noise that clips are made from; by default the model's. At 1 clips are draws from the
             density of the flow; below 1 they vary less and keep together better.
