@@ -354,15 +354,6 @@ def test_too_little_memory_is_told(
     assert "not enough memory" in error(capsys)
 
 
-def test_a_defect_is_not_hidden(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def defect(*_: object, **__: object) -> None:
-        raise RuntimeError("a defect")
-
-    monkeypatch.setattr(Pipeline, "sample", defect)
-    with pytest.raises(RuntimeError, match="a defect"):
-        run("sample", model, "--out", tmp_path / "out")
-
-
 def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start("sample", model, "--out", out, "--clips", 5000, "--batch", 1)

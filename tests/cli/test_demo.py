@@ -41,13 +41,21 @@ def test_report_stands_alone(made: tuple[Path, DemoFigures]) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "whole clips, all blocks" in page
     assert 'alt="bits per dimension of tokens under the frames of clips"' in page
-    for heading in ("Samples", "Continuations", "Training", "Solving the inverse", "Likelihood"):
+    for heading in (
+        "The model that comes with the package",
+        "A model trained here",
+        "Samples",
+        "Continuations",
+        "Training",
+        "Solving the inverse",
+        "Likelihood",
+    ):
         assert f"<h2>{heading}</h2>" in page
 
 
 def test_clips_play(made: tuple[Path, DemoFigures]) -> None:
     clips = sorted((made[0] / "clips").glob("*.mp4"))
-    assert {clip.stem.rpartition("-")[0] for clip in clips} == {"sample", "from-image", "from-clip"}
+    assert {clip.stem.rpartition("-")[0] for clip in clips} == {"shipped", "sample", "from-image", "from-clip"}
     assert probe(clips[0], count=True).frames == 6
     assert all(clip.with_suffix(".gif").exists() for clip in clips)
     assert not list(made[0].rglob("*.partial*"))

@@ -93,7 +93,7 @@ def test_long_clips_bounce_off_the_walls():
 @pytest.mark.parametrize("start", ["middle", "anywhere"])
 def test_the_motion_is_where_the_picture_shows_the_digit(start):
     dataset = MovingDigits(frames=30, size=24, start=start, length=40)
-    images = _load()[0]
+    images = torch.from_numpy(_load()[0])
     for index in range(40):
         clip, motion = dataset.item(index, epoch=1, seed=2), dataset.motion(index, epoch=1, seed=2)
         assert clip.caption.split(maxsplit=2)[1:] == [DIGITS[motion.digit], motion.direction]

@@ -229,7 +229,7 @@ def demo(folder: Path, *, steps: int | None = None, seed: int = 0, quiet: bool =
 def _open(folder: Path, judge: DigitJudge, seed: int, begin: float) -> _Opening:
     """Samples from the shipped model and writes the report as far as that goes."""
     pipeline = Pipeline.load(_SHIPPED)
-    prompts = [_prompt(index) for index in range(_JUDGED)]
+    prompts = [_prompt(index) for index in range(_SHOWN)]
     sampled = pipeline.sample(prompts, seed=seed, frames=_SHIPPED_FRAMES)
     shown = _write_clips(folder / "clips", "shipped", sampled, pipeline.config, count=_SHOWN)
     opening = _Opening(shown, judge.score(sampled.pixels, prompts), time.perf_counter() - begin)
@@ -245,7 +245,7 @@ def _write_opening(report: Report, opening: _Opening) -> None:
     report.text(
         f"Clips of {_SHIPPED_FRAMES} frames of the model {_SHIPPED} (`starflow info {_SHIPPED}` prints its card), on "
         f"this page {opening.seconds:.0f} s after the command. The digit asked for is read in every frame of "
-        f"{opening.judged['digit_every_frame']:.0%} of {_JUDGED} clips, frames read one by one; "
+        f"{opening.judged['digit_every_frame']:.0%} of these {_SHOWN} clips, frames read one by one; "
         f"{opening.judged['direction_accuracy']:.0%} begin to move as they should."
     )
     report.clips(opening.shown)
