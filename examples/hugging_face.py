@@ -108,8 +108,8 @@ def build(width: int, layers: int, words: int = 512, positions: int = 8192) -> t
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
-    plain: Any = LlamaForCausalLM(LlamaConfig(**config, **{"attn_implementation": "sdpa"}))
-    fast: Any = LlamaForCausalLM(LlamaConfig(**config, **{"attn_implementation": "starflow"}))
+    plain: Any = LlamaForCausalLM(LlamaConfig(**{**config, "attn_implementation": "sdpa"}))
+    fast: Any = LlamaForCausalLM(LlamaConfig(**{**config, "attn_implementation": "starflow"}))
     fast.load_state_dict(plain.state_dict())
     pack(fast)
     return plain.eval(), fast.eval()
