@@ -27,8 +27,8 @@ from starflow.worlds import PaddleBall, PaddleState, Policy, draw_court, one_hot
 
 # Frames of the real game that a dream begins with.
 GIVEN = 8
-# Places of the paddle, and where the ball is served.
-PADDLE_ROWS, PADDLE_COLUMNS, TOP, BOTTOM, SERVED = 6, slice(2, 4), 1, 23, 12
+# Where the paddle and the ball can be, and the middle of the court.
+PADDLE_ROWS, PADDLE_COLUMNS, TOP, BOTTOM, MIDDLE = 6, slice(2, 4), 1, 23, 12
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,13 @@ def courts() -> Tensor:
 
 
 def value(dreams: Tensor) -> Tensor:
-    """How good dreams (futures, frames, 1, 24, 24) are: balls met less balls lost, then how near the paddle is."""
+    """How good dreams (futures, frames, 1, 24, 24) are: balls met less balls missed, then how near the paddle is."""
     seen = read(dreams)
-    # Frame by frame the ball goes one to the right or left; one that was lost is in the middle again.
-    before, after = seen.x[:, :-1], seen.x[:, 1:]
-    lost = (before < 4) & (after - before).abs().gt(SERVED // 2)
-    met = (
-        (before[:, :-1] > after[:, :-1]) & (after[:, 1:] > after[:, :-1]) & (after[:, :-1] < SERVED // 2) & ~lost[:, 1:]
-    )
-    passed = (seen.x < 3).any(1)
+    before, turn, after = seen.x[:, :-2], seen.x[:, 1:-1], seen.x[:, 2:]
+    met = (before > turn) & (after > turn) & (turn > PADDLE_COLUMNS.start) & (turn < MIDDLE // 2)
+    missed = (seen.x <= PADDLE_COLUMNS.start).any(1)
     apart = (seen.y + 1 - seen.paddle - PADDLE_ROWS // 2).abs()[:, -1]
-    return met.sum(1) - lost.sum(1) - passed.long() - 0.01 * apart
+    return met.sum(1) - missed.long() - 0.01 * apart
 
 
 def draw_keys(futures: int, horizon: int, rng: np.random.Generator) -> np.ndarray:
@@ -103,7 +99,7 @@ class Played:
 
 
 def plan(pipeline: Pipeline, past: deque[np.ndarray], told: deque[int], keys: np.ndarray, seed: int) -> np.ndarray:
-    """The row of `keys` (futures, horizon) whose dream is the best."""
+    """The row of `keys` (futures, horizon) whose dream is the best; `past` frames and the keys `told` led to it."""
     futures = len(keys)
     session = pipeline.session([""] * futures, seed=seed)
     session.tell(one_hot([None, *list(told)[1:]], 3).expand(futures, -1, -1))
@@ -115,7 +111,7 @@ def plan(pipeline: Pipeline, past: deque[np.ndarray], told: deque[int], keys: np
 def play(
     pipeline: Pipeline, frames: int = 400, *, futures: int = 16, horizon: int = 12, every: int = 4, seed: int = 0
 ) -> Played:
-    """Plays the real game for `frames` frames, with a new plan every few of them."""
+    """Plays the real game for `frames` frames, with a new plan for every few of them."""
     rng, world = np.random.default_rng(seed), PaddleBall(seed=seed)
     past, told = deque([world.frame], maxlen=GIVEN), deque([0], maxlen=GIVEN)
     keys = [0] * (GIVEN - 1)
