@@ -44,7 +44,7 @@ ROLLOUTS = int(os.environ.get("WORLD_ROLLOUTS", "64"))
 DREAMED = int(os.environ.get("WORLD_DREAMED", "200"))
 CLIPS = int(os.environ.get("WORLD_CLIPS", "128"))
 LONG = int(os.environ.get("WORLD_FRAMES", "1000"))
-PLANNED = int(os.environ.get("WORLD_PLANNED", "1200"))
+PLANNED = int(os.environ.get("WORLD_PLANNED", "300"))
 BATCH = 16
 # Frames in which the ball is followed.
 FOLLOWED = 30
