@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+
+from starflow import Flow
+from starflow.config import RunConfig
+from starflow.data import to_pixels
+from starflow.sampling import Pipeline
+from starflow.training import make_parts
+from starflow.worlds import PaddleBall, Policy, draw_court
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -53,3 +62,54 @@ def test_inverse_of_a_zuko_flow() -> None:
     assert done.error < 1e-3
     assert done.zuko_error < 1e-4
     assert done.sweeps <= 3 * (16 + 1)
+
+
+def test_a_reader_of_the_paddle_world_reads_every_frame() -> None:
+    world = PaddleBall(seed=3)
+    policy = Policy(world, "mixed", np.random.default_rng(0))
+    states = []
+    for _ in range(600):
+        world.advance(policy())
+        states.append(world.state)
+    seen = example("plan_in_a_dream")["read"](to_pixels(torch.from_numpy(draw_court(states))))
+    assert seen.paddle.tolist() == [state.paddle for state in states]
+    assert list(zip(seen.x.tolist(), seen.y.tolist(), strict=True)) == [state.ball for state in states]
+    assert set(seen.balls.tolist()) == {1}
+
+
+def test_a_reader_counts_balls() -> None:
+    world = PaddleBall()
+    frames = torch.from_numpy(np.stack([world.frame] * 3))
+    (x, y) = world.state.ball
+    frames[0, y : y + 2, x : x + 2] = 0
+    frames[2, 3:5, 5:7] = 255
+    assert example("plan_in_a_dream")["read"](to_pixels(frames)).balls.tolist() == [0, 1, 2]
+
+
+def test_a_future_in_which_the_ball_is_met_is_better() -> None:
+    futures = []
+    for key in (0, 1):
+        world = PaddleBall()
+        world.state = replace(world.state, paddle=8, ball=(9, 6), velocity=(-1, 1))
+        states = []
+        for _ in range(10):
+            world.advance(key)
+            states.append(world.state)
+        futures.append(to_pixels(torch.from_numpy(draw_court(states))))
+    met, missed = example("plan_in_a_dream")["value"](torch.stack(futures)).tolist()
+    assert met > 0 > missed
+
+
+def test_planning_in_a_dream() -> None:
+    """An untrained model plays, the same under one seed."""
+    config = RunConfig.load("paddle")
+    small = replace(config.flow, channels=64, top_block_channels=64, layers_per_block=(1, 1))
+    config = replace(config, flow=small)
+    torch.manual_seed(0)
+    pipeline = Pipeline(Flow(small), config, *make_parts(config))
+    plan = example("plan_in_a_dream")
+    games = [plan["play"](pipeline, 40, futures=2, horizon=3, every=16, seed=1) for _ in range(2)]
+    assert games[0] == games[1]
+    chance = plan["play_randomly"](2000)
+    assert chance.met > 0
+    assert chance.lost > chance.met

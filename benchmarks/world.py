@@ -1,0 +1,399 @@
+"""How true the dreams of a world model are, in figures: targets of group "world" of targets.py, and contact sheets.
+
+    python benchmarks/targets.py --group world                        the shipped model
+    WORLD_MODEL=runs/mine python benchmarks/targets.py --group world  another model of `paddle`
+    python benchmarks/world.py FOLDER                                 sheets of dreams beside the real game
+
+The true game goes through the same keys. Frames are read one by one by the reader of examples/plan_in_a_dream.py; its
+error on the real frames stands beside the figures that rest on it. No seed is chosen: rollouts have 0, 1, 2 and so on.
+WORLD_ROLLOUTS, WORLD_DREAMED and WORLD_CLIPS set how many rollouts there are, of how many frames, and how many clips
+for surprise; WORLD_FRAMES and WORLD_PLANNED are the frames of the long dream and of the planned games. A line tells its
+counts.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import resource
+import runpy
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from figures import Figure, Skipped, target
+from torch import Tensor
+
+from starflow import Pipeline
+from starflow.data import Clip, to_frames, to_pixels, write_contact_sheet
+from starflow.evaluate import surprise
+from starflow.worlds import PaddleBall, PaddleState, Policy, draw_court, one_hot
+from starflow_ext._load import native
+
+MODEL = os.environ.get("WORLD_MODEL", "paddle")
+GIVEN = 8
+ROLLOUTS = int(os.environ.get("WORLD_ROLLOUTS", "64"))
+DREAMED = int(os.environ.get("WORLD_DREAMED", "200"))
+CLIPS = int(os.environ.get("WORLD_CLIPS", "128"))
+LONG = int(os.environ.get("WORLD_FRAMES", "1000"))
+PLANNED = int(os.environ.get("WORLD_PLANNED", "300"))
+BATCH = 16
+# Frames in which the ball is followed.
+FOLLOWED = 30
+
+_PLANNER = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plan_in_a_dream.py"))
+_read: Callable[[Tensor], Any] = _PLANNER["read"]
+
+
+@functools.cache
+def pipeline() -> Pipeline:
+    """The model that is judged."""
+    return Pipeline.load(MODEL)
+
+
+# -- dreams beside the real game --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """A real game and what was dreamed under its keys.
+
+    Attributes:
+        states: of the real game, the given frames first.
+        keys: that led to them; the first is not known.
+        dream: pixels (frames, 1, height, width) of the frames that were dreamed.
+    """
+
+    states: list[PaddleState]
+    keys: list[int]
+    dream: Tensor
+
+
+def _played(seed: int, frames: int) -> tuple[list[PaddleState], list[int]]:
+    """A real game, from the midst of play on."""
+    rng = np.random.default_rng(seed)
+    world = PaddleBall(seed=seed)
+    policy = Policy(world, "mixed", rng)
+    for _ in range(int(rng.integers(20, 80))):
+        world.advance(policy())
+    states, keys = [world.state], [0]
+    for _ in range(frames - 1):
+        keys.append(policy())
+        world.advance(keys[-1])
+        states.append(world.state)
+    return states, keys
+
+
+def _pixels(states: list[PaddleState]) -> Tensor:
+    return to_pixels(torch.from_numpy(draw_court(states)))
+
+
+def _dreamed(games: list[tuple[list[PaddleState], list[int]]], seed: int) -> Tensor:
+    """What follows the first frames of games, (games, frames, 1, height, width)."""
+    session = pipeline().session([""] * len(games), seed=seed)
+    told = torch.stack([one_hot([None, *keys[1:]], len(PaddleBall.actions)) for _, keys in games])
+    session.tell(told[:, :GIVEN])
+    session.prefill(torch.stack([_pixels(states[:GIVEN]) for states, _ in games]))
+    return torch.cat([session.step(told[:, frame]).pixels for frame in range(GIVEN, told.shape[1])], 1)
+
+
+@functools.cache
+def rollouts() -> list[Rollout]:
+    """The games and their dreams."""
+    games = [_played(seed, GIVEN + DREAMED) for seed in range(ROLLOUTS)]
+    dreams = [_dreamed(games[first : first + BATCH], first) for first in range(0, ROLLOUTS, BATCH)]
+    return [Rollout(*game, dream) for game, dream in zip(games, torch.cat(dreams), strict=True)]
+
+
+def _truth() -> Tensor:
+    """(rollouts, frames, 3): paddle, and x and y of the ball of the real games, of the frames that were dreamed."""
+    return torch.tensor([[[s.paddle, *s.ball] for s in rollout.states[GIVEN:]] for rollout in rollouts()])
+
+
+def _seen(pixels: Tensor) -> Tensor:
+    """(..., 4): paddle, x and y of the ball, and number of balls of frames."""
+    seen = _read(pixels)
+    return torch.stack([seen.paddle, seen.x, seen.y, seen.balls], -1)
+
+
+@functools.cache
+def dreams() -> Tensor:
+    """What the reader sees in the dreams, (rollouts, frames, 4)."""
+    return _seen(torch.stack([rollout.dream for rollout in rollouts()]))
+
+
+@functools.cache
+def reader_right() -> float:
+    """Share of the real frames that are read without any error."""
+    read = torch.stack([_seen(_pixels(rollout.states[GIVEN:])) for rollout in rollouts()])
+    truth = torch.nn.functional.pad(_truth(), (0, 1), value=1)
+    return float((read == truth).all(-1).float().mean())
+
+
+def _facts(right: Tensor) -> dict[str, Any]:
+    """Counts, and shares over time of right frames (rollouts, frames)."""
+    parts = [part.float().mean().item() for part in right.chunk(10, 1)]
+    return {
+        "rollouts": right.shape[0],
+        "frames": right.shape[1],
+        "by time": [round(part, 4) for part in parts],
+        "reader": reader_right(),
+    }
+
+
+def _balls(balls: Tensor) -> dict[str, float]:
+    """Shares of frames without a ball, and with more than one."""
+    return {"none": float((balls == 0).float().mean()), "more": float((balls > 1).float().mean())}
+
+
+@target("world")
+def dream_paddle() -> Iterator[Figure]:
+    """Dreams under recorded keys: frames whose paddle is within 1 pixel of the real one."""
+    right = (dreams()[..., 0] - _truth()[..., 0]).abs() <= 1
+    exact = float((dreams()[..., 0] == _truth()[..., 0]).float().mean())
+    raw = _facts(right) | {"exact": exact}
+    yield Figure("dream_paddle", float(right.float().mean()), "of frames", 0.99, 0.999, raw=raw)
+
+
+@target("world")
+def dream_one_ball() -> Iterator[Figure]:
+    """Dreams under recorded keys: frames with exactly one ball."""
+    balls = dreams()[..., 3]
+    raw = _facts(balls == 1) | _balls(balls)
+    yield Figure("dream_one_ball", float((balls == 1).float().mean()), "of frames", 0.98, 0.999, raw=raw)
+
+
+@target("world")
+def dream_ball() -> Iterator[Figure]:
+    """The first 30 frames of dreams in which no ball is served: the ball is within 2 pixels of the real one."""
+    # A ball that is served in the last given frame does not yet say where it goes.
+    known = [rollout.states[GIVEN - 2].serves == rollout.states[GIVEN:][:FOLLOWED][-1].serves for rollout in rollouts()]
+    if not any(known):
+        raise Skipped(f"a ball is served in each of {ROLLOUTS} rollouts, expected more rollouts (WORLD_ROLLOUTS)")
+    seen, truth = dreams()[known, :FOLLOWED], _truth()[known, :FOLLOWED]
+    near = ((seen[..., 1:3] - truth[..., 1:]).abs() <= 2).all(-1) & (seen[..., 3] > 0)
+    exact = (seen[..., 1:3] == truth[..., 1:]).all(-1)
+    raw = _facts(near) | {"exact": float(exact.float().mean())}
+    yield Figure("dream_ball", float(near.float().mean()), "of frames", 0.90, 0.99, raw=raw)
+
+
+def _bounces(seen: Tensor, keys: list[int]) -> list[tuple[str, bool]]:
+    """Bounces of one dream by the rules of the game, each by where it is and whether the dream does the same.
+
+    The rules are applied to each frame of the dream itself: the place of the ball and its way from the frame before,
+    where that is a way a ball can go, and the paddle.
+    """
+    found = []
+    world = PaddleBall()
+    for frame in range(1, len(seen) - 1):
+        (_, x0, y0, before), (paddle, x, y, now), (_, x2, y2, after) = seen[frame - 1 : frame + 2].tolist()
+        way = (x - x0, y - y0)
+        if (before, now, after) != (1, 1, 1) or {*map(abs, way)} != {1}:
+            continue
+        world.state = PaddleState(paddle, (x, y), way)
+        reward = world.advance(keys[frame + 1])
+        then = world.state
+        if reward < 0 or then.velocity == way:
+            continue
+        kind = "paddle" if reward > 0 else "wall"
+        found.append((kind, (x2 - x, y2 - y) == then.velocity))
+    return found
+
+
+@target("world")
+def dream_bounces() -> Iterator[Figure]:
+    """Bounces that are due in the dream by what it shows itself: those after which the ball goes where it should."""
+    found = [
+        bounce
+        for seen, rollout in zip(dreams(), rollouts(), strict=True)
+        for bounce in _bounces(seen, rollout.keys[GIVEN:])
+    ]
+    raw: dict[str, Any] = {"bounces": len(found), "reader": reader_right()}
+    for kind in ("wall", "paddle"):
+        of_kind = [right for where, right in found if where == kind]
+        raw[kind] = round(statistics.mean(of_kind), 4) if of_kind else None
+        raw[f"{kind} bounces"] = len(of_kind)
+    yield Figure("dream_bounces", statistics.mean(right for _, right in found), "of bounces", 0.97, 0.995, raw=raw)
+
+
+# -- surprise ---------------------------------------------------------------------------------------------------------
+
+
+def _teleported(world: PaddleBall, key: int, rng: np.random.Generator) -> PaddleState | None:
+    if rng.random() > 0.1:
+        return None
+    world.advance(key)
+    world.teleport(rng)
+    return world.state
+
+
+def _flown_through(world: PaddleBall, key: int, rng: np.random.Generator) -> PaddleState | None:
+    """The ball goes on where the paddle would have met it."""
+    (x, y), (right, down) = world.state.ball, world.state.velocity
+    if world.advance(key) != 1.0:
+        return None
+    try:
+        return replace(world.state, ball=(x + right, y + down), velocity=(right, down))
+    except ValueError:  # it would be in the wall
+        return None
+
+
+def _ignored(world: PaddleBall, key: int, rng: np.random.Generator) -> PaddleState | None:
+    """The paddle stays where a key should move it."""
+    before = world.state.paddle
+    world.advance(key)
+    if world.state.paddle == before or rng.random() > 0.1:
+        return None
+    return replace(world.state, paddle=before)
+
+
+TAMPERED = {"teleport": _teleported, "missed_bounce": _flown_through, "ignored_key": _ignored}
+
+
+def tampered(kind: str, seed: int) -> tuple[Clip, Clip]:
+    """A clip of real play, and the same one whose last frame breaks the rules."""
+    rng = np.random.default_rng([seed, 1])
+    world = PaddleBall(seed=seed)
+    policy = Policy(world, "mixed", rng)
+    states, keys = deque([world.state], maxlen=GIVEN), deque([0], maxlen=GIVEN)
+    while True:
+        keys.append(policy())
+        before = world.state
+        false = TAMPERED[kind](world, keys[-1], rng) if len(states) == GIVEN else None
+        world.state = before
+        world.advance(keys[-1])
+        states.append(world.state)
+        if false is not None:
+            break
+    told = one_hot([None, *list(keys)[1:]], len(world.actions))
+    true, false_states = list(states), [*list(states)[:-1], false]
+    return (
+        Clip(_pixels(true), "", f"{kind}/{seed}/true", frame_conditions=told),
+        Clip(_pixels(false_states), "", f"{kind}/{seed}/false", frame_conditions=told),
+    )
+
+
+def _area(normal: np.ndarray, strange: np.ndarray) -> float:
+    """Area under the curve of hits over false alarms: how often a strange one is above a normal one."""
+    above = strange[:, None] > normal
+    return float((above + 0.5 * (strange[:, None] == normal)).mean())
+
+
+@target("world")
+def surprised() -> Iterator[Figure]:
+    """Real play whose last frame breaks a rule, against the same play untouched: area under the curve of surprise."""
+    for kind in TAMPERED:
+        pairs = [tampered(kind, seed) for seed in range(CLIPS)]
+        bits = [
+            np.array([float(found.frames[-1]) for found in surprise(pipeline(), clips)])
+            for clips in ([true for true, _ in pairs], [false for _, false in pairs])
+        ]
+        raw = {
+            "clips": CLIPS,
+            "bits, true": float(np.median(bits[0])),
+            "bits, true, most": float(bits[0].max()),
+            "bits, false": float(np.median(bits[1])),
+            "bits, false, least": float(bits[1].min()),
+        }
+        yield Figure(f"surprise_{kind}", _area(*bits), "area under the curve", 0.99, 0.999, raw=raw)
+
+
+# -- playing on and on ------------------------------------------------------------------------------------------------
+
+
+def _resident() -> int:
+    """Bytes of memory that this process holds."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@functools.cache
+def long_dream() -> tuple[Tensor, list[float], dict[int, int]]:
+    """One dream under random keys: what is seen (frames, 4), seconds of the frames, bytes at frame 100 and the last."""
+    states, keys = _played(0, GIVEN)
+    session = pipeline().session("", seed=0)
+    session.tell(one_hot([None, *keys[1:]], len(PaddleBall.actions))[None])
+    session.prefill(_pixels(states)[None])
+    policy = Policy(PaddleBall(), "random", np.random.default_rng(0))
+    frames: list[Tensor] = []
+    seconds: list[float] = []
+    held: dict[int, int] = {}
+    for frame in range(LONG):
+        key = policy()
+        begin = time.perf_counter()
+        made = session.step(key)
+        seconds.append(time.perf_counter() - begin)
+        frames.append(_seen(made.pixels[0, 0]))
+        if frame in (min(100, LONG // 2), LONG - 1):
+            held[frame] = _resident()
+    # The first frames measure windows and pack weights.
+    return torch.stack(frames), seconds[10:], held
+
+
+@target("world")
+def play_fps() -> Iterator[Figure]:
+    """Frames a second of one clip that is played key by key, and its slowest frame over the median."""
+    _, seconds, _ = long_dream()
+    median, worst = statistics.median(seconds), max(seconds)
+    raw: dict[str, Any] = {
+        "median": median,
+        "p95": float(np.quantile(seconds, 0.95)),
+        "worst": worst,
+        "frames": len(seconds),
+        "threads": torch.get_num_threads(),
+        "isa": native.selected_isa(),
+    }
+    goal = 60.0 if native.selected_isa() == "amx" else 30.0
+    yield Figure("play_fps", 1 / median, "frames/s", goal, 2 * goal, raw=raw)
+    yield Figure("play_slowest", worst / median, "x the median", 3.0, 1.5, lower=True, raw=raw)
+
+
+@target("world")
+def play_on() -> Iterator[Figure]:
+    """A long dream under random keys: one ball and the paddle in its last 1,000 frames, and memory."""
+    seen, _, held = long_dream()
+    last = seen[-min(1000, LONG // 2) :]
+    raw: dict[str, Any] = {"frames": LONG, "of the last": len(last), **_balls(seen[:, 3])}
+    yield Figure("play_on_ball", float((last[:, 3] == 1).float().mean()), "of the last frames", 0.95, 0.99, raw=raw)
+    (_, early), (_, late) = sorted(held.items())
+    raw = {"frames": LONG, **{f"bytes_{frame}": size for frame, size in held.items()}}
+    yield Figure("play_on_memory", late / early, "x frame 100", 1.02, 1.0, lower=True, raw=raw)
+
+
+@target("world")
+def planning() -> Iterator[Figure]:
+    """Games planned by dreams: balls met in the real game, over those that random keys meet."""
+    games = [_PLANNER["play"](pipeline(), PLANNED // 3, seed=seed) for seed in range(3)]
+    chance = _PLANNER["play_randomly"](20000)
+    met, lost = sum(game.met for game in games), sum(game.lost for game in games)
+    raw = {"frames": PLANNED // 3 * 3, "met": met, "lost": lost, "random met of 20,000 frames": chance.met}
+    rate = met / (PLANNED // 3 * 3) / (chance.met / 20000)
+    yield Figure("planning", rate, "x random keys", 2.0, 2.7, raw=raw)
+
+
+def main() -> None:
+    """Write the sheets: each dream under its real game."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, shown in (
+        ("first", slice(0, 24)),
+        ("last", slice(-24, None)),
+        ("all", slice(0, None, DREAMED // 24 or 1)),
+    ):
+        rows, captions = [], []
+        for number, rollout in enumerate(rollouts()[:12]):
+            rows += [to_frames(_pixels(rollout.states[GIVEN:][shown])), to_frames(rollout.dream[shown])]
+            captions += [f"real {number}", f"dream {number}"]
+        write_contact_sheet(folder / f"{name}.png", rows, captions, frames_per_row=24, scale=2)
+
+
+if __name__ == "__main__":
+    main()
