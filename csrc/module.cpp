@@ -122,6 +122,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             std::vector<cpu::MemoryBlock> blocks;
             blocks.reserve(tensors.size());
             for (const auto& [address, bytes] : tensors) {
+                // Python knows addresses as numbers.
+                // NOLINTNEXTLINE(performance-no-int-to-ptr)
                 blocks.push_back({reinterpret_cast<const void*>(address), bytes});
             }
             const py::gil_scoped_release released;

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t lanes = 8;
 constexpr int64_t line_bytes = lanes * 8;
-constexpr int64_t part_bytes = int64_t{1} << 20;
+constexpr int64_t part_bytes = int64_t{1024} * 1024;
 constexpr uint64_t odd = 0x9e3779b97f4a7c15;  // 2^64 / golden ratio
 
 uint64_t step(uint64_t state, uint64_t word) { return std::rotl((state ^ word) * odd, 31); }
