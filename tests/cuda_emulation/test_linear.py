@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product as combinations
 from typing import Any
 
@@ -196,7 +197,8 @@ def _check(call: Call, result: Result, label: str = "") -> None:
     out = product
     if call.epilogue != "none":
         # Of which no slope is above 1.13.
-        out, bound = F.gelu(out, approximate="tanh" if call.epilogue == "gelu_tanh" else "none"), 1.13 * bound
+        activated = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "silu": F.silu}[call.epilogue]
+        out, bound = activated(out), 1.13 * bound
     if multiply is not None:
         out, bound = out * multiply, bound * multiply.abs()
     if residual is not None:

@@ -229,7 +229,7 @@ def _anywhere(kernels: Kernels) -> None:
         x = whole[..., skip : skip + channels].copy_(torch.randn(2, 4, channels))
         weight = torch.randn(channels)
         _, (got,) = _norm(kernels, 1, x, weight, None, "layer_norm", None)
-        want = SPEC.reference(x.double(), weight.double(), None, "layer_norm", None)
+        want = SPEC.reference(x.double(), weight.double(), None, "layer_norm", None, None, None)
         battery.assert_near(got, want, SPEC.bounds[torch.float32], f"{channels}, {skip}, {gap}")
         for name, grad, exact, bound in _gradients(kernels, 1, Sample("", {"x": x, "weight": weight})):
             battery.assert_near(grad, exact, bound, f"{channels}, {skip}, {gap}, {name}")

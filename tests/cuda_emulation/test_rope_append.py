@@ -47,6 +47,7 @@ def _run(kernels: Kernels, seed: int, sample: Sample) -> tuple[Report, tuple[Ten
     if cache is not None:
         k, v = cache
         end = tokens + (int(start.max()) if isinstance(start, Tensor) else start)
+        end = end if given["slots"] is None else given["slots"]
     report = kernels.launch(
         "rope_append_cuda",
         seed,

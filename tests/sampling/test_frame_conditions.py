@@ -136,7 +136,7 @@ def test_a_score_is_that_of_the_frames_under_their_actions() -> None:
     ("condition", "message"),
     [
         (3, "session: condition has the action 3, expected an integer from 0 to 2"),
-        ("up", "session: condition has the action up, expected an integer from 0 to 2"),
+        ("up", "session: condition has the action 'up', expected an integer from 0 to 2"),
         (torch.zeros(4), r"session: condition has shape \[4\], expected \[3\] or \[2, 3\]"),
         (torch.zeros(3, 3), r"session: condition has shape \[3, 3\], expected \[3\] or \[2, 3\]"),
         (torch.full((3,), torch.inf), "flow: condition holds infinity or NaN"),

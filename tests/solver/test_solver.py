@@ -289,10 +289,10 @@ def test_one_token_needs_no_measurement(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Window(size=0), "window size is 0, expected at least 1"),
+        (lambda: Window(size=0), "window size is 0, expected 1 to 2147483647"),
         (lambda: Window(tolerance=-1.0), "tolerance is -1.0, expected a finite number >= 0"),
         (lambda: Window(tolerance=float("nan")), "tolerance is nan"),
-        (lambda: Chunks(block=0), "block is 0 and max_iterations 32, expected both at least 1"),
+        (lambda: Chunks(block=0), "block is 0 and max_iterations 32, expected 1 to 2147483647"),
         (lambda: Chunks(max_iterations=0), "max_iterations 0"),
         (lambda: Chunks(threshold=float("nan")), "threshold is nan, expected a finite number >= 0"),
         (lambda: Guidance(kind="cubic"), "kind is 'cubic', expected 'gaussian' or 'linear'"),  # type: ignore[arg-type]
