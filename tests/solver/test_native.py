@@ -16,7 +16,7 @@ from torch import Tensor
 
 import starflow_ext
 from starflow import Chunks, Flow, Guidance, Sequential, Window, decode
-from starflow.model import pack_conditioner
+from starflow.model import compared_once, pack_conditioner, pack_linears
 from starflow.solver import NotFiniteError, Precision, Schedule
 from starflow_ext import ops
 from starflow_ext._load import native
@@ -221,3 +221,17 @@ def test_errors_of_the_sweep(change: dict[str, Any], message: str) -> None:
 
 def test_empty_window() -> None:
     assert _sweep(DEEP, rows=torch.zeros(2, 0, 2)).shape == (2, 0, 4)
+
+
+def test_weights_are_compared_once_where_it_is_asked_for() -> None:
+    """Within `compared_once` the first use compares; what is written after it is seen outside again."""
+    network = make_flow(VIDEO).blocks[-1].conditioner
+    first = pack_linears(network)
+    with compared_once():
+        assert pack_linears(network) is first
+        network.proj_in.weight.data += 1.0
+        assert pack_linears(network) is first
+    assert pack_linears(network) is not first
+    with compared_once():
+        network.proj_in.weight.data += 1.0
+        assert pack_linears(network) is not first

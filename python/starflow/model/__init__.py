@@ -8,7 +8,7 @@ from starflow.model.denoiser import STEP, Denoiser, score_target, tweedie_step
 from starflow.model.flow import Flow, nll_of
 from starflow.model.guidance import Guidance
 from starflow.model.layers import Int8Linear, Transformer, to_int8
-from starflow.model.packed import keep_mapped, pack_conditioner, pack_linears
+from starflow.model.packed import compared_once, keep_mapped, pack_conditioner, pack_linears
 from starflow.model.rope import concatenate, later
 from starflow.model.tokens import Order, patchify, to_grid, to_sequence, token_order, unpatchify
 
@@ -26,6 +26,7 @@ __all__ = [
     "Layout",
     "Order",
     "Transformer",
+    "compared_once",
     "concatenate",
     "keep_mapped",
     "later",

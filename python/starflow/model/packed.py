@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -86,15 +88,36 @@ _mapped: WeakSet[Transformer] = WeakSet()
 _Packed = TypeVar("_Packed")
 
 
+# Networks that were compared within `compared_once`, each with its kind of packing; None outside.
+_compared: ContextVar[set[tuple[int, str | None]] | None] = ContextVar("compared", default=None)
+
+
+@contextmanager
+def compared_once() -> Iterator[None]:
+    """Weights are compared with what was packed of them at their first use within it, and not at the next ones.
+
+    For frames that are cleaned one after the other in one call, between which nobody changes weights: to compare takes
+    a tenth of what a frame of a small model takes.
+    """
+    token = _compared.set(set())
+    try:
+        yield
+    finally:
+        _compared.reset(token)
+
+
 def _keep(network: Transformer, how: str | None, pack: Callable[[Callable[[int], None]], _Packed]) -> _Packed:
     """What `pack` made of the weights as they are; it calls what it is given after each layer, with its index."""
     by_way = _kept.setdefault(network, {})
-    kept = by_way.get(how)
-    if kept is None or not kept[0].are_the_same():
+    kept, compared, key = by_way.get(how), _compared.get(), (id(network), how)
+    known = compared is not None and key in compared
+    if kept is None or not (known or kept[0].are_the_same()):
         contents = _Contents(network)
         made = pack(contents.read)
         contents.read(-1)
         kept = by_way[how] = contents, made
+    if compared is not None:
+        compared.add(key)
     packed: _Packed = kept[1]
     return packed
 

@@ -21,7 +21,7 @@ from starflow import noise
 from starflow.codecs import Codec
 from starflow.data import action_vector
 from starflow.inference import in_inference_mode
-from starflow.model import Flow
+from starflow.model import Flow, compared_once
 from starflow.sampling.cleaning import Denoising, score_denoise
 from starflow.solver import Conditions, Decoding, SolveReport, Span, checked
 
@@ -499,7 +499,8 @@ class Session:
         if self.denoising.whole:
             clean = self._denoised(self._noisy, self.conditions.y, self._begin)[:, first - self._begin :]
         else:
-            clean = torch.cat([self._cleaned(frame) for frame in range(first, first + count)], 1)
+            with compared_once():
+                clean = torch.cat([self._cleaned(frame) for frame in range(first, first + count)], 1)
         pixels = torch.cat([self._decode(frame) for frame in clean.split(1, 1)], 1).clamp(-1.0, 1.0)
         noisy = self._noisy[:, first - self._begin : first - self._begin + count]
         self._next += count
