@@ -148,15 +148,15 @@ def device_name(name: str) -> str:
     return name
 
 
-def load_pipeline(args: argparse.Namespace, world: World) -> Pipeline:
+def load_pipeline(model: str, world: World) -> Pipeline:
     """The model that a command line names, in one of the processes of `world`."""
     from starflow.sampling import Pipeline
     from starflow.storage import read_header
 
-    licence = read_header(args.model).about.get("licence")
+    licence = read_header(model).about.get("licence")
     if licence and world.first:
-        print(f"{args.model}: {short(licence, 400)}", file=sys.stderr)
-    return Pipeline.load(args.model, device=world.device)
+        print(f"{model}: {short(licence, 400)}", file=sys.stderr)
+    return Pipeline.load(model, device=world.device)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

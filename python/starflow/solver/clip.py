@@ -533,9 +533,7 @@ class _Rolling(_Stage):
         _, height, width = self._size
         solved = []
         for frame in now.split(1, 1):
-            if self._frames == self.conditions.guidance.frames:
-                solve.unguide()
-            self._frames += 1
+            self._count(solve)
             tokens = solve.solve(to_sequence(frame, order), self._next_vector())
             solved.append(to_grid(tokens, order, 1, height, width))
         return torch.cat(solved, 1)
@@ -574,12 +572,16 @@ class _Rolling(_Stage):
             self._open = solve, order
             if self._known is not None:
                 for frame in self._known.to(like.dtype).split(1, 1):
-                    if self._frames == self.conditions.guidance.frames:
-                        solve.unguide()
-                    self._frames += 1
+                    self._count(solve)
                     solve.give(to_sequence(frame, order), self._next_vector())
                 self._known = None
         return self._open
+
+    def _count(self, solve: RollingInversion) -> None:
+        """Counts the next frame, given or not; guidance ends before the first one that is not to be guided."""
+        if self._frames == self.conditions.guidance.frames:
+            solve.unguide()
+        self._frames += 1
 
     def _next_vector(self) -> Tensor | None:
         """The vector of the next frame, (batch, 1, frame_dim); None for a block that reads none."""

@@ -88,9 +88,8 @@ class RollingInversion(Inversion):
             self._tell(None if told is None else told[:, index : index + 1])
             start = self.tokens
             self._x, self._z = torch.cat([self._x, frame], 1), F.pad(self._z, (0, 0, 0, frame.shape[1]))
-            for decoder in (self._decoder, self._second):
-                if decoder is not None:
-                    decoder.evaluate(self._x[:, start:-1], start)
+            for decoder in self._decoders:
+                decoder.evaluate(self._x[:, start:-1], start)
             self._first = self._certified = self.tokens
             self._at.frontier = [self._first] * self._x.shape[0]
             self._at.fresh = list(self._at.frontier)
@@ -120,9 +119,8 @@ class RollingInversion(Inversion):
     def change(self, context: Tensor | None, null: Tensor | None) -> None:
         """Changes the text or labels of the frames to come; arguments as of `BlockDecoder`."""
         self._certify()
-        for decoder in (self._decoder, self._second):
-            if decoder is not None:
-                decoder.change(context, null)
+        for decoder in self._decoders:
+            decoder.change(context, null)
 
     @torch.inference_mode()
     def unguide(self) -> None:
@@ -135,9 +133,8 @@ class RollingInversion(Inversion):
         self._at.kept = None if self._at.kept is None else self._at.kept[:1].clone()
         if isinstance(maps := self._progress.maps, Affine):
             self._progress.maps = replace(maps, guidance=0.0)
-        for decoder in (self._decoder, self._second):
-            if decoder is not None:
-                decoder.unguide()
+        for decoder in self._decoders:
+            decoder.unguide()
 
     @torch.inference_mode()
     def report(self) -> SolveReport:
@@ -156,13 +153,17 @@ class RollingInversion(Inversion):
         )
         return report if self._past is None else self._past.then(report)
 
+    @property
+    def _decoders(self) -> tuple[BlockDecoder, ...]:
+        """All that have a cache."""
+        return (self._decoder,) if self._second is None else (self._decoder, self._second)
+
     def _tell(self, told: Tensor | None) -> None:
         """Gives the decoders the vector of the next frame."""
         if told is None:
             return
-        for decoder in (self._decoder, self._second):
-            if decoder is not None:
-                decoder.tell(self.tokens // self._decoder.frame_tokens, told)
+        for decoder in self._decoders:
+            decoder.tell(self.tokens // self._decoder.frame_tokens, told)
 
     def _make_room(self) -> None:
         """Forgets frames where the cache is full."""
@@ -170,9 +171,8 @@ class RollingInversion(Inversion):
             return
         self._past = self.report()
         frames = self._decoder.tokens // self._decoder.frame_tokens - self._behind
-        for decoder in (self._decoder, self._second):
-            if decoder is not None:
-                decoder.forget(frames)
+        for decoder in self._decoders:
+            decoder.forget(frames)
         gone, at = frames * self._decoder.frame_tokens, self._at
         self._restart(gone)
         # Copies, since views would keep the forgotten tokens in memory.

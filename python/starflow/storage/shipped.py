@@ -57,7 +57,9 @@ def shipped_card(name: str) -> Card:
         CheckpointError: there is no such model, or its card is damaged.
     """
     if name not in shipped_names():
-        raise CheckpointError(f"model {name!r} does not come with the package, expected one of {_known()}")
+        raise CheckpointError(
+            f"model {name!r} does not come with the package, expected one of {', '.join(shipped_names())}"
+        )
     try:
         values = read_yaml(MODELS / f"{name}.yaml")
         if not isinstance(values, Mapping):
@@ -105,7 +107,3 @@ def shipped_file(name: str) -> Path:
 
 
 _REINSTALL = "expected the one that was installed: pip install --force-reinstall --no-deps starflow-ext"
-
-
-def _known() -> str:
-    return ", ".join(shipped_names())

@@ -9,7 +9,7 @@ import webbrowser
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from starflow.cli.options import MODEL_HELP, PROG, Command, add_device, device_name, number
+from starflow.cli.options import MODEL_HELP, PROG, Command, add_device, device_name, load_pipeline, number
 from starflow.config import ConfigError
 
 if TYPE_CHECKING:
@@ -20,17 +20,16 @@ if TYPE_CHECKING:
 def _run(args: argparse.Namespace) -> int:
     from pathlib import Path
 
+    import torch
+
+    from starflow.distributed import World
     from starflow.play import Played, serve
-    from starflow.sampling import Pipeline
-    from starflow.storage import read_header, shipped_name, shipped_names
+    from starflow.storage import shipped_name, shipped_names
 
     name = args.model or next((known for known in ("paddle",) if known in shipped_names()), None)
     if name is None:
         raise ConfigError(f"MODEL is missing, expected one: {MODEL_HELP}")
-    licence = read_header(name).about.get("licence")
-    if licence:
-        print(f"{name}: {licence}", file=sys.stderr)
-    pipeline = Pipeline.load(name, device=device_name(args.device))
+    pipeline = load_pipeline(name, World(device=torch.device(device_name(args.device))))
     world, make_world = _world(args.world, pipeline)
     title = name if shipped_name(name) else Path(name).absolute().stem
 

@@ -50,7 +50,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -> int:
     """The clips of one of the processes that `torchrun` started, or all."""
-    pipeline = load_pipeline(args, world)
+    pipeline = load_pipeline(args.model, world)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
     mine = range(world.rank, len(prompts), world.size)
     fps = asked.fps or pipeline.config.sample.fps

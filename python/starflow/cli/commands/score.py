@@ -43,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     if args.per_token and args.json is None:
         raise ConfigError("--per-token is given, expected --json together with it")
-    pipeline = load_pipeline(args, World(device=torch.device(device_name(args.device))))
+    pipeline = load_pipeline(args.model, World(device=torch.device(device_name(args.device))))
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
     if args.held_out is not None:
