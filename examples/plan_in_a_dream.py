@@ -23,12 +23,14 @@ from torch import Tensor
 
 from starflow import Pipeline
 from starflow.data import to_pixels
-from starflow.worlds import PaddleBall, PaddleState, Policy, draw_court, one_hot
+from starflow.worlds import COURT, PaddleBall, PaddleState, Policy, draw_court, one_hot
 
 # Frames of the real game that a dream begins with.
 GIVEN = 8
 # Where the paddle and the ball can be, and the middle of the court.
 PADDLE_ROWS, PADDLE_COLUMNS, TOP, BOTTOM, MIDDLE = 6, slice(2, 4), 1, 23, 12
+# Where a ball is that has left.
+GONE = (-2, 12)
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ class Seen:
 
 
 def read(pixels: Tensor) -> Seen:
-    """Reads frames (..., 1, 24, 24) in [-1, 1] one by one, by brightness: walls 0.4, paddle 0.75, ball 1."""
-    levels = (pixels.reshape(-1, *pixels.shape[-2:]).clamp(-1, 1) + 1) / 2
-    # A pixel of the paddle counts 1, a dark one -1, and one that the ball covers nothing.
+    """Reads frames (..., channels, size, size) in [-1, 1] one by one, by brightness: walls 0.4, paddle 0.75, ball 1."""
+    levels = units(pixels.reshape(-1, *pixels.shape[-3:]))
+    # A unit of the paddle counts 1, a dark one -1, and one that the ball covers nothing.
     columns = levels[:, TOP:BOTTOM, PADDLE_COLUMNS]
     likeness = torch.minimum((columns / 0.375 - 1).clamp(-1, 1), (1 - columns) / 0.25).sum(-1)
     paddle = likeness.unfold(1, PADDLE_ROWS, 1).sum(-1).argmax(1)
     # Brightness above a court without a ball, as a share of what a ball would add, in squares of 2 x 2.
-    court = courts()[paddle]
+    court = courts(*pixels.shape[-2:-4:-1])[paddle]
     shares = ((levels - court) / (1 - court)).unfold(1, 2, 1).unfold(2, 2, 1).mean((-2, -1))
     shares = shares[:, TOP : BOTTOM - 1, : BOTTOM - 1]
     best, place = shares.flatten(1).max(1)
@@ -64,20 +66,31 @@ def read(pixels: Tensor) -> Seen:
     return Seen(*(found.view(pixels.shape[:-3]) for found in (paddle + TOP, x, y + TOP, balls)))
 
 
+def units(pixels: Tensor) -> Tensor:
+    """Levels (frames, 24, 24) of the units of the court: of frames in [-1, 1] the brightest channel, averaged."""
+    brightest = (pixels.amax(1).clamp(-1, 1) + 1) / 2
+    edges = torch.arange(COURT + 1) * (brightest.shape[-1] / COURT)
+    at = torch.arange(brightest.shape[-1])
+    # Share of each unit that lies in each pixel, (24, size).
+    inside = (torch.minimum(at + 1, edges[1:, None]) - torch.maximum(at, edges[:-1, None])).clamp(min=0)
+    share = inside / inside.sum(1, keepdim=True)
+    return share @ brightest @ share.T
+
+
 @functools.cache
-def courts() -> Tensor:
-    """Levels (17, 24, 24) of a court without a ball, for each place of the paddle."""
+def courts(size: int, channels: int) -> Tensor:
+    """Levels (17, 24, 24) of a court without a ball, for each place of the paddle, drawn at a size."""
     places = range(TOP, BOTTOM - PADDLE_ROWS + 1)
-    # The darker one of two pictures shows no ball where theirs differ.
-    two = [draw_court([PaddleState(paddle, ball, (1, 1)) for paddle in places]) for ball in ((8, 4), (16, 12))]
-    return torch.from_numpy(np.minimum(*two)[..., 0]).float() / 255
+    drawn = draw_court([PaddleState(paddle, GONE, (-1, 1)) for paddle in places], size, channels)
+    return units(to_pixels(torch.from_numpy(drawn)))
 
 
 def value(dreams: Tensor) -> Tensor:
-    """How good dreams (futures, frames, 1, 24, 24) are: balls met less balls missed, then how near the paddle is."""
+    """How good dreams (futures, frames, channels, size, size) are: balls met less missed, then who is near."""
     seen = read(dreams)
     before, turn, after = seen.x[:, :-2], seen.x[:, 1:-1], seen.x[:, 2:]
     met = (before > turn) & (after > turn) & (turn > PADDLE_COLUMNS.start) & (turn < MIDDLE // 2)
+    met &= (seen.balls == 1).unfold(1, 3, 1).all(-1)
     missed = (seen.x <= PADDLE_COLUMNS.start).any(1)
     apart = (seen.y + 1 - seen.paddle - PADDLE_ROWS // 2).abs()[:, -1]
     return met.sum(1) - missed.long() - 0.01 * apart
@@ -112,7 +125,8 @@ def play(
     pipeline: Pipeline, frames: int = 400, *, futures: int = 16, horizon: int = 12, every: int = 4, seed: int = 0
 ) -> Played:
     """Plays the real game for `frames` frames, with a new plan for every few of them."""
-    rng, world = np.random.default_rng(seed), PaddleBall(seed=seed)
+    data = pipeline.config.data
+    rng, world = np.random.default_rng(seed), PaddleBall(data.height, seed, data.channels)
     past, told = deque([world.frame], maxlen=GIVEN), deque([0], maxlen=GIVEN)
     keys = [0] * (GIVEN - 1)
     rewards = []

@@ -64,17 +64,23 @@ def test_inverse_of_a_zuko_flow() -> None:
     assert done.sweeps <= 3 * (16 + 1)
 
 
-def test_a_reader_of_the_paddle_world_reads_every_frame() -> None:
+@pytest.mark.parametrize(("size", "channels"), [(24, 1), (64, 3), (48, 1)])
+def test_a_reader_of_the_paddle_world_reads_every_frame(size: int, channels: int) -> None:
     world = PaddleBall(seed=3)
     policy = Policy(world, "mixed", np.random.default_rng(0))
     states = []
     for _ in range(600):
         world.advance(policy())
         states.append(world.state)
-    seen = example("plan_in_a_dream")["read"](to_pixels(torch.from_numpy(draw_court(states))))
+    seen = example("plan_in_a_dream")["read"](to_pixels(torch.from_numpy(draw_court(states, size, channels))))
     assert seen.paddle.tolist() == [state.paddle for state in states]
-    assert list(zip(seen.x.tolist(), seen.y.tolist(), strict=True)) == [state.ball for state in states]
-    assert set(seen.balls.tolist()) == {1}
+    there = [state.ball[0] >= 0 for state in states]
+    assert seen.balls.bool().tolist() == there
+    assert set(seen.balls.tolist()) == {0, 1}
+    places = list(zip(seen.x.tolist(), seen.y.tolist(), strict=True))
+    assert [place for place, here in zip(places, there, strict=True) if here] == [
+        state.ball for state in states if state.ball[0] >= 0
+    ]
 
 
 def test_a_reader_counts_balls() -> None:

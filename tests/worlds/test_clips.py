@@ -65,6 +65,7 @@ def test_clips_show_hits_misses_and_every_action() -> None:
     [
         ({"frames": 0}, "PaddleClips: frames is 0, expected at least 1"),
         ({"size": 16}, "PaddleClips: size is 16, expected at least 24"),
+        ({"channels": 2}, r"PaddleClips: channels is 2, expected 1 \(grey\) or 3 \(RGB\)"),
         ({"length": 0}, "PaddleClips: length is 0, expected at least 1"),
         ({"split": "valid"}, 'PaddleClips: split is "valid", expected "train" or "test"'),
     ],

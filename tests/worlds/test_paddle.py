@@ -85,19 +85,21 @@ def test_the_paddle_sends_the_ball_up_on_or_down(y: int, goes: int, came: int) -
     assert world.state.ball == (5, y + (goes or came))
 
 
-def test_a_missed_ball_leaves_and_is_served_again() -> None:
+def test_a_missed_ball_leaves_an_empty_court_and_is_served_again() -> None:
     world = at(4, 18, -1, -1, paddle=1)
     rewards = [world.advance(STAY) for _ in range(5)]
     assert rewards == [0.0, 0.0, 0.0, 0.0, -1.0]
-    assert world.state.ball[0] == COURT // 2
-    assert world.state.velocity[0] == 1
-    assert world.state.serves == 2
-    serves = set()
-    for _ in range(40):
+    assert world.state.ball[0] == -2
+    assert (world.frame[1:-1, 4:-1] == 0).all()
+    directions = set()
+    for serves in range(2, 42):
+        assert world.advance(DOWN) == 0.0
+        assert world.state.ball == (12, 11)
+        assert world.state.serves == serves
+        directions.add(world.state.velocity)
         world.state = replace(world.state, ball=(0, 5), velocity=(-1, 1))
-        world.advance(STAY)
-        serves.add((world.state.ball, world.state.velocity))
-    assert len(serves) > 10
+        assert world.advance(STAY) == -1.0
+    assert directions == {(1, 1), (1, -1)}
 
 
 @pytest.mark.parametrize("aim", [0.1, 0.5, 0.9])
@@ -131,7 +133,8 @@ def test_pictures_show_the_state_at_any_size() -> None:
     ("changes", "message"),
     [
         ({"paddle": 0}, r"PaddleState: paddle is 0, expected 1 to 17"),
-        ({"ball": (22, 3)}, r"PaddleState: ball is \(22, 3\), expected \(0 to 21, 1 to 21\)"),
+        ({"ball": (22, 3)}, r"PaddleState: ball is \(22, 3\), expected \(-2 or 0 to 21, 1 to 21\)"),
+        ({"ball": (-1, 3)}, r"PaddleState: ball is \(-1, 3\)"),
         ({"ball": (3, 0)}, r"PaddleState: ball is \(3, 0\)"),
         ({"velocity": (0, 1)}, r"PaddleState: velocity is \(0, 1\), expected 1 or -1"),
     ],
@@ -152,3 +155,16 @@ def test_arguments_out_of_range_are_refused() -> None:
         PaddleBall(23)
     with pytest.raises(ValueError, match="PaddleBall: seed is -1, expected an integer >= 0"):
         PaddleBall(seed=-1)
+    with pytest.raises(ValueError, match=r"PaddleBall: channels is 2, expected 1 \(grey\) or 3 \(RGB\)"):
+        PaddleBall(channels=2)
+
+
+def test_colours_tell_the_same_as_levels_of_grey() -> None:
+    """The brightest channel of each colour is about the grey level of what it shows."""
+    states = [PaddleState(5, (12, 7), (1, 1)), PaddleState(14, (-2, 21), (-1, 1))]
+    colour, grey = draw_court(states, 48, 3), draw_court(states, 48)
+    assert colour.shape == (2, 48, 48, 3)
+    brightest = colour.max(-1, keepdims=True).astype(int)
+    assert np.abs(brightest - grey)[grey > 0].max() <= 1
+    assert brightest[grey == 0].max() == round(0.08 * 255)
+    assert (PaddleBall(48, channels=3).frame[0, 0] == colour[0, 0, 0]).all()

@@ -171,10 +171,11 @@ def test_lines_and_frames_that_disagree_are_refused(tmp_path: Path) -> None:
 
 def test_worlds_by_name() -> None:
     world: PlayableWorld = open_world("paddle", size=(48, 48))
-    assert world.reset(0).shape == (48, 48, 1)
+    assert world.reset(0).shape == (48, 48, 3)
     with pytest.raises(ValueError, match="world paddle: size is 24x48, expected a square"):
         open_world("paddle", size=(24, 48))
-    with pytest.raises(ValueError, match=r"world paddle: channels is 3, expected 1"):
-        open_world("paddle", channels=3)
+    assert open_world("paddle", channels=1).reset(0).shape == (64, 64, 1)
+    with pytest.raises(ValueError, match=r"PaddleBall: channels is 2, expected 1 \(grey\) or 3 \(RGB\)"):
+        open_world("paddle", channels=2)
     with pytest.raises(WorldError, match="world '' is unknown, expected 'paddle' or the name of a gymnasium"):
         open_world("")

@@ -12,7 +12,8 @@ from starflow.worlds.paddle import COURT, PaddleBall, draw_court, random_state
 from starflow.worlds.policies import Policy, PolicyName
 from starflow.worlds.world import one_hot
 
-# Frames that are played before a clip begins, at most: positions are then those of play.
+# Frames that are played before every other clip begins, at most: positions are then those of play. The others begin in
+# the state that was drawn, which is near the paddle more often than play is.
 _BEFORE = 60
 
 
@@ -29,6 +30,7 @@ class PaddleClips:
         seed: of the set.
         length: items in one epoch.
         policy: how the game is played.
+        channels: 1 (grey) or 3 (RGB).
 
     Raises:
         ValueError: when an argument is out of range.
@@ -43,6 +45,7 @@ class PaddleClips:
         seed: int = 0,
         length: int = 10000,
         policy: PolicyName = "mixed",
+        channels: int = 1,
     ) -> None:
         for name, value, least in (
             ("frames", frames, 1),
@@ -55,7 +58,10 @@ class PaddleClips:
         if split not in ("train", "test"):
             raise ValueError(f'PaddleClips: split is "{split}", expected "train" or "test"')
         self.frames, self.size, self.split, self.seed, self.length = frames, size, split, seed, length
+        if channels not in (1, 3):
+            raise ValueError(f"PaddleClips: channels is {channels}, expected 1 (grey) or 3 (RGB)")
         self.policy: PolicyName = policy
+        self.channels = channels
 
     def __len__(self) -> int:
         return self.length
@@ -69,7 +75,7 @@ class PaddleClips:
             seed: of the run.
 
         Returns:
-            the clip, pixels (frames, 1, size, size), actions (frames, 3).
+            the clip, pixels (frames, channels, size, size), actions (frames, 3).
 
         Raises:
             IndexError: when there is no such index.
@@ -80,7 +86,7 @@ class PaddleClips:
         world = PaddleBall(self.size)
         world.state = random_state(rng)
         policy = Policy(world, self.policy, rng)
-        for _ in range(int(rng.integers(_BEFORE + 1))):
+        for _ in range(int(rng.integers(_BEFORE + 1)) if rng.random() < 0.5 else 0):
             world.advance(policy())
         states = [world.state]
         actions: list[int | None] = [None]
@@ -89,6 +95,6 @@ class PaddleClips:
             world.advance(action)
             states.append(world.state)
             actions.append(action)
-        pixels = to_pixels(torch.from_numpy(draw_court(states, self.size)))
+        pixels = to_pixels(torch.from_numpy(draw_court(states, self.size, self.channels)))
         told = one_hot(actions, len(world.actions))
         return Clip(pixels, "", f"paddle/{self.split}/{index}", frame_conditions=told)

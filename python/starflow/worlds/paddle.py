@@ -2,12 +2,14 @@
 
 The court is 24 by 24 units, drawn at any size of at least as many pixels. Top, bottom and right are walls; the paddle
 guards the left side. The ball moves by one unit along each axis in a frame. The upper third of the paddle sends it up,
-the lower third down, the middle one lets it go on as it came. A ball that is missed leaves on the left and is served
-again from the middle, to the right, up or down, at a height drawn by the number of the serve.
+the lower third down, the middle one lets it go on as it came. A ball that is missed leaves on the left. The court is
+then empty for one frame, and the next ball is served from the middle, to the right, up or down as its number tells. An
+empty court is therefore always followed by a serve: a model that lost the ball finds it again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,8 +24,14 @@ _BALL = 2
 _PADDLE_HEIGHT = 6
 _PADDLE_LEFT, _PADDLE_RIGHT = 2, 4
 _LOW, _HIGH = _WALL, COURT - _WALL
-# Brightness of walls, paddle and ball: a reader tells them apart by it.
-_WALL_LEVEL, _PADDLE_LEVEL, _BALL_LEVEL = 0.4, 0.75, 1.0
+# Where a ball is that has left, just outside of the picture, and where one is served.
+_GONE = -_BALL
+_SERVED = COURT // 2, COURT // 2 - _BALL // 2
+# Brightness of ground, walls, paddle and ball by channels. The largest of three tells them apart as the grey one does.
+_LEVELS = {
+    1: ((0.0,), (0.4,), (0.75,), (1.0,)),
+    3: ((0.02, 0.03, 0.08), (0.22, 0.28, 0.40), (0.15, 0.75, 0.60), (1.0, 0.80, 0.20)),
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class PaddleState:
 
     Args:
         paddle: upper edge of the paddle, 1 to 17.
-        ball: left and upper edge of the ball.
+        ball: left and upper edge of the ball; its left edge is -2 in the frame in which it has left.
         velocity: of the ball, (1 or -1 to the right, 1 or -1 down).
         serves: balls that were served so far.
         seed: of the serves.
@@ -56,8 +64,8 @@ class PaddleState:
             (
                 "ball",
                 self.ball,
-                0 <= x <= _HIGH - _BALL and _LOW <= y <= _HIGH - _BALL,
-                f"(0 to {_HIGH - _BALL}, {_LOW} to {_HIGH - _BALL})",
+                (0 <= x <= _HIGH - _BALL or x == _GONE) and _LOW <= y <= _HIGH - _BALL,
+                f"({_GONE} or 0 to {_HIGH - _BALL}, {_LOW} to {_HIGH - _BALL})",
             ),
             ("velocity", self.velocity, {*map(abs, self.velocity)} == {1}, "1 or -1 along each axis"),
         )
@@ -68,10 +76,8 @@ class PaddleState:
 
 def serve(seed: int, serves: int, paddle: int) -> PaddleState:
     """The state in which ball number `serves` (from 1) of a game is served."""
-    rng = np.random.default_rng([seed, serves])
-    y = int(rng.integers(_LOW, _HIGH - _BALL + 1))
-    down = 1 if rng.random() < 0.5 else -1
-    return PaddleState(paddle, (COURT // 2, y), (1, down), serves, seed)
+    down = 1 if np.random.default_rng([seed, serves]).random() < 0.5 else -1
+    return PaddleState(paddle, _SERVED, (1, down), serves, seed)
 
 
 def advance(state: PaddleState, action: int) -> tuple[PaddleState, float]:
@@ -79,6 +85,8 @@ def advance(state: PaddleState, action: int) -> tuple[PaddleState, float]:
     paddle = min(max(state.paddle + (0, -1, 1)[action], _LOW), _HIGH - _PADDLE_HEIGHT)
     (x, y), (right, down) = state.ball, state.velocity
     reward = 0.0
+    if x == _GONE:
+        return serve(state.seed, state.serves + 1, paddle), reward
     if x == _HIGH - _BALL and right > 0:
         right = -1
     elif x == _PADDLE_RIGHT and right < 0 and paddle - _BALL < y < paddle + _PADDLE_HEIGHT:
@@ -88,29 +96,45 @@ def advance(state: PaddleState, action: int) -> tuple[PaddleState, float]:
     if not _LOW <= y + down <= _HIGH - _BALL:
         down = -down
     if x + right < 0:
-        return serve(state.seed, state.serves + 1, paddle), -1.0
+        return replace(state, paddle=paddle, ball=(_GONE, y)), -1.0
     return replace(state, paddle=paddle, ball=(x + right, y + down), velocity=(right, down)), reward
 
 
-def draw_court(states: Sequence[PaddleState], size: int = COURT) -> np.ndarray:
-    """Pictures of states, uint8 (states, size, size, 1); an edge that divides a pixel covers its share of it."""
+def draw_court(states: Sequence[PaddleState], size: int = COURT, channels: int = 1) -> np.ndarray:
+    """Pictures of states, uint8 (states, size, size, channels); an edge that divides a pixel covers its share of it."""
+    levels = np.repeat(_empty_court(size, channels), len(states), 0)
     paddle = np.array([state.paddle for state in states])
     x, y = np.array([state.ball for state in states]).T
-    right, all_rows = np.full(len(states), _HIGH), np.zeros(len(states))
-
-    def box(left: np.ndarray, top: np.ndarray, width: int, height: int, level: float) -> np.ndarray:
-        columns, rows = _cover(left, width, size), _cover(top, height, size)
-        return np.asarray(level * rows[:, :, None] * columns[:, None, :])
-
-    walls = (
-        box(right, all_rows, _WALL, COURT, _WALL_LEVEL),
-        box(all_rows, all_rows, COURT, _WALL, _WALL_LEVEL),
-        box(all_rows, right, COURT, _WALL, _WALL_LEVEL),
-    )
-    bat = box(np.full(len(states), _PADDLE_LEFT), paddle, _PADDLE_RIGHT - _PADDLE_LEFT, _PADDLE_HEIGHT, _PADDLE_LEVEL)
-    levels = np.maximum.reduce([*walls, bat, box(x, y, _BALL, _BALL, _BALL_LEVEL)])
-    pictures: np.ndarray = np.rint(levels * 255.0).astype(np.uint8)[..., None]
+    _, _, bat, ball = _LEVELS[channels]
+    left = np.full(len(states), _PADDLE_LEFT)
+    _paint(levels, bat, left, paddle, _PADDLE_RIGHT - _PADDLE_LEFT, _PADDLE_HEIGHT)
+    _paint(levels, ball, x, y, _BALL, _BALL)
+    pictures: np.ndarray = np.rint(levels * 255.0).astype(np.uint8)
     return pictures
+
+
+@functools.cache
+def _empty_court(size: int, channels: int) -> np.ndarray:
+    """Levels (1, size, size, channels) of ground and walls."""
+    ground, wall, _, _ = _LEVELS[channels]
+    levels = np.tile(np.array(ground), (1, size, size, 1))
+    for left, top, width, height in ((_HIGH, 0, _WALL, COURT), (0, 0, COURT, _WALL), (0, _HIGH, COURT, _WALL)):
+        _paint(levels, wall, np.array([left]), np.array([top]), width, height)
+    return levels
+
+
+def _paint(
+    levels: np.ndarray, colour: Sequence[float], left: np.ndarray, top: np.ndarray, width: int, height: int
+) -> None:
+    """Paints a box of `colour` on each picture of `levels` (states, size, size, channels), in place."""
+    size = levels.shape[1]
+    columns, rows = _cover(left, width, size), _cover(top, height, size)
+    for picture, across, down in zip(levels, columns, rows, strict=True):
+        # Only what the box covers: most of a picture is ground.
+        xs, ys = across.nonzero()[0], down.nonzero()[0]
+        if len(xs):
+            part = picture[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
+            part += (down[ys, None] * across[xs])[..., None] * (colour - part)
 
 
 def _cover(begin: np.ndarray, length: int, size: int) -> np.ndarray:
@@ -128,6 +152,7 @@ class PaddleBall:
     Args:
         size: height and width of its frames, at least 24.
         seed: of the serves.
+        channels: 1 (grey) or 3 (RGB) of its frames.
 
     Attributes:
         state: may be read and set, to move the ball elsewhere for example.
@@ -148,18 +173,20 @@ class PaddleBall:
     actions = ("stay", "up", "down")
     fps = 30.0
 
-    def __init__(self, size: int = COURT, seed: int = 0) -> None:
+    def __init__(self, size: int = COURT, seed: int = 0, channels: int = 1) -> None:
         if size < COURT:
             raise ValueError(f"PaddleBall: size is {size}, expected at least {COURT}")
         if seed < 0:
             raise ValueError(f"PaddleBall: seed is {seed}, expected an integer >= 0")
-        self.size = size
+        if channels not in _LEVELS:
+            raise ValueError(f"PaddleBall: channels is {channels}, expected 1 (grey) or 3 (RGB)")
+        self.size, self.channels = size, channels
         self.state = serve(seed, 1, (COURT - _PADDLE_HEIGHT) // 2)
 
     @property
     def frame(self) -> np.ndarray:
-        """The picture of the state, uint8 (size, size, 1)."""
-        (picture,) = draw_court([self.state], self.size)
+        """The picture of the state, uint8 (size, size, channels)."""
+        (picture,) = draw_court([self.state], self.size, self.channels)
         return np.asarray(picture)
 
     def reset(self, seed: int | None = None) -> np.ndarray:
@@ -205,10 +232,12 @@ class PaddleBall:
 
 
 def random_state(rng: np.random.Generator) -> PaddleState:
-    """Any state of the game, for clips that begin anywhere."""
+    """Any state of the game, for clips that begin anywhere; one in twenty shows an empty court."""
     right, down = (1 if rng.random() < 0.5 else -1 for _ in range(2))
     # Half of the positions are near the paddle, where most is decided.
     far = _HIGH - _BALL if rng.random() < 0.5 else COURT // 2
-    ball = int(rng.integers(0, far + 1)), int(rng.integers(_LOW, _HIGH - _BALL + 1))
+    x, y = int(rng.integers(0, far + 1)), int(rng.integers(_LOW, _HIGH - _BALL + 1))
     paddle = int(rng.integers(_LOW, _HIGH - _PADDLE_HEIGHT + 1))
-    return PaddleState(paddle, ball, (right, down), 1, int(rng.integers(1 << 31)))
+    if rng.random() < 0.05:
+        x = _GONE
+    return PaddleState(paddle, (x, y), (right, down), 1, int(rng.integers(1 << 31)))

@@ -61,10 +61,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="random: keys held for a while; mixed: also tapped, left alone, and played well where the world can "
         "(default: mixed)",
     )
-    parser.add_argument(
-        "--size", type=size_of, metavar="HxW", help="of the frames (default: 24x24 of paddle, else 64x64)"
-    )
-    parser.add_argument("--grey", action="store_true", help="grey frames (paddle is grey in any case)")
+    parser.add_argument("--size", type=size_of, metavar="HxW", help="of the frames (default: 64x64)")
+    parser.add_argument("--grey", action="store_true", help="grey frames")
     parser.add_argument(
         "--fps", type=number(float, 0, above=True), metavar="F", help="of the videos (default: the world's)"
     )
