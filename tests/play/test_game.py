@@ -159,7 +159,7 @@ def test_surprise_is_that_of_the_clip(game: Game, paddle: Pipeline) -> None:
 
 @pytest.mark.skipif("paddle" not in shipped_names(), reason="no model of the paddle world comes with the package")
 def test_a_trained_model_is_surprised_by_a_teleport() -> None:
-    game = Game(Pipeline.load("paddle"), PaddleBall)
+    game = Game(Pipeline.load("paddle"), lambda: PaddleBall(64, channels=3))
     ordinary, broken = [], []
     game.score()
     for frame in range(80):

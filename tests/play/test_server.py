@@ -52,6 +52,8 @@ def test_a_visitor_is_greeted_and_sees_frames(played: Played) -> None:
             assert hello["actions"] == ["stay", "up", "down"]
             assert (hello["height"], hello["width"], hello["channels"]) == (24, 24, 1)
             assert (hello["rows"], hello["columns"]) == (6, 6)
+            # 16 values in a place: sqrt(16 / 2) / ln 2.
+            assert hello["spread"] == pytest.approx(4.08, abs=0.01)
             assert hello["teleport"]
             assert hello["measures"]
             assert not hello["text"]

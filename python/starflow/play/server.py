@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hmac
+import math
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,7 @@ class PlayServer:
         """What the page is told of the model."""
         pipeline, config = self._played.pipeline, self._played.pipeline.config
         spatial, patch = pipeline.codec.spatial, config.flow.patch_size
+        values = config.flow.in_channels * patch**2
         return {
             "model": self._played.name,
             "world": self._played.world,
@@ -225,6 +227,8 @@ class PlayServer:
             "channels": pipeline.codec.channels,
             "rows": config.data.height // (spatial * patch),
             "columns": config.data.width // (spatial * patch),
+            # Standard deviation of the bits of a place under one draw of the noise (see `starflow.evaluate.surprise`).
+            "spread": math.sqrt(values / 2) / math.log(2),
             "fps": config.sample.fps,
         }
 

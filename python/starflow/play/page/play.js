@@ -127,14 +127,14 @@ function drawPicture(canvas, bytes) {
   pen.putImageData(image, 0, 0);
 }
 
-// Places that cost a few bits more than the noise does are ordinary: colour begins above those.
+// The noise alone makes the bits of a place spread: colour begins at five times that, and is full at thirty.
 function drawMap(canvas, bits) {
   const pen = canvas.getContext("2d");
   pen.clearRect(0, 0, canvas.width, canvas.height);
   if (!bits || !$("heat").checked) return;
   const image = pen.createImageData(canvas.width, canvas.height);
   bits.forEach((value, place) => {
-    const hot = Math.min(Math.max((value - 20) / 100, 0), 1);
+    const hot = Math.min(Math.max((value / about.spread - 5) / 25, 0), 1);
     image.data.set([255, 150 - 110 * hot, 40 + 40 * hot, 215 * Math.sqrt(hot)], 4 * place);
   });
   pen.putImageData(image, 0, 0);
