@@ -13,9 +13,11 @@ counts.
 
 from __future__ import annotations
 
+import cProfile
 import functools
 import gc
 import os
+import pstats
 import resource
 import runpy
 import statistics
@@ -35,7 +37,8 @@ from torch import Tensor
 from starflow import Pipeline
 from starflow.data import Clip, to_frames, to_pixels, write_contact_sheet
 from starflow.evaluate import surprise
-from starflow.worlds import PaddleBall, PaddleState, Policy, draw_court, one_hot
+from starflow.sampling import Session
+from starflow.worlds import COURT, PaddleBall, PaddleState, Policy, draw_court, one_hot
 from starflow_ext._load import native
 
 MODEL = os.environ.get("WORLD_MODEL", "paddle")
@@ -327,14 +330,19 @@ def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-@functools.cache
-def long_dream() -> tuple[Tensor, list[float], dict[int, int]]:
-    """One dream under random keys: what is seen (frames, 4), seconds of the frames, bytes at frame 100 and the last."""
+def _begun() -> tuple[Session, Policy]:
+    """A dream that begins with a few real frames, and random keys for it."""
     states, keys = _played(0, GIVEN)
     session = pipeline().session("", seed=0)
     session.tell(one_hot([None, *keys[1:]], len(PaddleBall.actions))[None])
     session.prefill(_pixels(states)[None])
-    policy = Policy(PaddleBall(), "random", np.random.default_rng(0))
+    return session, Policy(PaddleBall(), "random", np.random.default_rng(0))
+
+
+@functools.cache
+def long_dream() -> tuple[Tensor, list[float], dict[int, int]]:
+    """One dream under random keys: what is seen (frames, 4), seconds of the frames, bytes at frame 100 and the last."""
+    session, policy = _begun()
     # What is kept of the frames is there from the start: the memory that grows is that of the session.
     seen = torch.zeros(LONG, 4, dtype=torch.int64)
     seconds = np.zeros(LONG)
@@ -369,6 +377,32 @@ def play_fps() -> Iterator[Figure]:
     yield Figure("play_slowest", worst / median, "x the median", 3.0, 1.5, lower=True, raw=raw)
 
 
+# Where the time of a step goes, by the functions (file, name) that it passes through; the rest is Python's own.
+PARTS = {
+    "deep block": ("rolling.py", "solve"),
+    "shallow blocks": ("clip.py", "solve"),
+    "denoiser": ("session.py", "_cleaned"),
+    "codec": ("block_transform.py", "decode"),
+}
+
+
+@target("world")
+def play_parts() -> Iterator[Figure]:
+    """Milliseconds of a frame that is played, and what each part of it takes, under a profiler, which costs some."""
+    session, _ = _begun()
+    for _ in range(10):
+        session.step(0)
+    profile = cProfile.Profile()
+    for frame in range(200):
+        profile.runcall(session.step, frame % 3)
+    stats = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    spent = {(Path(file).name, name): cumulative for (file, _, name), (_, _, _, cumulative, _) in stats.items()}
+    whole = spent["session.py", "step"] / 200 * 1000
+    parts = {part: spent[place] / 200 * 1000 for part, place in PARTS.items()}
+    raw = {part: round(value, 2) for part, value in parts.items()} | {"rest": round(whole - sum(parts.values()), 2)}
+    yield Figure("play_parts", whole, "ms a frame", 33.0, 16.0, lower=True, raw=raw)
+
+
 @target("world")
 def play_on() -> Iterator[Figure]:
     """A long dream under random keys: one ball and the paddle in its last 1,000 frames, and memory."""
@@ -379,6 +413,24 @@ def play_on() -> Iterator[Figure]:
     (_, early), (_, late) = sorted(held.items())
     raw = {"frames": LONG, **{f"bytes_{frame}": size for frame, size in held.items()}}
     yield Figure("play_on_memory", late / early, "x frame 100", 1.02, 1.0, lower=True, raw=raw)
+
+
+@target("world")
+def play_rally() -> Iterator[Figure]:
+    """Seconds that a player who follows the dream's ball keeps it in play, of a minute at 30 frames a second."""
+    session, _ = _begun()
+    world, rng, seconds = PaddleBall(), np.random.default_rng(0), 60
+    key, aim, met, before, frame = 0, 0.5, 0, 0, 0
+    while frame < seconds * 30:
+        paddle, x, y, balls = _seen(session.step(key).pixels[0, 0]).tolist()
+        if balls != 1 or x == 0:
+            break
+        if x > before and before < COURT // 4:
+            met, aim = met + 1, float(rng.uniform(0.2, 0.8))
+        before, frame = x, frame + 1
+        world.state = replace(world.state, paddle=paddle, ball=(x, y))
+        key = world.suggest(aim)
+    yield Figure("play_rally", frame / 30, "s", 60.0, 60.0, raw={"met": met, "frames": frame})
 
 
 @target("world")
