@@ -44,7 +44,7 @@ ALE/Pong-v5 (needs the extra "worlds").
 
 examples:
   {PROG} record paddle --out clips/paddle --frames 20000
-  {PROG} record ALE/Pong-v5 --out clips/pong --frames 50000 --grey
+  {PROG} record ALE/Pong-v5 --out clips/pong --frames 50000
   {PROG} train --data clips/pong --out runs/pong"""
 
 
