@@ -296,7 +296,7 @@ def tampered(kind: str, seed: int) -> tuple[Clip, Clip]:
     )
 
 
-def _area(normal: np.ndarray, strange: np.ndarray) -> float:
+def area(normal: np.ndarray, strange: np.ndarray) -> float:
     """Area under the curve of hits over false alarms: how often a strange one is above a normal one."""
     above = strange[:, None] > normal
     return float((above + 0.5 * (strange[:, None] == normal)).mean())
@@ -318,7 +318,7 @@ def surprised() -> Iterator[Figure]:
             "bits, false": float(np.median(bits[1])),
             "bits, false, least": float(bits[1].min()),
         }
-        yield Figure(f"surprise_{kind}", _area(*bits), "area under the curve", 0.99, 0.999, raw=raw)
+        yield Figure(f"surprise_{kind}", area(*bits), "area under the curve", 0.99, 0.999, raw=raw)
 
 
 # -- playing on and on ------------------------------------------------------------------------------------------------
