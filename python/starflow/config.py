@@ -86,7 +86,10 @@ class FlowConfig:
             these frames, and nothing is encoded twice.
         learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
             conditional_denoiser: that network reads text and the vectors of frames. denoiser_window: frames before its
-            own that a frame sees in that network; None is all of them.
+            own that a frame sees in that network; None is all of them. denoiser_skip: the network predicts the score
+            less so many times its noisy input. With 1 / `train.noise_std` what is left to it is the clean latents,
+            which it can tell of tokens of more channels than its own width; noise it cannot. The published models have
+            0 (Li & He, Back to Basics: Let Denoising Generative Models Denoise, 2025, on patches of many values).
         use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
         num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
             inside a token (TarFlow) instead of fastest.
@@ -132,6 +135,7 @@ class FlowConfig:
     learnable_self_denoiser: bool = False
     conditional_denoiser: bool = False
     denoiser_window: int | None = None
+    denoiser_skip: float = 0.0
     use_checkpoint: int = 0
     num_classes: int = 0
     channel_first_patches: bool = False
@@ -222,6 +226,12 @@ class FlowConfig:
             "flow.denoiser_window",
             self.denoiser_window,
             "a number of frames >= temporal_causal - 1, so that a frame sees itself",
+        )
+        require(
+            0 <= self.denoiser_skip < float("inf") and (self.denoiser_skip == 0 or self.learnable_self_denoiser),
+            "flow.denoiser_skip",
+            self.denoiser_skip,
+            "a finite number >= 0, and 0 without learnable_self_denoiser",
         )
         require(
             self.num_classes == 0 or self.txt_size == 0, "flow.num_classes", self.num_classes, "0 when there is text"

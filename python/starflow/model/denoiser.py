@@ -39,7 +39,8 @@ class Denoiser(Transformer):
 
     Args:
         config: of the flow; `temporal_causal` is the look-ahead (0 sees everything), `denoiser_window` the frames
-            behind, `conditional_denoiser` whether it reads text and the vectors of frames.
+            behind, `conditional_denoiser` whether it reads text and the vectors of frames, `denoiser_skip` how much of
+            its input is added to its output.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -94,7 +95,8 @@ class Denoiser(Transformer):
             mask = FrameMask(count, height * width, config.temporal_causal, config.denoiser_window)
         h = self.run(h, Attending(rotation, rotation, causal=False, frames=mask, weights=weights))
         out = self.put_out(h[:, count:], weights).to(x.dtype).reshape(grid.shape)
-        return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
+        prediction = unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
+        return prediction + config.denoiser_skip * x if config.denoiser_skip else prediction
 
     def _packed(self) -> Weights | None:
         """Packed weights for native products where a clip is sampled (CPU, inference mode); None elsewhere."""
