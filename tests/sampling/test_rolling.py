@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ def test_the_first_frames_alone_are_guided(reference: bool) -> None:
     def made(guided: int | None) -> tuple[Tensor, SolveReport]:
         schedule = Window(size=11, tolerance=1e-4, certificate=True)
         with starflow_ext.reference_mode() if reference else contextlib.nullcontext():
-            own = session(schedule=schedule, guided=guided)
+            own = session(schedule=schedule, kind="none", ahead=0, guided=guided)
             noisy = together(list(own.extend(9, last=True)), "noisy")
         report = own.reports[0]
         assert report is not None
@@ -219,6 +220,40 @@ def test_given_frames_count_among_the_guided_ones() -> None:
         own.prefill(pixels(2))
     frames = [together(list(own.extend(3, last=True)), "noisy") for own in (guided, free)]
     torch.testing.assert_close(frames[0], frames[1])
+
+
+@pytest.mark.parametrize("given", [0, 1])
+def test_guided_frames_are_cleaned_before_the_clip_goes_on(given: int) -> None:
+    """As a clip that is given them cleaned, and is not guided, goes on; given frames stay as they are."""
+
+    def begin(**options: Any) -> Session:
+        made = session(schedule=Window(size=11, tolerance=0.0), **options)
+        if given:
+            made.prefill(pixels(given))
+        return made
+
+    own = begin(guided=2)
+    whole = list(own.extend(9 - given, last=True))
+    dirty = together(list(begin(kind="none", ahead=0).extend(2 - given, last=True)), "noisy")
+    before = CODEC.encode(pixels(given)) if given else dirty[:, :0]
+    noisy = torch.cat([before + 0.2 * noise.draw((3, 4), given, *SHAPE[1:], purpose="train"), dirty], 1)
+    assert FLOW.denoiser is not None
+    with torch.inference_mode():
+        clean = torch.cat([before, FLOW.denoiser.denoise(noisy, condition(FLOW), step=0.2)[:, given:]], 1)
+    other = session(schedule=Window(size=11, tolerance=0.0), weight=0.0)
+    other.prefill(CODEC.decoder()(clean))
+    rest = list(other.extend(7, last=True))
+    renewed = clean + 0.2 * noise.draw((3, 4), 2, *SHAPE[1:], purpose="train")
+    torch.testing.assert_close(together(whole, "noisy")[:, : 2 - given], renewed[:, given:], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together(whole, "noisy")[:, 2 - given :], together(rest, "noisy"), atol=1e-3, rtol=1e-3)
+    steps = begin(guided=2)
+    stepped = together([steps.step() for _ in range(8 - given)])
+    assert torch.equal(stepped, together(whole)[:, : 8 - given])
+    (report, *_) = own.reports
+    assert report is not None
+    assert report.tokens == (9 - given) * 15
+    # A clip that ends with them keeps what was decoded.
+    assert torch.equal(together(list(begin(guided=2).extend(2 - given, last=True)), "noisy"), dirty)
 
 
 def test_frames_that_are_guided_need_a_cache_that_rolls() -> None:

@@ -58,7 +58,8 @@ class SampleOptions:
         fps: frames a second; by default those of the training clips.
         guidance: weight of classifier-free guidance by the prompt, 0 for none; by default the model's.
         guidance_frames: how many first frames of a clip, given ones included, are guided, where a cache rolls
-            (`flow.attention_frames`); by default the model's, mostly all. Guidance piles up over the frames of a clip.
+            (`flow.attention_frames`); by default the model's, mostly all. Guidance piles up over the frames of a clip;
+            those that it was added to are cleaned and given fresh noise before the clip goes on without it.
         temperature: factor of the noise that clips are made from; by default the model's. At 1 clips are draws from the
             density of the flow; below 1 they vary less and keep together better.
         image: picture that becomes the first frame: a file, or in Python a tensor ([clips,] channels, height, width)

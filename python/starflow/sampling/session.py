@@ -102,6 +102,7 @@ class Session:
         self._reference = 0  # given frames that the clips refer to and do not contain
         self._decode = codec.decoder()
         self._decoding: Decoding | None = None
+        self._guided_reports: tuple[SolveReport | None, ...] = ()  # of frames that were guided and renewed
         # Noise that is decoded next, or the number of frames that noise is drawn for.
         self._sources: deque[Tensor | float] = deque()
         self._known: tuple[Tensor, ...] | None = None
@@ -128,7 +129,15 @@ class Session:
     @property
     def reports(self) -> tuple[SolveReport | None, ...]:
         """The solver's report of each block, the deep one first; None for an identity block, or one not yet solved."""
-        return () if self._decoding is None else self._decoding.reports
+        if self._decoding is None:
+            return self._guided_reports
+        reports = self._decoding.reports
+        if not self._guided_reports:
+            return reports
+        both = zip(self._guided_reports, reports, strict=True)
+        return tuple(
+            before if after is None else after if before is None else before.then(after) for before, after in both
+        )
 
     # -- what goes in -------------------------------------------------------------------------------------------------
 
@@ -431,18 +440,9 @@ class Session:
     def _advance(self, *, together: bool) -> Frames | None:
         """The next frames, or None where noise is missing."""
         if self._decoding is None:
-            renew = self._renewed if self._renew else None
-            shape = self.shape
-            self._decoding = Decoding(
-                self._flow,
-                shape,
-                self.conditions,
-                self._span,
-                known=self._known,
-                known_conditions=None if self._known is None else self._vectors_of(0, self._drawn),
-                renew=renew,
-                trace=False,
-            )
+            if (guided := self._guided) and not self._renew_guided(guided):
+                return None
+            self._decoding = self._make_decoding(self.conditions)
             self._known = None
         while not (ready := self._ready()):
             if room := min(self._decoding.room, self._waiting):
@@ -456,6 +456,51 @@ class Session:
                 return None
             self._noisy = torch.cat([self._noisy, new], 1)
         return self._out(ready if together or self.denoising.whole else 1)
+
+    def _make_decoding(self, conditions: Conditions) -> Decoding:
+        """A decoding behind the frames that are known."""
+        return Decoding(
+            self._flow,
+            self.shape,
+            conditions,
+            self._span,
+            known=self._known,
+            known_conditions=None if self._known is None else self._vectors_of(0, self._drawn),
+            renew=self._renewed if self._renew else None,
+            trace=False,
+        )
+
+    @property
+    def _guided(self) -> int:
+        """Frames to decode with guidance, clean and renew before the clips go on without; 0 where that is not so."""
+        guidance = self.conditions.guidance
+        if not guidance.active or guidance.frames is None or self.denoising.kind == "none":
+            return 0
+        count = max(guidance.frames - self._drawn, 0)
+        return 0 if self._last and self._waiting <= count else count
+
+    def _renew_guided(self, count: int) -> bool:
+        """Decodes the guided frames, cleans them, and gives them fresh noise; False where noise is missing.
+
+        Guidance leads away from the frames that the flow was trained on, and a frame carries that on to the next one.
+        Cleaned, and with noise like that of training, frames are nearer to them again.
+        """
+        if self._waiting < count:
+            return False
+        decoding = self._make_decoding(self.conditions)
+        first, z = self._drawn, self._take(count)
+        decoding.push(z, more=False, frame_conditions=self._vectors_of(first, self._drawn))
+        decoded = decoding.pull(together=True)
+        assert decoded is not None
+        self._guided_reports = decoding.reports
+        known = self._noisy
+        with compared_once():
+            clean = self._denoised(torch.cat([known, decoded], 1), self.conditions.y, 0)[:, first:]
+        fresh = clean + self.denoising.sigma * self._draw(first, count, "train")
+        self._noisy = torch.cat([known, fresh], 1)
+        told = self._vectors_of(0, self._drawn)
+        self._known = self._flow.known(self._noisy, self.conditions.y, self.shape[1:], told)
+        return True
 
     @property
     def _waiting(self) -> float:
