@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -31,6 +32,9 @@ _LAYERS = 10_000
 _SIZE = 1 << 20
 # Integers end where those of tensors do.
 _INTEGERS = 1 << 63
+
+# Frames a second that video files and GIFs can be written at.
+LEAST_FPS, MOST_FPS = 0.01, 100_000.0
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -396,7 +400,10 @@ class DataConfig:
         for name in ("frames", "height", "width", "clips_per_file"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
-        require(self.fps is None or self.fps > 0, "data.fps", self.fps, "a number > 0")
+        require(self.fps is None or 0.0 < self.fps < math.inf, "data.fps", self.fps, "a finite number > 0")
+        require(0.0 <= self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "a finite number >= 0")
+        names = self.actions or ()
+        require(len(set(names)) == len(names), "data.actions", names, "names that differ")
         require(
             self.actions is not None or self.kind == "folder",
             "data.actions",
@@ -503,7 +510,8 @@ class TrainConfig:
         numbers = ("lr", "min_lr", "denoiser_lr", "noise_std", "grad_clip", "grad_skip", "weight_decay")
         counts = ("warmup_steps", "checkpoint_every", "sample_every")
         for name in (*numbers, "latent_norm_regularization", *counts):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "a number >= 0")
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"train.{name}", value, "a finite number >= 0")
         for name in ("beta1", "beta2"):
             require(
                 0.0 <= getattr(self, name) < 1.0, f"train.{name}", getattr(self, name), "a number from 0 to below 1"
@@ -549,7 +557,7 @@ class SampleConfig:
             require(0.0 <= value < math.inf, f"sample.{name}", value, "a number >= 0")
         frames = self.guidance_frames
         require(frames is None or frames >= 1, "sample.guidance_frames", frames, "an integer >= 1 or nothing")
-        require(0.0 < self.fps < math.inf, "sample.fps", self.fps, "a number > 0")
+        require(LEAST_FPS <= self.fps <= MOST_FPS, "sample.fps", self.fps, f"{LEAST_FPS:g} to {MOST_FPS:g}")
         try:
             parse_solver(self.solver)
         except ValueError as error:
@@ -599,6 +607,9 @@ _YAML_VALUES = 1 << 20
 # Digits of a number: more are an accident, and Python computes with all of them.
 _YAML_DIGITS = 40
 
+# Numbers of yaml 1.1 that mean another one than in any other text: of base 8 by a leading zero, of base 60 by colons.
+_OLD_NUMBERS = re.compile(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_.]+)+)")
+
 # The parser in C is ten times as fast; not every build of PyYAML has it.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -641,7 +652,9 @@ def parse_yaml(text: str, name: str) -> Any:
         name: of where it is from, for errors.
 
     Raises:
-        ConfigError: not yaml, or yaml whose aliases stand for more than a million values or for themselves.
+        ConfigError: not yaml; yaml whose aliases stand for more than a million values or for themselves; a key that
+            stands twice in a mapping, of which yaml takes the last; or a number that yaml reads as another one than it
+            looks like, 010 as 8 and 1:30 as 90.
     """
     try:
         loader = _Loader(text)
@@ -670,13 +683,31 @@ def _values(node: Any, known: dict[int, int]) -> int:
     known[place] = 0
     count = 1
     if isinstance(node, yaml.MappingNode):
+        _refuse_doubles(node)
         count += sum(_values(part, known) for pair in node.value for part in pair)
     elif isinstance(node, yaml.SequenceNode):
         count += sum(_values(part, known) for part in node.value)
     elif node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > _YAML_DIGITS:
         raise ConfigError(f"has the number {short(node.value, 40)}, expected at most {_YAML_DIGITS} digits")
+    elif node is not None and node.tag.endswith((":int", ":float")) and _OLD_NUMBERS.fullmatch(node.value):
+        raise ConfigError(
+            f"has {node.value} in line {node.start_mark.line + 1}, which yaml reads as a number of base 8 or 60; "
+            "expected digits without a 0 in front and without a colon, or quotes around a text"
+        )
     known[place] = count
     return count
+
+
+def _refuse_doubles(node: yaml.MappingNode) -> None:
+    """Raises `ConfigError` where a key of a mapping stands twice; a merge (`<<`) may."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and not key.tag.endswith(":merge"):
+            if key.value in seen:
+                raise ConfigError(
+                    f"has {shown(key.value)} a second time in line {key.start_mark.line + 1}, expected each key once"
+                )
+            seen.add(key.value)
 
 
 def config_names() -> list[str]:

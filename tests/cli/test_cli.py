@@ -246,11 +246,21 @@ def test_settings_reach_the_config() -> None:
         (["sample", "m", "--frames", "0"], "argument --frames: '0' is given, expected an integer >= 1"),
         (["sample", "m", "--frames", "2.5"], "argument --frames: '2.5' is given, expected an integer >= 1"),
         (["sample", "m", "--guidance", "nan"], "argument --guidance: 'nan' is given, expected a number >= 0"),
-        (["sample", "m", "--fps", "0"], "argument --fps: '0' is given, expected a number > 0"),
+        (["sample", "m", "--fps", "0"], "argument --fps: '0' is given, expected a number >= 0.01"),
+        (["sample", "m", "--fps", "1e30"], "argument --fps: '1e30' is given, expected at most 100000"),
+        (["sample", "m", "--out", ""], "argument --out: '' is given, expected a path"),
+        (["sample", ""], "argument MODEL: '' is given, expected a path"),
+        (["train", "--data", " "], "argument --data: ' ' is given, expected a path"),
+        (["sample", "m", "--edit", "a", "--temperature", "1"], "sample: temperature is 1.0, expected None beside edit"),
         (["sample", "m", "--given", "2"], "sample: given is 2, expected video together with it"),
         (["sample", "m", "--image", "a", "--video", "b"], "sample: image and video are given, expected one of them"),
         (["score", "m"], "expected either paths of videos or --held-out"),
         (["score", "m", "a.mp4", "--held-out", "2"], "expected either paths of videos or --held-out"),
+        (["score", "m", "--held-out", "2", "--frames", "3"], "--frames is 3, expected paths together with it"),
+        (["score", "m", "--held-out", "2", "--clips-per-file", "1"], "--clips-per-file is 1, expected paths together"),
+        (["sample", "m", "--size", "9" * 5000 + "x8"], " 9' is given, expected HEIGHTxWIDTH"),
+        (["sample", "m", "--clips", "1000001"], "argument --clips: '1000001' is given, expected at most 1e+06"),
+        (["play", "m", "--port", "65536"], "argument --port: '65536' is given, expected at most 65535"),
         (["train", "--set", "train.steps"], "argument --set: 'train.steps' is given, expected KEY=VALUE"),
         (["train", "--set", "train.steps=abc"], "config.train.steps is 'abc', expected an integer"),
         (["train", "--config", "nope"], "expected a yaml file or one of"),
@@ -279,6 +289,7 @@ def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.Capture
         (["sample", model, "a cat"], '"cat" in "a cat" is not a known word, expected words of the vocabulary'),
         (["sample", model, "three up left up"], "4 known words, expected at most 3"),
         (["sample", model, "--size", "18x16"], "size is 18x16, expected multiples of 4"),
+        (["sample", model, "--frames", 10**18], f"frames is {10**18}, expected at most "),
         (["sample", model, "--image", tmp_path / "no.png"], "no.png', which does not exist"),
         (["sample", model, "--image", damaged], "not an image"),
         (["score", model, damaged], "cut.safetensors: not a video"),
@@ -438,8 +449,8 @@ def test_an_error_that_nobody_foresaw_is_told_in_one_sentence(
     assert run("score", model, "--held-out", 1) == 1
     assert error(capsys) == (
         "starflow: error: RuntimeError: the kernels are\\x1b[31m red; this is a fault of starflow that nobody foresaw, "
-        "please report it to whom you have it from, with what the same command prints with --debug, and what `starflow "
-        "info` prints"
+        "please report it where you got starflow from, with what the same command prints with --debug, and what "
+        "`starflow info` prints"
     )
     with pytest.raises(RuntimeError, match="the kernels"):
         run("score", model, "--held-out", 1, "--debug")

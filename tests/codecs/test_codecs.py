@@ -297,3 +297,26 @@ def test_pixels_of_another_scale_are_refused(scale: float) -> None:
     ):
         codec.encode(pixels)
     codec.encode(pixels / scale * 2.2 - 1.1)
+
+
+@pytest.mark.parametrize(
+    ("levels", "found"),
+    [
+        ([0.0, 1.0, 2.0, 7.0], "go from 0 to 7"),
+        ([0.0, 0.25, 1.0, 2.5], "go from 0 to 2.5"),
+        ([0.0, 1.0, 2.0, 1.0], "are whole numbers from 0 to 2"),
+    ],
+)
+def test_dark_pictures_of_another_scale_are_refused(levels: list[float], found: str) -> None:
+    codec = make_codec({"kind": "dct", "patch": 2, "channels": 1})
+    with pytest.raises(ValueError, match=rf"^BlockTransform: pixels {found}, expected \[-1, 1\] \(those of 0 to 255"):
+        codec.encode(torch.tensor(levels).view(1, 1, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "levels", [[0.0, 0.5, 1.0, 1.0], [0.1, 0.5, 1.0, 1.3], [-1.0, 1.0, 2.0, 7.0], [0.0, 0.0, 1.0, 1.0]]
+)
+def test_bright_pictures_and_those_that_overshoot_are_encoded(levels: list[float]) -> None:
+    codec = make_codec({"kind": "dct", "patch": 2, "channels": 1})
+    pixels = torch.tensor(levels).view(1, 1, 2, 2)
+    torch.testing.assert_close(codec.decode(codec.encode(pixels)), pixels)

@@ -289,6 +289,20 @@ def test_pairs_have_the_shape_of_the_clip(pairs):
     assert clip.source.shape == clip.pixels.shape == (4, 1, 16, 16)
 
 
+def test_one_source_of_clips_of_two_rates_is_cut_for_each(folder, tmp_path_factory):
+    sources = tmp_path_factory.mktemp("source")
+    write_video(sources / "a.mkv", counting(60), 25, lossless=True)
+    # The same names but for their suffixes, so of the same source; this one runs at half the rate.
+    write_video(folder / "a.mkv", counting(15), 12.5, lossless=True)
+    clips = open_folder(folder, sources=sources, cut="even")
+    steps = {}
+    for index in range(len(clips)):
+        clip = clips.item(index)
+        found = numbers(Clip(clip.source, "", ""))
+        steps[clip.name.split("@")[0]] = found[1] - found[0]
+    assert steps == {"a.mp4": 1, "a.mkv": 2}
+
+
 def test_a_clip_without_source_is_skipped_by_name(pairs, caplog):
     folder, sources = pairs
     (sources / "a.mkv").unlink()

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -119,8 +121,9 @@ def test_writer_errors_name_what_was_expected(tmp_path):
         VideoWriter(tmp_path / "missing" / "a.mp4", **arguments),
     ):
         pass
-    with pytest.raises(ValueError, match="fps is 0, expected a positive number"):
-        VideoWriter(tmp_path / "a.mp4", **{**arguments, "fps": 0})
+    for name, fps, most in (("a.mp4", 0, 100000), ("a.mp4", 1e6, 100000), ("a.mkv", 1001, 1000)):
+        with pytest.raises(ValueError, match=rf"fps is {fps}, expected 0\.01 to {most} in \{name[1:]}$"):
+            VideoWriter(tmp_path / name, **{**arguments, "fps": fps})
     with pytest.raises(ValueError, match=r"channels is 4, expected 1 \(grey\) or 3 \(RGB\)"):
         VideoWriter(tmp_path / "a.mp4", **{**arguments, "channels": 4})
     with pytest.raises(ValueError, match="write outside of the with block"):
@@ -458,3 +461,26 @@ def test_an_ffmpeg_that_lacks_a_part_and_no_other_is_one_sentence(fake_ffmpeg, t
         write_video(tmp_path / "a.mp4", noise(3, 32, 32, 3), 8)
     # What is there is still read.
     assert len(read_video(REAL["carphone"], frames=2)) == 2
+
+
+@pytest.mark.parametrize(("suffix", "fps"), [(".mp4", 0.01), (".mp4", 100000.0), (".mkv", 0.01), (".mkv", 1000.0)])
+def test_the_slowest_and_the_fastest_files_keep_their_rate(tmp_path, suffix, fps):
+    path = tmp_path / f"a{suffix}"
+    write_video(path, noise(4, 16, 16, 1), fps)
+    info = probe(path, count=True)
+    assert (info.frames, info.fps) == (4, pytest.approx(fps))
+    assert info.duration == pytest.approx(4 / fps)
+
+
+def test_of_several_video_streams_the_first_is_read_and_that_is_told(tmp_path, caplog):
+    path = tmp_path / "two.mkv"
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("ffv1", rate=8, width=side, height=side, pix_fmt="gray") for side in (16, 32)]
+        for stream in streams:
+            picture = np.full((stream.height, stream.width), stream.width, np.uint8)
+            for packet in [*stream.encode(av.VideoFrame.from_ndarray(picture, format="gray")), *stream.encode()]:
+                container.mux(packet)
+    frames = read_video(path, channels=1)
+    assert frames.shape == (1, 16, 16, 1)
+    assert frames.unique().tolist() == [16]
+    assert caplog.messages == [f"{path}: 2 video streams in one file, the first is read"]

@@ -19,6 +19,9 @@ from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, read_clips, score
 from starflow.sampling import Pipeline
 
+Configure = Callable[..., RunConfig]
+Build = Callable[[RunConfig], Pipeline]
+
 FRAMES, SIZE = 4, 16
 
 
@@ -254,6 +257,20 @@ def test_names_are_captions_where_they_were_in_training(pipeline: Pipeline, tmp_
     data = replace(pipeline.config.data, name_captions=True)
     told = Pipeline(pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
     assert [read_clips(told, [path])[0].caption for path in paths] == ["an eight", "an eight"]
+
+
+def test_actions_and_frames_at_another_rate_are_refused(configure: Configure, build: Build, tmp_path: Path) -> None:
+    pipeline = build(configure(frame_dim=3))
+    write_video(tmp_path / "a.mp4", to_frames(clip(0, frames=10).pixels), 8.0)
+    (tmp_path / "a.jsonl").write_text("\n".join(f'{{"action": {number % 3}}}' for number in range(10)))
+    (cut,) = read_clips(pipeline, [tmp_path / "a.mp4"])
+    assert cut.frame_conditions is not None
+    assert cut.frame_conditions[1:].argmax(1).tolist() == [1, 2, 0]
+    data = replace(pipeline.config.data, fps=4.0)
+    slow = Pipeline(pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
+    for path in (tmp_path, tmp_path / "a.mp4"):
+        with pytest.raises(ValueError, match=r"a\.mp4 has actions and 8 frames a second, expected fps None or as many"):
+            read_clips(slow, [path])
 
 
 def test_files_that_cannot_be_scored(pipeline: Pipeline, tmp_path: Path) -> None:

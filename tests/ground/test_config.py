@@ -10,7 +10,16 @@ import pytest
 import yaml
 
 from starflow import ConfigError, FlowConfig
-from starflow.config import DataConfig, RunConfig, SampleConfig, TrainConfig, config_names, from_mapping, to_mapping
+from starflow.config import (
+    DataConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+    config_names,
+    from_mapping,
+    parse_yaml,
+    to_mapping,
+)
 
 from ..flows import CASES, VIDEO
 
@@ -131,6 +140,30 @@ def test_files_that_are_no_config(text: str, message: str, tmp_path: Path) -> No
         RunConfig.load(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data: {frames: 2}\ndata: {frames: 3}", "run.yaml has 'data' a second time in line 2, expected each key once"),
+        ("train:\n  lr: 1\n  steps: 2\n  lr: 3", "has 'lr' a second time in line 4, expected each key once"),
+        ("train: {steps: 010}", "has 010 in line 1, which yaml reads as a number of base 8 or 60; expected digits"),
+        ("train:\n  steps: 1:30", "has 1:30 in line 2, which yaml reads as a number of base 8 or 60"),
+        ("data: {fps: -1:30.5}", "has -1:30.5 in line 1, which"),
+    ],
+)
+def test_what_yaml_would_take_for_something_else(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.load(path)
+
+
+def test_numbers_and_merges_that_mean_what_they_say() -> None:
+    text = "a: &a {x: 0, y: 1_000}\nb: {<<: *a, <<: *a, x: 0x10, y: '010', z: 0.5, u: 1.0e-3, v: 2026-11-30}"
+    found = parse_yaml(text, "it")
+    assert found["a"] == {"x": 0, "y": 1000}
+    assert {name: found["b"][name] for name in "xyzu"} == {"x": 16, "y": "010", "z": 0.5, "u": 0.001}
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.yaml", tmp_path, "digitz"):
         with pytest.raises(ConfigError, match=r"cannot be read: .*; expected a yaml file or one of .*digits"):
@@ -145,15 +178,19 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         (DataConfig, {"frames": 0}, "data.frames is 0, expected an integer >= 1"),
         (DataConfig, {"channels": 2}, "data.channels is 2, expected 1 or 3"),
-        (DataConfig, {"fps": 0}, "data.fps is 0.0, expected a number > 0"),
+        (DataConfig, {"fps": 0}, "data.fps is 0.0, expected a finite number > 0"),
+        (DataConfig, {"fps": "inf"}, "data.fps is inf, expected a finite number > 0"),
+        (DataConfig, {"cache_gb": -1}, "data.cache_gb is -1.0, expected a finite number >= 0"),
+        (DataConfig, {"actions": ["up", "up"]}, r"data.actions is \('up', 'up'\), expected names that differ"),
         (DataConfig, {"caption_fps": True}, "data.fps is None, expected a number with data.caption_fps"),
         (TrainConfig, {"batch_size": 6, "accumulate": 4}, "train.accumulate is 4, expected a divisor of"),
         (TrainConfig, {"drop_label": 1.5}, "train.drop_label is 1.5, expected a number from 0 to 1"),
-        (TrainConfig, {"lr": "nan"}, "train.lr is nan, expected a number >= 0"),
+        (TrainConfig, {"lr": "nan"}, "train.lr is nan, expected a finite number >= 0"),
+        (TrainConfig, {"noise_std": "inf"}, "train.noise_std is inf, expected a finite number >= 0"),
         (TrainConfig, {"beta2": 1.0}, "train.beta2 is 1.0, expected a number from 0 to below 1"),
         (TrainConfig, {"grad_clip": 0, "grad_skip": 1}, "train.grad_clip is 0.0, expected > 0 together with grad_skip"),
         (SampleConfig, {"solver": "windwo:8"}, "config.sample.solver is 'windwo:8', expected \"sequential\""),
-        (SampleConfig, {"fps": 0}, "sample.fps is 0.0, expected a number > 0"),
+        (SampleConfig, {"fps": 0}, "sample.fps is 0.0, expected 0.01 to 100000"),
         (SampleConfig, {"guidance": "inf"}, "sample.guidance is inf, expected a number >= 0"),
     ],
 )

@@ -189,6 +189,7 @@ def test_actions_of_a_sample(acted: Pipeline, tmp_path: Path) -> None:
     [
         ("left:3", r"sample: actions has 'left:3', expected a file that ends in \.jsonl, or names .*stay, up, down\)"),
         ("up:0", "sample: actions has 'up:0', expected"),
+        (f"up:{9 * 10**20}", "sample: actions has 'up:9000.*', expected less than 10000000 frames"),
         ([0, 1, 2, 0, 1], "sample: actions are of 5 frames, expected at most 4, those of the clip"),
         ([0, 3], "frame 1 has the action 3, expected an integer from 0 to 2"),
         ([], r"sample: actions has shape \[1, 0, 3\], expected \(1 clips, at least 1 frame, 3\)"),

@@ -130,6 +130,20 @@ def test_video_is_continued_from_its_end(pipeline: Pipeline, tmp_path: Path) -> 
     assert pipeline.sample(PROMPT, video=path).given == FRAMES // 2
 
 
+def test_a_picture_that_is_probably_of_another_scale_is_told(pipeline: Pipeline, caplog) -> None:
+    def messages(image: torch.Tensor) -> list[str]:
+        caplog.clear()
+        pipeline.session("", image=image)
+        return caplog.messages
+
+    bright = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0))
+    (told,) = messages(bright)
+    assert told.startswith("sample: no pixel of image is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled")
+    assert not messages(2 * bright - 1)
+    with pytest.raises(ValueError, match="pixels go from 0 to 7"):
+        pipeline.session("", image=torch.arange(8.0).repeat(1, 16, 2))
+
+
 def test_image_file_is_resized_and_cropped(pipeline: Pipeline, tmp_path: Path) -> None:
     from PIL import Image
 

@@ -478,6 +478,48 @@ def test_ctrl_c_saves_and_a_second_run_continues(tiny, tmp_path: Path) -> None:
     same(whole, flow)
 
 
+def test_a_codec_or_text_of_another_run_is_refused_however_it_is_written(tiny, tmp_path: Path, caplog) -> None:
+    config = tiny(steps=1)
+    train(config, tmp_path, quiet=True)
+    other = replace(config, codec={**config.codec, "equalize": True})
+    with pytest.raises(TrainingError, match=re.escape("another model: codec.equalize was False, is True")):
+        train(other, tmp_path, quiet=True)
+    other = replace(config, text={**config.text, "stop_words": ["moving"]})
+    with pytest.raises(TrainingError, match=r"another model: text\.stop_words was .*, is \['moving'\]"):
+        train(other, tmp_path, quiet=True)
+    with caplog.at_level(logging.WARNING):
+        train(replace(config, codec={**config.codec, "equalize": False}), tmp_path, quiet=True)
+    assert "options changed" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, 'sample.prompts: WordEncoder: "zebra" in "a zebra" is not a known word'),
+        ({"text": {}, "flow": _NO_TEXT}, "sample.prompts is ('a zebra',), expected none: the model is trained"),
+    ],
+)
+def test_prompts_of_samples_are_checked_before_training(tiny, tmp_path: Path, change: dict, message: str) -> None:
+    config = tiny(sample_every=1, **change)
+    config = replace(config, sample=replace(config.sample, prompts=("a zebra",)))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_subfolders_of_splits_leave_out_is_told(tiny, tmp_path: Path, caplog) -> None:
+    folder = _videos(tmp_path / "clips", "b.mp4")
+    _videos(folder / "train", "a.mp4")
+    config = tiny(data={"kind": "folder", "path": str(folder)})
+    assert len(make_dataset(config)) == 1
+    assert caplog.messages == [f"skipped: {folder}: clips are those of {folder / 'train'}, so not b.mp4"]
+    caplog.clear()
+    assert len(make_dataset(config, "test")) == 2
+    assert caplog.messages == [
+        f"{folder} has no subfolder test: these are no held-out clips, the training shows them too"
+    ]
+
+
 def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> None:
     train(tiny(steps=1), tmp_path, quiet=True)
     with pytest.raises(TrainingError, match="holds a run up to step-00000001, expected an empty folder"):
@@ -799,6 +841,8 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(tiny, caplo
         ({"data": {"width": 18}}, "data.width is 18, expected a multiple of 4 (codec times patch)"),
         ({"text": {}}, "text is {}, expected a text encoder exactly when flow reads text or classes"),
         ({"data": {"width": 20}}, "data.width is 20, expected the height 16 for digits"),
+        ({"data": {"path": "clips"}}, "data.path is 'clips', expected None with data.kind 'digits' (or kind 'folder')"),
+        ({"data": {"caption_second": True}}, "data.caption_second is True, expected False with data.kind 'digits'"),
         ({"data": {"kind": "folder"}}, "data.path is None, expected a folder of videos or images"),
     ],
 )

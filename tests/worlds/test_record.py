@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from starflow.data import VideoFolder, read_actions, read_world, to_frames
+from starflow.files import InUseError, sole
 from starflow.worlds import PaddleBall, PlayableWorld, Step, WorldError, open_world, record
 
 
@@ -179,3 +180,33 @@ def test_worlds_by_name() -> None:
         open_world("paddle", channels=2)
     with pytest.raises(WorldError, match="world '' is unknown, expected 'paddle' or the name of a gymnasium"):
         open_world("")
+
+
+def test_two_recordings_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with sole(tmp_path), pytest.raises(InUseError, match="is in use by another run, expected one that no running"):
+        record(PaddleBall(), tmp_path, 3)
+    assert not list(tmp_path.iterdir())
+    assert record(PaddleBall(), tmp_path, 3).clips == 1
+
+
+def test_actions_without_a_video_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    record(PaddleBall(), tmp_path, 12)
+    (tmp_path / "metadata.jsonl").write_text("{}")
+    clips = VideoFolder(tmp_path, frames=4, height=24, width=24, channels=1, frame_dim=3)
+    assert len(clips) == 1
+    assert caplog.messages == [f"skipped: {tmp_path / 'metadata.jsonl'}: actions without a video of this name"]
+
+
+def test_actions_that_change_make_another_folder(tmp_path: Path) -> None:
+    def listing() -> list[str]:
+        return VideoFolder(tmp_path, frames=4, height=24, width=24, channels=1, frame_dim=3).listing()
+
+    record(PaddleBall(), tmp_path, 12)
+    before, path = listing(), tmp_path / "clip-000000.jsonl"
+    assert listing() == before
+    path.write_text(path.read_text().replace('"reward": 0.0', '"reward": 0.5'))
+    assert listing() == before
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[5]["action"] = (lines[5]["action"] + 1) % 3
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert listing() != before

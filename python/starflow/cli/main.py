@@ -125,7 +125,7 @@ def _where_to_report() -> str:
     except metadata.PackageNotFoundError:
         links = []
     found = [link.partition(", ")[2] for link in links if link.lower().startswith(("issues", "bug", "tracker"))]
-    return f" at {found[0]}" if found else " to whom you have it from"
+    return f" at {found[0]}" if found else f" where you got {PROG} from"
 
 
 def _out_of_memory(error: BaseException) -> bool:

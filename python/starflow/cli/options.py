@@ -71,25 +71,37 @@ def number(
     return parse
 
 
+def path_text(text: str) -> str:
+    """An argparse type: a path or a name. An empty one, often a shell variable that is not set, would be the folder
+    that one is in.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected a path")
+    return text
+
+
 def size_of(text: str) -> tuple[int, int]:
     """An argparse type: HEIGHTxWIDTH in pixels."""
-    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    found = re.fullmatch(r"([1-9]\d{0,8})x([1-9]\d{0,8})", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is given, expected HEIGHTxWIDTH such as 480x848")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected HEIGHTxWIDTH such as 480x848")
     return int(found[1]), int(found[2])
 
 
 def model_path(text: str) -> str:
     """An argparse type: path that a model is written to; names of pickle files are refused."""
+    path_text(text)
     if Path(text).suffix in (".pth", ".pt", ".ckpt", ".bin"):
-        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .safetensors, or a folder")
+        raise argparse.ArgumentTypeError(
+            f"{shown(text)} is given, expected a file that ends in .safetensors, or a folder"
+        )
     return text
 
 
 def picture_path(text: str) -> str:
     """An argparse type: a picture that matplotlib can write."""
     if Path(text).suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is given, expected a file that ends in .png, .svg or .pdf")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected a file that ends in .png, .svg or .pdf")
     return text
 
 
@@ -97,7 +109,7 @@ def setting(text: str) -> tuple[list[str], Any]:
     """KEY=VALUE to (path, value), the value read as yaml."""
     key, equals, value = text.partition("=")
     if not equals or not all(key.split(".")):
-        raise argparse.ArgumentTypeError(f"{text!r} is given, expected KEY=VALUE such as train.steps=1000")
+        raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected KEY=VALUE such as train.steps=1000")
     try:
         return key.split("."), parse_yaml(value, "its value")
     except ConfigError as error:
@@ -184,8 +196,8 @@ def add_sample_options(parser: argparse.ArgumentParser) -> None:
         elif get_origin(kinds[0]) is Literal:
             how = {"choices": get_args(kinds[0]), "default": field.default}
         elif kinds[0] in (int, float):
-            least, above = field.metadata["least"], field.metadata["above"]
-            how["type"] = number(kinds[0], least if above is None else above, above=above is not None)
+            least, above, most = (field.metadata[name] for name in ("least", "above", "most"))
+            how["type"] = number(kinds[0], least if above is None else above, above=above is not None, most=most)
         # argparse reads % in a help text as a conversion.
         text = option_help()[field.name].replace("%", "%%")
         groups[heading].add_argument(f"--{field.name.replace('_', '-')}", help=text, **how)

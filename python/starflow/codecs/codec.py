@@ -9,9 +9,11 @@ import torch
 
 __all__ = ["Codec", "check_latents", "check_pixels"]
 
-# Pixels are in [-1, 1], and what filters and other networks make of them overshoots a little. Values beyond this are of
-# another scale, such as 0 to 255.
+# Pixels are in [-1, 1], and what filters and other networks make of them overshoots a little. Values beyond `_FAR` are
+# of another scale, such as 0 to 255. Of a dark picture of that scale all values may be small, but then none is below 0,
+# which is a middle grey of ours, and they go beyond `_FAR_ABOVE`, or are whole numbers beyond 1.
 _FAR = 8.0
+_FAR_ABOVE = 2.0
 
 
 class Codec(Protocol):
@@ -80,10 +82,22 @@ def check_pixels(codec: str, pixels: torch.Tensor, channels: int, spatial: int) 
     for name, side in (("height", pixels.shape[-2]), ("width", pixels.shape[-1])):
         if side < 1 or side % spatial:
             raise ValueError(f"{codec}: pixels have {name} {side}, expected a positive multiple of {spatial}")
-    if pixels.numel() and (most := float(pixels.detach().abs().amax())) > _FAR:
-        raise ValueError(
-            f"{codec}: pixels reach {most:.4g}, expected [-1, 1] (those of 0 to 255 are divided by 127.5, less 1)"
-        )
+    if pixels.numel() and (found := _other_scale(pixels.detach())):
+        raise ValueError(f"{codec}: pixels {found}, expected [-1, 1] (those of 0 to 255 are divided by 127.5, less 1)")
+
+
+def _other_scale(pixels: torch.Tensor) -> str:
+    """What shows that pixels are not in [-1, 1], or "" where nothing does."""
+    least, most = (float(end) for end in torch.aminmax(pixels))
+    farthest = max(most, -least)
+    if farthest > _FAR:
+        return f"reach {farthest:.4g}"
+    if least >= 0.0 and most > 1.0:
+        if most > _FAR_ABOVE:
+            return f"go from {least:.4g} to {most:.4g}"
+        if bool((pixels == pixels.round()).all()):
+            return f"are whole numbers from {least:.0f} to {most:.0f}"
+    return ""
 
 
 def check_latents(codec: str, latents: torch.Tensor, latent_channels: int) -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +29,13 @@ from starflow.data.folders import find_files
 from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.sidecars import Sidecars, caption_at, captions_of, composed
+from starflow.messages import listed
 
 __all__ = [
     "Clip",
     "ClipDataset",
     "VideoFolder",
+    "actions_of",
     "sample_batch",
     "sample_group",
     "sample_indices",
@@ -330,7 +333,8 @@ class VideoFolder:
         self.cache_bytes = cache_bytes
         self.aspect_multiple = aspect_multiple
         self.frame_dim = frame_dim
-        self._cache: OrderedDict[Path, torch.Tensor] = OrderedDict()
+        # A source may be of two clips, at their rates and in their sizes.
+        self._cache: OrderedDict[tuple[Path, float, tuple[int, int]], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
         self._broken: set[Path] = set()
         self._captions: dict[Path, tuple[str, ...]] = {}
@@ -367,9 +371,9 @@ class VideoFolder:
         return tuple(tuple(items) for items in found.values())
 
     def listing(self) -> list[str]:
-        """A line for each file that clips are cut from: its name, its bytes and its captions."""
+        """A line for each file that clips are cut from: its name, its bytes, its captions and a checksum of actions."""
         files = [part for file in self._files for part in (file, file.source) if part is not None]
-        return [f"{file.name} {file.path.stat().st_size} {file.captions}" for file in files]
+        return [f"{file.name} {file.path.stat().st_size} {file.captions}{_checksum(file.actions)}" for file in files]
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
@@ -423,10 +427,10 @@ class VideoFolder:
     def _scan(self) -> list[_File]:
         sidecars = Sidecars()
         paths, ignored = [], 0
-        unread = 0
+        lines: list[Path] = []
         for path in sidecars.take_from([path for path in find_files(self.folder) if path.name != WORLD_FILE]):
             if path.suffix.lower() == ACTION_SUFFIX:
-                unread += 1
+                lines.append(path)
                 continue
             if path.suffix.lower() in IMAGE_SUFFIXES and self.frames > 1:
                 ignored += 1
@@ -448,8 +452,10 @@ class VideoFolder:
                     logger.warning("skipped: %s", file)
                 else:
                     files.append(file)
-        if unread and not self.frame_dim:
-            logger.warning("skipped: the actions of %d videos in %s, the model reads none", unread, self.folder)
+        if lines and not self.frame_dim:
+            logger.warning("skipped: the actions of %d videos in %s, the model reads none", len(lines), self.folder)
+        elif lonely := sorted(set(lines) - set(map(actions_beside, paths))):
+            logger.warning("skipped: %s: actions without a video of this name", listed(map(str, lonely)))
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
         for line in sidecars.left_over():
@@ -490,13 +496,7 @@ class VideoFolder:
         """The vectors of the frames of a video, or None where none are read."""
         if not self.frame_dim:
             return None
-        told = read_actions(actions_beside(path), self.frame_dim, info.frames)
-        if frames_at(info, rate) != info.frames:
-            raise ValueError(
-                f"VideoFolder: {path} has actions and {info.fps:g} frames a second, expected fps None or as many, and "
-                f"not {rate:g}: each frame has an action of its own"
-            )
-        return told
+        return actions_of(path, info, rate, self.frame_dim)
 
     def _size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the clips of a file."""
@@ -507,16 +507,17 @@ class VideoFolder:
 
     def _read(self, file: _File, start: int) -> torch.Tensor:
         """Frames of a clip, uint8 (frames, height, width, channels), from frame `start` at the rate of the file on."""
+        key = (file.path, file.rate, file.size)
         with self._lock:
-            cached = self._cache.get(file.path)
+            cached = self._cache.get(key)
             if cached is not None:
-                self._cache.move_to_end(file.path)
+                self._cache.move_to_end(key)
         if cached is None:
             if file.available * math.prod(file.size) * self.channels > self.cache_bytes:
                 return self._decode(file, start, self.frames)
             cached = self._decode(file, 0, file.available)
             with self._lock:
-                self._cache[file.path] = cached
+                self._cache[key] = cached
                 while sum(entry.nbytes for entry in self._cache.values()) > self.cache_bytes and len(self._cache) > 1:
                     self._cache.popitem(last=False)
         return cached[start : start + self.frames]
@@ -526,6 +527,25 @@ class VideoFolder:
         if file.info is None:
             return read_image(file.path, **size)
         return read_video(file.path, frames=frames, fps=file.rate, start=start / file.rate, info=file.info, **size)
+
+
+def actions_of(path: Path, info: VideoInfo, rate: float, frame_dim: int) -> torch.Tensor:
+    """The vectors of the frames of a video that is read at `rate` frames a second (see `read_actions`).
+
+    Raises:
+        ValueError: as of `read_actions`, or a rate at which other frames come out than those that have actions.
+    """
+    told = read_actions(actions_beside(path), frame_dim, info.frames)
+    if frames_at(info, rate) != info.frames:
+        raise ValueError(
+            f"actions: {path} has actions and {info.fps:g} frames a second, expected fps None or as many, and not "
+            f"{rate:g}: each frame has an action of its own"
+        )
+    return told
+
+
+def _checksum(actions: torch.Tensor | None) -> str:
+    return "" if actions is None else f" {zlib.crc32(actions.numpy().tobytes()):08x}"
 
 
 def _pair_name(path: Path, folder: Path) -> str:

@@ -182,6 +182,8 @@ class Source:
         if not streams:
             raise VideoError(f"{self.path}: the file has no video stream")
         stream = streams[0]
+        if len(streams) > 1:
+            tell_once(f"{self.path}: {len(streams)} video streams in one file, the first is read")
         if stream.codec_context is None:
             raise VideoError(f"{self.path}: not a video that ffmpeg can decode (no decoder for its codec)")
         width, height = stream.codec_context.width, stream.codec_context.height

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import subprocess
 from pathlib import Path
@@ -16,9 +15,12 @@ import ffmpeg
 import torch
 import torch.nn.functional as F
 
+from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data.ffmpeg import Drain, as_fraction, check_channels, ffmpeg_binary, reason
 from starflow.files import replacing
 
+# Matroska counts milliseconds.
+_MATROSKA_FPS = 1000.0
 _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
@@ -112,7 +114,7 @@ class VideoWriter:
 
     Args:
         path: .mp4, .m4v, .mov or .mkv, in a folder that exists.
-        fps: frames per second.
+        fps: frames per second, from 0.01 to 100,000 (1000 in .mkv, which counts milliseconds).
         height, width: of the frames.
         channels: 1 (grey) or 3 (RGB).
         lossless, growing: see above.
@@ -142,8 +144,9 @@ class VideoWriter:
             raise ValueError(
                 f'VideoWriter: path {self.path} ends in "{self.path.suffix}", expected one of {", ".join(_CONTAINERS)}'
             )
-        if not 0 < fps < math.inf:
-            raise ValueError(f"VideoWriter: fps is {fps}, expected a positive number")
+        most = _MATROSKA_FPS if self.path.suffix.lower() == ".mkv" else MOST_FPS
+        if not LEAST_FPS <= fps <= most:
+            raise ValueError(f"VideoWriter: fps is {fps}, expected {LEAST_FPS:g} to {most:g} in {self.path.suffix}")
         if height < 1 or width < 1:
             raise ValueError(f"VideoWriter: size is {height}x{width}, expected at least 1x1")
         check_channels(channels)
@@ -272,8 +275,8 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     """
     path = Path(path)
     check_frames("write_gif", frames)
-    if not 0 < fps <= 50:
-        raise ValueError(f"write_gif: fps is {fps}, expected more than 0 and at most 50")
+    if not LEAST_FPS <= fps <= 50:
+        raise ValueError(f"write_gif: fps is {fps}, expected {LEAST_FPS:g} to 50")
     _, height, width, _ = frames.shape
     video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(as_fraction(fps)))
     halves = video.filter_multi_output("split")

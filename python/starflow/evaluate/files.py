@@ -13,13 +13,12 @@ from starflow.data import (
     Clip,
     VideoError,
     VideoFolder,
-    actions_beside,
+    actions_of,
     caption_at,
     captions_of,
     frames_at,
     of_clip,
     probe,
-    read_actions,
     read_image,
     read_video,
     to_pixels,
@@ -86,7 +85,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
     fps = data.fps or info.fps
     told = None
     if dim := pipeline.config.flow.frame_dim:
-        told = read_actions(actions_beside(path), dim, info.frames)
+        told = actions_of(path, info, fps, dim)
     last = frames_at(info, fps) - frames
     if last < 0:
         raise VideoError(f"{path}: {last + frames} frames at {fps:g} frames per second, expected at least {frames}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,13 @@ from starflow.data import (
     read_video,
     to_pixels,
 )
+from starflow.messages import shown
 from starflow.sampling.options import Actions
+
+logger = logging.getLogger(__name__)
+
+# Frames of one action that no clip has.
+_ACTIONS = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,7 @@ class GivenReader:
         """
         self._check_forward(name)
         if isinstance(source, Tensor):
+            _tell_scale(name, source)
             return self._checked(name, source.unsqueeze(-4))
         if not Path(source).is_file():
             raise VideoError(f"sample: {name} is {str(source)!r}, which does not exist, expected a picture")
@@ -94,6 +102,7 @@ class GivenReader:
         most = self.training_frames if most is None else most
         at = ""
         if isinstance(source, Tensor):
+            _tell_scale(name, source)
             found, what = source.shape[-4] if source.dim() > 3 else 0, name
         else:
             if not Path(source).is_file():
@@ -183,16 +192,28 @@ class GivenReader:
         return pixels.to(self.device)
 
 
+def _tell_scale(name: str, pixels: Tensor) -> None:
+    """Tells of pixels that are probably of another scale: a picture without anything darker than a middle grey."""
+    if pixels.numel() and not bool((pixels < 0).any()):
+        logger.warning(
+            "sample: no pixel of %s is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled, less 1, and those "
+            "of 0 to 255 divided by 127.5, less 1",
+            name,
+        )
+
+
 def _numbers(text: str | Path, names: Sequence[str]) -> list[int]:
     """The actions of a text such as "up:12,stay"."""
     found: list[int] = []
     for part in str(text).split(","):
         name, colon, count = part.strip().partition(":")
-        if name not in names or (colon and not (count.isdecimal() and int(count) > 0)):
+        if name not in names or (colon and not (count.isdecimal() and count.strip("0"))):
             known = ", ".join(names) if names else "none, as the actions of this model have no names"
             raise ValueError(
-                f"sample: actions has {part.strip()!r}, expected a file that ends in {ACTION_SUFFIX}, or names with "
-                f"their numbers of frames, such as NAME:12 (names: {known})"
+                f"sample: actions has {shown(part.strip())}, expected a file that ends in {ACTION_SUFFIX}, or names "
+                f"with their numbers of frames, such as NAME:12 (names: {known})"
             )
+        if len(count.lstrip("0")) >= len(str(_ACTIONS)):
+            raise ValueError(f"sample: actions has {shown(part.strip())}, expected less than {_ACTIONS} frames")
         found += [names.index(name)] * int(count or 1)
     return found

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 
+from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data import CaptionMode
 from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
 
@@ -34,16 +35,21 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def _shown(
-    group: str, *, least: float | None = None, above: float | None = None, metavar: str | None = None
+    group: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    metavar: str | None = None,
 ) -> dict[str, Any]:
     """How a field of `SampleOptions` stands on the command line.
 
     Args:
         group: heading of the command's help under which the option stands.
-        least, above: bounds of a number.
+        least, above, most: bounds of a number.
         metavar: what the command's help calls the value.
     """
-    return {"group": group, "least": least, "above": above, "metavar": metavar}
+    return {"group": group, "least": least, "above": above, "most": most, "metavar": metavar}
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +114,7 @@ class SampleOptions:
     seeds: tuple[int, ...] | None = None
     frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
     size: tuple[int, int] | None = field(default=None, metadata=_shown("what", least=1, metavar="HxW"))
-    fps: float | None = field(default=None, metadata=_shown("what", above=0, metavar="F"))
+    fps: float | None = field(default=None, metadata=_shown("what", least=LEAST_FPS, most=MOST_FPS, metavar="F"))
     guidance: float | None = field(default=None, metadata=_shown("what", least=0, metavar="W"))
     guidance_frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
     temperature: float | None = field(default=None, metadata=_shown("what", least=0, metavar="T"))
@@ -154,6 +160,10 @@ class SampleOptions:
             raise ValueError(f"sample: {' and '.join(first)} are given, expected one of them")
         if self.edit is not None and (self.last_image is not None or self.source is not None):
             raise ValueError("sample: edit is given, expected no last_image or source beside it")
+        if self.edit is not None and self.temperature is not None:
+            raise ValueError(
+                f"sample: temperature is {self.temperature}, expected None beside edit (its noise is found)"
+            )
         if self.given is not None and self.video is None:
             raise ValueError(f"sample: given is {self.given}, expected video together with it")
         if self.edit_prompt and self.edit is None:
@@ -258,10 +268,14 @@ def _check(option: Field[Any], value: Any) -> None:
     if least is None and above is None:
         return
     integer = float not in kinds
+    most = option.metadata.get("most") or math.inf
     bound = f">= {least:g}" if above is None else f"> {above:g}"
+    bound += f" and at most {most:g}" if math.isfinite(most) else ""
     for number in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
         fits = isinstance(number, int if integer else int | float) and not isinstance(number, bool)
-        if not (fits and math.isfinite(number) and (number >= least if above is None else number > above)):
+        if not (
+            fits and math.isfinite(number) and number <= most and (number >= least if above is None else number > above)
+        ):
             raise ValueError(
                 f"sample: {option.name} is {value!r}, expected {'an integer' if integer else 'a number'} {bound}"
             )

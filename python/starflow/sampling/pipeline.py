@@ -10,6 +10,7 @@ Reference: Gu et al., STARFlow-V (2025), sampling.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -196,6 +197,7 @@ class Pipeline(Pretrained):
         """
         begin = time.perf_counter()
         asked = sample_options(options, changes)
+        self._check_length(asked, len(_prompts(prompts)))
         session = self.session(prompts, asked)
         beginning = session.beginning
         parts = [] if beginning is None else [beginning]
@@ -276,6 +278,8 @@ class Pipeline(Pretrained):
         # A window that begins anew encodes its context with both halves, so that guidance goes on there.
         if asked.guidance_frames is None and span.behind is None:
             guided = None
+        if asked.guidance_frames is not None and not weight:
+            raise ValueError(f"sample: guidance_frames is {guided}, expected guidance above 0 together with it")
         if guided is not None and span.behind is None:
             raise ValueError(f"sample: guidance_frames is {guided}, expected None where no cache rolls")
         conditions = Conditions(y, null, Guidance(weight, frames=guided), schedule, precision=precision)
@@ -329,6 +333,17 @@ class Pipeline(Pretrained):
         if asked.mode == "v2v" and frames > data.frames:
             raise ValueError(
                 f"sample: frames is {frames}, expected at most {data.frames} with a source, as in the pairs of training"
+            )
+
+    def _check_length(self, asked: SampleOptions, clips: int) -> None:
+        """Refuses clips whose pixels alone, all of which `sample` returns, are more than this machine's memory."""
+        height, width = asked.size or (self.config.data.height, self.config.data.width)
+        frame = 4 * clips * self.codec.channels * height * width
+        most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(frame, 1)
+        if asked.frames is not None and asked.frames > max(most, 1):
+            raise ValueError(
+                f"sample: frames is {asked.frames}, expected at most {most} of {clips} x {height}x{width} pixels, "
+                "which are what fits into memory (a session, or --stream, gives frames one by one)"
             )
 
     def _latent_shape(self, frames: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:

@@ -96,9 +96,10 @@ def _processor() -> str:
 def _read_json(path: Path) -> dict[str, int]:
     try:
         stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return {str(k): int(v) for k, v in stored.items()} if isinstance(stored, dict) else {}
+    # What is not a size is measured again.
+    return {k: v for k, v in stored.items() if type(v) is int and v > 0} if isinstance(stored, dict) else {}
 
 
 def _write_json(path: Path, values: dict[str, int]) -> None:

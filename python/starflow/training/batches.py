@@ -5,6 +5,7 @@ A batch depends on the seed and the number of its step alone.
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from collections.abc import Generator, Sequence
@@ -30,9 +31,22 @@ from starflow.data import (
     sample_group,
     stack_clips,
 )
+from starflow.messages import listed
 from starflow.noise import draw_batch, stream
 from starflow.text import STOP_WORDS, TextEncoder, caption_for, make_text_encoder, split_words
 from starflow.worlds import PaddleClips
+
+logger = logging.getLogger(__name__)
+
+
+# Options that only a folder has, and their values where nothing else was asked for.
+_OF_FOLDERS: dict[str, Any] = {
+    "path": None,
+    "clips_per_file": 1,
+    "cut": "random",
+    "name_captions": False,
+    "caption_second": False,
+}
 
 
 def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
@@ -49,6 +63,10 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
     """
     data, pairs = config.data, config.train.source_prob > 0
+    if data.kind != "folder":
+        for name, usual in _OF_FOLDERS.items():
+            value = getattr(data, name)
+            require(value == usual, f"data.{name}", value, f"{usual} with data.kind '{data.kind}' (or kind 'folder')")
     if data.kind == "digits":
         require(data.height == data.width, "data.width", data.width, f"the height {data.height} for digits")
         require(data.channels == 1, "data.channels", data.channels, "1 for digits")
@@ -68,8 +86,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         return PaddleClips(frames=data.frames, size=data.height, split=split, channels=data.channels)
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
-    folder = Path(data.path)
-    folder = folder / split if (folder / split).is_dir() else folder
+    folder = _part(Path(data.path), split)
     whole = all((folder / name).is_dir() for name in ("source", "target"))
     require(
         whole or not pairs, "data.path", str(folder), "a folder with subfolders source and target (with source_prob)"
@@ -92,8 +109,22 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
     )
 
 
+def _part(folder: Path, split: Literal["train", "test"]) -> Path:
+    """The subfolder of a split where there is one, else the folder; the log tells what that leaves out or mixes."""
+    part = folder / split
+    if part.is_dir():
+        others = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"train", "test", WORLD_FILE}
+        if others:
+            logger.warning("skipped: %s: clips are those of %s, so not %s", folder, part, listed(sorted(others)))
+        return part
+    if split == "test":
+        logger.warning("%s has no subfolder test: these are no held-out clips, the training shows them too", folder)
+    return folder
+
+
 def data_of(dataset: ClipDataset) -> dict[str, Any]:
-    """What tells a folder of files from another one: how many there are, and a checksum of names, sizes and captions.
+    """What tells a folder of files from another one: how many there are, and a checksum of names, sizes, captions and
+    actions.
 
     Args:
         dataset: that a run is trained on; empty for one that is no folder.

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.codecs import Codec
-from starflow.config import RunConfig, to_mapping
+from starflow.codecs import Codec, make_codec
+from starflow.config import ConfigError, RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
 from starflow.extras import import_extra
 from starflow.files import remove_leftovers, sole
+from starflow.messages import shown
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
 from starflow.storage import (
     INDEX,
@@ -46,7 +47,7 @@ from starflow.storage import (
     save_state,
     saving,
 )
-from starflow.text import Features, TextEncoder, caption_for
+from starflow.text import Features, TextEncoder, caption_for, make_text_encoder
 from starflow.training.batches import (
     Batch,
     Batches,
@@ -224,7 +225,7 @@ class Trainer:
         skips = _Skips.of(state)
         if not whole or not isinstance(saved, dict) or skips is None:
             raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
-        _check_same_run(saved, to_mapping(self.config), path)
+        _check_same_run(self._spelt_out(saved, path), self._spelt_out(to_mapping(self.config), path), path)
         if data != self.data:
             told = [f"{facts.get('files', 'no')} files" for facts in (data, self.data)]
             logger.warning("data changed since %s: %s were, %s are; the run goes on with these", path.name, *told)
@@ -234,6 +235,24 @@ class Trainer:
             self.average.reset()
         self.step, self.updates, self._bad = about["step"], about["updates"], about["bad"]
         self._skips = skips
+
+    def _spelt_out(self, saved: Mapping[str, Any], path: Path) -> dict[str, Any]:
+        """A configuration with every option of codec and text: one that is left out is not what it is set to."""
+        parts: dict[str, tuple[Callable[[Mapping[str, Any]], Any], Any]] = {
+            "codec": (make_codec, self.codec),
+            "text": (make_text_encoder, self.text),
+        }
+        whole = dict(saved)
+        for name, (make, own) in parts.items():
+            options = whole.get(name)
+            if not options:
+                continue
+            try:
+                same = options == getattr(self.config, name)
+                whole[name] = (own if same else make(options)).to_config()
+            except ValueError as error:
+                raise TrainingError(f"training: {path} belongs to another model: its {error}") from None
+        return whole
 
     def _tensors(self, *, averaged: bool) -> dict[str, Tensor]:
         """Everything that a resumed run needs, to be read and written in place."""
@@ -477,6 +496,7 @@ def _train(
         dataset = make_dataset(config) if dataset is None else dataset
         config = with_vocabulary(config, dataset)
     codec, text = make_parts(config)
+    _check_prompts(config, text)
     dataset = make_dataset(config) if dataset is None else dataset
     batches = Batches(config, dataset, codec, rank=world.rank, size=world.size)
     with _held(folder, world):
@@ -566,6 +586,20 @@ def _run(
                 raise KeyboardInterrupt
     trainer.save_model(folder)
     return trainer.averaged().requires_grad_(False).eval()
+
+
+def _check_prompts(config: RunConfig, text: TextEncoder | None) -> None:
+    """Refuses prompts of samples that could not be made, before hours of training and not after."""
+    prompts = config.sample.prompts
+    if not config.train.sample_every or config.train.source_prob:
+        return
+    if text is None and any(prompts):
+        raise ConfigError(f"sample.prompts is {shown(prompts)}, expected none: the model is trained without text")
+    if text is not None:
+        try:
+            Features(config.flow, text)([caption_for(config, prompt) for prompt in prompts])
+        except ValueError as error:
+            raise ConfigError(f"sample.prompts: {error}") from None
 
 
 def _due(step: int, every: int) -> bool:

@@ -67,7 +67,7 @@ class GymnasiumWorld:
     @property
     def fps(self) -> float:
         """Frames a second that the environment is shown at; 30 where it does not tell."""
-        return float(self._environment.metadata.get("render_fps", 30))
+        return float(self._environment.metadata.get("render_fps") or 30)
 
     def reset(self, seed: int | None = None) -> np.ndarray:
         """Begins an episode.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data import (
     WORLD_FILE,
     Action,
@@ -19,7 +20,7 @@ from starflow.data import (
     read_world,
     write_video,
 )
-from starflow.files import write_text
+from starflow.files import sole, write_text
 from starflow.worlds.policies import Policy, PolicyName
 from starflow.worlds.world import PlayableWorld
 
@@ -90,14 +91,36 @@ def record(
 
     Raises:
         ValueError: an argument out of range, or a folder of another world.
+        InUseError: another process records into the folder.
         WorldError: the world failed.
         OSError: a file cannot be written.
     """
     for name, value in (("frames", frames), ("clip_frames", clip_frames)):
         if value < 1:
             raise ValueError(f"record: {name} is {value}, expected at least 1")
+    rate = world.fps if fps is None else fps
+    if not LEAST_FPS <= rate <= MOST_FPS:
+        raise ValueError(f"record: fps is {rate:g}, expected {LEAST_FPS:g} to {MOST_FPS:g}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    # Two that number their clips alike would leave the frames of one beside the actions of the other.
+    with sole(folder):
+        return _record(
+            world, folder, frames, policy=policy, seed=seed, fps=rate, clip_frames=clip_frames, on_frame=on_frame
+        )
+
+
+def _record(
+    world: PlayableWorld,
+    folder: Path,
+    frames: int,
+    *,
+    policy: PolicyName,
+    seed: int,
+    fps: float,
+    clip_frames: int,
+    on_frame: Callable[[], object] | None,
+) -> Recorded:
     about, held = RecordedWorld(world.name, world.actions), read_world(folder)
     if held is not None and held != about:
         raise ValueError(
@@ -107,7 +130,6 @@ def record(
     number = 1 + max((int(path.stem[5:]) for path in folder.glob("clip-*.mp4") if path.stem[5:].isdigit()), default=-1)
     if held is None:
         write_text(folder / WORLD_FILE, about.to_json())
-    rate = world.fps if fps is None else fps
     play = Policy(world, policy, np.random.default_rng([seed, number]))
     clips = episodes = count = 0
     total = 0.0
@@ -119,7 +141,7 @@ def record(
         frame, action, reward, done = world.reset(seed + number), None, 0.0, False
         while True:
             if clip is None:
-                clip = _Clip(folder / f"clip-{number:06d}.mp4", rate)
+                clip = _Clip(folder / f"clip-{number:06d}.mp4", fps)
                 clips, number = clips + 1, number + 1
             clip.add(frame, action, reward, done)
             count, total = count + 1, total + reward

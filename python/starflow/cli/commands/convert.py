@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from starflow.cli.options import PROG, Command, make_config, model_path, number
+from starflow.cli.options import PROG, Command, make_config, model_path, number, path_text
 from starflow.config import config_names
 
 
@@ -37,7 +37,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help=f"yaml of the published release, or one of {', '.join(config_names())}"
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=".pth or .safetensors file with published names")
+    parser.add_argument(
+        "checkpoint", type=path_text, metavar="CHECKPOINT", help=".pth or .safetensors file with published names"
+    )
     parser.add_argument("out", metavar="OUT", type=model_path, help="what to write: a name.safetensors, or a folder")
     parser.add_argument(
         "--dtype",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from starflow.cli.options import PROG, Command, number
+from starflow.cli.options import PROG, Command, number, path_text
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -34,7 +34,9 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="demo", metavar="FOLDER", help="where everything goes (default: demo)")
+    parser.add_argument(
+        "--out", type=path_text, default="demo", metavar="FOLDER", help="where everything goes (default: demo)"
+    )
     parser.add_argument("--steps", type=number(int, 1), metavar="N", help="of training (default: of config digits)")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of everything (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

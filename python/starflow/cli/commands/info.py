@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from starflow.cli.options import MODEL_HELP, PROG, Command
+from starflow.cli.options import MODEL_HELP, PROG, Command, path_text
 from starflow.config import config_names
 
 
@@ -31,7 +31,7 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_text, nargs="?", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--json", action="store_true", help="print json")
 
 

@@ -9,7 +9,7 @@ import webbrowser
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from starflow.cli.options import MODEL_HELP, PROG, Command, add_device, device_name, load_pipeline, number
+from starflow.cli.options import MODEL_HELP, PROG, Command, add_device, device_name, load_pipeline, number, path_text
 from starflow.config import ConfigError
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: paddle)")
+    parser.add_argument("model", type=path_text, nargs="?", metavar="MODEL", help=f"{MODEL_HELP} (default: paddle)")
     parser.add_argument(
-        "--port", type=number(int, 0), default=8765, metavar="N", help="0 takes a free one (default: 8765)"
+        "--port", type=number(int, 0, most=65535), default=8765, metavar="N", help="0 takes a free one (default: 8765)"
     )
     parser.add_argument(
         "--host",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from starflow.cli.options import PROG, Command, number, size_of
+from starflow.cli.options import PROG, Command, number, path_text, size_of
 from starflow.cli.output import clips_text
+from starflow.config import LEAST_FPS, MOST_FPS
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     from starflow.worlds import CLIP_FRAMES, POLICIES
 
     parser.add_argument("world", metavar="WORLD", help='"paddle", or the name of a gymnasium environment')
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="where clips go")
+    parser.add_argument("--out", type=path_text, required=True, metavar="FOLDER", help="where clips go")
     parser.add_argument("--frames", type=number(int, 1), required=True, metavar="N", help="to write")
     parser.add_argument(
         "--policy",
@@ -64,7 +65,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=size_of, metavar="HxW", help="of the frames (default: 64x64)")
     parser.add_argument("--grey", action="store_true", help="grey frames")
     parser.add_argument(
-        "--fps", type=number(float, 0, above=True), metavar="F", help="of the videos (default: the world's)"
+        "--fps", type=number(float, LEAST_FPS, most=MOST_FPS), metavar="F", help="of the videos (default: the world's)"
     )
     parser.add_argument(
         "--clip-frames",

@@ -19,6 +19,7 @@ from starflow.cli.options import (
     device_name,
     load_pipeline,
     number,
+    path_text,
     sample_options_of,
 )
 from starflow.cli.output import (
@@ -36,6 +37,10 @@ from starflow.config import ConfigError
 if TYPE_CHECKING:
     from starflow.distributed import World
     from starflow.sampling import Frames, Pipeline, SampleOptions
+
+
+# Clips of a prompt: a prompt and a seed of each are listed before the first is made.
+_MOST_CLIPS = 1_000_000
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -166,11 +171,17 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_text, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what a clip shows; one or several")
-    parser.add_argument("--out", default="samples", metavar="FOLDER", help="where files go (default: samples)")
     parser.add_argument(
-        "--clips", type=number(int, 1), default=1, metavar="N", help="clips of each prompt (default: 1)"
+        "--out", type=path_text, default="samples", metavar="FOLDER", help="where files go (default: samples)"
+    )
+    parser.add_argument(
+        "--clips",
+        type=number(int, 1, most=_MOST_CLIPS),
+        default=1,
+        metavar="N",
+        help="clips of each prompt (default: 1)",
     )
     add_sample_options(parser)
     run = parser.add_argument_group("run")

@@ -18,6 +18,7 @@ from starflow.cli.options import (
     held_out_clips,
     load_pipeline,
     number,
+    path_text,
     picture_path,
 )
 from starflow.cli.output import clips_text, write_json
@@ -37,6 +38,13 @@ def _run(args: argparse.Namespace) -> int:
 
     if bool(args.paths) == (args.held_out is not None):
         raise ConfigError("score: expected either paths of videos or --held-out, and not both")
+    if args.held_out is not None:
+        for option in ("frames", "clips_per_file"):
+            if (value := getattr(args, option)) is not None:
+                told = f"--{option.replace('_', '-')}"
+                raise ConfigError(
+                    f"{told} is {value}, expected paths together with it: held-out clips are as in training"
+                )
     if args.reference is not None and args.held_out is not None:
         raise ConfigError(
             f"--reference is {args.reference}, expected paths together with it: it judges them by held-out clips"
@@ -52,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
             clips = [dataclasses.replace(clip, caption=args.caption) for clip in clips]
     else:
         clips = read_clips(
-            pipeline, args.paths, frames=args.frames, clips_per_file=args.clips_per_file, caption=args.caption
+            pipeline, args.paths, frames=args.frames, clips_per_file=args.clips_per_file or 1, caption=args.caption
         )
     sigma = pipeline.config.train.noise_std if args.noise_std is None else args.noise_std
     per_token = args.per_token or args.heat_map is not None
@@ -158,13 +166,13 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    parser.add_argument("model", type=path_text, metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="video files, or folders of them with their captions")
     parser.add_argument(
         "--held-out", type=number(int, 1), metavar="N", help="in place of paths: N clips of the run's own test data"
     )
     parser.add_argument(
-        "--clips-per-file", type=number(int, 1), default=1, metavar="N", help="cut evenly from each file (default: 1)"
+        "--clips-per-file", type=number(int, 1), metavar="N", help="cut evenly from each file (default: 1)"
     )
     parser.add_argument("--frames", type=number(int, 1), metavar="N", help="of a clip (default: as in training)")
     parser.add_argument("--caption", metavar="TEXT", help="of all clips, in place of their own")
@@ -194,7 +202,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="deviation of the noise that is added (default: that of training; the model knows no other data)",
     )
     parser.add_argument(
-        "--json", metavar="FILE", help="write the scores, frames included; - prints them in place of the table"
+        "--json",
+        type=path_text,
+        metavar="FILE",
+        help="write the scores, frames included; - prints them in place of the table",
     )
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the noise (default: 0)")
     parser.add_argument(

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from starflow.cli.options import PROG, Command, add_device, device_name, make_config, number, setting
+from starflow.cli.options import PROG, Command, add_device, device_name, make_config, number, path_text, setting
 from starflow.config import ConfigError, config_names
 from starflow.messages import short
 
@@ -76,14 +76,17 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", metavar="FOLDER", help="folder of video files (default: the digits)")
+    parser.add_argument("--data", type=path_text, metavar="FOLDER", help="folder of video files (default: the digits)")
     parser.add_argument(
         "--config",
+        type=path_text,
         metavar="NAME_OR_PATH",
         help=f"configuration: a yaml file, or one of {', '.join(config_names())} (default: with --data world where it "
         "holds world.json, or clips; else digits)",
     )
-    parser.add_argument("--out", metavar="FOLDER", help="folder of the run (default: runs/NAME of the configuration)")
+    parser.add_argument(
+        "--out", type=path_text, metavar="FOLDER", help="folder of the run (default: runs/NAME of the configuration)"
+    )
     parser.add_argument("--steps", type=number(int, 1), metavar="N", help="short for --set train.steps=N")
     parser.add_argument("--seed", type=number(int, 0), metavar="N", help="short for --set train.seed=N")
     parser.add_argument(
