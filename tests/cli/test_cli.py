@@ -258,7 +258,7 @@ def test_settings_reach_the_config() -> None:
         (["score", "m", "a.mp4", "--held-out", "2"], "expected either paths of videos or --held-out"),
         (["score", "m", "--held-out", "2", "--frames", "3"], "--frames is 3, expected paths together with it"),
         (["score", "m", "--held-out", "2", "--clips-per-file", "1"], "--clips-per-file is 1, expected paths together"),
-        (["sample", "m", "--size", "9" * 5000 + "x8"], " 9' is given, expected HEIGHTxWIDTH"),
+        (["sample", "m", "--size", "9" * 5000 + "x8"], "9x8' is given, expected HEIGHTxWIDTH"),
         (["sample", "m", "--clips", "1000001"], "argument --clips: '1000001' is given, expected at most 1e+06"),
         (["play", "m", "--port", "65536"], "argument --port: '65536' is given, expected at most 65535"),
         (["train", "--set", "train.steps"], "argument --set: 'train.steps' is given, expected KEY=VALUE"),

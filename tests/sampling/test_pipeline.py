@@ -302,11 +302,43 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
             "5 latent frames are given, expected at most 4",
         ),
         ({"look_ahead": 2}, "look_ahead is 2, expected 0 to 1"),
+        ({"renew": "false"}, "sample: renew is 'false', expected bool"),
+        ({"certificate": 1}, "sample: certificate is 1, expected bool"),
+        ({"solver": 3}, "sample: solver is 3, expected str, Sequential, Chunks, Window"),
+        ({"image": [1, 2]}, r"sample: image is \[1, 2\], expected str, Path, Tensor"),
+        ({"video": b"a.mp4"}, "sample: video is b'a.mp4', expected str, Path, Tensor"),
+        ({"edit_prompt": 3}, "sample: edit_prompt is 3, expected str"),
+        ({"seeds": {1}}, r"sample: seeds is \{1\}, expected Sequence"),
+        ({"actions": 3}, "sample: actions is 3, expected str, Path, Sequence, Tensor"),
+        (
+            {"image": torch.zeros(1, 16, 16, dtype=torch.uint8)},
+            "pixels have dtype torch.uint8, expected floating point",
+        ),
+        ({"guidance": 0, "guidance_frames": 3}, "guidance_frames is 3, expected guidance above 0 together with it"),
     ],
 )
 def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.sample(PROMPT, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [None, 3, b"a three", ["a three", 3], {"a three", "a four"}, iter(["a three"])])
+def test_prompts_that_are_no_texts(pipeline: Pipeline, prompts: Any) -> None:
+    with pytest.raises(ValueError, match=r"sample: prompts is .*, expected a text or a list of texts"):
+        pipeline.sample(prompts)
+
+
+def test_numbers_of_numpy_are_taken_in_the_precision_of_the_model(pipeline: Pipeline) -> None:
+    picture = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    narrow, wide = (pipeline.sample(PROMPT, image=kind).pixels for kind in (picture, picture.double()))
+    assert wide.dtype == torch.float32
+    assert torch.equal(narrow, wide)
+    noise = torch.randn(1, 2, 16, 4, 4)
+    made = [list(pipeline.session(PROMPT).extend(kind, last=True)) for kind in (noise, noise.double())]
+    for one, other in zip(*made, strict=True):
+        assert torch.equal(one.pixels, other.pixels)
+    with pytest.raises(ValueError, match=r"session: noise has dtype torch\.int32, expected a floating-point one"):
+        pipeline.session(PROMPT).extend(noise.int())
 
 
 def test_an_option_that_does_not_exist(pipeline: Pipeline) -> None:

@@ -127,10 +127,13 @@ def test_dependency_in_another_order() -> None:
     again, report = starflow.solve(fn, z, order=order, known=known, schedule=Window(4, tolerance=0.0))
     torch.testing.assert_close(again, x)
     assert report.tokens == 7
-    # A wrong order is not seen from inside, but by the certificate.
-    _, report = starflow.solve(fn, z, order=order.flip(0), schedule=Window(4, tolerance=1e-3, certificate=True))
+    # A wrong order behind the first token is not seen from inside, but by the certificate.
+    wrong = torch.cat([order[:1], order[1:].flip(0)])
+    _, report = starflow.solve(fn, z, order=wrong, schedule=Window(4, tolerance=1e-3, certificate=True))
     assert report.backward_error is not None
     assert report.backward_error > 0.01
+    with pytest.raises(ValueError, match="another shift or scale of the first token"):
+        starflow.solve(fn, z, order=order.flip(0))
 
 
 @pytest.mark.parametrize("axis", [1, 2, 3, -1])
@@ -254,3 +257,19 @@ def test_what_is_not_finite_is_named() -> None:
         starflow.solve(identity, Z.index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(torch.nan)))
     with pytest.raises(NotFiniteError, match="the solution of token 0 of sample 0 is not finite"):
         starflow.solve(lambda x: (torch.zeros_like(x), torch.full_like(x, torch.nan)), Z)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: (0.9 * x, torch.ones_like(x)),
+        lambda x: (0.5 * x.flip(1), torch.ones_like(x)),
+        lambda x: (torch.zeros_like(x), 1 + x.abs().mean(1, keepdim=True).expand_as(x)),
+        lambda x: (torch.zeros_like(x), torch.rand_like(x) + 0.1),
+    ],
+    ids=["itself", "backwards", "mean", "random"],
+)
+@pytest.mark.parametrize("schedule", [Window(), Window(1), Sequential()], ids=str)
+def test_functions_that_are_not_causal_are_refused(fn: Function, schedule: Schedule) -> None:
+    with pytest.raises(ValueError, match="solve: fn returned another shift or scale of the first token for another x"):
+        starflow.solve(fn, torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0)), schedule=schedule)

@@ -264,10 +264,13 @@ def test_break_even_is_measured_once_and_kept(cache: Path, monkeypatch: pytest.M
     assert break_even(model, 100) == 1
     guided, _ = decoder(flow, latents(flow), Guidance(1.0))
     assert break_even(guided, 1) == 6
-    monkeypatch.setattr(BREAK_EVEN, "_measured", {})
-    cache.write_text("{ broken")
-    assert break_even(model, 2) >= 1
-    assert list(json.loads(cache.read_text())) == [key]
+    for damaged in ("{ broken", "[" * 100_000, *(json.dumps({key: value}) for value in ("x", None, -3, 1.5, [4]))):
+        monkeypatch.setattr(BREAK_EVEN, "_measured", {})
+        cache.write_text(damaged)
+        assert break_even(model, 2) >= 1
+        (again,) = json.loads(cache.read_text()).items()
+        assert again[0] == key
+        assert again[1] >= 1
     assert list(cache.parent.iterdir()) == [cache]
 
 

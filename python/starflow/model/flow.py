@@ -269,6 +269,8 @@ class Flow(nn.Module):
                 f"flow: {name} has shape {list(x.shape)}, expected (batch, frames, {config.in_channels}, height, "
                 f"width) or (batch, {config.in_channels}, height, width)"
             )
+        if not x.numel():
+            raise ValueError(f"flow: {name} has shape {list(x.shape)}, expected at least one of each")
         double = self._blocks()[-1].guess.dtype == torch.float64
         if not x.is_floating_point() or (x.dtype == torch.float64) != double:
             expected = "float64 like the weights" if double else "float32, bfloat16 or float16"
@@ -280,6 +282,10 @@ class Flow(nn.Module):
                 raise ValueError(
                     f"flow: {condition} has shape {list(y.shape)}, expected ({x.shape[0]}, at most {config.txt_size} "
                     f"text tokens, {config.txt_dim})"
+                )
+            if not y.is_floating_point():
+                raise ValueError(
+                    f"flow: {condition} has dtype {y.dtype}, expected text features, which are floating-point"
                 )
         elif config.num_classes:
             if y is not None and (

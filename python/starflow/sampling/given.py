@@ -189,12 +189,13 @@ class GivenReader:
             raise ValueError(
                 f"sample: {name} gives {pixels.shape[1]} frames, which the codec cannot hold: {error}"
             ) from None
-        return pixels.to(self.device)
+        # Integers are left to the codec, which refuses them.
+        return pixels.to(self.device, torch.float32 if pixels.is_floating_point() else None)
 
 
 def _tell_scale(name: str, pixels: Tensor) -> None:
     """Tells of pixels that are probably of another scale: a picture without anything darker than a middle grey."""
-    if pixels.numel() and not bool((pixels < 0).any()):
+    if pixels.is_floating_point() and pixels.numel() and not bool((pixels < 0).any()):
         logger.warning(
             "sample: no pixel of %s is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled, less 1, and those "
             "of 0 to 255 divided by 127.5, less 1",

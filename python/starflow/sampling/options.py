@@ -22,6 +22,7 @@ from torch import Tensor
 
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data import CaptionMode
+from starflow.messages import shown
 from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
 
 Denoise: TypeAlias = Literal["auto", "learned", "score", "none"]
@@ -256,6 +257,10 @@ def takes_options(method: Made) -> Made:
     return method
 
 
+# Types for which any list stands.
+_MANY = (tuple, Sequence)
+
+
 def _check(option: Field[Any], value: Any) -> None:
     """Refuses a value of the wrong type or out of range."""
     kinds = option_kinds()[option.name]
@@ -266,6 +271,10 @@ def _check(option: Field[Any], value: Any) -> None:
         return
     least, above = option.metadata.get("least"), option.metadata.get("above")
     if least is None and above is None:
+        plain = tuple(Sequence if kind in _MANY else kind for kind in (typing.get_origin(k) or k for k in kinds))
+        if not isinstance(value, plain) or isinstance(value, bytes):
+            expected = ", ".join(dict.fromkeys(kind.__name__ for kind in plain))
+            raise ValueError(f"sample: {option.name} is {shown(value)}, expected {expected}")
         return
     integer = float not in kinds
     most = option.metadata.get("most") or math.inf

@@ -24,6 +24,7 @@ from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import CaptionMode
 from starflow.inference import in_inference_mode
+from starflow.messages import shown
 from starflow.model import Flow, Guidance, tweedie_step
 from starflow.sampling.cleaning import Cleaning, Denoising
 from starflow.sampling.given import GivenReader
@@ -460,4 +461,8 @@ class Pipeline(Pretrained):
 
 
 def _prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:
-    return (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    names = (prompts,) if isinstance(prompts, str) else prompts
+    # A set has no order in which seeds would belong to its prompts, and a generator is empty the second time.
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"sample: prompts is {shown(prompts)}, expected a text or a list of texts")
+    return tuple(names)

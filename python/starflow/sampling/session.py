@@ -366,7 +366,11 @@ class Session:
                     f"session: noise has shape {list(noise.shape)}, expected ({self.shape[0]} clips, at least 1 "
                     f"frame, {', '.join(map(str, self.shape[1:]))})"
                 )
-            self._sources.append(noise.to(self._device))
+            if not noise.is_floating_point():
+                raise ValueError(f"session: noise has dtype {noise.dtype}, expected a floating-point one")
+            # In the precision of the weights; numbers of numpy are often in another.
+            double = next(self._flow.parameters()).dtype == torch.float64
+            self._sources.append(noise.to(self._device, torch.float64 if double else torch.float32))
         else:
             if not isinstance(noise, int | None) or isinstance(noise, bool):
                 raise ValueError(f"session: frames is {noise!r}, expected a number of them, noise or None")

@@ -54,7 +54,8 @@ def solve(
         x like `z`, and the report. Its `rows` count the tokens of the windows, not what `fn` computes beyond them.
 
     Raises:
-        ValueError: an argument that does not fit, or what `fn` returns.
+        ValueError: an argument that does not fit, or what `fn` returns; a function whose first token depends on any,
+            which is one that is not causal.
         NotFiniteError: a token is not finite.
 
     Examples:
@@ -74,6 +75,10 @@ def solve(
     x, report = invert(model, model.sequence(z), schedule, given)
     # Made in inference mode, where a tensor cannot later take part in autograd.
     return model.like_z(x).clone(), report
+
+
+# Difference between two results for the same token that rounding may make, relative to scale and shift.
+_SAME = 1e-3
 
 
 class FunctionDecoder:
@@ -101,6 +106,8 @@ class FunctionDecoder:
         if frame is not None and not 1 <= frame <= self.tokens:
             raise ValueError(f"solve: frame is {frame}, expected 1 to the {self.tokens} tokens of z")
         self.frame_tokens = self.tokens if frame is None else frame
+        # Scale and shift of the first token, which depend on nothing.
+        self._first: tuple[Tensor, Tensor] | None = None
         self._order = self._place = None
         if order is not None:
             if windowed:
@@ -174,6 +181,8 @@ class FunctionDecoder:
 
     def _call(self, window: slice) -> tuple[Tensor, Tensor]:
         """Scale and shift, (batch, tokens, channels), of the tokens of `window` or of all."""
+        # No causal function reads the last token: another one each time shows those that do.
+        self._x[:, -1] = 1.0 - self._x[:, -1]
         x = self.like_z(self._x[:, 1:])
         returned: Any = self._fn(x, window) if self._windowed else self._fn(x)
         if not (isinstance(returned, tuple) and len(returned) == 2 and all(isinstance(t, Tensor) for t in returned)):
@@ -188,7 +197,22 @@ class FunctionDecoder:
         least = float(scale.amin())
         if least < 0.0:
             raise ValueError(f"solve: fn returned scale {least:g}, expected numbers > 0")
-        return self.sequence(scale.to(x.dtype)), self.sequence(shift.to(x.dtype))
+        maps = self.sequence(scale.to(x.dtype)), self.sequence(shift.to(x.dtype))
+        if window.start == 0 or not self._windowed:
+            self._check_first(*(part[:, 0] for part in maps))
+        return maps
+
+    def _check_first(self, scale: Tensor, shift: Tensor) -> None:
+        """Refuses a function whose map of the first token changes with x: of such a one the solution would be wrong."""
+        if self._first is None:
+            self._first = scale.clone(), shift.clone()
+        changes = [(new - old).abs() for new, old in zip((scale, shift), self._first, strict=True)]
+        most = _SAME * (self._first[0].abs() + self._first[1].abs())
+        if any(bool((change > most).any()) for change in changes):
+            raise ValueError(
+                "solve: fn returned another shift or scale of the first token for another x, expected a function that "
+                "is causal (shift and scale of a token depend on the tokens before it alone) and the same at each call"
+            )
 
 
 @dataclass(frozen=True)
