@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -210,3 +212,26 @@ def test_actions_that_change_make_another_folder(tmp_path: Path) -> None:
     lines[5]["action"] = (lines[5]["action"] + 1) % 3
     path.write_text("\n".join(map(json.dumps, lines)))
     assert listing() != before
+
+
+def test_a_full_disk_leaves_no_actions_without_their_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    record(PaddleBall(), tmp_path, 3)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(importlib.import_module("starflow.worlds.record"), "write_video", full)
+    with pytest.raises(OSError, match="No space left"):
+        record(PaddleBall(), tmp_path, 3)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_byte_order_marks_are_no_part_of_lines(tmp_path: Path) -> None:
+    record(PaddleBall(), tmp_path, 3)
+    told, known = read_actions(tmp_path / "clip-000000.jsonl", 3), read_world(tmp_path)
+    for name in ("clip-000000.jsonl", "world.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text(), encoding="utf-8-sig")
+    again = read_actions(tmp_path / "clip-000000.jsonl", 3)
+    assert torch.equal(again[1:], told[1:])
+    assert again[0].isnan().all()
+    assert read_world(tmp_path) == known

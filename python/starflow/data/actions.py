@@ -153,7 +153,7 @@ def _text(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"actions: {path} has {path.stat().st_size} bytes, expected at most 1 GiB")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"actions: {path} is no text in UTF-8 (byte {error.start}), expected lines of JSON") from None
     except OSError as error:

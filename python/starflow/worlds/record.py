@@ -59,8 +59,13 @@ class _Clip:
     def end(self) -> None:
         """Writes the lines first: a video without them would not train."""
         frames, lines = zip(*self._shown, strict=True)
-        write_text(actions_beside(self._path), "\n".join(lines) + "\n")
-        write_video(self._path, torch.from_numpy(np.stack(frames)), self._fps, lossless=True)
+        path = actions_beside(self._path)
+        write_text(path, "\n".join(lines) + "\n")
+        try:
+            write_video(self._path, torch.from_numpy(np.stack(frames)), self._fps, lossless=True)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def record(
