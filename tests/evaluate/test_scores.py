@@ -234,6 +234,16 @@ def test_errors_name_the_clip(pipeline: Pipeline, given: list[Clip], message: st
         score(pipeline, given)
 
 
+def test_a_density_that_is_not_finite_is_told(pipeline: Pipeline, configure: Configure, build: Build) -> None:
+    with pytest.raises(ValueError, match=r"score: the density of .* is not finite, .* \(noise_std is 1e\+30\)"):
+        score(pipeline, [clip(0)], noise_std=1e30)
+    broken = build(configure())
+    with torch.no_grad():
+        next(iter(broken.flow.parameters())).fill_(math.nan)
+    with pytest.raises(ValueError, match="is not finite, expected finite weights"):
+        score(broken, [clip(0)])
+
+
 def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path) -> None:
     frames = to_frames(clip(0, frames=10).pixels)
     path = tmp_path / "a.mp4"

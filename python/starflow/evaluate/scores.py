@@ -119,8 +119,8 @@ def score(
         A score for each clip, in order.
 
     Raises:
-        ValueError: no clip, a shape that does not fit, values that are not finite, or a caption that the text
-            encoder refuses; the message names the clip.
+        ValueError: no clip, a shape that does not fit, values or a density that are not finite, or a caption that the
+            text encoder refuses; the message names the clip.
     """
     if not clips:
         raise ValueError("score: clips is empty, expected at least one clip")
@@ -204,6 +204,12 @@ def token_bits(
     told = _vectors(pipeline, clips, frames, pixels.shape[1])
     nats = pipeline.flow.log_prob(latents + sigma * drawn, y, told, by="token").double()[:, -encoded[-1].shape[1] :]
     dimensions = channels * height * width / nats[0, 0].numel()
+    known = nats.isfinite().flatten(1).all(1).tolist()
+    if not all(known):
+        raise ValueError(
+            f"score: the density of {clips[known.index(False)].name} is not finite, expected finite weights and noise "
+            f"of a size that the flow was trained on (noise_std is {sigma:g})"
+        )
     return (-(nats / dimensions + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
 
 
