@@ -273,7 +273,7 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
     flow = "flow: {in_channels: 1, img_size: 4, channels: 64, layers_per_block: [1]}"
     for text, message in (
         (f"{flow}\ntrain: {{step: 3}}", "config.train.step is not an option; did you mean 'steps'?"),
-        (f"{flow}\ntrain: {{noise_std: -1}}", "train.noise_std is -1.0, expected a number >= 0"),
+        (f"{flow}\ntrain: {{noise_std: -1}}", "train.noise_std is -1.0, expected a finite number >= 0"),
         (f"{flow}\ntrain: {{grad_clip: 0, grad_skip: 1}}", "train.grad_clip is 0.0, expected > 0 together with"),
         (f"{flow}\ndata: {{caption_fps: true}}", "data.fps is None, expected a number with data.caption_fps"),
         ("train: {}", "config lacks flow"),
