@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
+import starflow_ext
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, write_video
 from starflow.files import InUseError
@@ -29,6 +30,7 @@ from starflow.storage import CheckpointError, latest_state, load_model
 from starflow.text import ClassEncoder, Features
 from starflow.training import Batch, Batches, Trainer, TrainingError, make_dataset, make_parts, optim, train
 from starflow.training.batches import with_vocabulary
+from starflow.training.machine import multiplies_bfloat16
 from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
 
@@ -240,6 +242,25 @@ def test_many_matrices_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
         singular = torch.linalg.svdvals(parameter.detach()) / (0.2 * 6**0.5)
         assert singular.min() > 0.6
         assert singular.max() < 1.3
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_auto_is_bfloat16_where_it_is_multiplied(tiny, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.setattr("starflow.training.trainer.multiplies_bfloat16", lambda device: known)
+    losses = {}
+    for precision in ("auto", "float32", "bfloat16"):
+        trainer, batches = trainer_of(tiny(precision=precision))
+        shaken(trainer)
+        losses[precision] = trainer._backward(*noisy(trainer, batches.make(0)))
+    assert losses["auto"] == losses["bfloat16" if known else "float32"]
+    assert losses["float32"] != losses["bfloat16"]
+
+
+def test_the_processor_tells_whether_it_multiplies_bfloat16() -> None:
+    levels = starflow_ext.info()["cpu levels"]
+    expected = "supported" in (levels.get("avx512_bf16"), levels.get("amx"))
+    assert multiplies_bfloat16(CPU) == expected
+    assert not multiplies_bfloat16(torch.device("meta"))
 
 
 def test_a_run_of_muon_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
