@@ -11,9 +11,12 @@ it. No seed is chosen: clips have the seeds 0, 1, 2 and so on.
 from __future__ import annotations
 
 import functools
+import io
 import os
+import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import Figure, target
+from figures import Figure, Skipped, target
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -224,6 +227,59 @@ def first_clip() -> Iterator[Figure]:
         begin = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
         yield Figure("first_clip", time.perf_counter() - begin, "s", 20.0, 8.0, lower=True)
+
+
+# The commit whose training steps are the yardstick of `train_speed`: the last one that let the system take its freed
+# memory back, orthogonalised one matrix at a time and trained the demo in float32.
+BEFORE = "e86e27b"
+_ROUNDS, _STEPS = 3, 48
+# Seconds of a step, of a training of the demo's recipe: the median of fours, as the denoiser learns in every fourth.
+_TIMED = """
+import statistics, sys, tempfile, time
+from dataclasses import replace
+from pathlib import Path
+from starflow.config import RunConfig
+from starflow.training import train
+
+config = RunConfig.load("digits")
+config = replace(config, train=replace(config.train, steps=int(sys.argv[1]), checkpoint_every=0))
+ends = []
+with tempfile.TemporaryDirectory() as folder:
+    train(config, Path(folder), on_step=lambda done: ends.append(time.perf_counter()), quiet=True)
+print(statistics.median(ends[i + 4] - ends[i] for i in range(7, len(ends) - 4, 4)) / 4)
+"""
+
+
+def _step_seconds(sources: Path | None) -> float:
+    """Seconds of a training step in a process of its own; with `sources` by that model package."""
+    path = os.pathsep.join(filter(None, (str(sources) if sources else "", os.environ.get("PYTHONPATH", ""))))
+    done = subprocess.run(
+        [sys.executable, "-c", _TIMED, str(_STEPS)],
+        env={**os.environ, "PYTHONPATH": path},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return float(done.stdout.split()[-1])
+
+
+@target("quality")
+def train_speed() -> Iterator[Figure]:
+    """Steps a second of the demo's training over those of the tree at e86e27b, in turn, each in a process of its own.
+
+    The model package of that commit runs on the kernels that are installed, with its own recipe of the demo.
+    """
+    root = Path(__file__).parents[1]
+    archive = subprocess.run(["git", "archive", BEFORE, "python"], cwd=root, capture_output=True)
+    if archive.returncode:
+        raise Skipped(f"git archive {BEFORE}: {archive.stderr.decode().strip()}, expected a clone with its history")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as files:
+            files.extractall(folder, filter="data")
+        taken = [(_step_seconds(Path(folder) / "python"), _step_seconds(None)) for _ in range(_ROUNDS)]
+    before, now = (statistics.median(each) for each in zip(*taken, strict=True))
+    raw: dict[str, Any] = {"before": before, "now": now, "threads": torch.get_num_threads()}
+    yield Figure("train_speed", before / now, "x the step at e86e27b", 1.4, 2.0, raw=raw)
 
 
 def main() -> None:

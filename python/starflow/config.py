@@ -457,6 +457,7 @@ class TrainConfig:
             and 500 in a row end the training.
         ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: dtype in which matrix products are computed; the residual stream and the affine maps stay float32.
+            "auto" is "bfloat16" where the processor or the GPU has an instruction for such products, else "float32".
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
             of them, "fsdp" a piece (slower, less memory). It does nothing in one process, and changes results only by
             the order of sums.
@@ -491,7 +492,7 @@ class TrainConfig:
     grad_clip: float = 1.0
     grad_skip: float = 0.0
     ema: float = 0.999
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     seed: int = 0
     checkpoint_every: int = 0

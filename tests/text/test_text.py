@@ -37,6 +37,20 @@ def test_word_errors_name_word_and_vocabulary():
         WordEncoder(["up", "up"])
 
 
+def test_all_unknown_words_are_named_with_the_nearest_known_ones() -> None:
+    encoder = WordEncoder(["three", "seven", "left", "up"])
+    expected = (
+        r'"treee", "lefft", "qqq" in "a treee up lefft qqq treee" are not known words '
+        r"\(nearest to treee: three; nearest to lefft: left\), expected words of the vocabulary: three, seven, left, up"
+    )
+    with pytest.raises(ValueError, match=expected):
+        encoder.encode(["a treee up lefft qqq treee"])
+    with pytest.raises(ValueError, match=r'"lefft" in "lefft" is not a known word \(nearest: left\), expected'):
+        encoder.encode(["lefft"])
+    with pytest.raises(ValueError, match=r'"a0", "a1", "a2", "a3", "a4" and 7 more in'):
+        encoder.encode([" ".join(f"a{number}" for number in range(12))])
+
+
 def test_classes_become_one_hot_rows():
     assert torch.equal(ClassEncoder(3).encode(["2", ""])[:, 0], torch.tensor([[0.0, 0, 1], [0, 0, 0]]))
     named = ClassEncoder(2, ["cat", "dog"])

@@ -19,6 +19,8 @@ STOP_WORDS = ("a", "an", "and", "is", "moving", "of", "standing", "the")
 
 # Characters of a word that is compared with the vocabulary to name its nearest ones.
 _COMPARED = 40
+# Unknown words of a caption that an error names.
+_TOLD = 5
 # Characters that may stand between the letters of a word: the apostrophe, the hyphen, and the two joiners (zero width)
 # of Persian and of the scripts of India.
 _INSIDE = "'-\u200c\u200d"
@@ -96,19 +98,29 @@ class WordEncoder:
         features = torch.zeros(len(texts), self.size, self.dim)
         for row, text in enumerate(texts):
             words = split_words(text, self.stop_words)
-            for word in words:
-                if word not in self._index:
-                    close = difflib.get_close_matches(word[:_COMPARED], self.vocabulary, n=2)
-                    nearest = f" (nearest: {', '.join(close)})" if close else ""
-                    raise ValueError(
-                        f'WordEncoder: "{word}" in "{text}" is not a known word{nearest}, '
-                        f"expected words of the vocabulary: {', '.join(self.vocabulary)}"
-                    )
+            unknown = [word for word in dict.fromkeys(words) if word not in self._index]
+            if unknown:
+                raise ValueError(self._refusal(text, unknown))
             if len(words) > self.size:
                 raise ValueError(f'WordEncoder: "{text}" has {len(words)} known words, expected at most {self.size}')
             for column, word in enumerate(words):
                 features[row, column, self._index[word]] = 1.0
         return features
+
+    def _refusal(self, text: str, unknown: list[str]) -> str:
+        """What the error says of a caption with unknown words: which they are, and what each may have meant."""
+        told, only = unknown[:_TOLD], len(unknown) == 1
+        close = []
+        for word in told:
+            if found := difflib.get_close_matches(word[:_COMPARED], self.vocabulary, n=2):
+                close.append(f"{'nearest' if only else f'nearest to {word}'}: {', '.join(found)}")
+        hint = f" ({'; '.join(close)})" if close else ""
+        names = ", ".join(f'"{word}"' for word in told)
+        others = f" and {len(unknown) - len(told)} more" if len(unknown) > len(told) else ""
+        return (
+            f'WordEncoder: {names}{others} in "{text}" {"is not a known word" if only else "are not known words"}'
+            f"{hint}, expected words of the vocabulary: {', '.join(self.vocabulary)}"
+        )
 
     def to_config(self) -> dict[str, Any]:
         """The configuration from which `make_text_encoder` makes this encoder again."""

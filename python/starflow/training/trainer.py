@@ -60,6 +60,7 @@ from starflow.training.batches import (
     with_world,
 )
 from starflow.training.engine import Engine, shard
+from starflow.training.machine import keep_freed_memory, multiplies_bfloat16
 from starflow.training.optim import Average, make_optimizers
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ class Trainer:
     ) -> None:
         self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
+        precision = config.train.precision
+        self._bfloat16 = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
         with torch.random.fork_rng():
             torch.manual_seed(config.train.seed)
             self.flow = Flow(config.flow).to(device).train()
@@ -403,7 +406,7 @@ class Trainer:
         return self.flow.denoiser is not None and self.step % self.config.train.denoiser_every == 0
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bfloat16")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     @property
     def _largest_norm(self) -> float:
@@ -491,6 +494,8 @@ def _train(
     quiet: bool,
     dataset: ClipDataset | None,
 ) -> Flow:
+    if world.device.type == "cpu":
+        keep_freed_memory()
     config = with_world(config)
     if open_text(config):
         dataset = make_dataset(config) if dataset is None else dataset
