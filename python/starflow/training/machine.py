@@ -19,8 +19,9 @@ def keep_freed_memory() -> None:
     """Lets this process keep the memory that it frees, from now on.
 
     A step takes and frees some thousand tensors of a megabyte or two. Glibc returns such to the system, which clears
-    them page by page when the next one asks: 6,000 page faults and an eighth of a step of the demo in bfloat16; in float32 no gain was seen. The
-    most that the process holds at a time stays what it was. Other allocators than glibc's are left alone.
+    them page by page when the next one asks: 6,000 page faults and an eighth of a step of the demo in bfloat16; in
+    float32 no gain was seen. The most that the process holds at a time stays what it was. Other allocators than glibc's
+    are left alone.
     """
     if not sys.platform.startswith("linux"):
         return
