@@ -1,6 +1,6 @@
 """The figures that this project promises, measured: one JSON line each.
 
-    python benchmarks/targets.py [NAME ...] [--group cpu|cuda|mission|quality|recorded|world] [--list]
+    python benchmarks/targets.py [NAME ...] [--group cpu|cuda|mission|ops|quality|recorded|world] [--list]
 
 A line has `name`, `value`, `unit`, `goal` (what shall hold), `moonshot`, `holds`, the raw medians in seconds, and
 other facts that explain it. A ratio divides the medians of the competitor and of this project, which run in turn in
@@ -34,12 +34,15 @@ from typing import Any
 
 import cuda_static  # noqa: F401  (its targets)
 import models
+import op_speed  # noqa: F401  (its targets)
+import published
 import quality  # noqa: F401  (its targets)
 import recorded  # noqa: F401  (its targets)
 import token_order as study
 import torch
 import world  # noqa: F401  (its targets)
 from figures import TARGETS, Figure, Skipped, target
+from timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,30 +54,6 @@ from starflow_ext._load import native
 from starflow_ext.jacobi_sweep import jacobi_sweep
 from starflow_ext.rope_append import Cache, Rotation
 from starflow_ext.sweep_block import BlockState
-
-
-def interleaved(*calls: Callable[[], Any], rounds: int = 9, least: float = 0.02) -> list[float]:
-    """Medians in seconds of calls that take turns; a call shorter than `least` is repeated within its turn."""
-    repeats = []
-    for call in calls:
-        call()
-        begin = time.perf_counter()
-        call()
-        repeats.append(max(1, round(least / max(time.perf_counter() - begin, 1e-7))))
-    times: list[list[float]] = [[] for _ in calls]
-    # As timeit does: a call should not pay for the garbage of another one.
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for call, count, taken in zip(calls, repeats, times, strict=True):
-                begin = time.perf_counter()
-                for _ in range(count):
-                    call()
-                taken.append((time.perf_counter() - begin) / count)
-    finally:
-        gc.enable()
-    return [statistics.median(taken) for taken in times]
 
 
 @functools.cache
@@ -333,13 +312,18 @@ def sweep() -> Iterator[Figure]:
 # -- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def _decode(precision: str, schedule: Any, seed: int = 0, *, native_path: bool = True) -> Any:
+def _noise(seed: int) -> Tensor:
+    return torch.randn(1, *models.LATENTS, generator=torch.Generator().manual_seed(seed))
+
+
+def _decode(precision: str, schedule: Any, seed: int = 0) -> Any:
     flow, y, _ = models.trained()
-    z = torch.randn(1, *models.LATENTS, generator=torch.Generator().manual_seed(seed))
-    if native_path:
-        return decode(flow, z, y, schedule=schedule, precision=precision)
-    with starflow_ext.reference_mode():
-        return decode(flow, z, y, schedule=schedule)
+    return decode(flow, _noise(seed), y, schedule=schedule, precision=precision)
+
+
+def _published(schedule: Any) -> Tensor:
+    flow, y, _ = models.trained()
+    return published.decode(flow, _noise(0), y, schedule)
 
 
 def _window(tolerance: float) -> Window:
@@ -348,8 +332,9 @@ def _window(tolerance: float) -> Window:
 
 
 def _sample(name: str, precision: str, window: Window, goal: float, moonshot: float, most: float) -> Iterator[Figure]:
-    published = functools.partial(_decode, "float32", Chunks(), native_path=False)
-    theirs, ours = interleaved(published, functools.partial(_decode, precision, window), rounds=7)
+    theirs, ours = interleaved(
+        functools.partial(_published, Chunks()), functools.partial(_decode, precision, window), rounds=7
+    )
     certified = Window(window.size, window.tolerance, certificate=True)
     errors = [_decode(precision, certified, seed).backward_error for seed in range(8)]
     flow, reports = models.trained()[0], _decode(precision, window).reports
@@ -385,7 +370,7 @@ def sample_exact() -> Iterator[Figure]:
 @target("cpu")
 def sample_sequential() -> Iterator[Figure]:
     """A whole clip in bfloat16 against token-by-token decoding with a cache in eager float32."""
-    eager = functools.partial(_decode, "float32", Sequential(), native_path=False)
+    eager = functools.partial(_published, Sequential())
     theirs, ours = interleaved(eager, functools.partial(_decode, "bfloat16", _window(0.02)), rounds=3)
     raw = {"sequential": theirs, "ours": ours}
     yield Figure("sample_sequential", theirs / ours, "x token by token in eager float32", 50.0, 100.0, raw=raw)
@@ -636,7 +621,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"any of {', '.join(TARGETS)} (default: all)")
     parser.add_argument(
-        "--group", choices=("cpu", "cuda", "mission", "quality", "recorded", "world"), help="only those of one group"
+        "--group",
+        choices=("cpu", "cuda", "mission", "ops", "quality", "recorded", "world"),
+        help="only those of one group",
     )
     parser.add_argument("--list", action="store_true", help="print the names and what they measure")
     args = parser.parse_args()
@@ -647,8 +634,9 @@ def main() -> int:
     for name, (group, function) in TARGETS.items():
         if (args.names and name not in args.names) or (args.group and group != args.group):
             continue
-        # The targets of CUDA run on no GPU and have no ceilings, and those of quality and world bring their own counts.
-        if not args.list and not started and group not in ("cuda", "quality", "recorded", "world"):
+        # The targets of CUDA run on no GPU and have no ceilings, those of ops are ratios, and those of quality and
+        # world bring their own counts.
+        if not args.list and not started and group not in ("cuda", "ops", "quality", "recorded", "world"):
             print(json.dumps({"name": "ceilings", "isa": native.selected_isa(), **ceilings()}), flush=True)
             started = True
         if args.list:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 
 from starflow_ext import ops, pack_weight
+from starflow_ext.linear_pack import WeightStorage
 
 
 def _places(
@@ -76,9 +77,9 @@ def register() -> None:
 class Packed(nn.Module):
     """A linear layer on a packed copy of its weight, for inference."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, storage: WeightStorage | None = None) -> None:
         super().__init__()
-        self.weight = pack_weight(linear.weight.detach(), keep=False)
+        self.weight = pack_weight(linear.weight.detach(), storage, keep=False)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,32 +87,32 @@ class Packed(nn.Module):
         return ops.linear(x, self.weight, self.bias)
 
 
-def pack(model: nn.Module) -> None:
-    """Replace every linear layer of a model by a packed one."""
+def pack(model: nn.Module, storage: WeightStorage | None = None) -> None:
+    """Replace every linear layer of a model by a packed one; `storage` is that of `pack_weight`."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, Packed(child))
+                setattr(module, name, Packed(child, storage))
 
 
-def build(width: int, layers: int, words: int = 512, positions: int = 8192) -> tuple[Any, Any]:
+def build(width: int, layers: int, *, storage: WeightStorage | None = None) -> tuple[Any, Any]:
     """Return a Llama with random weights as transformers runs it, and the same on `starflow_ext`."""
     register()
     config: dict[str, Any] = {
-        "vocab_size": words,
+        "vocab_size": 512,
         "hidden_size": width,
         "intermediate_size": 3 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": width // 64,
         "num_key_value_heads": max(1, width // 256),
-        "max_position_embeddings": positions,
+        "max_position_embeddings": 8192,
         "pad_token_id": 0,
     }
     torch.manual_seed(0)
     plain: Any = LlamaForCausalLM(LlamaConfig(**{**config, "attn_implementation": "sdpa"}))
     fast: Any = LlamaForCausalLM(LlamaConfig(**{**config, "attn_implementation": "starflow"}))
     fast.load_state_dict(plain.state_dict())
-    pack(fast)
+    pack(fast, storage)
     return plain.eval(), fast.eval()
 
 
@@ -149,9 +150,11 @@ def compare(width: int, layers: int, prompts: tuple[int, ...], new: int) -> dict
 
 
 @torch.inference_mode()
-def speed(width: int, layers: int, context: int, new: int, repeats: int = 3) -> float:
+def speed(
+    width: int, layers: int, context: int, new: int, repeats: int = 3, *, storage: WeightStorage | None = None
+) -> float:
     """Return how many times faster `new` tokens go through the model behind a cache of `context` tokens."""
-    models = build(width, layers)
+    models = build(width, layers, storage=storage)
     tokens = torch.randint(1, 512, (1, context + new), generator=torch.Generator().manual_seed(1))
     times = []
     for model in models:

@@ -28,6 +28,17 @@ struct BlockPanels {
     int64_t key_panel_bytes;
     const char* values;
     int64_t value_panel_bytes;
+
+    // sums (rows of the strip from group g on, 32) = the strip times keys [32 half, 32 half + 32).
+    template <class Product>
+    void multiply_keys(const PackedRows& queries, int64_t g, int64_t half, float* sums) const {
+        multiply_strip<Product>(queries, g, keys + half * key_panel_bytes, sums, false);
+    }
+    // sums (rows, 32) += weights times channels [32 panel, 32 panel + 32) of the values.
+    template <class Product>
+    void multiply_values(const PackedRows& weights, int64_t panel, float* sums) const {
+        multiply_strip<Product>(weights, 0, values + panel * value_panel_bytes, sums, true);
+    }
 };
 
 // Keys and values of one key head: panels of a (slots, head_dim) matrix and of a (head_dim, slots) one.
@@ -269,7 +280,8 @@ inline bool weigh(const AttendScratch& s, const PackedRows& weights, int64_t beg
     return grows;
 }
 
-// One tile of query rows. `cache.block(b)` gives the BlockPanels of the keys from b on, a multiple of 64.
+// One tile of query rows. `cache.block(b)` gives the keys and values from b on, a multiple of 64, with the functions of
+// BlockPanels.
 // Leaves result, largest and total in the scratch.
 template <class Product, class Cache>
 inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_dim, const VisibleKeys* visible,
@@ -298,7 +310,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
             return false;
         };
         if (!seen_by(0, rows)) continue;
-        const BlockPanels held = cache.block(block);
+        const auto held = cache.block(block);
         int64_t part = 0;
         for (int64_t g = 0; g < queries.groups(); g += strip_groups<Product>, part += 4) {
             const int64_t begin = g * queries.group;
@@ -312,8 +324,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
             if (!seen_by(begin, begin + count)) continue;
             for (int64_t half = 0; half < key_block / panel_columns; ++half) {
                 fetch(half);
-                multiply_strip<Product>(queries, g, held.keys + half * held.key_panel_bytes,
-                                        s.products + half * panel_columns * room, false);
+                held.template multiply_keys<Product>(queries, g, half, s.products + half * panel_columns * room);
             }
             const PackedRows weights{s.weights, count, key_block / Product::cell,
                                      on_tiles<Product> ? queries.group : count};
@@ -330,7 +341,7 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
                     }
                 }
                 if (p < 2) fetch(2 + p);
-                multiply_strip<Product>(weights, 0, held.values + p * held.value_panel_bytes, out, true);
+                held.template multiply_values<Product>(weights, p, out);
             }
         }
     }

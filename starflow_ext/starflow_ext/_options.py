@@ -47,7 +47,8 @@ def code_of(op: str, argument: str, name: str, codes: Codes) -> int:
 
 def check_name(op: str, argument: str, name: str, codes: Iterable[str]) -> None:
     """Check the value of an option; raises like ``code_of``."""
-    require(name in codes, op, f"{argument} is", f'"{name}"', names_text(codes))
+    if name not in codes:
+        require(False, op, f"{argument} is", f'"{name}"', names_text(codes))
 
 
 def name_of(op: str, argument: str, code: int, codes: Codes) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from starflow_ext._check import (
+    FLOATING,
     arithmetic_dtype,
     as_record,
     autocast_dtype,
@@ -302,6 +303,8 @@ def _log_sum(q: Tensor, k: Tensor, mask: Tensor | None, seen: Tensor | None, sca
 def _operands(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The operands in one dtype: that of ``q``, or autocast's."""
     dtype = autocast_dtype(q) or q.dtype
+    if q.dtype == k.dtype == v.dtype == dtype:
+        return q, k, v
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
@@ -398,20 +401,8 @@ def check(
 ) -> None:
     """Raise what ``block_attention`` raises for wrong arguments; arguments as there."""
     op = "block_attention"
-    named = (("q", q, "(batch, heads, queries, head_dim)"), ("k", k, "(batch, kv_heads, keys, head_dim)"))
-    for name, tensor, expected in named:
-        require(tensor.dim() == 4, op, f"{name} has shape", tensor.shape, expected)
-    require(q.shape[-1] == k.shape[-1], op, "k has head_dim", k.shape[-1], q.shape[-1], "like q")
-    require(q.shape[-1] > 0, op, "q has head_dim", 0, "at least 1")
-    require(q.shape[0] == k.shape[0], op, "k has batch", k.shape[0], q.shape[0], "like q")
-    require(v.shape == k.shape, op, "v has shape", v.shape, k.shape, "like k")
-    divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
-    require(divides, op, "k has heads", k.shape[1], "a divisor of the", q.shape[1], "heads of q")
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_floating(op, name, tensor)
-        check_device(op, name, tensor, "q", q)
-    if q.is_cuda and not in_reference_mode() and not _why_torch(q):
-        require(q.shape[-1] <= _MOST_HEAD_DIM, op, "q has head_dim", q.shape[-1], f"at most {_MOST_HEAD_DIM} on cuda")
+    if not _fit(q, k, v):
+        _check_tensors(q, k, v)
     causal = frames is None if causal is None else causal
     require(q_start is None or causal or frames is not None, op, "q_start is", "given", "None without causal")
     require(k_start is None or frames is None, op, "k_start is", "given", "None with frames")
@@ -436,6 +427,43 @@ def check(
     else:
         require(0.0 < temperature < float("inf"), op, "temperature is", temperature, "a finite number > 0")
     require(scale is None or 0.0 < scale < float("inf"), op, "scale is", scale, "a finite number > 0")
+
+
+def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether tensors on the CPU fit each other, in a microsecond; where it is False, ``_check_tensors`` tells why."""
+    queries, keys = q.shape, k.shape
+    return (
+        len(queries) == len(keys) == 4
+        and keys == v.shape
+        and queries[0] == keys[0]
+        and queries[3] == keys[3] > 0 < keys[1]
+        and queries[1] % keys[1] == 0
+        and q.dtype in FLOATING
+        and k.dtype in FLOATING
+        and v.dtype in FLOATING
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+    )
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise what is wrong with the tensors, if anything is."""
+    op = "block_attention"
+    named = (("q", q, "(batch, heads, queries, head_dim)"), ("k", k, "(batch, kv_heads, keys, head_dim)"))
+    for name, tensor, expected in named:
+        require(tensor.dim() == 4, op, f"{name} has shape", tensor.shape, expected)
+    require(q.shape[-1] == k.shape[-1], op, "k has head_dim", k.shape[-1], q.shape[-1], "like q")
+    require(q.shape[-1] > 0, op, "q has head_dim", 0, "at least 1")
+    require(q.shape[0] == k.shape[0], op, "k has batch", k.shape[0], q.shape[0], "like q")
+    require(v.shape == k.shape, op, "v has shape", v.shape, k.shape, "like k")
+    divides = k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0
+    require(divides, op, "k has heads", k.shape[1], "a divisor of the", q.shape[1], "heads of q")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_floating(op, name, tensor)
+        check_device(op, name, tensor, "q", q)
+    if q.is_cuda and not in_reference_mode() and not _why_torch(q):
+        require(q.shape[-1] <= _MOST_HEAD_DIM, op, "q has head_dim", q.shape[-1], f"at most {_MOST_HEAD_DIM} on cuda")
 
 
 def _check_by_sample(name: str, value: Tensor, q: Tensor) -> None:

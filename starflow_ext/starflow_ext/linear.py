@@ -258,10 +258,11 @@ def _why_torch(
     packed = isinstance(weight, PackedWeight)
     if not (x.is_cpu or x.is_cuda) or not (packed or x.device == weight.device):
         return f"x is on {x.device}"
-    named = (("x", x), ("weight", weight), ("bias", bias), ("multiply", multiply), ("residual", residual))
-    for name, tensor in named:
-        if isinstance(tensor, Tensor) and tensor.dtype not in _NATIVE:
+    for name, tensor in (("x", x), ("bias", bias), ("multiply", multiply), ("residual", residual)):
+        if tensor is not None and tensor.dtype not in _NATIVE:
             return f"{name} is {dtype_text(tensor.dtype)}"
+    if isinstance(weight, Tensor) and weight.dtype not in _NATIVE:
+        return f"weight is {dtype_text(weight.dtype)}"
     if packed or product_input is not None:
         return ""
     # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save;

@@ -54,6 +54,12 @@ def test_padding_that_is_not_on_the_left_is_refused() -> None:
         model(torch.ones(1, 4, dtype=torch.int64), attention_mask=seen)
 
 
+def test_a_diffusion_transformer() -> None:
+    """An image and a text that attend to each other, norms of queries and keys, swapped linears."""
+    pytest.importorskip("diffusers", reason="diffusers is not installed (extra `vae`)")
+    assert example("diffusers_transformer")["compare"](width=128, layers=2, tokens=16, repeats=1).error < 1e-5
+
+
 def test_inverse_of_a_zuko_flow() -> None:
     pytest.importorskip("zuko", reason="zuko is not installed (extra `examples`)")
     zuko_inverse = example("zuko_inverse")

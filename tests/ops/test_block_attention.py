@@ -161,6 +161,21 @@ def test_rows_stand_alone(isa: str) -> None:
             assert torch.equal(alone, together[:, :, i : i + 1])
 
 
+@pytest.mark.parametrize("head_dim", [1, 24, 64, 80])
+def test_few_rows_have_the_bits_of_many(head_dim: int, isa: str) -> None:
+    """Also where keys and values are not packed, and whatever lies in the padding before the first key."""
+    q, k, v = (_draw(2, 2, count, head_dim, seed=count) for count in (20, 150, 151))
+    v, first = v[:, :, :150], torch.tensor([70, 0])
+    for padded in (k, v):
+        padded[0, :, :70] = torch.nan
+    together = ops.block_attention(q, k, v, k_start=first)
+    exact, _ = _exact(q[:1], k[:1, :, 70:], v[:1, :, 70:], torch.ones(1, 20, 80).tril(60).bool())
+    torch.testing.assert_close(together[:1].double(), exact, rtol=4e-6, atol=4e-6)
+    for count in range(1, 6):
+        few = ops.block_attention(q[:, :, -count:], k, v, k_start=first)
+        assert torch.equal(few, together[:, :, -count:])
+
+
 def test_hidden_keys_are_not_read(isa: str) -> None:
     """What lies in a cache behind the last visible key may be anything."""
     q, k, v = _draw(2, 2, 5, 24), _draw(2, 2, 200, 24, seed=6), _draw(2, 2, 200, 24, seed=7)
