@@ -430,6 +430,9 @@ class TrainConfig:
     """The training recipe.
 
     Args:
+        init: a model that the run starts from: the folder of a run, a model file or folder (a converted one too), or
+            the name of one that comes with the package. Flow, codec and text must be its own, apart from vectors of
+            frames and a denoiser, which may be added (see `starflow.training.start`); None for random weights.
         steps: optimiser steps. batch_size: clips of a step. accumulate: equal parts in which a step is computed; their
             gradients are added up.
         lr, min_lr, warmup_steps: learning rate of the flow: a linear warm-up to `lr`, then a cosine down to `min_lr`.
@@ -466,6 +469,7 @@ class TrainConfig:
             of samples; 0 makes none.
     """
 
+    init: str | None = None
     steps: int = 1000
     batch_size: int = 16
     accumulate: int = 1
@@ -594,11 +598,16 @@ class RunConfig:
         Raises:
             ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
         """
+        return from_mapping(cls, cls.sections(path))
+
+    @staticmethod
+    def sections(path: str | Path) -> dict[str, Any]:
+        """The options of a yaml file as they stand there, section by section; arguments and errors as of `load`."""
         included = str(path) in config_names() and not Path(path).is_file()
         expected = f"a yaml file or one of {', '.join(config_names())}"
         values = read_yaml(CONFIGS / f"{path}.yaml" if included else Path(path), expected)
         require(isinstance(values, Mapping), f"config {short(path)}", type(values).__name__, "a mapping of options")
-        return from_mapping(cls, values)
+        return dict(values)
 
 
 # Bytes of a yaml file, and its values with every alias written out. A text of 700 bytes can hold 10^9 values, as lists

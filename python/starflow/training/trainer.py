@@ -62,6 +62,7 @@ from starflow.training.batches import (
 from starflow.training.engine import Engine, shard
 from starflow.training.machine import keep_freed_memory, multiplies_bfloat16
 from starflow.training.optim import Average, make_optimizers
+from starflow.training.start import new_flow, started_flow
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -140,18 +141,24 @@ class Trainer:
         text: captions to features, or None.
         device: where the flow lives.
         world: the processes that train it together; all make the same calls.
+        flow: with the weights to begin with; None for random ones, which follow from `train.seed`.
     """
 
     def __init__(
-        self, config: RunConfig, codec: Codec, text: TextEncoder | None, device: torch.device, world: World = ALONE
+        self,
+        config: RunConfig,
+        codec: Codec,
+        text: TextEncoder | None,
+        device: torch.device,
+        world: World = ALONE,
+        *,
+        flow: Flow | None = None,
     ) -> None:
         self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
         precision = config.train.precision
         self._bfloat16 = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
-        with torch.random.fork_rng():
-            torch.manual_seed(config.train.seed)
-            self.flow = Flow(config.flow).to(device).train()
+        self.flow = (new_flow(config) if flow is None else flow).to(device).train()
         # Without an average the weights themselves stand for it.
         target = copy.deepcopy(self.flow) if config.train.ema else self.flow
         self.engine = Engine(self.flow, world, config.train.parallel)
@@ -472,7 +479,7 @@ def train(
         the CPU, and in pieces in the others).
 
     Raises:
-        ConfigError: options that contradict each other.
+        ConfigError: options that contradict each other, or a model (`train.init`) that does not fit them.
         TrainingError: data or losses that are not finite, or a folder that holds another run, or a model alone.
         InUseError: another process trains in the folder.
         CheckpointError: a checkpoint that cannot be written or read.
@@ -545,9 +552,10 @@ def _run(
     if last is None and world.share(lambda: any((folder / name).exists() for name in (MODEL, INDEX))):
         raise TrainingError(
             f"training: {folder} holds a model and no checkpoint of its run, expected an empty folder (a new run would "
-            "replace the model)"
+            "replace the model; to train on from it, name it as train.init and give the run a folder of its own)"
         )
-    trainer = Trainer(config, codec, text, world.device, world)
+    flow = started_flow(config, codec, text) if config.train.init is not None and last is None else None
+    trainer = Trainer(config, codec, text, world.device, world, flow=flow)
     trainer.data = world.share(lambda: data_of(dataset))
     if last is not None:
         trainer.load(last)
@@ -686,6 +694,13 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
     """A state fits its own model only; other options may change, with a line in the log."""
+    begun, model = (options.get("train", {}).get("init") for options in (saved, given))
+    if model not in (None, begun):
+        raise TrainingError(
+            f"training: {path.parent.parent} holds a run that began from "
+            f"{'random weights' if begun is None else shown(begun)}, expected another folder for one that begins from "
+            f"{shown(model)} (train.init)"
+        )
     changed = [
         f"{section}.{name} was {old!r}, is {options[name]!r}"
         for section, options in given.items()
