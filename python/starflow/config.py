@@ -26,6 +26,8 @@ from starflow.schedules import parse_solver
 ConfigType = TypeVar("ConfigType")
 FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
 
+DenoiseKind = Literal["auto", "learned", "published", "score", "none"]
+
 # Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
 _LAYERS = 10_000
 # Channels and the like, so that the bytes of a weight fit into 63 bits; the widest published network has 3,072.
@@ -542,6 +544,7 @@ class SampleConfig:
         guidance_frames: first frames of a clip that are guided, for flows with attention_frames; None for all.
         temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
+        denoise: how the noise of the training data is removed (see `SampleOptions`).
         precision: dtype of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
             docs/solver.md).
         fps: frames a second of the files that are written.
@@ -552,6 +555,7 @@ class SampleConfig:
     guidance_frames: int | None = None
     temperature: float = 1.0
     solver: str = "window"
+    denoise: DenoiseKind = "auto"
     precision: Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"] = "float32"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()

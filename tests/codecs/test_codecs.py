@@ -288,6 +288,45 @@ def test_incomplete_weights_are_refused(kl_folder, tmp_path):
         AutoencoderKLCodec(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["autoencoder_kl", "wan"])
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_a_fine_tuned_decoder_takes_the_place_of_its_own(kl_folder, wan_folder, tmp_path, kind, prefix):
+    folder = kl_folder if kind == "autoencoder_kl" else wan_folder
+    plain = make_codec({"kind": kind, "folder": str(folder)})
+    tuned = {
+        f"{prefix}{name}": tensor + 0.01
+        for name, tensor in plain._module.state_dict().items()
+        if name.startswith("decoder.")
+    }
+    torch.save(tuned, tmp_path / "tuned.pth")
+    codec = make_codec({"kind": kind, "folder": str(folder), "weights": str(tmp_path / "tuned.pth")})
+    pixels = randn(1, 1, 3, 32, 32).clamp(-1, 1)
+    latents = plain.encode(pixels)
+    assert torch.equal(codec.encode(pixels), latents)
+    assert not torch.allclose(codec.decode(latents), plain.decode(latents))
+    assert make_codec(codec.to_config()).to_config() == codec.to_config()
+    assert torch.equal(make_codec(codec.to_config()).decode(latents), codec.decode(latents))
+
+
+def test_weights_that_do_not_fit_an_autoencoder_are_named(kl_folder, tmp_path):
+    own = AutoencoderKLCodec(kl_folder)._module.state_dict()
+    name = "decoder.conv_out.bias"
+    decoder = {key: tensor for key, tensor in own.items() if key.startswith("decoder.")}
+    for change, message in (
+        ({key: tensor for key, tensor in decoder.items() if key != name}, r"missing: decoder\.conv_out\.bias"),
+        ({**decoder, name: torch.zeros(4)}, r"unfit: decoder\.conv_out\.bias \[4\]"),
+        ({**decoder, name: torch.full((3,), float("nan"))}, r"unfit: decoder\.conv_out\.bias \[3\]"),
+        ({**decoder, "other": torch.zeros(1)}, r"unfit: other \[1\]"),
+        ({}, "no tensors"),
+        ([1], "hold list, expected tensors by name"),
+    ):
+        torch.save(change, tmp_path / "tuned.pth")
+        with pytest.raises(ValueError, match=message):
+            AutoencoderKLCodec(kl_folder, weights=str(tmp_path / "tuned.pth"))
+    with pytest.raises(FileNotFoundError, match="weights nowhere do not exist"):
+        AutoencoderKLCodec(kl_folder, weights="nowhere")
+
+
 @pytest.mark.parametrize("scale", [255.0, 65535.0])
 def test_pixels_of_another_scale_are_refused(scale: float) -> None:
     codec = make_codec({"kind": "dct", "patch": 4, "channels": 1})

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,41 @@ def test_denoisers(pipeline: Pipeline) -> None:
     assert not torch.equal(learned.latents, score.latents)
 
 
+def test_the_published_denoising_is_one_pass_over_a_window(configure: Configure, build: Build) -> None:
+    clips = build(configure(denoiser_window=1))
+    noisy = clips.sample(PROMPT, denoise="none").latents
+    denoiser, text = clips.flow.denoiser, clips.condition([PROMPT])
+    assert denoiser is not None
+    step = clips.config.train.noise_std
+    with torch.inference_mode():
+        expected = denoiser.denoise(noisy, text, step=step)
+    made = clips.sample(PROMPT, denoise="published")
+    torch.testing.assert_close(made.latents, expected, rtol=0, atol=1e-6)
+    assert made.report.denoised == "published"
+    # A longer clip takes windows of the training length, which see the cleaned frames of the one before.
+    long = clips.sample(PROMPT, frames=9, denoise="none").latents
+    expected = long.clone()
+    with torch.inference_mode():
+        for begin, kept in ((0, 0), (3, 1), (6, 1)):
+            cleaned = denoiser.denoise(expected[:, begin : begin + 4], text, step=step)
+            expected[:, begin + kept : begin + 4] = cleaned[:, kept:]
+    made = clips.sample(PROMPT, frames=9, denoise="published")
+    torch.testing.assert_close(made.latents, expected, rtol=0, atol=1e-6)
+    wide = build(configure(denoiser_window=4))
+    assert wide.sample(PROMPT, denoise="published").latents.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"denoise is 'published' and the denoiser looks back 4 frames .*the 4 of a win"
+    ):
+        wide.sample(PROMPT, frames=9, denoise="published")
+
+
+def test_the_model_says_how_it_is_denoised(configure: Configure, build: Build) -> None:
+    config = configure()
+    plain = build(replace(config, sample=replace(config.sample, denoise="none")))
+    assert plain.sample(PROMPT).report.denoised == "none"
+    assert plain.sample(PROMPT, denoise="auto").report.denoised == "learned"
+
+
 def test_a_flow_without_denoiser_takes_its_own_score(configure: Configure, build: Build) -> None:
     plain = build(configure(learnable_self_denoiser=False, conditional_denoiser=False))
     assert plain.sample(PROMPT).report.denoised == "score"
@@ -288,7 +324,7 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"solver": "windows"}, "solver is 'windows', expected"),
         ({"precision": "int7"}, "sample: precision is 'int7', expected one of 'float32', "),
         ({"image": torch.full((1, 16, 16), float("nan"))}, "not finite"),
-        ({"denoise": "magic"}, "sample: denoise is 'magic', expected one of 'auto', 'learned', 'score', 'none'"),
+        ({"denoise": "magic"}, "sample: denoise is 'magic', expected one of 'auto', 'learned', 'published', 'score'"),
         ({"last_image": torch.zeros(1, 16, 16)}, "expected a model that was trained to arrive at a frame"),
         (
             {"edit": torch.zeros(4, 1, 16, 16), "image": torch.zeros(1, 16, 16)},

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from starflow.codecs.codec import check_latents, check_pixels
 from starflow.extras import import_extra
+from starflow.messages import listed, short
 
 __all__ = ["AutoencoderKLCodec", "WanCodec"]
 
@@ -46,6 +48,50 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
     return module.eval().requires_grad_(False)
 
 
+def _replace(codec: str, module: torch.nn.Module, file: str) -> None:
+    """Replaces weights of an autoencoder, such as those of a decoder that was tuned further.
+
+    Args:
+        codec: name for errors.
+        module: whose parameters are overwritten.
+        file: safetensors, or of `torch.save` with tensors alone; names are those of the module, with or without "vae."
+            before them. Of each part (encoder, decoder, ...) all weights or none.
+    """
+    given = {name.removeprefix("vae."): tensor for name, tensor in _tensors(codec, file).items()}
+    own = module.state_dict()
+    parts = {name.partition(".")[0] for name in given}
+    wrong = [
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in given.items()
+        if name not in own or own[name].shape != tensor.shape or not tensor.isfinite().all()
+    ]
+    missing = [name for name in own if name.partition(".")[0] in parts and name not in given]
+    if wrong or missing or not given:
+        told = [f"{what}: {listed(names)}" for what, names in (("unfit", wrong), ("missing", missing)) if names]
+        raise ValueError(
+            f"{codec}: weights {file} do not fit the autoencoder ({'; '.join(told) or 'no tensors'}), expected all of "
+            "its encoder, its decoder or both, finite"
+        )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+
+def _tensors(codec: str, file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file; nothing in a pickle is run."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{codec}: weights {file} do not exist, expected a file of tensors")
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{codec}: weights {file} cannot be read: {short(error)}; expected tensors alone") from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError(f"{codec}: weights {file} hold {type(content).__name__}, expected tensors by name")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
 def _parent(folder: Path) -> Path:
     """The folder to download to so that the files end up in `folder`."""
     return folder.parent if folder.name == "vae" else folder
@@ -64,6 +110,7 @@ class AutoencoderKLCodec:
     Args:
         folder: holds config.json and the weights of a diffusers AutoencoderKL.
         frames_at_once: number of frames that are encoded or decoded in one call; it bounds the memory.
+        weights: a file of tensors that replace those of the folder, such as a fine-tuned decoder's.
 
     Raises:
         FileNotFoundError: when the folder lacks these files.
@@ -77,12 +124,14 @@ class AutoencoderKLCodec:
     log_det_per_dimension = None
     temporal = 1
 
-    def __init__(self, folder: str | os.PathLike[str], frames_at_once: int = 8) -> None:
+    def __init__(self, folder: str | os.PathLike[str], frames_at_once: int = 8, weights: str | None = None) -> None:
         if frames_at_once < 1:
             raise ValueError(f"AutoencoderKLCodec: frames_at_once is {frames_at_once}, expected at least 1")
         self.folder = str(folder)
-        self.frames_at_once = frames_at_once
+        self.frames_at_once, self.weights = frames_at_once, weights
         self._module = _load("AutoencoderKLCodec", "AutoencoderKL", folder)
+        if weights is not None:
+            _replace("AutoencoderKLCodec", self._module, weights)
         config = self._module.config
         self.channels = int(config.in_channels)
         self.latent_channels = int(config.latent_channels)
@@ -156,7 +205,8 @@ class AutoencoderKLCodec:
 
     def to_config(self) -> dict[str, Any]:
         """The configuration from which `make_codec` makes this codec again."""
-        return {"kind": "autoencoder_kl", "folder": self.folder, "frames_at_once": self.frames_at_once}
+        tuned = {} if self.weights is None else {"weights": self.weights}
+        return {"kind": "autoencoder_kl", "folder": self.folder, "frames_at_once": self.frames_at_once, **tuned}
 
 
 class WanCodec:
@@ -170,6 +220,7 @@ class WanCodec:
     Args:
         folder: holds config.json and the weights of a diffusers AutoencoderKLWan.
         suffix_scale: positive; the published video model was trained with 0.6.
+        weights: a file of tensors that replace those of the folder, such as a fine-tuned decoder's.
 
     Raises:
         FileNotFoundError: when the folder lacks these files.
@@ -182,12 +233,15 @@ class WanCodec:
     exact = False
     log_det_per_dimension = None
 
-    def __init__(self, folder: str | os.PathLike[str], suffix_scale: float = 1.0) -> None:
+    def __init__(self, folder: str | os.PathLike[str], suffix_scale: float = 1.0, weights: str | None = None) -> None:
         if not suffix_scale > 0:
             raise ValueError(f"WanCodec: suffix_scale is {suffix_scale}, expected a positive number")
         self.folder = str(folder)
         self.suffix_scale = float(suffix_scale)
+        self.weights = weights
         self._module = _load("WanCodec", "AutoencoderKLWan", folder)
+        if weights is not None:
+            _replace("WanCodec", self._module, weights)
         config = self._module.config
         patch = config.patch_size or 1
         self.channels = int(config.in_channels) // patch**2
@@ -288,7 +342,8 @@ class WanCodec:
 
     def to_config(self) -> dict[str, Any]:
         """The configuration from which `make_codec` makes this codec again."""
-        return {"kind": "wan", "folder": self.folder, "suffix_scale": self.suffix_scale}
+        tuned = {} if self.weights is None else {"weights": self.weights}
+        return {"kind": "wan", "folder": self.folder, "suffix_scale": self.suffix_scale, **tuned}
 
 
 def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:

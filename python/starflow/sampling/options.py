@@ -20,12 +20,12 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 
-from starflow.config import LEAST_FPS, MOST_FPS
+from starflow.config import LEAST_FPS, MOST_FPS, DenoiseKind
 from starflow.data import CaptionMode
 from starflow.messages import shown
 from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
 
-Denoise: TypeAlias = Literal["auto", "learned", "score", "none"]
+Denoise: TypeAlias = DenoiseKind
 # A picture or video: the path of a file, or its pixels.
 Given: TypeAlias = str | Path | Tensor
 
@@ -95,8 +95,10 @@ class SampleOptions:
             bfloat16 decode by native kernels; by default the model's.
         certificate: measures the backward error: how far the noise that these clips belong to is from the noise asked
             for, in standard deviations, at worst.
-        denoise: how the noise of the training data is removed: by the "learned" denoiser, by a step along the flow's
-            own "score", or "none" at all; "auto" takes the learned denoiser where the model has one, else the score.
+        denoise: how the noise of the training data is removed: by the "learned" denoiser, each frame with its
+            neighbours alone; by the same as "published", in one pass over a window of frames when the clip has ended;
+            by a step along the flow's own "score"; or "none" at all. "auto" takes the learned denoiser where the model
+            has one, else the score. By default the model's, mostly "auto".
         look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
             trained to see. 0 shows a frame sooner, cleaned a little worse.
         window_frames: latent frames that the deep block sees of a long clip; by default those of the model's own window
@@ -130,7 +132,7 @@ class SampleOptions:
     solver: str | Schedule | None = field(default=None, metadata=_shown("how", metavar="TEXT"))
     precision: Precision | None = field(default=None, metadata=_shown("how"))
     certificate: bool = field(default=False, metadata=_shown("how"))
-    denoise: Denoise = field(default="auto", metadata=_shown("how"))
+    denoise: Denoise | None = field(default=None, metadata=_shown("how"))
     look_ahead: int | None = field(default=None, metadata=_shown("how", least=0, metavar="N"))
     window_frames: int | None = field(default=None, metadata=_shown("how", least=1, metavar="N"))
     context_frames: int | None = field(default=None, metadata=_shown("how", least=1, metavar="N"))

@@ -291,7 +291,7 @@ class Pipeline(Pretrained):
             seeds,
             self._sized(conditions, span.frames, shape),
             span,
-            self._denoising(asked, span.frames),
+            self._denoising(asked, span, before + shape[0]),
             temperature=config.sample.temperature if asked.temperature is None else asked.temperature,
             read=read if self.text is not None else None,
             renew=asked.renew,
@@ -371,27 +371,34 @@ class Pipeline(Pretrained):
             device=self.device,
         )
 
-    def _denoising(self, asked: SampleOptions, window: int) -> Denoising:
-        """How frames are cleaned, by the options of denoising, with a window of `window` latent frames."""
+    def _denoising(self, asked: SampleOptions, span: Span, frames: int) -> Denoising:
+        """How the (at most) `frames` latent frames of a clip are cleaned, by the options of denoising."""
         recipe, c = self.config.train, self.flow.config
-        kind = self._denoiser(asked.denoise)
+        kind = self._denoiser(self.config.sample.denoise if asked.denoise is None else asked.denoise)
         # A denoiser that is not causal sees all frames of a clip, and the score is that of a whole clip's density.
-        whole = kind == "score" or (kind == "learned" and c.temporal_causal == 0)
+        whole = kind in ("score", "published") or (kind == "learned" and c.temporal_causal == 0)
         most = c.temporal_causal - 1 if kind == "learned" and not whole else 0
         ahead = most if asked.look_ahead is None else asked.look_ahead
         if ahead > most:
             raise ValueError(f"sample: look_ahead is {ahead}, expected 0 to {most} (what the denoiser sees)")
-        behind = min(BEHIND, window - 1 - ahead) if c.denoiser_window is None else c.denoiser_window
+        behind = min(BEHIND, span.frames - 1 - ahead) if c.denoiser_window is None else c.denoiser_window
         step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
-        return Denoising(kind, recipe.noise_std, step, max(behind, 0), ahead, whole=whole)
+        chunk = self.codec.latent_frames(self.config.data.frames) if span.behind is not None else span.frames
+        if kind == "published" and chunk < frames and (c.denoiser_window or 0) >= chunk:
+            raise ValueError(
+                f"sample: denoise is 'published' and the denoiser looks back {c.denoiser_window} frames "
+                f"(flow.denoiser_window), expected fewer than the {chunk} of a window, or denoise 'learned'"
+            )
+        published = chunk if kind == "published" else None
+        return Denoising(kind, recipe.noise_std, step, max(behind, 0), ahead, whole=whole, chunk=published)
 
     def _denoiser(self, denoise: Denoise) -> Cleaning:
         """Which denoiser the option `denoise` means for this model."""
         learned = self.flow.denoiser is not None
         if self.config.train.noise_std == 0.0:
             return "none"
-        if denoise == "learned" and not learned:
-            raise ValueError("sample: denoise is 'learned', expected 'score': the model has no learned denoiser")
+        if denoise in ("learned", "published") and not learned:
+            raise ValueError(f"sample: denoise is {denoise!r}, expected 'score': the model has no learned denoiser")
         if denoise == "auto":
             return "learned" if learned else "score"
         return denoise

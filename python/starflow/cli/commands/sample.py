@@ -94,7 +94,8 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
     session = pipeline.session(prompts, asked)
     if session.denoising.whole:
         raise ConfigError(
-            f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected a "
+            f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected "
+            "--denoise learned, for a "
             "model with a learned denoiser that runs forward in time, or --denoise none"
         )
     height, width = (side * pipeline.codec.spatial for side in session.shape[2:])
