@@ -128,6 +128,14 @@ def test_a_fine_tuned_autoencoder_is_taken_or_told(tmp_path: Path, caplog) -> No
     assert given.codec["weights"] == "given.safetensors"
 
 
+def test_the_other_autoencoder_of_wan_is_known(tmp_path: Path) -> None:
+    options = {**options_of_yaml(VIDEO), "vae": "Wan-AI/Wan2.1-T2V-14B-Diffusers", "channel_size": 16, "img_size": 320}
+    config = published_config(arguments(tmp_path / "a.yaml", options))
+    assert config.codec == {"kind": "wan", "folder": "Wan2.1-T2V-14B-Diffusers/vae"}
+    assert (config.flow.in_channels, config.flow.img_size) == (16, 40)
+    assert (config.data.height, config.data.width) == (240, 424)
+
+
 def test_one_thing_under_two_names_is_refused(tmp_path: Path) -> None:
     path = arguments(tmp_path / "a.yaml", {**options_of_yaml(IMAGE), "num_blocks": 6})
     with pytest.raises(ConfigError, match="blocks and num_blocks are given, expected one of them: both name one thing"):

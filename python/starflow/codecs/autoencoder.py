@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from starflow.codecs.codec import check_latents, check_pixels
+from starflow.codecs.wan_file import wan_names, wan_options
 from starflow.extras import import_extra
 from starflow.messages import listed, short
 
@@ -25,8 +26,12 @@ _DOWNLOADS = {
 
 
 def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
-    """Load a frozen float32 autoencoder from a local folder, without any access to the network."""
+    """Load a frozen float32 autoencoder from a local folder, or from one original file of Wan, without any access to
+    the network.
+    """
     folder = Path(folder)
+    if folder.is_file() and class_name == "AutoencoderKLWan":
+        return _wan_of_file(codec, str(folder))
     if not (folder / "config.json").is_file() or not any(folder.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(
             f"{codec}: folder {folder} holds no autoencoder, expected the files config.json and "
@@ -46,6 +51,25 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
         names = ", ".join(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise ValueError(f"{codec}: the weights in {folder} lack or misshape {names}, expected all of {class_name}")
     return module.eval().requires_grad_(False)
+
+
+def _wan_of_file(codec: str, file: str) -> Any:
+    """The autoencoder of an original file of Wan, such as Wan2.2_VAE.pth."""
+    diffusers = import_extra("diffusers", purpose=codec, extra="vae")
+    given = _tensors(codec, file)
+    try:
+        module = diffusers.AutoencoderKLWan(**wan_options(given))
+        state = {name: given[original] for original, name in wan_names(given).items()}
+        module.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{codec}: {file} is no autoencoder of Wan ({short(error)}), expected Wan2.1_VAE.pth or Wan2.2_VAE.pth as "
+            "released, or a folder in the format of diffusers"
+        ) from None
+    wrong = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(f"{codec}: {file} holds tensors that are not finite: {listed(wrong)}")
+    return module.float().eval().requires_grad_(False)
 
 
 def _replace(codec: str, module: torch.nn.Module, file: str) -> None:
@@ -213,12 +237,13 @@ class WanCodec:
     """Causal video autoencoder of Wan, used by the published video model: 1 + 4n frames become 1 + n latent frames.
 
     The first latent frame encodes the first frame alone, so an image is a video of one frame. Latents are normalised by
-    the mean and standard deviation of each channel, from the config.json of the folder. Noise of the posterior is added
-    after that and is not normalised, as in the published recipe. The latents of all frames but the first are then
-    multiplied by `suffix_scale`.
+    the mean and standard deviation of each channel, from the config.json of the folder. Noise of the posterior of Wan
+    2.2 is added after that and is not normalised, as in the published recipe; that of Wan 2.1, whose pixels are not
+    patched, is normalised too. The latents of all frames but the first are then multiplied by `suffix_scale`.
 
     Args:
-        folder: holds config.json and the weights of a diffusers AutoencoderKLWan.
+        folder: holds config.json and the weights of a diffusers AutoencoderKLWan; or the file `Wan2.1_VAE.pth` or
+            `Wan2.2_VAE.pth` as Wan released it.
         suffix_scale: positive; the published video model was trained with 0.6.
         weights: a file of tensors that replace those of the folder, such as a fine-tuned decoder's.
 
@@ -244,6 +269,7 @@ class WanCodec:
             _replace("WanCodec", self._module, weights)
         config = self._module.config
         patch = config.patch_size or 1
+        self._patched = patch > 1
         self.channels = int(config.in_channels) // patch**2
         self.latent_channels = int(config.z_dim)
         self.spatial = patch * 2 ** (len(config.dim_mult) - 1)
@@ -294,7 +320,8 @@ class WanCodec:
         posterior = self._module.to(pixels.device).encode(pixels.to(torch.float32).transpose(1, 2)).latent_dist
         codes = (posterior.mean - self._mean.to(pixels.device)) / self._deviation.to(pixels.device)
         if noise is not None:
-            codes = codes + posterior.std * noise.to(codes).transpose(1, 2)
+            spread = posterior.std if self._patched else posterior.std / self._deviation.to(pixels.device)
+            codes = codes + spread * noise.to(codes).transpose(1, 2)
         latents: torch.Tensor = codes.transpose(1, 2).contiguous()
         latents[:, 1:] *= self.suffix_scale
         return latents

@@ -79,10 +79,11 @@ _IGNORED = (
 _EPOCH_LENGTH, _EPOCHS = 50_000, 1000
 # What the release's own sampling commands give, for clips and for images: tokens of a chunk, change that ends it.
 _CHUNKS = {True: "chunks:32:0.001", False: "chunks:16:0.001"}
-# Autoencoders: kind here, pixels per latent position, channels of a latent.
+# Autoencoders, by what their name begins with: kind here, pixels per latent position, folder (named like it if empty).
 _CODECS = {
     "stabilityai/sd-vae-ft-ema": ("autoencoder_kl", 8, "sd-vae-ft-ema"),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan", 16, "Wan2.2-TI2V-5B-Diffusers/vae"),
+    "Wan-AI/Wan2.2-TI2V-5B": ("wan", 16, "Wan2.2-TI2V-5B-Diffusers/vae"),
+    "Wan-AI/Wan2.1": ("wan", 8, ""),
 }
 _TEXT_WIDTHS = {"google/flan-t5-xl": 2048}
 
@@ -180,9 +181,11 @@ def _codec(
 ) -> tuple[dict[str, Any], int]:
     """Takes the autoencoder out of the options: its configuration, and pixels of a latent position."""
     name, _, suffix = str(options.pop("vae", "")).partition(":")
-    if name not in _CODECS:
-        raise ConfigError(f"vae is {shown(name)}, expected one of {', '.join(_CODECS)}")
-    kind, spatial, usual = _CODECS[name]
+    known = next((key for key in _CODECS if name.startswith(key)), None)
+    if known is None:
+        raise ConfigError(f"vae is {shown(name)}, expected one of {', '.join(_CODECS)}...")
+    kind, spatial, usual = _CODECS[known]
+    usual = usual or f"{name.rpartition('/')[2]}/vae"
     codec: dict[str, Any] = {"kind": kind, "folder": str(folder or usual)}
     if suffix:
         require(isinstance(_number(suffix), float), "vae", f"{name}:{suffix}", "a number behind the colon")

@@ -64,7 +64,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="of the files of a folder, about (default: 4)",
     )
-    parser.add_argument("--codec", metavar="FOLDER", help="local copy of the autoencoder (diffusers format)")
+    parser.add_argument(
+        "--codec",
+        metavar="FOLDER_OR_FILE",
+        help="local copy of the autoencoder: in diffusers format, or Wan2.2_VAE.pth or Wan2.1_VAE.pth as released",
+    )
     parser.add_argument(
         "--codec-weights",
         metavar="FILE",

@@ -33,6 +33,7 @@ from starflow.cli.output import (
     write_clips,
 )
 from starflow.config import ConfigError
+from starflow.messages import short, shown
 
 if TYPE_CHECKING:
     from starflow.distributed import World
@@ -49,8 +50,38 @@ def _run(args: argparse.Namespace) -> int:
     from starflow.distributed import join
 
     asked = sample_options_of(args)
+    args.prompts = _prompts(args)
     with join(torch.device(device_name(args.device))) as world:
         return _sample_part(args, asked, world)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of a command line, on it or in a file.
+
+    Raises:
+        ConfigError: both are given, a prompt that is the name of a text file, or a file without prompts.
+    """
+    named = next((prompt for prompt in args.prompts if prompt.endswith(".txt") and Path(prompt).is_file()), None)
+    if named is not None:
+        raise ConfigError(f"PROMPT is {shown(named)}, which is a file, expected --prompts {short(named)}")
+    if args.prompt_file is None:
+        return list(args.prompts)
+    if args.prompts:
+        raise ConfigError(f"--prompts is given beside the prompt {shown(args.prompts[0])}, expected one of them")
+    path = Path(args.prompt_file)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"--prompts {short(path)} cannot be read: {error.strerror}, expected a text file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"--prompts {short(path)} is not UTF-8 in line {line}, expected text, a line a prompt"
+        ) from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts {short(path)} is empty, expected a line a prompt")
+    return prompts
 
 
 def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -> int:
@@ -65,8 +96,10 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
         return _stream(args, asked, pipeline, prompts, fps)
     with Output(Path(args.out)) as out:
         shown: dict[int, tuple[Any, str]] = {}
-        for first in range(0, len(mine), args.batch):
-            group = mine[first : first + args.batch]
+        # Clips of a call have one shape: drawn ones are made alone, so that a clip follows from its own seed.
+        batch = 1 if asked.aspect_ratio == "random" else args.batch
+        for first in range(0, len(mine), batch):
+            group = mine[first : first + batch]
             sampled = pipeline.sample(
                 [prompts[index] for index in group], replace(asked, seeds=tuple(asked.seed + index for index in group))
             )
@@ -162,6 +195,7 @@ seed gives the same clip, alone or among others; the i-th clip has the seed SEED
 examples:
   {PROG} sample digits "a three moving up and left"
   {PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
+  {PROG} sample runs/mine --prompts captions.txt --out out
   {PROG} sample runs/mine "a three moving up" --image first_frame.png
   {PROG} sample runs/mine "a three moving up" --image first_frame.png --last-image last_frame.png
   {PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
@@ -183,6 +217,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         default=1,
         metavar="N",
         help="clips of each prompt (default: 1)",
+    )
+    parser.add_argument(
+        "--prompts",
+        dest="prompt_file",
+        metavar="FILE",
+        help="prompts in a text file (UTF-8), a line each; blank ones are left out",
     )
     add_sample_options(parser)
     run = parser.add_argument_group("run")
