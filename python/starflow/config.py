@@ -26,6 +26,7 @@ from starflow.schedules import parse_solver
 ConfigType = TypeVar("ConfigType")
 FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
 
+LogKind = Literal["tensorboard", "wandb", "none"]
 DenoiseKind = Literal["auto", "learned", "published", "score", "none"]
 
 # Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
@@ -357,6 +358,8 @@ class DataConfig:
             `starflow.worlds.PaddleBall`), both made on the fly, or "folder" (video and image files, with the actions of
             their frames where these were recorded, see `starflow.data.read_actions`).
         path: the folder; of pairs (`train.source_prob`) one with subfolders `source` and `target`.
+        images: a folder of images (or videos, cut anywhere) that the steps on images take (`train.image_prob`); None
+            takes frames of the clips. image_height, image_width: their size; None is that of the clips.
         frames: pixel frames of a clip.
         height, width: clips are resized to cover this and centre-cropped.
         fps: frames a second that files are read at; None keeps each file's own.
@@ -381,6 +384,9 @@ class DataConfig:
 
     kind: Literal["digits", "paddle", "folder"] = "digits"
     path: str | None = None
+    images: str | None = None
+    image_height: int | None = None
+    image_width: int | None = None
     frames: int = 8
     height: int = 32
     width: int = 32
@@ -401,6 +407,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "clips_per_file"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
+        for name in ("image_height", "image_width"):
+            side = getattr(self, name)
+            require(side is None or side >= 1, f"data.{name}", side, "an integer >= 1 or nothing")
+            require(side is None or self.images is not None, f"data.{name}", side, "data.images together with it")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or 0.0 < self.fps < math.inf, "data.fps", self.fps, "a finite number > 0")
         require(0.0 <= self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "a finite number >= 0")
@@ -469,6 +479,8 @@ class TrainConfig:
         seed: of weights, data order, noise and dropping.
         checkpoint_every: steps between checkpoints; 0 writes one at the end alone. sample_every: steps between sheets
             of samples; 0 makes none.
+        log: where curves go: "tensorboard" (a folder; left out where TensorBoard is not installed), "wandb" (Weights &
+            Biases, with the account and the server of its own settings), or "none".
     """
 
     init: str | None = None
@@ -503,6 +515,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0
+    log: LogKind = "tensorboard"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "denoiser_every"):
