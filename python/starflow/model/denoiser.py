@@ -102,7 +102,7 @@ class Denoiser(Transformer):
         """Packed weights for native products where a clip is sampled (CPU, inference mode); None elsewhere."""
         weight = self.proj_in.weight
         sampling = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
-        if not sampling or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():
+        if not sampling or self.in_pieces or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():
             return None
         return pack_linears(self)
 

@@ -89,6 +89,8 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     pipeline = load_pipeline(args.model, world)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
     mine = range(world.rank, len(prompts), world.size)
+    if args.parallel == "fsdp" and world.size > 1:
+        mine = _in_pieces(pipeline, asked, prompts, world)
     fps = asked.fps or pipeline.config.sample.fps
     if args.stream:
         if world.size > 1:
@@ -103,6 +105,8 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
             sampled = pipeline.sample(
                 [prompts[index] for index in group], replace(asked, seeds=tuple(asked.seed + index for index in group))
             )
+            if args.parallel == "fsdp" and not world.first:
+                continue
             clips = write_clips(out, sampled, group, fps, args, asked)
             captions = [prompt or f"seed {seed}" for prompt, seed in zip(sampled.prompts, sampled.seeds, strict=True)]
             shown.update(zip(group, zip(clips, captions, strict=True), strict=True))
@@ -114,6 +118,22 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     if world.first:
         print(f"{clips_text(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
     return 1 if out.kept_as_frames else 0
+
+
+def _in_pieces(pipeline: Pipeline, asked: SampleOptions, prompts: list[str], world: World) -> range:
+    """Cuts the weights into pieces; returns the clips that each process makes: all of them, together with the others.
+
+    Raises:
+        ConfigError: a window whose size each process would measure for itself.
+    """
+    from starflow.solver import Window
+    from starflow.training import shard
+
+    schedule = asked.schedule(pipeline.config.sample.solver)
+    if isinstance(schedule, Window) and schedule.size is None:
+        raise ConfigError("--parallel is fsdp and the solver's window is measured, expected a size: --solver window:64")
+    shard(pipeline.flow, world)
+    return range(len(prompts))
 
 
 def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, prompts: list[str], fps: float) -> int:
@@ -234,6 +254,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--batch", type=number(int, 1), default=8, metavar="N", help="most clips computed together (default: 8)"
+    )
+    run.add_argument(
+        "--parallel",
+        choices=("prompts", "fsdp"),
+        default="prompts",
+        help="what the processes of torchrun share: the prompts, each with all weights, or the weights, each with a "
+        "piece, for models beyond the memory of one; they decode in plain torch then (default: prompts)",
     )
     add_device(parser)
     files = parser.add_argument_group("files")
