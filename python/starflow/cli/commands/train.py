@@ -6,7 +6,17 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from starflow.cli.options import MODEL_HELP, PROG, Command, add_device, device_name, make_config, number, path_text, setting
+from starflow.cli.options import (
+    MODEL_HELP,
+    PROG,
+    Command,
+    add_device,
+    device_name,
+    make_config,
+    number,
+    path_text,
+    setting,
+)
 from starflow.config import ConfigError, DataConfig, config_names
 from starflow.messages import short
 
