@@ -26,6 +26,9 @@ from starflow.schedules import parse_solver
 ConfigType = TypeVar("ConfigType")
 FrameOrder = Literal["raster", "spread", "farthest", "checkerboard", "interlace", "diagonal", "random"]
 
+LogKind = Literal["tensorboard", "wandb", "none"]
+DenoiseKind = Literal["auto", "learned", "published", "score", "none"]
+
 # Layers and blocks of a flow: the published ones have 40. Far more is an accident, and would be made one by one.
 _LAYERS = 10_000
 # Channels and the like, so that the bytes of a weight fit into 63 bits; the widest published network has 3,072.
@@ -355,6 +358,8 @@ class DataConfig:
             `starflow.worlds.PaddleBall`), both made on the fly, or "folder" (video and image files, with the actions of
             their frames where these were recorded, see `starflow.data.read_actions`).
         path: the folder; of pairs (`train.source_prob`) one with subfolders `source` and `target`.
+        images: a folder of images (or videos, cut anywhere) that the steps on images take (`train.image_prob`); None
+            takes frames of the clips. image_height, image_width: their size; None is that of the clips.
         frames: pixel frames of a clip.
         height, width: clips are resized to cover this and centre-cropped.
         fps: frames a second that files are read at; None keeps each file's own.
@@ -379,6 +384,9 @@ class DataConfig:
 
     kind: Literal["digits", "paddle", "folder"] = "digits"
     path: str | None = None
+    images: str | None = None
+    image_height: int | None = None
+    image_width: int | None = None
     frames: int = 8
     height: int = 32
     width: int = 32
@@ -399,6 +407,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         for name in ("frames", "height", "width", "clips_per_file"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
+        for name in ("image_height", "image_width"):
+            side = getattr(self, name)
+            require(side is None or side >= 1, f"data.{name}", side, "an integer >= 1 or nothing")
+            require(side is None or self.images is not None, f"data.{name}", side, "data.images together with it")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or 0.0 < self.fps < math.inf, "data.fps", self.fps, "a finite number > 0")
         require(0.0 <= self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "a finite number >= 0")
@@ -430,6 +442,9 @@ class TrainConfig:
     """The training recipe.
 
     Args:
+        init: a model that the run starts from: the folder of a run, a model file or folder (a converted one too), or
+            the name of one that comes with the package. Flow, codec and text must be its own, apart from vectors of
+            frames and a denoiser, which may be added (see `starflow.training.start`); None for random weights.
         steps: optimiser steps. batch_size: clips of a step. accumulate: equal parts in which a step is computed; their
             gradients are added up.
         lr, min_lr, warmup_steps: learning rate of the flow: a linear warm-up to `lr`, then a cosine down to `min_lr`.
@@ -464,8 +479,11 @@ class TrainConfig:
         seed: of weights, data order, noise and dropping.
         checkpoint_every: steps between checkpoints; 0 writes one at the end alone. sample_every: steps between sheets
             of samples; 0 makes none.
+        log: where curves go: "tensorboard" (a folder; left out where TensorBoard is not installed), "wandb" (Weights &
+            Biases, with the account and the server of its own settings), or "none".
     """
 
+    init: str | None = None
     steps: int = 1000
     batch_size: int = 16
     accumulate: int = 1
@@ -497,6 +515,7 @@ class TrainConfig:
     seed: int = 0
     checkpoint_every: int = 0
     sample_every: int = 0
+    log: LogKind = "tensorboard"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "denoiser_every"):
@@ -538,6 +557,7 @@ class SampleConfig:
         guidance_frames: first frames of a clip that are guided, for flows with attention_frames; None for all.
         temperature: factor of the noise that clips are made from; below 1 they vary less and keep together better.
         solver: "sequential", "chunks[:block[:threshold]]" or "window[:size[:tolerance]]".
+        denoise: how the noise of the training data is removed (see `SampleOptions`).
         precision: dtype of the arithmetic: "float32", "two_bfloat16", "float16", "bfloat16" or "int8" (see
             docs/solver.md).
         fps: frames a second of the files that are written.
@@ -548,6 +568,7 @@ class SampleConfig:
     guidance_frames: int | None = None
     temperature: float = 1.0
     solver: str = "window"
+    denoise: DenoiseKind = "auto"
     precision: Literal["float32", "two_bfloat16", "float16", "bfloat16", "int8"] = "float32"
     fps: float = 8.0
     prompts: tuple[str, ...] = ()
@@ -594,11 +615,16 @@ class RunConfig:
         Raises:
             ConfigError: not a file, not yaml, or an option that is wrong; the message names it.
         """
+        return from_mapping(cls, cls.sections(path))
+
+    @staticmethod
+    def sections(path: str | Path) -> dict[str, Any]:
+        """The options of a yaml file as they stand there, section by section; arguments and errors as of `load`."""
         included = str(path) in config_names() and not Path(path).is_file()
         expected = f"a yaml file or one of {', '.join(config_names())}"
         values = read_yaml(CONFIGS / f"{path}.yaml" if included else Path(path), expected)
         require(isinstance(values, Mapping), f"config {short(path)}", type(values).__name__, "a mapping of options")
-        return from_mapping(cls, values)
+        return dict(values)
 
 
 # Bytes of a yaml file, and its values with every alias written out. A text of 700 bytes can hold 10^9 values, as lists

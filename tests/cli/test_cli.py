@@ -64,6 +64,36 @@ def test_sample_writes_what_was_promised(
     assert float((picture - expected).abs().mean()) < 5
 
 
+def test_prompts_of_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbfa three moving up\r\n\n  a seven standing still  \n")
+    assert run("sample", model, "--prompts", tmp_path / "captions.txt", "--out", tmp_path / "out") == 0
+    said = [json.loads(path.read_text())["prompt"] for path in sorted((tmp_path / "out").glob("*.json"))]
+    assert said == [PROMPT, "a seven standing still"]
+    capsys.readouterr()
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"a three\na caf\xe9\n")
+    for arguments, message in (
+        (["--prompts", tmp_path / "empty.txt"], "empty.txt is empty, expected a line a prompt"),
+        (["--prompts", tmp_path / "latin.txt"], "latin.txt is not UTF-8 in line 2, expected text, a line a prompt"),
+        (["--prompts", tmp_path / "no.txt"], "no.txt cannot be read: No such file or directory, expected a text file"),
+        ([PROMPT, "--prompts", tmp_path / "captions.txt"], f"is given beside the prompt '{PROMPT}', expected one of"),
+        ([tmp_path / "captions.txt"], f"which is a file, expected --prompts {tmp_path / 'captions.txt'}"),
+    ):
+        assert run("sample", model, *arguments, "--out", tmp_path / "out") == 2
+        assert message in error(capsys)
+
+
+def test_a_random_shape_follows_from_the_seed_of_a_clip(model: Path, tmp_path: Path) -> None:
+    options = ["--frames", 1, "--aspect-ratio", "random"]
+    assert run("sample", model, "--clips", 6, *options, "--out", tmp_path / "six") == 0
+    shapes = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "six").glob("*.json")}
+    sizes = {(said["height"], said["width"]) for said in shapes.values()}
+    assert len(sizes) > 1
+    assert run("sample", model, "--seed", 4, *options, "--out", tmp_path / "one") == 0
+    alone = json.loads((tmp_path / "one" / "000-seed4.json").read_text())
+    assert (alone["height"], alone["width"]) == (shapes["004-seed4"]["height"], shapes["004-seed4"]["width"])
+
+
 def test_a_clip_made_again_alone(model: Path, tmp_path: Path) -> None:
     assert run("sample", model, "--clips", 3, "--batch", 2, "--lossless", "--out", tmp_path / "three") == 0
     assert run("sample", model, "--seed", 2, "--lossless", "--out", tmp_path / "one") == 0

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -286,6 +287,119 @@ def test_incomplete_weights_are_refused(kl_folder, tmp_path):
     (tmp_path / "config.json").write_text((kl_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"lack or misshape decoder\.conv_out\.weight, expected all of AutoencoderKL"):
         AutoencoderKLCodec(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["autoencoder_kl", "wan"])
+@pytest.mark.parametrize("prefix", ["", "vae."])
+def test_a_fine_tuned_decoder_takes_the_place_of_its_own(kl_folder, wan_folder, tmp_path, kind, prefix):
+    folder = kl_folder if kind == "autoencoder_kl" else wan_folder
+    plain = make_codec({"kind": kind, "folder": str(folder)})
+    tuned = {
+        f"{prefix}{name}": tensor + 0.01
+        for name, tensor in plain._module.state_dict().items()
+        if name.startswith("decoder.")
+    }
+    torch.save(tuned, tmp_path / "tuned.pth")
+    codec = make_codec({"kind": kind, "folder": str(folder), "weights": str(tmp_path / "tuned.pth")})
+    pixels = randn(1, 1, 3, 32, 32).clamp(-1, 1)
+    latents = plain.encode(pixels)
+    assert torch.equal(codec.encode(pixels), latents)
+    assert not torch.allclose(codec.decode(latents), plain.decode(latents))
+    assert make_codec(codec.to_config()).to_config() == codec.to_config()
+    assert torch.equal(make_codec(codec.to_config()).decode(latents), codec.decode(latents))
+
+
+def original_name(name: str, blocks: int, *, nested: bool) -> str:
+    """The name that a tensor of diffusers' AutoencoderKLWan has in the files of Wan."""
+    parts = (("norm1", "residual.0"), ("conv1", "residual.2"), ("norm2", "residual.3"), ("conv2", "residual.6"))
+    for ours, theirs in (*parts, ("conv_shortcut", "shortcut")):
+        name = name.replace(f".{ours}.", f".{theirs}.")
+    for number in (0, 1):
+        name = name.replace(f"mid_block.resnets.{number}", f"middle.{2 * number}")
+    name = name.replace("mid_block.attentions.0", "middle.1")
+    ends = (("norm_out", "head.0"), ("conv_out", "head.2"), ("conv_in", "conv1"))
+    for ours, theirs in (*ends, ("post_quant_conv", "conv2"), ("quant_conv", "conv1")):
+        name = name.replace(f"{ours}.", f"{theirs}.")
+    if nested:
+        for way in ("down", "up"):
+            name = re.sub(rf"{way}_blocks\.(\d)\.resnets", rf"{way}samples.\1.{way}samples", name)
+            place = blocks if way == "down" else blocks + 1
+            name = re.sub(rf"{way}_blocks\.(\d)\.{way}sampler", rf"{way}samples.\1.{way}samples.{place}", name)
+        return name
+    name = name.replace("down_blocks", "downsamples")
+    found = re.match(r"decoder\.up_blocks\.(\d)\.(?:resnets\.(\d)|upsamplers\.0)(.*)", name)
+    if found is None:
+        return name
+    return f"decoder.upsamples.{int(found[1]) * (blocks + 2) + int(found[2] or blocks + 1)}{found[3]}"
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_an_original_file_of_wan_is_the_autoencoder_of_diffusers(tmp_path, patched):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    # As Wan 2.2 and Wan 2.1 are, with fewer channels.
+    options = {"base_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+    patches = {"decoder_base_dim": 8, "z_dim": 48, "is_residual": True, "patch_size": 2}
+    patches |= {"in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+    module = diffusers.AutoencoderKLWan(**options, **(patches if patched else {"z_dim": 16})).eval()
+    state = {original_name(name, 2, nested=patched): tensor for name, tensor in module.state_dict().items()}
+    if not patched:
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        assert convert_wan_vae_to_diffusers(dict(state)).keys() == module.state_dict().keys()
+    torch.save(state, tmp_path / "VAE.pth")
+    codec = make_codec({"kind": "wan", "folder": str(tmp_path / "VAE.pth")})
+    assert (codec.channels, codec.latent_channels, codec.spatial, codec.temporal) == (
+        3,
+        *((48, 16) if patched else (16, 8)),
+        4,
+    )
+    pixels, size = randn(1, 5, 3, 32, 32).clamp(-1, 1), 32 // codec.spatial
+    with torch.no_grad():
+        posterior = module.encode(pixels.transpose(1, 2)).latent_dist
+        decoded = module.decode(posterior.mean).sample.transpose(1, 2)
+    latents = codec.encode(pixels)
+    torch.testing.assert_close(codec.decode(latents), decoded, rtol=0, atol=1e-4)
+    # Channels of Wan 2.2 have means and deviations of their own; the noise of its posterior is not normalised.
+    deviation = codec._deviation
+    torch.testing.assert_close(latents.transpose(1, 2) * deviation + codec._mean, posterior.mean, rtol=0, atol=1e-4)
+    assert (float(codec._mean[0]), float(deviation[-1])) == pytest.approx(
+        (-0.2289, 0.7744) if patched else (-0.7571, 1.916)
+    )
+    noise = randn(1, 2, codec.latent_channels, size, size, seed=1)
+    spread = posterior.std if patched else posterior.std / deviation
+    drawn = latents + (spread * noise.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(codec.encode(pixels, noise=noise), drawn, rtol=0, atol=1e-4)
+
+
+def test_a_file_that_is_no_autoencoder_of_wan_is_told(wan_folder, tmp_path):
+    for content, message in (
+        ({"encoder.conv1.weight": torch.zeros(4, 12, 3, 3, 3)}, "is no autoencoder of Wan"),
+        ({"a": torch.zeros(1)}, "is no autoencoder of Wan"),
+        ([1], "hold list, expected tensors by name"),
+    ):
+        torch.save(content, tmp_path / "VAE.pth")
+        with pytest.raises(ValueError, match=message):
+            WanCodec(tmp_path / "VAE.pth")
+
+
+def test_weights_that_do_not_fit_an_autoencoder_are_named(kl_folder, tmp_path):
+    own = AutoencoderKLCodec(kl_folder)._module.state_dict()
+    name = "decoder.conv_out.bias"
+    decoder = {key: tensor for key, tensor in own.items() if key.startswith("decoder.")}
+    for change, message in (
+        ({key: tensor for key, tensor in decoder.items() if key != name}, r"missing: decoder\.conv_out\.bias"),
+        ({**decoder, name: torch.zeros(4)}, r"unfit: decoder\.conv_out\.bias \[4\]"),
+        ({**decoder, name: torch.full((3,), float("nan"))}, r"unfit: decoder\.conv_out\.bias \[3\]"),
+        ({**decoder, "other": torch.zeros(1)}, r"unfit: other \[1\]"),
+        ({}, "no tensors"),
+        ([1], "hold list, expected tensors by name"),
+    ):
+        torch.save(change, tmp_path / "tuned.pth")
+        with pytest.raises(ValueError, match=message):
+            AutoencoderKLCodec(kl_folder, weights=str(tmp_path / "tuned.pth"))
+    with pytest.raises(FileNotFoundError, match="weights nowhere do not exist"):
+        AutoencoderKLCodec(kl_folder, weights="nowhere")
 
 
 @pytest.mark.parametrize("scale", [255.0, 65535.0])

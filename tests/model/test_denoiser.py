@@ -125,7 +125,7 @@ def test_chunks() -> None:
 @pytest.mark.parametrize("overlap", [4, 10])
 def test_chunks_that_would_never_end(overlap: int) -> None:
     flow, network = denoiser(local_attn_window=4, denoiser_window=overlap)
-    with pytest.raises(ValueError, match=rf"denoiser_window is {overlap}, expected less than local_attn_window 4"):
+    with pytest.raises(ValueError, match=rf"denoiser_window is {overlap}, expected less than the 4 frames of a chunk"):
         network.denoise_video(latents(flow, frames=5), condition(flow))
     # A clip of one chunk needs no overlap.
     with torch.no_grad():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import torch
 from starflow import Window, decode, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
+from starflow.model import Guidance
 from starflow.sampling import Pipeline, SampleOptions
+from starflow.sampling.cleaning import score_denoise
 from starflow.sampling.options import option_help
 from starflow.solver import NotFiniteError, parse_solver
 
@@ -212,6 +216,81 @@ def test_denoisers(pipeline: Pipeline) -> None:
     assert not torch.equal(learned.latents, score.latents)
 
 
+def test_the_published_denoising_is_one_pass_over_a_window(configure: Configure, build: Build) -> None:
+    clips = build(configure(denoiser_window=1))
+    noisy = clips.sample(PROMPT, denoise="none").latents
+    denoiser, text = clips.flow.denoiser, clips.condition([PROMPT])
+    assert denoiser is not None
+    step = clips.config.train.noise_std
+    with torch.inference_mode():
+        expected = denoiser.denoise(noisy, text, step=step)
+    made = clips.sample(PROMPT, denoise="published")
+    torch.testing.assert_close(made.latents, expected, rtol=0, atol=1e-6)
+    assert made.report.denoised == "published"
+    # A longer clip takes windows of the training length, which see the cleaned frames of the one before.
+    long = clips.sample(PROMPT, frames=9, denoise="none").latents
+    expected = long.clone()
+    with torch.inference_mode():
+        for begin, kept in ((0, 0), (3, 1), (6, 1)):
+            cleaned = denoiser.denoise(expected[:, begin : begin + 4], text, step=step)
+            expected[:, begin + kept : begin + 4] = cleaned[:, kept:]
+    made = clips.sample(PROMPT, frames=9, denoise="published")
+    torch.testing.assert_close(made.latents, expected, rtol=0, atol=1e-6)
+    wide = build(configure(denoiser_window=4))
+    assert wide.sample(PROMPT, denoise="published").latents.isfinite().all()
+    with pytest.raises(
+        ValueError, match=r"denoise is 'published' and the denoiser looks back 4 frames .*the 4 of a win"
+    ):
+        wide.sample(PROMPT, frames=9, denoise="published")
+
+
+def test_attention_temperature_and_guidance_of_the_deep_block_are_those_of_decode(
+    configure: Configure, build: Build
+) -> None:
+    plain = build(configure(cond_top_only=False, shallow_block_local=False))
+    options = {"seed": 3, "denoise": "none", "guidance": 2.0}
+    z = noise.draw((3,), FRAMES, 16, 4, 4)
+    y, null = plain.condition([PROMPT]), plain.condition([""])
+    found = []
+    for top in (False, True):
+        for temperature in (1.0, 1.5):
+            made = plain.sample(PROMPT, guide_top=top, attn_temp=temperature, **options).noisy
+            guide = Guidance(2.0, all_blocks=not top)
+            expected = decode(
+                plain.flow, z, y, null=null, guidance=guide, schedule=Window(size=8), temperature=temperature
+            )
+            torch.testing.assert_close(made, expected.x, rtol=0, atol=1e-5)
+            found.append(made)
+    assert all(not torch.allclose(one, other) for one, other in itertools.combinations(found, 2))
+
+
+def test_another_noise_is_told_given_and_removed(configure: Configure, build: Build) -> None:
+    config = configure(learnable_self_denoiser=False, conditional_denoiser=False, txt_size=6)
+    words = {**config.text, "vocabulary": [*config.text["vocabulary"][:-3], "noise", "level", "200"], "size": 6}
+    clips = build(replace(config, text=words, train=replace(config.train, cond_noise_level=True, noise_std=0.1)))
+    assert clips.caption(PROMPT, noise_std=0.2).startswith("Noise Level 200:")
+    made = clips.sample("a three", target_noise_std=0.2, frames=1)
+    assert made.captions[0].startswith("Noise Level 200:")
+    noisy = made.noisy
+    text = clips.condition(["a three"], noise_std=0.2, image=True)
+    torch.testing.assert_close(made.latents, score_denoise(clips.flow, noisy, text, 0.2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("ratio", "size"), [("1:1", (16, 16)), ("16:9", (12, 20)), ("9:16", (20, 12))])
+def test_a_ratio_is_a_size_of_about_the_same_area(pipeline: Pipeline, ratio: str, size: tuple[int, int]) -> None:
+    made = pipeline.sample(PROMPT, aspect_ratio=ratio, frames=1)
+    assert tuple(made.pixels.shape[-2:]) == size
+    with pytest.raises(ValueError, match="size and aspect_ratio are given, expected one of them"):
+        pipeline.sample(PROMPT, aspect_ratio=ratio, size=size)
+
+
+def test_the_model_says_how_it_is_denoised(configure: Configure, build: Build) -> None:
+    config = configure()
+    plain = build(replace(config, sample=replace(config.sample, denoise="none")))
+    assert plain.sample(PROMPT).report.denoised == "none"
+    assert plain.sample(PROMPT, denoise="auto").report.denoised == "learned"
+
+
 def test_a_flow_without_denoiser_takes_its_own_score(configure: Configure, build: Build) -> None:
     plain = build(configure(learnable_self_denoiser=False, conditional_denoiser=False))
     assert plain.sample(PROMPT).report.denoised == "score"
@@ -288,7 +367,7 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"solver": "windows"}, "solver is 'windows', expected"),
         ({"precision": "int7"}, "sample: precision is 'int7', expected one of 'float32', "),
         ({"image": torch.full((1, 16, 16), float("nan"))}, "not finite"),
-        ({"denoise": "magic"}, "sample: denoise is 'magic', expected one of 'auto', 'learned', 'score', 'none'"),
+        ({"denoise": "magic"}, "sample: denoise is 'magic', expected one of 'auto', 'learned', 'published', 'score'"),
         ({"last_image": torch.zeros(1, 16, 16)}, "expected a model that was trained to arrive at a frame"),
         (
             {"edit": torch.zeros(4, 1, 16, 16), "image": torch.zeros(1, 16, 16)},

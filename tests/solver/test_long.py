@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow import Flow, Sequential, Window, decode
-from starflow.model import to_grid, to_sequence
-from starflow.solver import BlockDecoder
+from starflow import Chunks, Flow, Sequential, Window, decode
+from starflow.model import to_grid, to_sequence, token_order
+from starflow.solver import BlockDecoder, Span
 from starflow.solver.loop import invert
 
 from ..flows import CASES, VIDEO, condition, latents, make_flow, null
@@ -48,6 +48,69 @@ def test_context_is_three_quarters_of_the_window_by_default() -> None:
     default = decode(WINDOWED, z, y, schedule=EXACT).x
     assert torch.equal(default, decode(WINDOWED, z, y, schedule=EXACT, context_frames=2).x)
     assert not torch.equal(default, decode(WINDOWED, z, y, schedule=EXACT, context_frames=1).x)
+
+
+def published(
+    flow: Flow, noise: Tensor, y: Tensor | None, carried: int, block: int, threshold: float, most: int
+) -> tuple[Tensor, list[int]]:
+    """The deep block by the published scheme, written out: all windows of a clip in one sequence, without a cache.
+
+    `inputs` holds what each position of the window was last read as: what the published cache was computed from.
+
+    Args:
+        noise: of the deep block, a grid (batch, frames, height, width, channels).
+        carried, block, threshold, most: frames of context, tokens of a chunk, change that ends it, cap of its passes.
+    """
+    deep = flow._blocks()[-1]
+    frames, frame = flow.config.local_attn_window, noise.shape[2] * noise.shape[3]
+    assert frames is not None
+    assert deep.conditioner is not None
+    layout = deep.layout(frames, *noise.shape[2:4], y, image=False)
+    order = token_order(deep.order, noise.shape[1], *noise.shape[2:4])
+    z = to_sequence(noise, order)
+    total = z.shape[1]
+    x = torch.cat([torch.zeros_like(z[:, :1]), z], 1)  # position n is read as token n - 1
+    passes, done, begin, end = [], 0, 0, min(total, frames * frame)
+    inputs = torch.zeros(z.shape[0], frames * frame + 1, z.shape[2], dtype=z.dtype)
+    while True:
+        while done < end:
+            size = min(block if done <= frame else 4 * block, end - done)
+            here = slice(done - begin, done - begin + size)
+            for count in range(1, most + 1):
+                read = done - frame if count == 1 and done > frame else done
+                inputs[:, here] = x[:, read : read + size]
+                affine, _ = deep.conditioner(inputs[:, 1:], y, layout)
+                new = affine.like(affine.raw[:, here]).decode(z[:, done : done + size])
+                change = (new - x[:, done + 1 : done + size + 1]).square().mean() / new.square().mean()
+                x[:, done + 1 : done + size + 1] = new
+                if change < threshold:
+                    break
+            passes.append(count)
+            done += size
+        if end == total:
+            return to_grid(x[:, 1:], order, *noise.shape[1:4]), passes
+        begin, end = end - carried * frame, min(total, end + (frames - carried) * frame)
+        inputs[:, : carried * frame] = x[:, begin : begin + carried * frame]
+
+
+@pytest.mark.parametrize("carried", [1, 2])
+@pytest.mark.parametrize("threshold", [1e-2, 1e-6])
+def test_chunks_go_on_in_a_new_window_as_published(carried: int, threshold: float) -> None:
+    flow = make_flow(VIDEO | {"local_attn_window": 3}, spread=0.8).double()
+    z, y = latents(flow, frames=7), condition(flow)
+    schedule = Chunks(block=4, threshold=threshold, max_iterations=20)
+    got = decode(flow, z, y, schedule=schedule, context_frames=carried)
+    with torch.no_grad():
+        expected, passes = published(flow, flow.noise_grid(z), y, carried, 4, threshold, 20)
+    report = got.reports[0]
+    assert report is not None
+    assert list(report.passes) == passes
+    assert len(set(passes)) > 1
+    torch.testing.assert_close(got.latents[0], expected, rtol=0, atol=1e-10)
+
+
+def test_the_published_window_takes_over_sixteen_frames() -> None:
+    assert [Span.default_context(frames) for frames in (2, 3, 4, 6, 8, 12, 21)] == [1, 2, 3, 4, 6, 9, 16]
 
 
 @pytest.mark.parametrize("carried", [0, 3, 4, -1])

@@ -19,12 +19,14 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from starflow import distributed
+from starflow import distributed, training
 from starflow.cli import main
 from starflow.config import ConfigError, RunConfig
+from starflow.data import read_video, to_frames
 from starflow.model import Flow
+from starflow.sampling import Pipeline
 from starflow.storage import latest_state, load_model, save_model
-from starflow.training import TrainStep, make_parts, train
+from starflow.training import TrainStep, engine, make_parts, train
 
 Curve = list[tuple[int, float, float, float]]
 
@@ -236,6 +238,60 @@ def test_prompts_are_shared_out_and_clips_are_those_of_one_process(tiny, tmp_pat
         if name.endswith(".json"):
             one, two = (json.loads(text)["seed"] for text in (one, two))
         assert one == two, name
+
+
+def pieces(model: str, prompt: str, out: str) -> dict[str, Any]:
+    """Samples with weights in pieces; says how many numbers of the layers this process holds."""
+    held: list[int] = []
+    cut = engine.shard
+
+    def counted(flow: Flow, world: Any) -> Any:
+        found = cut(flow, world)
+        held.append(sum(distributed.local(p).numel() for name, p in flow.named_parameters() if ".layers." in name))
+        return found
+
+    training.shard = counted
+    command = ["sample", model, prompt, prompt, "--seed", "3", "--guidance", "1", "--solver", "window:8:0.001"]
+    status = main([*command, "--denoise", "learned", "--parallel", "fsdp", "--lossless", "--out", out])
+    return {"status": status, "held": held}
+
+
+def test_a_model_samples_with_its_weights_in_pieces(tiny, tmp_path: Path, both, capsys) -> None:
+    config = tiny()
+    codec, text = make_parts(config)
+    flow = Flow(config.flow)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    save_model(tmp_path / "model.safetensors", flow, config, codec, text)
+    prompt, out = "a three moving up", tmp_path / "pieces"
+    found = both(pieces, str(tmp_path / "model.safetensors"), prompt, str(out))
+    assert [said.get("status") for said in found] == [0, 0], found
+    # Processes that measured their windows would make other calls.
+    auto = both(
+        commanded,
+        "sample",
+        str(tmp_path / "model.safetensors"),
+        prompt,
+        "--solver",
+        "window:auto",
+        "--parallel",
+        "fsdp",
+        "--out",
+        str(out),
+    )
+    assert 2 in [said["status"] for said in auto]
+    assert 0 not in [said["status"] for said in auto]
+    whole = sum(p.numel() for name, p in flow.named_parameters() if ".layers." in name)
+    assert all(0.4 * whole < sum(said["held"]) < 0.6 * whole for said in found)
+    pipeline = Pipeline(flow, config, codec, text)
+    expected = pipeline.sample([prompt] * 2, seed=3, guidance=1.0, solver="window:8:0.001", denoise="learned").pixels
+    files = sorted(out.glob("*.mp4"))
+    assert len(files) == 2
+    for file, clip in zip(files, expected, strict=True):
+        shown = read_video(file, channels=1)[:, 4::8, 4::8].float()  # middles of the enlarged pixels
+        assert float((shown - to_frames(clip).float()).abs().max()) <= 2
 
 
 if __name__ == "rank":

@@ -12,10 +12,12 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,7 +31,7 @@ from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model
 from starflow.text import ClassEncoder, Features
 from starflow.training import Batch, Batches, Trainer, TrainingError, make_dataset, make_parts, optim, train
-from starflow.training.batches import with_vocabulary
+from starflow.training.batches import make_images, with_vocabulary
 from starflow.training.machine import multiplies_bfloat16
 from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
@@ -437,6 +439,55 @@ def test_image_steps_show_single_frames(tiny) -> None:
     assert (len(larger.pixels), len(larger.captions), len(larger.noise)) == (6, 6, 6)
 
 
+def test_image_steps_take_a_set_of_their_own(tiny, tmp_path: Path, caplog) -> None:
+    (tmp_path / "images").mkdir()
+    for index, caption in enumerate(("a three", "a seven")):
+        Image.new("L", (20, 40), 255 * index).save(tmp_path / "images" / f"{index}.png")
+        (tmp_path / "images" / f"{index}.txt").write_text(caption)
+    data = {"images": str(tmp_path / "images"), "image_height": 16, "image_width": 8}
+    config = tiny(data=data, image_prob=0.5, drop_label=0.0, steps=3)
+    codec, _ = make_parts(config)
+    batches = Batches(config, make_dataset(config), codec, make_images(config))
+    kinds = set()
+    for step in range(8):
+        batch = batches.make(step)
+        kinds.add(batch.pixels.dim())
+        if batch.pixels.dim() == 4:
+            assert batch.pixels.shape == (4, 1, 16, 8)
+            assert batch.noise.shape == (4, 16, 4, 2)
+            whites = [float(picture.mean()) for picture in batch.pixels]
+            assert [{"a three": -1.0, "a seven": 1.0}[caption] for caption in batch.captions] == whites
+    assert kinds == {4, 5}
+    train(config, tmp_path / "run", quiet=True)
+    (tmp_path / "images" / "2.png").write_bytes((tmp_path / "images" / "1.png").read_bytes())
+    train(replace(config, train=replace(config.train, steps=4)), tmp_path / "run", quiet=True)
+    assert "data changed since step-00000003: 2 files were, 3 files are" in caplog.text
+    with pytest.raises(ConfigError, match=r"data\.images is .*, expected train\.image_prob > 0 with it"):
+        train(tiny(data=data), tmp_path / "none", quiet=True)
+    with pytest.raises(ConfigError, match=r"data\.image_height is 16, expected data\.images together with it"):
+        tiny(data={"image_height": 16})
+
+
+def test_images_of_their_own_need_no_vectors_and_are_read_for_words(tiny, tmp_path: Path) -> None:
+    for name in ("clips", "images"):
+        (tmp_path / name).mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "images" / "a.png")
+    (tmp_path / "images" / "a.txt").write_text("harbour")
+    write_video(tmp_path / "clips" / "a.mp4", torch.zeros(6, 16, 16, 3, dtype=torch.uint8), 8.0)
+    (tmp_path / "clips" / "a.txt").write_text("waves")
+    (tmp_path / "clips" / "a.jsonl").write_text('{"action": 0}\n' * 6)
+    data = {"kind": "folder", "path": str(tmp_path / "clips"), "images": str(tmp_path / "images")}
+    data["actions"] = ("up",)
+    config = tiny(flow={"frame_dim": 1}, data=data, image_prob=1.0, text={"kind": "words", "vocabulary": None})
+    images, dataset = make_images(config), make_dataset(config)
+    filled = with_vocabulary(config, dataset, images)
+    assert {"harbour", "waves"} <= set(filled.text["vocabulary"])
+    codec, _ = make_parts(filled)
+    batch = Batches(filled, dataset, codec, images).make(0)
+    assert batch.frame_conditions is not None
+    assert batch.frame_conditions.isnan().all()
+
+
 @pytest.mark.parametrize("which", ["any", "first"])
 def test_image_steps_take_any_frame_or_the_first(tiny, which: str) -> None:
     batches = trainer_of(tiny(image_prob=1.0, image_frame=which))[1]
@@ -591,6 +642,43 @@ def test_without_tensorboard_a_run_has_no_log_and_says_so(tiny, tmp_path: Path, 
     said = "no log is written: a training log needs the package tensorboard: pip install 'starflow-ext[train]'"
     assert said in caplog.messages
     assert not (tmp_path / "log").exists()
+
+
+def test_weights_and_biases_go_on_in_their_own_run(tiny, tmp_path: Path, monkeypatch) -> None:
+    begun: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Run:
+        def log(self, scalars: dict[str, float], step: int) -> None:
+            logged.append((step, scalars))
+
+        def finish(self) -> None:
+            begun[-1]["finished"] = True
+
+    def init(**how: Any) -> Run:
+        begun.append(how)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    for steps in (1, 2):
+        train(tiny(steps=steps, log="wandb"), tmp_path / "mine", quiet=True)
+    assert [step for step, _ in logged] == [1, 2]
+    assert {"loss/bits_per_dim", "gradient/flow", "lr"} <= set(logged[0][1])
+    first, second = begun
+    assert (first["name"], first["resume"], first["finished"]) == ("mine", "allow", True)
+    assert first["id"] == second["id"]
+    assert first["config"]["train"]["steps"] == 1
+    assert not list((tmp_path / "mine" / "log").glob("events*"))
+
+
+def test_a_log_can_be_left_out_and_one_that_is_missing_is_told(tiny, tmp_path: Path, monkeypatch) -> None:
+    train(tiny(steps=1, log="none"), tmp_path / "none", quiet=True)
+    assert not (tmp_path / "none" / "log").exists()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ImportError, match=r"train\.log 'wandb' needs the package wandb: pip install 'starflow-ext\[wandb"
+    ):
+        train(tiny(steps=1, log="wandb"), tmp_path / "wandb", quiet=True)
 
 
 def test_a_run_without_average_keeps_one_copy_and_can_begin_one(tiny, tmp_path: Path) -> None:

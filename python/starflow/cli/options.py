@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -116,17 +116,29 @@ def setting(text: str) -> tuple[list[str], Any]:
         raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected a value that is yaml: {error}") from None
 
 
-def make_config(name: str, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:
+def make_config(name: str | None, settings: Sequence[tuple[list[str], Any]]) -> RunConfig:
     """A configuration with some of its options changed.
 
+    With `train.init`, sections that the file does not have are those of the model that the option names.
+
     Args:
-        name: name of a configuration that comes with the package, or path of a yaml file.
+        name: name of a configuration that comes with the package, or path of a yaml file; None for no file, which needs
+            `train.init`.
         settings: (path, value), such as (["train", "steps"], 1000).
 
     Raises:
         ConfigError: an option that does not exist or a value that does not fit.
+        CheckpointError: the model that `train.init` names cannot be read.
     """
-    values = to_mapping(RunConfig.load(name))
+    sections = {} if name is None else RunConfig.sections(name)
+    recipe = sections.get("train")
+    init = recipe.get("init") if isinstance(recipe, Mapping) else None
+    init = next((value for path, value in reversed(settings) if path == ["train", "init"]), init)
+    if isinstance(init, str):
+        from starflow.storage import read_header
+
+        sections = {**to_mapping(read_header(init).config), **sections}
+    values = to_mapping(from_mapping(RunConfig, sections))
     for path, value in settings:
         place = values
         for key in path[:-1]:

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from starflow.codecs.codec import check_latents, check_pixels
+from starflow.codecs.wan_file import wan_names, wan_options
 from starflow.extras import import_extra
+from starflow.messages import listed, short
 
 __all__ = ["AutoencoderKLCodec", "WanCodec"]
 
@@ -23,8 +26,12 @@ _DOWNLOADS = {
 
 
 def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
-    """Load a frozen float32 autoencoder from a local folder, without any access to the network."""
+    """Load a frozen float32 autoencoder from a local folder, or from one original file of Wan, without any access to
+    the network.
+    """
     folder = Path(folder)
+    if folder.is_file() and class_name == "AutoencoderKLWan":
+        return _wan_of_file(codec, str(folder))
     if not (folder / "config.json").is_file() or not any(folder.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(
             f"{codec}: folder {folder} holds no autoencoder, expected the files config.json and "
@@ -46,6 +53,69 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
     return module.eval().requires_grad_(False)
 
 
+def _wan_of_file(codec: str, file: str) -> Any:
+    """The autoencoder of an original file of Wan, such as Wan2.2_VAE.pth."""
+    diffusers = import_extra("diffusers", purpose=codec, extra="vae")
+    given = _tensors(codec, file)
+    try:
+        module = diffusers.AutoencoderKLWan(**wan_options(given))
+        state = {name: given[original] for original, name in wan_names(given).items()}
+        module.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{codec}: {file} is no autoencoder of Wan ({short(error)}), expected Wan2.1_VAE.pth or Wan2.2_VAE.pth as "
+            "released, or a folder in the format of diffusers"
+        ) from None
+    wrong = [name for name, tensor in state.items() if not bool(tensor.isfinite().all())]
+    if wrong:
+        raise ValueError(f"{codec}: {file} holds tensors that are not finite: {listed(wrong)}")
+    return module.float().eval().requires_grad_(False)
+
+
+def _replace(codec: str, module: torch.nn.Module, file: str) -> None:
+    """Replaces weights of an autoencoder, such as those of a decoder that was tuned further.
+
+    Args:
+        codec: name for errors.
+        module: whose parameters are overwritten.
+        file: safetensors, or of `torch.save` with tensors alone; names are those of the module, with or without "vae."
+            before them. Of each part (encoder, decoder, ...) all weights or none.
+    """
+    given = {name.removeprefix("vae."): tensor for name, tensor in _tensors(codec, file).items()}
+    own = module.state_dict()
+    parts = {name.partition(".")[0] for name in given}
+    wrong = [
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in given.items()
+        if name not in own or own[name].shape != tensor.shape or not tensor.isfinite().all()
+    ]
+    missing = [name for name in own if name.partition(".")[0] in parts and name not in given]
+    if wrong or missing or not given:
+        told = [f"{what}: {listed(names)}" for what, names in (("unfit", wrong), ("missing", missing)) if names]
+        raise ValueError(
+            f"{codec}: weights {file} do not fit the autoencoder ({'; '.join(told) or 'no tensors'}), expected all of "
+            "its encoder, its decoder or both, finite"
+        )
+    with torch.no_grad():
+        for name, tensor in given.items():
+            own[name].copy_(tensor)
+
+
+def _tensors(codec: str, file: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file; nothing in a pickle is run."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"{codec}: weights {file} do not exist, expected a file of tensors")
+    try:
+        if file.endswith(".safetensors"):
+            return load_file(file)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{codec}: weights {file} cannot be read: {short(error)}; expected tensors alone") from None
+    if not isinstance(content, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in content.values()):
+        raise ValueError(f"{codec}: weights {file} hold {type(content).__name__}, expected tensors by name")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
 def _parent(folder: Path) -> Path:
     """The folder to download to so that the files end up in `folder`."""
     return folder.parent if folder.name == "vae" else folder
@@ -64,6 +134,7 @@ class AutoencoderKLCodec:
     Args:
         folder: holds config.json and the weights of a diffusers AutoencoderKL.
         frames_at_once: number of frames that are encoded or decoded in one call; it bounds the memory.
+        weights: a file of tensors that replace those of the folder, such as a fine-tuned decoder's.
 
     Raises:
         FileNotFoundError: when the folder lacks these files.
@@ -77,12 +148,14 @@ class AutoencoderKLCodec:
     log_det_per_dimension = None
     temporal = 1
 
-    def __init__(self, folder: str | os.PathLike[str], frames_at_once: int = 8) -> None:
+    def __init__(self, folder: str | os.PathLike[str], frames_at_once: int = 8, weights: str | None = None) -> None:
         if frames_at_once < 1:
             raise ValueError(f"AutoencoderKLCodec: frames_at_once is {frames_at_once}, expected at least 1")
         self.folder = str(folder)
-        self.frames_at_once = frames_at_once
+        self.frames_at_once, self.weights = frames_at_once, weights
         self._module = _load("AutoencoderKLCodec", "AutoencoderKL", folder)
+        if weights is not None:
+            _replace("AutoencoderKLCodec", self._module, weights)
         config = self._module.config
         self.channels = int(config.in_channels)
         self.latent_channels = int(config.latent_channels)
@@ -156,20 +229,23 @@ class AutoencoderKLCodec:
 
     def to_config(self) -> dict[str, Any]:
         """The configuration from which `make_codec` makes this codec again."""
-        return {"kind": "autoencoder_kl", "folder": self.folder, "frames_at_once": self.frames_at_once}
+        tuned = {} if self.weights is None else {"weights": self.weights}
+        return {"kind": "autoencoder_kl", "folder": self.folder, "frames_at_once": self.frames_at_once, **tuned}
 
 
 class WanCodec:
     """Causal video autoencoder of Wan, used by the published video model: 1 + 4n frames become 1 + n latent frames.
 
     The first latent frame encodes the first frame alone, so an image is a video of one frame. Latents are normalised by
-    the mean and standard deviation of each channel, from the config.json of the folder. Noise of the posterior is added
-    after that and is not normalised, as in the published recipe. The latents of all frames but the first are then
-    multiplied by `suffix_scale`.
+    the mean and standard deviation of each channel, from the config.json of the folder. Noise of the posterior of Wan
+    2.2 is added after that and is not normalised, as in the published recipe; that of Wan 2.1, whose pixels are not
+    patched, is normalised too. The latents of all frames but the first are then multiplied by `suffix_scale`.
 
     Args:
-        folder: holds config.json and the weights of a diffusers AutoencoderKLWan.
+        folder: holds config.json and the weights of a diffusers AutoencoderKLWan; or the file `Wan2.1_VAE.pth` or
+            `Wan2.2_VAE.pth` as Wan released it.
         suffix_scale: positive; the published video model was trained with 0.6.
+        weights: a file of tensors that replace those of the folder, such as a fine-tuned decoder's.
 
     Raises:
         FileNotFoundError: when the folder lacks these files.
@@ -182,14 +258,18 @@ class WanCodec:
     exact = False
     log_det_per_dimension = None
 
-    def __init__(self, folder: str | os.PathLike[str], suffix_scale: float = 1.0) -> None:
+    def __init__(self, folder: str | os.PathLike[str], suffix_scale: float = 1.0, weights: str | None = None) -> None:
         if not suffix_scale > 0:
             raise ValueError(f"WanCodec: suffix_scale is {suffix_scale}, expected a positive number")
         self.folder = str(folder)
         self.suffix_scale = float(suffix_scale)
+        self.weights = weights
         self._module = _load("WanCodec", "AutoencoderKLWan", folder)
+        if weights is not None:
+            _replace("WanCodec", self._module, weights)
         config = self._module.config
         patch = config.patch_size or 1
+        self._patched = patch > 1
         self.channels = int(config.in_channels) // patch**2
         self.latent_channels = int(config.z_dim)
         self.spatial = patch * 2 ** (len(config.dim_mult) - 1)
@@ -240,7 +320,8 @@ class WanCodec:
         posterior = self._module.to(pixels.device).encode(pixels.to(torch.float32).transpose(1, 2)).latent_dist
         codes = (posterior.mean - self._mean.to(pixels.device)) / self._deviation.to(pixels.device)
         if noise is not None:
-            codes = codes + posterior.std * noise.to(codes).transpose(1, 2)
+            spread = posterior.std if self._patched else posterior.std / self._deviation.to(pixels.device)
+            codes = codes + spread * noise.to(codes).transpose(1, 2)
         latents: torch.Tensor = codes.transpose(1, 2).contiguous()
         latents[:, 1:] *= self.suffix_scale
         return latents
@@ -288,7 +369,8 @@ class WanCodec:
 
     def to_config(self) -> dict[str, Any]:
         """The configuration from which `make_codec` makes this codec again."""
-        return {"kind": "wan", "folder": self.folder, "suffix_scale": self.suffix_scale}
+        tuned = {} if self.weights is None else {"weights": self.weights}
+        return {"kind": "wan", "folder": self.folder, "suffix_scale": self.suffix_scale, **tuned}
 
 
 def _unpatchify(pixels: torch.Tensor, patch: int) -> torch.Tensor:

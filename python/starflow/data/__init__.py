@@ -12,7 +12,7 @@ from starflow.data.actions import (
     read_actions,
     read_world,
 )
-from starflow.data.captions import CaptionMode, aspect_size, assemble, nearest_aspect
+from starflow.data.captions import ASPECT_RATIOS, CaptionMode, aspect_size, assemble, nearest_aspect
 from starflow.data.clips import (
     Clip,
     ClipDataset,
@@ -35,6 +35,7 @@ from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
 
 __all__ = [
     "ACTION_SUFFIX",
+    "ASPECT_RATIOS",
     "CHANGES",
     "DIGITS",
     "DIRECTIONS",

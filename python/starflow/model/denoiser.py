@@ -102,7 +102,7 @@ class Denoiser(Transformer):
         """Packed weights for native products where a clip is sampled (CPU, inference mode); None elsewhere."""
         weight = self.proj_in.weight
         sampling = torch.is_inference_mode_enabled() and not torch.compiler.is_compiling()
-        if not sampling or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():
+        if not sampling or self.in_pieces or not weight.is_cpu or weight.dtype == torch.float64 or in_reference_mode():
             return None
         return pack_linears(self)
 
@@ -113,15 +113,25 @@ class Denoiser(Transformer):
         prediction: Tensor = self(x, text, frame_conditions)
         return x - step * prediction
 
-    def denoise_video(self, x: Tensor, text: Tensor | None = None, *, step: float = STEP) -> Tensor:
-        """Denoises a clip of any length chunk by chunk; a chunk sees the cleaned frames of the one before.
+    def denoise_video(
+        self,
+        x: Tensor,
+        text: Tensor | None = None,
+        frame_conditions: Tensor | None = None,
+        *,
+        step: float = STEP,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Denoises a clip of any length chunk by chunk: a chunk sees the cleaned frames of the one before.
 
-        Chunks have `local_attn_window` frames and overlap by `denoiser_window` (without one, by all but one frame).
+        Chunks overlap by `denoiser_window` (without one, by all but one frame).
 
         Args:
             x: (batch, frames, channels, height, width); an image is denoised in one step.
             text: (batch, text tokens, text_dim).
+            frame_conditions: as for `forward`.
             step: as for `denoise`.
+            chunk: frames of a chunk; by default `local_attn_window`, or all.
 
         Returns:
             Like `x`; the input is left alone.
@@ -129,21 +139,26 @@ class Denoiser(Transformer):
         Raises:
             ValueError: the overlap leaves no new frame in a chunk.
         """
-        chunk = self.config.local_attn_window
+        chunk = self.config.local_attn_window if chunk is None else chunk
         if x.dim() == 4 or chunk is None or chunk >= x.shape[1]:
-            return self.denoise(x, text, step=step)
+            return self.denoise(x, text, frame_conditions, step=step)
         overlap = self.config.denoiser_window if self.config.denoiser_window is not None else chunk - 1
         if overlap >= chunk:
             raise ValueError(
-                f"denoiser: denoiser_window is {overlap}, expected less than local_attn_window {chunk} "
-                f"to denoise the {x.shape[1]} frames in chunks"
+                f"denoiser: denoiser_window is {overlap}, expected less than the {chunk} frames of a chunk "
+                f"(local_attn_window) to denoise the {x.shape[1]} frames in chunks"
             )
+
+        def cleaned(begin: int) -> Tensor:
+            frames = slice(begin, begin + chunk)
+            told = None if frame_conditions is None else frame_conditions[:, frames]
+            return self.denoise(out[:, frames], text, told, step=step)
+
         out = x.clone()
-        out[:, :chunk] = self.denoise(out[:, :chunk], text, step=step)
+        out[:, :chunk] = cleaned(0)
         start = chunk - overlap
         while start + overlap < x.shape[1]:
-            cleaned = self.denoise(out[:, start : start + chunk], text, step=step)
-            out[:, start + overlap : start + chunk] = cleaned[:, overlap:]
+            out[:, start + overlap : start + chunk] = cleaned(start)[:, overlap:]
             start += chunk - overlap
         return out
 

@@ -237,6 +237,8 @@ class Transformer(nn.Module):
         self.config = config
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, config.head_dim
         self.checkpoint_every = config.use_checkpoint
+        # Whether each process holds a piece of the weights alone, so that no kernel can take them as they are.
+        self.in_pieces = False
         self.proj_in = nn.Linear(config.token_channels, width)
         self.proj_text = nn.Linear(text_dim, width) if text_dim else None
         self.proj_frame = nn.Linear(frame_dim, width) if frame_dim else None

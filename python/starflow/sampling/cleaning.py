@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from starflow.model import Flow
 
 
-Cleaning = Literal["learned", "score", "none"]
+Cleaning = Literal["learned", "published", "score", "none"]
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,14 @@ class Denoising:
     frames, itself, and `look_ahead` frames. So a cleaned frame does not depend on how long the clip gets.
 
     Args:
-        kind: "learned" by the denoiser, "score" by a step along the flow's own score, or "none".
+        kind: "learned" by the denoiser, "published" by the same in one pass over a window of frames, "score" by a step
+            along the flow's own score, or "none".
         sigma: standard deviation of that noise.
         step: step of the denoiser (see `starflow.model.tweedie_step`).
         behind, look_ahead: frames before and after a frame that it is cleaned with.
         whole: the clip is cleaned at once, when it has ended, for a denoiser or a score that needs all frames.
+        chunk: with "published", latent frames of a pass; a longer clip takes several, which overlap (see
+            `Denoiser.denoise_video`).
     """
 
     kind: Cleaning
@@ -36,6 +39,7 @@ class Denoising:
     behind: int = 0
     look_ahead: int = 0
     whole: bool = False
+    chunk: int | None = None
 
 
 def score_denoise(

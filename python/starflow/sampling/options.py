@@ -20,12 +20,14 @@ from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 
-from starflow.config import LEAST_FPS, MOST_FPS
+from starflow.config import LEAST_FPS, MOST_FPS, DenoiseKind
 from starflow.data import CaptionMode
 from starflow.messages import shown
 from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
 
-Denoise: TypeAlias = Literal["auto", "learned", "score", "none"]
+Denoise: TypeAlias = DenoiseKind
+# Of `starflow.data.ASPECT_RATIOS`, or one of them drawn at random.
+AspectRatio: TypeAlias = Literal["random", "1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21"]
 # A picture or video: the path of a file, or its pixels.
 Given: TypeAlias = str | Path | Tensor
 
@@ -62,11 +64,14 @@ class SampleOptions:
         seeds: one for each clip, in place of `seed`.
         frames: pixel frames, given ones included; by default those of the training clips. 1 makes images.
         size: height and width in pixels; by default those of the training clips.
+        aspect_ratio: width to height, in place of `size`: about the area of the training clips, in the multiples of
+            pixels that the model takes. "random" draws one by the first seed of a call, as published sampling does.
         fps: frames a second; by default those of the training clips.
         guidance: weight of classifier-free guidance by the prompt, 0 for none; by default the model's.
         guidance_frames: how many first frames of a clip, given ones included, are guided, where a cache rolls
             (`flow.attention_frames`); by default the model's, mostly all. Guidance piles up over the frames of a clip;
             those that it was added to are cleaned and given fresh noise before the clip goes on without it.
+        guide_top: guides the deep block alone, also where shallow blocks read the prompt.
         temperature: factor of the noise that clips are made from; by default the model's. At 1 clips are draws from the
             density of the flow; below 1 they vary less and keep together better.
         image: picture that becomes the first frame: a file, or in Python a tensor ([clips,] channels, height, width)
@@ -93,10 +98,15 @@ class SampleOptions:
             and int8 read fewer bytes at float32 products, bfloat16 is fastest where the processor multiplies it and
             needs a tolerance of 0.05, two_bfloat16 lies between (for processors with AMX); on a GPU float16 and
             bfloat16 decode by native kernels; by default the model's.
+        attn_temp: divides the attention logits of every block, above 1 for less sure attention.
         certificate: measures the backward error: how far the noise that these clips belong to is from the noise asked
             for, in standard deviations, at worst.
-        denoise: how the noise of the training data is removed: by the "learned" denoiser, by a step along the flow's
-            own "score", or "none" at all; "auto" takes the learned denoiser where the model has one, else the score.
+        denoise: how the noise of the training data is removed: by the "learned" denoiser, each frame with its
+            neighbours alone; by the same as "published", in one pass over a window of frames when the clip has ended;
+            by a step along the flow's own "score"; or "none" at all. "auto" takes the learned denoiser where the model
+            has one, else the score. By default the model's, mostly "auto".
+        target_noise_std: noise that captions tell (of a model whose captions do, `train.cond_noise_level`), that given
+            frames get and that the score step removes; by default that of training, which is what the model saw.
         look_ahead: frames that the learned denoiser waits for before it cleans one; by default as many as it was
             trained to see. 0 shows a frame sooner, cleaned a little worse.
         window_frames: latent frames that the deep block sees of a long clip; by default those of the model's own window
@@ -115,9 +125,11 @@ class SampleOptions:
     seeds: tuple[int, ...] | None = None
     frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
     size: tuple[int, int] | None = field(default=None, metadata=_shown("what", least=1, metavar="HxW"))
+    aspect_ratio: AspectRatio | None = field(default=None, metadata=_shown("what"))
     fps: float | None = field(default=None, metadata=_shown("what", least=LEAST_FPS, most=MOST_FPS, metavar="F"))
     guidance: float | None = field(default=None, metadata=_shown("what", least=0, metavar="W"))
     guidance_frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
+    guide_top: bool = field(default=False, metadata=_shown("what"))
     temperature: float | None = field(default=None, metadata=_shown("what", least=0, metavar="T"))
     image: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
     video: Given | None = field(default=None, metadata=_shown("given frames", metavar="FILE"))
@@ -129,8 +141,10 @@ class SampleOptions:
     actions: Actions | None = field(default=None, metadata=_shown("given frames", metavar="FILE_OR_TEXT"))
     solver: str | Schedule | None = field(default=None, metadata=_shown("how", metavar="TEXT"))
     precision: Precision | None = field(default=None, metadata=_shown("how"))
+    attn_temp: float = field(default=1.0, metadata=_shown("how", above=0, metavar="T"))
     certificate: bool = field(default=False, metadata=_shown("how"))
-    denoise: Denoise = field(default="auto", metadata=_shown("how"))
+    denoise: Denoise | None = field(default=None, metadata=_shown("how"))
+    target_noise_std: float | None = field(default=None, metadata=_shown("how", least=0, metavar="SIGMA"))
     look_ahead: int | None = field(default=None, metadata=_shown("how", least=0, metavar="N"))
     window_frames: int | None = field(default=None, metadata=_shown("how", least=1, metavar="N"))
     context_frames: int | None = field(default=None, metadata=_shown("how", least=1, metavar="N"))
@@ -147,6 +161,8 @@ class SampleOptions:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.size is not None and len(self.size) != 2:
             raise ValueError(f"sample: size is {self.size}, expected a height and a width")
+        if self.size is not None and self.aspect_ratio is not None:
+            raise ValueError("sample: size and aspect_ratio are given, expected one of them")
         if isinstance(self.solver, str):
             try:
                 parse_solver(self.solver, certificate=self.certificate)

@@ -10,6 +10,7 @@ Reference: Gu et al., STARFlow-V (2025), sampling.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -20,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starflow import noise
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import CaptionMode
+from starflow.data import ASPECT_RATIOS, CaptionMode, aspect_size
 from starflow.inference import in_inference_mode
 from starflow.messages import shown
 from starflow.model import Flow, Guidance, tweedie_step
@@ -132,6 +134,7 @@ class Pipeline(Pretrained):
         image: bool = False,
         mode: CaptionMode | None = None,
         size: tuple[int, int] | None = None,
+        noise_std: float | None = None,
     ) -> str:
         """The caption as training assembled it: with frame rate, noise level and shape only where it did.
 
@@ -141,12 +144,14 @@ class Pipeline(Pretrained):
             image: the clip is a single frame.
             mode: "last" where the frame to end with is given, "v2v" where a source clip is.
             size: height and width in pixels, by default those of the training clips.
+            noise_std: by default that of training.
         """
-        data = self.config.data
+        data, train = self.config.data, self.config.train
         told = data if fps is None else replace(data, fps=fps)
+        noisy = train if noise_std is None else replace(train, noise_std=noise_std)
         # Single frames were told apart from clips only where training saw both.
         still = image and data.frames > 1
-        return caption_for(replace(self.config, data=told), prompt, image=still, mode=mode, size=size)
+        return caption_for(replace(self.config, data=told, train=noisy), prompt, image=still, mode=mode, size=size)
 
     def condition(
         self,
@@ -156,11 +161,12 @@ class Pipeline(Pretrained):
         image: bool = False,
         mode: CaptionMode | None = None,
         size: tuple[int, int] | None = None,
+        noise_std: float | None = None,
     ) -> Tensor | None:
         """The flow's condition for these prompts: text features, class labels, or None for a flow without condition.
 
         Args:
-            prompts, fps, image, mode, size: see `caption`.
+            prompts, fps, image, mode, size, noise_std: see `caption`.
 
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
@@ -169,7 +175,8 @@ class Pipeline(Pretrained):
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')
         try:
-            captions = [self.caption(prompt, fps=fps, image=image, mode=mode, size=size) for prompt in prompts]
+            how: dict[str, Any] = {"fps": fps, "image": image, "mode": mode, "size": size, "noise_std": noise_std}
+            captions = [self.caption(prompt, **how) for prompt in prompts]
             features = self._features(captions)
         except ValueError as error:
             raise ValueError(f"prompt: {error}") from None
@@ -215,7 +222,10 @@ class Pipeline(Pretrained):
             noisy=noisy,
             prompts=names,
             captions=tuple(
-                self.caption(name, fps=asked.fps, image=still, mode=asked.mode, size=size) for name in names
+                self.caption(
+                    name, fps=asked.fps, image=still, mode=asked.mode, size=size, noise_std=asked.target_noise_std
+                )
+                for name in names
             ),
             seeds=session.seeds,
             given=0 if beginning is None else beginning.pixels.shape[1],
@@ -240,6 +250,7 @@ class Pipeline(Pretrained):
             raise ValueError("sample: prompts is empty, expected at least one prompt")
         config, c = self.config, self.flow.config
         seeds = asked.numbers(len(names))
+        asked = replace(asked, size=self._size(asked, seeds), aspect_ratio=None)
         length = config.data.frames if asked.frames is None else asked.frames
         guidance = asked.guidance
         edited = None
@@ -257,7 +268,12 @@ class Pipeline(Pretrained):
             logger.warning("sample: frames is %d, and what the model's card tells was seen up to %s", length, holds)
         shape = self._latent_shape(length, asked.size)
         reader = self._reader(len(names), shape, asked)
-        told: dict[str, Any] = {"fps": reader.fps, "image": length == 1, "size": reader.size}
+        told: dict[str, Any] = {
+            "fps": reader.fps,
+            "image": length == 1,
+            "size": reader.size,
+            "noise_std": asked.target_noise_std,
+        }
 
         def read(texts: Sequence[str]) -> Tensor | None:
             return self.condition(texts, mode=asked.mode, **told)
@@ -283,7 +299,8 @@ class Pipeline(Pretrained):
             raise ValueError(f"sample: guidance_frames is {guided}, expected guidance above 0 together with it")
         if guided is not None and span.behind is None:
             raise ValueError(f"sample: guidance_frames is {guided}, expected None where no cache rolls")
-        conditions = Conditions(y, null, Guidance(weight, frames=guided), schedule, precision=precision)
+        guide = Guidance(weight, frames=guided, all_blocks=not asked.guide_top)
+        conditions = Conditions(y, null, guide, schedule, asked.attn_temp, precision)
         session = Session(
             self.flow,
             self.codec,
@@ -291,7 +308,7 @@ class Pipeline(Pretrained):
             seeds,
             self._sized(conditions, span.frames, shape),
             span,
-            self._denoising(asked, span.frames),
+            self._denoising(asked, span, before + shape[0]),
             temperature=config.sample.temperature if asked.temperature is None else asked.temperature,
             read=read if self.text is not None else None,
             renew=asked.renew,
@@ -347,6 +364,17 @@ class Pipeline(Pretrained):
                 "which are what fits into memory (a session, or --stream, gives frames one by one)"
             )
 
+    def _size(self, asked: SampleOptions, seeds: Sequence[int]) -> tuple[int, int] | None:
+        """Height and width in pixels that the options ask for; None for those of training."""
+        data = self.config.data
+        if asked.aspect_ratio is None:
+            return asked.size
+        ratio: str = asked.aspect_ratio
+        if ratio == "random":
+            ratio = ASPECT_RATIOS[int(noise.stream(seeds[0], "choose").integers(len(ASPECT_RATIOS)))]
+        side = round(math.sqrt(data.height * data.width))
+        return aspect_size(side, ratio, self.codec.spatial * self.flow.config.patch_size)
+
     def _latent_shape(self, frames: int, size: tuple[int, int] | None) -> tuple[int, int, int, int]:
         """Latent frames, channels, height and width of a clip."""
         data, codec = self.config.data, self.codec
@@ -371,27 +399,35 @@ class Pipeline(Pretrained):
             device=self.device,
         )
 
-    def _denoising(self, asked: SampleOptions, window: int) -> Denoising:
-        """How frames are cleaned, by the options of denoising, with a window of `window` latent frames."""
+    def _denoising(self, asked: SampleOptions, span: Span, frames: int) -> Denoising:
+        """How the (at most) `frames` latent frames of a clip are cleaned, by the options of denoising."""
         recipe, c = self.config.train, self.flow.config
-        kind = self._denoiser(asked.denoise)
+        kind = self._denoiser(self.config.sample.denoise if asked.denoise is None else asked.denoise)
         # A denoiser that is not causal sees all frames of a clip, and the score is that of a whole clip's density.
-        whole = kind == "score" or (kind == "learned" and c.temporal_causal == 0)
+        whole = kind in ("score", "published") or (kind == "learned" and c.temporal_causal == 0)
         most = c.temporal_causal - 1 if kind == "learned" and not whole else 0
         ahead = most if asked.look_ahead is None else asked.look_ahead
         if ahead > most:
             raise ValueError(f"sample: look_ahead is {ahead}, expected 0 to {most} (what the denoiser sees)")
-        behind = min(BEHIND, window - 1 - ahead) if c.denoiser_window is None else c.denoiser_window
+        behind = min(BEHIND, span.frames - 1 - ahead) if c.denoiser_window is None else c.denoiser_window
         step = tweedie_step(recipe.noise_std, weighted=recipe.cond_noise_level)
-        return Denoising(kind, recipe.noise_std, step, max(behind, 0), ahead, whole=whole)
+        chunk = self.codec.latent_frames(self.config.data.frames) if span.behind is not None else span.frames
+        if kind == "published" and chunk < frames and (c.denoiser_window or 0) >= chunk:
+            raise ValueError(
+                f"sample: denoise is 'published' and the denoiser looks back {c.denoiser_window} frames "
+                f"(flow.denoiser_window), expected fewer than the {chunk} of a window, or denoise 'learned'"
+            )
+        published = chunk if kind == "published" else None
+        sigma = recipe.noise_std if asked.target_noise_std is None else asked.target_noise_std
+        return Denoising(kind, sigma, step, max(behind, 0), ahead, whole=whole, chunk=published)
 
     def _denoiser(self, denoise: Denoise) -> Cleaning:
         """Which denoiser the option `denoise` means for this model."""
         learned = self.flow.denoiser is not None
         if self.config.train.noise_std == 0.0:
             return "none"
-        if denoise == "learned" and not learned:
-            raise ValueError("sample: denoise is 'learned', expected 'score': the model has no learned denoiser")
+        if denoise in ("learned", "published") and not learned:
+            raise ValueError(f"sample: denoise is {denoise!r}, expected 'score': the model has no learned denoiser")
         if denoise == "auto":
             return "learned" if learned else "score"
         return denoise

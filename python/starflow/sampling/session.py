@@ -573,6 +573,8 @@ class Session:
         if how.kind == "none" or denoiser is None:
             return x
         read = (text, told) if self._flow.config.conditional_denoiser else (None, None)
+        if how.kind == "published":
+            return denoiser.denoise_video(x, *read, step=how.step, chunk=how.chunk)
         return denoiser.denoise(x, *read, step=how.step)
 
     def _forget(self, clean: Tensor) -> None:

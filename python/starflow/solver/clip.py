@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from starflow.model import FlowBlock, Guidance, to_grid, to_sequence
-from starflow.schedules import Schedule, Window
+from starflow.schedules import Chunks, Schedule, Window
 from starflow.solver.decoder import BlockDecoder
 from starflow.solver.loop import Inversion
 from starflow.solver.native import Precision
@@ -107,8 +107,8 @@ class Span:
 
     @staticmethod
     def default_context(frames: int) -> int:
-        """Three quarters of the frames, at least one."""
-        return max(1, frames * 3 // 4)
+        """Three quarters of the frames, to the nearest, of two the smaller, at least one: 16 of 21 as published."""
+        return max(1, (3 * frames + 1) // 4)
 
 
 class Decoding:
@@ -264,8 +264,13 @@ class _Stage:
         reads = self.block.config.num_classes or self.block.config.text_width(self.block.index)
         return (self.conditions.y, self.conditions.null) if reads else (None, None)
 
-    def _solve(self, schedule: Schedule, known: Tensor, frames: int) -> tuple[Inversion, Tensor]:
-        """A solve of `frames` frames, of which those of the folded grid `known` are given, and the order of tokens."""
+    def _solve(
+        self, schedule: Schedule, known: Tensor, frames: int, before: Tensor | None = None
+    ) -> tuple[Inversion, Tensor]:
+        """A solve of `frames` frames, of which those of the folded grid `known` are given, and the order of tokens.
+
+        A window that goes on from another one has the token (batch, 1, channels) `before` it.
+        """
         rows, _, height, width, _ = known.shape
         if self._kept is None or self._kept[0] != (rows, frames):
             make, order = self._decoders(rows, frames, height, width)
@@ -275,7 +280,7 @@ class _Stage:
         # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
-        return Inversion(own, schedule, first, lambda: decoder("float32", self._told)), order
+        return Inversion(own, schedule, first, lambda: decoder("float32", self._told), before), order
 
     def _decoders(
         self, rows: int, frames: int, height: int, width: int
@@ -349,6 +354,7 @@ class _Causal(_Stage):
         self._first: Tensor | None = None  # the sink
         self._open: tuple[Inversion, Tensor] | None = None
         self._known = known
+        self._before: Tensor | None = None  # the last token before the window, for chunks
 
     @property
     def done(self) -> bool:
@@ -433,7 +439,7 @@ class _Causal(_Stage):
                 self._told = self._none(self._span.frames)
                 if self._told is not None:
                     self._told[:, : known.shape[1]] = self._vectors[:, : known.shape[1]]
-                self._open = self._solve(self.conditions.schedule, known, self._span.frames)
+                self._open = self._solve(self.conditions.schedule, known, self._span.frames, self._before)
                 self._out, self._known = known.shape[1], None
             begin = self._in_window
             if room := self._span.frames - begin:
@@ -477,6 +483,9 @@ class _Causal(_Stage):
             self._known = self._grid(solve.x, order, self._out - last, self._out)
         if sink and self._first is not None:
             self._known = torch.cat([self._first, self._known], 1)
+        begin = (self._out - last) * self._size[1] * self._size[2]
+        if begin and isinstance(self.conditions.schedule, Chunks):
+            self._before = solve.x[:, begin - 1 : begin]
         self._open = None
 
     def _grid(self, sequence: Tensor, order: Tensor, begin: int, end: int) -> Tensor:

@@ -52,6 +52,8 @@ class Inversion:
             the solve.
         judge: makes the decoder that computes the certificate, for a `model` of lower precision, or one that goes on
             after a report; None takes `model` itself.
+        before: the token before the first, (batch, 1, channels), of a window that goes on from another one; None where
+            the first token is that of a clip. Only the guesses of `Chunks` depend on it.
 
     Raises:
         ValueError: more tokens than the model has.
@@ -65,12 +67,15 @@ class Inversion:
         schedule: Schedule,
         known: Tensor,
         judge: Callable[[], Autoregressive] | None = None,
+        before: Tensor | None = None,
     ) -> None:
         count = known.shape[1]
         require_finite(known, 0, "given data")
         self._model, self._schedule, self._judge = model, schedule, judge
         # Row n + 1 holds token n, so that rows n .. are what the network reads to predict the tokens n ..
-        self._x = torch.cat([known.new_zeros(known.shape[0], 1, known.shape[2]), known], 1)
+        first = known.new_zeros(known.shape[0], 1, known.shape[2]) if before is None else before
+        self._x = torch.cat([first, known], 1)
+        self._goes_on = before is not None
         self._z = torch.zeros_like(known)
         self._first = max(count, model.first_token)
         if count > model.first_token:
@@ -146,7 +151,7 @@ class Inversion:
         model, x, z, at, progress = self._model, self._x, self._z, self._at, self._progress
         while self.final < until:
             if isinstance(self._schedule, Chunks):
-                _chunk(model, x, z, self._schedule, at, progress)
+                _chunk(model, x, z, self._schedule, at, progress, goes_on=self._goes_on)
             elif isinstance(self._schedule, Sequential):
                 _token(model, x, z, at, progress)
             else:
@@ -253,11 +258,20 @@ def _token(model: Autoregressive, x: Tensor, z: Tensor, at: WindowProgress, prog
     at.frontier = [token + 1] * z.shape[0]
 
 
-def _chunk(model: Autoregressive, x: Tensor, z: Tensor, schedule: Chunks, at: WindowProgress, progress: Tally) -> None:
+def _chunk(
+    model: Autoregressive,
+    x: Tensor,
+    z: Tensor,
+    schedule: Chunks,
+    at: WindowProgress,
+    progress: Tally,
+    *,
+    goes_on: bool,
+) -> None:
     """Solves the next chunk of all samples."""
     frame, total, start = model.frame_tokens, z.shape[1], at.frontier[0]
-    # As in the published code the first chunk of the second frame is short and has no guess.
-    later = progress.before + start > frame
+    # As in the published code the first chunk of the second frame of a clip is short and has no guess.
+    later = goes_on or progress.before + start > frame
     size = min(4 * schedule.block if later else schedule.block, total - start)
     window = slice(start + 1, start + size + 1)
     progress.window = max(progress.window, size)

@@ -55,7 +55,7 @@ _DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
 def _how(conditioner: Conditioner, precision: Precision) -> _How | None:
     """How a network decodes natively; None where it does not."""
     weight = conditioner.proj_in.weight
-    if weight.dtype not in _DTYPES or in_reference_mode():
+    if weight.dtype not in _DTYPES or in_reference_mode() or conditioner.in_pieces:
         return None
     own = str(weight.dtype).removeprefix("torch.") if precision == "float32" else precision
     if weight.device.type == "cuda":

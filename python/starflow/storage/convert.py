@@ -13,7 +13,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from starflow.config import ConfigError, FlowConfig, RunConfig, from_mapping, read_yaml, require, to_mapping
+from starflow.config import (
+    ConfigError,
+    FlowConfig,
+    RunConfig,
+    config_names,
+    from_mapping,
+    read_yaml,
+    require,
+    to_mapping,
+)
+from starflow.data import aspect_size
 from starflow.mapped import release
 from starflow.messages import short, shown
 from starflow.model import to_int8
@@ -52,15 +62,28 @@ _TRAIN = {
     "acc": "accumulate",
 }
 _FLOW = {"channel_size": "in_channels", "blocks": "num_blocks", "gradient_checkpoint": "use_checkpoint"}
-# Options of the published code that have no counterpart here: hardware, files, logging, and how data are arranged.
-_DROPPED = (
-    "adaln epochs finetuned_vae fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling no_flip "
-    "sample_freq secondary_batch_size secondary_img_size wds"
+# Options of the published yamls and commands that have no counterpart here; the log names those that a yaml sets.
+_IGNORED = (
+    # the machine
+    "compile fp8 fsdp fsdp_text_encoder gradient_checkpoint_mlp loss_scaling use_8bit_adam use_mm_attn "
+    # files, names and logs
+    "caption caption_column checkpoint_path dataset dry_run input_image logdir model_config_path resume_epoch "
+    "resume_path return_sequence save_folder wandb_name "
+    # data: a second set, tars, flipping (clips are never flipped here)
+    "no_flip secondary_batch_size secondary_dataset secondary_epoch_length secondary_img_size secondary_vid_size wds "
+    # sampling: what `starflow sample` is told at each call, and what the published code does not read
+    "attn_temp context_length denoising_batch_size guide_top jacobi_max_iter num_samples sample_batch_size seed "
+    "self_denoising_lr target_length target_noise_std vae_decoder_factor"
 )
-# Autoencoders: kind here, pixels per latent position, channels of a latent.
+# Defaults of the published training script: clips of an epoch, and epochs of a run.
+_EPOCH_LENGTH, _EPOCHS = 50_000, 1000
+# What the release's own sampling commands give, for clips and for images: tokens of a chunk, change that ends it.
+_CHUNKS = {True: "chunks:32:0.001", False: "chunks:16:0.001"}
+# Autoencoders, by what their name begins with: kind here, pixels per latent position, folder (named like it if empty).
 _CODECS = {
     "stabilityai/sd-vae-ft-ema": ("autoencoder_kl", 8, "sd-vae-ft-ema"),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": ("wan", 16, "Wan2.2-TI2V-5B-Diffusers/vae"),
+    "Wan-AI/Wan2.2-TI2V-5B": ("wan", 16, "Wan2.2-TI2V-5B-Diffusers/vae"),
+    "Wan-AI/Wan2.1": ("wan", 8, ""),
 }
 _TEXT_WIDTHS = {"google/flan-t5-xl": 2048}
 
@@ -70,30 +93,31 @@ def published_config(
     *,
     family: Family = "starflow",
     codec_folder: str | Path | None = None,
+    codec_weights: str | Path | None = None,
     text_folder: str | Path | None = None,
 ) -> RunConfig:
     """Reads a yaml of the published STARFlow code (a list `arguments` of options).
+
+    Options without a counterpart here are named in the log. A yaml of a released model samples as the release's own
+    commands do, like the configuration of its name that comes with the package.
 
     Args:
         path: of the file.
         family: "tarflow" for a list of TarFlow's options, which come on the command line (`img_size`, `channel_size`,
             `patch_size`, `channels`, `blocks`, `layers_per_block`, `noise_std`, ...), and `num_classes`, `nvp`.
         codec_folder, text_folder: local copies of autoencoder and text encoder; by default folders of their names.
+        codec_weights: weights that replace some of the autoencoder's, such as a fine-tuned decoder; by default the file
+            that `finetuned_vae` names.
 
     Raises:
-        ConfigError: not such a file, or an option that cannot be honoured; the message names it.
+        ConfigError: not such a file, or an option that cannot be honoured, or is given twice or under two names; the
+            message names it.
     """
     options = _arguments(Path(path))
+    _tell_ignored(Path(path), options)
     if family == "tarflow":
         return _tarflow_config(options)
-    name, _, suffix = str(options.pop("vae", "")).partition(":")
-    if name not in _CODECS:
-        raise ConfigError(f"vae is {shown(name)}, expected one of {', '.join(_CODECS)}")
-    kind, spatial, folder = _CODECS[name]
-    codec: dict[str, Any] = {"kind": kind, "folder": str(codec_folder or folder)}
-    if suffix:
-        require(isinstance(_number(suffix), float), "vae", f"{name}:{suffix}", "a number behind the colon")
-        codec["suffix_scale"] = float(suffix)
+    codec, spatial = _codec(Path(path), options, codec_folder, codec_weights)
     encoder = str(options.pop("text", ""))
     if encoder not in _TEXT_WIDTHS:
         raise ConfigError(f"text is {shown(encoder)}, expected one of {', '.join(_TEXT_WIDTHS)}")
@@ -109,25 +133,31 @@ def published_config(
         isinstance(side, int) and side > 0 and side % spatial == 0, "img_size", side, f"a multiple of {spatial} pixels"
     )
     data: dict[str, Any] = {"kind": "folder", "channels": 3, "height": side, "width": side, "frames": 1}
+    if options.get("data") is not None:
+        data["path"] = str(options["data"])
     if "vid_size" in options:
         size = options.pop("vid_size")
-        told = re.fullmatch(r"(\d+):(\d+(?:\.\d+)?)", str(size))
+        told = re.fullmatch(r"(\d+):(\d+(?:\.\d+)?)(?::\d+(?:\.\d+)?)*", str(size))
         if told is None:
             # Without quotes yaml reads 81:16 as a number to the base of 60.
             raise ConfigError(f"vid_size is {shown(size)}, expected frames:fps in quotes, such as '81:16'")
         data.update(frames=int(told[1]), fps=float(told[2]))
+        if str(size).count(":") > 1:
+            logger.info("vid_size is %s: clips are read at its first frame rate alone", shown(size))
     data["caption_fps"] = bool(options.pop("fps_cond", False))
     data["mix_aspect"] = bool(options.pop("mix_aspect", False))
-    sample: dict[str, Any] = {"guidance": _pop_number(options, "cfg")}
-    if data.get("fps"):
-        sample["fps"] = data["fps"]
-    require(not options.get("adaln"), "adaln", options.get("adaln"), "0")
+    options.pop("data", None)
+    require(not options.get("adaln"), "adaln", options.pop("adaln", None), "0")
+    sample = _sample_options(options, data)
+    if codec.get("weights"):
+        # A decoder that was tuned to noisy latents takes them as they are, as in the published code.
+        sample["denoise"] = "none"
     # Defaults of the published training script that differ from ours.
-    train: dict[str, Any] = {"denoiser_lr": 1e-4, "grad_clip": 0.0, "ema": 0.0, "precision": "bfloat16"}
-    train.update({_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN})
+    train = {"denoiser_lr": 1e-4, "grad_clip": 0.0, "ema": 0.0, "precision": "bfloat16", **_train_options(options)}
+    ratio = options.pop("aspect_ratio", None)
     flow = _flow_options(options)
     flow.update(img_size=side // spatial, txt_dim=_TEXT_WIDTHS[encoder])
-    return from_mapping(
+    config = from_mapping(
         RunConfig,
         {
             "flow": to_mapping(FlowConfig.from_published(flow, "starflow")),
@@ -138,11 +168,122 @@ def published_config(
             "sample": sample,
         },
     )
+    if data["mix_aspect"]:
+        # Clips of all shapes were trained on; by default the shape of the release's own commands is sampled.
+        shape = str(ratio) if ratio not in (None, "random") else "16:9" if data["frames"] > 1 else "1:1"
+        height, width = aspect_size(side, shape, spatial * config.flow.patch_size)
+        config = replace(config, data=replace(config.data, height=height, width=width))
+    return _as_released(Path(path), config)
+
+
+def _codec(
+    path: Path, options: dict[str, Any], folder: str | Path | None, weights: str | Path | None
+) -> tuple[dict[str, Any], int]:
+    """Takes the autoencoder out of the options: its configuration, and pixels of a latent position."""
+    name, _, suffix = str(options.pop("vae", "")).partition(":")
+    known = next((key for key in _CODECS if name.startswith(key)), None)
+    if known is None:
+        raise ConfigError(f"vae is {shown(name)}, expected one of {', '.join(_CODECS)}...")
+    kind, spatial, usual = _CODECS[known]
+    usual = usual or f"{name.rpartition('/')[2]}/vae"
+    codec: dict[str, Any] = {"kind": kind, "folder": str(folder or usual)}
+    if suffix:
+        require(isinstance(_number(suffix), float), "vae", f"{name}:{suffix}", "a number behind the colon")
+        codec["suffix_scale"] = float(suffix)
+    adapter = options.pop("vae_adapter", None)
+    require(adapter in (None, "none"), "vae_adapter", adapter, "none (a diffusion model behind the flow is no part)")
+    tuned = options.pop("finetuned_vae", None)
+    tuned = None if tuned in (None, "none") else str(tuned)
+    found = None if tuned is None else next((p for p in (Path(tuned), path.parent / tuned) if p.is_file()), None)
+    if weights is not None or found is not None:
+        codec["weights"] = str(weights or found)
+    elif tuned is not None:
+        logger.warning(
+            "finetuned_vae is %s, which is no file here: the autoencoder keeps its own weights; give the file of the "
+            "fine-tuned ones (codec_weights, or --codec-weights of convert)",
+            shown(tuned),
+        )
+    return codec, spatial
+
+
+def _sample_options(options: dict[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """Takes what concerns sampling out of the options."""
+    sample: dict[str, Any] = {"guidance": _pop_number(options, "cfg"), "solver": _CHUNKS[data["frames"] > 1]}
+    fps = options.pop("out_fps", None) or data.get("fps")
+    if fps:
+        sample["fps"] = fps
+    if options.pop("disable_learnable_denoiser", 0):
+        sample["denoise"] = "score"
+    _, block, threshold = sample["solver"].split(":")
+    block, threshold = options.pop("jacobi_block_size", block), options.pop("jacobi_th", threshold)
+    sample["solver"] = f"chunks:{block:g}:{threshold:g}" if isinstance(block, float) else f"chunks:{block}:{threshold}"
+    if not options.pop("jacobi", 1):
+        sample["solver"] = "sequential"
+    return sample
+
+
+def _train_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Takes what concerns training out of the options."""
+    noise = options.pop("noise_type", "gaussian")
+    require(noise == "gaussian", "noise_type", noise, "'gaussian'")
+    train = {_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN}
+    if options.pop("last_frame_cond", 0):
+        train["last_frame_prob"] = 1.0
+    if options.pop("video_to_video", 0) and "last_frame_prob" not in train:
+        train["source_prob"] = 1.0
+    seed = options.pop("train_seed", None)
+    if seed is not None:
+        train["seed"] = seed
+    # The published code counts epochs, of a number of clips that is no property of the data.
+    length, epochs = options.pop("epoch_length", _EPOCH_LENGTH), options.pop("epochs", _EPOCHS)
+    batch = train.get("batch_size", 128)
+    for name, value in (("epoch_length", length), ("epochs", epochs), ("batch_size", batch)):
+        require(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
+    steps = max(length // batch, 1)
+    train["steps"] = epochs * steps
+    warmup = options.pop("warmup_steps", None)
+    train["warmup_steps"] = steps if warmup is None else warmup
+    for name, ours in (("save_every", "checkpoint_every"), ("sample_freq", "sample_every")):
+        every = options.pop(name, None)
+        if every is not None:
+            require(isinstance(every, int) and every >= 0, name, every, "an integer >= 0")
+            train[ours] = every * steps
+    return train
+
+
+def _as_released(path: Path, config: RunConfig) -> RunConfig:
+    """A configuration of a released model, told by its flow, samples as the one that comes with the package does."""
+    for name in config_names():
+        released = RunConfig.load(name)
+        if released.flow != config.flow:
+            continue
+        sample = replace(released.sample, denoise=config.sample.denoise)
+        data = replace(config.data, height=released.data.height, width=released.data.width)
+        if sample != config.sample:
+            logger.info(
+                "%s is of %s, which samples as the release's commands do: guidance %g (cfg is %g), solver %s",
+                short(path),
+                name,
+                sample.guidance,
+                config.sample.guidance,
+                sample.solver,
+            )
+        return replace(config, sample=sample, data=data)
+    return config
+
+
+def _tell_ignored(path: Path, options: dict[str, Any]) -> None:
+    """Takes the options that have no counterpart out, and names them."""
+    ignored = sorted(set(_IGNORED.split()) & set(options))
+    for name in ignored:
+        del options[name]
+    if ignored:
+        logger.info("%s: %s have no counterpart here and are ignored", short(path), ", ".join(ignored))
 
 
 def _tarflow_config(options: dict[str, Any]) -> RunConfig:
     """The configuration of a TarFlow model, whose codec leaves pixels as they are."""
-    train = {_TRAIN[key]: options.pop(key) for key in list(options) if key in _TRAIN}
+    train = _train_options(options)
     guidance = _pop_number(options, "cfg")
     flow = FlowConfig.from_published(_flow_options(options), "tarflow")
     side = flow.img_size
@@ -161,7 +302,7 @@ def _tarflow_config(options: dict[str, Any]) -> RunConfig:
 
 def _flow_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Constructor options of the published model among those of its training script."""
-    flow = {_FLOW.get(key, key): value for key, value in options.items() if key not in _DROPPED.split()}
+    flow = {_FLOW.get(key, key): value for key, value in options.items()}
     layers = flow.get("layers_per_block", 1)
     if isinstance(layers, str):
         layers = [int(count) if count.isdecimal() else count for count in layers.split()]
@@ -260,7 +401,14 @@ def _arguments(path: Path) -> dict[str, Any]:
     arguments = content.get("arguments") if isinstance(content, Mapping) else None
     if not isinstance(arguments, list) or not all(isinstance(item, Mapping) for item in arguments):
         raise ConfigError(f"config {short(path)} has no list `arguments`, expected a yaml of the published code")
-    options = {str(key): value for item in arguments for key, value in item.items()}
+    options: dict[str, Any] = {}
+    for item in arguments:
+        for key, value in item.items():
+            require(str(key) not in options, str(key), [options.get(str(key)), value], "one value, it is given twice")
+            options[str(key)] = value
+    for published, ours in (*_TRAIN.items(), *_FLOW.items()):
+        if published != ours and published in options and ours in options:
+            raise ConfigError(f"{published} and {ours} are given, expected one of them: both name one thing")
     # yaml reads 1e-6 (no dot) as text.
     return {key: _number(value) if isinstance(value, str) else value for key, value in options.items()}
 

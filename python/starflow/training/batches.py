@@ -122,16 +122,41 @@ def _part(folder: Path, split: Literal["train", "test"]) -> Path:
     return folder
 
 
-def data_of(dataset: ClipDataset) -> dict[str, Any]:
+def make_images(config: RunConfig) -> ClipDataset | None:
+    """The set of images that steps on images take; None where they take frames of the clips.
+
+    Raises:
+        ConfigError: the option is set and no step trains on images.
+        ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
+    """
+    data = config.data
+    if data.images is None:
+        return None
+    require(config.train.image_prob > 0, "data.images", data.images, "train.image_prob > 0 with it")
+    folder = Path(data.images)
+    return VideoFolder(
+        _part(folder, "train"),
+        frames=1,
+        height=data.image_height or data.height,
+        width=data.image_width or data.width,
+        channels=data.channels,
+        name_captions=data.name_captions,
+        cache_bytes=int(data.cache_gb * 2**30),
+        aspect_multiple=make_codec(config.codec).spatial * config.flow.patch_size if data.mix_aspect else None,
+    )
+
+
+def data_of(dataset: ClipDataset, images: ClipDataset | None = None) -> dict[str, Any]:
     """What tells a folder of files from another one: how many there are, and a checksum of names, sizes, captions and
     actions.
 
     Args:
         dataset: that a run is trained on; empty for one that is no folder.
+        images: the set of images beside it.
     """
-    if not isinstance(dataset, VideoFolder):
+    lines = [line for part in (dataset, images) if isinstance(part, VideoFolder) for line in part.listing()]
+    if not lines:
         return {}
-    lines = dataset.listing()
     return {"files": len(lines), "crc32": zlib.crc32("\n".join(lines).encode("utf-8", "surrogateescape"))}
 
 
@@ -141,7 +166,7 @@ def open_text(config: RunConfig) -> str:
     return option if config.text.get(option, ()) is None else ""
 
 
-def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
+def with_vocabulary(config: RunConfig, dataset: ClipDataset, images: ClipDataset | None = None) -> RunConfig:
     """The configuration with the words or the names of the data's captions, where it leaves them open.
 
     `text: {kind: words, vocabulary: null}` is filled with every word of the captions, and the longest number of words
@@ -151,6 +176,7 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
     Args:
         config: of the run.
         dataset: that it is trained on.
+        images: the set of images beside it.
 
     Raises:
         ConfigError: the captions of the data are not known beforehand, or all are empty.
@@ -168,12 +194,15 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset) -> RunConfig:
     }
     kinds: list[tuple[CaptionMode | None, bool]] = [(None, False)]
     kinds += [(mode, False) for mode, chance in chances.items() if chance]
-    kinds += [(None, True)] if train.image_prob else []
+    stills: list[tuple[CaptionMode | None, bool]] = [(None, True)] if train.image_prob else []
+    parts = [(dataset, [*kinds, *stills])] if images is None else [(dataset, kinds), (images, stills)]
     captions = [
         caption_for(config, caption, size=size, mode=mode, image=image)
-        for caption in dataset.captions
-        for mode, image in kinds
-        for size in dataset.sizes
+        for part, told in parts
+        if isinstance(part, VideoFolder)
+        for caption in part.captions
+        for mode, image in told
+        for size in part.sizes
     ]
     if option == "names":
         filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
@@ -322,13 +351,22 @@ class Batches:
         config: of the run.
         dataset: of clips.
         codec: fixes the shape of the noise.
+        images: the set that steps on images take; None takes frames of the clips.
         rank, size: makes the `rank`-th of `size` equal parts of each batch, which are the same in any run.
     """
 
-    def __init__(self, config: RunConfig, dataset: ClipDataset, codec: Codec, *, rank: int = 0, size: int = 1) -> None:
-        self._config, self._dataset, self._codec = config, dataset, codec
+    def __init__(
+        self,
+        config: RunConfig,
+        dataset: ClipDataset,
+        codec: Codec,
+        images: ClipDataset | None = None,
+        *,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        self._config, self._dataset, self._codec, self._images = config, dataset, codec, images
         self._rank, self._size = rank, size
-        self._groups = dataset.groups if isinstance(dataset, VideoFolder) else (tuple(range(len(dataset))),)
         train = config.train
         for name, count in (("batch_size", train.batch_size), ("image_batch_size", train.image_batch_size)):
             require(
@@ -345,8 +383,11 @@ class Batches:
         image = choose.random() < train.image_prob
         count = (train.image_batch_size or train.batch_size) if image else train.batch_size
         rows = slice(self._rank * count // self._size, (self._rank + 1) * count // self._size)
-        pairs = sample_group(train.seed, step, count, self._groups)[rows]
-        clips = [self._dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
+        apart = image and self._images is not None
+        dataset = self._images if apart and self._images is not None else self._dataset
+        groups = dataset.groups if isinstance(dataset, VideoFolder) else (tuple(range(len(dataset))),)
+        pairs = sample_group(train.seed, step, count, groups)[rows]
+        clips = [dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
         pixels, captions = stack_clips(clips)
         frames = codec.latent_frames(pixels.shape[1])
         extend = choose.random() < train.drop_image and not image and frames > 1
@@ -362,7 +403,9 @@ class Batches:
         size = (pixels.shape[-2], pixels.shape[-1])
         drop = stream(train.seed, "drop", step)
         dropped = drop.random(count)[rows] < train.drop_label
-        told = self._frame_conditions(clips, shape[1] if not image else 1, extend=extend)
+        told = self._frame_conditions(
+            [] if apart else clips, shape[1] if not image else 1, extend=extend, rows=len(clips)
+        )
         if told is not None:
             told[torch.from_numpy(drop.random(count)[rows] < train.drop_frame_condition)] = math.nan
         return Batch(
@@ -379,12 +422,14 @@ class Batches:
             told,
         )
 
-    def _frame_conditions(self, clips: Sequence[Clip], frames: int, *, extend: bool) -> Tensor | None:
-        """Vectors of the latent frames of a batch; frames without one, such as those of a reference, have NaN."""
+    def _frame_conditions(self, clips: Sequence[Clip], frames: int, *, extend: bool, rows: int) -> Tensor | None:
+        """Vectors of the latent frames of a batch of so many rows; frames without one, such as those of a reference or
+        of a set of images, have NaN.
+        """
         dim = self._config.flow.frame_dim
         if not dim:
             return None
-        told = torch.full((len(clips), frames, dim), math.nan)
+        told = torch.full((rows, frames, dim), math.nan)
         for row, clip in enumerate(clips):
             given = conditions_of(clip, dim)
             # An image shows no time in which a vector could act; a reference stands before the clip.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from starflow.distributed import Parallel, World
-from starflow.model import Encoded, Flow, Transformer
+from starflow.model import Conditioner, Encoded, Flow, Transformer
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -85,10 +85,11 @@ class Engine:
 def shard(flow: Flow, world: World) -> list[FSDPModule]:
     """Cuts every parameter of a flow into as many pieces as there are processes, in place.
 
-    A layer is made whole while it computes, forward and backward, and so is the rest of each network.
+    A layer is made whole while it computes, forward and backward, and so is the rest of each network. The flow can also
+    be decoded (in plain torch) and sampled from, by calls that all processes make alike.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     mesh = init_device_mesh(world.device.type, (world.size,))
     networks = [module for module in flow.modules() if isinstance(module, Transformer)]
@@ -97,4 +98,8 @@ def shard(flow: Flow, world: World) -> list[FSDPModule]:
         for layer in network.layers:
             fully_shard(layer, mesh=mesh)
         sharded.append(fully_shard(network, mesh=mesh))
+        network.in_pieces = True
+        if isinstance(network, Conditioner):
+            for entry in ("window", "prefill_text"):
+                register_fsdp_forward_method(network, entry)
     return sharded

@@ -197,7 +197,8 @@ def _compression(config: RunConfig) -> tuple[int, int]:
     kind, frames = config.codec.get("kind"), config.data.frames
     # The numbers of the published autoencoders are known, so that a plan needs none of their folders.
     if kind == "wan":
-        return 16, (frames - 1) // 4 + 1
+        # Wan 2.1 has 16 channels of a latent and does not patch pixels.
+        return 8 if config.flow.in_channels == 16 else 16, (frames - 1) // 4 + 1
     if kind == "autoencoder_kl":
         return 8, frames
     codec, _ = make_parts(config)

@@ -20,7 +20,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import yaml
@@ -32,7 +32,6 @@ from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
-from starflow.extras import import_extra
 from starflow.files import remove_leftovers, sole
 from starflow.messages import shown
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
@@ -53,6 +52,7 @@ from starflow.training.batches import (
     Batches,
     data_of,
     make_dataset,
+    make_images,
     make_parts,
     open_text,
     source_of,
@@ -60,11 +60,10 @@ from starflow.training.batches import (
     with_world,
 )
 from starflow.training.engine import Engine, shard
+from starflow.training.log import open_log
 from starflow.training.machine import keep_freed_memory, multiplies_bfloat16
 from starflow.training.optim import Average, make_optimizers
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from starflow.training.start import new_flow, started_flow
 
 __all__ = [
     "Features",
@@ -140,18 +139,24 @@ class Trainer:
         text: captions to features, or None.
         device: where the flow lives.
         world: the processes that train it together; all make the same calls.
+        flow: with the weights to begin with; None for random ones, which follow from `train.seed`.
     """
 
     def __init__(
-        self, config: RunConfig, codec: Codec, text: TextEncoder | None, device: torch.device, world: World = ALONE
+        self,
+        config: RunConfig,
+        codec: Codec,
+        text: TextEncoder | None,
+        device: torch.device,
+        world: World = ALONE,
+        *,
+        flow: Flow | None = None,
     ) -> None:
         self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
         precision = config.train.precision
         self._bfloat16 = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
-        with torch.random.fork_rng():
-            torch.manual_seed(config.train.seed)
-            self.flow = Flow(config.flow).to(device).train()
+        self.flow = (new_flow(config) if flow is None else flow).to(device).train()
         # Without an average the weights themselves stand for it.
         target = copy.deepcopy(self.flow) if config.train.ema else self.flow
         self.engine = Engine(self.flow, world, config.train.parallel)
@@ -460,7 +465,7 @@ def train(
     Args:
         config: of the run.
         folder: gets `model.safetensors` (the averaged weights), `checkpoints`, `config.yaml`, `samples` and the
-            TensorBoard log `log` where TensorBoard is installed.
+            log `log` (`train.log`).
         resume: go on from the last checkpoint in `folder`, if there is one; False insists on a fresh run.
         on_step: called after each step, in every process.
         quiet: no progress bar.
@@ -472,7 +477,7 @@ def train(
         the CPU, and in pieces in the others).
 
     Raises:
-        ConfigError: options that contradict each other.
+        ConfigError: options that contradict each other, or a model (`train.init`) that does not fit them.
         TrainingError: data or losses that are not finite, or a folder that holds another run, or a model alone.
         InUseError: another process trains in the folder.
         CheckpointError: a checkpoint that cannot be written or read.
@@ -497,15 +502,18 @@ def _train(
     if world.device.type == "cpu":
         keep_freed_memory()
     config = with_world(config)
+    images = make_images(config)
     if open_text(config):
         dataset = make_dataset(config) if dataset is None else dataset
-        config = with_vocabulary(config, dataset)
+        config = with_vocabulary(config, dataset, images)
     codec, text = make_parts(config)
     _check_prompts(config, text)
     dataset = make_dataset(config) if dataset is None else dataset
-    batches = Batches(config, dataset, codec, rank=world.rank, size=world.size)
+    batches = Batches(config, dataset, codec, images, rank=world.rank, size=world.size)
     with _held(folder, world):
-        return _run(config, folder, world, dataset, batches, codec, text, resume=resume, on_step=on_step, quiet=quiet)
+        return _run(
+            config, folder, world, dataset, images, batches, codec, text, resume=resume, on_step=on_step, quiet=quiet
+        )
 
 
 @contextmanager
@@ -528,6 +536,7 @@ def _run(
     folder: Path,
     world: World,
     dataset: ClipDataset,
+    images: ClipDataset | None,
     batches: Batches,
     codec: Codec,
     text: TextEncoder | None,
@@ -545,10 +554,11 @@ def _run(
     if last is None and world.share(lambda: any((folder / name).exists() for name in (MODEL, INDEX))):
         raise TrainingError(
             f"training: {folder} holds a model and no checkpoint of its run, expected an empty folder (a new run would "
-            "replace the model)"
+            "replace the model; to train on from it, name it as train.init and give the run a folder of its own)"
         )
-    trainer = Trainer(config, codec, text, world.device, world)
-    trainer.data = world.share(lambda: data_of(dataset))
+    flow = started_flow(config, codec, text) if config.train.init is not None and last is None else None
+    trainer = Trainer(config, codec, text, world.device, world, flow=flow)
+    trainer.data = world.share(lambda: data_of(dataset, images))
     if last is not None:
         trainer.load(last)
         logger.info("going on from step %d", trainer.step)
@@ -564,9 +574,7 @@ def _run(
         if world.first:
             with saving(folder / "config.yaml", "config") as temporary:
                 temporary.write_text(yaml.safe_dump(to_mapping(config), sort_keys=False), encoding="utf-8")
-            log = _open_log(folder / "log", trainer.step)
-            if log is not None:
-                stack.enter_context(log)
+            log = stack.enter_context(open_log(recipe.log, folder / "log", trainer.step, to_mapping(config)))
         interrupted = stack.enter_context(_deferred_interrupt())
         hidden = quiet or not world.first
         bar = stack.enter_context(tqdm(total=recipe.steps, initial=trainer.step, disable=hidden, unit="step"))
@@ -578,7 +586,7 @@ def _run(
             bar.update()
             end = done.step == recipe.steps
             if log is not None and (end or done.step % LOG_EVERY == 0):
-                _write_log(log, done)
+                log(_scalars(done), done.step)
             if on_step is not None:
                 on_step(done)
             stop = world.any(interrupted.is_set())
@@ -611,19 +619,8 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _open_log(folder: Path, step: int) -> SummaryWriter | None:
-    """The TensorBoard log of a run that has done `step` steps; None, and a line that says so, without TensorBoard."""
-    try:
-        import_extra("tensorboard", purpose="a training log", extra="train")
-    except ImportError as error:
-        logger.warning("no log is written: %s", error)
-        return None
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=step + 1)
-
-
-def _write_log(log: SummaryWriter, done: TrainStep) -> None:
+def _scalars(done: TrainStep) -> dict[str, float]:
+    """The figures of a step that a log shows."""
     scalars = {
         "loss/bits_per_dim": done.bits_per_dim,
         "loss/denoiser": done.denoiser_loss,
@@ -632,9 +629,7 @@ def _write_log(log: SummaryWriter, done: TrainStep) -> None:
         "lr": done.lr,
         "samples_per_second": done.samples_per_second,
     }
-    for name, value in scalars.items():
-        if value is not None:
-            log.add_scalar(name, value, done.step)
+    return {name: value for name, value in scalars.items() if value is not None}
 
 
 def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None:
@@ -686,6 +681,13 @@ def _deferred_interrupt() -> Iterator[threading.Event]:
 
 def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Path) -> None:
     """A state fits its own model only; other options may change, with a line in the log."""
+    begun, model = (options.get("train", {}).get("init") for options in (saved, given))
+    if model not in (None, begun):
+        raise TrainingError(
+            f"training: {path.parent.parent} holds a run that began from "
+            f"{'random weights' if begun is None else shown(begun)}, expected another folder for one that begins from "
+            f"{shown(model)} (train.init)"
+        )
     changed = [
         f"{section}.{name} was {old!r}, is {options[name]!r}"
         for section, options in given.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from starflow.cli.options import PROG, Command, make_config, model_path, number, path_text
 from starflow.config import config_names
@@ -12,10 +13,19 @@ def _run(args: argparse.Namespace) -> int:
     from starflow.storage import convert, published_config
 
     if args.config not in config_names():
-        config = published_config(args.config, codec_folder=args.codec, text_folder=args.text)
+        config = published_config(
+            args.config, codec_folder=args.codec, codec_weights=args.codec_weights, text_folder=args.text
+        )
     else:
-        folders = {"codec": args.codec, "text": args.text}
-        config = make_config(args.config, [([part, "folder"], folder) for part, folder in folders.items() if folder])
+        given = {
+            ("codec", "folder"): args.codec,
+            ("codec", "weights"): args.codec_weights,
+            ("text", "folder"): args.text,
+        }
+        settings: list[tuple[list[str], Any]] = [(list(option), value) for option, value in given.items() if value]
+        if args.codec_weights:
+            settings.append((["sample", "denoise"], "none"))
+        config = make_config(args.config, settings)
     file_bytes = int(args.file_size * 2**30)
     convert(args.checkpoint, config, args.out, dtype=args.dtype, file_bytes=file_bytes, progress=print)
     return 0
@@ -54,7 +64,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help="of the files of a folder, about (default: 4)",
     )
-    parser.add_argument("--codec", metavar="FOLDER", help="local copy of the autoencoder (diffusers format)")
+    parser.add_argument(
+        "--codec",
+        metavar="FOLDER_OR_FILE",
+        help="local copy of the autoencoder: in diffusers format, or Wan2.2_VAE.pth or Wan2.1_VAE.pth as released",
+    )
+    parser.add_argument(
+        "--codec-weights",
+        metavar="FILE",
+        help="weights that replace some of the autoencoder's: a fine-tuned decoder, which takes noisy latents, so that "
+        "samples are not denoised",
+    )
     parser.add_argument("--text", metavar="FOLDER", help="local copy of the text encoder (transformers format)")
 
 

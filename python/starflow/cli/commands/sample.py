@@ -33,6 +33,7 @@ from starflow.cli.output import (
     write_clips,
 )
 from starflow.config import ConfigError
+from starflow.messages import short, shown
 
 if TYPE_CHECKING:
     from starflow.distributed import World
@@ -49,8 +50,38 @@ def _run(args: argparse.Namespace) -> int:
     from starflow.distributed import join
 
     asked = sample_options_of(args)
+    args.prompts = _prompts(args)
     with join(torch.device(device_name(args.device))) as world:
         return _sample_part(args, asked, world)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of a command line, on it or in a file.
+
+    Raises:
+        ConfigError: both are given, a prompt that is the name of a text file, or a file without prompts.
+    """
+    named = next((prompt for prompt in args.prompts if prompt.endswith(".txt") and Path(prompt).is_file()), None)
+    if named is not None:
+        raise ConfigError(f"PROMPT is {shown(named)}, which is a file, expected --prompts {short(named)}")
+    if args.prompt_file is None:
+        return list(args.prompts)
+    if args.prompts:
+        raise ConfigError(f"--prompts is given beside the prompt {shown(args.prompts[0])}, expected one of them")
+    path = Path(args.prompt_file)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"--prompts {short(path)} cannot be read: {error.strerror}, expected a text file") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ConfigError(
+            f"--prompts {short(path)} is not UTF-8 in line {line}, expected text, a line a prompt"
+        ) from None
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError(f"--prompts {short(path)} is empty, expected a line a prompt")
+    return prompts
 
 
 def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -> int:
@@ -58,6 +89,8 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     pipeline = load_pipeline(args.model, world)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
     mine = range(world.rank, len(prompts), world.size)
+    if args.parallel == "fsdp" and world.size > 1:
+        mine = _in_pieces(pipeline, asked, prompts, world)
     fps = asked.fps or pipeline.config.sample.fps
     if args.stream:
         if world.size > 1:
@@ -65,11 +98,15 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
         return _stream(args, asked, pipeline, prompts, fps)
     with Output(Path(args.out)) as out:
         shown: dict[int, tuple[Any, str]] = {}
-        for first in range(0, len(mine), args.batch):
-            group = mine[first : first + args.batch]
+        # Clips of a call have one shape: drawn ones are made alone, so that a clip follows from its own seed.
+        batch = 1 if asked.aspect_ratio == "random" else args.batch
+        for first in range(0, len(mine), batch):
+            group = mine[first : first + batch]
             sampled = pipeline.sample(
                 [prompts[index] for index in group], replace(asked, seeds=tuple(asked.seed + index for index in group))
             )
+            if args.parallel == "fsdp" and not world.first:
+                continue
             clips = write_clips(out, sampled, group, fps, args, asked)
             captions = [prompt or f"seed {seed}" for prompt, seed in zip(sampled.prompts, sampled.seeds, strict=True)]
             shown.update(zip(group, zip(clips, captions, strict=True), strict=True))
@@ -83,6 +120,22 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     return 1 if out.kept_as_frames else 0
 
 
+def _in_pieces(pipeline: Pipeline, asked: SampleOptions, prompts: list[str], world: World) -> range:
+    """Cuts the weights into pieces; returns the clips that each process makes: all of them, together with the others.
+
+    Raises:
+        ConfigError: a window whose size each process would measure for itself.
+    """
+    from starflow.solver import Window
+    from starflow.training import shard
+
+    schedule = asked.schedule(pipeline.config.sample.solver)
+    if isinstance(schedule, Window) and schedule.size is None:
+        raise ConfigError("--parallel is fsdp and the solver's window is measured, expected a size: --solver window:64")
+    shard(pipeline.flow, world)
+    return range(len(prompts))
+
+
 def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, prompts: list[str], fps: float) -> int:
     """Writes frames while they are made, a file for each clip."""
     from starflow.data import VideoWriter, enlarge, to_frames
@@ -94,7 +147,8 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
     session = pipeline.session(prompts, asked)
     if session.denoising.whole:
         raise ConfigError(
-            f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected a "
+            f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected "
+            "--denoise learned, for a "
             "model with a learned denoiser that runs forward in time, or --denoise none"
         )
     height, width = (side * pipeline.codec.spatial for side in session.shape[2:])
@@ -161,6 +215,7 @@ seed gives the same clip, alone or among others; the i-th clip has the seed SEED
 examples:
   {PROG} sample digits "a three moving up and left"
   {PROG} sample runs/mine "a three moving up" "an eight standing still" --guidance 2 --out out
+  {PROG} sample runs/mine --prompts captions.txt --out out
   {PROG} sample runs/mine "a three moving up" --image first_frame.png
   {PROG} sample runs/mine "a three moving up" --image first_frame.png --last-image last_frame.png
   {PROG} sample runs/mine --video start.mp4 --given 4 --frames 16
@@ -183,6 +238,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="clips of each prompt (default: 1)",
     )
+    parser.add_argument(
+        "--prompts",
+        dest="prompt_file",
+        metavar="FILE",
+        help="prompts in a text file (UTF-8), a line each; blank ones are left out",
+    )
     add_sample_options(parser)
     run = parser.add_argument_group("run")
     run.add_argument(
@@ -193,6 +254,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument(
         "--batch", type=number(int, 1), default=8, metavar="N", help="most clips computed together (default: 8)"
+    )
+    run.add_argument(
+        "--parallel",
+        choices=("prompts", "fsdp"),
+        default="prompts",
+        help="what the processes of torchrun share: the prompts, each with all weights, or the weights, each with a "
+        "piece, for models beyond the memory of one; they decode in plain torch then (default: prompts)",
     )
     add_device(parser)
     files = parser.add_argument_group("files")

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
-from starflow.cli.options import PROG, Command, add_device, device_name, make_config, number, path_text, setting
-from starflow.config import ConfigError, config_names
+from starflow.cli.options import (
+    MODEL_HELP,
+    PROG,
+    Command,
+    add_device,
+    device_name,
+    make_config,
+    number,
+    path_text,
+    setting,
+)
+from starflow.config import ConfigError, DataConfig, config_names
 from starflow.messages import short
 
 
@@ -22,15 +32,13 @@ def _run(args: argparse.Namespace) -> int:
         if not Path(args.data).is_dir():
             raise ConfigError(f"--data is {args.data!r}, expected a folder of videos")
         settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
-    if args.steps is not None:
-        settings.append((["train", "steps"], args.steps))
-    if args.seed is not None:
-        settings.append((["train", "seed"], args.seed))
-    if args.parallel is not None:
-        settings.append((["train", "parallel"], args.parallel))
-    name = args.config or _default(args.data)
+        if args.init is not None and args.config is None:
+            settings[:0] = _for_folder(Path(args.data))
+    short_forms = (("init", args.init), ("steps", args.steps), ("seed", args.seed), ("parallel", args.parallel))
+    settings += [(["train", option], value) for option, value in short_forms if value is not None]
+    name = args.config or (_default(args.data) if args.init is None else None)
     config = make_config(name, settings)
-    folder = Path(args.out or f"runs/{Path(name).stem}")
+    folder = Path(args.out or f"runs/{Path(name).stem if name else f'from-{Path(args.init).stem}'}")
     train(config, folder, resume=not args.no_resume, quiet=args.quiet, device=device_name(args.device))
     if rank_and_size()[0]:
         return 0
@@ -45,6 +53,19 @@ def _run(args: argparse.Namespace) -> int:
         modes = tuple(f"({mode}) " for mode in get_args(CaptionMode))
         print(f"prompts: {short(', '.join(name for name in text['names'] if not name.startswith(modes)), 4000)}")
     return 0
+
+
+def _for_folder(data: Path) -> list[tuple[list[str], Any]]:
+    """What a folder of videos asks for in place of the data that a model was trained on."""
+    from starflow.data import WORLD_FILE
+
+    usual = DataConfig()
+    settings: list[tuple[list[str], Any]] = [
+        (["data", name], getattr(usual, name)) for name in ("start", "handwritings")
+    ]
+    if (data / WORLD_FILE).is_file():
+        settings.append((["data", "actions"], None))
+    return settings
 
 
 def _default(data: str | None) -> str:
@@ -64,6 +85,9 @@ configuration "clips" NAME is, where there is no such file, followed by the seco
 that "{PROG} record" wrote, or that has its form, NAME.jsonl holds the action of each frame. A run that was interrupted
 goes on where its last checkpoint is when the same command is given again.
 
+With --init the run starts from a model and, without --config, from its configuration; options that differ from the
+model's are told. Vectors of frames (actions) may be added to one that has none.
+
 Under torchrun many processes train one flow, with the same numbers as one process ("--parallel fsdp": each keeps a
 piece of weights and moments). A checkpoint is resumed by any number of processes.
 
@@ -72,6 +96,7 @@ examples:
   {PROG} train --config digits --set train.steps=2000 --set train.batch_size=16
   {PROG} train --config my.yaml --data my_clips
   {PROG} train --config paddle --out runs/paddle          a ball game that one can play
+  {PROG} train --init runs/mine --data other_clips --steps 500 --set train.lr=2e-4
   torchrun --nproc-per-node 8 -m starflow train --config my.yaml --parallel fsdp"""
 
 
@@ -85,7 +110,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "holds world.json, or clips; else digits)",
     )
     parser.add_argument(
-        "--out", type=path_text, metavar="FOLDER", help="folder of the run (default: runs/NAME of the configuration)"
+        "--init",
+        metavar="MODEL",
+        help=f"short for --set train.init=MODEL: the model to start from, with its configuration where --config gives "
+        f"none: {MODEL_HELP}",
+    )
+    parser.add_argument(
+        "--out",
+        type=path_text,
+        metavar="FOLDER",
+        help="folder of the run (default: runs/NAME of the configuration, runs/from-MODEL without one)",
     )
     parser.add_argument("--steps", type=number(int, 1), metavar="N", help="short for --set train.steps=N")
     parser.add_argument("--seed", type=number(int, 0), metavar="N", help="short for --set train.seed=N")
