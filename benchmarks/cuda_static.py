@@ -16,6 +16,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import seven_b
 from figures import Figure, Skipped, target
 
 from starflow_ext import ops
@@ -120,6 +122,37 @@ def cuda_attention_banks() -> Iterator[Figure]:
             run = attention.run_forward(kernels, kernel.launcher, 0, call, kernel.rows)
             raw[str(kernel)] = run.report.bank_conflicts
         yield Figure("cuda_attention_banks", sum(raw.values()), "bank conflicts", 0, 0, lower=True, raw=raw)
+
+
+@target("cuda")
+def cuda_linear_traffic() -> Iterator[Figure]:
+    """Bytes that `linear` reads by a model of the cache, over each operand once, on the eight weights of the 7B model.
+
+    132 multiprocessors, 50 MB of second-level cache that forgets what was used least recently (the model is
+    tests/native/linear_traffic.cpp). Of weights deeper than 4096 the rows that pass together do not fit the cache.
+    """
+    compiler = shutil.which("g++")
+    if compiler is None:
+        raise Skipped("g++ is not on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "linear_traffic"
+        source = ROOT / "tests/native/linear_traffic.cpp"
+        subprocess.run([compiler, "-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
+        for name, rows, deep, goal, moonshot in (
+            ("256", 256, None, 1.3, 1.0),
+            ("4096", 4096, False, 1.3, 1.0),
+            ("4096_deep", 4096, True, 3.5, 1.0),
+        ):
+            raw: dict[str, Any] = {}
+            for weight, (out, depth) in seven_b.WEIGHTS.items():
+                if deep is None or deep == (depth > 4096):
+                    call = f"{rows} {out} {depth} 132 50000000"
+                    done = subprocess.run([program, call], check=True, capture_output=True, text=True)
+                    raw[weight] = [int(word) for word in done.stdout.split()]
+            worst = max(read / least for read, least in raw.values())
+            yield Figure(
+                f"cuda_linear_traffic_{name}", worst, "x operands read once", goal, moonshot, lower=True, raw=raw
+            )
 
 
 # -- what a release takes ---------------------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 # STARFLOW_CUDA_WHY says where it comes from. In this order: what the user set; the visible GPU, or with STARFLOW_CUDA=ON
 # the default list. Runs without a project, by `cmake -P`, too.
 set(default_architectures "80-real;90a-real;90-virtual")
-# 80 serves Ampere and Ada, "f" a whole family, and plain PTX what comes later (that of 120f would serve its family alone).
-# Each architecture takes minutes, so only a release has them all.
-set(release_architectures "80-real;90a-real;100f-real;120f-real;120-virtual")
+# 80 serves Ampere and Ada, "f" a whole family, and plain PTX all others later than it, sm_110 among them (that of 120f
+# would serve its family alone). Each architecture takes minutes, so only a release has them all.
+set(release_architectures "80-real;90a-real;90-virtual;100f-real;120f-real")
 
 # An architecture of torch's syntax ("8.0", "9.0a+PTX") in CMake's. All processors of 9.0 have what sm_90a adds, and the
 # fastest kernels need it; PTX of sm_90a or of a family would not serve later ones, so that is plain.

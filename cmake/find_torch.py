@@ -12,7 +12,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-OLDEST = (2, 13)
+OLDEST = (2, 11)
 
 
 def find_torch() -> tuple[str, Path] | None:

@@ -2,7 +2,7 @@
 # changes the architectures that we build for.
 execute_process(COMMAND ${Python_EXECUTABLE} ${CMAKE_CURRENT_LIST_DIR}/find_torch.py OUTPUT_VARIABLE STARFLOW_TORCH)
 if(NOT STARFLOW_TORCH)
-  message(FATAL_ERROR "starflow-ext: ${Python_EXECUTABLE} has no torch 2.13 or later to build with; run `pip install torch==2.13.0` first, or build with pip's isolation, which does (the wheel itself runs with torch 2.10 and later).")
+  message(FATAL_ERROR "starflow-ext: ${Python_EXECUTABLE} has no torch 2.11 or later to build with; run `pip install torch==2.13.0` first, or build with pip's isolation, which does (the wheel itself runs with torch 2.10 and later).")
 endif()
 list(GET STARFLOW_TORCH 0 STARFLOW_TORCH_VERSION)
 list(GET STARFLOW_TORCH 1 STARFLOW_TORCH_DIR)

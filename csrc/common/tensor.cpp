@@ -25,7 +25,7 @@ std::optional<int64_t> leading_stride(const Tensor& tensor) {
 
 int32_t device_type_of(const Tensor& tensor) {
     int32_t type = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     return type;
 }
 
@@ -102,9 +102,8 @@ Tensor empty_like_shape(const Tensor& like, const std::vector<int64_t>& shape, S
     for (size_t d = shape.size(); d-- > 1;) strides[d - 1] = strides[d] * std::max<int64_t>(shape[d], 1);
     const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
     AtenTensorHandle empty = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(),
-                                                           strides.data(), dtype, device_type_of(like),
-                                                           like.get_device_index(), &empty));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                                                    dtype, device_type_of(like), like.get_device_index(), &empty));
     return Tensor(empty);
 }
 

@@ -10,6 +10,11 @@ namespace starflow::cuda {
 
 #if STARFLOW_CUDA
 DeviceCount count_devices() {
+    int driver = 0;
+    int runtime = 0;
+    if (cudaDriverGetVersion(&driver) == cudaSuccess && cudaRuntimeGetVersion(&runtime) == cudaSuccess) {
+        if (const std::string reason = driver_reason(driver, runtime); !reason.empty()) return {0, reason};
+    }
     int devices = 0;
     const cudaError_t code = cudaGetDeviceCount(&devices);
     if (code != cudaSuccess) return {0, error_text(code)};

@@ -46,6 +46,7 @@ class Call:
     product: bool = False
     tile: tuple[int, int] = (16, 64)
     parts: int = 1
+    group: int = 2
     split: bool = False
 
 
@@ -122,6 +123,7 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
         "column_tiles": _ceil(out_channels, tile_columns),
         "depth_tiles": _ceil(channels, DEPTH),
         "parts": call.parts,
+        "group": call.group,
         "split": call.split,
     }
     tiles = schedule["row_tiles"] * schedule["column_tiles"]
@@ -232,9 +234,13 @@ def small(request: pytest.FixtureRequest) -> Launching:
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
 def test_every_tile(tile: tuple[int, int], weight: torch.dtype, split: bool, kernels: Launching) -> None:
-    """Two tiles of rows and of columns, the second ones nearly empty; three parts of unequal length."""
+    """Two tiles of rows and of columns, the second ones nearly empty; three parts of unequal length.
+
+    Steps of the depth go round the stages of every pipeline, of which the longest has eight; split, those of a part
+    round most.
+    """
     rows, columns = tile
-    call = _call(rows + 3, 4 * DEPTH + 24, columns + 4, weight, tile=tile, parts=3, split=split, epilogue="gelu")
+    call = _call(rows + 3, 10 * DEPTH + 24, columns + 4, weight, tile=tile, parts=3, split=split, epilogue="gelu")
     _run(kernels, replace(call, residual=_draw(rows + 3, columns + 4, seed=9)))
 
 
@@ -294,6 +300,20 @@ def _parts(small: Launching) -> None:
             assert torch.equal(_bits(result), _bits(expected))
         alone = _run(small, replace(call, x=call.x[18:], tile=(16, 64), split=True))
         assert torch.equal(_bits(alone), _bits(expected)[18:])
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])
+def test_a_part_goes_round_the_widest_tiles_stages(split: bool, kernels: Launching) -> None:
+    """Of which those of 128 x 128 have up to six."""
+    _run(kernels, _call(7, 26 * DEPTH - 8, 70, tile=(128, 128), parts=2, split=split))
+
+
+def test_tiles_in_groups_of_any_height(small: Launching) -> None:
+    """Each tile once, in whatever order: the same bits."""
+    call = _call(67, 2 * DEPTH, 130, parts=2, split=True)
+    expected = _bits(_run(small, replace(call, group=1)))
+    for group in (2, 3, 4, 5):
+        assert torch.equal(_bits(_run(small, replace(call, group=group))), expected)
 
 
 def test_parts_of_the_depth(small: Launching) -> None:
@@ -432,6 +452,10 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
     (INPUT, {r"c < args\.depth": "false"}, _edges),
     (INPUT, {r"args\.schedule\.split": "false", r"tile < args\.schedule\.tiles\(\)": "true"}, _split),
 ]
+SCHEDULE = "ops/linear/linear_schedule.h"
+CAUGHT.append(
+    (SCHEDULE, {r"row_tiles - first < group \?[^:]*: group": "group", r"place % high": "place % group"}, _edges)
+)
 MUTATIONS = [(mutation, check) for file, changes, check in CAUGHT for mutation in mutations(file, changes)]
 
 

@@ -119,9 +119,12 @@ void check_schedules() {
             for (const int64_t queries : {1, 7, 64, 1000, 32768}) {
                 for (const int64_t keys : {1, 511, 512, 4096, 65536}) {
                     for (const int64_t multiprocessors : {1, 46, 108, 132, 148}) {
-                        for (const int64_t heads : {1, 4, 48}) {
+                        for (const int64_t choice : {1, 4, 48, -1, -4, -48}) {
+                            const int64_t heads = choice < 0 ? -choice : choice;
+                            const bool wgmma = choice < 0;
                             const AttentionShape shape{2, 2 * heads, heads, queries, keys, head_dim, data};
-                            const AttentionSchedule schedule = attention_schedule(shape, multiprocessors);
+                            const AttentionSchedule schedule = attention_schedule(shape, multiprocessors, wgmma);
+                            const bool large = schedule.tile_rows > forward_tile(bytes, width, false).rows;
                             const int64_t blocks = schedule.row_tiles * 2 * heads;
                             const bool covers = schedule.row_tiles * schedule.tile_rows >= 2 * queries &&
                                                 (schedule.row_tiles - 1) * schedule.tile_rows < 2 * queries;
@@ -131,8 +134,10 @@ void check_schedules() {
                             if (schedule.splits > 1 && blocks * schedule.splits > 2 * multiprocessors) {
                                 wrong("more parts than there are places", 0);
                             }
-                            if (blocks < multiprocessors && keys >= 1024 * multiprocessors && multiprocessors <= 64 &&
-                                2 * multiprocessors / blocks > 1 && blocks * schedule.splits < multiprocessors) {
+                            if (large && 4 * blocks < 3 * multiprocessors) wrong("few large tiles", 0);
+                            if (!(wgmma && large) && blocks < multiprocessors && keys >= 1024 * multiprocessors &&
+                                multiprocessors <= 64 && 2 * multiprocessors / blocks > 1 &&
+                                blocks * schedule.splits < multiprocessors) {
                                 wrong("multiprocessors without work", 0);
                             }
                             const int64_t elements = parts_elements(shape, schedule.splits);
@@ -149,12 +154,21 @@ void check_schedules() {
     // A window of the 7B model on A100 and H100 and its long cache: each multiprocessor has two blocks, or nearly.
     const AttentionShape window{1, 48, 48, 64, 32768, 64, Dtype::bfloat16};
     static_assert(2 * 108 / 48 == 4);
-    if (attention_schedule(window, 108).splits != 4 || attention_schedule(window, 132).splits != 5) {
+    if (attention_schedule(window, 108, false).splits != 4 || attention_schedule(window, 132, true).splits != 5) {
         wrong("parts of the decode shape", 0);
     }
     const AttentionShape training{4, 48, 48, 4096, 4096, 64, Dtype::bfloat16};
-    const AttentionSchedule whole = attention_schedule(training, 132);
-    if (whole.tile_rows != 128 || whole.splits != 1) wrong("tiles of training", 0);
+    for (const bool wgmma : {false, true}) {
+        const AttentionSchedule whole = attention_schedule(training, 132, wgmma);
+        if (whole.tile_rows != 128 || whole.splits != 1) wrong("tiles of training", 0);
+    }
+    // Windows of the deep block with guidance on H200: 128 large tiles for 132 multiprocessors by wgmma, and as many
+    // small ones, where large ones would be half empty.
+    for (const int64_t queries : {64, 128}) {
+        const AttentionShape deep{2, 64, 64, queries, 33646, 64, Dtype::bfloat16};
+        if (attention_schedule(deep, 132, true).tile_rows != queries) wrong("tiles of a window by wgmma", 0);
+        if (attention_schedule(deep, 132, false).tile_rows != 64) wrong("tiles of a window by mma.sync", 0);
+    }
 }
 
 // Which kernel runs a forward pass on CUDA: whatever the queries are.

@@ -118,6 +118,29 @@ def assert_equal(got: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: st
         assert torch.equal(a, b), what
 
 
+def assert_gradients_near(spec: Spec, dtypes: Dtypes, call: Sample, sample: Sample) -> None:
+    """Check the gradients of a call, which may be the sample on another device, against the reference in float64."""
+    given = inputs(spec, call)
+    got = gradients(spec, call, _weighed)
+    with starflow_ext.reference_mode():
+        exact = gradients(spec, in_float64(sample), _weighed)
+    # Upstream gradients are rounded to the dtype of what they belong to.
+    coarsest = max(bound_of(spec, call, dtype).relative for dtype in dtypes)
+    for name, value in got.items():
+        want = exact[name]
+        assert value.dtype == given[name].dtype
+        # Sums and differences of terms, any of which was rounded.
+        scale = max(1.0, want.abs().max().item()) if want.numel() else 1.0
+        bound = bound_of(spec, call, given[name].dtype)._replace(relative=coarsest, absolute=4 * coarsest * scale)
+        assert_near(value.cpu(), want, bound, f"{sample.label}, {name}")
+
+
+def _weighed(result: Tensor) -> Tensor:
+    """With weights that every dtype holds exactly."""
+    weights = torch.arange(result.numel(), device=result.device) % 5 - 2.0
+    return result.double() * weights.reshape(result.shape).double()
+
+
 def assert_refused(spec: Spec, arguments: Mapping[str, Any], sentence: str) -> None:
     """The native op, the reference and explain() refuse with the same words."""
     calls = (spec.call, lambda **given: starflow_ext.explain(spec.name, **given))

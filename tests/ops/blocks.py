@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from starflow_ext import ops
+from starflow_ext.jacobi_solve import SolveProgress, SweepCount
 from starflow_ext.linear_pack import pack_weight
 from starflow_ext.rope_append import Rotation
 from starflow_ext.sweep_block import BlockState, BlockWeights, LayerWeights, LinearWeights
@@ -102,3 +103,47 @@ def sweeps(weights: BlockWeights, state: BlockState, product_input: Any = None) 
         kept = None if keep is None else torch.full((rows,), keep)
         out.append(ops.jacobi_sweep(weights, state, x, start, keep=kept, product_input=product_input))
     return [*out, state.keys.float(), state.values.float()]
+
+
+# Tokens of a clip that `solve` solves.
+TOKENS = 24
+
+
+def solve(
+    weights: BlockWeights,
+    window: int,
+    tolerance: float,
+    guidance: float = 0.0,
+    batch: int = 3,
+    samples: int = 3,
+    most_sweeps: int = 64,
+) -> tuple[Tensor, list[SweepCount]]:
+    """The first samples of a batch, solved on the device of the weights; their storage is that of the cache."""
+    halves = 2 if guidance else 1
+    g = torch.Generator().manual_seed(8)
+    z = torch.randn(batch, TOKENS, 5, generator=g)[:samples].to(weights.device)
+    x = torch.randn(batch, TOKENS + 1, 5, generator=g)[:samples].to(weights.device)
+    state = state_of(weights, halves * samples, TOKENS + 2, storage=weights.proj_in.weight.storage)
+    state.temperature.fill_(1.0)
+    assert state.condition is not None
+    state.condition.fill_(0.1)
+    progress = SolveProgress.begin(x, 1, halves=halves, out_channels=10)
+    counts: list[SweepCount] = []
+    while int(progress.frontier.min()) < TOKENS:
+        counts.append(
+            ops.jacobi_solve(
+                weights,
+                state,
+                progress,
+                z,
+                first=1,
+                first_token=0,
+                frame_tokens=8,
+                window=window,
+                tolerance=tolerance,
+                soft_clip=3.0,
+                guidance=guidance,
+                most_sweeps=most_sweeps,
+            )
+        )
+    return progress.x[:, 1:], counts

@@ -16,8 +16,19 @@ from starflow_ext._spec import Spec
 from starflow_ext.jacobi_solve import SolveProgress, SweepCount
 
 from . import battery
-from .battery import DIFFERENTIABLE, SPECS, assert_equal, assert_near, bound_of, outcome, plain, samples, samples_of
-from .blocks import BOUNDS, KINDS, block, state_of, sweeps
+from .battery import (
+    DIFFERENTIABLE,
+    SPECS,
+    assert_equal,
+    assert_near,
+    bound_of,
+    inputs,
+    outcome,
+    plain,
+    samples,
+    samples_of,
+)
+from .blocks import BOUNDS, KINDS, TOKENS, block, solve, state_of, sweeps
 
 pytestmark = [
     pytest.mark.cuda,
@@ -40,6 +51,15 @@ def test_gradient_is_that_of_the_cpu(spec: Spec) -> None:
         want, got = (battery.gradients(spec, call, torch.square) for call in (sample, spec.on_cuda(sample)))
         for name, gradient in got.items():
             torch.testing.assert_close(gradient.cpu(), want[name], rtol=1e-11, atol=1e-11)
+
+
+@battery.with_dtypes(DIFFERENTIABLE)
+def test_gradient_is_that_of_the_float64_reference(spec: Spec, dtypes: tuple[torch.dtype, ...]) -> None:
+    """In the types that the kernels take; float64 above is plain torch for linear and block_attention."""
+    for sample in samples(spec, dtypes):
+        moved = spec.on_cuda(sample)
+        if inputs(spec, moved):
+            battery.assert_gradients_near(spec, dtypes, moved, sample)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
@@ -109,41 +129,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_repeat("")
 
 
-TOKENS = 24
-
-
-def _solve(
-    window: int, tolerance: float, guidance: float = 0.0, batch: int = 3, samples: int = 3, most_sweeps: int = 64
-) -> tuple[Tensor, list[SweepCount]]:
-    """The first samples of a batch, solved."""
-    weights = block({}, "float16", "cuda")
-    halves = 2 if guidance else 1
-    g = torch.Generator().manual_seed(8)
-    z = torch.randn(batch, TOKENS, 5, generator=g)[:samples].cuda()
-    x = torch.randn(batch, TOKENS + 1, 5, generator=g)[:samples].cuda()
-    state = state_of(weights, halves * samples, TOKENS + 2, storage="float16")
-    state.temperature.fill_(1.0)
-    state.condition.fill_(0.1)
-    progress = SolveProgress.begin(x, 1, halves=halves, out_channels=10)
-    counts: list[SweepCount] = []
-    while int(progress.frontier.min()) < TOKENS:
-        counts.append(
-            ops.jacobi_solve(
-                weights,
-                state,
-                progress,
-                z,
-                first=1,
-                first_token=0,
-                frame_tokens=8,
-                window=window,
-                tolerance=tolerance,
-                soft_clip=3.0,
-                guidance=guidance,
-                most_sweeps=most_sweeps,
-            )
-        )
-    return progress.x[:, 1:], counts
+def _solve(*arguments: Any, **options: Any) -> tuple[Tensor, list[SweepCount]]:
+    return solve(block({}, "float16", "cuda"), *arguments, **options)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 0.8])
@@ -227,36 +214,3 @@ def test_errors_of_the_sweep(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError) as error:
         ops.jacobi_sweep(weights, state_of(weights, 2, 10), call.pop("rows"), call.pop("start"), **call)
     assert str(error.value).splitlines()[0] == f"jacobi_sweep: {message}"
-
-
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-
-
-@pytest.mark.skipif(not HOPPER, reason="no device of compute capability 9")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 72, 128])
-@pytest.mark.parametrize("queries, keys", [(1, 5000), (64, 3000), (700, 1000)])
-def test_attention_by_wgmma(dtype: torch.dtype, head_dim: int, queries: int, keys: int) -> None:
-    """Few queries (keys in parts) and many, NaN behind the keys of a sample, against float64 and the other kernel."""
-    generator = torch.Generator().manual_seed(1)
-    q, k, v = (
-        torch.randn((2, heads, rows, head_dim), generator=generator, dtype=torch.float64).to(dtype)
-        for heads, rows in ((4, queries), (2, keys), (2, keys))
-    )
-    length = torch.tensor([keys, keys - 77])
-    options = {"causal": True, "q_start": length - queries, "k_length": length, "return_lse": True}
-    for x in (k, v):
-        x[1, :, keys - 77 :] = 0.0
-    want = ops.block_attention(*(x.double() for x in (q, k, v)), **options)
-    for x in (k, v):
-        x[1, :, keys - 77 :] = torch.nan
-    options = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
-    q, k, v = (x.cuda() for x in (q, k, v))
-    # The same keys one element further on, which TMA does not take.
-    moved = torch.empty((*k.shape[:-1], head_dim + 9), dtype=dtype, device="cuda")[..., 1 : head_dim + 1].copy_(k)
-    for keys_there, kernel in ((k, "wgmma"), (moved, "mma.sync")):
-        assert starflow_ext.explain("block_attention", q, keys_there, v, **options).kernel.startswith(kernel)
-        out, lse = ops.block_attention(q, keys_there, v, **options)
-        spec = ops.SPECS["block_attention"]
-        assert_near(out.cpu(), want[0], spec.bounds[dtype], kernel)
-        assert_near(lse.cpu(), want[1], spec.bounds[torch.float32], kernel)

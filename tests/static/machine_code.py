@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from ..tools import run_tool
@@ -22,22 +23,25 @@ class Kernel:
     name: str
     registers: int
     stack: int
-    instructions: Counter[str]
+    order: tuple[str, ...]  # opcodes with their modifiers, as they stand
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        return Counter(self.order)
 
     def __str__(self) -> str:
         return f"{self.name} of {self.architecture}"
 
     def count(self, *opcodes: str) -> int:
         """Instructions of an opcode, whatever its modifiers; with "LDG.128", those that have these modifiers too."""
-
-        def matches(instruction: str, opcode: str) -> bool:
-            parts = instruction.split(".")
-            first, *modifiers = opcode.split(".")
-            return parts[0] == first and set(modifiers) <= set(parts[1:])
-
         return sum(
-            number for name, number in self.instructions.items() if any(matches(name, opcode) for opcode in opcodes)
+            number for name, number in self.instructions.items() if any(_matches(name, opcode) for opcode in opcodes)
         )
+
+    def events(self, letters: Mapping[str, str]) -> str:
+        """A letter for each instruction of some opcodes (as of ``count``), in the order of the code."""
+        found = {name: [c for opcode, c in letters.items() if _matches(name, opcode)] for name in self.instructions}
+        return "".join(found[name][0] for name in self.order if found[name])
 
     @property
     def in_local_memory(self) -> bool:
@@ -55,6 +59,12 @@ class Kernel:
     def tensor_core_instructions(self) -> int:
         """Those of mma.sync and of wgmma."""
         return self.count("HMMA", "HGMMA")
+
+
+def _matches(instruction: str, opcode: str) -> bool:
+    parts = instruction.split(".")
+    first, *modifiers = opcode.split(".")
+    return parts[0] == first and set(modifiers) <= set(parts[1:])
 
 
 def _source(mangled: str) -> str:
@@ -108,6 +118,6 @@ def read(path: Path) -> list[Kernel]:
     kernels = []
     for architecture, name, lines in code:
         found = (re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line) for line in lines)
-        instructions = Counter(match[1] for match in found if match)
-        kernels.append(Kernel(architecture, names[name], *usage[architecture, name], instructions))
+        order = tuple(match[1] for match in found if match)
+        kernels.append(Kernel(architecture, names[name], *usage[architecture, name], order))
     return kernels

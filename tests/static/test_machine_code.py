@@ -142,3 +142,25 @@ def test_rule(rule: Rule, root: Path, kernels: list[Kernel]) -> None:
             accesses = kernel.count("LDG", "STG")
             wide = kernel.count("LDG.128", "STG.128")
             assert wide >= rule.wide * accesses, f"{kernel} has {wide} accesses of 16 bytes among {accesses}"
+
+
+@pytest.mark.parametrize("width", [64, 128])
+def test_which_products_of_attention_run_beside_its_softmax(kernels: list[Kernel], width: int) -> None:
+    """Those of a tile of keys and of the values before it are begun together; the softmax waits for both.
+
+    The kernel's source has the second wait behind the softmax. What docs/cuda.md says of it follows the machine code.
+    """
+    found = [
+        k
+        for k in kernels
+        if re.fullmatch(rf"block_attention_sm90 forward_kernel<Forward<{HALF}, {width}, \d>>", k.name)
+    ]
+    if "sm_90a" not in {kernel.architecture for kernel in kernels}:
+        pytest.skip("this build has no code for sm_90a")
+    assert len(found) == 4
+    # Products of 16 channels, and of 16 of 128 keys; 64 weights of a thread and the two factors of its rows.
+    keys, values, weights = width // 16, 128 // 16, 64 + 2
+    first, loop, last = f"P{{{keys}}}WE{{{weights}}}", f"P{{{keys + values}}}WWE{{{weights}}}", f"P{{{values}}}W"
+    for kernel in found:
+        order = kernel.events({"HGMMA": "P", "WARPGROUP.DEPBAR": "W", "MUFU.EX2": "E"})
+        assert re.fullmatch(first + loop + last, order), f"{kernel}: {order}"

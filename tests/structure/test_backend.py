@@ -68,6 +68,15 @@ def test_torch_of_the_build_comes_first(
     assert find_torch.find_torch() == ("2.13.0", first)
 
 
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1"])
+def test_torch_of_2_11_has_the_headers(
+    find_torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    torch = make_torch(tmp_path, version)
+    only_in(monkeypatch, [], tmp_path)
+    assert find_torch.find_torch() == (version, torch)
+
+
 @pytest.mark.parametrize("version", ["2.10.0", "2.9.1+cpu", "1.13.1"])
 def test_torch_with_older_headers_does_not_serve(
     find_torch: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str

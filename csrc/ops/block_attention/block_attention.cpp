@@ -181,11 +181,11 @@ void check_cuda(const Tensor& q, const AttentionShape& shape) {
 void run_cuda(const Tensor& q, AttentionArgs args) {
     check_cuda(q, args.shape);
     const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
-    const AttentionSchedule schedule = attention_schedule(args.shape, device.multiprocessors);
-    args.tile_rows = schedule.tile_rows;
-    args.splits = schedule.splits;
     args.sm90 =
         forward_kernel_for(args.shape, args.k, args.v, device.major, STARFLOW_SM90 != 0) == ForwardKernel::wgmma;
+    const AttentionSchedule schedule = attention_schedule(args.shape, device.multiprocessors, args.sm90);
+    args.tile_rows = schedule.tile_rows;
+    args.splits = schedule.splits;
     const Tensor parts = empty_like_shape(q, {parts_elements(args.shape, schedule.splits)}, ScalarType::Float);
     args.parts = static_cast<float*>(parts.data_ptr());
     cuda::launch(op, q, args, block_attention_cuda);

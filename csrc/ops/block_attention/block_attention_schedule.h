@@ -97,23 +97,36 @@ struct AttentionSchedule {
     int64_t splits;  // parts of the keys that a tile of rows sees
 };
 
-// Large tiles where they alone give each multiprocessor two blocks. Where even small ones do not give it one, as with
-// few queries and a long cache, the keys are split: into parts of at least 512, so that the float32 results of the
-// parts, which pass through memory twice, are a small share of the keys and values that a part reads.
-constexpr AttentionSchedule attention_schedule(const AttentionShape& shape, int64_t multiprocessors) {
+// Whether tiles of rows are large. Of mma.sync where they alone give each multiprocessor two blocks. Of wgmma a large
+// tile has the warps of two small ones and pulls keys and values through the second-level cache once where they do it
+// twice, so it is large where there are nearly as many as multiprocessors, unless half of the last one would be empty
+// and count.
+constexpr bool large_tiles(const AttentionShape& shape, int64_t multiprocessors, bool wgmma, int64_t small,
+                           int64_t large) {
+    const int64_t rows = rows_of(shape);
+    const int64_t tiles = divide_up(rows, large);
+    const int64_t blocks = tiles * shape.batch * shape.kv_heads;
+    if (!wgmma) return blocks >= 2 * multiprocessors;
+    const bool filled = tiles * (large / small) == divide_up(rows, small) || tiles >= 4;
+    return filled && 4 * blocks >= 3 * multiprocessors;
+}
+
+// Where even small tiles do not give every multiprocessor a block, as with few queries and a long cache, the keys are
+// split: into parts of at least 512, so that the float32 results of the parts, which pass through memory twice, are a
+// small share of the keys and values that a part reads. `wgmma`: the kernel of sm_90a runs.
+constexpr AttentionSchedule attention_schedule(const AttentionShape& shape, int64_t multiprocessors, bool wgmma) {
     constexpr int64_t least_keys = 512;
     constexpr int64_t most_splits = 64;
     const int bytes = shape.data == Dtype::float32 ? 4 : 2;
     const int64_t width = tile_width(shape.head_dim);
     const int64_t heads = shape.batch * shape.kv_heads;
-    const int64_t rows = rows_of(shape);
-    AttentionSchedule schedule{forward_tile(bytes, width, true).rows, 0, 1};
-    schedule.row_tiles = divide_up(rows, schedule.tile_rows);
-    if (schedule.row_tiles * heads >= 2 * multiprocessors) return schedule;
-    schedule.tile_rows = forward_tile(bytes, width, false).rows;
-    schedule.row_tiles = divide_up(rows, schedule.tile_rows);
+    const int64_t small = forward_tile(bytes, width, false).rows;
+    const int64_t large = forward_tile(bytes, width, true).rows;
+    const bool is_large = large_tiles(shape, multiprocessors, wgmma, small, large);
+    AttentionSchedule schedule{is_large ? large : small, 0, 1};
+    schedule.row_tiles = divide_up(rows_of(shape), schedule.tile_rows);
     const int64_t blocks = schedule.row_tiles * heads;
-    if (blocks == 0 || blocks >= multiprocessors) return schedule;
+    if (is_large || blocks == 0 || blocks >= multiprocessors) return schedule;
     const int64_t wanted = 2 * multiprocessors / blocks;
     const int64_t possible = shape.keys / least_keys;
     schedule.splits = wanted < possible ? wanted : possible;

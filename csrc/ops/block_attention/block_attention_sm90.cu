@@ -3,8 +3,10 @@
 //
 // One thread loads: tiles of 128 keys and of their values, each in two stages, with a barrier that says that a stage is
 // full (TMA counts the bytes) and one that it is empty (the warps that multiply have come). One or two groups of four
-// warps multiply, 64 rows each: queries and keys from shared memory, weights from registers. While a group makes the
-// weights of a tile, the tensor cores add the values of the one before, and those of the other group work.
+// warps multiply, 64 rows each: queries and keys from shared memory, weights from registers. The products of a tile of
+// keys and of the values of the tile before are begun together. The wait for the values stands behind the softmax here,
+// but nvcc 13.0 puts it in front: what runs beside a group's softmax are the products of the other group, or of the
+// other block of the multiprocessor, and none of its own (tests/static).
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 

@@ -97,10 +97,16 @@ struct LinearBlock {
     int32_t row_tile;
     int32_t part;  // 0 where one block does them all
 
-    __device__ static LinearBlock here() {
-        return {static_cast<int32_t>(blockIdx.x), static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.z)};
+    __device__ static LinearBlock here(const LinearSchedule& schedule) {
+        const LinearTile tile = linear_tile(schedule, blockIdx.x);
+        return {tile.column, tile.row, static_cast<int32_t>(blockIdx.y)};
     }
 };
+
+// Tiles along x, of which a grid has up to 2^31 - 1.
+inline dim3 linear_grid(const LinearSchedule& schedule) {
+    return dim3(static_cast<unsigned>(schedule.tiles()), static_cast<unsigned>(schedule.split ? schedule.parts : 1));
+}
 
 // Called by the threads that hold sums, `thread` of Tile::threads, once the sums of a part, or of the depth, are in
 // `tile`; sync() is a barrier of these threads, which this function calls before it reads the tile.

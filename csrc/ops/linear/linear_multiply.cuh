@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
     auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
     auto& operands = shared.operands;
     const LinearSchedule& schedule = args.schedule;
-    const LinearBlock block = LinearBlock::here();
+    const LinearBlock block = LinearBlock::here(schedule);
     const int64_t columns = args.call.weights.columns;
     const Matrix weight{const_cast<void*>(args.call.weights.data), args.depth, args.input.dtype};
     const int64_t first_row = int64_t{block.row_tile} * Tile::rows;
@@ -206,10 +206,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
 
 template <class Tile>
 int multiply_tiles(const LinearCudaArgs& args, void* stream) {
-    const LinearSchedule& schedule = args.schedule;
-    const dim3 grid(static_cast<unsigned>(schedule.column_tiles), static_cast<unsigned>(schedule.row_tiles),
-                    static_cast<unsigned>(schedule.split ? schedule.parts : 1));
-    return enqueue(multiply<Tile>, grid, dim3(Tile::threads), sizeof(typename Tile::Shared), stream, args);
+    return enqueue(multiply<Tile>, linear_grid(args.schedule), dim3(Tile::threads), sizeof(typename Tile::Shared),
+                   stream, args);
 }
 
 }  // namespace

@@ -16,6 +16,12 @@ inline constexpr int64_t linear_depth = 64;
 // Rows of a weight on CUDA, and of what is multiplied by it, start at multiples of 16 bytes.
 inline constexpr int64_t linear_row_multiple = 8;
 
+// A tile of the result, by its place among those of rows and of columns.
+struct LinearTile {
+    int32_t row;
+    int32_t column;
+};
+
 struct LinearSchedule {
     int32_t tile_rows;
     int32_t tile_columns;
@@ -23,6 +29,7 @@ struct LinearSchedule {
     int32_t column_tiles;
     int32_t depth_tiles;
     int32_t parts;
+    int32_t group;  // tiles of rows that pass over the columns together, see linear_tile
     bool split;
 
     STARFLOW_HOST_DEVICE constexpr int64_t tiles() const { return int64_t{row_tiles} * column_tiles; }
@@ -32,6 +39,18 @@ struct LinearSchedule {
     // between products of wgmma would serialise them.
     STARFLOW_HOST_DEVICE constexpr int32_t part_begin(int32_t part) const { return part * depth_tiles / parts; }
 };
+
+// The n-th tile, in the order in which blocks begin. Within a group rows run fastest: blocks side by side share columns
+// of the weight, and the rows of the group stay in the second-level cache while the weight passes.
+STARFLOW_HOST_DEVICE constexpr LinearTile linear_tile(const LinearSchedule& schedule, uint32_t n) {
+    const auto group = static_cast<uint32_t>(schedule.group);
+    const auto row_tiles = static_cast<uint32_t>(schedule.row_tiles);
+    const uint32_t in_group = group * static_cast<uint32_t>(schedule.column_tiles);
+    const uint32_t first = n / in_group * group;
+    const uint32_t high = row_tiles - first < group ? row_tiles - first : group;
+    const uint32_t place = n % in_group;
+    return {static_cast<int32_t>(first + place % high), static_cast<int32_t>(place / high)};
+}
 
 // Bytes from the start of the workspace.
 struct LinearWorkspace {
@@ -58,6 +77,19 @@ static constexpr int64_t linear_parts(int64_t out_channels, int64_t in_channels,
     return parts < 1 ? 1 : parts < most ? parts : most;
 }
 
+// Tiles of rows that pass over the columns together, in groups of nearly one height: as many as a second-level cache of
+// 40 MB and more holds beside what passes. Of deep weights the cache holds few; eleven, with as many columns as there
+// are multiprocessors for, are nearly a square of tiles, which reads least.
+static constexpr int64_t linear_group(int64_t row_tiles, int64_t tile_rows, int64_t in_channels) {
+    constexpr int64_t cached_bytes = int64_t{32} << 20;
+    constexpr int64_t least = 11;
+    const int64_t tile_bytes = tile_rows * in_channels * 2;
+    const int64_t fit = tile_bytes > 0 ? cached_bytes / tile_bytes : row_tiles;
+    const int64_t most = fit > least ? fit : least;
+    const int64_t groups = linear_divide_up(row_tiles, most);
+    return groups > 0 ? linear_divide_up(row_tiles, groups) : 1;
+}
+
 static constexpr LinearSchedule linear_schedule(int64_t rows, int64_t out_channels, int64_t in_channels,
                                                 int64_t multiprocessors) {
     LinearSchedule schedule{};
@@ -69,6 +101,7 @@ static constexpr LinearSchedule linear_schedule(int64_t rows, int64_t out_channe
     schedule.column_tiles = static_cast<int32_t>(linear_divide_up(out_channels, schedule.tile_columns));
     schedule.depth_tiles = static_cast<int32_t>(linear_divide_up(in_channels, linear_depth));
     schedule.parts = static_cast<int32_t>(linear_parts(out_channels, in_channels, multiprocessors));
+    schedule.group = static_cast<int32_t>(linear_group(schedule.row_tiles, schedule.tile_rows, in_channels));
     // Where the tiles alone give every multiprocessor one, sums that pass through memory gain nothing.
     schedule.split = schedule.parts > 1 && schedule.tiles() < multiprocessors;
     return schedule;

@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
     STARFLOW_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
     const LinearSchedule& schedule = args.schedule;
-    const LinearBlock block = LinearBlock::here();
+    const LinearBlock block = LinearBlock::here(schedule);
     const bool loads = cutlass::canonical_warp_group_idx() == 0;
     const bool first_warp = cutlass::canonical_warp_idx_sync() == 0;
     if (first_warp && cute::elect_one_sync()) Collective::prefetch_tma_descriptors(params);
@@ -133,7 +133,6 @@ template <class Tile>
 int run(const LinearCudaArgs& args, void* stream) {
     using Collective = typename Tile::Collective;
     using Element = typename Tile::Element;
-    const LinearSchedule& schedule = args.schedule;
     const auto problem = cute::make_shape(static_cast<int>(args.call.weights.columns), static_cast<int>(args.call.rows),
                                           static_cast<int>(args.depth), 1);
     const typename Collective::Arguments arguments{static_cast<const Element*>(args.call.weights.data),
@@ -141,10 +140,8 @@ int run(const LinearCudaArgs& args, void* stream) {
                                                    static_cast<const Element*>(args.input.data),
                                                    {args.input.row_stride, _1{}, 0}};
     const auto params = Collective::to_underlying_arguments(problem, arguments, nullptr);
-    const dim3 grid(static_cast<unsigned>(schedule.column_tiles), static_cast<unsigned>(schedule.row_tiles),
-                    static_cast<unsigned>(schedule.split ? schedule.parts : 1));
-    return enqueue(multiply<Tile>, grid, dim3(Tile::threads + group_threads), sizeof(typename Tile::Shared), stream,
-                   args, params);
+    return enqueue(multiply<Tile>, linear_grid(args.schedule), dim3(Tile::threads + group_threads),
+                   sizeof(typename Tile::Shared), stream, args, params);
 }
 
 template <class Element>

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# A GPU for ten minutes: everything that a device alone can tell, by one command.
+#
+#     OUT=build/gpu benchmarks/gpu_day.sh [--dry-run]
+#
+# Installs starflow-ext if $PYTHON (python3) does not have it, without a network: the wheel in dist/, or else from source
+# for the GPU of this machine. Then each group of gpu_day.py runs in a process of its own, for at most its time: smoke,
+# correctness, soak, timing, the rate of the 7B model, profile. After a group that fails or hangs the next one runs.
+# JSON lines go to $OUT/lines.jsonl as they are found, everything else to $OUT/log.txt; a table is printed last.
+# --dry-run installs nothing and goes through all groups where there is no device: what needs one is collected and
+# skipped.
+#
+# STARFLOW_CUTLASS: folder with CUTLASS's headers, for a build from source without the package nvidia-cutlass.
+# GPU_DAY_SECONDS: for all groups together (600). GPU_DAY_LIMIT: for each group, in place of its own time.
+# Ends with 0 if every group did what it should, 1 if not, 2 where it could not begin.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+fail() {
+  echo "gpu_day: $1" >&2
+  exit 2
+}
+
+dry=()
+case "${1:-}" in
+  "") ;;
+  --dry-run) dry=(--dry-run) ;;
+  *) fail "the argument is \"$1\", expected --dry-run or none" ;;
+esac
+export OUT=${OUT:-build/gpu}
+{ mkdir -p "$OUT" && : >"$OUT/lines.jsonl" && : >"$OUT/log.txt"; } 2>/dev/null ||
+  fail "OUT is \"$OUT\", expected a folder that can be written"
+python=${PYTHON:-python3}
+[ -n "$(command -v "$python")" ] || fail "PYTHON is \"$python\", expected a Python interpreter"
+
+if [ ${#dry[@]} -eq 0 ] && ! "$python" -c "import starflow_ext._load" >/dev/null 2>&1; then
+  wheel=$(ls dist/starflow_ext-*.whl 2>/dev/null | tail -n 1)
+  source=(--no-build-isolation .)
+  [ -z "${STARFLOW_CUTLASS:-}" ] || source+=(-C "cmake.define.STARFLOW_CUTLASS=$STARFLOW_CUTLASS")
+  { [ -n "$wheel" ] && "$python" -m pip install --no-index --no-deps "$wheel" >>"$OUT/log.txt" 2>&1; } ||
+    "$python" -m pip install --no-index --no-deps "${source[@]}" >>"$OUT/log.txt" 2>&1 ||
+    fail "neither the wheel in dist/ nor a build from source could be installed; $OUT/log.txt says why"
+fi
+
+groups=$("$python" benchmarks/gpu_day.py groups) || fail "benchmarks/gpu_day.py does not run with $python"
+# timeout has a process group of its own, which an interrupt at the terminal does not reach.
+child=""
+trap '[ -z "$child" ] || kill "$child"; exit 130' INT TERM
+end=$((SECONDS + ${GPU_DAY_SECONDS:-600}))
+while read -r group limit; do
+  limit=${GPU_DAY_LIMIT:-$limit}
+  left=$((end - SECONDS))
+  if [ "$left" -le 0 ]; then
+    echo "{\"group\": \"$group\", \"ended\": \"left out: the time of all groups is over\"}" >>"$OUT/lines.jsonl"
+    continue
+  fi
+  [ "${limit%.*}" -le "$left" ] || limit=$left
+  began=$SECONDS
+  echo "== $group, at most $limit s" | tee -a "$OUT/log.txt"
+  timeout --kill-after=5 "$limit" "$python" benchmarks/gpu_day.py run "$group" ${dry[@]+"${dry[@]}"} \
+    >>"$OUT/log.txt" 2>&1 </dev/null &
+  child=$!
+  wait $child
+  status=$?
+  case $status in
+    0) ended=done ;;
+    2) ended="cannot begin" ;;
+    124 | 137) ended="ended after $limit s, in which it was not done" ;;
+    *) ended="failed with exit status $status" ;;
+  esac
+  echo "{\"group\": \"$group\", \"ended\": \"$ended\", \"seconds\": $((SECONDS - began))}" >>"$OUT/lines.jsonl"
+  if [ "$status" -eq 2 ] && [ ${#dry[@]} -eq 0 ]; then break; fi
+done <<<"$groups"
+"$python" benchmarks/gpu_day.py table

@@ -1,0 +1,137 @@
+"""The day of a GPU (benchmarks/gpu_day.sh) without one: its dry run, and what it says where it cannot begin."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import starflow_ext
+from starflow_ext._cuda import served_by, why_no_kernels
+from starflow_ext._load import native
+
+pytestmark = pytest.mark.skipif(shutil.which("timeout") is None, reason="timeout (coreutils) is not on PATH")
+
+
+def _run(root: Path, out: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", str(root / "benchmarks/gpu_day.sh"), *arguments],
+        env=os.environ | {"OUT": str(out), "PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def _lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "lines.jsonl").read_text().splitlines()]
+
+
+def test_dry_run(root: Path, tmp_path: Path) -> None:
+    """All groups end as they should: ops run on the CPU, what needs a device is collected and skipped."""
+    done = _run(root, tmp_path, "--dry-run", GPU_DAY_LIMIT="600", GPU_DAY_SECONDS="1800")
+    assert done.returncode == 0, done.stdout + done.stderr + (tmp_path / "log.txt").read_text()
+    lines = _lines(tmp_path)
+    ended = {line["group"]: line["ended"] for line in lines if "ended" in line}
+    assert set(ended.values()) == {"done"}
+    smoke = {line["name"]: line["outcome"] for line in lines if line["group"] == "smoke" and "name" in line}
+    assert smoke == dict.fromkeys(starflow_ext.ops.__all__, "passed")
+    for group in ended:
+        assert [line for line in lines if line["group"] == group and line.get("outcome")], group
+    assert not [line for line in lines if line.get("outcome") == "failed"]
+    table = done.stdout[done.stdout.index("| group | ended |") :]
+    assert [row.split(" | ")[0].strip("| ") for row in table.splitlines()[2 : 2 + len(ended)]] == list(ended)
+
+
+def test_a_group_that_hangs_is_ended_and_told_and_the_others_run(root: Path, tmp_path: Path) -> None:
+    done = _run(root, tmp_path, "--dry-run", GPU_DAY_LIMIT="0.01")
+    assert done.returncode == 1
+    ended = [line for line in _lines(tmp_path) if "ended" in line]
+    assert len(ended) > 10
+    assert {line["ended"] for line in ended} == {"ended after 0.01 s, in which it was not done"}
+
+
+def test_groups_are_left_out_once_the_time_of_all_is_over(root: Path, tmp_path: Path) -> None:
+    done = _run(root, tmp_path, "--dry-run", GPU_DAY_SECONDS="0")
+    assert done.returncode == 1
+    assert {line["ended"] for line in _lines(tmp_path)} == {"left out: the time of all groups is over"}
+
+
+def test_a_folder_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    done = _run(root, out, "--dry-run")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f'gpu_day: OUT is "{out}", expected a folder that can be written\n',
+    )
+
+
+def test_an_unknown_argument(root: Path, tmp_path: Path) -> None:
+    done = _run(root, tmp_path, "--dry")
+    assert (done.returncode, done.stderr) == (2, 'gpu_day: the argument is "--dry", expected --dry-run or none\n')
+
+
+def test_without_a_device_it_does_not_begin(root: Path, tmp_path: Path) -> None:
+    reason = why_no_kernels(0)
+    if not reason:
+        pytest.skip("there is a device")
+    done = _run(root, tmp_path)
+    assert done.returncode == 1
+    assert f"failed: device: device: {reason}\n" in done.stdout
+    assert [line["group"] for line in _lines(tmp_path) if "ended" in line] == ["device"]
+
+
+def test_the_table_tells_what_failed_and_what_was_measured(root: Path, tmp_path: Path) -> None:
+    lines = (
+        {"group": "linear", "name": "test_value[1]", "outcome": "failed", "error": "2.0 instead of 1.0"},
+        {"group": "linear", "name": "test_value[2]", "outcome": "passed", "share of the bound": 0.3},
+        {"group": "linear", "ended": "failed with exit status 1", "seconds": 3},
+        {
+            "group": "products",
+            "name": "test[3]",
+            "outcome": "passed",
+            "case": "linear",
+            "us": 40.5,
+            "percent of copy": 71,
+        },
+        {"group": "products", "ended": "done", "seconds": 2},
+    )
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, str(root / "benchmarks/gpu_day.py"), "table"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "| linear | failed with exit status 1 | 3 | 1 | 1 | 0 |" in done.stdout
+    assert "failed: linear: test_value[1]: 2.0 instead of 1.0" in done.stdout
+    assert "| linear |  | 40.5 | percent of copy 71 |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "architectures, yes, no",
+    [
+        ("80-real;90a-real;90-virtual", [(8, 0), (8, 9), (9, 0), (10, 0), (11, 0), (12, 1)], [(7, 5)]),
+        ("80-real;90a-real", [(8, 6), (9, 0)], [(7, 5), (10, 0), (11, 0)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("100f-real;120f-real;120-virtual", [(10, 0), (10, 3), (12, 0), (13, 0)], [(8, 0), (9, 0), (11, 0)]),
+        ("80", [(8, 0), (9, 0), (12, 0)], [(7, 5)]),
+    ],
+)
+def test_which_devices_a_build_serves(
+    architectures: str, yes: list[tuple[int, int]], no: list[tuple[int, int]]
+) -> None:
+    assert [capability for capability in (*yes, *no) if served_by(architectures, *capability)] == yes
+
+
+def test_why_this_build_has_no_kernels_here() -> None:
+    if not native.build_info()["cuda"]:
+        expected = "this build of starflow-ext has no CUDA kernels, expected one that was built with STARFLOW_CUDA=ON"
+        assert why_no_kernels(0) == expected
+    elif not native.cuda_devices()[0]:
+        assert why_no_kernels(0) == native.cuda_devices()[1]
