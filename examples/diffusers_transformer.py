@@ -42,8 +42,8 @@ class JointAttention:
             streams.append(_heads(attn, encoder_hidden_states, added, (attn.norm_added_q, attn.norm_added_k)))
         q, k, v = (torch.cat(parts, 2) for parts in zip(*streams, strict=True))
         out = ops.block_attention(q, k, v, causal=False).transpose(1, 2).flatten(2)
-        image, text = out.split([hidden_states.shape[1], out.shape[1] - hidden_states.shape[1]], 1)
-        image = attn.to_out[1](attn.to_out[0](image))
+        tokens, text = out.split([hidden_states.shape[1], out.shape[1] - hidden_states.shape[1]], 1)
+        image: Tensor = attn.to_out[1](attn.to_out[0](tokens))
         if encoder_hidden_states is None:
             return image
         return image, text if attn.context_pre_only else attn.to_add_out(text)

@@ -20,7 +20,7 @@ def why_no_kernels(device: int) -> str:
         return "this build of starflow-ext has no CUDA kernels, expected one that was built with STARFLOW_CUDA=ON"
     devices, reason = native.cuda_devices()
     if devices == 0:
-        return reason
+        return str(reason)
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device, expected a build of torch with CUDA"
     capability = torch.cuda.get_device_capability(device)
