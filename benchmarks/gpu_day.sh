@@ -64,11 +64,14 @@ while read -r group limit; do
   status=$?
   case $status in
     0) ended=done ;;
-    2) ended="cannot begin" ;;
+    90) ended="cannot begin" ;;
     124 | 137) ended="ended after $limit s, in which it was not done" ;;
     *) ended="failed with exit status $status" ;;
   esac
   echo "{\"group\": \"$group\", \"ended\": \"$ended\", \"seconds\": $((SECONDS - began))}" >>"$OUT/lines.jsonl"
-  if [ "$status" -eq 2 ] && [ ${#dry[@]} -eq 0 ]; then break; fi
+  if [ "$status" -eq 90 ] && [ ${#dry[@]} -eq 0 ]; then
+    "$python" benchmarks/gpu_day.py table
+    exit 2
+  fi
 done <<<"$groups"
 "$python" benchmarks/gpu_day.py table

@@ -83,7 +83,7 @@ def test_without_a_device_it_does_not_begin(root: Path, tmp_path: Path) -> None:
     if not reason:
         pytest.skip("there is a device")
     done = _run(root, tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"failed: device: device: {reason}\n" in done.stdout
     assert [line["group"] for line in _lines(tmp_path) if "ended" in line] == ["device"]
 
