@@ -182,12 +182,14 @@ def _described(value: object) -> str:
     return f"a {type(value).__name__}" if not isinstance(value, Tensor) else "a tensor"
 
 
-@functools.cache
 def _parts_of(kind: Callable[..., Any]) -> tuple[int, tuple[str, ...]]:
     """How many parts a record must have, and the names of all."""
     parameters = inspect.signature(kind).parameters.values()
     needed = sum(parameter.default is parameter.empty for parameter in parameters)
     return needed, tuple(parameter.name for parameter in parameters)
+
+
+_kept_parts_of: Final = functools.cache(_parts_of)
 
 
 Record = TypeVar("Record")
@@ -202,7 +204,8 @@ def as_record(
         RuntimeError: if it has too many or too few parts, or one of a wrong type.
     """
     if type(value) is tuple:
-        needed, parts = _parts_of(kind)
+        # torch.compile looks through a cache, and warns.
+        needed, parts = (_parts_of if torch.compiler.is_compiling() else _kept_parts_of)(kind)
         if not needed <= len(value) <= len(parts):
             require(False, op, f"{name} has", f"{len(value)} parts", f"({', '.join(parts)})")
         value = kind(*value)

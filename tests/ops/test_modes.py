@@ -87,11 +87,13 @@ def _graphs(function: Callable[..., Any], calls: list[tuple[Any, ...]]) -> int:
     return backend.graphs
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_decode_loop_is_compiled_once_for_all_positions(loop: dict[str, Any]) -> None:
     # The first position is a constant of the first graph; the second graph is that of all.
     assert _graphs(lambda start: _decode(start, **loop), [(start,) for start in range(5, 30)]) <= 2
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_decode_loop_with_positions_in_a_tensor_is_one_graph(loop: dict[str, Any]) -> None:
     keys, values = loop["cache"]
 
