@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-import starflow_ext
+import starflow_ext._cuda
 from starflow_ext._cuda import served_by, why_no_kernels
 from starflow_ext._load import native
 
@@ -82,7 +84,7 @@ def test_without_a_device_it_does_not_begin(root: Path, tmp_path: Path) -> None:
     reason = why_no_kernels(0)
     if not reason:
         pytest.skip("there is a device")
-    done = _run(root, tmp_path)
+    done = _run(root, tmp_path, GPU_DAY_LIMIT="600")
     assert done.returncode == 2
     assert f"failed: device: device: {reason}\n" in done.stdout
     assert [line["group"] for line in _lines(tmp_path) if "ended" in line] == ["device"]
@@ -135,3 +137,31 @@ def test_why_this_build_has_no_kernels_here() -> None:
         assert why_no_kernels(0) == expected
     elif not native.cuda_devices()[0]:
         assert why_no_kernels(0) == native.cuda_devices()[1]
+
+
+@pytest.mark.parametrize(
+    "capability, sentence",
+    [
+        (
+            (7, 5),
+            "cuda:0 is Made Up of sm_75, expected what this build has kernels for, 80-real;90a-real: none are for less "
+            "than sm_80",
+        ),
+        (
+            (11, 0),
+            "cuda:0 is Made Up of sm_110, expected what this build has kernels for, 80-real;90a-real: build with "
+            'TORCH_CUDA_ARCH_LIST="11.0"',
+        ),
+        ((9, 0), ""),
+    ],
+)
+def test_a_device_that_the_build_has_no_code_for(
+    capability: tuple[int, int], sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = {"cuda": True, "cuda_architectures": "80-real;90a-real"}
+    made_up = SimpleNamespace(build_info=lambda: build, cuda_devices=lambda: (1, ""))
+    monkeypatch.setattr(starflow_ext._cuda, "native", made_up)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Made Up")
+    assert why_no_kernels(0) == sentence
