@@ -81,7 +81,7 @@ static constexpr int64_t linear_parts(int64_t out_channels, int64_t in_channels,
 // 40 MB and more holds beside what passes. Of deep weights the cache holds few; eleven, with as many columns as there
 // are multiprocessors for, are nearly a square of tiles, which reads least.
 static constexpr int64_t linear_group(int64_t row_tiles, int64_t tile_rows, int64_t in_channels) {
-    constexpr int64_t cached_bytes = int64_t{32} << 20;
+    constexpr int64_t cached_bytes = int64_t{32} * 1024 * 1024;
     constexpr int64_t least = 11;
     const int64_t tile_bytes = tile_rows * in_channels * 2;
     const int64_t fit = tile_bytes > 0 ? cached_bytes / tile_bytes : row_tiles;
