@@ -243,7 +243,7 @@ def _open(folder: Path, judge: DigitJudge, seed: int, begin: float) -> _Opening:
 def _write_opening(report: Report, opening: _Opening) -> None:
     report.heading("The model that comes with the package")
     report.text(
-        f"Clips of {_SHIPPED_FRAMES} frames of the model {_SHIPPED} (`starflow info {_SHIPPED}` prints its card), on "
+        f"Clips of {_SHIPPED_FRAMES} frames of the model {_SHIPPED} (its card: starflow info {_SHIPPED}), on "
         f"this page {opening.seconds:.0f} s after the command. The digit asked for is read in every frame of "
         f"{opening.judged['digit_every_frame']:.0%} of these {_SHOWN} clips, frames read one by one; "
         f"{opening.judged['direction_accuracy']:.0%} begin to move as they should."
