@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from figures import Figure, Skipped, target
 from torch import Tensor
-from world import GIVEN, area
+from world import GIVEN, area, dreamed
 
 from starflow import Pipeline
 from starflow.data import Clip, VideoFolder, to_frames, write_contact_sheet
@@ -69,10 +69,7 @@ def dreams() -> Tensor:
     for first in range(0, len(clips()), BATCH):
         group = clips()[first : first + BATCH]
         told = torch.stack([clip.frame_conditions for clip in group if clip.frame_conditions is not None])
-        session = pipeline().session([""] * len(group), seed=first)
-        session.tell(told[:, :GIVEN])
-        session.prefill(torch.stack([clip.pixels[:GIVEN] for clip in group]))
-        made.append(torch.cat([session.step(told[:, frame]).pixels for frame in range(GIVEN, GIVEN + DREAMED)], 1))
+        made.append(dreamed(pipeline(), torch.stack([clip.pixels[:GIVEN] for clip in group]), told, first))
     return torch.cat(made)
 
 

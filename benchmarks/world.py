@@ -102,13 +102,26 @@ def _pixels(states: list[PaddleState]) -> Tensor:
     return to_pixels(torch.from_numpy(draw_court(states, data.height, data.channels)))
 
 
+def dreamed(pipeline: Pipeline, given: Tensor, told: Tensor, seed: int) -> Tensor:
+    """What follows given frames, (clips, frames, channels, height, width).
+
+    Args:
+        pipeline: that dreams.
+        given: pixels (clips, given frames, channels, height, width).
+        told: vectors of all frames, given ones included, (clips, given and dreamed frames, frame_dim).
+        seed: of the first clip.
+    """
+    count = given.shape[1]
+    session = pipeline.session([""] * len(given), seed=seed)
+    session.tell(told[:, :count])
+    session.prefill(given)
+    return torch.cat([session.step(told[:, frame]).pixels for frame in range(count, told.shape[1])], 1)
+
+
 def _dreamed(games: list[tuple[list[PaddleState], list[int]]], seed: int) -> Tensor:
-    """What follows the first frames of games, (games, frames, channels, height, width)."""
-    session = pipeline().session([""] * len(games), seed=seed)
+    """What follows the first frames of games."""
     told = torch.stack([one_hot([None, *keys[1:]], len(PaddleBall.actions)) for _, keys in games])
-    session.tell(told[:, :GIVEN])
-    session.prefill(torch.stack([_pixels(states[:GIVEN]) for states, _ in games]))
-    return torch.cat([session.step(told[:, frame]).pixels for frame in range(GIVEN, told.shape[1])], 1)
+    return dreamed(pipeline(), torch.stack([_pixels(states[:GIVEN]) for states, _ in games]), told, seed)
 
 
 @functools.cache

@@ -446,7 +446,7 @@ class Session:
         if self._decoding is None:
             if (guided := self._guided) and not self._renew_guided(guided):
                 return None
-            self._decoding = self._make_decoding(self.conditions)
+            self._decoding = self._make_decoding()
             self._known = None
         while not (ready := self._ready()):
             if room := min(self._decoding.room, self._waiting):
@@ -461,12 +461,12 @@ class Session:
             self._noisy = torch.cat([self._noisy, new], 1)
         return self._out(ready if together or self.denoising.whole else 1)
 
-    def _make_decoding(self, conditions: Conditions) -> Decoding:
+    def _make_decoding(self) -> Decoding:
         """A decoding behind the frames that are known."""
         return Decoding(
             self._flow,
             self.shape,
-            conditions,
+            self.conditions,
             self._span,
             known=self._known,
             known_conditions=None if self._known is None else self._vectors_of(0, self._drawn),
@@ -491,7 +491,7 @@ class Session:
         """
         if self._waiting < count:
             return False
-        decoding = self._make_decoding(self.conditions)
+        decoding = self._make_decoding()
         first, z = self._drawn, self._take(count)
         decoding.push(z, more=False, frame_conditions=self._vectors_of(first, self._drawn))
         decoded = decoding.pull(together=True)

@@ -344,6 +344,11 @@ class Batch:
     frame_conditions: Tensor | None = None
 
 
+def _groups_of(dataset: ClipDataset) -> tuple[tuple[int, ...], ...]:
+    """Indices of the items of a set, grouped by the size of their clips."""
+    return dataset.groups if isinstance(dataset, VideoFolder) else (tuple(range(len(dataset))),)
+
+
 class Batches:
     """Makes the batch of any step, the next one ahead of time in a thread.
 
@@ -365,8 +370,10 @@ class Batches:
         rank: int = 0,
         size: int = 1,
     ) -> None:
-        self._config, self._dataset, self._codec, self._images = config, dataset, codec, images
-        self._rank, self._size = rank, size
+        self._config, self._codec, self._rank, self._size = config, codec, rank, size
+        # Groups are listed once: a folder may have millions of items.
+        self._clips = dataset, _groups_of(dataset)
+        self._images = None if images is None else (images, _groups_of(images))
         train = config.train
         for name, count in (("batch_size", train.batch_size), ("image_batch_size", train.image_batch_size)):
             require(
@@ -383,9 +390,8 @@ class Batches:
         image = choose.random() < train.image_prob
         count = (train.image_batch_size or train.batch_size) if image else train.batch_size
         rows = slice(self._rank * count // self._size, (self._rank + 1) * count // self._size)
-        apart = image and self._images is not None
-        dataset = self._images if apart and self._images is not None else self._dataset
-        groups = dataset.groups if isinstance(dataset, VideoFolder) else (tuple(range(len(dataset))),)
+        images = self._images if image else None
+        dataset, groups = self._clips if images is None else images
         pairs = sample_group(train.seed, step, count, groups)[rows]
         clips = [dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
         pixels, captions = stack_clips(clips)
@@ -404,7 +410,7 @@ class Batches:
         drop = stream(train.seed, "drop", step)
         dropped = drop.random(count)[rows] < train.drop_label
         told = self._frame_conditions(
-            [] if apart else clips, shape[1] if not image else 1, extend=extend, rows=len(clips)
+            clips if images is None else [], shape[1] if not image else 1, extend=extend, rows=len(clips)
         )
         if told is not None:
             told[torch.from_numpy(drop.random(count)[rows] < train.drop_frame_condition)] = math.nan

@@ -148,8 +148,7 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
     if session.denoising.whole:
         raise ConfigError(
             f"--stream is given and the denoiser is {session.denoising.kind}, which needs the whole clip; expected "
-            "--denoise learned, for a "
-            "model with a learned denoiser that runs forward in time, or --denoise none"
+            "--denoise learned, for a model with a learned denoiser that runs forward in time, or --denoise none"
         )
     height, width = (side * pipeline.codec.spatial for side in session.shape[2:])
     scale = args.scale or max(1, math.ceil(128 / min(height, width)))
