@@ -1,0 +1,372 @@
+"""What the flow is compared with: causal diffusion, the same distilled, regression of the next frame, the last frame.
+
+The networks are made of the product's layers and run on its ops, with the same tokens, attention over the same frames
+and the same cache, so that a difference in speed is one of the principle. They work on latents in units of the data's
+own standard deviation.
+
+Reference: Chen et al., Diffusion Forcing (2024), a noise level for each frame; Salimans and Ho, Progressive Distillation
+for Fast Sampling of Diffusion Models (2022), v-prediction and the halving of steps; Nichol and Dhariwal, Improved
+Denoising Diffusion Probabilistic Models (2021), the cosine schedule; Song et al., DDIM (2021); Li and He, Back to Basics
+(2025), the network's output as clean data under the loss of v.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from starflow.config import FlowConfig
+from starflow.model.cache import DecodeState
+from starflow.model.conditioner import make_layout
+from starflow.model.layers import Attending, Transformer, Weights
+from starflow.model.packed import pack_linears
+from starflow.model.tokens import patchify, unpatchify
+from starflow.noise import draw, stream
+from starflow_ext import ops
+from starflow_ext.block_attention import FrameMask
+from starflow_ext.rope_append import Rotation
+
+Prediction = Literal["clean", "v"]
+
+# Waves that tell a network the noise level of a frame.
+LEVEL_WAVES = 32
+# Frames that tables of positions are made for; they are relative in time.
+MOST_FRAMES = 256
+# The loss of v divides errors of clean data by sigma, which is bounded below as in Back to Basics.
+LEAST_SIGMA = 0.05
+
+
+class FrameTransformer(Transformer):
+    """A transformer whose frames see themselves whole and the frames before them.
+
+    Args:
+        config: of the flow that it is compared with: its patches, heads, norms, text and frames of attention.
+        width, layers: of this network.
+        vector_dim: of what each frame is told.
+    """
+
+    def __init__(self, config: FlowConfig, *, width: int, layers: int, vector_dim: int) -> None:
+        heads = width // config.head_dim
+        super().__init__(
+            config,
+            width=width,
+            heads=heads,
+            kv_heads=heads,
+            layers=layers,
+            out_channels=config.token_channels,
+            text_dim=0,
+            frame_dim=vector_dim,
+        )
+        self.side = config.img_size // config.patch_size
+        # Rotary angles tell distances alone.
+        self.place = nn.Parameter(0.02 * torch.randn(self.frame_tokens, width))
+        self.summary = nn.Linear(config.txt_dim, width, bias=False) if config.txt_dim else None
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a frame."""
+        return self.side**2
+
+    def forward(
+        self,
+        x: Tensor,
+        vectors: Tensor,
+        text: Tensor | None = None,
+        *,
+        state: DecodeState | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """An output like `x`.
+
+        Args:
+            x: latents (batch, frames, channels, height, width).
+            vectors: what frames are told (batch, frames, vector_dim).
+            text: features (batch, text tokens, txt_dim), whose sum each token gets.
+            state: cache of the frames before; those of this call are written over what it has at their places.
+            first: index of the first frame of `x`.
+        """
+        config = self.config
+        weights = self._packed()
+        grid = patchify(x, config.patch_size, channel_first=config.channel_first_patches)
+        told = self.embed_frames(vectors, weights)
+        assert told is not None
+        h = self.embed(grid.flatten(1, 3), weights) + told.repeat_interleave(self.frame_tokens, 1)
+        h = h + self.place.repeat(x.shape[1], 1)
+        if self.summary is not None and text is not None:
+            h = h + ops.linear(text.sum(1, keepdim=True), self.summary.weight)
+        rotation = self._rotation(first, x.shape[1])
+        h = self.run(
+            h,
+            Attending(
+                rotation,
+                rotation,
+                causal=False,
+                frames=FrameMask(0, self.frame_tokens, 1, config.attention_frames),
+                caches=None if state is None else state.caches,
+                start=first * self.frame_tokens,
+                weights=weights,
+            ),
+        )
+        out = self.put_out(h, weights).to(x.dtype).reshape(grid.shape)
+        return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=False)
+
+    def _rotation(self, first: int, frames: int) -> Rotation:
+        layout = make_layout(self.config, "raster", MOST_FRAMES, self.side, self.side, 0, still=False)
+        assert layout.query is not None
+        slots = slice(first * self.frame_tokens, (first + frames) * self.frame_tokens)
+        return Rotation(layout.query.cos[slots], layout.query.sin[slots])
+
+    def _packed(self) -> Weights | None:
+        return pack_linears(self) if torch.is_inference_mode_enabled() else None
+
+
+@dataclass(frozen=True)
+class Task:
+    """Clips that are to be made.
+
+    Args:
+        seeds: of the clips.
+        shape: of their latent frames (channels, height, width).
+        frames: that are made.
+        given: latents (clips, given frames, channels, height, width) that they follow, or None.
+        text: features (clips, text tokens, txt_dim), or None.
+        told: vectors of given and made frames (clips, frames, frame_dim), NaN for none; or None.
+    """
+
+    seeds: tuple[int, ...]
+    shape: tuple[int, int, int]
+    frames: int
+    given: Tensor | None = None
+    text: Tensor | None = None
+    told: Tensor | None = None
+
+    @property
+    def begin(self) -> int:
+        """Given frames."""
+        return 0 if self.given is None else self.given.shape[1]
+
+    def told_at(self, first: int, frames: int = 1) -> Tensor | None:
+        """The vectors of some frames."""
+        return None if self.told is None else self.told[:, first : first + frames]
+
+    def text_alone(self) -> Tensor | None:
+        """Text features that say nothing."""
+        return None if self.text is None else torch.zeros_like(self.text)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What is random in a training step: normal noise like the latents, and numbers in [0, 1), (batch, frames, 3)."""
+
+    noise: Tensor
+    uniform: Tensor
+
+    @classmethod
+    def of(cls, seed: int, step: int, noise: Tensor) -> Draws:
+        """Those of a step, from its noise."""
+        numbers = stream(seed, "posterior", step).random((*noise.shape[:2], 3), dtype="float32")
+        return cls(noise, torch.from_numpy(numbers))
+
+
+class Baseline(nn.Module):
+    """A model of frames given those before them.
+
+    Args:
+        config: of the flow that it is compared with.
+        width, layers: of the network.
+        scale: standard deviation of the latents of the data.
+    """
+
+    # Numbers of the model's own that each frame is told, before the vector that the data have for it.
+    extra = 0
+
+    def __init__(self, config: FlowConfig, *, width: int, layers: int, scale: float) -> None:
+        super().__init__()
+        self.config = config
+        vector_dim = max(self.extra + config.frame_dim, 1)
+        self.network = FrameTransformer(config, width=width, layers=layers, vector_dim=vector_dim)
+        self.register_buffer("scale", torch.tensor(scale))
+        self.scale: Tensor
+
+    def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
+        """The training loss of a batch of latents (batch, frames, channels, height, width), text and vectors."""
+        raise NotImplementedError
+
+    def follow(self, task: Task) -> Tensor:
+        """Latents (clips, frames, channels, height, width) of what was asked for."""
+        raise NotImplementedError
+
+    def state(self, task: Task) -> DecodeState:
+        """A cache for a task."""
+        tokens = (task.begin + task.frames) * self.network.frame_tokens
+        return DecodeState.allocate(self.network, len(task.seeds), tokens, 0)
+
+    def vectors(self, told: Tensor | None, own: Tensor) -> Tensor:
+        """What frames are told: the model's own numbers (batch, frames, `extra`), and the vectors of the data."""
+        none = own.new_zeros(*own.shape[:2], self.config.frame_dim)
+        whole = torch.cat([own, none if told is None else torch.where(told.isfinite(), told, 0.0)], -1)
+        return whole if whole.shape[-1] else own.new_zeros(*own.shape[:2], 1)
+
+
+def waves(levels: Tensor) -> Tensor:
+    """Cosines and sines of noise levels (batch, frames) in [0, 1], (batch, frames, 2 LEVEL_WAVES)."""
+    angles = levels[..., None] * torch.logspace(0.0, 2.0, LEVEL_WAVES) * (math.pi / 2)
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def schedule(level: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights of data and noise at levels (batch, frames), to be multiplied with latents."""
+    angle = level[..., None, None, None] * (math.pi / 2)
+    return angle.cos(), angle.sin()
+
+
+class Diffusion(Baseline):
+    """Causal diffusion with a noise level for each frame.
+
+    At level t a frame is cos(pi t / 2) x + sin(pi t / 2) noise. In training every frame has a level of its own, so that
+    the network learns to clean a frame behind clean ones and behind noisy ones.
+
+    Args:
+        config, width, layers, scale: as of `Baseline`.
+        prediction: what the network puts out; the loss is that of v either way.
+        clean_past: share of the clips whose frames before one drawn at random have the level `context`.
+        steps: of sampling a frame.
+        context: level of the frames behind, in sampling.
+        guidance, guidance_frames: weight of guidance by text, and how many first frames have it.
+    """
+
+    extra = 2 * LEVEL_WAVES
+
+    def __init__(
+        self,
+        config: FlowConfig,
+        *,
+        width: int,
+        layers: int,
+        scale: float,
+        prediction: Prediction = "clean",
+        clean_past: float = 0.5,
+        steps: int = 16,
+        context: float = 0.05,
+        guidance: float = 0.0,
+        guidance_frames: int = 1,
+    ) -> None:
+        super().__init__(config, width=width, layers=layers, scale=scale)
+        self.prediction: Prediction = prediction
+        self.clean_past, self.steps, self.context = clean_past, steps, context
+        self.guidance, self.guidance_frames = guidance, guidance_frames
+
+    def clean(
+        self,
+        noisy: Tensor,
+        levels: Tensor,
+        text: Tensor | None,
+        told: Tensor | None,
+        state: DecodeState | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """The clean data that the network sees in noisy ones, both in units of the data's deviation."""
+        out: Tensor = self.network(noisy, self.vectors(told, waves(levels)), text, state=state, first=first)
+        if self.prediction == "clean":
+            return out
+        alpha, sigma = schedule(levels)
+        return alpha * noisy - sigma * out
+
+    def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
+        """The mean squared error of v."""
+        x = latents / self.scale
+        levels, clip = draws.uniform[..., 0], draws.uniform[:, :1]
+        behind = torch.arange(x.shape[1]) < (clip[..., 1] * x.shape[1]).floor()
+        levels = torch.where(behind & (clip[..., 2] < self.clean_past), self.context, levels)
+        alpha, sigma = schedule(levels)
+        predicted = self.clean(alpha * x + sigma * draws.noise, levels, text, told)
+        return ((predicted - x) / sigma.clamp(min=LEAST_SIGMA)).square().mean()
+
+    def follow(self, task: Task) -> Tensor:
+        """See `Baseline.follow`: DDIM, frame by frame."""
+        state, begin = self.state(task), task.begin
+        if task.given is not None:
+            self.remember(task.given / self.scale, task, state, 0)
+        made = []
+        for frame in range(begin, begin + task.frames):
+            weight = self.guidance if frame < self.guidance_frames else 0.0
+            z = draw(task.seeds, 1, *task.shape, first=frame)
+            for step in range(self.steps):
+                now, then = 1 - step / self.steps, 1 - (step + 1) / self.steps
+                x = self._guided(z, now, weight, task, state, frame)
+                z = _ddim(z, x, now, then) if then > 0 else x
+            made.append(z * self.scale)
+            self.remember(z, task, state, frame)
+        return torch.cat(made, 1)
+
+    def _guided(self, z: Tensor, level: float, weight: float, task: Task, state: DecodeState, frame: int) -> Tensor:
+        levels, told = torch.full(z.shape[:2], level), task.told_at(frame)
+        x = self.clean(z, levels, task.text, told, state, frame)
+        if not weight or task.text is None:
+            return x
+        return x + weight * (x - self.clean(z, levels, task.text_alone(), told, state, frame))
+
+    def remember(self, x: Tensor, task: Task, state: DecodeState, first: int) -> None:
+        """Writes frames into the cache, at the noise level of the past."""
+        levels = torch.full(x.shape[:2], self.context)
+        alpha, sigma = schedule(levels)
+        noise = draw(task.seeds, x.shape[1], *task.shape, first=first, purpose="train")
+        self.clean(alpha * x + sigma * noise, levels, task.text, task.told_at(first, x.shape[1]), state, first)
+
+
+def _ddim(z: Tensor, x: Tensor, now: float, then: float) -> Tensor:
+    """From one level to a lower one, without new noise."""
+    (alpha, sigma), (alpha_then, sigma_then) = (schedule(torch.tensor(level)) for level in (now, then))
+    return alpha_then * x + sigma_then * (z - alpha * x) / sigma
+
+
+class Regression(Baseline):
+    """The next frame as the mean of what may come: the squared error of its difference to the one before."""
+
+    def predicted(
+        self,
+        before: Tensor,
+        text: Tensor | None,
+        told: Tensor | None,
+        state: DecodeState | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Frames from those before them, both in units of the data's deviation; zeros stand before the first."""
+        vectors = self.vectors(told, before.new_zeros(*before.shape[:2], 0))
+        out: Tensor = self.network(before, vectors, text, state=state, first=first)
+        return before + out
+
+    def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
+        """The mean squared error of frames."""
+        x = latents / self.scale
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+        return (self.predicted(before, text, told) - x).square().mean()
+
+    def follow(self, task: Task) -> Tensor:
+        """See `Baseline.follow`; the seeds say nothing."""
+        state, begin = self.state(task), task.begin
+        x = torch.zeros(len(task.seeds), 1, *task.shape)
+        if task.given is not None:
+            given = task.given / self.scale
+            before = torch.cat([x, given[:, :-1]], 1)
+            self.predicted(before, task.text, task.told_at(0, begin), state)
+            x = given[:, -1:]
+        made = []
+        for frame in range(begin, begin + task.frames):
+            x = self.predicted(x, task.text, task.told_at(frame), state, frame)
+            made.append(x * self.scale)
+        return torch.cat(made, 1)
+
+
+class LastFrame(nn.Module):
+    """The last given frame, again and again."""
+
+    def follow(self, task: Task) -> Tensor:
+        """See `Baseline.follow`."""
+        if task.given is None:
+            raise ValueError("last: no frame is given, expected one to repeat")
+        return task.given[:, -1:].expand(-1, task.frames, -1, -1, -1)

@@ -1,0 +1,150 @@
+"""What the study compares, on which data, at which budget: rows, their recipes and their variants of sampling.
+
+A row is "KIND/MODEL/SEED". All models of a kind see the same clips in the same order, with the same text and keys, and
+have as many parameters as the flow (within 3 %). A budget is in seconds of processor time; the steps that it allows a
+model were measured once, models in turn in one process, and are written down in study.yaml, so that a row can be
+trained again elsewhere to the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import Baseline, Diffusion, Regression
+
+from starflow.config import RunConfig, read_yaml
+from starflow.training.batches import make_dataset, make_parts
+
+HERE = Path(__file__).parent
+# Results of another one are not mixed in.
+VERSION = 1
+KINDS = ("paddle", "digits")
+SEEDS = (0, 1, 2)
+# Of tuning: every model's rate is chosen among the same ones.
+RATES = (4e-3, 8e-3, 1.6e-2)
+TUNING_SEED = 100
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model differs from the flow of its kind.
+
+    Args:
+        flow, train: options of the flow's config that it changes.
+        baseline: class of a model that is no flow.
+        options: of that class.
+        width, layers: of its network.
+        teacher: model whose weights it begins with.
+        ablation: whether it is a variant of the flow.
+    """
+
+    flow: Mapping[str, Any] = field(default_factory=dict)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    baseline: type[Baseline] | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    width: int = 128
+    layers: int = 7
+    teacher: str | None = None
+    ablation: bool = False
+
+
+MODELS: dict[str, Recipe] = {
+    "flow": Recipe(),
+    "diffusion": Recipe(baseline=Diffusion),
+    "regression": Recipe(baseline=Regression),
+    # Ablations of the paper.
+    "flow-lookahead": Recipe(flow={"temporal_causal": 2, "denoiser_window": None}, ablation=True),
+    "flow-global": Recipe(flow={"shallow_block_local": False, "attention_frames": None}, ablation=True),
+    "flow-noise-0.1": Recipe(flow={"denoiser_skip": 10.0}, train={"noise_std": 0.1}, ablation=True),
+    "flow-noise-0.4": Recipe(flow={"denoiser_skip": 2.5}, train={"noise_std": 0.4}, ablation=True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model that is trained.
+
+    Args:
+        kind: of data. model: of `MODELS`. seed: of weights, data order and noise.
+    """
+
+    kind: str
+    model: str
+    seed: int
+
+    @classmethod
+    def parse(cls, text: str) -> Row:
+        """From "KIND/MODEL/SEED".
+
+        Raises:
+            ValueError: it is none.
+        """
+        parts = text.split("/")
+        if len(parts) != 3 or parts[0] not in KINDS or parts[1] not in MODELS or not parts[2].isdecimal():
+            raise ValueError(
+                f"row {text!r}: expected KIND/MODEL/SEED with a kind of {', '.join(KINDS)}, a model of "
+                f"{', '.join(MODELS)} and a number"
+            )
+        return cls(parts[0], parts[1], int(parts[2]))
+
+    def __str__(self) -> str:
+        return f"{self.kind}/{self.model}/{self.seed}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the model differs from the flow."""
+        return MODELS[self.model]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What study.yaml fixes.
+
+    Args:
+        budget: seconds of processor time of a training.
+        steps: that they allow, by kind and model.
+        rates: learning rates that tuning chose, by kind and model.
+    """
+
+    budget: float
+    steps: Mapping[str, Mapping[str, int]]
+    rates: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def load(cls) -> Plan:
+        """From the file beside this one."""
+        return cls(**read_yaml(HERE / "study.yaml"))
+
+    def of(self, row: Row) -> tuple[int, float]:
+        """Steps and learning rate of a row; an ablation has those of the flow."""
+        model = "flow" if row.recipe.ablation else row.model
+        return self.steps[row.kind][model], self.rates[row.kind][model]
+
+
+def config_of(row: Row, steps: int, rate: float) -> RunConfig:
+    """The run of a row; of a model that is no flow, what it shares with one."""
+    config = RunConfig.load(HERE / f"{row.kind}.yaml")
+    flow = replace(config.flow, **row.recipe.flow)
+    train = replace(config.train, steps=steps, lr=rate, seed=row.seed, log="none", **row.recipe.train)
+    return replace(config, flow=flow, train=train)
+
+
+def scale_of(config: RunConfig) -> float:
+    """Standard deviation of the latents of the data, from 64 training clips."""
+    data, (codec, _) = make_dataset(config), make_parts(config)
+    latents = codec.encode(torch.stack([data.item(index).pixels for index in range(64)]))
+    return float(latents.std())
+
+
+def new_baseline(row: Row, config: RunConfig) -> Baseline:
+    """A baseline with the weights that its seed gives."""
+    recipe = row.recipe
+    assert recipe.baseline is not None
+    torch.manual_seed(row.seed)
+    return recipe.baseline(
+        config.flow, width=recipe.width, layers=recipe.layers, scale=scale_of(config), **recipe.options
+    )
