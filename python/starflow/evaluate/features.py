@@ -82,8 +82,8 @@ class FrameFeatures(nn.Module):
         expected = [self.channels, *self.size]
         if frames.ndim != 4 or list(frames.shape[1:]) != expected:
             raise ValueError(
-                f"FrameFeatures: frames have shape {list(frames.shape)}, expected (count, channels, height, width) with "
-                f"{expected} behind the count"
+                f"FrameFeatures: frames have shape {list(frames.shape)}, expected (count, channels, height, width), "
+                f"the last three {expected}"
             )
         return (self._code(frames.to(self.mean.dtype)) - self.mean) / self.deviation
 
