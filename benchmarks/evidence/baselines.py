@@ -4,18 +4,20 @@ The networks are made of the product's layers and run on its ops, with the same 
 and the same cache, so that a difference in speed is one of the principle. They work on latents in units of the data's
 own standard deviation.
 
-Reference: Chen et al., Diffusion Forcing (2024), a noise level for each frame; Salimans and Ho, Progressive Distillation
-for Fast Sampling of Diffusion Models (2022), v-prediction and the halving of steps; Nichol and Dhariwal, Improved
-Denoising Diffusion Probabilistic Models (2021), the cosine schedule; Song et al., DDIM (2021); Li and He, Back to Basics
-(2025), the network's output as clean data under the loss of v.
+Reference: Chen et al., Diffusion Forcing (2024), a noise level for each frame; Salimans and Ho, Progressive
+Distillation for Fast Sampling of Diffusion Models (2022), v-prediction and the halving of steps; Nichol and Dhariwal,
+Improved Denoising Diffusion Probabilistic Models (2021), the cosine schedule; Song et al., DDIM (2021); Li and He, Back
+to Basics (2025), the network's output as clean data under the loss of v.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,11 @@ LEVEL_WAVES = 32
 MOST_FRAMES = 256
 # The loss of v divides errors of clean data by sigma, which is bounded below as in Back to Basics.
 LEAST_SIGMA = 0.05
+# Of the bound of the likelihood: levels, and how many of them are drawn.
+BOUND_LEVELS = 4096
+BOUND_DRAWS = 16
+# Least and most noise that is added, as decimal logarithms of shares of the noise of the data.
+BOUND_NOISE = (-1.0, 4.0)
 
 
 class FrameTransformer(Transformer):
@@ -316,6 +323,67 @@ class Diffusion(Baseline):
         alpha, sigma = schedule(levels)
         noise = draw(task.seeds, x.shape[1], *task.shape, first=first, purpose="train")
         self.clean(alpha * x + sigma * noise, levels, task.text, task.told_at(first, x.shape[1]), state, first)
+
+    def bound(
+        self, latents: Tensor, text: Tensor | None, told: Tensor | None, noise_std: float, seeds: Sequence[int]
+    ) -> Tensor:
+        """A lower bound of log p in nats of latents with noise, (clips,), of each frame behind the ones before it.
+
+        The noisy latents are the data of a diffusion of BOUND_LEVELS levels that begins at theirs: its bound holds
+        whatever the network says. From level to level the noise that is added to these data grows by one factor. The
+        first level is computed, of the others BOUND_DRAWS are drawn, one from each of as many equal parts.
+
+        Args:
+            latents: (clips, frames, channels, height, width).
+            text, told: of the clips.
+            noise_std: of the noise, in units of the latents.
+            seeds: of the noise, that of `Session`, and of what is drawn.
+
+        Reference: Kingma et al., Variational Diffusion Models (2021), equations 11 to 14.
+        """
+        clips, frames = latents.shape[:2]
+        shape = (latents.shape[2], latents.shape[3], latents.shape[4])
+        size = math.prod(shape)
+        begin = math.atan(noise_std / float(self.scale))
+        # Angles of the schedule, from that of the data on: tan^2 is the data's own plus that of what is added.
+        added = torch.logspace(*BOUND_NOISE, BOUND_LEVELS, dtype=torch.float64) * math.tan(begin)
+        tangents = (math.tan(begin) ** 2 + torch.cat([torch.zeros(1, dtype=torch.float64), added.square()])).sqrt()
+        angles = tangents.atan()
+        share = angles.cos() / angles[0].cos()
+        left = (angles.sin().square() - share.square() * angles[0].sin().square()).clamp(min=0).sqrt()
+        ratio = share.square() / left.square().clamp(min=1e-12)
+        z = angles[0].cos() / self.scale * (latents + noise_std * draw(seeds, frames, *shape, purpose="train"))
+        task = Task(tuple(seeds), shape, frames, None, text, told)
+        state = self.state(task)
+        chosen = np.stack([stream(seed, "choose", 1).random((frames, BOUND_DRAWS)) for seed in seeds])
+        log_p = torch.zeros(clips, dtype=torch.float64)
+        for frame in range(frames):
+            here = z[:, frame : frame + 1].double()
+            for number in range(BOUND_DRAWS + 1):
+                if number:
+                    place = (number - 1 + torch.from_numpy(chosen[:, frame, number - 1])) / BOUND_DRAWS
+                    level = 2 + (place * (BOUND_LEVELS - 1)).long()
+                else:
+                    level = torch.ones(clips, dtype=torch.int64)
+                noise = draw(seeds, 1, *shape, first=frames * (number + 1) + frame, purpose="posterior").double()
+                a, s, angle = (part[level][:, None, None, None, None] for part in (share, left, angles))
+                noisy = a * here + s * noise
+                levels = (angles[level] * (2 / math.pi)).float()[:, None]
+                x = self.clean(noisy.float(), levels, text, task.told_at(frame), state, frame).double()
+                kept = a * angles[0].sin().square() / angle.sin().square()
+                error = (here - angles[0].cos() * x - kept * (noisy - angle.cos() * x)).square().flatten(1).sum(1)
+                if number:
+                    log_p -= 0.5 * (ratio[level - 1] - ratio[level]) * error * (BOUND_LEVELS - 1) / BOUND_DRAWS
+                else:
+                    variance = angles[0].sin().square() * (1 - (kept * a)[:, 0, 0, 0, 0])
+                    log_p -= 0.5 * error / variance + 0.5 * size * (2 * math.pi * variance).log()
+            a, s = share[-1], left[-1]
+            log_p -= 0.5 * (s**2 + a**2 * here.square() - 1 - 2 * s.log()).flatten(1).sum(1)
+            self.clean(
+                here.float(), torch.full((clips, 1), begin * 2 / math.pi), text, task.told_at(frame), state, frame
+            )
+        log_p += frames * size * float((angles[0].cos() / self.scale).log())
+        return log_p
 
 
 def _ddim(z: Tensor, x: Tensor, now: float, then: float) -> Tensor:

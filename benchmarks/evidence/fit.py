@@ -101,9 +101,7 @@ def _fit_baseline(row: Row, config: RunConfig, folder: Path) -> tuple[Baseline, 
     for step, batch in enumerate(batches.run(begin, recipe.steps), start=begin):
         latents = latents_of(batch.pixels, codec.encode)
         noise = batch.noise if batch.noise.dim() == 5 else batch.noise.unsqueeze(1)
-        loss = model.loss(
-            latents, features(batch.captions), batch.frame_conditions, Draws.of(recipe.seed, step, noise)
-        )
+        loss = model.loss(latents, features(batch.captions), batch.frame_conditions, Draws.of(recipe.seed, step, noise))
         loss.backward()
         optimizer.clip()
         optimizer.step(step)

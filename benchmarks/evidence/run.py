@@ -1,59 +1,250 @@
 """Trains and measures rows of the study; a killed run goes on where it was.
 
     python benchmarks/evidence/run.py paddle/flow/0 paddle/diffusion/0      rows, one after the other
-    python benchmarks/evidence/run.py --tune digits/diffusion               the learning rates of a model
     python benchmarks/evidence/run.py --calibrate digits                    the steps that the budget allows
+    python benchmarks/evidence/run.py --tune digits/diffusion               the learning rates of a model
+    python benchmarks/evidence/run.py --try digits/diffusion                its options of sampling
 
-Weights and states are kept under --folder, results are added to --results, one line for each way of sampling.
+Weights and states are kept under --folder; results are added to --results, a line for each row, task and way of
+sampling. What stands there already is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from baselines import Baseline, Diffusion, LastFrame
 from fit import fit, held_out_loss
-from study import RATES, TUNING_SEED, VERSION, Plan, Row, config_of
+from makers import Asked, make, ways
+from measures import CLIPS, GIVEN, LONG, SECOND, Held, digits, distances, held_out, paddle
+from study import OPTIONS, PLAN, RATES, TUNING_SEED, VERSION, Plan, Row, config_of
+from torch import Tensor
+
+from starflow.config import RunConfig
+from starflow.data import to_frames
+from starflow.model import Flow
+from starflow.noise import draw
+from starflow.storage import saving
+from starflow.text import Features
+from starflow.training.batches import make_parts
+from starflow.training.machine import keep_freed_memory
 
 RESULTS = Path(__file__).parents[1] / "results" / "evidence.jsonl"
-# Of a training of tuning, as a share of the steps of the study.
+# Steps of a training of tuning, as a share of those of the study.
 TUNING_SHARE = 4
+# Clips of tuning are others than those of the study.
+TUNING_CLIPS = 1000
+# The slowest ways of sampling make a second alone.
+SLOW_STEPS = 16
+# Clips that are kept for contact sheets.
+SHOWN = 8
+CALIBRATION_STEPS = 12
 
 
-def add(path: Path, line: dict[str, Any]) -> None:
+class ResultsError(ValueError):
+    """Results that cannot be added to: of another version or budget."""
+
+
+def read_results(path: Path, budget: float) -> list[dict[str, Any]]:
+    """The lines of a results file.
+
+    Raises:
+        ResultsError: lines of another version of the study, or of another budget.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if (line.get("study"), line.get("budget")) != (VERSION, budget):
+            raise ResultsError(
+                f"{path}: line {number} is of version {line.get('study')} and budget {line.get('budget')}, expected "
+                f"version {VERSION} and budget {budget} (name another file as --results)"
+            )
+    return lines
+
+
+def add(path: Path, line: Mapping[str, Any], budget: float) -> None:
     """Adds a line to the results."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"study": VERSION, **line}) + "\n")
+        file.write(json.dumps({"study": VERSION, "budget": budget, **line}) + "\n")
 
 
-def tune(kind: str, model: str, folder: Path, results: Path) -> None:
+# -- what is fixed before the study -----------------------------------------------------------------------------------
+
+
+def calibrate(kind: str, plan: Plan, folder: Path) -> None:
+    """Prints the steps that the budget allows each model, trained in turn a few at a time; the median of three."""
+    models = list(plan.steps[kind])
+    taken: dict[str, list[float]] = {model: [] for model in models}
+    for turn in range(3):
+        for model in models:
+            row = Row(kind, model, TUNING_SEED)
+            _, seconds = fit(row, config_of(row, CALIBRATION_STEPS, 1e-3), folder / f"calibrate-{model}-{turn}")
+            taken[model].append(seconds / CALIBRATION_STEPS)
+    for model in models:
+        each = statistics.median(taken[model])
+        print(f"{kind}/{model}: {each:.4f} s a step, {round(plan.budget / each, -1):.0f} steps", flush=True)
+
+
+def tune(row: Row, plan: Plan, folder: Path, results: Path) -> None:
     """Trains a model at each of the rates for a quarter of its steps; adds the losses on held-out clips."""
-    row = Row.parse(f"{kind}/{model}/{TUNING_SEED}")
-    steps = Plan.load().steps[kind][model] // TUNING_SHARE
+    steps = plan.of(row)[0] // TUNING_SHARE
     for rate in RATES:
         config = config_of(row, steps, rate)
         trained, seconds = fit(row, config, folder / str(row) / f"rate-{rate:g}")
         loss = held_out_loss(trained, config)
-        line = {"tune": f"{kind}/{model}", "rate": rate, "steps": steps, "loss": loss, "seconds": seconds}
-        add(results, line)
+        line = {"tried": f"{row.kind}/{row.model}", "rate": rate, "steps": steps, "loss": loss, "seconds": seconds}
+        add(results, line, plan.budget)
         print(line, flush=True)
+
+
+def attempt(row: Row, plan: Plan, folder: Path, results: Path) -> None:
+    """Measures each of the options of sampling of a trained row, on clips that the study does not use."""
+    model, config, _ = trained(row, plan, folder)
+    held = held_out(row.kind, GIVEN + SECOND, TUNING_CLIPS)
+    for options in OPTIONS[row.kind][row.model]:
+        made = make(model, config, _asked(row.kind, held, SECOND, TUNING_CLIPS), options)
+        values = {name: _mean(each) for name, each in _read_back(row.kind, made, held).items()}
+        line = {"tried": f"{row.kind}/{row.model}", "options": options, **values}
+        add(results, line, plan.budget)
+        print(line, flush=True)
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def trained(row: Row, plan: Plan, folder: Path) -> tuple[Flow | Baseline, RunConfig, float]:
+    """The averaged model of a row, its config and the seconds that it took."""
+    steps, rate, _ = plan.of(row)
+    config = config_of(row, steps, rate)
+    model, seconds = fit(row, config, folder / str(row))
+    return model, config, seconds
+
+
+def _asked(kind: str, held: Held, frames: int, seed: int) -> Asked:
+    """Games go on from given frames; digits are made of their captions."""
+    if kind == "digits":
+        return Asked(held.captions, frames, seed=seed)
+    told = None if held.told is None else held.told[:, : GIVEN + frames]
+    return Asked(held.captions, frames, held.given, told, seed)
+
+
+def _read_back(kind: str, made: Tensor, held: Held) -> dict[str, list[float]]:
+    return digits(made, held.captions) if kind == "digits" else paddle(made, held)
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+def measure(row: Row, plan: Plan, folder: Path, results: Path) -> None:
+    """Trains a row where that is left to do, and adds what its ways of sampling make."""
+    known = {(line["row"], line["way"]) for line in read_results(results, plan.budget) if "row" in line}
+    model, config, seconds = trained(row, plan, folder)
+    held = held_out(row.kind)
+    facts = {
+        "row": str(row),
+        "kind": row.kind,
+        "model": row.model,
+        "seed": row.seed,
+        "steps": config.train.steps,
+        "rate": config.train.lr,
+        "seconds": round(seconds, 1),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+    bits: float | None = None
+    for way, options in ways(model).items():
+        if (str(row), way) in known:
+            continue
+        if bits is None:
+            bits = bits_per_dim(model, config, held)
+        frames = SECOND if options.get("steps", 1) > SLOW_STEPS else LONG
+        begin = time.process_time()
+        made = make(model, config, _asked(row.kind, held, frames, row.seed * CLIPS), {**plan.of(row)[2], **options})
+        taken = time.process_time() - begin
+        _keep(made, folder / str(row) / f"{way or 'clips'}.pt")
+        line = {
+            **facts,
+            "way": way,
+            "bits": None if math.isnan(bits) else bits,
+            "frames_per_second": len(made) * frames / taken,
+            "sets": distances(row.kind, made, folder),
+            "clips": _read_back(row.kind, made, held),
+        }
+        add(results, line, plan.budget)
+        print({**line, "clips": {name: round(_mean(each), 3) for name, each in line["clips"].items()}}, flush=True)
+
+
+def measure_last_frame(kind: str, plan: Plan, folder: Path, results: Path) -> None:
+    """Adds what repeating the last given frame makes."""
+    row = Row(kind, "flow", 0)
+    config, held = config_of(row, *plan.of(row)[:2]), held_out(kind)
+    asked = Asked(held.captions, LONG, held.given)
+    made = make(LastFrame(), config, asked, {})
+    _keep(made, folder / kind / "last" / "clips.pt")
+    facts = {"row": f"{kind}/last/0", "kind": kind, "model": "last", "seed": 0, "way": "", "parameters": 0}
+    add(results, {**facts, "sets": distances(kind, made, folder), "clips": _read_back(kind, made, held)}, plan.budget)
+
+
+@torch.inference_mode()
+def bits_per_dim(model: Flow | Baseline, config: RunConfig, held: Held) -> float:
+    """Bits a dimension of held-out clips with the noise of training: exact of the flow, the bound of diffusion."""
+    pixels, told = held.pixels[:, : config.data.frames], held.told
+    told = None if told is None else told[:, : config.data.frames]
+    codec, text = make_parts(config)
+    latents, y = codec.encode(pixels), Features(config.flow, text)(held.captions)
+    noise_std, seeds = config.train.noise_std, tuple(range(CLIPS))
+    if isinstance(model, Flow):
+        noise = draw(seeds, *latents.shape[1:], purpose="train")
+        nats = model.log_prob(latents + noise_std * noise, y, told)
+    elif isinstance(model, Diffusion):
+        nats = model.bound(latents, y, told, noise_std, seeds)
+    else:
+        return math.nan
+    return -float(nats.mean()) / latents[0].numel() / math.log(2)
+
+
+def _keep(made: Tensor, path: Path) -> None:
+    """Keeps some clips as bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with saving(path, "clips") as temporary:
+        torch.save(torch.stack([to_frames(clip) for clip in made[:SHOWN]]), temporary)
 
 
 def main() -> None:
     """Parse the command and do it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", metavar="ROW", help="KIND/MODEL/SEED")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("rows", nargs="*", metavar="ROW", help="KIND/MODEL/SEED, or KIND/last")
+    parser.add_argument("--calibrate", nargs="+", default=[], metavar="KIND")
     parser.add_argument("--tune", nargs="+", default=[], metavar="KIND/MODEL")
+    parser.add_argument("--try", dest="attempt", nargs="+", default=[], metavar="KIND/MODEL")
+    parser.add_argument("--plan", type=Path, default=PLAN, help="steps, rates and options of sampling")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    # Seconds of one thread, so that they are those of the processor.
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    plan = Plan.load(options.plan)
+    for kind in options.calibrate:
+        calibrate(kind, plan, options.folder)
     for name in options.tune:
-        tune(*name.split("/"), options.folder, options.results)
+        tune(Row.parse(f"{name}/{TUNING_SEED}"), plan, options.folder, options.results)
+    for name in options.attempt:
+        attempt(Row.parse(f"{name}/0"), plan, options.folder, options.results)
+    for name in options.rows:
+        if name.endswith("/last"):
+            measure_last_frame(name.removesuffix("/last"), plan, options.folder, options.results)
+        else:
+            measure(Row.parse(name), plan, options.folder, options.results)
 
 
 if __name__ == "__main__":

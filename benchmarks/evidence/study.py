@@ -20,13 +20,30 @@ from starflow.config import RunConfig, read_yaml
 from starflow.training.batches import make_dataset, make_parts
 
 HERE = Path(__file__).parent
+PLAN = HERE / "study.yaml"
 # Results of another one are not mixed in.
 VERSION = 1
 KINDS = ("paddle", "digits")
 SEEDS = (0, 1, 2)
-# Of tuning: every model's rate is chosen among the same ones.
+# Of tuning: every model's rate is chosen among the same ones, and its options of sampling among as many.
 RATES = (4e-3, 8e-3, 1.6e-2)
 TUNING_SEED = 100
+OPTIONS: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "paddle": {
+        "flow": [{"temperature": value} for value in (1.0, 0.7, 0.5, 0.3)],
+        "diffusion": [{"context": value} for value in (0.02, 0.05, 0.1, 0.2)],
+    },
+    "digits": {
+        "flow": [
+            {"temperature": temperature, "guidance": guidance, "guidance_frames": 1}
+            for temperature, guidance in ((1.0, 0.0), (0.7, 1.0), (0.5, 2.0), (0.3, 2.0))
+        ],
+        "diffusion": [
+            {"context": context, "guidance": guidance}
+            for context, guidance in ((0.05, 0.0), (0.05, 1.0), (0.05, 2.0), (0.15, 1.0))
+        ],
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -108,26 +125,33 @@ class Plan:
         budget: seconds of processor time of a training.
         steps: that they allow, by kind and model.
         rates: learning rates that tuning chose, by kind and model.
+        options: of sampling that tuning chose, by kind and model.
     """
 
     budget: float
     steps: Mapping[str, Mapping[str, int]]
     rates: Mapping[str, Mapping[str, float]]
+    options: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
     @classmethod
-    def load(cls) -> Plan:
-        """From the file beside this one."""
-        return cls(**read_yaml(HERE / "study.yaml"))
+    def load(cls, path: Path = PLAN) -> Plan:
+        """From a file."""
+        return cls(**read_yaml(path))
 
-    def of(self, row: Row) -> tuple[int, float]:
-        """Steps and learning rate of a row; an ablation has those of the flow."""
+    def of(self, row: Row) -> tuple[int, float, Mapping[str, Any]]:
+        """Steps, learning rate and options of sampling of a row; an ablation has those of the flow."""
         model = "flow" if row.recipe.ablation else row.model
-        return self.steps[row.kind][model], self.rates[row.kind][model]
+        return self.steps[row.kind][model], self.rates[row.kind][model], self.options[row.kind].get(model, {})
+
+
+def config_of_kind(kind: str) -> RunConfig:
+    """The flow's run on a kind of data, before rates and steps."""
+    return RunConfig.load(HERE / f"{kind}.yaml")
 
 
 def config_of(row: Row, steps: int, rate: float) -> RunConfig:
     """The run of a row; of a model that is no flow, what it shares with one."""
-    config = RunConfig.load(HERE / f"{row.kind}.yaml")
+    config = config_of_kind(row.kind)
     flow = replace(config.flow, **row.recipe.flow)
     train = replace(config.train, steps=steps, lr=rate, seed=row.seed, log="none", **row.recipe.train)
     return replace(config, flow=flow, train=train)
