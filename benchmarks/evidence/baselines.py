@@ -293,6 +293,7 @@ class Diffusion(Baseline):
         predicted = self.clean(alpha * x + sigma * draws.noise, levels, text, told)
         return ((predicted - x) / sigma.clamp(min=LEAST_SIGMA)).square().mean()
 
+    @torch.inference_mode()
     def follow(self, task: Task) -> Tensor:
         """See `Baseline.follow`: DDIM, frame by frame."""
         state, begin = self.state(task), task.begin
@@ -324,6 +325,7 @@ class Diffusion(Baseline):
         noise = draw(task.seeds, x.shape[1], *task.shape, first=first, purpose="train")
         self.clean(alpha * x + sigma * noise, levels, task.text, task.told_at(first, x.shape[1]), state, first)
 
+    @torch.inference_mode()
     def bound(
         self, latents: Tensor, text: Tensor | None, told: Tensor | None, noise_std: float, seeds: Sequence[int]
     ) -> Tensor:
@@ -414,6 +416,7 @@ class Regression(Baseline):
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
         return (self.predicted(before, text, told) - x).square().mean()
 
+    @torch.inference_mode()
     def follow(self, task: Task) -> Tensor:
         """See `Baseline.follow`; the seeds say nothing."""
         state, begin = self.state(task), task.begin
@@ -433,6 +436,7 @@ class Regression(Baseline):
 class LastFrame(nn.Module):
     """The last given frame, again and again."""
 
+    @torch.inference_mode()
     def follow(self, task: Task) -> Tensor:
         """See `Baseline.follow`."""
         if task.given is None:

@@ -27,6 +27,8 @@ from starflow.training.batches import Batches, make_dataset, make_parts
 from starflow.training.optim import Average, Optimizer
 
 CHECKPOINT_EVERY = 200
+# File of the state of a baseline.
+STATE = "state.pt"
 
 
 class Clock:
@@ -82,7 +84,7 @@ def latents_of(pixels: Tensor, encode: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def _fit_baseline(row: Row, config: RunConfig, folder: Path) -> tuple[Baseline, float]:
-    recipe, path = config.train, folder / "state.pt"
+    recipe, path = config.train, folder / STATE
     codec, text = make_parts(config)
     features = Features(config.flow, text)
     model = new_baseline(row, config).train()

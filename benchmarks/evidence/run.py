@@ -4,6 +4,7 @@
     python benchmarks/evidence/run.py --calibrate digits                    the steps that the budget allows
     python benchmarks/evidence/run.py --tune digits/diffusion               the learning rates of a model
     python benchmarks/evidence/run.py --try digits/diffusion                its options of sampling
+    python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second
 
 Weights and states are kept under --folder; results are added to --results, a line for each row, task and way of
 sampling. What stands there already is not made again.
@@ -175,7 +176,7 @@ def measure(row: Row, plan: Plan, folder: Path, results: Path) -> None:
             **facts,
             "way": way,
             "bits": None if math.isnan(bits) else bits,
-            "frames_per_second": len(made) * frames / taken,
+            "batched_frames_per_second": len(made) * frames / taken,
             "sets": distances(row.kind, made, folder),
             "clips": _read_back(row.kind, made, held),
         }
@@ -192,6 +193,22 @@ def measure_last_frame(kind: str, plan: Plan, folder: Path, results: Path) -> No
     _keep(made, folder / kind / "last" / "clips.pt")
     facts = {"row": f"{kind}/last/0", "kind": kind, "model": "last", "seed": 0, "way": "", "parameters": 0}
     add(results, {**facts, "sets": distances(kind, made, folder), "clips": _read_back(kind, made, held)}, plan.budget)
+
+
+def speed(row: Row, plan: Plan, folder: Path, results: Path) -> None:
+    """Adds the frames a second of a stream of one clip, of one thread, by processor time: the best of three."""
+    model, config, _ = trained(row, plan, folder)
+    held = held_out(row.kind)
+    one = Held(held.pixels[:1], held.captions[:1], None if held.told is None else held.told[:1])
+    for way, options in ways(model).items():
+        taken = []
+        for _ in range(3):
+            begin = time.process_time()
+            make(model, config, _asked(row.kind, one, SECOND, 0), {**plan.of(row)[2], **options})
+            taken.append(time.process_time() - begin)
+        line = {"speed": f"{row.kind}/{row.model}", "way": way, "frames_per_second": SECOND / min(taken)}
+        add(results, line, plan.budget)
+        print(line, flush=True)
 
 
 @torch.inference_mode()
@@ -226,6 +243,7 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", default=[], metavar="KIND")
     parser.add_argument("--tune", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--try", dest="attempt", nargs="+", default=[], metavar="KIND/MODEL")
+    parser.add_argument("--speed", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--plan", type=Path, default=PLAN, help="steps, rates and options of sampling")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -245,6 +263,8 @@ def main() -> None:
             measure_last_frame(name.removesuffix("/last"), plan, options.folder, options.results)
         else:
             measure(Row.parse(name), plan, options.folder, options.results)
+    for name in options.speed:
+        speed(Row.parse(f"{name}/0"), plan, options.folder, options.results)
 
 
 if __name__ == "__main__":
