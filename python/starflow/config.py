@@ -472,7 +472,7 @@ class TrainConfig:
             and 500 in a row end the training.
         ema: decay of the averaged weights that are sampled from; 0 is off, and the weights themselves are sampled from.
         precision: dtype in which matrix products are computed; the residual stream and the affine maps stay float32.
-            "auto" is "bfloat16" where the processor or the GPU has an instruction for such products, else "float32".
+            "auto" is "bfloat16" where the processor or the GPU is faster at such products, else "float32".
         parallel: how the processes that `torchrun` starts share the work: "ddp" keeps all weights and moments in each
             of them, "fsdp" a piece (slower, less memory). It does nothing in one process, and changes results only by
             the order of sums.

@@ -22,7 +22,6 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 
-import starflow_ext
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, write_video
 from starflow.files import InUseError
@@ -30,9 +29,9 @@ from starflow.model import Flow
 from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model
 from starflow.text import ClassEncoder, Features
-from starflow.training import Batch, Batches, Trainer, TrainingError, make_dataset, make_parts, optim, train
+from starflow.training import Batch, Batches, Trainer, TrainingError, machine, make_dataset, make_parts, optim, train
 from starflow.training.batches import make_images, with_vocabulary
-from starflow.training.machine import multiplies_bfloat16
+from starflow.training.machine import gains_from_bfloat16
 from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
 
@@ -247,8 +246,8 @@ def test_many_matrices_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_auto_is_bfloat16_where_it_is_multiplied(tiny, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
-    monkeypatch.setattr("starflow.training.trainer.multiplies_bfloat16", lambda device: known)
+def test_auto_is_bfloat16_where_it_is_faster(tiny, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.setattr("starflow.training.trainer.gains_from_bfloat16", lambda device: known)
     losses = {}
     for precision in ("auto", "float32", "bfloat16"):
         trainer, batches = trainer_of(tiny(precision=precision))
@@ -258,11 +257,27 @@ def test_auto_is_bfloat16_where_it_is_multiplied(tiny, monkeypatch: pytest.Monke
     assert losses["float32"] != losses["bfloat16"]
 
 
-def test_the_processor_tells_whether_it_multiplies_bfloat16() -> None:
-    levels = starflow_ext.info()["cpu levels"]
-    expected = "supported" in (levels.get("avx512_bf16"), levels.get("amx"))
-    assert multiplies_bfloat16(CPU) == expected
-    assert not multiplies_bfloat16(torch.device("meta"))
+@pytest.mark.parametrize(
+    ("levels", "speed", "expected"),
+    [
+        ({"amx": "", "avx512_bf16": ""}, 0.5, True),
+        ({"amx": "not there", "avx512_bf16": ""}, 1.8, True),
+        ({"amx": "not there", "avx512_bf16": ""}, 0.55, False),
+        ({"avx512_bf16": ""}, 1.1, False),
+        ({"amx": "not there", "avx512_bf16": "not there"}, 1.8, False),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_faster(
+    monkeypatch: pytest.MonkeyPatch, levels: dict[str, str], speed: float, expected: bool
+) -> None:
+    monkeypatch.setattr(machine.native, "isa_levels", lambda: levels)
+    monkeypatch.setattr(machine, "_speed_of_bfloat16", lambda: speed)
+    gains_from_bfloat16.cache_clear()
+    try:
+        assert gains_from_bfloat16(CPU) == expected
+        assert not gains_from_bfloat16(torch.device("meta"))
+    finally:
+        gains_from_bfloat16.cache_clear()
 
 
 def test_a_run_of_muon_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ from starflow.training.batches import (
 )
 from starflow.training.engine import Engine, shard
 from starflow.training.log import open_log
-from starflow.training.machine import keep_freed_memory, multiplies_bfloat16
+from starflow.training.machine import gains_from_bfloat16, keep_freed_memory
 from starflow.training.optim import Average, make_optimizers
 from starflow.training.start import new_flow, started_flow
 
@@ -155,7 +155,7 @@ class Trainer:
         self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
         precision = config.train.precision
-        self._bfloat16 = precision == "bfloat16" or (precision == "auto" and multiplies_bfloat16(device))
+        self._bfloat16 = precision == "bfloat16" or (precision == "auto" and gains_from_bfloat16(device))
         self.flow = (new_flow(config) if flow is None else flow).to(device).train()
         # Without an average the weights themselves stand for it.
         target = copy.deepcopy(self.flow) if config.train.ema else self.flow
