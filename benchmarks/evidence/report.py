@@ -84,19 +84,16 @@ def _cell(lines: Sequence[Line], name: str) -> str:
             return ""
         mean, low, high = interval(values)
         return f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
-    known = [line["sets"][name] for line in lines if not math.isnan(line["sets"][name])]
+    return _range([line["sets"][name] for line in lines], 2)
+
+
+def _range(values: Sequence[float | None], digits: int) -> str:
+    """The mean of what is known, and the least and the greatest where there are several; a hole for nothing."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
     if not known:
         return ""
-    digits = 2 if name in ("precision", "recall") else 1
     spread = f" ({min(known):.{digits}f} to {max(known):.{digits}f})" if len(known) > 1 else ""
     return f"{sum(known) / len(known):.{digits}f}{spread}"
-
-
-def _bits(lines: Sequence[Line]) -> str:
-    known = [line["bits"] for line in lines if line.get("bits") is not None]
-    if not known:
-        return ""
-    return f"{sum(known) / len(known):.3f} ({min(known):.3f} to {max(known):.3f})"
 
 
 def groups(results: Sequence[Line], kind: str) -> dict[tuple[str, str], list[Line]]:
@@ -129,7 +126,15 @@ def table(results: Sequence[Line], kind: str) -> str:
         rate = rates.get((model, way))
         cells = [_cell(lines, name) for name in columns]
         seeds = len({line["seed"] for line in lines})
-        rows.append([_name(model, way), str(seeds), *cells, _bits(lines), "" if rate is None else f"{rate:.0f}"])
+        rows.append(
+            [
+                _name(model, way),
+                str(seeds),
+                *cells,
+                _range([line.get("bits") for line in lines], 3),
+                "" if rate is None else f"{rate:.0f}",
+            ]
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -144,6 +149,17 @@ def tries(results: Sequence[Line]) -> str:
             known = [f"{name} {line[name]:.3f}" for name in SHARES if name in line and not math.isnan(line[name])]
             options = ", ".join(f"{name} {value:g}" for name, value in line["options"].items())
             rows.append([line["tried"], options, ", ".join(sorted(known))])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def denoisers(results: Sequence[Line]) -> str:
+    """The ablation of the denoiser: means over the seeds, with the least and the greatest."""
+    rows = [["cleaned by", "seeds", "PSNR, dB", "SSIM", "Fréchet"], ["---"] * 5]
+    lines = [line for line in results if "denoiser" in line]
+    for way in dict.fromkeys(line["denoiser"] for line in lines):
+        mine = [line for line in lines if line["denoiser"] == way]
+        cells = [_range([line[name] for line in mine], digits) for name, digits in (("psnr", 1), ("ssim", 3))]
+        rows.append([way, str(len(mine)), *cells, _range([line["frechet"] for line in mine], 2)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -211,7 +227,11 @@ def main() -> None:
     options = parser.parse_args()
     results = read_results(options.results, Plan.load(PLAN).budget)
     page = PAGE.read_text(encoding="utf-8")
-    blocks = {kind: table(results, kind) for kind in KINDS} | {"tries": tries(results), "costs": costs(results)}
+    blocks = {kind: table(results, kind) for kind in KINDS} | {
+        "tries": tries(results),
+        "costs": costs(results),
+        "denoisers": denoisers(results),
+    }
     for name, text in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
         page, found = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}{match[2]}", page, flags=re.DOTALL)

@@ -4,6 +4,7 @@
     python benchmarks/evidence/run.py --calibrate digits                    the steps that the budget allows
     python benchmarks/evidence/run.py --tune digits/diffusion               the learning rates of a model
     python benchmarks/evidence/run.py --try digits/diffusion                its options of sampling
+    python benchmarks/evidence/run.py --denoisers paddle/0                  what cleans the flow's frames best
     python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second
 
 Weights and states are kept under --folder; results are added to --results, a line for each row, task and way of
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from baselines import Baseline, Diffusion, LastFrame
+from denoisers import compare
 from fit import fit, held_out_loss
 from makers import Asked, make, ways
 from measures import CLIPS, GIVEN, LONG, SECOND, Held, digits, distances, held_out, paddle
@@ -148,7 +150,9 @@ def _mean(values: list[float]) -> float:
 
 def measure(row: Row, plan: Plan, folder: Path, results: Path) -> None:
     """Trains a row where that is left to do, and adds what its ways of sampling make."""
-    known = {(line["row"], line["way"]) for line in read_results(results, plan.budget) if "row" in line}
+    known = {
+        (line["row"], line["way"]) for line in read_results(results, plan.budget) if "way" in line and "row" in line
+    }
     model, config, seconds = trained(row, plan, folder)
     held = held_out(row.kind)
     facts = {
@@ -193,6 +197,15 @@ def measure_last_frame(kind: str, plan: Plan, folder: Path, results: Path) -> No
     _keep(made, folder / kind / "last" / "clips.pt")
     facts = {"row": f"{kind}/last/0", "kind": kind, "model": "last", "seed": 0, "way": "", "parameters": 0}
     add(results, {**facts, "sets": distances(kind, made, folder), "clips": _read_back(kind, made, held)}, plan.budget)
+
+
+def compare_denoisers(row: Row, plan: Plan, folder: Path, results: Path) -> None:
+    """Adds what each way of cleaning makes of noisy held-out clips."""
+    model, config, _ = trained(row, plan, folder)
+    assert isinstance(model, Flow)
+    for line in compare(row, model, config, folder):
+        add(results, line, plan.budget)
+        print(line, flush=True)
 
 
 def speed(row: Row, plan: Plan, folder: Path, results: Path) -> None:
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--tune", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--try", dest="attempt", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--speed", nargs="+", default=[], metavar="KIND/MODEL")
+    parser.add_argument("--denoisers", nargs="+", default=[], metavar="KIND/SEED")
     parser.add_argument("--plan", type=Path, default=PLAN, help="steps, rates and options of sampling")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -263,6 +277,9 @@ def main() -> None:
             measure_last_frame(name.removesuffix("/last"), plan, options.folder, options.results)
         else:
             measure(Row.parse(name), plan, options.folder, options.results)
+    for name in options.denoisers:
+        kind, seed = name.split("/")
+        compare_denoisers(Row.parse(f"{kind}/flow/{seed}"), plan, options.folder, options.results)
     for name in options.speed:
         speed(Row.parse(f"{name}/0"), plan, options.folder, options.results)
 

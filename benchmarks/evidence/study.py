@@ -26,7 +26,7 @@ VERSION = 1
 KINDS = ("paddle", "digits")
 SEEDS = (0, 1, 2)
 # Of tuning: every model's rate is chosen among the same ones, and its options of sampling among as many.
-RATES = (4e-3, 8e-3, 1.6e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TUNING_SEED = 100
 OPTIONS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "paddle": {
