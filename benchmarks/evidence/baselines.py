@@ -167,7 +167,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a training step: normal noise like the latents, and numbers in [0, 1), (batch, frames, 3)."""
+    """What is random in a training step: normal noise like the latents, and numbers in [0, 1), (batch, frames, 2)."""
 
     noise: Tensor
     uniform: Tensor
@@ -175,7 +175,7 @@ class Draws:
     @classmethod
     def of(cls, seed: int, step: int, noise: Tensor) -> Draws:
         """Those of a step, from its noise."""
-        numbers = stream(seed, "posterior", step).random((*noise.shape[:2], 3), dtype="float32")
+        numbers = stream(seed, "posterior", step).random((*noise.shape[:2], 2), dtype="float32")
         return cls(noise, torch.from_numpy(numbers))
 
 
@@ -240,7 +240,7 @@ class Diffusion(Baseline):
     Args:
         config, width, layers, scale: as of `Baseline`.
         prediction: what the network puts out; the loss is that of v either way.
-        clean_past: share of the clips whose frames before one drawn at random have the level `context`.
+        clean_past: share of the frames that have the level `context` in training, as the past has in sampling.
         steps: of sampling a frame.
         context: level of the frames behind, in sampling.
         guidance, guidance_frames: weight of guidance by text, and how many first frames have it.
@@ -286,9 +286,8 @@ class Diffusion(Baseline):
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
         """The mean squared error of v."""
         x = latents / self.scale
-        levels, clip = draws.uniform[..., 0], draws.uniform[:, :1]
-        behind = torch.arange(x.shape[1]) < (clip[..., 1] * x.shape[1]).floor()
-        levels = torch.where(behind & (clip[..., 2] < self.clean_past), self.context, levels)
+        levels, clean = draws.uniform.unbind(-1)
+        levels = torch.where(clean < self.clean_past, self.context, levels)
         alpha, sigma = schedule(levels)
         predicted = self.clean(alpha * x + sigma * draws.noise, levels, text, told)
         return ((predicted - x) / sigma.clamp(min=LEAST_SIGMA)).square().mean()
