@@ -8,7 +8,7 @@ clips, each of as many as are made, stands beside every one: the floor, under wh
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -77,6 +77,7 @@ def evaluate(
     second: int | None = None,
     batch: int = 32,
     steps: int = 400,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Makes a clip for each real one and compares the two sets.
 
@@ -93,6 +94,7 @@ def evaluate(
         second: frames of a second; by default those of a second of the training clips.
         batch: most clips made together.
         steps: of training the features.
+        tell: is called with what is done next, which may take minutes.
 
     Raises:
         ImportError: torchmetrics is not installed (extra `evaluate`).
@@ -114,14 +116,18 @@ def evaluate(
     _check_count(len(real), length - given, min(max(second, 1), frames - given))
 
     seen, known, learned = (torch.stack([clip.pixels for clip in clips]) for clips in (real, others, training))
-    made, rate = _make(pipeline, real, asked, frames, given, batch)
+    made, rate = _make(pipeline, real, asked, frames, given, batch, tell)
+    tell("one clip as a stream")
     streamed = _stream_rate(pipeline, real, asked, frames, given)
+    tell("features of frames")
     features = FrameFeatures.fit(learned.flatten(0, 1), steps=steps, num_features=_FEATURES)
     motion = None
     if length - given > 1:
+        tell("features of motion")
         motion = FrameFeatures.fit(frame_differences(learned), steps=steps, num_features=_FEATURES)
     seen, known, new = seen[:, given:], known[:, given:], made[:, given:]
     sigma = pipeline.config.train.noise_std
+    tell("comparing")
     scores = score(pipeline, real, seed=asked.seed)
     return Evaluation(
         made=fidelity(new[:, : length - given], seen, features, motion),
@@ -207,12 +213,19 @@ def _captions(pipeline: Pipeline, clips: Sequence[Clip]) -> list[str]:
 
 
 def _make(
-    pipeline: Pipeline, clips: Sequence[Clip], asked: SampleOptions, frames: int, given: int, batch: int
+    pipeline: Pipeline,
+    clips: Sequence[Clip],
+    asked: SampleOptions,
+    frames: int,
+    given: int,
+    batch: int,
+    tell: Callable[[str], None],
 ) -> tuple[Tensor, float]:
     """A clip for each real one, and frames a second of all."""
     seeds, parts, seconds = asked.numbers(len(clips)), [], 0.0
     for first in range(0, len(clips), batch):
         places = range(first, min(first + batch, len(clips)))
+        tell(f"clips {places[0] + 1} to {places[-1] + 1} of {len(clips)}")
         sampled = pipeline.sample(
             _captions(pipeline, [clips[place] for place in places]),
             asked,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,10 +71,11 @@ def _run(args: argparse.Namespace) -> int:
             others,
             training,
             options=asked,
-            given=args.given,
+            given=args.given_frames,
             second=args.second,
             batch=args.batch,
             steps=args.feature_steps,
+            tell=lambda what: print(f"{what} ...", file=sys.stderr),
         )
         out.json(
             "evaluation.json",
@@ -215,6 +217,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--given",
+        # Not the option of `SampleOptions`, whose frames come from a file.
+        dest="given_frames",
         type=number(int, 0),
         default=0,
         metavar="N",
