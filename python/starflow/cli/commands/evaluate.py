@@ -172,7 +172,7 @@ def _print(found: Evaluation) -> None:
         row(end, last.frechet, None, f"drift: {last.frechet - first.frechet:+.3f} from the first second to the last")
     else:
         print("drift: none to tell, clips have no second second; --frames N makes longer ones")
-    row("bits per dimension, real clips", found.bits_per_dim, found.noise_floor, "real: the entropy of the noise")
+    row("bits per dimension, real clips", found.bits_per_dim, found.noise_floor, "beside it the entropy of the noise")
     how = "one clip, streamed" if found.streamed else "all clips, each as a whole"
     threads = f"{found.threads} thread{'' if found.threads == 1 else 's'}"
     print(f"{'frames a second':<34}{found.frames_per_second:>9.1f}  {'':>9}  {how}, {threads}")
