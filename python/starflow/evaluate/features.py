@@ -160,7 +160,8 @@ def _whitening(codes: Tensor) -> Tensor:
     """Matrix (numbers, numbers) that turns codes (count, numbers) into features of variance below 1, nearly alike."""
     deviation = codes.std(0).clamp(min=1e-6)
     variances, directions = torch.linalg.eigh(torch.cov((codes / deviation).T).reshape(codes.shape[1], -1))
-    return directions / deviation[:, None] * (variances.clamp(min=0.0) + _RIDGE).rsqrt()
+    matrix: Tensor = directions / deviation[:, None] * (variances.clamp(min=0.0) + _RIDGE).rsqrt()
+    return matrix
 
 
 def _restorer(num_features: int, channels: int) -> nn.Sequential:

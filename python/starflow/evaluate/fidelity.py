@@ -264,7 +264,7 @@ def drift(made: Tensor, real: Tensor, features: nn.Module, *, second: int) -> li
 
 def _by_clip(features: nn.Module, clips: Tensor) -> Tensor:
     """Features (clips, frames, numbers)."""
-    return features_of(features, clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+    return features_of(features, clips.flatten(0, 1)).reshape(*clips.shape[:2], -1)
 
 
 def _clips(who: str, name: str, clips: Tensor) -> Tensor:
