@@ -1,5 +1,6 @@
 """How good is it? Bits per dimension of clips, frames and tokens, what is unusual, and the distance to real clips."""
 
+from starflow.evaluate.evaluation import Evaluation, evaluate
 from starflow.evaluate.features import FrameFeatures
 from starflow.evaluate.fidelity import (
     Fidelity,
@@ -21,6 +22,7 @@ __all__ = [
     "LEVELS_BITS",
     "Anomaly",
     "ClipScore",
+    "Evaluation",
     "Fidelity",
     "FrameFeatures",
     "Reference",
@@ -28,6 +30,7 @@ __all__ = [
     "Surprise",
     "Watcher",
     "drift",
+    "evaluate",
     "features_of",
     "fidelity",
     "frame_differences",

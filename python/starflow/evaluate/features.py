@@ -27,14 +27,15 @@ _RESTORED = 32
 _SIDE = 4
 _BATCH = 128
 _RATE = 2e-3
-# Features that hardly vary over real frames are not blown up beyond this.
-_LEAST_DEVIATION = 1e-2
+# Directions in which real frames hardly vary are not blown up beyond this share of the mean variance: without it they
+# would be half of the distance, as noise; without whitening at all, what a frame shows would hide how sharp it is.
+_RIDGE = 0.1
 # What a model makes may overshoot [-1, 1]; beyond this, values are of another scale, such as 0 to 255.
 _FAR = 16.0
 
 
 class FrameFeatures(nn.Module):
-    """A small convolutional network from frames to features, each of mean 0 and deviation 1 over what it was fitted to.
+    """A small convolutional network from frames to features, of mean 0 and whitened over the frames it was fitted to.
 
     Made by `fit`; a network with the same arguments takes its `state_dict`. It is frozen: in evaluation mode and
     without gradients of its weights.
@@ -51,7 +52,7 @@ class FrameFeatures(nn.Module):
     """
 
     mean: Tensor
-    deviation: Tensor
+    whitening: Tensor
 
     def __init__(self, channels: int, size: tuple[int, int], num_features: int = 64) -> None:
         super().__init__()
@@ -64,7 +65,7 @@ class FrameFeatures(nn.Module):
         self.convolutions = nn.Sequential(*layers)
         self.out = nn.Linear(before * _SIDE**2, num_features)
         self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("deviation", torch.ones(num_features))
+        self.register_buffer("whitening", torch.eye(num_features))
         self.eval().requires_grad_(False)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -85,7 +86,7 @@ class FrameFeatures(nn.Module):
                 f"FrameFeatures: frames have shape {list(frames.shape)}, expected (count, channels, height, width), "
                 f"the last three {expected}"
             )
-        return (self._code(frames.to(self.mean.dtype)) - self.mean) / self.deviation
+        return (self._code(frames.to(self.mean.dtype)) - self.mean) @ self.whitening
 
     def _code(self, frames: Tensor) -> Tensor:
         maps = F.adaptive_avg_pool2d(self.convolutions(frames), _SIDE)
@@ -125,7 +126,7 @@ class FrameFeatures(nn.Module):
         with torch.no_grad():
             codes = torch.cat([made._code(part) for part in frames.split(256)]).double()
             made.mean.copy_(codes.mean(0))
-            made.deviation.copy_(codes.std(0).clamp(min=_LEAST_DEVIATION))
+            made.whitening.copy_(_whitening(codes))
         return made
 
     def _learn(self, frames: Tensor, spread: float, steps: int) -> None:
@@ -153,6 +154,14 @@ class FrameFeatures(nn.Module):
             loss.backward()
             optimizer.step()
             schedule.step()
+
+
+def _whitening(codes: Tensor) -> Tensor:
+    """Matrix (numbers, numbers) that turns codes (count, numbers) into features of variance below 1, nearly alike."""
+    deviation = codes.std(0).clamp(min=1e-6)
+    variances, directions = torch.linalg.eigh(torch.cov((codes / deviation).T).reshape(codes.shape[1], -1))
+    matrix: Tensor = directions / deviation[:, None] * (variances.clamp(min=0.0) + _RIDGE).rsqrt()
+    return matrix
 
 
 def _restorer(num_features: int, channels: int) -> nn.Sequential:

@@ -22,7 +22,7 @@ from starflow.extras import import_extra
 
 # Frames whose features are computed together, and rows of distances that are held at a time.
 _TOGETHER = 256
-_NEIGHBOURS = 3
+NEIGHBOURS = 3
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _Given(nn.Module):
         return features
 
 
-def precision_recall(made: Tensor, real: Tensor, neighbours: int = _NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Precision and recall by manifolds of nearest neighbours.
 
     A set's manifold is the union of balls around its points, each of the radius to the nearest `neighbours`-th other.
@@ -264,7 +264,7 @@ def drift(made: Tensor, real: Tensor, features: nn.Module, *, second: int) -> li
 
 def _by_clip(features: nn.Module, clips: Tensor) -> Tensor:
     """Features (clips, frames, numbers)."""
-    return features_of(features, clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+    return features_of(features, clips.flatten(0, 1)).reshape(*clips.shape[:2], -1)
 
 
 def _clips(who: str, name: str, clips: Tensor) -> Tensor:
