@@ -292,3 +292,13 @@ def test_files_that_cannot_be_scored(pipeline: Pipeline, tmp_path: Path) -> None
         read_clips(pipeline, [tmp_path / "no.mp4"])
     with pytest.raises(VideoError, match=r"x\.png: an image is one frame"):
         read_clips(pipeline, [tmp_path / "x.png"])
+
+
+def test_clips_that_are_probably_of_another_scale_are_told(pipeline: Pipeline, caplog) -> None:
+    usual, bright = clip(0), replace(clip(1), pixels=clip(1).pixels / 2 + 0.5)
+    score(pipeline, [bright, usual])
+    score(pipeline, [bright], scaled=True)
+    assert not caplog.messages
+    score(pipeline, [bright])
+    (told,) = caplog.messages
+    assert told.startswith("score: no pixel of the clips is below 0, the middle of [-1, 1]; pixels in [0, 1]")

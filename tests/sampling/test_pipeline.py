@@ -144,6 +144,15 @@ def test_a_picture_that_is_probably_of_another_scale_is_told(pipeline: Pipeline,
     (told,) = messages(bright)
     assert told.startswith("sample: no pixel of image is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled")
     assert not messages(2 * bright - 1)
+    for name in ("prefill", "encode"):
+        begun = pipeline.session("")
+        caplog.clear()
+        getattr(begun, name)(bright[None, None])
+        (told,) = caplog.messages
+        assert told.startswith("session: no pixel of frames is below 0, the middle of [-1, 1]")
+        caplog.clear()
+        getattr(pipeline.session(""), name)(bright[None, None], scaled=True)
+        assert not caplog.messages
     with pytest.raises(ValueError, match="pixels go from 0 to 7"):
         pipeline.session("", image=torch.arange(8.0).repeat(1, 16, 2))
 

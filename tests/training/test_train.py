@@ -992,3 +992,38 @@ def test_parts_that_do_not_fit_are_named(tiny, tmp_path: Path, change: dict, mes
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(tiny(**change), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flow", "sample", "message"),
+    [
+        (_NO_TEXT, {"guidance": 2.0}, r"sample.guidance is 2.0, expected 0: the model reads neither text nor classes"),
+        ({}, {"guidance": 1.0, "guidance_frames": 3}, "sample.guidance_frames is 3, expected nothing without flow.att"),
+        (
+            {"attention_frames": 2, "text_embed": True},
+            {"guidance_frames": 3},
+            r"sample.guidance is 0.0, expected a number above 0 with sample.guidance_f",
+        ),
+    ],
+)
+def test_guidance_that_no_sample_could_have_is_refused_before_training(
+    tiny, tmp_path: Path, flow: dict[str, object], sample: dict[str, object], message: str
+) -> None:
+    config = tiny(flow=flow, text={} if flow is _NO_TEXT else None)
+    config = replace(config, sample=replace(config.sample, **sample))
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_is_probably_of_another_scale_is_told_once(tiny, caplog) -> None:
+    config = tiny()
+    codec, text = make_parts(config)
+    batch = Batches(config, make_dataset(config), codec).make(0)
+    told = "training: no pixel of the first batch is below 0, the middle of [-1, 1]"
+    for pixels, times in ((batch.pixels / 2 + 0.5, 1), (batch.pixels, 0)):
+        caplog.clear()
+        trainer = Trainer(config, codec, text, CPU)
+        for _ in range(2):
+            trainer.run(replace(batch, pixels=pixels))
+        assert sum(message.startswith(told) for message in caplog.messages) == times

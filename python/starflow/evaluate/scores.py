@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.codecs import tell_scale
 from starflow.data import CaptionMode, Clip
 from starflow.sampling import Pipeline
 
@@ -100,6 +101,7 @@ def score(
     per_token: bool = False,
     fps: float | None = None,
     noise_std: float | None = None,
+    scaled: bool = False,
 ) -> list[ClipScore]:
     """Bits per dimension of clips.
 
@@ -114,6 +116,8 @@ def score(
         fps: frames a second that captions tell, by default those of the training clips.
         noise_std: of the noise that is added, by default that of training; anything else asks the flow about data that
             it was not trained on (see docs/likelihood.md).
+        scaled: the pixels are known to be in [-1, 1], as those of files are; the log tells of others that look like
+            [0, 1].
 
     Returns:
         A score for each clip, in order.
@@ -129,6 +133,8 @@ def score(
     sigma = pipeline.config.train.noise_std if noise_std is None else noise_std
     if not 0.0 <= sigma < math.inf:
         raise ValueError(f"score: noise_std is {sigma}, expected a finite number >= 0")
+    if not scaled:
+        tell_scale("score: no pixel of the clips", [clip.pixels for clip in clips])
     if pipeline.text is None:
         # As in training: a flow without text does not see the captions of its data.
         clips = [replace(clip, caption="") for clip in clips]

@@ -322,10 +322,11 @@ class Pipeline(Pretrained):
             session.tell(vectors)
         beginning = self._beginning(reader, asked, length, shape[0])
         if beginning is not None or reference is not None:
-            session.prefill(beginning, reference=reference)
+            session.prefill(beginning, reference=reference, scaled=True)
         session.planned = shape[0] - session.frames
         if edited is not None:
-            session.planned = session.encode(edited, asked.edit_prompt if self.text is not None else None)
+            text = asked.edit_prompt if self.text is not None else None
+            session.planned = session.encode(edited, text, scaled=True)
         return session
 
     # -- parts --------------------------------------------------------------------------------------------------------

@@ -285,7 +285,32 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
     elif text is not None:
         require(text.dim == flow.txt_dim, "flow.txt_dim", flow.txt_dim, f"the width {text.dim} of the text encoder")
         require(text.size <= flow.txt_size, "flow.txt_size", flow.txt_size, f"at least the {text.size} of the encoder")
+    _check_guidance(config)
     return codec, text
+
+
+def _check_guidance(config: RunConfig) -> None:
+    """Refuses guidance that no sample of the model could have, before it is trained."""
+    flow, sample = config.flow, config.sample
+    conditional = flow.txt_size > 0 or flow.num_classes > 0 or flow.frame_dim > 0
+    require(
+        sample.guidance == 0 or conditional,
+        "sample.guidance",
+        sample.guidance,
+        "0: the model reads neither text nor classes nor vectors of frames",
+    )
+    require(
+        sample.guidance_frames is None or flow.attention_frames is not None,
+        "sample.guidance_frames",
+        sample.guidance_frames,
+        "nothing without flow.attention_frames: where no cache rolls, all frames are guided",
+    )
+    require(
+        sample.guidance_frames is None or sample.guidance > 0,
+        "sample.guidance",
+        sample.guidance,
+        "a number above 0 with sample.guidance_frames",
+    )
 
 
 def source_of(clip: Clip) -> Tensor:

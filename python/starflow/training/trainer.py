@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.codecs import Codec, make_codec
+from starflow.codecs import Codec, make_codec, tell_scale
 from starflow.config import ConfigError, RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
@@ -170,6 +170,7 @@ class Trainer:
         self.updates = 0
         self._bad = 0
         self._skips = _Skips()
+        self._seen = False  # a batch
         # What tells the data that a run is trained on from others (see `data_of`).
         self.data: dict[str, Any] = {}
 
@@ -329,6 +330,9 @@ class Trainer:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Noisy latents and what the flow reads beside them."""
+        if not self._seen:
+            tell_scale("training: no pixel of the first batch", [batch.pixels])
+            self._seen = True
         train = self.config.train
         with torch.no_grad():
             posterior = batch.posterior
