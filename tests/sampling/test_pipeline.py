@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from starflow import Window, decode, noise
+from starflow import Chunks, Sequential, Window, decode, noise
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
 from starflow.model import Guidance
@@ -403,11 +403,54 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
             "pixels have dtype torch.uint8, expected floating point",
         ),
         ({"guidance": 0, "guidance_frames": 3}, "guidance_frames is 3, expected guidance above 0 together with it"),
+        ({"guide_top": True}, "guide_top is True, expected guidance above 0 together with it"),
+        ({"seed": 5, "seeds": [1]}, "sample: seed is 5 beside seeds, expected one of them"),
+        (
+            {"solver": Chunks(4), "certificate": True},
+            r"solver is Chunks\(.*\), expected a Window or Sequential with a certificate",
+        ),
+        ({"window_frames": 1}, "window_frames is 1, expected window_frames of 2 or more: a context and a new frame"),
     ],
 )
 def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.sample(PROMPT, **options)  # type: ignore[arg-type]
+
+
+def test_a_certificate_is_measured_for_a_schedule_that_is_no_text(pipeline: Pipeline) -> None:
+    error = pipeline.sample(PROMPT, solver=Sequential(), certificate=True).report.backward_error
+    assert error is not None
+    assert error == pipeline.sample(PROMPT, solver="sequential", certificate=True).report.backward_error
+
+
+@pytest.mark.parametrize("option", ["window_frames", "context_frames", "sink_frames", "renew"])
+def test_options_of_windows_are_refused_where_there_are_none(configure: Configure, build: Build, option: str) -> None:
+    whole = build(configure(shallow_block_local=False))
+    with pytest.raises(ValueError, match=rf"sample: {option} is (1|True), expected it left out: .* no windows"):
+        whole.sample(PROMPT, **{option: True if option == "renew" else 1})  # type: ignore[arg-type]
+
+
+def test_what_a_model_cannot_use_is_refused(configure: Configure, build: Build, caplog) -> None:
+    silent = build(configure(txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False))
+    with pytest.raises(ValueError, match="edit_prompt is 'a three', expected none: the model was trained without text"):
+        silent.sample("", edit=-torch.ones(4, 1, SIZE, SIZE), edit_prompt="a three")
+    config = configure()
+    exact = build(dataclasses.replace(config, train=dataclasses.replace(config.train, noise_std=0.0)))
+    assert exact.sample(PROMPT).report.denoised == "none"
+    for denoise in ("learned", "score"):
+        with pytest.raises(
+            ValueError, match=f"denoise is '{denoise}', expected 'none': the model was trained without n"
+        ):
+            exact.sample(PROMPT, denoise=denoise)  # type: ignore[arg-type]
+    assert not caplog.messages
+    undropped = build(dataclasses.replace(config, train=dataclasses.replace(config.train, drop_label=0.0)))
+    undropped.sample(PROMPT)
+    assert not caplog.messages
+    undropped.sample(PROMPT, guidance=2.0)
+    assert caplog.messages == [
+        "sample: guidance is 2, and train.drop_label was 0 in training: the flow never saw the clips that guidance "
+        "leads away from"
+    ]
 
 
 @pytest.mark.parametrize("prompts", [None, 3, b"a three", ["a three", 3], {"a three", "a four"}, iter(["a three"])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 import re
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from starflow.distributed import World
     from starflow.sampling import Pipeline, SampleOptions
 
+
+logger = logging.getLogger(__name__)
 
 PROG = "starflow"
 MODEL_HELP = "folder of a run, a .safetensors file, or a model that comes with the package (`starflow info` lists them)"
@@ -173,6 +176,8 @@ def held_out_clips(config: RunConfig, count: int) -> list[Clip]:
     from starflow.training import make_dataset
 
     dataset = make_dataset(config, "test")
+    if len(dataset) < count:
+        logger.warning("%d held-out clips are asked for, the data have %d", count, len(dataset))
     return [dataset.item(index) for index in range(min(count, len(dataset)))]
 
 

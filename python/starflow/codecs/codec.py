@@ -111,7 +111,7 @@ def tell_scale(name: str, pixels: Sequence[torch.Tensor]) -> None:
         pixels: all that were given together.
     """
     given = [some for some in pixels if some.is_floating_point() and some.numel()]
-    if given and not any(bool((some < 0).any()) for some in given):
+    if given and all(bool((some >= 0).all()) for some in given):
         logger.warning(
             "%s is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled, less 1, and those of 0 to 255 divided "
             "by 127.5, less 1",

@@ -22,7 +22,7 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import tell_scale
 from starflow.data import Clip
-from starflow.evaluate.scores import noise_floor, token_bits
+from starflow.evaluate.scores import check_clip, noise_floor, token_bits
 from starflow.model import to_grid, to_sequence
 from starflow.sampling import Pipeline
 from starflow.solver import BlockDecoder, rolling_frames
@@ -74,6 +74,8 @@ def surprise(
     found = []
     for first in range(0, len(clips), batch):
         group = clips[first : first + batch]
+        for clip in group:
+            check_clip(pipeline, clip, group[0])
         pixels = torch.stack([clip.pixels for clip in group])
         tokens = torch.zeros((), dtype=torch.float64)
         for draw in range(draws):

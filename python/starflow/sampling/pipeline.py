@@ -259,9 +259,15 @@ class Pipeline(Pretrained):
             edited = reader.video("edit", asked.edit, asked.frames, exactly=asked.frames is not None, end=False)
             length = edited.shape[1]
             guidance = 0.0 if guidance is None else guidance
+            if asked.edit_prompt and self.text is None:
+                raise ValueError(
+                    f"sample: edit_prompt is {shown(asked.edit_prompt)}, expected none: the model was trained without "
+                    "text"
+                )
         weight = config.sample.guidance if guidance is None else guidance
         if weight and self.text is None and not c.frame_dim:
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
+        self._tell_guidance(weight)
         self._check_mode(asked, length)
         holds = self.about.get("holds_frames", "")
         if holds.isdecimal() and length > int(holds):
@@ -297,6 +303,8 @@ class Pipeline(Pretrained):
             guided = None
         if asked.guidance_frames is not None and not weight:
             raise ValueError(f"sample: guidance_frames is {guided}, expected guidance above 0 together with it")
+        if asked.guide_top and not weight:
+            raise ValueError("sample: guide_top is True, expected guidance above 0 together with it")
         if guided is not None and span.behind is None:
             raise ValueError(f"sample: guidance_frames is {guided}, expected None where no cache rolls")
         guide = Guidance(weight, frames=guided, all_blocks=not asked.guide_top)
@@ -330,6 +338,25 @@ class Pipeline(Pretrained):
         return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _tell_guidance(self, weight: float) -> None:
+        """Tells of guidance away from what the flow never saw: clips without their text, or without their vectors."""
+        c, train = self.flow.config, self.config.train
+        never = [
+            f"train.{option}"
+            for option, read in (
+                ("drop_label", c.txt_size or c.num_classes),
+                ("drop_frame_condition", c.frame_dim),
+            )
+            if read and getattr(train, option) == 0.0
+        ]
+        if weight and never:
+            logger.warning(
+                "sample: guidance is %g, and %s was 0 in training: the flow never saw the clips that guidance leads "
+                "away from",
+                weight,
+                " and ".join(never),
+            )
 
     def _check_mode(self, asked: SampleOptions, frames: int) -> None:
         """Refuses a clip with a last frame or a source, or without one, where training had no such clips."""
@@ -426,6 +453,11 @@ class Pipeline(Pretrained):
         """Which denoiser the option `denoise` means for this model."""
         learned = self.flow.denoiser is not None
         if self.config.train.noise_std == 0.0:
+            if denoise not in ("auto", "none"):
+                raise ValueError(
+                    f"sample: denoise is {denoise!r}, expected 'none': the model was trained without noise "
+                    "(train.noise_std is 0)"
+                )
             return "none"
         if denoise in ("learned", "published") and not learned:
             raise ValueError(f"sample: denoise is {denoise!r}, expected 'score': the model has no learned denoiser")
@@ -442,15 +474,25 @@ class Pipeline(Pretrained):
         if c.attention_frames is not None and not windows:
             height, width = (side // c.patch_size for side in size)
             return Span.rolling(c.attention_frames, height * width)
+        asks = {
+            "window_frames": window,
+            "context_frames": asked.context_frames,
+            "sink_frames": asked.sink_frames or None,
+            "renew": asked.renew or None,
+        }
         if not (c.shallow_block_local and c.temporal_causal > 0):
-            if window is not None:
-                raise ValueError(
-                    f"sample: window_frames is {window}, expected None: the model's shallow blocks look over time "
-                    "(flow.shallow_block_local)"
-                )
+            for name, value in asks.items():
+                if value is not None:
+                    raise ValueError(
+                        f"sample: {name} is {value}, expected it left out: the model's shallow blocks look over time "
+                        "(flow.shallow_block_local), so that its clips have no windows"
+                    )
             return Span(reference + frames)
         window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
         if window == 1:
+            named = next((f"{name} is {value}" for name, value in asks.items() if value is not None), None)
+            if named and reference + frames > 1:
+                raise ValueError(f"sample: {named}, expected window_frames of 2 or more: a context and a new frame")
             return Span(reference + frames)
         context = Span.default_context(window) if asked.context_frames is None else asked.context_frames
         carried = Span(window, context, asked.sink_frames)

@@ -56,6 +56,7 @@ from starflow.training.batches import (
     make_parts,
     open_text,
     source_of,
+    tell_data,
     with_vocabulary,
     with_world,
 )
@@ -513,6 +514,8 @@ def _train(
     codec, text = make_parts(config)
     _check_prompts(config, text)
     dataset = make_dataset(config) if dataset is None else dataset
+    if world.first:
+        tell_data(config, dataset)
     batches = Batches(config, dataset, codec, images, rank=world.rank, size=world.size)
     with _held(folder, world):
         return _run(
