@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from starflow import Chunks, Sequential, Window, decode, noise
+from starflow.codecs import make_codec
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
 from starflow.model import Guidance
@@ -22,6 +23,7 @@ from starflow.sampling import Pipeline, SampleOptions
 from starflow.sampling.cleaning import score_denoise
 from starflow.sampling.options import option_help
 from starflow.solver import NotFiniteError, parse_solver
+from starflow.text import make_text_encoder
 
 PROMPT = "a three moving up"
 # As in tests/pipelines.py.
@@ -602,3 +604,42 @@ def test_sources_that_do_not_fit(paired: Pipeline, options: dict[str, Any], mess
 def test_a_source_needs_a_model_of_pairs(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"source is given, expected a model that was trained to make one clip of"):
         pipeline.sample(PROMPT, source=torch.zeros(FRAMES, 1, SIZE, SIZE))
+
+
+def test_parts_of_another_model_are_refused(pipeline: Pipeline) -> None:
+    config, text = pipeline.config, pipeline.config.text
+    backwards = make_text_encoder({**text, "vocabulary": text["vocabulary"][::-1]})
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"codec": make_codec({"kind": "haar", "patch": 4, "channels": 1})}, "codec.kind is 'haar', expected 'dct'"),
+        ({"text": backwards}, r"text.vocabulary is \['.*expected \['zero', 'one'.* as in the configuration"),
+        ({"text": make_text_encoder({**text, "size": 2})}, "text.size is 2, expected 3"),
+        (
+            {"config": replace(config, flow=replace(config.flow, soft_clip=2.0))},
+            "flow.soft_clip is 4.0 in the flow and 2.0 in the configuration",
+        ),
+    ]
+    parts = {"flow": pipeline.flow, "config": config, "codec": pipeline.codec, "text": pipeline.text}
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=f"^pipeline: {message}"):
+            Pipeline(**{**parts, **change})
+
+
+def test_hooks_that_are_not_called_are_told(pipeline: Pipeline, caplog) -> None:
+    usual = pipeline.sample(PROMPT).pixels
+    layer = next(module for module in pipeline.flow.modules() if isinstance(module, torch.nn.Linear))
+    hook = layer.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    try:
+        assert torch.equal(pipeline.sample(PROMPT).pixels, usual)
+        (told,) = caplog.messages
+        assert told.startswith("sample: forward hooks of modules inside of the flow are not called (blocks.0.")
+    finally:
+        hook.remove()
+
+
+def test_a_noise_level_that_nothing_reads_is_told(pipeline: Pipeline, caplog) -> None:
+    pipeline.sample(PROMPT, target_noise_std=0.2, denoise="score")
+    pipeline.sample(PROMPT, target_noise_std=0.2, image=-torch.ones(1, SIZE, SIZE))
+    assert not caplog.messages
+    pipeline.sample(PROMPT, target_noise_std=0.2)
+    (told,) = caplog.messages
+    assert told.startswith("sample: target_noise_std is 0.2 and nothing reads it: captions tell no noise, no frames")

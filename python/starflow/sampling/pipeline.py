@@ -9,6 +9,7 @@ Reference: Gu et al., STARFlow-V (2025), sampling.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import ASPECT_RATIOS, CaptionMode, aspect_size
 from starflow.inference import in_inference_mode
-from starflow.messages import shown
+from starflow.messages import listed, shown
 from starflow.model import Flow, Guidance, tweedie_step
 from starflow.sampling.cleaning import Cleaning, Denoising
 from starflow.sampling.given import GivenReader
@@ -105,6 +106,16 @@ class Pipeline(Pretrained):
             )
         if text is not None and c.num_classes > 0 and text.dim != c.num_classes:
             raise ValueError(f"pipeline: text encoder has {text.dim} classes, expected {c.num_classes}")
+        if c != config.flow:
+            told, own = dataclasses.asdict(config.flow), dataclasses.asdict(c)
+            other = next(name for name in own if own[name] != told[name])
+            raise ValueError(
+                f"pipeline: flow.{other} is {shown(own[other])} in the flow and {shown(told[other])} in the "
+                "configuration, expected that of the flow"
+            )
+        _check_part("codec", codec.to_config(), config.codec)
+        if text is not None:
+            _check_part("text", text.to_config(), config.text)
         self.device = torch.device(device)
         self.flow = flow.eval().to(self.device)
         self.config, self.codec, self.text = config, codec, text
@@ -208,6 +219,15 @@ class Pipeline(Pretrained):
         self._check_length(asked, len(_prompts(prompts)))
         session = self.session(prompts, asked)
         beginning = session.beginning
+        given = (asked.image, asked.video, asked.edit, asked.last_image, asked.source)
+        unread = not self.config.train.cond_noise_level and session.denoising.kind != "score"
+        if asked.target_noise_std is not None and unread and all(some is None for some in given):
+            logger.warning(
+                "sample: target_noise_std is %g and nothing reads it: captions tell no noise, no frames are given and "
+                "the denoiser is %s",
+                asked.target_noise_std,
+                session.denoising.kind,
+            )
         parts = [] if beginning is None else [beginning]
         parts += session.extend(session.planned, last=True, together=True)
         pixels, latents, noisy = (
@@ -268,6 +288,7 @@ class Pipeline(Pretrained):
         if weight and self.text is None and not c.frame_dim:
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
         self._tell_guidance(weight)
+        _tell_hooks(self.flow)
         self._check_mode(asked, length)
         holds = self.about.get("holds_frames", "")
         if holds.isdecimal() and length > int(holds):
@@ -537,6 +558,34 @@ class Pipeline(Pretrained):
         free = None if null is None or context is None else null[:1]
         decoder = BlockDecoder(block, layout, 1, context, free, conditions.guidance, precision=conditions.precision)
         return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
+
+
+def _check_part(name: str, own: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuses a codec or a text encoder with other options than the flow was trained with; a folder may have moved."""
+    for option, value in told.items():
+        if value is None or option == "folder" or option not in own:
+            continue
+        if _as_lists(own[option]) != _as_lists(value):
+            raise ValueError(
+                f"pipeline: {name}.{option} is {shown(own[option])}, expected {shown(value)} as in the configuration "
+                "of the flow"
+            )
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _tell_hooks(flow: Flow) -> None:
+    """Tells of hooks inside of the flow, which sampling does not call."""
+    held = [
+        name for name, module in flow.named_modules() if name and (module._forward_hooks or module._forward_pre_hooks)
+    ]
+    if held:
+        logger.warning(
+            "sample: forward hooks of modules inside of the flow are not called (%s): sampling reads weights alone",
+            listed(held),
+        )
 
 
 def _prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:

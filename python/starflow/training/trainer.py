@@ -516,6 +516,7 @@ def _train(
     dataset = make_dataset(config) if dataset is None else dataset
     if world.first:
         tell_data(config, dataset)
+        _tell_recipe(config)
     batches = Batches(config, dataset, codec, images, rank=world.rank, size=world.size)
     with _held(folder, world):
         return _run(
@@ -620,6 +621,22 @@ def _check_prompts(config: RunConfig, text: TextEncoder | None) -> None:
             Features(config.flow, text)([caption_for(config, prompt) for prompt in prompts])
         except ValueError as error:
             raise ConfigError(f"sample.prompts: {error}") from None
+
+
+def _tell_recipe(config: RunConfig) -> None:
+    """Tells in the log of options that do nothing beside others, or undo what they are for."""
+    flow, recipe = config.flow, config.train
+    if recipe.warmup_steps >= recipe.steps:
+        logger.warning(
+            "train.warmup_steps is %d and train.steps %d: the learning rate does not get to train.lr",
+            recipe.warmup_steps,
+            recipe.steps,
+        )
+    if recipe.image_batch_size is not None and not recipe.image_prob:
+        logger.warning("train.image_batch_size is %d and no step is on images", recipe.image_batch_size)
+    for option, read in (("drop_label", flow.txt_size or flow.num_classes), ("drop_frame_condition", flow.frame_dim)):
+        if read and getattr(recipe, option) == 1.0:
+            logger.warning("train.%s is 1: the flow never sees what it is to be told by", option)
 
 
 def _due(step: int, every: int) -> bool:
