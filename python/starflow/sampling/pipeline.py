@@ -576,10 +576,17 @@ def _as_lists(value: Any) -> Any:
     return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is none of those by which weights in pieces (`--parallel fsdp`) come together."""
+    return not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
 def _tell_hooks(flow: Flow) -> None:
     """Tells of hooks inside of the flow, which sampling does not call."""
     held = [
-        name for name, module in flow.named_modules() if name and (module._forward_hooks or module._forward_pre_hooks)
+        name
+        for name, module in flow.named_modules()
+        if name and any(map(_is_own, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
     ]
     if held:
         logger.warning(
