@@ -122,9 +122,6 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
     Args:
         config: of the run.
         dataset: that it is trained on.
-
-    Raises:
-        ConfigError: a data set of the caller's own that is not what the configuration says.
     """
     data, flow, sample = config.data, config.flow, config.sample
     rates = dataset.rates if isinstance(dataset, VideoFolder) else ()
@@ -135,8 +132,6 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
             listed(f"{rate:g}" for rate in known),
             sample.fps,
         )
-    if not isinstance(dataset, VideoFolder | MovingDigits | PaddleClips):
-        _check_own(config, dataset)
     if not isinstance(dataset, VideoFolder):
         return
     bare, count = dataset.uncaptioned, dataset.files
@@ -155,12 +150,21 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
         )
 
 
-def _check_own(config: RunConfig, dataset: ClipDataset) -> None:
+def check_own(config: RunConfig, dataset: ClipDataset) -> None:
     """Refuses a data set of the caller's own whose clips are not those that the model's file will tell of.
 
     What its first clip has and the model does not read has a line in the log.
+
+    Args:
+        config: of the run.
+        dataset: that it is trained on; of those that `make_dataset` makes nothing is looked at.
+
+    Raises:
+        ConfigError: it is empty, or has clips of another shape than the configuration says.
     """
     data, flow = config.data, config.flow
+    if isinstance(dataset, VideoFolder | MovingDigits | PaddleClips):
+        return
     if not len(dataset):
         raise ConfigError("training: the data set is empty, expected at least one clip")
     clip = dataset.item(0)

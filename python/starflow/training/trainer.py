@@ -50,6 +50,7 @@ from starflow.text import Features, TextEncoder, caption_for, make_text_encoder
 from starflow.training.batches import (
     Batch,
     Batches,
+    check_own,
     data_of,
     make_dataset,
     make_images,
@@ -514,6 +515,7 @@ def _train(
     codec, text = make_parts(config)
     _check_prompts(config, text)
     dataset = make_dataset(config) if dataset is None else dataset
+    check_own(config, dataset)
     if world.first:
         tell_data(config, dataset)
         _tell_recipe(config)
