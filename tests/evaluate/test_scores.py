@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from starflow import noise
 from starflow.codecs import make_codec
@@ -357,3 +358,6 @@ def test_files_are_cut_as_in_training(configure: Configure, build: Build, tmp_pa
         assert [one.pixels.shape[-2:] for one in clips] == [(16, 16)] * 2
         assert [one.name for one in clips] == ["wide.mp4@0", "wide.mp4@1"]
         assert caplog.messages == [f"{paths[0]}: of 4 clips 2 are different, the others are left out"]
+    Image.new("L", (48, 24)).save(tmp_path / "wide.png")
+    (picture,) = read_clips(mixed, [tmp_path / "wide.png"], frames=1)
+    assert picture.pixels.shape == (1, 1, 12, 20)

@@ -27,7 +27,6 @@ from starflow.data import (
     read_video,
     to_pixels,
 )
-from starflow.data.pictures import image_size
 from starflow.sampling import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -106,7 +105,9 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if frames > 1:
             raise VideoError(f"{path}: an image is one frame, expected a video of at least {frames}")
-        high, wide = _size(pipeline, *image_size(path)) if data.mix_aspect else (data.height, data.width)
+        high, wide = data.height, data.width
+        if data.mix_aspect:
+            high, wide = _size(pipeline, *read_image(path, channels=1).shape[1:3])
         picture = read_image(path, height=high, width=wide, channels=data.channels)
         return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
