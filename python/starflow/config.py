@@ -532,12 +532,6 @@ class TrainConfig:
         for name in (*numbers, "latent_norm_regularization", *counts):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"train.{name}", value, "a finite number >= 0")
-        # A peak below the floor would not be kept to: a rate of 0, meant to freeze a part, would end at the floor.
-        for name in ("lr", "denoiser_lr"):
-            peak = getattr(self, name)
-            require(
-                self.min_lr <= peak, "train.min_lr", self.min_lr, f"at most train.{name} ({peak:g}), which falls to it"
-            )
         for name in ("beta1", "beta2"):
             require(
                 0.0 <= getattr(self, name) < 1.0, f"train.{name}", getattr(self, name), "a number from 0 to below 1"

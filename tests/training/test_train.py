@@ -986,6 +986,8 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(tiny, caplo
         ({"data": {"path": "clips"}}, "data.path is 'clips', expected None with data.kind 'digits' (or kind 'folder')"),
         ({"data": {"caption_second": True}}, "data.caption_second is True, expected False with data.kind 'digits'"),
         ({"data": {"kind": "folder"}}, "data.path is None, expected a folder of videos or images"),
+        ({"lr": 1e-7}, "train.min_lr is 1e-06, expected at most train.lr (1e-07), which falls to it"),
+        ({"denoiser_lr": 0.0}, "train.min_lr is 1e-06, expected at most train.denoiser_lr (0)"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(tiny, tmp_path: Path, change: dict, message: str) -> None:

@@ -384,8 +384,21 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
     elif text is not None:
         require(text.dim == flow.txt_dim, "flow.txt_dim", flow.txt_dim, f"the width {text.dim} of the text encoder")
         require(text.size <= flow.txt_size, "flow.txt_size", flow.txt_size, f"at least the {text.size} of the encoder")
+    _check_rates(config.train)
     _check_sampling(config)
     return codec, text
+
+
+def _check_rates(train: TrainConfig) -> None:
+    """Refuses a peak below the floor, which would not be kept to: a rate of 0, meant to freeze a part, ends there.
+
+    Models that were trained so can still be loaded.
+    """
+    for name in ("lr", "denoiser_lr"):
+        peak = getattr(train, name)
+        require(
+            train.min_lr <= peak, "train.min_lr", train.min_lr, f"at most train.{name} ({peak:g}), which falls to it"
+        )
 
 
 def _check_sampling(config: RunConfig) -> None:
