@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from starflow import Pipeline
 from starflow.data import DIGITS, DIRECTIONS, Clip, DigitJudge, MovingDigits, to_frames, write_contact_sheet
-from starflow.evaluate import noise_floor, score
+from starflow.evaluate import frechet_distance, noise_floor, score
 
 MODEL = os.environ.get("QUALITY_MODEL", "digits")
 PROMPTS = 500
@@ -139,17 +139,9 @@ def ground() -> Iterator[Figure]:
     yield Figure("ground", ground_level(clips(PROMPTS, frames)), "of 1", 0.0015, 0.0005, lower=True)
 
 
-def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
-    """Fréchet distance of two sets of features (rows), as if both were normal.
-
-    Reference: Heusel et al., GANs Trained by a Two Time-Scale Update Rule (2017).
-    """
-    means = [features.mean(0) for features in (first, second)]
-    covariances = [np.cov(features, rowvar=False) for features in (first, second)]
-    # The trace of the root of a product of two positive matrices is the sum of the roots of its eigenvalues.
-    eigenvalues = np.linalg.eigvals(covariances[0] @ covariances[1]).real
-    root = np.sqrt(np.clip(eigenvalues, 0.0, None)).sum()
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root)
+def _read(frames: Tensor) -> Tensor:
+    """What the judge reads of frames, (frames, 144)."""
+    return torch.from_numpy(judge().features(frames))
 
 
 @target("quality")
@@ -157,11 +149,10 @@ def frechet() -> Iterator[Figure]:
     """500 prompts: Fréchet distance of frames in the judge's features to real ones, over that of two real halves."""
     frames = pipeline().config.data.frames
     halves = [
-        judge().features(torch.cat([clip.pixels for clip in real(PROMPTS, frames, "train", first)]))
-        for first in (0, PROMPTS)
+        _read(torch.cat([clip.pixels for clip in real(PROMPTS, frames, "train", first)])) for first in (0, PROMPTS)
     ]
     own = frechet_distance(*halves)
-    distance = frechet_distance(judge().features(clips(PROMPTS, frames).flatten(0, 1)), halves[0])
+    distance = frechet_distance(_read(clips(PROMPTS, frames).flatten(0, 1)), halves[0])
     yield Figure("frechet", distance / own, "x two real halves", 3.0, 1.5, lower=True, raw={"halves": own})
 
 

@@ -455,7 +455,9 @@ def test_threads_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("command", ["", "demo", "record", "train", "sample", "score", "play", "convert", "info"])
+@pytest.mark.parametrize(
+    "command", ["", "demo", "record", "train", "sample", "score", "evaluate", "play", "convert", "info"]
+)
 def test_help_is_a_manual(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*([command] if command else []), "--help") == 0
     said = capsys.readouterr().out

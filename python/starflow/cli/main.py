@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import NoReturn
 
-from starflow.cli.commands import convert, demo, info, plan, play, record, sample, score, train
+from starflow.cli.commands import convert, demo, evaluate, info, plan, play, record, sample, score, train
 from starflow.cli.options import MOST_THREADS, PROG, number
 from starflow.config import ConfigError
 from starflow.messages import short
@@ -28,6 +28,7 @@ _COMMANDS = {
     "train": train.COMMAND,
     "sample": sample.COMMAND,
     "score": score.COMMAND,
+    "evaluate": evaluate.COMMAND,
     "play": play.COMMAND,
     "convert": convert.COMMAND,
     "plan": plan.COMMAND,
@@ -76,6 +77,7 @@ def make_parser() -> _Parser:
   {PROG} train --data my_clips --out runs/mine         train on a folder of videos
   {PROG} sample runs/mine "waves at night" --out out   make a clip: mp4, GIF, JSON and a contact sheet
   {PROG} score runs/mine a.mp4 b.mp4                   bits per dimension of given clips
+  {PROG} evaluate runs/mine --data held_out            clips of a model beside real ones
 
 "{PROG} COMMAND --help" tells all options of a command.
 exit status: 0 done, 1 it could not be done, 2 the command line is wrong, 130 interrupted.""",

@@ -8,7 +8,7 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -214,14 +214,19 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sample_options(parser: argparse.ArgumentParser) -> None:
-    """Adds the fields of `SampleOptions`, under their headings."""
+def add_sample_options(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Adds the fields of `SampleOptions`, under their headings.
+
+    Args:
+        parser: of the command.
+        only: names of the fields, for a command that does not have all.
+    """
     from starflow.sampling import SampleOptions, option_help, option_kinds
 
     groups: dict[str, Any] = {}
     for field in dataclasses.fields(SampleOptions):
         heading, kinds = field.metadata.get("group"), option_kinds()[field.name]
-        if heading is None:
+        if heading is None or (only is not None and field.name not in only):
             continue
         groups.setdefault(heading, parser.add_argument_group(heading))
         how: dict[str, Any] = {"metavar": field.metadata["metavar"], "type": str, "default": field.default}
@@ -249,6 +254,6 @@ def sample_options_of(args: argparse.Namespace) -> SampleOptions:
 
     names = [field.name for field in dataclasses.fields(SampleOptions) if field.metadata]
     try:
-        return SampleOptions(**{name: getattr(args, name) for name in names})
+        return SampleOptions(**{name: getattr(args, name) for name in names if hasattr(args, name)})
     except ValueError as error:
         raise ConfigError(str(error)) from None

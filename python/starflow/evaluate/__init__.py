@@ -1,5 +1,17 @@
-"""How good is it? Bits per dimension of clips, frames and tokens, and what is unusual."""
+"""How good is it? Bits per dimension of clips, frames and tokens, what is unusual, and the distance to real clips."""
 
+from starflow.evaluate.evaluation import Evaluation, evaluate
+from starflow.evaluate.features import FrameFeatures
+from starflow.evaluate.fidelity import (
+    Fidelity,
+    Span,
+    drift,
+    features_of,
+    fidelity,
+    frame_differences,
+    frechet_distance,
+    precision_recall,
+)
 from starflow.evaluate.files import read_clips
 from starflow.evaluate.heat_map import heat_map
 from starflow.evaluate.reference import Reference
@@ -10,11 +22,22 @@ __all__ = [
     "LEVELS_BITS",
     "Anomaly",
     "ClipScore",
+    "Evaluation",
+    "Fidelity",
+    "FrameFeatures",
     "Reference",
+    "Span",
     "Surprise",
     "Watcher",
+    "drift",
+    "evaluate",
+    "features_of",
+    "fidelity",
+    "frame_differences",
+    "frechet_distance",
     "heat_map",
     "noise_floor",
+    "precision_recall",
     "read_clips",
     "score",
     "surprise",
