@@ -47,7 +47,7 @@ def _calls() -> Iterator[Any]:
         highest = [level for level in levels if not missing[level]][-1:]
         for case in spec.cases:
             for variant in ("torch", "compile", *rivals(name, case), *levels):
-                quick = case in QUICK[name] and (variant not in levels or variant in highest)
+                quick = case in QUICK.get(name, ()) and (variant not in levels or variant in highest)
                 label = "-".join((name, case, variant)).replace(" ", "-")
                 yield pytest.param(name, case, variant, marks=[pytest.mark.quick] if quick else [], id=label)
 
