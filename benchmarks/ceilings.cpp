@@ -18,7 +18,8 @@
 
 namespace {
 
-// Seconds that this thread has run: other work on the machine takes a thread's turn, which is not the processor's limit.
+// Seconds that this thread has run: other work on the machine takes a thread's turn, which is not the processor's
+// limit.
 double running() {
     timespec now{};
     clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
