@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from starflow.codecs import Codec, make_codec
-from starflow.config import ConfigError, DataConfig, RunConfig, require
+from starflow.config import ConfigError, DataConfig, RunConfig, TrainConfig, require
 from starflow.data import (
     WORLD_FILE,
     CaptionMode,
