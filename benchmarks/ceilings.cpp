@@ -1,20 +1,30 @@
-// What this processor can do at most, for benchmarks/targets.py, which compiles it with -march=native: prints one JSON
+// What this processor can do at most, for benchmarks/machine.py, which compiles it with -march=native: prints one JSON
 // line. Peaks are loops over registers, bandwidths read memory front to back; each runs on every thread at once.
+//
+//     ceilings THREADS                  peaks, and bandwidths of reading
+//     ceilings THREADS READ WRITTEN     bytes a second of reading and writing so many bytes again and again
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <thread>
 #include <vector>
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
+// Seconds that this thread has run: other work on the machine takes a thread's turn, which is not the processor's
+// limit.
+double running() {
+    timespec now{};
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
 
 // Most work a second over `rounds` tries of all threads together. work(thread) returns what it did.
 template <class Work>
@@ -22,23 +32,20 @@ double most(int threads, int rounds, const Work& work) {
     double best = 0.0;
     for (int round = 0; round < rounds; ++round) {
         std::atomic<int> ready{0};
-        std::vector<double> done(threads);
+        std::vector<double> rates(threads);
         std::vector<std::thread> pool;
-        std::atomic<bool> go{false};
         for (int t = 0; t < threads; ++t) {
             pool.emplace_back([&, t] {
                 ++ready;
-                while (!go.load()) _mm_pause();
-                done[t] = work(t);
+                while (ready.load() < threads) _mm_pause();
+                const double begin = running();
+                const double done = work(t);
+                rates[t] = done / (running() - begin);
             });
         }
-        while (ready.load() < threads) _mm_pause();
-        const auto begin = Clock::now();
-        go.store(true);
-        double total = 0.0;
         for (auto& thread : pool) thread.join();
-        for (const double d : done) total += d;
-        const double rate = total / std::chrono::duration<double>(Clock::now() - begin).count();
+        double rate = 0.0;
+        for (const double each : rates) rate += each;
         best = rate > best ? rate : best;
     }
     return best;
@@ -169,10 +176,72 @@ double read_bandwidth(int threads, int64_t bytes) {
     return rate;
 }
 
+#if defined(__AVX512F__)
+using Register = __m512i;
+Register load(const char* from) { return _mm512_load_si512(from); }
+Register either(Register a, Register b) { return _mm512_or_si512(a, b); }
+void store(char* to, Register value) { _mm512_store_si512(to, value); }
+void stream(char* to, Register value) { _mm512_stream_si512(reinterpret_cast<Register*>(to), value); }
+#else
+using Register = __m256i;
+Register load(const char* from) { return _mm256_load_si256(reinterpret_cast<const Register*>(from)); }
+Register either(Register a, Register b) { return _mm256_or_si256(a, b); }
+void store(char* to, Register value) { _mm256_store_si256(reinterpret_cast<Register*>(to), value); }
+void stream(char* to, Register value) { _mm256_stream_si256(reinterpret_cast<Register*>(to), value); }
+#endif
+
+// Bytes a second where each thread reads its share of `read` bytes and writes that of `written`, a page of each in
+// turn. Stores past the caches are faster where nothing fits, so that the better of both is the ceiling.
+double traffic(int threads, int64_t read, int64_t written) {
+    constexpr int64_t unit = 8 * sizeof(Register);
+    const auto share_of = [&](int64_t bytes) { return (bytes / threads + unit - 1) / unit * unit; };
+    const int64_t reads = share_of(read), writes = share_of(written);
+    // Threads do not share a page, nor do all of them begin at the same lines of a cache.
+    const int64_t room = (reads + writes + 8191) / 4096 * 4096 + 4096 + 1024;
+    auto* data = static_cast<char*>(std::aligned_alloc(1 << 21, ((room * threads >> 21) + 1) << 21));
+    for (int64_t i = 0; i < room * threads; ++i) data[i] = 1;
+    const int64_t steps = std::max<int64_t>(1, std::max(reads, writes) / 4096);
+    const int64_t passes = (int64_t{1} << 28) / (threads * (reads + writes) + 1) + 1;
+    double best = 0.0;
+    for (const bool past : {false, true}) {
+        const double rate = most(threads, 7, [&](int t) {
+            const char* from = data + t * room;
+            char* to = data + t * room + (reads + 4095) / 4096 * 4096 + 512;
+            Register sums[8] = {};
+            for (int64_t pass = 0; pass < passes; ++pass) {
+                int64_t i = 0, o = 0;
+                for (int64_t step = 1; step <= steps; ++step) {
+                    const int64_t until = step * (reads / unit) / steps * unit;
+                    for (; i < until; i += unit) {
+                        for (int v = 0; v < 8; ++v) sums[v] = either(sums[v], load(from + i + v * sizeof(Register)));
+                    }
+                    const int64_t end = step * (writes / unit) / steps * unit;
+                    for (; o < end; o += unit) {
+                        char* place = to + o;
+                        for (int v = 0; v < 8; ++v) {
+                            past ? stream(place + v * sizeof(Register), sums[v])
+                                 : store(place + v * sizeof(Register), sums[v]);
+                        }
+                    }
+                }
+            }
+            for (const auto& s : sums) sink = static_cast<float>(reinterpret_cast<const int*>(&s)[0]);
+            return static_cast<double>((reads + writes) * passes);
+        });
+        best = std::max(best, rate);
+    }
+    std::free(data);
+    return best;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     const int threads = argc > 1 ? std::atoi(argv[1]) : 1;
+    if (argc > 3) {
+        std::printf("{\"traffic\": %.4g}\n", traffic(threads, std::atoll(argv[2]), std::atoll(argv[3])));
+        return 0;
+    }
     std::printf(
         "{\"fma\": %.4g, \"bf16_registers\": %.4g, \"bf16_tiles\": %.4g, \"read_2MB\": %.4g, \"read_16MB\": %.4g, "
         "\"read_64MB\": %.4g, "

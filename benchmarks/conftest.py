@@ -1,12 +1,10 @@
-"""Where benchmarks run, and against which ceiling: facts that every result carries."""
+"""Where benchmarks run, against which ceiling, and the table of the terminal."""
 
 from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,26 +13,22 @@ import torch
 import starflow_ext
 from starflow_ext._load import native
 
-MEGABYTES = 256
+from . import machine, report
+
+BUSY = pytest.StashKey[float]()
+BEGIN = pytest.StashKey[machine.Times]()
+RECORDS = pytest.StashKey[list[dict[str, Any]]]()
 
 
 @pytest.fixture(scope="session")
-def copy_bandwidth() -> float:
-    """Bytes read and written a second by copying 256 MB, best of several: the ceiling of an op that moves memory."""
-    source = torch.ones(MEGABYTES << 18)
-    target = torch.empty_like(source)
-    target.copy_(source)
-    best = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.nbytes / best
+def ceilings() -> machine.Ceilings:
+    """Ceilings of the calls of this run."""
+    return machine.Ceilings()
 
 
-@pytest.fixture(params=["torch", "compile", *native.isa_levels()])
+@pytest.fixture
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The variants: plain torch, torch.compile of it, and each CPU level of this machine."""
+    """A variant: plain torch, torch.compile of it, what else a user would choose, or a CPU level of this machine."""
     name = str(request.param)
     missing = native.isa_levels().get(name)
     if missing:
@@ -45,19 +39,60 @@ def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa("")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Print one table with rates and shares in place of pytest-benchmark's, which knows of times alone."""
+    if not config.getoption("benchmark_verbose", default=False):
+        config.option.benchmark_quiet = True
+    config.stash[RECORDS] = []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Look at the machine before the first timing."""
+    if session.items and not session.config.option.collectonly:
+        session.config.stash[BUSY] = machine.sampled()
+        session.config.stash[BEGIN] = machine.Times.now()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """Keep what a benchmark measured."""
+    fixture = getattr(item, "funcargs", {}).get("benchmark")
+    if getattr(fixture, "stats", None) is None:
+        return
+    best = {"min": fixture.stats.stats.min, "median": fixture.stats.stats.median}
+    extra = dict(fixture.extra_info)
+    item.config.stash[RECORDS].append({"group": fixture.group, "stats": best, "extra_info": extra})
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Print the table, and whether the machine was busy."""
+    records = config.stash[RECORDS]
+    if not records:
+        return
+    terminalreporter.section("benchmarks")
+    for line in report.terminal(records):
+        terminalreporter.write_line(line)
+    during = config.stash[BEGIN].others(machine.Times.now())
+    for when, busy in (("before the first timing", config.stash[BUSY]), ("while they were taken", during)):
+        told = machine.warning(busy)
+        if told:
+            terminalreporter.write_line(f"warning: {when}, {told}", yellow=True)
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Replace the facts that name the host by those that explain a figure."""
     machine_info.clear()
     facts = starflow_ext.info()
     machine_info.update(
         {
-            "processor": _processor(),
+            "processor": machine.processor(),
             "python": platform.python_version(),
-            "threads": facts["threads"]["used"],
+            "threads": torch.get_num_threads(),
             "torch": facts["build"]["torch"],
             "compiler": facts["build"]["compiler"],
             # Other work on the machine makes single timings two or three times as long.
-            "load when it began": round(os.getloadavg()[0], 1),
+            "cores": os.cpu_count(),
+            "cores busy with other work": round(config.stash.get(BUSY, 0.0), 2),
         }
     )
 
@@ -67,13 +102,6 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict
     commit = commit_info.get("id")
     commit_info.clear()
     commit_info["id"] = commit
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:

@@ -42,6 +42,7 @@ import token_order as study
 import torch
 import world  # noqa: F401  (its targets)
 from figures import TARGETS, Figure, Skipped, target
+from machine import ceilings, processor, sampled, warning
 from timing import interleaved
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,24 +55,6 @@ from starflow_ext._load import native
 from starflow_ext.jacobi_sweep import jacobi_sweep
 from starflow_ext.rope_append import Cache, Rotation
 from starflow_ext.sweep_block import BlockState
-
-
-@functools.cache
-def ceilings() -> dict[str, float]:
-    """Peak rates of the processor on as many threads as torch uses: FLOP/s and bytes/s.
-
-    `bf16` are products of bfloat16 at the level that runs: below avx512_bf16 they are computed in float32.
-    """
-    source = Path(__file__).with_name("ceilings.cpp")
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "ceilings"
-        command = ["g++", "-O3", "-march=native", "-std=c++20", "-pthread", str(source), "-o", str(binary)]
-        subprocess.run(command, check=True)
-        done = subprocess.run([str(binary), str(torch.get_num_threads())], check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout)
-    unit = {"avx512_bf16": "bf16_registers", "amx": "bf16_tiles"}.get(native.selected_isa(), "fma")
-    return {"fma": found["fma"], "bf16": found[unit], **found}
-
 
 # -- linear -----------------------------------------------------------------------------------------------------------
 
@@ -630,6 +613,14 @@ def main() -> int:
     unknown = [name for name in args.names if name not in TARGETS]
     if unknown:
         parser.error(f"NAME is {unknown[0]!r}, expected one of {', '.join(TARGETS)}")
+    if not args.list:
+        busy = sampled()
+        # The log of a run shows it at once; the lines keep it.
+        if warning(busy):
+            print(f"warning: {warning(busy)}", file=sys.stderr)
+        facts = {"processor": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        facts |= {"isa": native.selected_isa(), "cores": os.cpu_count(), "cores busy with other work": round(busy, 2)}
+        print(json.dumps({"name": "machine", **facts}), flush=True)
     started = False
     for name, (group, function) in TARGETS.items():
         if (args.names and name not in args.names) or (args.group and group != args.group):

@@ -34,9 +34,12 @@ struct BlockPanels {
     void multiply_keys(const PackedRows& queries, int64_t g, int64_t half, float* sums) const {
         multiply_strip<Product>(queries, g, keys + half * key_panel_bytes, sums, false);
     }
-    // sums (rows, 32) += weights times channels [32 panel, 32 panel + 32) of the values.
+    // Panels of the values that multiply_values takes at once.
+    static int64_t panels_at_once(int64_t) { return 1; }
+    // sums (rows, 32) += weights times channels [32 panel, 32 panel + 32) of the values; those of further panels would
+    // lie `panel_sums` floats apart.
     template <class Product>
-    void multiply_values(const PackedRows& weights, int64_t panel, float* sums) const {
+    void multiply_values(const PackedRows& weights, int64_t panel, int64_t, float* sums, int64_t) const {
         multiply_strip<Product>(weights, 0, values + panel * value_panel_bytes, sums, true);
     }
 };
@@ -330,9 +333,11 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
                                      on_tiles<Product> ? queries.group : count};
             alignas(64) float shrink[AttendScratch::strip_rows] = {};
             const bool shrinks = weigh<Product>(s, weights, begin, room, block, visible, scale, shrink);
-            for (int64_t p = 0; p < panels; ++p) {
-                float* out = s.result(begin, p * panel_columns);
-                if (shrinks) {
+            const int64_t most_panels = held.panels_at_once(count);
+            for (int64_t p = 0; p < panels;) {
+                const int64_t taken = panels - p < most_panels ? 1 : most_panels;
+                for (int64_t q = p; shrinks && q < p + taken; ++q) {
+                    float* out = s.result(begin, q * panel_columns);
                     for (int64_t r = 0; r < count; ++r) {
                         for (int64_t c = 0; c < panel_columns; c += V::lanes) {
                             float* at = out + r * panel_columns + c;
@@ -341,7 +346,9 @@ inline void attend(const PackedRows& queries, const Cache& cache, int64_t head_d
                     }
                 }
                 if (p < 2) fetch(2 + p);
-                held.template multiply_values<Product>(weights, p, out);
+                held.template multiply_values<Product>(weights, p, taken, s.result(begin, p * panel_columns),
+                                                       s.room(s.rows) * panel_columns);
+                p += taken;
             }
         }
     }

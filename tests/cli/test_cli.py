@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,37 @@ def test_worlds_that_cannot_be_recorded(
     pytest.importorskip("gymnasium")
     assert run("record", *args, "--out", tmp_path / "out", "--frames", 3, "--quiet") == 1
     assert message in error(capsys)
+
+
+def test_a_setting_of_a_group_leaves_its_other_options() -> None:
+    usual = RunConfig.load("digits")
+    config = make_config("digits", [(["data"], {"frames": 4}), (["train"], {"lr": 2e-4}), (["train", "steps"], 7)])
+    assert config.data == replace(usual.data, frames=4)
+    assert config.train == replace(usual.train, lr=2e-4, steps=7)
+    # Codec and text of another kind have none of the options of the one before.
+    assert make_config("digits", [(["codec"], {"patch": 8})]).codec == {**usual.codec, "patch": 8}
+    assert make_config("digits", [(["codec"], {"kind": "haar", "patch": 8})]).codec == {"kind": "haar", "patch": 8}
+    assert make_config("digits", [(["text"], {})]).text == {}
+    with pytest.raises(ConfigError, match=r"--set data is \{\}, expected options that it sets, such as data.KEY=VALUE"):
+        make_config("digits", [(["data"], {})])
+    with pytest.raises(ConfigError, match=r"config.data is None, expected a mapping"):
+        make_config("digits", [(["data"], None)])
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--steps", 5, "--set", "train.steps=6"], "--steps is 5 beside --set train.steps=6, expected one of them"),
+        (["--seed", 5, "--set", "train={seed: 6}"], "--seed is 5 beside --set train.seed=6, expected one of them"),
+        (["--data", ".", "--set", "data.kind=digits"], "--data is 'folder' beside --set data.kind=digits"),
+    ],
+)
+def test_a_short_form_beside_another_setting_is_refused(
+    args: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", "--config", "tiny", *args, "--out", tmp_path / "run") == 2
+    assert message in error(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_reach_the_config() -> None:

@@ -195,7 +195,7 @@ def test_prompts_change_while_frames_come(pipeline: Pipeline) -> None:
 def test_images_do_not_slide(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]) -> None:
     still = build(configure(shallow_block_local=False))
     with pytest.raises(
-        ValueError, match="window_frames is 3, expected None: the model's shallow blocks look over time"
+        ValueError, match="window_frames is 3, expected it left out: the model's shallow blocks look over time"
     ):
         still.sample(PROMPT, window_frames=3)
     assert still.sample(PROMPT, frames=6).pixels.shape[1] == 6

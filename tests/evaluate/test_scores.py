@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from starflow import noise
 from starflow.codecs import make_codec
@@ -68,12 +70,14 @@ def test_a_clip_is_scored_given_its_source(paired: Pipeline) -> None:
     assert got.tokens is not None
     assert len(got.tokens) == FRAMES
     # Clips with sources and without do not share a batch.
-    mixed = score(paired, [given, clip(2), replace(given, source=clip(3).pixels)], seed=5)
+    often = copy.copy(paired)
+    often.config = replace(paired.config, train=replace(paired.config.train, source_prob=0.5))
+    mixed = score(often, [given, clip(2), replace(given, source=clip(3).pixels)], seed=5)
     assert mixed[0].frames == pytest.approx(got.frames, abs=1e-4)
     assert mixed[0].bits_per_dim != pytest.approx(mixed[2].bits_per_dim, abs=1e-4)
     small = replace(given, source=given.source[..., :8])
     with pytest.raises(
-        ValueError, match=r"clip0 has a source of \[1, 16, 8\] \(channels, height, width\), expected \[1, "
+        ValueError, match=r"clip0 has a source of shape \[4, 1, 16, 8\], expected \[4, 1, 16, 16\] like the clip"
     ):
         score(paired, [small])
 
@@ -292,3 +296,68 @@ def test_files_that_cannot_be_scored(pipeline: Pipeline, tmp_path: Path) -> None
         read_clips(pipeline, [tmp_path / "no.mp4"])
     with pytest.raises(VideoError, match=r"x\.png: an image is one frame"):
         read_clips(pipeline, [tmp_path / "x.png"])
+
+
+def test_clips_that_are_probably_of_another_scale_are_told(pipeline: Pipeline, caplog) -> None:
+    usual, bright = clip(0), replace(clip(1), pixels=clip(1).pixels / 2 + 0.5)
+    score(pipeline, [bright, usual])
+    score(pipeline, [bright], scaled=True)
+    assert not caplog.messages
+    score(pipeline, [bright])
+    (told,) = caplog.messages
+    assert told.startswith("score: no pixel of the clips is below 0, the middle of [-1, 1]; pixels in [0, 1]")
+
+
+def test_sources_are_those_that_the_flow_was_trained_on(pipeline: Pipeline, paired: Pipeline) -> None:
+    alone, source = clip(0), clip(1).pixels
+    with pytest.raises(
+        ValueError, match=r"score: clip0 has a source, expected none: the model was not trained on pairs"
+    ):
+        score(pipeline, [replace(alone, source=source)])
+    with pytest.raises(
+        ValueError, match=r"score: clip0 has no source, expected one: the model was trained on clips beh"
+    ):
+        score(paired, [alone])
+    with pytest.raises(
+        ValueError, match=r"score: clip0 has a source of shape \[2, 1, 16, 16\], expected \[4, 1, 16, 16\]"
+    ):
+        score(paired, [replace(alone, source=source[:2])])
+    with pytest.raises(
+        ValueError, match=r"score: clip0 has shape \[1, 16, 16\], expected \(frames, channels, height, wi"
+    ):
+        score(pipeline, [replace(alone, pixels=alone.pixels[0])])
+
+
+def test_a_reference_is_of_one_noise(pipeline: Pipeline) -> None:
+    clips = [clip(seed) for seed in range(4)]
+    usual, (loud, *_) = score(pipeline, clips), score(pipeline, clips, noise_std=0.5)
+    assert (usual[0].noise_std, loud.noise_std) == (pipeline.config.train.noise_std, 0.5)
+    with pytest.raises(ValueError, match=r"reference: clip0 is scored at the noise 0.5, expected 0.1 as the reference"):
+        Reference(usual).judge(loud)
+    with pytest.raises(ValueError, match=r"reference: clips are scored at the noise 0.1, 0.5, expected one"):
+        Reference([*usual, loud])
+
+
+def test_a_heat_map_is_of_the_clips_that_were_scored(pipeline: Pipeline) -> None:
+    pytest.importorskip("matplotlib")
+    scores = score(pipeline, [clip(0), clip(1)], per_token=True)
+    with pytest.raises(ValueError, match=r"heat_map: a score is of clip0, expected one of each clip, in the order"):
+        heat_map([clip(1), clip(0)], scores)
+
+
+def test_files_are_cut_as_in_training(configure: Configure, build: Build, tmp_path: Path, caplog) -> None:
+    """A wide file of a model of many aspect ratios keeps its own, and a clip that a file gives twice counts once."""
+    config = configure()
+    mixed = build(replace(config, data=replace(config.data, mix_aspect=True)))
+    write_video(tmp_path / "wide.mp4", torch.zeros(5, 24, 48, 1, dtype=torch.uint8), 8)
+    usual = build(config)
+    for paths in ([tmp_path / "wide.mp4"], [tmp_path]):
+        assert [one.pixels.shape[-2:] for one in read_clips(mixed, paths)] == [(12, 20)]
+        caplog.clear()
+        clips = read_clips(usual, paths, clips_per_file=4)
+        assert [one.pixels.shape[-2:] for one in clips] == [(16, 16)] * 2
+        assert [one.name for one in clips] == ["wide.mp4@0", "wide.mp4@1"]
+        assert caplog.messages == [f"{paths[0]}: of 4 clips 2 are different, the others are left out"]
+    Image.new("L", (48, 24)).save(tmp_path / "wide.png")
+    (picture,) = read_clips(mixed, [tmp_path / "wide.png"], frames=1)
+    assert picture.pixels.shape == (1, 1, 12, 20)

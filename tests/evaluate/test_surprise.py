@@ -112,3 +112,20 @@ def test_what_does_not_fit_is_refused(configure: Configure, build: Build, pipeli
     config = dataclasses.replace(acted.config, train=dataclasses.replace(acted.config.train, noise_std=0.0))
     with pytest.raises(ValueError, match=r"surprise: train\.noise_std is 0, expected a model that was trained with"):
         surprise(build(config), [clip(3)])
+
+
+def test_frames_that_are_probably_of_another_scale_are_told(configure: Configure, build: Build, caplog) -> None:
+    pipeline = made(configure, build)
+    bright = dataclasses.replace(clip(3), pixels=clip(3).pixels / 2 + 0.5)
+    surprise(pipeline, [bright])
+    watcher = Watcher(pipeline)
+    for frame in bright.pixels:
+        watcher.step(frame[None])
+    first, second = caplog.messages
+    assert first.startswith("surprise: no pixel of the clips is below 0")
+    assert second.startswith("watcher: no pixel of the first frame is below 0")
+    caplog.clear()
+    surprise(pipeline, [bright], scaled=True)
+    Watcher(pipeline, scaled=True).step(bright.pixels[:1])
+    Watcher(pipeline).step(clip(3).pixels[:1])
+    assert not caplog.messages

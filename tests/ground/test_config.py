@@ -100,9 +100,9 @@ def test_required_options() -> None:
 
 
 def test_what_yaml_writes_otherwise() -> None:
-    config = from_mapping(TrainConfig, yaml.safe_load("{lr: 1e-4, min_lr: 1, steps: 3}"))
+    config = from_mapping(TrainConfig, yaml.safe_load("{lr: 1e-4, min_lr: 0, steps: 3}"))
     assert config.lr == 1e-4  # yaml reads 1e-4, without a dot, as text
-    assert config.min_lr == 1.0
+    assert config.min_lr == 0.0
     assert isinstance(config.min_lr, float)
     assert from_mapping(FlowConfig, SMALL | {"soft_clip": 4}).soft_clip == 4.0
     config = from_mapping(FlowConfig, SMALL)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -339,6 +342,48 @@ def loose_export(call: Call) -> None:
     _exported(call, strict=False)
 
 
+class _All(nn.Module):
+    """The first call of each op, one after the other. Every tensor is an argument, but packed weights: constants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records = {name: calls[0].record for name, calls in rows().items() if calls[0].spec is not None}
+
+    def arguments(self) -> tuple[Tensor, ...]:
+        """The tensors of all calls, as drawn."""
+        given = (value for _, sample in self.records.values() for value in tensors(tuple(sample.arguments.values())))
+        return tuple(tensor.clone() for tensor in given)
+
+    def forward(self, *values: Tensor) -> dict[str, tuple[Tensor, ...]]:
+        rest = iter(values)
+        return {
+            name: tensors(spec.call(**sample.map(lambda _: next(rest)).arguments))
+            for name, (spec, sample) in self.records.items()
+        }
+
+
+@cache
+def _package() -> Mapping[str, bool]:
+    """By op, whether a package of all calls, built once and loaded again, has the bits of the calls."""
+    program = _All()
+    given, kept = program.arguments(), program.arguments()
+    with torch.no_grad(), TemporaryDirectory() as folder:
+        exported = torch.export.export(program, program.arguments())
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(Path(folder) / "ops.pt2"))
+        got = torch._inductor.aoti_load_package(path)(*given)
+        want = program(*kept)
+    # What is overwritten is among the arguments.
+    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
+    return {
+        name: all(torch.equal(a, b) for a, b in zip(got[name], results, strict=True)) for name, results in want.items()
+    }
+
+
+def aot_inductor(call: Call) -> None:
+    """A package of AOTInductor, which runs without Python: the bits of the call."""
+    assert _package()[CACHED if call.op == "rope_append" and call.overwrites else call.op], call.label
+
+
 def _shapes(results: tuple[Tensor, ...]) -> list[tuple[torch.Size, torch.dtype]]:
     return [(result.shape, result.dtype) for result in results]
 
@@ -441,6 +486,7 @@ MODES: Mapping[str, Callable[[Call], None]] = {
     "dynamic compile": dynamic_compile,
     "strict export": strict_export,
     "loose export": loose_export,
+    "AOTInductor": aot_inductor,
     "meta": meta,
     "fake": fake,
     "inference": inference,
@@ -453,6 +499,7 @@ NEEDS_SPEC = (
     "dynamic compile",
     "strict export",
     "loose export",
+    "AOTInductor",
     "meta",
     "fake",
     "empty batch",

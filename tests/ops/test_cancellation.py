@@ -184,6 +184,78 @@ def test_errors_are_small_beside_the_magnitudes(name: str, isa: str) -> None:
         assert share < BOUND, f"{name}: {share:.2e} of the sum of magnitudes"
 
 
+def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Magnitudes:
+    return grad.abs() @ weight.abs(), grad.flatten(0, -2).abs().T @ x.flatten(0, -2).abs()
+
+
+def norm_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> Magnitudes:
+    centred = x - x.mean(-1, keepdim=True)
+    inverse = (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    # A normed value is off by the rounding of what it was before the mean was subtracted.
+    normed = (x.abs() + x.abs().mean(-1, keepdim=True)) * inverse
+    weighed = (grad * weight).abs()
+    inner = (weighed * normed).mean(-1, keepdim=True)
+    return inverse * (weighed + weighed.mean(-1, keepdim=True) + normed * inner), (grad.abs() * normed).sum((0, 1))
+
+
+def attention_gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, temperature: float) -> Magnitudes:
+    """Of a product p (g . v - g . out), both terms of which are sums themselves, beside the rounding of p."""
+    scale = q.shape[-1] ** -0.5 / temperature
+    # Powers below 2^-125 are not computed in float32.
+    weights = (q @ k.mT * scale).softmax(-1).clamp(min=1e-30)
+    terms = q.abs() @ k.abs().mT * scale
+    grown = weights * (1.0 + terms + terms.amax(-1, keepdim=True))
+    # The result is subtracted with its own error.
+    slopes = grad.abs() @ v.abs().mT + (grad.abs() * (grown @ v.abs())).sum(-1, keepdim=True)
+    products = grown * slopes * scale
+    return products @ k.abs(), products.mT @ q.abs(), grown.mT @ grad.abs()
+
+
+def _attention(temperature: float, offset: float = 0.0) -> dict[str, Any]:
+    q, k, v = _draw(2, 2, 9, 64, offset=offset), _draw(2, 2, 200, 64), _draw(2, 2, 200, 64, offset=5.0 * offset)
+    return {"q": q, "k": k, "v": v, "causal": False, "temperature": temperature}
+
+
+# Gradients whose terms cancel: the arguments that have one come first.
+GRADIENTS: dict[str, tuple[str, int, dict[str, Any], Callable[..., Magnitudes]]] = {
+    "linear, many channels": ("linear", 2, {"x": _draw(2, 9, 4096), "weight": _draw(33, 4096)}, linear_gradients),
+    "norm, far from zero": (
+        "norm",
+        2,
+        {"x": _draw(3, 9, 4096, offset=25.0), "weight": _draw(4096), "bias": _draw(4096)},
+        norm_gradients,
+    ),
+    "block_attention, a small temperature": ("block_attention", 3, _attention(0.02), attention_gradients),
+    "block_attention, values far from zero": ("block_attention", 3, _attention(1.0, 1.0), attention_gradients),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_errors_of_gradients_are_small_beside_the_magnitudes(name: str, isa: str) -> None:
+    op, count, given, magnitudes = GRADIENTS[name]
+    spec = ops.SPECS[op]
+
+    def gradients(call: Callable[..., Any], arguments: dict[str, Any], grad: Tensor) -> tuple[Tensor, ...]:
+        leaves = [value.clone().requires_grad_() for value in list(arguments.values())[:count]]
+        changed = {**arguments, **dict(zip(arguments, leaves, strict=False))}
+        if op == "linear" and call is spec.call:
+            changed["weight"] = pack_weight(changed["weight"])
+        elif call is not spec.call:
+            changed = spec.arguments(**changed)
+        (out,) = tensors(call(**changed))
+        return torch.autograd.grad(out, leaves, grad.to(out.dtype))
+
+    wide = {key: _wide(value) for key, value in given.items()}
+    shape = tensors(spec.call(**given))[0].shape
+    grad = _draw(*shape)
+    found, exact = gradients(spec.call, given, grad), gradients(spec.reference, wide, grad)
+    values = [value for value in wide.values() if isinstance(value, Tensor)][:count]
+    options = {"temperature": given["temperature"]} if op == "block_attention" else {}
+    for got, want, magnitude in zip(found, exact, magnitudes(grad.double(), *values, **options), strict=True):
+        share = ((got.double() - want).abs() / magnitude).max().item()
+        assert share < BOUND, f"{name}: {share:.2e} of the sum of magnitudes"
+
+
 def _wide(value: Any) -> Any:
     if isinstance(value, tuple):
         return type(value)(*(part.double() for part in value))

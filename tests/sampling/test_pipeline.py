@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from starflow import Window, decode, noise
+from starflow import Chunks, Sequential, Window, decode, noise
+from starflow.codecs import make_codec
 from starflow.config import RunConfig, TrainConfig
 from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
 from starflow.model import Guidance
@@ -22,6 +23,7 @@ from starflow.sampling import Pipeline, SampleOptions
 from starflow.sampling.cleaning import score_denoise
 from starflow.sampling.options import option_help
 from starflow.solver import NotFiniteError, parse_solver
+from starflow.text import make_text_encoder
 
 PROMPT = "a three moving up"
 # As in tests/pipelines.py.
@@ -144,6 +146,15 @@ def test_a_picture_that_is_probably_of_another_scale_is_told(pipeline: Pipeline,
     (told,) = messages(bright)
     assert told.startswith("sample: no pixel of image is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled")
     assert not messages(2 * bright - 1)
+    for name in ("prefill", "encode"):
+        begun = pipeline.session("")
+        caplog.clear()
+        getattr(begun, name)(bright[None, None])
+        (told,) = caplog.messages
+        assert told.startswith("session: no pixel of frames is below 0, the middle of [-1, 1]")
+        caplog.clear()
+        getattr(pipeline.session(""), name)(bright[None, None], scaled=True)
+        assert not caplog.messages
     with pytest.raises(ValueError, match="pixels go from 0 to 7"):
         pipeline.session("", image=torch.arange(8.0).repeat(1, 16, 2))
 
@@ -394,11 +405,54 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
             "pixels have dtype torch.uint8, expected floating point",
         ),
         ({"guidance": 0, "guidance_frames": 3}, "guidance_frames is 3, expected guidance above 0 together with it"),
+        ({"guide_top": True}, "guide_top is True, expected guidance above 0 together with it"),
+        ({"seed": 5, "seeds": [1]}, "sample: seed is 5 beside seeds, expected one of them"),
+        (
+            {"solver": Chunks(4), "certificate": True},
+            r"solver is Chunks\(.*\), expected a Window or Sequential with a certificate",
+        ),
+        ({"window_frames": 1}, "window_frames is 1, expected window_frames of 2 or more: a context and a new frame"),
     ],
 )
 def test_wrong_options(pipeline: Pipeline, options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pipeline.sample(PROMPT, **options)  # type: ignore[arg-type]
+
+
+def test_a_certificate_is_measured_for_a_schedule_that_is_no_text(pipeline: Pipeline) -> None:
+    error = pipeline.sample(PROMPT, solver=Sequential(), certificate=True).report.backward_error
+    assert error is not None
+    assert error == pipeline.sample(PROMPT, solver="sequential", certificate=True).report.backward_error
+
+
+@pytest.mark.parametrize("option", ["window_frames", "context_frames", "sink_frames", "renew"])
+def test_options_of_windows_are_refused_where_there_are_none(configure: Configure, build: Build, option: str) -> None:
+    whole = build(configure(shallow_block_local=False))
+    with pytest.raises(ValueError, match=rf"sample: {option} is (1|True), expected it left out: .* no windows"):
+        whole.sample(PROMPT, **{option: True if option == "renew" else 1})  # type: ignore[arg-type]
+
+
+def test_what_a_model_cannot_use_is_refused(configure: Configure, build: Build, caplog) -> None:
+    silent = build(configure(txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False))
+    with pytest.raises(ValueError, match="edit_prompt is 'a three', expected none: the model was trained without text"):
+        silent.sample("", edit=-torch.ones(4, 1, SIZE, SIZE), edit_prompt="a three")
+    config = configure()
+    exact = build(dataclasses.replace(config, train=dataclasses.replace(config.train, noise_std=0.0)))
+    assert exact.sample(PROMPT).report.denoised == "none"
+    for denoise in ("learned", "score"):
+        with pytest.raises(
+            ValueError, match=f"denoise is '{denoise}', expected 'none': the model was trained without n"
+        ):
+            exact.sample(PROMPT, denoise=denoise)  # type: ignore[arg-type]
+    assert not caplog.messages
+    undropped = build(dataclasses.replace(config, train=dataclasses.replace(config.train, drop_label=0.0)))
+    undropped.sample(PROMPT)
+    assert not caplog.messages
+    undropped.sample(PROMPT, guidance=2.0)
+    assert caplog.messages == [
+        "sample: guidance is 2, and train.drop_label was 0 in training: the flow never saw the clips that guidance "
+        "leads away from"
+    ]
 
 
 @pytest.mark.parametrize("prompts", [None, 3, b"a three", ["a three", 3], {"a three", "a four"}, iter(["a three"])])
@@ -550,3 +604,42 @@ def test_sources_that_do_not_fit(paired: Pipeline, options: dict[str, Any], mess
 def test_a_source_needs_a_model_of_pairs(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match=r"source is given, expected a model that was trained to make one clip of"):
         pipeline.sample(PROMPT, source=torch.zeros(FRAMES, 1, SIZE, SIZE))
+
+
+def test_parts_of_another_model_are_refused(pipeline: Pipeline) -> None:
+    config, text = pipeline.config, pipeline.config.text
+    backwards = make_text_encoder({**text, "vocabulary": text["vocabulary"][::-1]})
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"codec": make_codec({"kind": "haar", "patch": 4, "channels": 1})}, "codec.kind is 'haar', expected 'dct'"),
+        ({"text": backwards}, r"text.vocabulary is \['.*expected \['zero', 'one'.* as in the configuration"),
+        ({"text": make_text_encoder({**text, "size": 2})}, "text.size is 2, expected 3"),
+        (
+            {"config": replace(config, flow=replace(config.flow, soft_clip=2.0))},
+            "flow.soft_clip is 4.0 in the flow and 2.0 in the configuration",
+        ),
+    ]
+    parts = {"flow": pipeline.flow, "config": config, "codec": pipeline.codec, "text": pipeline.text}
+    for change, message in wrong:
+        with pytest.raises(ValueError, match=f"^pipeline: {message}"):
+            Pipeline(**{**parts, **change})
+
+
+def test_hooks_that_are_not_called_are_told(pipeline: Pipeline, caplog) -> None:
+    usual = pipeline.sample(PROMPT).pixels
+    layer = next(module for module in pipeline.flow.modules() if isinstance(module, torch.nn.Linear))
+    hook = layer.register_forward_hook(lambda *_: pytest.fail("a hook was called"))
+    try:
+        assert torch.equal(pipeline.sample(PROMPT).pixels, usual)
+        (told,) = caplog.messages
+        assert told.startswith("sample: forward hooks of modules inside of the flow are not called (blocks.0.")
+    finally:
+        hook.remove()
+
+
+def test_a_noise_level_that_nothing_reads_is_told(pipeline: Pipeline, caplog) -> None:
+    pipeline.sample(PROMPT, target_noise_std=0.2, denoise="score")
+    pipeline.sample(PROMPT, target_noise_std=0.2, image=-torch.ones(1, SIZE, SIZE))
+    assert not caplog.messages
+    pipeline.sample(PROMPT, target_noise_std=0.2)
+    (told,) = caplog.messages
+    assert told.startswith("sample: target_noise_std is 0.2 and nothing reads it: captions tell no noise, no frames")

@@ -30,7 +30,7 @@ from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model
 from starflow.text import ClassEncoder, Features
 from starflow.training import Batch, Batches, Trainer, TrainingError, machine, make_dataset, make_parts, optim, train
-from starflow.training.batches import make_images, with_vocabulary
+from starflow.training.batches import make_images, tell_data, with_vocabulary
 from starflow.training.machine import gains_from_bfloat16
 from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
@@ -1001,9 +1001,131 @@ def test_a_loss_that_is_not_finite_is_skipped_and_then_stops_the_run(tiny, caplo
         ({"data": {"path": "clips"}}, "data.path is 'clips', expected None with data.kind 'digits' (or kind 'folder')"),
         ({"data": {"caption_second": True}}, "data.caption_second is True, expected False with data.kind 'digits'"),
         ({"data": {"kind": "folder"}}, "data.path is None, expected a folder of videos or images"),
+        ({"lr": 1e-7}, "train.min_lr is 1e-06, expected at most train.lr (1e-07), which falls to it"),
+        ({"denoiser_lr": 0.0}, "train.min_lr is 1e-06, expected at most train.denoiser_lr (0)"),
     ],
 )
 def test_parts_that_do_not_fit_are_named(tiny, tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         train(tiny(**change), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flow", "sample", "message"),
+    [
+        (_NO_TEXT, {"guidance": 2.0}, r"sample.guidance is 2.0, expected 0: the model reads neither text nor classes"),
+        ({}, {"guidance": 1.0, "guidance_frames": 3}, "sample.guidance_frames is 3, expected nothing without flow.att"),
+        (
+            {"learnable_self_denoiser": False, "conditional_denoiser": False},
+            {"denoise": "learned"},
+            "sample.denoise is 'learned', expected 'score', 'auto' or 'none' without flow.learnable_self_denoiser",
+        ),
+        (
+            {"attention_frames": 2, "text_embed": True},
+            {"guidance_frames": 3},
+            r"sample.guidance is 0.0, expected a number above 0 with sample.guidance_f",
+        ),
+    ],
+)
+def test_guidance_that_no_sample_could_have_is_refused_before_training(
+    tiny, tmp_path: Path, flow: dict[str, object], sample: dict[str, object], message: str
+) -> None:
+    config = tiny(flow=flow, text={} if flow is _NO_TEXT else None)
+    config = replace(config, sample=replace(config.sample, **sample))
+    with pytest.raises(ConfigError, match=message):
+        train(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_is_probably_of_another_scale_is_told_once(tiny, caplog) -> None:
+    config = tiny()
+    codec, text = make_parts(config)
+    batch = Batches(config, make_dataset(config), codec).make(0)
+    told = "training: no pixel of the first batch is below 0, the middle of [-1, 1]"
+    for pixels, times in ((batch.pixels / 2 + 0.5, 1), (batch.pixels, 0)):
+        caplog.clear()
+        trainer = Trainer(config, codec, text, CPU)
+        for _ in range(2):
+            trainer.run(replace(batch, pixels=pixels))
+        assert sum(message.startswith(told) for message in caplog.messages) == times
+
+
+class _Own:
+    """A data set of the caller's own: four clips of one form."""
+
+    def __init__(self, shape: tuple[int, ...] = (4, 1, 16, 16), length: int = 4, **parts: Tensor) -> None:
+        self._shape, self._length, self._parts = shape, length, parts
+
+    def __len__(self) -> int:
+        return self._length
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        pixels = torch.rand(self._shape, generator=torch.Generator().manual_seed(index)) * 2 - 1
+        return Clip(pixels, "a three", f"own/{index}", **self._parts)
+
+
+def test_a_data_set_of_the_callers_own_is_what_the_configuration_says(tiny, tmp_path: Path, caplog) -> None:
+    config = tiny(steps=1)
+    for shape in ((6, 1, 16, 16), (4, 1, 32, 32)):
+        with pytest.raises(ConfigError, match=r"clip own/0 of the data set has shape .*, expected \[4, 1, 16, 16\]"):
+            train(config, tmp_path / "other", quiet=True, dataset=_Own(shape))
+    with pytest.raises(ConfigError, match="training: the data set is empty, expected at least one clip"):
+        train(config, tmp_path / "empty", quiet=True, dataset=_Own(length=0))
+    assert not any(tmp_path.iterdir())
+    given = {"source": torch.zeros(4, 1, 16, 16), "frame_conditions": torch.zeros(4, 3)}
+    train(tiny(_NO_TEXT, text={}, steps=1), tmp_path / "run", quiet=True, dataset=_Own(**given))
+    assert [message for message in caplog.messages if message.startswith("skipped")] == [
+        f"skipped: the {what} of the data set (clip own/0 has such), the model reads none"
+        for what in ("captions", "sources", "vectors of frames")
+    ]
+
+
+def test_captions_and_rates_that_do_not_fit_are_told(tiny, tmp_path: Path, caplog) -> None:
+    for name in ("a", "b"):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(8, 16, 16, 1, dtype=torch.uint8), 24)
+
+    def told(config: RunConfig) -> list[str]:
+        caplog.clear()
+        tell_data(config, make_dataset(config))
+        return caplog.messages
+
+    folder = {"kind": "folder", "path": str(tmp_path)}
+    speed = "clips have 24 frames a second and samples are written at 8 (sample.fps): they play at another speed"
+    text = "of the 2 files in {} have no caption (such as {}): of these the model learns nothing about text"
+    assert told(tiny(data=folder)) == [speed, "all " + text.format(tmp_path, "a.mp4")]
+    (tmp_path / "a.txt").write_text("a three")
+    assert told(tiny(data=folder)) == [speed, "1 " + text.format(tmp_path, "b.mp4")]
+    unread = f"skipped: the captions of 1 files in {tmp_path}, the model reads none"
+    assert told(tiny(_NO_TEXT, data=folder, text={})) == [speed, unread]
+    (tmp_path / "b.txt").write_text("a two")
+    assert told(tiny(data={**folder, "fps": 8.0, "frames": 2})) == []
+
+
+def test_clips_that_are_held_out_by_name_alone_are_told(tiny, tmp_path: Path, caplog) -> None:
+    (tmp_path / "test").mkdir()
+    for name in ("a", "test/b"):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(8, 16, 16, 1, dtype=torch.uint8), 8)
+    config = tiny(data={"kind": "folder", "path": str(tmp_path)})
+    assert len(make_dataset(config)) == 2
+    assert caplog.messages == [
+        f"{tmp_path} has no subfolder train: clips of {tmp_path / 'test'} are trained on, too, so they are not held out"
+    ]
+    caplog.clear()
+    for kind in ("source", "target"):
+        (tmp_path / "train" / kind).mkdir(parents=True)
+        write_video(tmp_path / "train" / kind / "c.mp4", torch.zeros(8, 16, 16, 1, dtype=torch.uint8), 8)
+    assert len(make_dataset(config)) == 2
+    part = tmp_path / "train"
+    assert caplog.messages[1:] == [
+        f"{part} has subfolders source and target: files of both are clips (train.source_prob is 0)"
+    ]
+
+
+def test_options_that_undo_others_are_told(tiny, tmp_path: Path, caplog) -> None:
+    train(tiny(steps=1, warmup_steps=1, image_batch_size=4, drop_label=1.0), tmp_path / "run", quiet=True)
+    assert [message for message in caplog.messages if message.startswith("train.")] == [
+        "train.warmup_steps is 1 and train.steps 1: the learning rate does not get to train.lr",
+        "train.image_batch_size is 4 and no step is on images",
+        "train.drop_label is 1: the flow never sees what it is to be told by",
+    ]

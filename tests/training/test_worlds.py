@@ -165,6 +165,23 @@ def test_a_recorded_folder_tells_its_actions(tiny: Tiny, tmp_path: Path) -> None
         dataclasses.replace(config.data, kind="paddle")
 
 
+def test_names_of_actions_are_those_of_the_folder(tiny: Tiny, tmp_path: Path, caplog) -> None:
+    record(PaddleBall(24), tmp_path, 12)
+    told = {"kind": "folder", "path": str(tmp_path)}
+    for names in (("up", "stay", "down"), ("a", "b", "c")):
+        with pytest.raises(
+            ConfigError, match=r"data.actions is .*, expected \('stay', 'up', 'down'\) as in .*world.json"
+        ):
+            make_dataset(
+                dataclasses.replace(game(tiny), data=dataclasses.replace(game(tiny).data, **told, actions=names))
+            )
+    assert not caplog.messages
+    make_dataset(dataclasses.replace(game(tiny), data=dataclasses.replace(game(tiny).data, **told, actions=())))
+    assert caplog.messages == [
+        f"skipped: the names of the actions in {tmp_path / 'world.json'}, data.actions is empty; null takes them"
+    ]
+
+
 def test_the_configurations_fit_together() -> None:
     paddle = RunConfig.load("paddle")
     codec, text = make_parts(paddle)

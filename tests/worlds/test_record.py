@@ -235,3 +235,19 @@ def test_byte_order_marks_are_no_part_of_lines(tmp_path: Path) -> None:
     assert torch.equal(again[1:], told[1:])
     assert again[0].isnan().all()
     assert read_world(tmp_path) == known
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (PaddleBall(32), {}, "shows 32x32 in grey at 30 frames a second, expected 24x24 in grey at 30 frames a second"),
+        (PaddleBall(24, channels=3), {}, "shows 24x24 in colour at 30 frames a second, expected 24x24 in grey"),
+        (PaddleBall(24), {"fps": 5.0}, "shows 24x24 in grey at 5 frames a second, expected 24x24 in grey at 30"),
+    ],
+)
+def test_clips_of_another_look_are_not_added(tmp_path: Path, other: PaddleBall, options: dict, message: str) -> None:
+    record(PaddleBall(24), tmp_path, 6)
+    with pytest.raises(ValueError, match=message):
+        record(other, tmp_path, 6, **options)
+    assert record(PaddleBall(24), tmp_path, 6, seed=1).clips == 1
+    assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == ["clip-000000.mp4", "clip-000001.mp4"]

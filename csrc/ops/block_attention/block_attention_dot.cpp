@@ -59,21 +59,16 @@ struct KeysAndValues {
     template <class Fetch>
     void over_lines(int64_t begin, int64_t part, int64_t parts, const Fetch& fetch) const {
         const int64_t bytes = head_dim * static_cast<int64_t>(sizeof(T));
-        for (int64_t row = begin + part; row < begin + key_block && row < end; row += parts) {
+        // Neighbouring rows: what fetches ahead by itself in a processor follows lines in their order.
+        const int64_t last = begin + (part + 1) * key_block / parts;
+        for (int64_t row = begin + part * key_block / parts; row < last && row < end; ++row) {
             fetch(keys + row * key_stride, bytes);
             fetch(values + row * value_stride, bytes);
         }
     }
 
-    // Few rows wait for memory most of the time, and a read would hold up what follows it: 91 us of one row on 1024
-    // keys of 8 heads on a core of a Zen 5, with prefetches 66.
-    void touch_part(int64_t begin, int64_t part, int64_t parts) const {
-        over_lines(begin, part, parts, [](const T* from, int64_t bytes) {
-            for (int64_t line = 0; line < bytes; line += 64) {
-                __builtin_prefetch(reinterpret_cast<const char*>(from) + line);
-            }
-        });
-    }
+    // The products ask for the next rows themselves.
+    void touch_part(int64_t, int64_t, int64_t) const {}
 };
 
 // The same, packed block by block as the tile comes to them.
@@ -108,7 +103,10 @@ void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t 
     const AttentionShape& shape = args.shape;
     const int64_t head_dim = shape.head_dim;
     const float scale = scale_of(args.scale, b);
-    const PackedRows queries = packed_rows<Product>(scratch.queries, rows, head_dim);
+    PackedRows queries = packed_rows<Product>(scratch.queries, rows, head_dim);
+    bool in_place = false;
+    if constexpr (multiplies_in_place<Product, T>) in_place = rows <= most_direct_rows;
+    if (in_place) queries.group = rows;
     int64_t end = 0;
     for (int64_t r = 0; r < rows; ++r) {
         const T* query = row_at<const T>(args.q, shape, b, kv_head, first + r);
@@ -133,12 +131,10 @@ void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t 
     const auto attend_to = [&](const auto& cache) {
         attend<Product>(queries, cache, head_dim, scratch.visible, scale, attended);
     };
-    bool attended_in_place = false;
     if constexpr (multiplies_in_place<Product, T>) {
-        attended_in_place = rows <= most_direct_rows && queries.groups() == 1;
-        if (attended_in_place) attend_to(source);
+        if (in_place) attend_to(source);
     }
-    if (!attended_in_place) attend_to(PackedWhenUsed<Product, T>{source, scratch.keys, scratch.values});
+    if (!in_place) attend_to(PackedWhenUsed<Product, T>{source, scratch.keys, scratch.values});
     for (int64_t r = 0; r < rows; ++r) {
         T* out = row_at<T>(args.out, shape, b, kv_head, first + r);
         const Vec<float> inverse(attended_scale(attended, r));

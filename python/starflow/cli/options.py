@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import math
 import re
 import sys
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from starflow.distributed import World
     from starflow.sampling import Pipeline, SampleOptions
 
+
+logger = logging.getLogger(__name__)
 
 PROG = "starflow"
 MODEL_HELP = "folder of a run, a .safetensors file, or a model that comes with the package (`starflow info` lists them)"
@@ -145,8 +148,27 @@ def make_config(name: str | None, settings: Sequence[tuple[list[str], Any]]) -> 
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"--set {'.'.join(path)}: {key} is one option, expected a group of options")
+        before = place.get(path[-1])
+        if isinstance(before, dict) and isinstance(value, Mapping):
+            value = _changed(path, before, value)
         place[path[-1]] = value
     return from_mapping(RunConfig, values)
+
+
+def _changed(path: Sequence[str], before: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of options, of which `given` sets some: the others stay.
+
+    Codec and text of another kind have other options, so that they begin anew; `text={}` stands for no text.
+    """
+    if path[0] in ("codec", "text") and len(path) == 1:
+        return (
+            dict(given)
+            if not given or given.get("kind", before.get("kind")) != before.get("kind")
+            else {**before, **given}
+        )
+    if not given:
+        raise ConfigError(f"--set {'.'.join(path)} is {{}}, expected options that it sets, such as {path[0]}.KEY=VALUE")
+    return {**before, **given}
 
 
 def held_out_clips(config: RunConfig, count: int) -> list[Clip]:
@@ -154,6 +176,8 @@ def held_out_clips(config: RunConfig, count: int) -> list[Clip]:
     from starflow.training import make_dataset
 
     dataset = make_dataset(config, "test")
+    if len(dataset) < count:
+        logger.warning("%d held-out clips are asked for, the data have %d", count, len(dataset))
     return [dataset.item(index) for index in range(min(count, len(dataset)))]
 
 

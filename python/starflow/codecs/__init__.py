@@ -8,9 +8,9 @@ from typing import Any
 
 from starflow.codecs.autoencoder import AutoencoderKLCodec, WanCodec
 from starflow.codecs.block_transform import BlockTransform
-from starflow.codecs.codec import Codec
+from starflow.codecs.codec import Codec, tell_scale
 
-__all__ = ["AutoencoderKLCodec", "BlockTransform", "Codec", "WanCodec", "make_codec"]
+__all__ = ["AutoencoderKLCodec", "BlockTransform", "Codec", "WanCodec", "make_codec", "tell_scale"]
 
 _KINDS: dict[str, Callable[..., Codec]] = {
     "dct": functools.partial(BlockTransform, "dct"),

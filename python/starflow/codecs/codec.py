@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 
-__all__ = ["Codec", "check_latents", "check_pixels"]
+__all__ = ["Codec", "check_latents", "check_pixels", "tell_scale"]
+
+logger = logging.getLogger(__name__)
 
 # Pixels are in [-1, 1], and what filters and other networks make of them overshoots a little. Values beyond `_FAR` are
 # of another scale, such as 0 to 255. Of a dark picture of that scale all values may be small, but then none is below 0,
@@ -98,6 +101,22 @@ def _other_scale(pixels: torch.Tensor) -> str:
         if bool((pixels == pixels.round()).all()):
             return f"are whole numbers from {least:.0f} to {most:.0f}"
     return ""
+
+
+def tell_scale(name: str, pixels: Sequence[torch.Tensor]) -> None:
+    """Tells in the log of pixels that are probably in [0, 1]: pictures without anything darker than a middle grey.
+
+    Args:
+        name: of the function and of what was given, for the message.
+        pixels: all that were given together.
+    """
+    given = [some for some in pixels if some.is_floating_point() and some.numel()]
+    if given and all(bool((some >= 0).all()) for some in given):
+        logger.warning(
+            "%s is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled, less 1, and those of 0 to 255 divided "
+            "by 127.5, less 1",
+            name,
+        )
 
 
 def check_latents(codec: str, latents: torch.Tensor, latent_channels: int) -> None:

@@ -76,6 +76,15 @@ class ClipDataset(Protocol):
         """Read one clip; it depends on the arguments alone."""
 
 
+# A rate that is above a file's by this factor shows frames of it repeatedly; 30 and 29.97 are the same.
+_FASTER = 1.05
+# Difference of the logarithms of the shapes of a clip and its source that is more than rounding of their sides.
+_SKEWED = 0.05
+
+# Pixels from 0 beyond this are of 0 to 255.
+_FAR = 2.0
+
+
 def to_pixels(frames: torch.Tensor) -> torch.Tensor:
     """Turn stored frames into model pixels.
 
@@ -84,7 +93,15 @@ def to_pixels(frames: torch.Tensor) -> torch.Tensor:
 
     Returns:
         float32 of shape (frames, channels, height, width); 0 becomes -1 and 255 becomes 1.
+
+    Raises:
+        ValueError: when the frames are of another dtype or shape, such as floating point, or with channels in front.
     """
+    if not isinstance(frames, torch.Tensor) or frames.dtype != torch.uint8:
+        kind = str(frames.dtype) if isinstance(frames, torch.Tensor) else type(frames).__name__
+        raise ValueError(f"to_pixels: frames are {kind}, expected a tensor of torch.uint8, from 0 to 255")
+    if frames.ndim < 3 or frames.shape[-1] not in (1, 3):
+        raise ValueError(f"to_pixels: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3]")
     return frames.movedim(-1, -3).to(torch.float32).div(127.5).sub(1.0).contiguous()
 
 
@@ -98,10 +115,21 @@ def to_frames(pixels: torch.Tensor) -> torch.Tensor:
         uint8 of shape (..., height, width, channels).
 
     Raises:
-        ValueError: when a value is not finite.
+        ValueError: when a value is not finite, or the pixels are of another dtype, layout or scale.
     """
+    if not isinstance(pixels, torch.Tensor) or not pixels.is_floating_point():
+        kind = str(pixels.dtype) if isinstance(pixels, torch.Tensor) else type(pixels).__name__
+        raise ValueError(f"to_frames: pixels are {kind}, expected a tensor of floating-point numbers in [-1, 1]")
+    if pixels.ndim < 3 or pixels.shape[-3] not in (1, 3):
+        raise ValueError(f"to_frames: pixels have shape {list(pixels.shape)}, expected [..., 1 or 3, height, width]")
     if not bool(torch.isfinite(pixels).all()):
         raise ValueError("to_frames: pixels hold values that are not finite (NaN or infinite), expected finite numbers")
+    # What a flow puts out overshoots to both sides; from 0 far upwards are those of 0 to 255.
+    if pixels.numel() and float(pixels.min()) >= 0.0 and (most := float(pixels.max())) > _FAR:
+        raise ValueError(
+            f"to_frames: pixels go from {float(pixels.min()):.4g} to {most:.4g}, expected [-1, 1] (those of 0 to 255 "
+            "are divided by 127.5, less 1)"
+        )
     levels = pixels.detach().to("cpu", torch.float32).clamp(-1.0, 1.0).add(1.0).mul(127.5).round()
     return levels.to(torch.uint8).movedim(-3, -1).contiguous()
 
@@ -358,6 +386,21 @@ class VideoFolder:
         return tuple(found)
 
     @property
+    def files(self) -> int:
+        """Number of files that clips are cut from."""
+        return len(self._files)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """All frames a second that clips are cut at, each once; 0 of images."""
+        return tuple(dict.fromkeys(file.rate for file in self._files))
+
+    @property
+    def uncaptioned(self) -> tuple[str, ...]:
+        """Names of the files all of whose captions are empty."""
+        return tuple(file.name for file in self._files if not any(file.captions))
+
+    @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """All (height, width) that clips can have."""
         return tuple(dict.fromkeys(file.size for file in self._files))
@@ -452,10 +495,14 @@ class VideoFolder:
                     logger.warning("skipped: %s", file)
                 else:
                     files.append(file)
-        if lines and not self.frame_dim:
-            logger.warning("skipped: the actions of %d videos in %s, the model reads none", len(lines), self.folder)
-        elif lonely := sorted(set(lines) - set(map(actions_beside, paths))):
+        lonely = sorted(set(lines) - set(map(actions_beside, paths)))
+        if len(lines) > len(lonely) and not self.frame_dim:
+            logger.warning(
+                "skipped: the actions of %d videos in %s, the model reads none", len(lines) - len(lonely), self.folder
+            )
+        if lonely:
             logger.warning("skipped: %s: actions without a video of this name", listed(map(str, lonely)))
+        self._tell(files, paths)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
         for line in sidecars.left_over():
@@ -464,6 +511,48 @@ class VideoFolder:
             what = "video" if self.sources is None else f"video with a source in {self.sources}"
             raise ValueError(f"VideoFolder: no readable {what} in {self.folder}, expected at least one (see the log)")
         return files
+
+    def _tell(self, files: Sequence[_File], paths: Sequence[Path]) -> None:
+        """Tells in the log what clips of these files show otherwise than the files do."""
+        slow = [file for file in files if file.info is not None and file.rate > _FASTER * file.info.fps]
+        if slow:
+            assert slow[0].info is not None
+            logger.warning(
+                "%d files have fewer frames a second than clips: %s has %g, clips %g; its frames are shown repeatedly",
+                len(slow),
+                slow[0].name,
+                slow[0].info.fps,
+                slow[0].rate,
+            )
+        told = [file.actions for file in files if file.actions is not None and file.info is not None]
+        if told and all(bool(each.isnan().all()) for each in told):
+            logger.warning("no frame of %s has an action (all are null)", self.folder)
+        if self.sources is None:
+            return
+        names = {_pair_name(path, self.folder) for path in paths}
+        lonely = sorted(name for name in self._pairs if name not in names)
+        if lonely:
+            logger.warning("skipped: %s in %s: sources without a clip of this name", listed(lonely), self.sources)
+        uneven, skewed = [], []
+        for file in files:
+            source = file.source
+            if source is None or file.info is None or source.info is None:
+                continue
+            if frames_at(file.info, file.rate) != frames_at(source.info, file.rate):
+                uneven.append(file.name)
+            shapes = [info.width / info.height for info in (file.info, source.info)]
+            if abs(math.log(shapes[0] / shapes[1])) > _SKEWED:
+                skewed.append(file.name)
+        if uneven:
+            logger.warning(
+                "clips and sources of different length: %s; what has no counterpart at the end is left out",
+                listed(uneven),
+            )
+        if skewed:
+            logger.warning(
+                "clips and sources of different aspect ratio: %s; cut to one size they show other parts of the picture",
+                listed(skewed),
+            )
 
     def _try_open(self, path: Path) -> _File | VideoError:
         try:

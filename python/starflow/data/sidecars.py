@@ -130,6 +130,8 @@ def captions_of(path: Path, *, by_name: bool = False, beside: Sidecars | None = 
         raise ValueError(
             f'VideoFolder: {sidecar} holds no caption, expected {{"caption": "..."}} or {{"captions": ["..."]}}'
         )
+    if isinstance(content, dict) and content.get("caption", found[0]) not in found:
+        logger.warning('skipped: %s: its "caption", which is not among its "captions"', sidecar)
     return tuple(composed(caption.strip()) for caption in found)
 
 

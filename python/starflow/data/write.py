@@ -301,8 +301,10 @@ def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
         the frames, (frames, scale * height, scale * width, channels).
 
     Raises:
-        ValueError: when the factor is less than 1.
+        ValueError: when the factor is no whole number of at least 1, or the frames have their channels elsewhere.
     """
-    if scale < 1:
-        raise ValueError(f"enlarge: scale is {scale}, expected at least 1")
+    if not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"enlarge: scale is {scale}, expected a whole number of at least 1")
+    if frames.ndim != 4 or frames.shape[3] not in (1, 3):
+        raise ValueError(f"enlarge: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3]")
     return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)

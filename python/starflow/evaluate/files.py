@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +16,11 @@ from starflow.data import (
     VideoError,
     VideoFolder,
     actions_of,
+    aspect_size,
     caption_at,
     captions_of,
     frames_at,
+    nearest_aspect,
     of_clip,
     probe,
     read_image,
@@ -24,6 +28,8 @@ from starflow.data import (
     to_pixels,
 )
 from starflow.sampling import Pipeline
+
+logger = logging.getLogger(__name__)
 
 
 def read_clips(
@@ -64,12 +70,32 @@ def read_clips(
                 cut="even",
                 name_captions=data.name_captions,
                 caption_second=data.caption_second,
+                aspect_multiple=_multiple(pipeline) if data.mix_aspect else None,
                 frame_dim=pipeline.config.flow.frame_dim,
             )
-            clips += [folder.item(index) for index in range(len(folder))]
+            found = [folder.item(index) for index in range(len(folder))]
         else:
-            clips += _cut(path, count, clips_per_file, pipeline)
+            found = _cut(path, count, clips_per_file, pipeline)
+        # Of a file that is hardly longer than a clip several begin at one frame.
+        once = {(clip.name, clip.caption): clip for clip in found}
+        if len(once) < len(found):
+            logger.warning("%s: of %d clips %d are different, the others are left out", path, len(found), len(once))
+        clips += once.values()
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _multiple(pipeline: Pipeline) -> int:
+    """What the sides of clips are multiples of."""
+    return pipeline.codec.spatial * pipeline.flow.config.patch_size
+
+
+def _size(pipeline: Pipeline, height: int, width: int) -> tuple[int, int]:
+    """Height and width of the clips of a file of this size, as training cut them."""
+    data = pipeline.config.data
+    if not data.mix_aspect:
+        return data.height, data.width
+    side = round(math.sqrt(data.height * data.width))
+    return aspect_size(side, nearest_aspect(height, width), _multiple(pipeline))
 
 
 def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> list[Clip]:
@@ -79,10 +105,14 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
     if path.suffix.lower() in IMAGE_SUFFIXES:
         if frames > 1:
             raise VideoError(f"{path}: an image is one frame, expected a video of at least {frames}")
-        picture = read_image(path, height=data.height, width=data.width, channels=data.channels)
+        high, wide = data.height, data.width
+        if data.mix_aspect:
+            high, wide = _size(pipeline, *read_image(path, channels=1).shape[1:3])
+        picture = read_image(path, height=high, width=wide, channels=data.channels)
         return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
+    high, wide = _size(pipeline, info.height, info.width)
     told = None
     if dim := pipeline.config.flow.frame_dim:
         told = actions_of(path, info, fps, dim)
@@ -99,8 +129,8 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
                     fps=fps,
                     start=spot / fps,
                     info=info,
-                    height=data.height,
-                    width=data.width,
+                    height=high,
+                    width=wide,
                     channels=data.channels,
                 )
             ),

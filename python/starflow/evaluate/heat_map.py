@@ -32,6 +32,9 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
         raise ValueError(
             f"heat_map: {len(clips)} clips and {len(scores)} scores, expected one score with tokens (per_token) of each"
         )
+    other = next((item for clip, item in zip(clips, scores, strict=True) if clip.name != item.name), None)
+    if other is not None:
+        raise ValueError(f"heat_map: a score is of {other.name}, expected one of each clip, in the order of the clips")
     titles = [f"{item.name}: {item.bits_per_dim:.3f}" for item in scores] if titles is None else titles
     maps = [np.array(item.tokens) for item in scores]
     columns = max(len(bits) for bits in maps)

@@ -22,7 +22,7 @@ class Reference:
             and must be scored at the same noise as what they are compared with.
 
     Raises:
-        ValueError: too few, of different lengths, or all alike.
+        ValueError: too few, of different lengths or noise, or all alike.
     """
 
     def __init__(self, scores: Sequence[ClipScore]) -> None:
@@ -31,6 +31,12 @@ class Reference:
             raise ValueError(
                 f"reference: {len(scores)} clips of {lengths} latent frames, expected at least 2 of one length"
             )
+        noises = sorted({item.noise_std for item in scores if item.noise_std is not None})
+        if len(noises) > 1:
+            raise ValueError(
+                f"reference: clips are scored at the noise {', '.join(f'{sigma:g}' for sigma in noises)}, expected one"
+            )
+        self._noise = noises[0] if noises else None
         self._bits = np.array([item.bits_per_dim for item in scores])
         self._frames = np.array([item.frames for item in scores])
         self._deviation, self._deviations = self._bits.std(ddof=1), self._frames.std(0, ddof=1)
@@ -41,12 +47,17 @@ class Reference:
         """The score with its anomaly.
 
         Raises:
-            ValueError: another number of latent frames than the reference.
+            ValueError: another number of latent frames than the reference, or a score at another noise.
         """
         if len(item.frames) != self._frames.shape[1]:
             raise ValueError(
                 f"reference: {item.name} has {len(item.frames)} latent frames, expected {self._frames.shape[1]} as the "
                 "reference has"
+            )
+        if None not in (self._noise, item.noise_std) and item.noise_std != self._noise:
+            raise ValueError(
+                f"reference: {item.name} is scored at the noise {item.noise_std:g}, expected {self._noise:g} as the "
+                "reference"
             )
         mean = self._bits.mean()
         far = (np.abs(self._bits - mean) >= abs(item.bits_per_dim - mean)).sum()

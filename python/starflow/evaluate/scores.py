@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.codecs import tell_scale
 from starflow.data import CaptionMode, Clip
 from starflow.sampling import Pipeline
 
@@ -74,6 +75,7 @@ class ClipScore:
         tokens: of each token by frame, row and column (see `Flow.token_log_likelihood`), where asked for.
         shuffled, reversed: bits per dimension of the same frames in a random order and backwards, where asked for.
         anomaly: against ordinary clips, where asked for.
+        noise_std: of the noise that the clip was scored with; None where it is not known.
     """
 
     name: str
@@ -84,6 +86,7 @@ class ClipScore:
     shuffled: float | None = None
     reversed: float | None = None
     anomaly: Anomaly | None = None
+    noise_std: float | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         """Plain values that json can write."""
@@ -100,6 +103,7 @@ def score(
     per_token: bool = False,
     fps: float | None = None,
     noise_std: float | None = None,
+    scaled: bool = False,
 ) -> list[ClipScore]:
     """Bits per dimension of clips.
 
@@ -114,6 +118,8 @@ def score(
         fps: frames a second that captions tell, by default those of the training clips.
         noise_std: of the noise that is added, by default that of training; anything else asks the flow about data that
             it was not trained on (see docs/likelihood.md).
+        scaled: the pixels are known to be in [-1, 1], as those of files are; the log tells of others that look like
+            [0, 1].
 
     Returns:
         A score for each clip, in order.
@@ -129,10 +135,14 @@ def score(
     sigma = pipeline.config.train.noise_std if noise_std is None else noise_std
     if not 0.0 <= sigma < math.inf:
         raise ValueError(f"score: noise_std is {sigma}, expected a finite number >= 0")
+    if not scaled:
+        tell_scale("score: no pixel of the clips", [clip.pixels for clip in clips])
     if pipeline.text is None:
         # As in training: a flow without text does not see the captions of its data.
         clips = [replace(clip, caption="") for clip in clips]
     scores: list[ClipScore] = []
+    for clip in clips:
+        check_clip(pipeline, clip, clip)
     for first, group in _groups(clips, batch):
         seeds = range(seed + first, seed + first + len(group))
         pixels = torch.stack([clip.pixels for clip in group])
@@ -148,7 +158,9 @@ def score(
             backwards = [_in_order(clip, torch.arange(pixels.shape[1] - 1, -1, -1)) for clip in group]
             reverse = token_bits(pipeline, backwards, pixels.flip(1), seeds, fps, sigma).flatten(1).mean(1).tolist()
         for row, clip in enumerate(group):
-            plain = ClipScore(clip.name, clip.caption, float(bits[row].mean()), tuple(bits[row].tolist()))
+            plain = ClipScore(
+                clip.name, clip.caption, float(bits[row].mean()), tuple(bits[row].tolist()), noise_std=sigma
+            )
             if per_token:
                 plain = replace(plain, tokens=_nested(tokens[row]))
             if shuffled is not None and reverse is not None:
@@ -183,11 +195,6 @@ def token_bits(
     texts = [_condition(pipeline, clip, fps) for clip in clips]
     y = None if texts[0] is None else torch.cat([text for text in texts if text is not None])
     sources = [clip.source for clip in clips if clip.source is not None]
-    if sources and sources[0].shape[1:] != pixels.shape[2:]:
-        raise ValueError(
-            f"score: {clips[0].name} has a source of {list(sources[0].shape[1:])} (channels, height, width), expected "
-            f"{list(pixels.shape[2:])} like the clip"
-        )
     try:
         parts = [torch.stack(sources), pixels] if sources else [pixels]
         encoded = [pipeline.codec.encode(part.to(pipeline.device)) for part in parts]
@@ -211,6 +218,31 @@ def token_bits(
             f"of a size that the flow was trained on (noise_std is {sigma:g})"
         )
     return (-(nats / dimensions + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)).cpu()
+
+
+def check_clip(pipeline: Pipeline, clip: Clip, first: Clip) -> None:
+    """Refuses a clip of another form than the first, or with another source than those that the flow was trained on."""
+    train = pipeline.config.train
+    if clip.pixels.dim() != 4 or _shapes(clip) != _shapes(first):
+        raise ValueError(
+            f"score: {clip.name} has shape {list(clip.pixels.shape)}, expected (frames, channels, height, width), the "
+            f"same of clips and of sources as {first.name}"
+        )
+    if clip.source is None:
+        if train.source_prob == 1.0 and not (len(clip.pixels) == 1 and train.image_prob):
+            raise ValueError(
+                f"score: {clip.name} has no source, expected one: the model was trained on clips behind their sources "
+                "alone (train.source_prob is 1)"
+            )
+    elif train.source_prob == 0.0:
+        raise ValueError(
+            f"score: {clip.name} has a source, expected none: the model was not trained on pairs (train.source_prob)"
+        )
+    elif clip.source.shape != clip.pixels.shape:
+        raise ValueError(
+            f"score: {clip.name} has a source of shape {list(clip.source.shape)}, expected {list(clip.pixels.shape)} "
+            "like the clip (frames, channels, height, width)"
+        )
 
 
 def _vectors(pipeline: Pipeline, clips: Sequence[Clip], frames: int, shown: int) -> Tensor | None:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.codecs import tell_scale
 from starflow.data import Clip
-from starflow.evaluate.scores import noise_floor, token_bits
+from starflow.evaluate.scores import check_clip, noise_floor, token_bits
 from starflow.model import to_grid, to_sequence
 from starflow.sampling import Pipeline
 from starflow.solver import BlockDecoder, rolling_frames
@@ -43,7 +44,13 @@ class Surprise:
 
 
 def surprise(
-    pipeline: Pipeline, clips: Sequence[Clip], *, seed: int = 0, draws: int = 1, batch: int = 8
+    pipeline: Pipeline,
+    clips: Sequence[Clip],
+    *,
+    seed: int = 0,
+    draws: int = 1,
+    batch: int = 8,
+    scaled: bool = False,
 ) -> list[Surprise]:
     """The surprise of clips.
 
@@ -54,6 +61,7 @@ def surprise(
         draws: of the noise that are averaged: surprise of one draw varies by about sqrt(n / 2) / ln 2 bits for n
             dimensions.
         batch: clips computed together.
+        scaled: as of `score`.
 
     Raises:
         ValueError: a model that was trained without noise, a number below 1, or a clip that does not fit the model.
@@ -61,9 +69,13 @@ def surprise(
     for name, value in (("draws", draws), ("batch", batch)):
         if value < 1:
             raise ValueError(f"surprise: {name} is {value}, expected at least 1")
+    if not scaled:
+        tell_scale("surprise: no pixel of the clips", [clip.pixels for clip in clips])
     found = []
     for first in range(0, len(clips), batch):
         group = clips[first : first + batch]
+        for clip in group:
+            check_clip(pipeline, clip, group[0])
         pixels = torch.stack([clip.pixels for clip in group])
         tokens = torch.zeros((), dtype=torch.float64)
         for draw in range(draws):
@@ -86,6 +98,7 @@ class Watcher:
         prompts: one for each clip that is watched; "" for a flow without text.
         seeds: of the noise of each clip; by default 0, 1 and so on.
         size: height and width of the frames; by default those of the training clips.
+        scaled: as of `score`; the log tells of a first frame that looks like [0, 1].
 
     Raises:
         ValueError: a flow that sees all frames or mixes them in its shallow blocks, or a number of seeds that is not
@@ -104,6 +117,7 @@ class Watcher:
         *,
         seeds: Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
+        scaled: bool = False,
     ) -> None:
         flow, config = pipeline.flow, pipeline.flow.config
         if config.attention_frames is None:
@@ -126,6 +140,7 @@ class Watcher:
         self._order = layout.order[: self._area]
         none = torch.full((len(prompts), frames, config.frame_dim), math.nan) if config.frame_dim else None
         self._decoder = BlockDecoder(deep, layout, len(prompts), context, frame_conditions=none)
+        self._scaled = scaled
         self._frame = 0  # number of the next frame
         self._place = 0  # of the next frame in the cache
         self._before: Tensor | None = None  # the last token of the frame before
@@ -148,6 +163,9 @@ class Watcher:
         expected = [len(self._seeds), pipeline.codec.channels, *self._size]
         if list(pixels.shape) != expected or not bool(pixels.isfinite().all()):
             raise ValueError(f"watcher: frame has shape {list(pixels.shape)}, expected {expected}, all finite")
+        if not self._scaled:
+            tell_scale("watcher: no pixel of the first frame", [pixels])
+            self._scaled = True
         clean = pipeline.codec.encode(pixels[:, None].to(pipeline.device)).float()
         drawn = noise.draw(self._seeds, 1, *clean.shape[2:], first=self._frame, purpose="train").to(clean)
         noisy = clean + _sigma(pipeline) * drawn

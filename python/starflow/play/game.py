@@ -323,7 +323,7 @@ class Game:
         rows = 1 if moment.real is None else 2
         watcher, watched = self._watcher or (None, 0)
         if watcher is None or watched != rows:
-            watcher = Watcher(self._pipeline, [self.prompt] * rows, seeds=[self.seed] * rows)
+            watcher = Watcher(self._pipeline, [self.prompt] * rows, seeds=[self.seed] * rows, scaled=True)
             self._watcher = watcher, rows
             for number in range(max(moment.number - self._context, self.first), moment.number):
                 self._seen(watcher, self.moment(number), rows)
@@ -350,7 +350,7 @@ class Game:
                 Clip(to_pixels(torch.from_numpy(np.stack(kind))), self.prompt, "play", frame_conditions=told)
                 for kind in kinds
             ]
-            tokens = [found.tokens for found in surprise(self._pipeline, clips, seed=self.seed)]
+            tokens = [found.tokens for found in surprise(self._pipeline, clips, seed=self.seed, scaled=True)]
             for place, moment in enumerate(group, start=len(window) - len(group)):
                 scores = [_score(row[place]) for row in tokens]
                 moment.dream_score, moment.real_score = (*scores, None)[:2]
@@ -444,7 +444,8 @@ class Game:
         if moments and session.endless and not session.denoising.whole:
             if self.actions:
                 session.tell(self._vectors([moment.action for moment in moments]))
-            session.prefill(to_pixels(torch.from_numpy(np.stack([moment.past for moment in moments])))[None])
+            past = to_pixels(torch.from_numpy(np.stack([moment.past for moment in moments])))
+            session.prefill(past[None], scaled=True)
         return session
 
     def _most(self, latent_frames: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from starflow.codecs import Codec
+from starflow.codecs import Codec, tell_scale
 from starflow.config import RunConfig
 from starflow.data import (
     ACTION_SUFFIX,
@@ -25,8 +24,6 @@ from starflow.data import (
 )
 from starflow.messages import shown
 from starflow.sampling.options import Actions
-
-logger = logging.getLogger(__name__)
 
 # Frames of one action that no clip has.
 _ACTIONS = 10_000_000
@@ -70,7 +67,7 @@ class GivenReader:
         """
         self._check_forward(name)
         if isinstance(source, Tensor):
-            _tell_scale(name, source)
+            tell_scale(f"sample: no pixel of {name}", [source])
             return self._checked(name, source.unsqueeze(-4))
         if not Path(source).is_file():
             raise VideoError(f"sample: {name} is {str(source)!r}, which does not exist, expected a picture")
@@ -102,7 +99,7 @@ class GivenReader:
         most = self.training_frames if most is None else most
         at = ""
         if isinstance(source, Tensor):
-            _tell_scale(name, source)
+            tell_scale(f"sample: no pixel of {name}", [source])
             found, what = source.shape[-4] if source.dim() > 3 else 0, name
         else:
             if not Path(source).is_file():
@@ -191,16 +188,6 @@ class GivenReader:
             ) from None
         # Integers are left to the codec, which refuses them.
         return pixels.to(self.device, torch.float32 if pixels.is_floating_point() else None)
-
-
-def _tell_scale(name: str, pixels: Tensor) -> None:
-    """Tells of pixels that are probably of another scale: a picture without anything darker than a middle grey."""
-    if pixels.is_floating_point() and pixels.numel() and not bool((pixels < 0).any()):
-        logger.warning(
-            "sample: no pixel of %s is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled, less 1, and those "
-            "of 0 to 255 divided by 127.5, less 1",
-            name,
-        )
 
 
 def _numbers(text: str | Path, names: Sequence[str]) -> list[int]:

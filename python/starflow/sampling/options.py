@@ -23,7 +23,7 @@ from torch import Tensor
 from starflow.config import LEAST_FPS, MOST_FPS, DenoiseKind
 from starflow.data import CaptionMode
 from starflow.messages import shown
-from starflow.solver import Precision, Schedule, Window, parse_solver, solver_text
+from starflow.solver import Chunks, Precision, Schedule, Sequential, Window, parse_solver, solver_text
 
 Denoise: TypeAlias = DenoiseKind
 # Of `starflow.data.ASPECT_RATIOS`, or one of them drawn at random.
@@ -159,6 +159,8 @@ class SampleOptions:
         for name in ("seeds", "size", "actions"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str | Path | Tensor):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.seed and self.seeds is not None:
+            raise ValueError(f"sample: seed is {self.seed} beside seeds, expected one of them")
         if self.size is not None and len(self.size) != 2:
             raise ValueError(f"sample: size is {self.size}, expected a height and a width")
         if self.size is not None and self.aspect_ratio is not None:
@@ -168,6 +170,8 @@ class SampleOptions:
                 parse_solver(self.solver, certificate=self.certificate)
             except ValueError as error:
                 raise ValueError(f"sample: {error}") from None
+        elif isinstance(self.solver, Chunks) and self.certificate:
+            raise ValueError(f"sample: solver is {self.solver}, expected a Window or Sequential with a certificate")
         self._check_given()
 
     def _check_given(self) -> None:
@@ -199,6 +203,8 @@ class SampleOptions:
         """The schedule that `solver` means; without `solver`, that of the text `default`."""
         if isinstance(self.solver, str) or self.solver is None:
             return parse_solver(default if self.solver is None else self.solver, certificate=self.certificate)
+        if self.certificate and isinstance(self.solver, Sequential):
+            return parse_solver("sequential", certificate=True)
         if self.certificate and isinstance(self.solver, Window):
             return replace(self.solver, certificate=True)
         return self.solver

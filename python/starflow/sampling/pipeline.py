@@ -9,6 +9,7 @@ Reference: Gu et al., STARFlow-V (2025), sampling.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -26,7 +27,7 @@ from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import ASPECT_RATIOS, CaptionMode, aspect_size
 from starflow.inference import in_inference_mode
-from starflow.messages import shown
+from starflow.messages import listed, shown
 from starflow.model import Flow, Guidance, tweedie_step
 from starflow.sampling.cleaning import Cleaning, Denoising
 from starflow.sampling.given import GivenReader
@@ -105,6 +106,16 @@ class Pipeline(Pretrained):
             )
         if text is not None and c.num_classes > 0 and text.dim != c.num_classes:
             raise ValueError(f"pipeline: text encoder has {text.dim} classes, expected {c.num_classes}")
+        if c != config.flow:
+            told, own = dataclasses.asdict(config.flow), dataclasses.asdict(c)
+            other = next(name for name in own if own[name] != told[name])
+            raise ValueError(
+                f"pipeline: flow.{other} is {shown(own[other])} in the flow and {shown(told[other])} in the "
+                "configuration, expected that of the flow"
+            )
+        _check_part("codec", codec.to_config(), config.codec)
+        if text is not None:
+            _check_part("text", text.to_config(), config.text)
         self.device = torch.device(device)
         self.flow = flow.eval().to(self.device)
         self.config, self.codec, self.text = config, codec, text
@@ -208,6 +219,15 @@ class Pipeline(Pretrained):
         self._check_length(asked, len(_prompts(prompts)))
         session = self.session(prompts, asked)
         beginning = session.beginning
+        given = (asked.image, asked.video, asked.edit, asked.last_image, asked.source)
+        unread = not self.config.train.cond_noise_level and session.denoising.kind != "score"
+        if asked.target_noise_std is not None and unread and all(some is None for some in given):
+            logger.warning(
+                "sample: target_noise_std is %g and nothing reads it: captions tell no noise, no frames are given and "
+                "the denoiser is %s",
+                asked.target_noise_std,
+                session.denoising.kind,
+            )
         parts = [] if beginning is None else [beginning]
         parts += session.extend(session.planned, last=True, together=True)
         pixels, latents, noisy = (
@@ -259,9 +279,16 @@ class Pipeline(Pretrained):
             edited = reader.video("edit", asked.edit, asked.frames, exactly=asked.frames is not None, end=False)
             length = edited.shape[1]
             guidance = 0.0 if guidance is None else guidance
+            if asked.edit_prompt and self.text is None:
+                raise ValueError(
+                    f"sample: edit_prompt is {shown(asked.edit_prompt)}, expected none: the model was trained without "
+                    "text"
+                )
         weight = config.sample.guidance if guidance is None else guidance
         if weight and self.text is None and not c.frame_dim:
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
+        self._tell_guidance(weight)
+        _tell_hooks(self.flow)
         self._check_mode(asked, length)
         holds = self.about.get("holds_frames", "")
         if holds.isdecimal() and length > int(holds):
@@ -297,6 +324,8 @@ class Pipeline(Pretrained):
             guided = None
         if asked.guidance_frames is not None and not weight:
             raise ValueError(f"sample: guidance_frames is {guided}, expected guidance above 0 together with it")
+        if asked.guide_top and not weight:
+            raise ValueError("sample: guide_top is True, expected guidance above 0 together with it")
         if guided is not None and span.behind is None:
             raise ValueError(f"sample: guidance_frames is {guided}, expected None where no cache rolls")
         guide = Guidance(weight, frames=guided, all_blocks=not asked.guide_top)
@@ -322,13 +351,33 @@ class Pipeline(Pretrained):
             session.tell(vectors)
         beginning = self._beginning(reader, asked, length, shape[0])
         if beginning is not None or reference is not None:
-            session.prefill(beginning, reference=reference)
+            session.prefill(beginning, reference=reference, scaled=True)
         session.planned = shape[0] - session.frames
         if edited is not None:
-            session.planned = session.encode(edited, asked.edit_prompt if self.text is not None else None)
+            text = asked.edit_prompt if self.text is not None else None
+            session.planned = session.encode(edited, text, scaled=True)
         return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _tell_guidance(self, weight: float) -> None:
+        """Tells of guidance away from what the flow never saw: clips without their text, or without their vectors."""
+        c, train = self.flow.config, self.config.train
+        never = [
+            f"train.{option}"
+            for option, read in (
+                ("drop_label", c.txt_size or c.num_classes),
+                ("drop_frame_condition", c.frame_dim),
+            )
+            if read and getattr(train, option) == 0.0
+        ]
+        if weight and never:
+            logger.warning(
+                "sample: guidance is %g, and %s was 0 in training: the flow never saw the clips that guidance leads "
+                "away from",
+                weight,
+                " and ".join(never),
+            )
 
     def _check_mode(self, asked: SampleOptions, frames: int) -> None:
         """Refuses a clip with a last frame or a source, or without one, where training had no such clips."""
@@ -425,6 +474,11 @@ class Pipeline(Pretrained):
         """Which denoiser the option `denoise` means for this model."""
         learned = self.flow.denoiser is not None
         if self.config.train.noise_std == 0.0:
+            if denoise not in ("auto", "none"):
+                raise ValueError(
+                    f"sample: denoise is {denoise!r}, expected 'none': the model was trained without noise "
+                    "(train.noise_std is 0)"
+                )
             return "none"
         if denoise in ("learned", "published") and not learned:
             raise ValueError(f"sample: denoise is {denoise!r}, expected 'score': the model has no learned denoiser")
@@ -441,15 +495,25 @@ class Pipeline(Pretrained):
         if c.attention_frames is not None and not windows:
             height, width = (side // c.patch_size for side in size)
             return Span.rolling(c.attention_frames, height * width)
+        asks = {
+            "window_frames": window,
+            "context_frames": asked.context_frames,
+            "sink_frames": asked.sink_frames or None,
+            "renew": asked.renew or None,
+        }
         if not (c.shallow_block_local and c.temporal_causal > 0):
-            if window is not None:
-                raise ValueError(
-                    f"sample: window_frames is {window}, expected None: the model's shallow blocks look over time "
-                    "(flow.shallow_block_local)"
-                )
+            for name, value in asks.items():
+                if value is not None:
+                    raise ValueError(
+                        f"sample: {name} is {value}, expected it left out: the model's shallow blocks look over time "
+                        "(flow.shallow_block_local), so that its clips have no windows"
+                    )
             return Span(reference + frames)
         window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
         if window == 1:
+            named = next((f"{name} is {value}" for name, value in asks.items() if value is not None), None)
+            if named and reference + frames > 1:
+                raise ValueError(f"sample: {named}, expected window_frames of 2 or more: a context and a new frame")
             return Span(reference + frames)
         context = Span.default_context(window) if asked.context_frames is None else asked.context_frames
         carried = Span(window, context, asked.sink_frames)
@@ -494,6 +558,41 @@ class Pipeline(Pretrained):
         free = None if null is None or context is None else null[:1]
         decoder = BlockDecoder(block, layout, 1, context, free, conditions.guidance, precision=conditions.precision)
         return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
+
+
+def _check_part(name: str, own: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Refuses a codec or a text encoder with other options than the flow was trained with; a folder may have moved."""
+    for option, value in told.items():
+        if value is None or option == "folder" or option not in own:
+            continue
+        if _as_lists(own[option]) != _as_lists(value):
+            raise ValueError(
+                f"pipeline: {name}.{option} is {shown(own[option])}, expected {shown(value)} as in the configuration "
+                "of the flow"
+            )
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _is_own(hook: Any) -> bool:
+    """Whether a hook is none of those by which weights in pieces (`--parallel fsdp`) come together."""
+    return not str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
+
+
+def _tell_hooks(flow: Flow) -> None:
+    """Tells of hooks inside of the flow, which sampling does not call."""
+    held = [
+        name
+        for name, module in flow.named_modules()
+        if name and any(map(_is_own, (*module._forward_hooks.values(), *module._forward_pre_hooks.values())))
+    ]
+    if held:
+        logger.warning(
+            "sample: forward hooks of modules inside of the flow are not called (%s): sampling reads weights alone",
+            listed(held),
+        )
 
 
 def _prompts(prompts: str | Sequence[str]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
-from starflow.codecs import Codec
+from starflow.codecs import Codec, tell_scale
 from starflow.data import action_vector
 from starflow.inference import in_inference_mode
 from starflow.model import Flow, compared_once
@@ -147,6 +147,7 @@ class Session:
         text: str | Sequence[str] | Tensor | None = None,
         *,
         reference: Tensor | None = None,
+        scaled: bool = False,
     ) -> Frames | None:
         """Begins the clips with given frames, once, before any other.
 
@@ -156,6 +157,8 @@ class Session:
             reference: frames like `frames` that the clips refer to and do not show, such as the frame that they end
                 with. They are encoded alone and stand before the first frame, as in training; `Span.sink` keeps them
                 in every window.
+            scaled: the pixels are known to be in [-1, 1], as those of files are; the log tells of others that look like
+                [0, 1].
 
         Returns:
             The given frames with their latents, clean and with the noise that the flow sees.
@@ -164,6 +167,8 @@ class Session:
             ValueError: frames or text that do not fit, no frame, or more than the window has (a cache that rolls takes
                 any number).
         """
+        if not scaled:
+            _tell_scale(reference=reference, frames=frames)
         beginning = self._prefill(frames, text, reference)
         if beginning is not None:
             self.beginning = beginning
@@ -219,7 +224,9 @@ class Session:
         return clean
 
     @in_inference_mode
-    def encode(self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None) -> Tensor:
+    def encode(
+        self, frames: Tensor, text: str | Sequence[str] | Tensor | None = None, *, scaled: bool = False
+    ) -> Tensor:
         """The noise of given frames: `extend` makes the same frames from it, or others under another text.
 
         Without guidance and with the text that they were encoded with, frames come back up to the solver's tolerance
@@ -228,6 +235,7 @@ class Session:
         Args:
             frames: pixels (clips, frames, channels, height, width) in [-1, 1].
             text: text of these frames, as for `change`; None is the session's own.
+            scaled: as of `prefill`.
 
         Returns:
             Noise for `extend`, (clips, latent frames, channels, height, width).
@@ -237,6 +245,8 @@ class Session:
         """
         if self._drawn or self._renew:
             raise ValueError("session: encode comes after frames or with renew, expected neither")
+        if not scaled:
+            _tell_scale(frames=frames)
         clean = self._encoded("frames", frames)
         conditions = self.conditions if text is None else self._told(text)
         noisy = clean + self.denoising.sigma * self._draw(0, clean.shape[1], "train")
@@ -608,3 +618,9 @@ class Session:
         if y is not None and null is not None and y.shape != null.shape:
             raise ValueError(f"session: null has shape {list(null.shape)}, expected {list(y.shape)} like the text")
         return conditions
+
+
+def _tell_scale(**given: Tensor | None) -> None:
+    for name, pixels in given.items():
+        if pixels is not None:
+            tell_scale(f"session: no pixel of {name}", [pixels])

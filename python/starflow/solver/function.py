@@ -54,8 +54,8 @@ def solve(
         x like `z`, and the report. Its `rows` count the tokens of the windows, not what `fn` computes beyond them.
 
     Raises:
-        ValueError: an argument that does not fit, or what `fn` returns; a function whose first token depends on any,
-            which is one that is not causal.
+        ValueError: an argument that does not fit, or what `fn` returns; a function that is seen not to be
+            causal: its map of the first token depends on x, or that of another changes though no token before it did.
         NotFiniteError: a token is not finite.
 
     Examples:
@@ -108,6 +108,8 @@ class FunctionDecoder:
         self.frame_tokens = self.tokens if frame is None else frame
         # Scale and shift of the first token, which depend on nothing.
         self._first: tuple[Tensor, Tensor] | None = None
+        # The maps of the call before, and the token that they begin with.
+        self._before: tuple[int, tuple[Tensor, Tensor]] | None = None
         self._order = self._place = None
         if order is not None:
             if windowed:
@@ -172,9 +174,11 @@ class FunctionDecoder:
         if final is not None:
             kept = (token_numbers(starts, width, final.device) < final[:, None])[..., None]
             previous = torch.where(kept, self._x[here], previous)
+        moved = (self._x[0, starts[0] : starts[0] + width] != previous[0]).any(-1)
         self._x[here] = previous
         window = slice(min(starts), max(starts) + width)
         scale, shift = self._call(window)
+        self._check_causal(moved, starts[0], window.start if self._windowed else 0, (scale, shift))
         first = window.start if self._windowed else 0
         there = places([token - first for token in starts], width, previous.device)
         return Given(scale[there], shift[there])
@@ -212,6 +216,37 @@ class FunctionDecoder:
             raise ValueError(
                 "solve: fn returned another shift or scale of the first token for another x, expected a function that "
                 "is causal (shift and scale of a token depend on the tokens before it alone) and the same at each call"
+            )
+
+    def _check_causal(self, moved: Tensor, start: int, first: int, maps: tuple[Tensor, Tensor]) -> None:
+        """Refuses a function whose map of a token changes though no token before it did since the call before.
+
+        What is compared is the map of the first token that changed, as later ones may change with it. Accepted tokens
+        stay, so that it is each token's turn in the course of a solve. Whether a function is causal does not depend on
+        the sample: the first one is looked at.
+
+        Args:
+            moved: whether the tokens that the evaluated ones of the first sample read have changed, (width,).
+            start: first of the evaluated tokens.
+            first: token that `maps` begin with.
+            maps: scale and shift of this call.
+        """
+        before, self._before = self._before, (first, maps)
+        if before is None or any(new.data_ptr() == old.data_ptr() for new, old in zip(maps, before[1], strict=True)):
+            # A function that fills the same tensors at each call leaves nothing to compare with.
+            return
+        changed = moved.nonzero()
+        token = start + (int(changed[0]) if len(changed) else len(moved)) - 1
+        if not all(begin <= token < begin + part[0].shape[1] for begin, part in ((first, maps), before)):
+            return
+        new = [part[0, token - first] for part in maps]
+        old = [part[0, token - before[0]] for part in before[1]]
+        most = _SAME * (old[0].abs() + old[1].abs())
+        if any(bool((now - then).abs().gt(most).any()) for now, then in zip(new, old, strict=True)):
+            raise ValueError(
+                f"solve: fn returned another shift or scale of token {token} though no token before it had changed, "
+                "expected a function that is causal (shift and scale of a token depend on the tokens before it, in the "
+                "given order, alone) and the same at each call"
             )
 
 

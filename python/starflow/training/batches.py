@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from starflow.codecs import Codec, make_codec
-from starflow.config import ConfigError, RunConfig, require
+from starflow.config import ConfigError, DataConfig, RunConfig, TrainConfig, require
 from starflow.data import (
     WORLD_FILE,
     CaptionMode,
@@ -47,6 +47,10 @@ _OF_FOLDERS: dict[str, Any] = {
     "name_captions": False,
     "caption_second": False,
 }
+
+
+# Share by which frames a second differ where a film plays visibly faster or slower.
+_OTHER_SPEED = 0.05
 
 
 def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
@@ -86,11 +90,14 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         return PaddleClips(frames=data.frames, size=data.height, split=split, channels=data.channels)
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images")
+    _check_names(data, config.flow.frame_dim)
     folder = _part(Path(data.path), split)
     whole = all((folder / name).is_dir() for name in ("source", "target"))
     require(
         whole or not pairs, "data.path", str(folder), "a folder with subfolders source and target (with source_prob)"
     )
+    if whole and not pairs:
+        logger.warning("%s has subfolders source and target: files of both are clips (train.source_prob is 0)", folder)
     return VideoFolder(
         folder / "target" if pairs else folder,
         sources=folder / "source" if pairs else None,
@@ -109,6 +116,92 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
     )
 
 
+def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
+    """Tells in the log what a run leaves out of its folder of files, or lacks in it.
+
+    Args:
+        config: of the run.
+        dataset: that it is trained on.
+    """
+    data, flow, sample = config.data, config.flow, config.sample
+    rates = dataset.rates if isinstance(dataset, VideoFolder) else ()
+    known = rates if data.fps is None else (data.fps,)
+    if data.frames > 1 and known and all(abs(rate - sample.fps) > _OTHER_SPEED * sample.fps for rate in known):
+        logger.warning(
+            "clips have %s frames a second and samples are written at %g (sample.fps): they play at another speed",
+            listed(f"{rate:g}" for rate in known),
+            sample.fps,
+        )
+    if not isinstance(dataset, VideoFolder):
+        return
+    bare, count = dataset.uncaptioned, dataset.files
+    if flow.txt_size or flow.num_classes:
+        if bare:
+            logger.warning(
+                "%s of the %d files in %s have no caption (such as %s): of these the model learns nothing about text",
+                "all" if len(bare) == count else len(bare),
+                count,
+                dataset.folder,
+                bare[0],
+            )
+    elif len(bare) < count and not data.name_captions:
+        logger.warning(
+            "skipped: the captions of %d files in %s, the model reads none", count - len(bare), dataset.folder
+        )
+
+
+def check_own(config: RunConfig, dataset: ClipDataset) -> None:
+    """Refuses a data set of the caller's own whose clips are not those that the model's file will tell of.
+
+    What its first clip has and the model does not read has a line in the log.
+
+    Args:
+        config: of the run.
+        dataset: that it is trained on; of those that `make_dataset` makes nothing is looked at.
+
+    Raises:
+        ConfigError: it is empty, or has clips of another shape than the configuration says.
+    """
+    data, flow = config.data, config.flow
+    if isinstance(dataset, VideoFolder | MovingDigits | PaddleClips):
+        return
+    if not len(dataset):
+        raise ConfigError("training: the data set is empty, expected at least one clip")
+    clip = dataset.item(0)
+    expected = [data.frames, data.channels, data.height, data.width]
+    if data.mix_aspect:
+        expected[2:] = clip.pixels.shape[2:]
+    if list(clip.pixels.shape) != expected:
+        raise ConfigError(
+            f"training: clip {clip.name} of the data set has shape {list(clip.pixels.shape)}, expected {expected} "
+            "(data.frames, data.channels, data.height, data.width), which the model is sampled at"
+        )
+    unread = {
+        "captions": clip.caption and not flow.txt_size and not flow.num_classes,
+        "sources": clip.source is not None and not config.train.source_prob,
+        "vectors of frames": clip.frame_conditions is not None and not flow.frame_dim,
+    }
+    for what, found in unread.items():
+        if found:
+            logger.warning("skipped: the %s of the data set (clip %s has such), the model reads none", what, clip.name)
+
+
+def _check_names(data: DataConfig, frame_dim: int) -> None:
+    """Refuses names of actions that are not those of the folder: a key would do what another one is for."""
+    told = None if data.path is None else read_world(Path(data.path))
+    if told is None or not told.actions or not frame_dim:
+        return
+    named = Path(data.path or "") / WORLD_FILE
+    require(
+        not data.actions or data.actions == told.actions,
+        "data.actions",
+        data.actions,
+        f"{told.actions} as in {named}, or null for these",
+    )
+    if not data.actions:
+        logger.warning("skipped: the names of the actions in %s, data.actions is empty; null takes them", named)
+
+
 def _part(folder: Path, split: Literal["train", "test"]) -> Path:
     """The subfolder of a split where there is one, else the folder; the log tells what that leaves out or mixes."""
     part = folder / split
@@ -117,6 +210,12 @@ def _part(folder: Path, split: Literal["train", "test"]) -> Path:
         if others:
             logger.warning("skipped: %s: clips are those of %s, so not %s", folder, part, listed(sorted(others)))
         return part
+    if split == "train" and (folder / "test").is_dir():
+        logger.warning(
+            "%s has no subfolder train: clips of %s are trained on, too, so they are not held out",
+            folder,
+            folder / "test",
+        )
     if split == "test":
         logger.warning("%s has no subfolder test: these are no held-out clips, the training shows them too", folder)
     return folder
@@ -285,17 +384,72 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
     elif text is not None:
         require(text.dim == flow.txt_dim, "flow.txt_dim", flow.txt_dim, f"the width {text.dim} of the text encoder")
         require(text.size <= flow.txt_size, "flow.txt_size", flow.txt_size, f"at least the {text.size} of the encoder")
+    _check_rates(config.train)
+    _check_sampling(config)
     return codec, text
+
+
+def _check_rates(train: TrainConfig) -> None:
+    """Refuses a peak below the floor, which would not be kept to: a rate of 0, meant to freeze a part, ends there.
+
+    Models that were trained so can still be loaded.
+    """
+    for name in ("lr", "denoiser_lr"):
+        peak = getattr(train, name)
+        require(
+            train.min_lr <= peak, "train.min_lr", train.min_lr, f"at most train.{name} ({peak:g}), which falls to it"
+        )
+
+
+def _check_sampling(config: RunConfig) -> None:
+    """Refuses defaults of sampling that no sample of the model could have, before it is trained."""
+    flow, sample = config.flow, config.sample
+    require(
+        sample.denoise not in ("learned", "published") or flow.learnable_self_denoiser,
+        "sample.denoise",
+        sample.denoise,
+        "'score', 'auto' or 'none' without flow.learnable_self_denoiser",
+    )
+    require(
+        sample.denoise in ("auto", "none") or config.train.noise_std > 0,
+        "sample.denoise",
+        sample.denoise,
+        "'auto' or 'none' with train.noise_std 0",
+    )
+    conditional = flow.txt_size > 0 or flow.num_classes > 0 or flow.frame_dim > 0
+    require(
+        sample.guidance == 0 or conditional,
+        "sample.guidance",
+        sample.guidance,
+        "0: the model reads neither text nor classes nor vectors of frames",
+    )
+    require(
+        sample.guidance_frames is None or flow.attention_frames is not None,
+        "sample.guidance_frames",
+        sample.guidance_frames,
+        "nothing without flow.attention_frames: where no cache rolls, all frames are guided",
+    )
+    require(
+        sample.guidance_frames is None or sample.guidance > 0,
+        "sample.guidance",
+        sample.guidance,
+        "a number above 0 with sample.guidance_frames",
+    )
 
 
 def source_of(clip: Clip) -> Tensor:
     """The source of a clip of a pair.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or one of another shape.
     """
     if clip.source is None:
         raise ConfigError(f"training: clip {clip.name} has no source, expected one with train.source_prob above 0")
+    if clip.source.shape != clip.pixels.shape:
+        raise ConfigError(
+            f"training: clip {clip.name} has a source of shape {list(clip.source.shape)}, expected "
+            f"{list(clip.pixels.shape)} like the clip"
+        )
     return clip.source
 
 

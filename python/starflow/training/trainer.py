@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.codecs import Codec, make_codec
+from starflow.codecs import Codec, make_codec, tell_scale
 from starflow.config import ConfigError, RunConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
 from starflow.distributed import ALONE, World, join
@@ -50,12 +50,14 @@ from starflow.text import Features, TextEncoder, caption_for, make_text_encoder
 from starflow.training.batches import (
     Batch,
     Batches,
+    check_own,
     data_of,
     make_dataset,
     make_images,
     make_parts,
     open_text,
     source_of,
+    tell_data,
     with_vocabulary,
     with_world,
 )
@@ -170,6 +172,7 @@ class Trainer:
         self.updates = 0
         self._bad = 0
         self._skips = _Skips()
+        self._seen = False  # a batch
         # What tells the data that a run is trained on from others (see `data_of`).
         self.data: dict[str, Any] = {}
 
@@ -329,6 +332,9 @@ class Trainer:
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Noisy latents and what the flow reads beside them."""
+        if not self._seen:
+            tell_scale("training: no pixel of the first batch", [batch.pixels])
+            self._seen = True
         train = self.config.train
         with torch.no_grad():
             posterior = batch.posterior
@@ -509,6 +515,10 @@ def _train(
     codec, text = make_parts(config)
     _check_prompts(config, text)
     dataset = make_dataset(config) if dataset is None else dataset
+    check_own(config, dataset)
+    if world.first:
+        tell_data(config, dataset)
+        _tell_recipe(config)
     batches = Batches(config, dataset, codec, images, rank=world.rank, size=world.size)
     with _held(folder, world):
         return _run(
@@ -613,6 +623,22 @@ def _check_prompts(config: RunConfig, text: TextEncoder | None) -> None:
             Features(config.flow, text)([caption_for(config, prompt) for prompt in prompts])
         except ValueError as error:
             raise ConfigError(f"sample.prompts: {error}") from None
+
+
+def _tell_recipe(config: RunConfig) -> None:
+    """Tells in the log of options that do nothing beside others, or undo what they are for."""
+    flow, recipe = config.flow, config.train
+    if recipe.warmup_steps >= recipe.steps:
+        logger.warning(
+            "train.warmup_steps is %d and train.steps %d: the learning rate does not get to train.lr",
+            recipe.warmup_steps,
+            recipe.steps,
+        )
+    if recipe.image_batch_size is not None and not recipe.image_prob:
+        logger.warning("train.image_batch_size is %d and no step is on images", recipe.image_batch_size)
+    for option, read in (("drop_label", flow.txt_size or flow.num_classes), ("drop_frame_condition", flow.frame_dim)):
+        if read and getattr(recipe, option) == 1.0:
+            logger.warning("train.%s is 1: the flow never sees what it is to be told by", option)
 
 
 def _due(step: int, every: int) -> bool:

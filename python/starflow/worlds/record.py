@@ -17,6 +17,8 @@ from starflow.data import (
     RecordedWorld,
     action_line,
     actions_beside,
+    probe,
+    read_video,
     read_world,
     write_video,
 )
@@ -95,7 +97,7 @@ def record(
         on_frame: called after each frame.
 
     Raises:
-        ValueError: an argument out of range, or a folder of another world.
+        ValueError: an argument out of range, or a folder of another world, size, rate or colour.
         InUseError: another process records into the folder.
         WorldError: the world failed.
         OSError: a file cannot be written.
@@ -112,6 +114,21 @@ def record(
     with sole(folder):
         return _record(
             world, folder, frames, policy=policy, seed=seed, fps=rate, clip_frames=clip_frames, on_frame=on_frame
+        )
+
+
+def _check_alike(path: Path, frame: np.ndarray, fps: float) -> None:
+    """Refuses frames of another size, rate or colour than those of a clip that the folder holds."""
+    info = probe(path)
+    held = read_video(path, frames=1)[0].numpy()
+
+    def look(picture: np.ndarray, rate: float) -> str:
+        grey = bool((picture == picture[..., :1]).all())
+        return f"{picture.shape[0]}x{picture.shape[1]} in {'grey' if grey else 'colour'} at {rate:g} frames a second"
+
+    if look(held, info.fps) != look(frame, fps):
+        raise ValueError(
+            f"record: the world shows {look(frame, fps)}, expected {look(held, info.fps)} as {path} (or another folder)"
         )
 
 
@@ -132,6 +149,7 @@ def _record(
             f"record: {folder} holds the world {held.world} with the actions {', '.join(held.actions)}, expected "
             f"{about.world} with {', '.join(about.actions)}"
         )
+    held_clips = sorted(folder.glob("clip-*.mp4"))
     number = 1 + max((int(path.stem[5:]) for path in folder.glob("clip-*.mp4") if path.stem[5:].isdigit()), default=-1)
     if held is None:
         write_text(folder / WORLD_FILE, about.to_json())
@@ -144,6 +162,8 @@ def _record(
         ending.callback(lambda: clip.end() if clip else None)
         # Seeds of the episodes go on from those of the clips that are there.
         frame, action, reward, done = world.reset(seed + number), None, 0.0, False
+        if held_clips:
+            _check_alike(held_clips[-1], np.asarray(frame), fps)
         while True:
             if clip is None:
                 clip = _Clip(folder / f"clip-{number:06d}.mp4", fps)

@@ -103,7 +103,8 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
         for first in range(0, len(mine), batch):
             group = mine[first : first + batch]
             sampled = pipeline.sample(
-                [prompts[index] for index in group], replace(asked, seeds=tuple(asked.seed + index for index in group))
+                [prompts[index] for index in group],
+                replace(asked, seed=0, seeds=tuple(asked.seed + index for index in group)),
             )
             if args.parallel == "fsdp" and not world.first:
                 continue

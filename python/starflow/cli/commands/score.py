@@ -72,10 +72,11 @@ def _run(args: argparse.Namespace) -> int:
         order_check=args.order_check,
         per_token=per_token,
         noise_std=sigma,
+        scaled=True,
     )
     ordinary = [] if args.reference is None else held_out_clips(pipeline.config, args.reference)
     if ordinary:
-        reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma))
+        reference = Reference(score(pipeline, ordinary, seed=args.seed, batch=args.batch, noise_std=sigma, scaled=True))
         scores = [reference.judge(item) for item in scores]
     if args.heat_map is not None:
         path = Path(args.heat_map)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +19,7 @@ from starflow.cli.options import (
     setting,
 )
 from starflow.config import ConfigError, DataConfig, config_names
-from starflow.messages import short
+from starflow.messages import short, shown
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -31,11 +32,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.data is not None:
         if not Path(args.data).is_dir():
             raise ConfigError(f"--data is {args.data!r}, expected a folder of videos")
+        for option, value in (("kind", "folder"), ("path", args.data)):
+            _refuse_two("--data", value, ["data", option], args.set)
         settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
         if args.init is not None and args.config is None:
             settings[:0] = _for_folder(Path(args.data))
-    short_forms = (("init", args.init), ("steps", args.steps), ("seed", args.seed), ("parallel", args.parallel))
-    settings += [(["train", option], value) for option, value in short_forms if value is not None]
+    for option in ("init", "steps", "seed", "parallel"):
+        value = getattr(args, option)
+        if value is not None:
+            _refuse_two(f"--{option}", value, ["train", option], args.set)
+            settings.append((["train", option], value))
     name = args.config or (_default(args.data) if args.init is None else None)
     config = make_config(name, settings)
     folder = Path(args.out or f"runs/{Path(name).stem if name else f'from-{Path(args.init).stem}'}")
@@ -53,6 +59,17 @@ def _run(args: argparse.Namespace) -> int:
         modes = tuple(f"({mode}) " for mode in get_args(CaptionMode))
         print(f"prompts: {short(', '.join(name for name in text['names'] if not name.startswith(modes)), 4000)}")
     return 0
+
+
+def _refuse_two(option: str, value: object, path: list[str], settings: Sequence[tuple[list[str], Any]]) -> None:
+    """Refuses a short form beside a setting that says something else."""
+    for key, given in settings:
+        inner = given.get(path[1], value) if key == path[:1] and isinstance(given, Mapping) else value
+        other = given if key == path else inner
+        if other != value:
+            raise ConfigError(
+                f"{option} is {shown(value)} beside --set {'.'.join(path)}={short(other)}, expected one of them"
+            )
 
 
 def _for_folder(data: Path) -> list[tuple[list[str], Any]]:
@@ -129,7 +146,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="set an option of the configuration, such as train.lr=5e-4 or flow.channels=128; may be repeated",
+        help="set an option of the configuration, such as train.lr=5e-4 or flow.channels=128, or several of a group, "
+        "such as data={frames: 4, fps: 8}, which leaves its others as they are; may be repeated",
     )
     parser.add_argument(
         "--no-resume", action="store_true", help="insist on a fresh run: an error where the folder holds checkpoints"
