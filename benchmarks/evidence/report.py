@@ -182,7 +182,7 @@ def front(results: Sequence[Line], path: Path) -> None:
     """The picture of quality against frames a second."""
     import matplotlib.pyplot as plt
 
-    kinds = [kind for kind in KINDS if groups(results, kind)]
+    kinds = [kind for kind in KINDS if speeds(results, kind)]
     figure, axes = plt.subplots(1, len(kinds), figsize=(6.4 * len(kinds), 4.6), squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         rates, quality = speeds(results, kind), QUALITY[kind]
@@ -204,12 +204,12 @@ def front(results: Sequence[Line], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def sheet(kind: str, folder: Path, path: Path, count: int = 3) -> None:
+def sheet(kind: str, folder: Path, path: Path, count: int = 2) -> None:
     """What every model makes of the same beginnings, row by row."""
     strips, names = [], []
     for model in _NAMES:
         place = folder / kind / model / ("0" if model in MODELS else "")
-        for file in sorted(place.glob("*.pt")):
+        for file in sorted(place.glob("*.pt"), key=lambda file: (len(file.stem), file.stem)):
             if file.name == STATE:
                 continue
             clips = torch.load(file, weights_only=True)
@@ -227,7 +227,8 @@ def main() -> None:
     options = parser.parse_args()
     results = read_results(options.results, Plan.load(PLAN).budget)
     page = PAGE.read_text(encoding="utf-8")
-    blocks = {kind: table(results, kind) for kind in KINDS} | {
+    kinds = [kind for kind in KINDS if groups(results, kind)]
+    blocks = {kind: table(results, kind) for kind in kinds} | {
         "tries": tries(results),
         "costs": costs(results),
         "denoisers": denoisers(results),
@@ -239,9 +240,10 @@ def main() -> None:
             raise SystemExit(f"{PAGE}: no place for {name}, expected <!-- {name} --> and <!-- end -->")
     PAGE.write_text(page, encoding="utf-8")
     images = PAGE.parent / "images"
-    front(results, images / "evidence-front.png")
+    if any(speeds(results, kind) for kind in KINDS):
+        front(results, images / "evidence-front.png")
     if options.folder is not None:
-        for kind in KINDS:
+        for kind in kinds:
             sheet(kind, options.folder, images / f"evidence-{kind}.png")
 
 

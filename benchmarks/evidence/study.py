@@ -73,7 +73,8 @@ MODELS: dict[str, Recipe] = {
     "flow": Recipe(),
     "diffusion": Recipe(baseline=Diffusion),
     "regression": Recipe(baseline=Regression),
-    # Ablations of the paper.
+    # Variants of the flow: the denoiser learns twice as often (in as many seconds), and ablations of the paper.
+    "flow-denoiser-2": Recipe(train={"denoiser_every": 2}, ablation=True),
     "flow-lookahead": Recipe(flow={"temporal_causal": 2, "denoiser_window": None}, ablation=True),
     "flow-global": Recipe(flow={"shallow_block_local": False, "attention_frames": None}, ablation=True),
     "flow-noise-0.1": Recipe(flow={"denoiser_skip": 10.0}, train={"noise_std": 0.1}, ablation=True),
@@ -139,9 +140,12 @@ class Plan:
         return cls(**read_yaml(path))
 
     def of(self, row: Row) -> tuple[int, float, Mapping[str, Any]]:
-        """Steps, learning rate and options of sampling of a row; an ablation has those of the flow."""
-        model = "flow" if row.recipe.ablation else row.model
-        return self.steps[row.kind][model], self.rates[row.kind][model], self.options[row.kind].get(model, {})
+        """Steps, learning rate and options of sampling of a row; an ablation has those of the flow, or its own."""
+
+        def own(values: Mapping[str, Any]) -> Any:
+            return values.get(row.model, values.get("flow", {}) if row.recipe.ablation else {})
+
+        return own(self.steps[row.kind]), own(self.rates[row.kind]), own(self.options[row.kind])
 
 
 def config_of_kind(kind: str) -> RunConfig:
