@@ -419,8 +419,8 @@ class DataConfig:
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or 0.0 < self.fps < math.inf, "data.fps", self.fps, "a finite number > 0")
         if self.mix_fps:
-            wrong = [rate for rate in self.mix_fps if not 0.0 < rate < math.inf]
-            require(not wrong, "data.mix_fps", wrong[:1], "finite numbers > 0")
+            fine = all(0.0 < rate < math.inf for rate in self.mix_fps)
+            require(fine, "data.mix_fps", self.mix_fps, "finite numbers > 0")
             require(len(set(self.mix_fps)) == len(self.mix_fps), "data.mix_fps", self.mix_fps, "numbers that differ")
             require(self.kind == "folder", "data.mix_fps", self.mix_fps, "an empty list but for a folder")
             require(self.frames > 1, "data.mix_fps", self.mix_fps, "an empty list with data.frames 1 (images)")

@@ -141,8 +141,10 @@ def published_config(
         if told is None:
             # Without quotes yaml reads 81:16 as a number to the base of 60.
             raise ConfigError(f"vid_size is {shown(size)}, expected frames:fps in quotes, such as '81:16'")
-        rates = [float(rate) for rate in told[2].split(":")[1:]]
-        data.update(frames=int(told[1]), fps=rates[0], mix_fps=rates if len(rates) > 1 else [])
+        rates = list(dict.fromkeys(float(rate) for rate in told[2].split(":")[1:]))
+        data.update(frames=int(told[1]), fps=rates[0])
+        if len(rates) > 1 and data["frames"] > 1:
+            data["mix_fps"] = rates
     data["caption_fps"] = bool(options.pop("fps_cond", False))
     data["mix_aspect"] = bool(options.pop("mix_aspect", False))
     options.pop("data", None)
