@@ -114,7 +114,7 @@ def test_the_order_of_a_shard_does_not_matter(folder: Path, tmp_path: Path) -> N
     assert all(torch.equal(one.item(index).pixels, two.item(index).pixels) for index in range(len(one)))
 
 
-def test_pairs_and_actions_in_shards(tmp_path: Path) -> None:
+def test_pairs_and_actions_in_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for part, first in (("source", 10), ("target", 0)):
         (tmp_path / "made" / part).mkdir(parents=True)
         (tmp_path / "pairs" / part).mkdir(parents=True)
@@ -125,7 +125,11 @@ def test_pairs_and_actions_in_shards(tmp_path: Path) -> None:
     assert torch.equal(paired.item(0).source, plain.item(0).source)
     acted = tmp_path / "made" / "target"
     (acted / "a.jsonl").write_text("".join(f'{{"action": {frame % 3}}}\r\n' for frame in range(30)))
+    (acted / "lonely.jsonl").write_text('{"action": 1}')
+    (acted / "other.jsonl").write_text('{"action": 1}')
     told = clips(pack(tmp_path / "acted.tar", acted), frame_dim=3)
+    lonely = ", ".join(f"{tmp_path}/acted.tar/{name}.jsonl" for name in ("lonely", "other"))
+    assert lines(caplog) == [f"skipped: {lonely}: actions without a video of this name"]
     expected = clips(acted, frame_dim=3)
     assert told.listing() == expected.listing()
     assert torch.equal(told.item(0).frame_conditions[1:], expected.item(0).frame_conditions[1:])

@@ -520,13 +520,13 @@ class VideoFolder:
                     logger.warning("skipped: %s", file)
                 else:
                     files.append(file)
-        lonely = sorted(set(lines) - set(map(actions_beside, paths)))
+        lonely = sorted(map(str, set(lines) - set(map(actions_beside, paths))))
         if len(lines) > len(lonely) and not self.frame_dim:
             logger.warning(
                 "skipped: the actions of %d videos in %s, the model reads none", len(lines) - len(lonely), self.folder
             )
         if lonely:
-            logger.warning("skipped: %s: actions without a video of this name", listed(map(str, lonely)))
+            logger.warning("skipped: %s: actions without a video of this name", listed(lonely))
         self._tell(files, paths)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)

@@ -16,7 +16,7 @@ import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, TypeAlias, cast
 
 from starflow.data.ffmpeg import VideoError
 from starflow.data.folders import find_files
@@ -108,7 +108,8 @@ class Shard:
         end, damage = 0, ""
         try:
             # Not `tarfile.open(path)`, which would also take compressed files.
-            with tarfile.TarFile(fileobj=_Headers(file), errors="surrogateescape") as archive:
+            headers = cast(BinaryIO, _Headers(file))
+            with tarfile.TarFile(fileobj=headers, errors="surrogateescape") as archive:
                 while (info := archive.next()) is not None:
                     if archive.offset <= end:
                         damage = f"no header of a member at byte {end}"
@@ -120,6 +121,8 @@ class Shard:
                         break
                     end = archive.offset
                     self._take(info)
+        except OSError:
+            raise
         # What tarfile raises for a malformed header is not documented.
         except (Exception, MemoryError) as error:
             if not end:
