@@ -255,6 +255,35 @@ def _step_seconds(sources: Path | None) -> float:
 
 
 @target("quality")
+def denoising() -> Iterator[Figure]:
+    """64 held-out clips with the noise of training: what each way to remove it leaves on the latents, and its time.
+
+    Time is that of the processor.
+    """
+    frames, used = pipeline().config.data.frames, pipeline()
+    known = real(64, frames)
+    clean = used.codec.encode(torch.stack([clip.pixels for clip in known]))
+    sigma = used.config.train.noise_std
+    noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    raw: dict[str, Any] = {"clips": len(known), "frames": frames, "noise": sigma}
+    for kind in ("none", "learned", "published", "score"):
+        session = used.session([clip.caption for clip in known], frames=frames, denoise=kind, seed=0)
+        # The session's own removal, of clips that no solver has touched.
+        session._noisy = noisy
+        begin = time.process_time()
+        with torch.inference_mode():
+            if session.denoising.whole:
+                found = session._denoised(noisy, session.conditions.y, 0)
+            else:
+                found = torch.cat([session._cleaned(frame) for frame in range(noisy.shape[1])], 1)
+        raw[kind] = {
+            "error": round(float((found - clean).square().mean()), 5),
+            "seconds": round(time.process_time() - begin, 2),
+        }
+    yield Figure("denoising", raw["published"]["error"], "mean squared error", 0.004, 0.003, lower=True, raw=raw)
+
+
+@target("quality")
 def train_speed() -> Iterator[Figure]:
     """Steps a second of the demo's training over those of the tree at e86e27b, in turn, each in a process of its own.
 

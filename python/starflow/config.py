@@ -357,12 +357,16 @@ class DataConfig:
         kind: "digits" (moving handwritten digits), "paddle" (a ball game and its keys, see
             `starflow.worlds.PaddleBall`), both made on the fly, or "folder" (video and image files, with the actions of
             their frames where these were recorded, see `starflow.data.read_actions`).
-        path: the folder; of pairs (`train.source_prob`) one with subfolders `source` and `target`.
+        path: the folder, or a tar file, which counts as a folder of its members; of pairs (`train.source_prob`) a
+            folder with subfolders `source` and `target`.
         images: a folder of images (or videos, cut anywhere) that the steps on images take (`train.image_prob`); None
             takes frames of the clips. image_height, image_width: their size; None is that of the clips.
         frames: pixel frames of a clip.
         height, width: clips are resized to cover this and centre-cropped.
         fps: frames a second that files are read at; None keeps each file's own.
+        mix_fps: frame rates of which each clip of a training draws one, among those that its file is not slower than
+            and has enough frames for; `fps` is one of them, that of samples and scores by default. Captions that state
+            the rate (`caption_fps`) state the drawn one. Empty: all clips have the rate `fps`.
         channels: 1 (grey) or 3.
         clips_per_file: clips that an epoch cuts from each file of a folder.
         cut: where clips begin in training: with "random" elsewhere in each epoch; with "even" at the same places in
@@ -391,6 +395,7 @@ class DataConfig:
     height: int = 32
     width: int = 32
     fps: float | None = None
+    mix_fps: tuple[float, ...] = ()
     channels: int = 1
     clips_per_file: int = 1
     cut: Literal["random", "even"] = "random"
@@ -413,6 +418,18 @@ class DataConfig:
             require(side is None or self.images is not None, f"data.{name}", side, "data.images together with it")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.fps is None or 0.0 < self.fps < math.inf, "data.fps", self.fps, "a finite number > 0")
+        if self.mix_fps:
+            fine = all(0.0 < rate < math.inf for rate in self.mix_fps)
+            require(fine, "data.mix_fps", self.mix_fps, "finite numbers > 0")
+            require(len(set(self.mix_fps)) == len(self.mix_fps), "data.mix_fps", self.mix_fps, "numbers that differ")
+            require(self.kind == "folder", "data.mix_fps", self.mix_fps, "an empty list but for a folder")
+            require(self.frames > 1, "data.mix_fps", self.mix_fps, "an empty list with data.frames 1 (images)")
+            require(
+                self.fps in self.mix_fps,
+                "data.fps",
+                self.fps,
+                "one of data.mix_fps, the rate of samples and scores",
+            )
         require(0.0 <= self.cache_gb < math.inf, "data.cache_gb", self.cache_gb, "a finite number >= 0")
         names = self.actions or ()
         require(len(set(names)) == len(names), "data.actions", names, "names that differ")
@@ -604,6 +621,14 @@ class RunConfig:
     text: dict[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.flow.frame_dim == 0 or not self.data.mix_fps,
+            "data.mix_fps",
+            self.data.mix_fps,
+            "an empty list with flow.frame_dim: each frame of a video has an action of its own",
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:

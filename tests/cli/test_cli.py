@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,28 @@ def test_a_folder_of_real_clips_is_asked_for_by_name_and_second(
     capsys.readouterr()
     assert run("sample", folder, "bikes", "--out", out) == 1
     assert 'prompt: ClassEncoder: "bikes" is not a class, expected one of big bunny 0, big bunny 1' in error(capsys)
+
+
+def test_a_tar_file_trains_and_is_scored_like_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    videos, shard = tmp_path / "videos", tmp_path / "clips.tar"
+    videos.mkdir()
+    frames = torch.arange(12 * 16 * 16).remainder(251).view(12, 16, 16, 1).to(torch.uint8)
+    write_video(videos / "a.mp4", frames, 8)
+    (videos / "a.txt").write_text(PROMPT)
+    with tarfile.open(shard, "w") as archive:
+        archive.add(videos, ".")
+    args = ["--config", "tiny", "--steps", 2, "--quiet"]
+    told = []
+    for data, folder in ((videos, tmp_path / "one"), (shard, tmp_path / "two")):
+        assert run("train", "--data", data, "--out", folder, *args) == 0
+        assert run("score", folder, data, "--clips-per-file", 2, "--json", folder / "scores.json") == 0
+        told.append(json.loads((folder / "scores.json").read_text())["clips"])
+    assert len(told[0]) == 2
+    assert told[0] == told[1]
+    capsys.readouterr()
+    shard.write_bytes(shard.read_bytes()[:100])
+    assert run("train", "--data", shard, "--out", tmp_path / "three", *args) == 1
+    assert f"{shard}: not a tar archive (truncated header)" in error(capsys)
 
 
 def test_record_then_train_then_sample_with_actions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

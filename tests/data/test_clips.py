@@ -1,3 +1,4 @@
+import itertools
 import json
 import logging
 import os
@@ -216,6 +217,76 @@ def test_bad_files_are_skipped_with_one_line_each(folder, caplog):
         assert reason in lines[0]
         assert "\n" not in lines[0]
     assert "hidden" not in caplog.text
+
+
+def test_each_clip_draws_its_frame_rate(folder):
+    clips = open_folder(folder, fps=(5, 12.5, 25), caption_second=True)
+    seen = {}
+    for epoch in range(40):
+        clip = clips.item(0, epoch=epoch, seed=2)
+        found = numbers(clip)
+        seen.setdefault(clip.fps, []).append(found[0])
+        # Of 25 frames a second, every fifth, every second and every one.
+        assert [b - a for a, b in itertools.pairwise(found)] in {
+            5.0: ([5, 5, 5],),
+            12.5: ([2, 2, 2],),
+            25.0: ([1, 1, 1],),
+        }[clip.fps]
+        start = int(clip.name.split("@")[1]) / clip.fps
+        assert found[0] == round(start * 25)
+        assert clip.caption == f"counting up {int(start)}"
+        again = open_folder(folder, fps=(5, 12.5, 25), caption_second=True) if epoch == 0 else clips
+        assert torch.equal(again.item(0, epoch=epoch, seed=2).pixels, clip.pixels)
+    assert sorted(seen) == [5.0, 12.5, 25.0]
+    assert all(len(starts) > 5 for starts in seen.values())
+    assert clips.captions == ("counting up 0", "counting up 1", "more counting 0", "still counting 0")
+    # With one rate a clip is that of earlier versions and tells none.
+    alone, usual = open_folder(folder, fps=[12.5]).item(0), open_folder(folder, fps=12.5).item(0)
+    assert torch.equal(alone.pixels, usual.pixels)
+    assert alone.fps is usual.fps is None
+
+
+def test_a_file_is_not_cut_at_a_rate_above_its_own(folder, caplog):
+    # 24 counts as the rate of a film of 24000/1001; 30 would show frames twice.
+    write_video(folder / "a.mp4", counting(30), 23.976, lossless=True)
+    (folder / "sub" / "b.mkv").unlink()
+    clips = open_folder(folder, fps=(12, 24, 30))
+    assert {clips.item(0, epoch=epoch).fps for epoch in range(30)} == {12, 24}
+    # 1.25 seconds have no 4 frames at 2 a second.
+    assert {open_folder(folder, fps=(2, 12)).item(0, epoch=epoch).fps for epoch in range(10)} == {12}
+    caplog.clear()
+    with pytest.raises(ValueError, match="no readable video"):
+        open_folder(folder, fps=(25, 30))
+    assert f"skipped: {folder / 'a.mp4'}: 23.976 frames per second, expected at least 25" in [
+        record.getMessage() for record in caplog.records
+    ]
+    for wrong in ((), (8, 8), (8, 0), 0):
+        with pytest.raises(ValueError, match=r"VideoFolder: fps is .*, expected a positive number, or several that di"):
+            open_folder(folder, fps=wrong)
+
+
+def test_pairs_draw_a_rate_that_both_files_have(pairs):
+    folder, sources = pairs
+    # The sources of a run at 50 frames a second, the clips at 25; the source of b is short.
+    clips = open_folder(folder, sources=sources, fps=(10, 25, 50))
+    for index, rates in ((0, {10, 25}), (1, {10, 25})):
+        drawn = [clips.item(index, epoch=epoch) for epoch in range(20)]
+        assert {clip.fps for clip in drawn} == rates
+        for clip in drawn:
+            assert numbers(Clip(clip.source, "", "")) == [number + 10 for number in numbers(clip)]
+    short = open_folder(folder, sources=sources, fps=(10, 25), frames=6)
+    assert {short.item(1, epoch=epoch).fps for epoch in range(10)} == {25}
+
+
+def test_what_replaces_a_damaged_file_does_not_depend_on_what_was_read_before(folder):
+    write_video(folder / "c.mp4", counting(30), 25, lossless=True)
+    clips, resumed = (open_folder(folder, cache_bytes=0) for _ in range(2))
+    (folder / "a.mp4").write_bytes(b"\0" * 2000)
+    clips.item(0)
+    for epoch in range(4):
+        # The first one knows of the damage, the other finds it at the first clip.
+        assert clips.item(0, epoch=epoch).name == resumed.item(0, epoch=epoch).name
+        resumed._broken.clear()
 
 
 def test_a_file_damaged_further_in_is_replaced_by_the_next(folder, caplog):

@@ -173,6 +173,9 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         RunConfig.load(tmp_path / "binary")
 
 
+_FOLDER = {"kind": "folder"}
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "message"),
     [
@@ -182,6 +185,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (DataConfig, {"fps": "inf"}, "data.fps is inf, expected a finite number > 0"),
         (DataConfig, {"cache_gb": -1}, "data.cache_gb is -1.0, expected a finite number >= 0"),
         (DataConfig, {"actions": ["up", "up"]}, r"data.actions is \('up', 'up'\), expected names that differ"),
+        (DataConfig, {"mix_fps": 8}, "config.mix_fps is 8, expected a list"),
+        (DataConfig, {"mix_fps": [8, 16]}, r"data.mix_fps is \(8.0, 16.0\), expected an empty list but for a folder"),
+        (DataConfig, {**_FOLDER, "mix_fps": [8, 0]}, r"data.mix_fps is \(8.0, 0.0\), expected finite numbers > 0"),
+        (DataConfig, {**_FOLDER, "mix_fps": [8, 8]}, r"data.mix_fps is \(8.0, 8.0\), expected numbers that differ"),
+        (DataConfig, {**_FOLDER, "mix_fps": [8, 16]}, "data.fps is None, expected one of data.mix_fps, the rate of"),
+        (DataConfig, {**_FOLDER, "fps": 24, "mix_fps": [8]}, "data.fps is 24.0, expected one of data.mix_fps"),
+        (DataConfig, {**_FOLDER, "fps": 8, "mix_fps": [8], "frames": 1}, r"an empty list with data.frames 1 \(images"),
         (DataConfig, {"caption_fps": True}, "data.fps is None, expected a number with data.caption_fps"),
         (TrainConfig, {"batch_size": 6, "accumulate": 4}, "train.accumulate is 4, expected a divisor of"),
         (TrainConfig, {"drop_label": 1.5}, "train.drop_label is 1.5, expected a number from 0 to 1"),

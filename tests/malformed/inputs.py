@@ -5,9 +5,12 @@ A new kind is one more entry of `INPUTS`; a new way to use a file is one more fu
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import struct
 import subprocess
+import tarfile
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -150,6 +153,42 @@ def _world(path: Path) -> None:
     path.write_text(json.dumps({"world": "paddle", "actions": ["stay", "up", "down"]}))
 
 
+def _shard(path: Path) -> None:
+    """A tar file of two videos with captions, as the convention of webdataset has it."""
+    video = path.with_name("member.mp4")
+    _video(*_H264)(video)
+    with tarfile.open(path, "w") as archive:
+        for key in ("000", "001"):
+            archive.add(video, f"{key}.mp4")
+            for suffix, text in (("txt", b"a red ball"), ("json", b'{"caption": "a ball"}')):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(text)
+                archive.addfile(info, io.BytesIO(text))
+    video.unlink()
+
+
+def _tar(data: bytes) -> Iterable[tuple[str, bytes]]:
+    """Fields of the header of the second member, with the right checksum, and what shards are packed in."""
+    second = 512 + -(-int(data[124:135], 8) // 512) * 512
+    for place, value in (
+        (0, b"../../etc/passwd\0"),
+        (0, b"/etc/passwd.mp4\0"),
+        (0, b"\x1b[31m\n.mp4\0"),
+        (0, b"\xff\xfe.mp4\0"),
+        (0, bytes(100)),
+        (124, b"77777777777\0"),
+        (124, b"\xff" * 12),
+        (124, b"\x80" + b"\0" * 3 + b"\xff" * 8),
+        *((156, kind) for kind in b"1 2 3 5 7 L K S x g X V".split()),
+    ):
+        header = bytearray(data[second : second + 512])
+        header[place : place + len(value)] = value
+        header[148:156] = b"%06o\0 " % (sum(header[:148]) + sum(header[156:]) + 8 * 32)
+        yield f"byte {place} of a header is {value[:16]!r}", data[:second] + bytes(header) + data[second + 512 :]
+    yield "compressed", gzip.compress(data)
+    yield "twice", data * 2
+
+
 _H264 = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", "6")
 VIDEO = ("video", "folder", "score")
 
@@ -168,5 +207,6 @@ INPUTS = (
     Input("a.txt", _caption, ("captions", "folder"), _texts),
     Input("a.json", _captions, ("captions", "folder"), _json),
     Input("a.jsonl", _actions, ("actions",), _lines),
+    Input("a.tar", _shard, ("folder",), _tar),
     Input("world.json", _world, ("world",), _json),
 )

@@ -311,6 +311,15 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         convert(tmp_path / "list.pth", config, target)
 
 
+def test_the_frame_rates_of_a_yaml_are_mixed_in_training(tmp_path: Path) -> None:
+    options = yaml.safe_load("{" + VIDEO.replace("\n", " ") + "}")
+    for size, fps, mixed in (("81:16", 16.0, ()), ("81:16:24", 16.0, (16.0, 24.0)), ("81:24:24", 24.0, ())):
+        data = published_config(arguments(tmp_path / "a.yaml", {**options, "vid_size": size})).data
+        assert (data.frames, data.fps, data.mix_fps) == (81, fps, mixed)
+    image = published_config(arguments(tmp_path / "a.yaml", {**options, "vid_size": "1:16:24"})).data
+    assert (image.frames, image.mix_fps) == (1, ())
+
+
 def test_published_options_that_cannot_be_honoured_are_named(tmp_path: Path) -> None:
     options = yaml.safe_load("{" + IMAGE.replace("\n", " ") + "}")
     for change, message in (

@@ -240,7 +240,7 @@ def test_prompts_are_shared_out_and_clips_are_those_of_one_process(tiny, tmp_pat
         assert one == two, name
 
 
-def pieces(model: str, prompt: str, out: str) -> dict[str, Any]:
+def pieces(model: str, prompt: str, out: str, denoise: str) -> dict[str, Any]:
     """Samples with weights in pieces; says how many numbers of the layers this process holds."""
     held: list[int] = []
     cut = engine.shard
@@ -252,11 +252,12 @@ def pieces(model: str, prompt: str, out: str) -> dict[str, Any]:
 
     training.shard = counted
     command = ["sample", model, prompt, prompt, "--seed", "3", "--guidance", "1", "--solver", "window:8:0.001"]
-    status = main([*command, "--denoise", "learned", "--parallel", "fsdp", "--lossless", "--out", out])
+    status = main([*command, "--denoise", denoise, "--parallel", "fsdp", "--lossless", "--out", out])
     return {"status": status, "held": held}
 
 
-def test_a_model_samples_with_its_weights_in_pieces(tiny, tmp_path: Path, both, capsys) -> None:
+@pytest.mark.parametrize("denoise", ["learned", "published", "score"])
+def test_a_model_samples_with_its_weights_in_pieces(tiny, tmp_path: Path, both, capsys, denoise: str) -> None:
     config = tiny()
     codec, text = make_parts(config)
     flow = Flow(config.flow)
@@ -266,7 +267,7 @@ def test_a_model_samples_with_its_weights_in_pieces(tiny, tmp_path: Path, both, 
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
     save_model(tmp_path / "model.safetensors", flow, config, codec, text)
     prompt, out = "a three moving up", tmp_path / "pieces"
-    found = both(pieces, str(tmp_path / "model.safetensors"), prompt, str(out))
+    found = both(pieces, str(tmp_path / "model.safetensors"), prompt, str(out), denoise)
     assert [said.get("status") for said in found] == [0, 0], found
     # Processes that measured their windows would make other calls.
     auto = both(
@@ -286,7 +287,7 @@ def test_a_model_samples_with_its_weights_in_pieces(tiny, tmp_path: Path, both, 
     whole = sum(p.numel() for name, p in flow.named_parameters() if ".layers." in name)
     assert all(0.4 * whole < sum(said["held"]) < 0.6 * whole for said in found)
     pipeline = Pipeline(flow, config, codec, text)
-    expected = pipeline.sample([prompt] * 2, seed=3, guidance=1.0, solver="window:8:0.001", denoise="learned").pixels
+    expected = pipeline.sample([prompt] * 2, seed=3, guidance=1.0, solver="window:8:0.001", denoise=denoise).pixels
     files = sorted(out.glob("*.mp4"))
     assert len(files) == 2
     for file, clip in zip(files, expected, strict=True):

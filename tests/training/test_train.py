@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -831,6 +832,52 @@ def test_a_folder_of_videos_trains(tiny, tmp_path: Path) -> None:
     losses: list[float] = []
     train(config, tmp_path / "run", quiet=True, on_step=lambda done: losses.append(done.loss))
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_shards_and_mixed_rates_resume_to_the_same_bits(tiny, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shard = tmp_path / "clips.tar"
+    with tarfile.open(shard, "w") as archive:
+        for number in range(5):
+            frames = torch.randint(0, 256, (12, 16, 16, 1), generator=generator, dtype=torch.uint8)
+            write_video(tmp_path / f"{number}.mp4", frames, 16.0)
+            (tmp_path / f"{number}.txt").write_text(("a three moving up", "a five")[number % 2])
+            for suffix in ("mp4", "txt"):
+                archive.add(tmp_path / f"{number}.{suffix}", f"{number}.{suffix}")
+    rates = (6.0, 8.0, 16.0)
+    data = {"kind": "folder", "path": str(shard), "fps": 8.0, "mix_fps": rates, "caption_fps": True}
+    config = tiny(data=data, text={"kind": "words", "vocabulary": None}, steps=6, checkpoint_every=3, drop_label=0.3)
+    told: list[str] = []
+
+    def read(run: str, steps: int) -> tuple[Flow, list[tuple[int, float, float]]]:
+        part = replace(config, train=replace(config.train, steps=steps, min_lr=config.train.lr, warmup_steps=1))
+        return uninterrupted(part, tmp_path / run)
+
+    whole, seen = read("whole", 6)
+    _, first = read("cut", 3)
+    again, rest = read("cut", 6)
+    assert first + rest == seen
+    same(whole, again)
+    # The same files in a folder are the same clips.
+    (tmp_path / "folder").mkdir()
+    for path in [*tmp_path.glob("*.mp4"), *tmp_path.glob("*.txt")]:
+        path.rename(tmp_path / "folder" / path.name)
+    config = replace(config, data=replace(config.data, path=str(tmp_path / "folder")))
+    same(whole, read("plain", 6)[0])
+    # Captions tell the drawn rate, and prompts that of samples.
+    filled = load_model(tmp_path / "whole").config
+    assert {"6", "8", "16"} <= set(filled.text["vocabulary"])
+    batches = Batches(filled, make_dataset(filled), make_parts(filled)[0])
+    for step in range(4):
+        told += batches.make(step).captions
+    assert {caption.split("\n")[0] for caption in told} == {f"A video with {rate:g} fps:" for rate in rates}
+    pipeline = Pipeline(whole, filled, *make_parts(filled))
+    assert pipeline.caption("a five").startswith("A video with 8 fps:")
+    assert pipeline.caption("a five", fps=16).startswith("A video with 16 fps:")
+    # Held-out clips have one rate.
+    assert make_dataset(filled, "test").item(0).fps is None
+    with pytest.raises(ConfigError, match=r"data.mix_fps is .*, expected an empty list with flow.frame_dim"):
+        replace(filled, flow=replace(filled.flow, frame_dim=2))
 
 
 def _videos(folder: Path, *names: str) -> Path:

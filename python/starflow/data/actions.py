@@ -8,6 +8,7 @@ of it, as of the first frame. Other entries of a line are left alone, but for `f
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from starflow.data.shards import Place, size_of
 from starflow.messages import shown
 
 ACTION_SUFFIX = ".jsonl"
@@ -63,12 +65,12 @@ def read_world(folder: Path) -> RecordedWorld | None:
     return RecordedWorld(world, tuple(actions))
 
 
-def actions_beside(path: Path) -> Path:
+def actions_beside(path: Place) -> Place:
     """Where the actions of a video are, whether the file exists or not."""
     return path.with_suffix(ACTION_SUFFIX)
 
 
-def read_actions(path: Path, frame_dim: int, frames: int | None = None) -> torch.Tensor:
+def read_actions(path: Place, frame_dim: int, frames: int | None = None) -> torch.Tensor:
     """The actions of a video as vectors of its frames.
 
     Args:
@@ -149,11 +151,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
-def _text(path: Path) -> str:
+def _text(path: Place) -> str:
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"actions: {path} has {path.stat().st_size} bytes, expected at most 1 GiB")
-        return path.read_text(encoding="utf-8-sig")
+        if (size := size_of(path)) > _MAX_BYTES:
+            raise ValueError(f"actions: {path} has {size} bytes, expected at most 1 GiB")
+        with path.open("rb") as file:
+            return io.TextIOWrapper(file, encoding="utf-8-sig").read()
     except UnicodeDecodeError as error:
         raise ValueError(f"actions: {path} is no text in UTF-8 (byte {error.start}), expected lines of JSON") from None
     except OSError as error:

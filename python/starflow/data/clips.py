@@ -25,10 +25,10 @@ import torch
 from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, of_clip, read_actions
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
-from starflow.data.folders import find_files
 from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
-from starflow.data.sidecars import Sidecars, caption_at, captions_of, composed
+from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_shard, size_of
+from starflow.data.sidecars import SIDECAR_SUFFIXES, Sidecars, caption_at, captions_of, composed
 from starflow.messages import listed
 
 __all__ = [
@@ -46,6 +46,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# A file of 23.976 frames a second is one of 24.
+_SAME_RATE = 1.01
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -58,6 +61,8 @@ class Clip:
         source: in a data set of pairs, pixels of the clip that this one is derived from, of the same shape.
         frame_conditions: a vector for each frame, float32 (frames, frame_dim), such as the action that led to it in
             one-hot form; NaN for a frame without. None for a clip without.
+        fps: frames a second at which the clip was cut, where that was drawn for it; None where all clips of the data
+            set are cut alike.
     """
 
     pixels: torch.Tensor
@@ -65,6 +70,7 @@ class Clip:
     name: str
     source: torch.Tensor | None = None
     frame_conditions: torch.Tensor | None = None
+    fps: float | None = None
 
 
 class ClipDataset(Protocol):
@@ -238,14 +244,26 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
 
 
 @dataclass(frozen=True)
+class _Rate:
+    """A frame rate at which a file is cut.
+
+    Args:
+        fps: frames per second; 0 for an image.
+        available: number of frames of the file at this rate; in a pair, of the shorter of the two files.
+    """
+
+    fps: float
+    available: int
+
+
+@dataclass(frozen=True)
 class _File:
     """One readable file.
 
     Args:
         path: of the file.
         name: the path relative to the folder.
-        rate: frames per second at which clips are cut; 0 for an image.
-        available: number of frames at this rate; in a pair, of the shorter of the two files.
+        rates: at which clips are cut, at least one.
         captions: of which each clip draws one.
         info: of a video; None for an image.
         size: (height, width) of its clips.
@@ -253,10 +271,9 @@ class _File:
         actions: vectors of all frames, or None.
     """
 
-    path: Path
+    path: Place
     name: str
-    rate: float
-    available: int
+    rates: tuple[_Rate, ...]
     captions: tuple[str, ...]
     info: VideoInfo | None
     size: tuple[int, int]
@@ -278,6 +295,9 @@ class VideoFolder:
     Frames are scaled to cover height x width, cropped in the middle, and chosen by timestamp as in `read_video`.
     Decoded files are kept in memory as uint8 up to `cache_bytes`; a file larger than that is read clip by clip.
 
+    A tar file counts as a folder of its members (see `starflow.data.shards`): `KEY.mp4` in it with its captions in
+    `KEY.txt` or `KEY.json`. Those members are clips whose suffix is one of `VIDEO_SUFFIXES` or `IMAGE_SUFFIXES`.
+
     With `frame_dim` each video has its actions in `NAME.jsonl` (see `read_actions`), and is read at its own rate, so
     that frames and lines keep together. The first frame of a clip has none, since what it acted on is not in the clip.
 
@@ -286,15 +306,17 @@ class VideoFolder:
     skipped with one line in the log.
 
     Args:
-        folder: with the files, searched with all its subfolders.
+        folder: with the files, searched with all its subfolders, or a tar file.
         sources: folder with the sources of the clips; None for clips without sources.
         frames: number of frames of a clip.
         height, width: of a clip.
-        fps: frames per second of the clips, or None for each file's own nominal rate.
+        fps: frames per second of the clips, or None for each file's own nominal rate. Of several, each clip draws one
+            from (seed, epoch, index), among those at which its file has enough frames and that are not above the rate
+            of the file itself (within 1 %): no frame is shown twice. `Clip.fps` tells it.
         channels: 3 for RGB, 1 for grey.
         clips_per_file: number of items that each file gives in one epoch.
         cut: where clips begin. "random" draws the beginning from (seed, epoch, index); "even" spreads the clips of a
-            file from its first frame to its last, in every epoch the same.
+            file from its first frame to its last, in every epoch the same but for a frame rate that is drawn.
         name_captions: whether the caption of a file without captions consists of the words of its name.
         caption_second: whether the second of the file at which the clip begins stands at the end of its caption, as a
             whole number (not for images).
@@ -316,7 +338,7 @@ class VideoFolder:
         frames: int,
         height: int,
         width: int,
-        fps: float | None = None,
+        fps: float | Sequence[float] | None = None,
         channels: int = 3,
         clips_per_file: int = 1,
         cut: Literal["random", "even"] = "random",
@@ -330,7 +352,7 @@ class VideoFolder:
         self.folder = Path(folder)
         self.sources = None if sources is None else Path(sources)
         for place in (self.folder, self.sources):
-            if place is not None and not place.is_dir():
+            if place is not None and not place.is_dir() and not is_shard(place):
                 raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
         for name, value, least in (
             ("frames", frames, 1),
@@ -345,14 +367,15 @@ class VideoFolder:
                 raise ValueError(f"VideoFolder: {name} is {value}, expected at least {least}")
         if channels not in (1, 3):
             raise ValueError(f"VideoFolder: channels is {channels}, expected 1 (grey) or 3 (RGB)")
-        if fps is not None and not fps > 0:
-            raise ValueError(f"VideoFolder: fps is {fps}, expected a positive number")
+        rates = None if fps is None else tuple(fps) if isinstance(fps, Sequence) else (float(fps),)
+        if rates is not None and not (rates and all(rate > 0 for rate in rates) and len(set(rates)) == len(rates)):
+            raise ValueError(f"VideoFolder: fps is {fps}, expected a positive number, or several that differ")
         if cut not in ("random", "even"):
             raise ValueError(f'VideoFolder: cut is "{cut}", expected "random" or "even"')
         self.frames = frames
         self.height = height
         self.width = width
-        self.fps = fps
+        self.fps = rates
         self.channels = channels
         self.clips_per_file = clips_per_file
         self.cut = cut
@@ -362,11 +385,11 @@ class VideoFolder:
         self.aspect_multiple = aspect_multiple
         self.frame_dim = frame_dim
         # A source may be of two clips, at their rates and in their sizes.
-        self._cache: OrderedDict[tuple[Path, float, tuple[int, int]], torch.Tensor] = OrderedDict()
+        self._cache: OrderedDict[tuple[Place, float, tuple[int, int]], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
-        self._broken: set[Path] = set()
-        self._captions: dict[Path, tuple[str, ...]] = {}
-        self._pairs: dict[str, Path] = {}  # sources by their names without suffix
+        self._broken: set[Place] = set()
+        self._captions: dict[Place, tuple[str, ...]] = {}
+        self._pairs: dict[str, Place] = {}  # sources by their names without suffix
         self._files = self._scan()
 
     def __len__(self) -> int:
@@ -378,8 +401,9 @@ class VideoFolder:
         found: dict[str, None] = {}
         for file in self._files:
             for caption in file.captions:
-                if self.caption_second and file.rate:
-                    last = math.floor((file.available - self.frames) / file.rate + 1e-6)
+                if self.caption_second and file.info is not None:
+                    ends = ((rate.available - self.frames) / rate.fps for rate in file.rates)
+                    last = math.floor(max(ends) + 1e-6)
                     found |= dict.fromkeys(caption_at(caption, second) for second in range(last + 1))
                 else:
                     found[caption] = None
@@ -393,7 +417,7 @@ class VideoFolder:
     @property
     def rates(self) -> tuple[float, ...]:
         """All frames a second that clips are cut at, each once; 0 of images."""
-        return tuple(dict.fromkeys(file.rate for file in self._files))
+        return tuple(dict.fromkeys(rate.fps for file in self._files for rate in file.rates))
 
     @property
     def uncaptioned(self) -> tuple[str, ...]:
@@ -416,7 +440,7 @@ class VideoFolder:
     def listing(self) -> list[str]:
         """A line for each file that clips are cut from: its name, its bytes, its captions and a checksum of actions."""
         files = [part for file in self._files for part in (file, file.source) if part is not None]
-        return [f"{file.name} {file.path.stat().st_size} {file.captions}{_checksum(file.actions)}" for file in files]
+        return [f"{file.name} {size_of(file.path)} {file.captions}{_checksum(file.actions)}" for file in files]
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
         """Read one clip.
@@ -439,12 +463,14 @@ class VideoFolder:
         if not 0 <= index < len(self):
             raise IndexError(f"VideoFolder: index is {index}, expected 0 to {len(self) - 1}")
         first, part = divmod(index, self.clips_per_file)
-        rng = np.random.default_rng([seed, epoch, index])
         for offset in range(len(self._files)):
             file = self._files[(first + offset) % len(self._files)]
             if file.path in self._broken or file.size != self._files[first].size:
                 continue
-            last = file.available - self.frames
+            # Anew for each file: a run that resumes has yet to find out which ones are damaged.
+            rng = np.random.default_rng([seed, epoch, index])
+            rate = file.rates[int(rng.integers(len(file.rates)))] if len(file.rates) > 1 else file.rates[0]
+            last = rate.available - self.frames
             if self.cut == "random":
                 start = int(rng.integers(last + 1))
             elif self.clips_per_file == 1:
@@ -453,25 +479,24 @@ class VideoFolder:
                 start = round(last * part / (self.clips_per_file - 1))
             caption = file.captions[int(rng.integers(len(file.captions)))]
             try:
-                pixels = to_pixels(self._read(file, start))
-                source = None if file.source is None else to_pixels(self._read(file.source, start))
+                pixels = to_pixels(self._read(file, rate, start))
+                source = None if file.source is None else to_pixels(self._read(file.source, rate, start))
             except VideoError as error:
                 self._broken.add(file.path)
                 logger.warning("skipped: %s", error)
                 continue
             told = None if file.actions is None else of_clip(file.actions, start, self.frames)
-            return Clip(pixels, self._caption(file, caption, start), f"{file.name}@{start}", source, told)
+            if self.caption_second and rate.fps:
+                caption = caption_at(caption, start / rate.fps)
+            drawn = rate.fps if rate.fps and self.fps is not None and len(self.fps) > 1 else None
+            return Clip(pixels, caption, f"{file.name}@{start}", source, told, drawn)
         raise ValueError(f"VideoFolder: none of the files in {self.folder} can be read any more, expected at least one")
-
-    def _caption(self, file: _File, caption: str, start: int) -> str:
-        """The caption of a clip that begins at frame `start` of its file."""
-        return caption_at(caption, start / file.rate) if self.caption_second and file.rate else caption
 
     def _scan(self) -> list[_File]:
         sidecars = Sidecars()
         paths, ignored = [], 0
-        lines: list[Path] = []
-        for path in sidecars.take_from([path for path in find_files(self.folder) if path.name != WORLD_FILE]):
+        lines: list[Place] = []
+        for path in sidecars.take_from([path for path in self._places(self.folder) if path.name != WORLD_FILE]):
             if path.suffix.lower() == ACTION_SUFFIX:
                 lines.append(path)
                 continue
@@ -483,7 +508,7 @@ class VideoFolder:
             self._captions[path] = captions_of(path, by_name=self.name_captions, beside=sidecars)
         if self.sources is not None:
             # Without suffix: a clip and its source may be stored in different formats.
-            for path in Sidecars().take_from(find_files(self.sources)):
+            for path in Sidecars().take_from(self._places(self.sources)):
                 first = self._pairs.setdefault(_pair_name(path, self.sources), path)
                 if first is not path:
                     logger.warning("skipped: %s: %s is the source of the same clips", path, first)
@@ -495,13 +520,13 @@ class VideoFolder:
                     logger.warning("skipped: %s", file)
                 else:
                     files.append(file)
-        lonely = sorted(set(lines) - set(map(actions_beside, paths)))
+        lonely = sorted(map(str, set(lines) - set(map(actions_beside, paths))))
         if len(lines) > len(lonely) and not self.frame_dim:
             logger.warning(
                 "skipped: the actions of %d videos in %s, the model reads none", len(lines) - len(lonely), self.folder
             )
         if lonely:
-            logger.warning("skipped: %s: actions without a video of this name", listed(map(str, lonely)))
+            logger.warning("skipped: %s: actions without a video of this name", listed(lonely))
         self._tell(files, paths)
         if ignored:
             logger.warning("skipped: %d images in %s, the clips have %d frames", ignored, self.folder, self.frames)
@@ -512,9 +537,9 @@ class VideoFolder:
             raise ValueError(f"VideoFolder: no readable {what} in {self.folder}, expected at least one (see the log)")
         return files
 
-    def _tell(self, files: Sequence[_File], paths: Sequence[Path]) -> None:
+    def _tell(self, files: Sequence[_File], paths: Sequence[Place]) -> None:
         """Tells in the log what clips of these files show otherwise than the files do."""
-        slow = [file for file in files if file.info is not None and file.rate > _FASTER * file.info.fps]
+        slow = [file for file in files if file.info is not None and file.rates[0].fps > _FASTER * file.info.fps]
         if slow:
             assert slow[0].info is not None
             logger.warning(
@@ -522,7 +547,7 @@ class VideoFolder:
                 len(slow),
                 slow[0].name,
                 slow[0].info.fps,
-                slow[0].rate,
+                slow[0].rates[0].fps,
             )
         told = [file.actions for file in files if file.actions is not None and file.info is not None]
         if told and all(bool(each.isnan().all()) for each in told):
@@ -538,7 +563,8 @@ class VideoFolder:
             source = file.source
             if source is None or file.info is None or source.info is None:
                 continue
-            if frames_at(file.info, file.rate) != frames_at(source.info, file.rate):
+            fps = file.rates[0].fps
+            if frames_at(file.info, fps) != frames_at(source.info, fps):
                 uneven.append(file.name)
             shapes = [info.width / info.height for info in (file.info, source.info)]
             if abs(math.log(shapes[0] / shapes[1])) > _SKEWED:
@@ -554,7 +580,12 @@ class VideoFolder:
                 listed(skewed),
             )
 
-    def _try_open(self, path: Path) -> _File | VideoError:
+    @staticmethod
+    def _places(folder: Path) -> list[Place]:
+        wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {*SIDECAR_SUFFIXES, ACTION_SUFFIX}
+        return find_places(folder, wanted)
+
+    def _try_open(self, path: Place) -> _File | VideoError:
         try:
             file = self._open(path, self.folder)
             if self.sources is None:
@@ -562,26 +593,35 @@ class VideoFolder:
             source = self._pairs.get(_pair_name(path, self.folder))
             if source is None:
                 raise VideoError(f"{path}: no file of this name in {self.sources}, expected the source of the clip")
-            paired = replace(self._open(source, self.sources, file.rate), size=file.size)
-            return replace(file, source=paired, available=min(file.available, paired.available))
+            paired = replace(self._open(source, self.sources, file.rates), size=file.size)
+            known = {rate.fps: rate.available for rate in file.rates}
+            rates = tuple(_Rate(rate.fps, min(rate.available, known[rate.fps])) for rate in paired.rates)
+            return replace(file, source=paired, rates=rates)
         except VideoError as error:
             return error
 
-    def _open(self, path: Path, folder: Path, rate: float | None = None) -> _File:
-        """Open a file that is cut at the given rate, or without one at `fps`, or at its own rate."""
+    def _open(self, path: Place, folder: Path, rates: Sequence[_Rate] = ()) -> _File:
+        """Open a file that is cut at (some of) the given rates, or without any at those of `fps`, or at its own."""
         name, captions = str(path.relative_to(folder)), self._captions.get(path, ("",))
         if path.suffix.lower() in IMAGE_SUFFIXES:
             none = torch.full((1, self.frame_dim), torch.nan) if self.frame_dim else None
-            return _File(path, name, 0.0, 1, captions, None, self._size(*image_size(path)), actions=none)
+            return _File(path, name, (_Rate(0.0, 1),), captions, None, self._size(*image_size(path)), actions=none)
         info = probe(path, count=True)
-        rate = rate or self.fps or info.fps
-        available = frames_at(info, rate)
-        if available < self.frames:
-            raise VideoError(f"{path}: {available} frames, expected at least {self.frames}")
+        wanted = tuple(rate.fps for rate in rates) or self.fps or (info.fps,)
+        if self.fps is not None and len(self.fps) > 1:
+            slow = [fps for fps in wanted if fps <= info.fps * _SAME_RATE]
+            if not slow:
+                raise VideoError(f"{path}: {info.fps:g} frames per second, expected at least {min(wanted):g}")
+            wanted = tuple(slow)
+        found = [_Rate(fps, frames_at(info, fps)) for fps in wanted]
+        enough = tuple(rate for rate in found if rate.available >= self.frames)
+        if not enough:
+            most = max(rate.available for rate in found)
+            raise VideoError(f"{path}: {most} frames, expected at least {self.frames}")
         size = self._size(info.height, info.width)
-        return _File(path, name, rate, available, captions, info, size, actions=self._actions(path, info, rate))
+        return _File(path, name, enough, captions, info, size, actions=self._actions(path, info, enough[0].fps))
 
-    def _actions(self, path: Path, info: VideoInfo, rate: float) -> torch.Tensor | None:
+    def _actions(self, path: Place, info: VideoInfo, rate: float) -> torch.Tensor | None:
         """The vectors of the frames of a video, or None where none are read."""
         if not self.frame_dim:
             return None
@@ -594,31 +634,31 @@ class VideoFolder:
         side = round(math.sqrt(self.height * self.width))
         return aspect_size(side, nearest_aspect(height, width), self.aspect_multiple)
 
-    def _read(self, file: _File, start: int) -> torch.Tensor:
-        """Frames of a clip, uint8 (frames, height, width, channels), from frame `start` at the rate of the file on."""
-        key = (file.path, file.rate, file.size)
+    def _read(self, file: _File, rate: _Rate, start: int) -> torch.Tensor:
+        """Frames of a clip, uint8 (frames, height, width, channels), from frame `start` at this rate on."""
+        key = (file.path, rate.fps, file.size)
         with self._lock:
             cached = self._cache.get(key)
             if cached is not None:
                 self._cache.move_to_end(key)
         if cached is None:
-            if file.available * math.prod(file.size) * self.channels > self.cache_bytes:
-                return self._decode(file, start, self.frames)
-            cached = self._decode(file, 0, file.available)
+            if rate.available * math.prod(file.size) * self.channels > self.cache_bytes:
+                return self._decode(file, rate, start, self.frames)
+            cached = self._decode(file, rate, 0, rate.available)
             with self._lock:
                 self._cache[key] = cached
                 while sum(entry.nbytes for entry in self._cache.values()) > self.cache_bytes and len(self._cache) > 1:
                     self._cache.popitem(last=False)
         return cached[start : start + self.frames]
 
-    def _decode(self, file: _File, start: int, frames: int) -> torch.Tensor:
+    def _decode(self, file: _File, rate: _Rate, start: int, frames: int) -> torch.Tensor:
         size = {"height": file.size[0], "width": file.size[1], "channels": self.channels}
         if file.info is None:
             return read_image(file.path, **size)
-        return read_video(file.path, frames=frames, fps=file.rate, start=start / file.rate, info=file.info, **size)
+        return read_video(file.path, frames=frames, fps=rate.fps, start=start / rate.fps, info=file.info, **size)
 
 
-def actions_of(path: Path, info: VideoInfo, rate: float, frame_dim: int) -> torch.Tensor:
+def actions_of(path: Place, info: VideoInfo, rate: float, frame_dim: int) -> torch.Tensor:
     """The vectors of the frames of a video that is read at `rate` frames a second (see `read_actions`).
 
     Raises:
@@ -637,6 +677,6 @@ def _checksum(actions: torch.Tensor | None) -> str:
     return "" if actions is None else f" {zlib.crc32(actions.numpy().tobytes()):08x}"
 
 
-def _pair_name(path: Path, folder: Path) -> str:
+def _pair_name(path: Place, folder: Path) -> str:
     """The path in its folder without suffix, with composed accents; a clip and its source have the same."""
     return composed(str(path.relative_to(folder).with_suffix("")))

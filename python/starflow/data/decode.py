@@ -15,7 +15,6 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
-from pathlib import Path
 from types import TracebackType
 
 import av
@@ -29,6 +28,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
 from starflow.data.ffmpeg import VideoError
+from starflow.data.shards import Member, Place, Window
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def tell_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def head_of(path: Path) -> bytes:
+def head_of(path: Place) -> bytes:
     """Read the first bytes of a file.
 
     Raises:
@@ -132,7 +132,7 @@ class Source:
     """An open file and its first video stream. A cover picture does not count as a video stream.
 
     Args:
-        path: of the file.
+        path: of the file, or a member of a shard.
         threads: number of threads of the decoder; 0 lets ffmpeg choose.
 
     Raises:
@@ -140,7 +140,7 @@ class Source:
             `MAX_PIXELS`, or has no video stream that can be decoded.
     """
 
-    def __init__(self, path: Path, *, threads: int = 0) -> None:
+    def __init__(self, path: Place, *, threads: int = 0) -> None:
         if _is_text(head_of(path)):
             raise VideoError(f"{path}: the file holds text, expected a video")
         self.path = path
@@ -150,19 +150,24 @@ class Source:
         self._container, self.stream = self._open()
 
     def _open(self) -> tuple[InputContainer, VideoStream]:
-        # "file:" keeps ffmpeg from taking a name with a colon for a protocol.
         options = {"format_whitelist": _FORMATS.replace(" ", ","), "protocol_whitelist": "file"}
-        try:
-            container = av.open(
-                f"file:{self.path}",
-                options={"max_pixels": str(MAX_PIXELS)},
-                container_options=options,
-                metadata_errors="replace",
-                timeout=(60.0, 60.0),
-            )
-        except (OSError, ValueError, MemoryError, av.error.FFmpegError) as error:
-            raise VideoError(f"{self.path}: not a video that ffmpeg can decode ({reason_of(error)})") from error
         with contextlib.ExitStack() as closing:
+            try:
+                # "file:" keeps ffmpeg from taking a name with a colon for a protocol.
+                file: str | Window = f"file:{self.path}"
+                if isinstance(self.path, Member):
+                    # By its name ffmpeg guesses the format of a raw stream, as of a file.
+                    file = closing.enter_context(self.path.window())
+                container = av.open(
+                    file,
+                    "r",
+                    options={"max_pixels": str(MAX_PIXELS)},
+                    container_options=options,
+                    metadata_errors="replace",
+                    timeout=(60.0, 60.0),
+                )
+            except (OSError, ValueError, MemoryError, av.error.FFmpegError) as error:
+                raise VideoError(f"{self.path}: not a video that ffmpeg can decode ({reason_of(error)})") from error
             closing.callback(container.close)
             stream = self._choose(container)
             trusted = stream.codec_context.name in _FRAME_THREADS
@@ -172,7 +177,7 @@ class Source:
             stream.codec_context.thread_count = 1 if large else self._threads
             # The size may also grow in the middle of the stream, where the decoder checks it.
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-            closing.pop_all()
+            self._closing = closing.pop_all()
         return container, stream
 
     def _choose(self, container: InputContainer) -> VideoStream:
@@ -201,7 +206,7 @@ class Source:
 
     def close(self) -> None:
         """Close the file."""
-        self._container.close()
+        self._closing.close()
 
     @property
     def format(self) -> str:

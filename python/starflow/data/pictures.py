@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from starflow.data.colour import cover, must_crop_first, over_black, to_channels
 from starflow.data.decode import MAX_PIXELS, head_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.read import wanted_size
+from starflow.data.shards import Member, Place, place_of
 from starflow.extras import import_extra
 
 IMAGE_SUFFIXES = frozenset(
@@ -25,14 +25,14 @@ _HEIF = frozenset({b"heic", b"heim", b"heis", b"heix", b"mif1", b"mif2"})
 
 
 def read_image(
-    path: str | os.PathLike[str], *, height: int | None = None, width: int | None = None, channels: int = 3
+    path: str | os.PathLike[str] | Member, *, height: int | None = None, width: int | None = None, channels: int = 3
 ) -> torch.Tensor:
     """Read a picture as a video of one frame, scaled and cropped like `read_video` does.
 
     Args:
-        path: of the file, in any format that Pillow reads, or in HEIC where the package pillow-heif is installed. In a
-            file of several pictures the first is read, and the log tells so. White is 65535 in pictures of 16 bits a
-            channel, and 1 in those of floating point.
+        path: of the file, or a member of a shard, in any format that Pillow reads, or in HEIC where the package
+            pillow-heif is installed. In a file of several pictures the first is read, and the log tells so. White is
+            65535 in pictures of 16 bits a channel, and 1 in those of floating point.
         height, width: of the result; None as in `read_video`.
         channels: 3 for RGB, 1 for grey (BT.709 luma).
 
@@ -44,7 +44,7 @@ def read_image(
             integers of 32 bits, or floating point outside [0, 1].
     """
     check_channels(channels)
-    picture = _load(Path(path))
+    picture = _load(place_of(path))
     out_width, out_height = wanted_size(picture.width, picture.height, width, height)
     if must_crop_first(picture.width, picture.height, out_width, out_height):
         scale = max(out_width / picture.width, out_height / picture.height)
@@ -61,7 +61,7 @@ def read_image(
     return to_channels(torch.from_numpy(np.array(picture))[None], channels)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Place) -> tuple[int, int]:
     """Height and width of a picture that `read_image` can read.
 
     Raises:
@@ -71,11 +71,11 @@ def image_size(path: Path) -> tuple[int, int]:
     return picture.height, picture.width
 
 
-def _load(path: Path) -> Image.Image:
+def _load(path: Place) -> Image.Image:
     """A picture upright, in opaque RGB."""
     _open_heif(path, head_of(path))
     try:
-        with Image.open(path) as file:
+        with path.open("rb") as stored, Image.open(stored) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise VideoError(
                     f"{path}: a picture of {file.width}x{file.height} pixels, expected at most {MAX_PIXELS} pixels"
@@ -96,7 +96,7 @@ def _middle(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.crop((left, top, left + width, top + height))
 
 
-def _open_heif(path: Path, head: bytes) -> None:
+def _open_heif(path: Place, head: bytes) -> None:
     """Register the reader of pillow-heif with Pillow, if the file is a HEIF picture."""
     if head[4:8] != b"ftyp" or head[8:12] not in _HEIF:
         return
@@ -107,7 +107,7 @@ def _open_heif(path: Path, head: bytes) -> None:
     heif.register_heif_opener()
 
 
-def _eight_bits(path: Path, picture: Image.Image) -> Image.Image:
+def _eight_bits(path: Place, picture: Image.Image) -> Image.Image:
     """A picture with 8 bits a channel. Pillow's own conversion clips larger numbers at 255 instead of scaling them."""
     mode = picture.mode
     if mode.startswith("I;16") or (mode == "I" and picture.format == "PNG"):

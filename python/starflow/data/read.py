@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from pathlib import Path
 
 import av.error
 import numpy as np
@@ -15,6 +14,7 @@ from av.video.frame import VideoFrame
 from starflow.data.colour import HIGH_RANGE, Converter, size_on_screen, to_channels
 from starflow.data.decode import MICROSECONDS, Source, reason_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
+from starflow.data.shards import Member, place_of
 
 # Containers round timestamps, Matroska to a millisecond. A frame counts as shown from this many microseconds before its
 # timestamp on.
@@ -45,11 +45,11 @@ class VideoInfo:
     continuous: bool = False
 
 
-def probe(path: str | os.PathLike[str], *, count: bool = False) -> VideoInfo:
+def probe(path: str | os.PathLike[str] | Member, *, count: bool = False) -> VideoInfo:
     """Say what a video file holds, after decoding its first frame.
 
     Args:
-        path: of the file.
+        path: of the file, or a member of a shard.
         count: also count the frames that are shown. This reads the whole file, and decodes it unless its packets are
             known to be the frames.
 
@@ -60,7 +60,7 @@ def probe(path: str | os.PathLike[str], *, count: bool = False) -> VideoInfo:
         VideoError: when the file is missing, empty or corrupt, or holds text or no video (a cover picture does not
             count as one).
     """
-    path = Path(path)
+    path = place_of(path)
     # More than one thread would be started and stopped for a single frame.
     with Source(path, threads=1) as source:
         first = next(source.frames())[2]
@@ -116,7 +116,7 @@ def wanted_size(width: int, height: int, out_width: int | None, out_height: int 
 
 
 def read_video(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Member,
     *,
     frames: int | None = None,
     height: int | None = None,
@@ -140,7 +140,7 @@ def read_video(
     The log tells of frames that are left out because they cannot be decoded, and of mapped tones.
 
     Args:
-        path: of the file.
+        path: of the file, or a member of a shard.
         frames: how many; None for all up to the end.
         height, width: of the result.
         fps: frames per second of the result, or None for the file's own frames.
@@ -155,7 +155,7 @@ def read_video(
         VideoError: when the file cannot be read, or ends before the wanted number of frames.
         ValueError: when an argument is out of range.
     """
-    path = Path(path)
+    path = place_of(path)
     check_channels(channels)
     if frames is not None and frames < 1:
         raise ValueError(f"read_video: frames is {frames}, expected at least 1")

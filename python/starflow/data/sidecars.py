@@ -1,4 +1,4 @@
-"""Captions from the files beside videos."""
+"""Captions from the files beside videos, in a folder or in a shard."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import logging
 import math
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import PurePath
+
+from starflow.data.shards import Member, Place, size_of
 
 logger = logging.getLogger(__name__)
 
 SIDECAR_SUFFIXES = (".txt", ".json")
 
 _MAX_BYTES = 1 << 20
+_MOST_DOUBLES = 8
 
 # That of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -49,12 +52,12 @@ class Sidecars:
     """
 
     def __init__(self) -> None:
-        self._files: dict[tuple[Path, str], list[Path]] = {}
-        self._owned: set[tuple[Path, str]] = set()
-        self._used: set[Path] = set()
+        self._files: dict[tuple[PurePath, str], list[Place]] = {}
+        self._owned: set[tuple[PurePath, str]] = set()
+        self._used: set[Place] = set()
         self._doubles: list[str] = []
 
-    def take_from(self, paths: Sequence[Path]) -> list[Path]:
+    def take_from(self, paths: Sequence[Place]) -> list[Place]:
         """Keep the caption files among some paths, and return the others."""
         others = []
         for path in paths:
@@ -65,7 +68,7 @@ class Sidecars:
                 self._owned.add((path.parent, composed(path.stem)))
         return others
 
-    def of(self, path: Path) -> Path | None:
+    def of(self, path: Place) -> Place | None:
         """The caption file of a video, if there is one."""
         stem = composed(path.stem)
         fitting = [
@@ -76,9 +79,15 @@ class Sidecars:
         if not fitting:
             return None
 
-        def unlike(each: Path) -> tuple[object, ...]:
+        def unlike(each: Place) -> tuple[object, ...]:
             kind = SIDECAR_SUFFIXES.index(each.suffix.lower())
-            return kind, composed(each.stem) != stem, each.stem != path.stem, each.suffix.lower() != each.suffix, each
+            return (
+                kind,
+                composed(each.stem) != stem,
+                each.stem != path.stem,
+                each.suffix.lower() != each.suffix,
+                str(each),
+            )
 
         first, *rest = sorted(fitting, key=unlike)
         self._used.update(fitting)
@@ -88,18 +97,21 @@ class Sidecars:
     def left_over(self) -> list[str]:
         """A line for each caption file that stands behind another one, and one for all that belong to no video."""
         lines = list(dict.fromkeys(self._doubles))
-        lonely = sorted(each for files in self._files.values() for each in files if each not in self._used)
+        if len(lines) > _MOST_DOUBLES:
+            # Shards often have both kinds of caption file for each of thousands of videos.
+            lines[_MOST_DOUBLES:] = [f"{len(lines) - _MOST_DOUBLES} more captions that stand behind another file"]
+        lonely = sorted(str(each) for files in self._files.values() for each in files if each not in self._used)
         if lonely:
             more = f" and {len(lonely) - 1} more" if len(lonely) > 1 else ""
             lines.append(f"{lonely[0]}{more}: .txt or .json without a video of this name, so no caption")
         return lines
 
 
-def captions_of(path: Path, *, by_name: bool = False, beside: Sidecars | None = None) -> tuple[str, ...]:
+def captions_of(path: Place, *, by_name: bool = False, beside: Sidecars | None = None) -> tuple[str, ...]:
     """The captions in the file beside a video: NAME.txt, one caption, or NAME.json, "caption" or "captions".
 
     Args:
-        path: of the video; nothing is read from it.
+        path: of the video, or a member of a shard; nothing is read from it.
         by_name: without such a file take the words of NAME in place of "".
         beside: the caption files of its folder, where they are known; otherwise the folder is searched.
 
@@ -111,7 +123,9 @@ def captions_of(path: Path, *, by_name: bool = False, beside: Sidecars | None = 
     """
     if beside is None:
         beside = Sidecars()
-        if path.parent.is_dir():
+        if isinstance(path, Member):
+            beside.take_from(path.shard.members)
+        elif path.parent.is_dir():
             beside.take_from([each for each in path.parent.iterdir() if each.is_file()])
     sidecar = beside.of(path)
     if sidecar is None:
@@ -135,14 +149,13 @@ def captions_of(path: Path, *, by_name: bool = False, beside: Sidecars | None = 
     return tuple(composed(caption.strip()) for caption in found)
 
 
-def _text_of(path: Path) -> str:
+def _text_of(path: Place) -> str:
     """Text in UTF-8, or in any UTF with a byte order mark."""
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(
-                f"VideoFolder: {path} has {path.stat().st_size} bytes, expected a caption of at most 1 MiB"
-            )
-        data = path.read_bytes()
+        if (size := size_of(path)) > _MAX_BYTES:
+            raise ValueError(f"VideoFolder: {path} has {size} bytes, expected a caption of at most 1 MiB")
+        with path.open("rb") as file:
+            data = file.read()
     except OSError as error:
         raise ValueError(
             f"VideoFolder: {path} cannot be read ({error.strerror or error}), expected a caption"

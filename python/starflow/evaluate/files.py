@@ -20,6 +20,7 @@ from starflow.data import (
     caption_at,
     captions_of,
     frames_at,
+    is_shard,
     nearest_aspect,
     of_clip,
     probe,
@@ -44,9 +45,9 @@ def read_clips(
 
     Args:
         pipeline: of the flow.
-        paths: video files, images (of models that make images), and folders of them. In a folder a file that cannot
-            be read is skipped with a line in the log. Captions come from where training took them: text files beside
-            the videos, file names, and the second of the cut.
+        paths: video files, images (of models that make images), folders and tar files of them. In these a file that
+            cannot be read is skipped with a line in the log. Captions come from where training took them: text files
+            beside the videos, file names, and the second of the cut.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.
@@ -58,7 +59,7 @@ def read_clips(
     count = data.frames if frames is None else frames
     clips: list[Clip] = []
     for path in map(Path, paths):
-        if path.is_dir():
+        if path.is_dir() or is_shard(path):
             folder = VideoFolder(
                 path,
                 frames=count,

@@ -158,11 +158,11 @@ class Pipeline(Pretrained):
             noise_std: by default that of training.
         """
         data, train = self.config.data, self.config.train
-        told = data if fps is None else replace(data, fps=fps)
         noisy = train if noise_std is None else replace(train, noise_std=noise_std)
         # Single frames were told apart from clips only where training saw both.
         still = image and data.frames > 1
-        return caption_for(replace(self.config, data=told, train=noisy), prompt, image=still, mode=mode, size=size)
+        config = replace(self.config, train=noisy)
+        return caption_for(config, prompt, image=still, mode=mode, size=size, rate=fps)
 
     def condition(
         self,

@@ -137,13 +137,14 @@ def published_config(
         data["path"] = str(options["data"])
     if "vid_size" in options:
         size = options.pop("vid_size")
-        told = re.fullmatch(r"(\d+):(\d+(?:\.\d+)?)(?::\d+(?:\.\d+)?)*", str(size))
+        told = re.fullmatch(r"(\d+)((?::\d+(?:\.\d+)?)+)", str(size))
         if told is None:
             # Without quotes yaml reads 81:16 as a number to the base of 60.
             raise ConfigError(f"vid_size is {shown(size)}, expected frames:fps in quotes, such as '81:16'")
-        data.update(frames=int(told[1]), fps=float(told[2]))
-        if str(size).count(":") > 1:
-            logger.info("vid_size is %s: clips are read at its first frame rate alone", shown(size))
+        rates = list(dict.fromkeys(float(rate) for rate in told[2].split(":")[1:]))
+        data.update(frames=int(told[1]), fps=rates[0])
+        if len(rates) > 1 and data["frames"] > 1:
+            data["mix_fps"] = rates
     data["caption_fps"] = bool(options.pop("fps_cond", False))
     data["mix_aspect"] = bool(options.pop("mix_aspect", False))
     options.pop("data", None)

@@ -23,6 +23,7 @@ def caption_for(
     drop: bool = False,
     image: bool = False,
     size: tuple[int, int] | None = None,
+    rate: float | None = None,
 ) -> str:
     """Assemble a caption as the flow of a run reads it: with frame rate, noise level and shape where the run adds them.
 
@@ -33,10 +34,11 @@ def caption_for(
         drop: whether this is the unconditional caption.
         image: whether the clip is a single frame, without a frame rate.
         size: height and width in pixels; None for those of the configuration.
+        rate: frames a second of the clip; None for those of the configuration.
     """
     fps = None
     if config.data.caption_fps:
-        fps = 0.0 if image or config.data.frames == 1 else config.data.fps
+        fps = 0.0 if image or config.data.frames == 1 else config.data.fps if rate is None else rate
     noise_level = config.train.noise_std if config.train.cond_noise_level else None
     aspect = None
     if config.data.mix_aspect:

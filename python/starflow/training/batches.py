@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 # Options that only a folder has, and their values where nothing else was asked for.
 _OF_FOLDERS: dict[str, Any] = {
     "path": None,
+    "mix_fps": (),
     "clips_per_file": 1,
     "cut": "random",
     "name_captions": False,
@@ -89,7 +90,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         require(not pairs, "train.source_prob", config.train.source_prob, "0 for the paddle world, which has no pairs")
         return PaddleClips(frames=data.frames, size=data.height, split=split, channels=data.channels)
     if data.path is None:
-        raise ConfigError("data.path is None, expected a folder of videos or images")
+        raise ConfigError("data.path is None, expected a folder of videos or images, or a tar file of them")
     _check_names(data, config.flow.frame_dim)
     folder = _part(Path(data.path), split)
     whole = all((folder / name).is_dir() for name in ("source", "target"))
@@ -104,7 +105,8 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         frames=data.frames,
         height=data.height,
         width=data.width,
-        fps=data.fps,
+        # Held-out clips have one rate, so that scores of one run and another are of the same clips.
+        fps=data.mix_fps if data.mix_fps and split == "train" else data.fps,
         channels=data.channels,
         clips_per_file=data.clips_per_file,
         cut=data.cut if split == "train" else "even",
@@ -296,12 +298,13 @@ def with_vocabulary(config: RunConfig, dataset: ClipDataset, images: ClipDataset
     stills: list[tuple[CaptionMode | None, bool]] = [(None, True)] if train.image_prob else []
     parts = [(dataset, [*kinds, *stills])] if images is None else [(dataset, kinds), (images, stills)]
     captions = [
-        caption_for(config, caption, size=size, mode=mode, image=image)
+        caption_for(config, caption, size=size, mode=mode, image=image, rate=rate)
         for part, told in parts
         if isinstance(part, VideoFolder)
         for caption in part.captions
         for mode, image in told
         for size in part.sizes
+        for rate in config.data.mix_fps or (None,)
     ]
     if option == "names":
         filled, size = sorted({caption.strip() for caption in captions} - {""}), 1
@@ -571,8 +574,8 @@ class Batches:
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, mode=mode, drop=bool(drop), image=image, size=size)
-                for caption, drop in zip(captions, dropped, strict=True)
+                caption_for(self._config, caption, mode=mode, drop=bool(drop), image=image, size=size, rate=clip.fps)
+                for clip, caption, drop in zip(clips, captions, dropped, strict=True)
             ],
             [clip.name for clip in clips],
             draw_batch(train.seed, step, shape, first=rows.start),

@@ -95,11 +95,15 @@ def shard(flow: Flow, world: World) -> list[FSDPModule]:
     networks = [module for module in flow.modules() if isinstance(module, Transformer)]
     sharded: list[FSDPModule] = []
     for network in networks:
-        for layer in network.layers:
-            fully_shard(layer, mesh=mesh)
+        pieces = [fully_shard(layer, mesh=mesh) for layer in network.layers]
         sharded.append(fully_shard(network, mesh=mesh))
         network.in_pieces = True
         if isinstance(network, Conditioner):
             for entry in ("window", "prefill_text"):
                 register_fsdp_forward_method(network, entry)
+        # The tensors that weights are gathered into are made at the first call and kept. Were that a call in inference
+        # mode, as decoding is, no gradient could go through them later, as the step along the score needs it to.
+        for piece in (*pieces, sharded[-1]):
+            piece.unshard()
+            piece.reshard()
     return sharded

@@ -23,15 +23,15 @@ from starflow.messages import short, shown
 
 
 def _run(args: argparse.Namespace) -> int:
-    from starflow.data import CaptionMode
+    from starflow.data import CaptionMode, is_shard
     from starflow.distributed import rank_and_size
     from starflow.storage import read_header
     from starflow.training import train
 
     settings = list(args.set)
     if args.data is not None:
-        if not Path(args.data).is_dir():
-            raise ConfigError(f"--data is {args.data!r}, expected a folder of videos")
+        if not Path(args.data).is_dir() and not is_shard(Path(args.data)):
+            raise ConfigError(f"--data is {args.data!r}, expected a folder of videos or a tar file of them")
         for option, value in (("kind", "folder"), ("path", args.data)):
             _refuse_two("--data", value, ["data", option], args.set)
         settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
@@ -118,7 +118,9 @@ examples:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=path_text, metavar="FOLDER", help="folder of video files (default: the digits)")
+    parser.add_argument(
+        "--data", type=path_text, metavar="FOLDER", help="folder or tar file of videos (default: the digits)"
+    )
     parser.add_argument(
         "--config",
         type=path_text,
