@@ -127,6 +127,7 @@ def test_pairs_and_actions_in_shards(tmp_path: Path, caplog: pytest.LogCaptureFi
     (acted / "a.jsonl").write_text("".join(f'{{"action": {frame % 3}}}\r\n' for frame in range(30)))
     (acted / "lonely.jsonl").write_text('{"action": 1}')
     (acted / "other.jsonl").write_text('{"action": 1}')
+    caplog.clear()
     told = clips(pack(tmp_path / "acted.tar", acted), frame_dim=3)
     lonely = ", ".join(f"{tmp_path}/acted.tar/{name}.jsonl" for name in ("lonely", "other"))
     assert lines(caplog) == [f"skipped: {lonely}: actions without a video of this name"]
