@@ -13,11 +13,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from starflow.data.shards import Place, size_of
+from starflow.data.shards import Member, Place, size_of
 from starflow.messages import shown
 
 ACTION_SUFFIX = ".jsonl"
@@ -29,6 +29,8 @@ _MAX_BYTES = 1 << 30
 _LARGEST = torch.finfo(torch.float32).max
 
 Action = int | Sequence[float] | None
+# A file beside another one is where that is.
+AnyPlace = TypeVar("AnyPlace", Path, Member)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def read_world(folder: Path) -> RecordedWorld | None:
     return RecordedWorld(world, tuple(actions))
 
 
-def actions_beside(path: Place) -> Place:
+def actions_beside(path: AnyPlace) -> AnyPlace:
     """Where the actions of a video are, whether the file exists or not."""
     return path.with_suffix(ACTION_SUFFIX)
 
