@@ -13,11 +13,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import torch
 
-from starflow.data.shards import Member, Place, size_of
+from starflow.data.shards import Place, size_of
 from starflow.messages import shown
 
 ACTION_SUFFIX = ".jsonl"
@@ -29,8 +29,6 @@ _MAX_BYTES = 1 << 30
 _LARGEST = torch.finfo(torch.float32).max
 
 Action = int | Sequence[float] | None
-# A file beside another one is where that is.
-AnyPlace = TypeVar("AnyPlace", Path, Member)
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,11 @@ def read_world(folder: Path) -> RecordedWorld | None:
     return RecordedWorld(world, tuple(actions))
 
 
-def actions_beside(path: AnyPlace) -> AnyPlace:
+@overload
+def actions_beside(path: Path) -> Path: ...
+@overload
+def actions_beside(path: Place) -> Place: ...
+def actions_beside(path: Place) -> Place:
     """Where the actions of a video are, whether the file exists or not."""
     return path.with_suffix(ACTION_SUFFIX)
 
