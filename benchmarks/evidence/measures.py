@@ -126,7 +126,7 @@ def distances(kind: str, made: Tensor, folder: Path) -> dict[str, float]:
         "frechet_motion": float("nan") if begun.frechet_motion is None else begun.frechet_motion,
         "precision": begun.precision,
         "recall": begun.recall,
-        "frechet_last": spans[-1].frechet,
+        "frechet_last": spans[-1].frechet if len(spans) > 1 else float("nan"),
     }
 
 

@@ -9,7 +9,6 @@ by the least and the greatest of the seeds. A row that is missing is a hole in t
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from fit import STATE
 from run import RESULTS, read_results
 from study import KINDS, MODELS, PLAN, Plan
+from torch import Tensor
 
 from starflow.data import write_contact_sheet
 
@@ -56,19 +55,19 @@ QUALITY = {"paddle": "ball", "digits": "digit_frames"}
 _NAMES = {
     "flow": "flow",
     "diffusion": "diffusion",
-    "distilled": "diffusion, distilled",
     "regression": "regression",
     "last": "the last frame",
 }
+_VARIANTS = {"flow-denoiser-2": "flow, its denoiser learns twice as often"}
 # Frames of a sheet, counted from the first that was made.
 SHOWN_FRAMES = (0, 3, 7, 11, 15, 29, 60, 90, 120, 155)
 Line = dict[str, Any]
 
 
-def interval(clips: Sequence[Sequence[float]]) -> tuple[float, float, float]:
-    """Mean, and the middle 95 % of bootstrapped means, of the values of clips by seed; NaN are left out."""
+def interval(clips: Sequence[Sequence[float | None]]) -> tuple[float, float, float]:
+    """Mean, and the middle 95 % of bootstrapped means, of the values of clips by seed; None are left out."""
     rng = np.random.default_rng(0)
-    known = [np.array(values)[~np.isnan(values)] for values in map(np.asarray, clips)]
+    known = [np.array([value for value in values if value is not None]) for values in clips]
     means = []
     for _ in range(DRAWS):
         seeds = [known[index] for index in rng.integers(len(known), size=len(known))]
@@ -89,7 +88,7 @@ def _cell(lines: Sequence[Line], name: str) -> str:
 
 def _range(values: Sequence[float | None], digits: int) -> str:
     """The mean of what is known, and the least and the greatest where there are several; a hole for nothing."""
-    known = [value for value in values if value is not None and not math.isnan(value)]
+    known = [value for value in values if value is not None]
     if not known:
         return ""
     spread = f" ({min(known):.{digits}f} to {max(known):.{digits}f})" if len(known) > 1 else ""
@@ -113,7 +112,7 @@ def speeds(results: Sequence[Line], kind: str) -> dict[tuple[str, str], float]:
 
 
 def _name(model: str, way: str) -> str:
-    return ", ".join(filter(None, (_NAMES.get(model, model), way)))
+    return ", ".join(filter(None, (_NAMES.get(model, _VARIANTS.get(model, model)), way)))
 
 
 def table(results: Sequence[Line], kind: str) -> str:
@@ -146,7 +145,7 @@ def tries(results: Sequence[Line]) -> str:
             gave = f"loss {line['loss']:.4f} on held-out clips"
             rows.append([line["tried"], f"rate {line['rate']:g}, {line['steps']} steps", gave])
         elif "options" in line:
-            known = [f"{name} {line[name]:.3f}" for name in SHARES if name in line and not math.isnan(line[name])]
+            known = [f"{name} {line[name]:.3f}" for name in SHARES if line.get(name) is not None]
             options = ", ".join(f"{name} {value:g}" for name, value in line["options"].items())
             rows.append([line["tried"], options, ", ".join(sorted(known))])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -196,7 +195,7 @@ def front(results: Sequence[Line], path: Path) -> None:
             error = [np.subtract(y, low), np.subtract(high, y)]
             axis.errorbar(x, y, yerr=error, fmt="o-" if model == "diffusion" else "o", capsize=3, label=_NAMES[model])
             for rate, value, *_, way in points:
-                axis.annotate(way, (rate, value), textcoords="offset points", xytext=(5, 5), fontsize=8)
+                axis.annotate(way, (rate, value), textcoords="offset points", xytext=(-4, 5), ha="right", fontsize=8)
         axis.set(xscale="log", xlabel="frames a second, one thread", ylabel=COLUMNS[kind][quality], title=kind)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
@@ -210,9 +209,9 @@ def sheet(kind: str, folder: Path, path: Path, count: int = 2) -> None:
     for model in _NAMES:
         place = folder / kind / model / ("0" if model in MODELS else "")
         for file in sorted(place.glob("*.pt"), key=lambda file: (len(file.stem), file.stem)):
-            if file.name == STATE:
-                continue
             clips = torch.load(file, weights_only=True)
+            if not isinstance(clips, Tensor):  # weights
+                continue
             frames = [index for index in SHOWN_FRAMES if index < clips.shape[1]]
             strips += [clip[frames] for clip in clips[:count]]
             names += [_name(model, "" if file.stem == "clips" else file.stem)] * min(count, len(clips))

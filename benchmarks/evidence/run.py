@@ -76,7 +76,16 @@ def add(path: Path, line: Mapping[str, Any], budget: float) -> None:
     """Adds a line to the results."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"study": VERSION, "budget": budget, **line}) + "\n")
+        file.write(json.dumps(_known({"study": VERSION, "budget": budget, **line}), allow_nan=False) + "\n")
+
+
+def _known(value: Any) -> Any:
+    """The value with None in place of numbers that are not known, for which JSON has no word."""
+    if isinstance(value, Mapping):
+        return {name: _known(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 # -- what is fixed before the study -----------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def measure(row: Row, plan: Plan, folder: Path, results: Path) -> None:
         line = {
             **facts,
             "way": way,
-            "bits": None if math.isnan(bits) else bits,
+            "bits": bits,
             "batched_frames_per_second": len(made) * frames / taken,
             "sets": distances(row.kind, made, folder),
             "clips": _read_back(row.kind, made, held),

@@ -34,8 +34,9 @@ def test_the_plan_has_steps_rates_and_options_of_every_model() -> None:
 @pytest.mark.parametrize("other", [{"study": 0, "budget": 300.0}, {"study": 1, "budget": 1.0}, {}])
 def test_results_of_another_version_or_budget_are_not_mixed_in(tmp_path: Path, other: dict[str, float]) -> None:
     path = tmp_path / "results.jsonl"
-    add(path, {"row": "paddle/flow/0", "way": ""}, 300.0)
-    assert len(read_results(path, 300.0)) == 1
+    add(path, {"row": "paddle/flow/0", "way": "", "clips": {"ball": [1.0, math.nan]}}, 300.0)
+    (line,) = read_results(path, 300.0)
+    assert line["clips"]["ball"] == [1.0, None]
     with path.open("a") as file:
         file.write(json.dumps(other) + "\n")
     with pytest.raises(ResultsError, match="line 2 is of version"):
@@ -43,7 +44,7 @@ def test_results_of_another_version_or_budget_are_not_mixed_in(tmp_path: Path, o
 
 
 def test_an_interval_leaves_unknown_values_out_and_holds_the_mean() -> None:
-    mean, low, high = interval([[0.0, 1.0, math.nan, 1.0], [1.0, 1.0, 0.0, math.nan]])
+    mean, low, high = interval([[0.0, 1.0, None, 1.0], [1.0, 1.0, 0.0, None]])
     assert mean == pytest.approx(2 / 3)
     assert low < mean < high
     assert interval([[0.5, 0.5], [0.5]]) == (0.5, 0.5, 0.5)
