@@ -26,6 +26,15 @@ def ceilings() -> machine.Ceilings:
     return machine.Ceilings()
 
 
+@pytest.fixture(autouse=True)
+def _timed(request: pytest.FixtureRequest) -> None:
+    """Nothing runs where pytest-benchmark would not time it."""
+    if "benchmark" in request.fixturenames and request.getfixturevalue("benchmark").disabled:
+        pytest.skip(
+            "benchmarks are switched off (--benchmark-disable, or pytest-xdist, whose processes disturb each other)"
+        )
+
+
 @pytest.fixture
 def variant(request: pytest.FixtureRequest) -> Iterator[str]:
     """A variant: plain torch, torch.compile of it, what else a user would choose, or a CPU level of this machine."""

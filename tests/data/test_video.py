@@ -154,7 +154,7 @@ def test_gif_and_contact_sheet_show_the_frames(tmp_path):
         assert file.getpixel((4 * 34 - 10, 20)) == (22, 22, 22)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.gif", "a.png"]
     assert enlarge(frames, 3).shape == (6, 48, 48, 1)
-    with pytest.raises(ValueError, match="enlarge: scale is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="enlarge: scale is 0, expected a whole number of at least 1"):
         enlarge(frames, 0)
     with pytest.raises(ValueError, match="got 1 captions for 2 clips"):
         write_contact_sheet(tmp_path / "b.png", [frames, frames], ["one"])

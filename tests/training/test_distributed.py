@@ -76,7 +76,10 @@ def one_rank(rank: int, port: int, out: Path, name: str, arguments: tuple) -> No
 
 def stopped(process: int) -> bool:
     """Whether a process has been stopped by a signal; it would never end."""
-    state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:  # it ended in this moment
+        return False
     return state == "T"
 
 

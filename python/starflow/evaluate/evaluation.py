@@ -230,6 +230,7 @@ def _make(
             _captions(pipeline, [clips[place] for place in places]),
             asked,
             frames=frames,
+            seed=0,
             seeds=tuple(seeds[place] for place in places),
             **_conditions(clips, places, frames, given),
         )
