@@ -285,8 +285,10 @@ def test_a_model_samples_with_its_weights_in_pieces(tiny, tmp_path: Path, both, 
         "--out",
         str(out),
     )
-    assert 2 in [said["status"] for said in auto]
-    assert 0 not in [said["status"] for said in auto]
+    # The one that hears of the other's error may be ended before it says anything.
+    statuses = [said.get("status") for said in auto]
+    assert 2 in statuses
+    assert 0 not in statuses
     whole = sum(p.numel() for name, p in flow.named_parameters() if ".layers." in name)
     assert all(0.4 * whole < sum(said["held"]) < 0.6 * whole for said in found)
     pipeline = Pipeline(flow, config, codec, text)
