@@ -54,11 +54,11 @@ SHARES = {"paddle", "ball", "one_ball", "one_ball_last", "digit", "digit_frames"
 QUALITY = {"paddle": "ball", "digits": "digit_frames"}
 _NAMES = {
     "flow": "flow",
+    "flow-denoiser-2": "flow, its denoiser learns twice as often",
     "diffusion": "diffusion",
     "regression": "regression",
     "last": "the last frame",
 }
-_VARIANTS = {"flow-denoiser-2": "flow, its denoiser learns twice as often"}
 # Frames of a sheet, counted from the first that was made.
 SHOWN_FRAMES = (0, 3, 7, 11, 15, 29, 60, 90, 120, 155)
 Line = dict[str, Any]
@@ -98,7 +98,7 @@ def _range(values: Sequence[float | None], digits: int) -> str:
 def groups(results: Sequence[Line], kind: str) -> dict[tuple[str, str], list[Line]]:
     """The lines of a kind by model and way of sampling."""
     found: dict[tuple[str, str], list[Line]] = {}
-    for model in (*MODELS, "last"):
+    for model in dict.fromkeys((*_NAMES, *MODELS)):
         for line in results:
             if line.get("kind") == kind and line.get("model") == model:
                 found.setdefault((model, line["way"]), []).append(line)
@@ -112,7 +112,7 @@ def speeds(results: Sequence[Line], kind: str) -> dict[tuple[str, str], float]:
 
 
 def _name(model: str, way: str) -> str:
-    return ", ".join(filter(None, (_NAMES.get(model, _VARIANTS.get(model, model)), way)))
+    return ", ".join(filter(None, (_NAMES.get(model, model), way)))
 
 
 def table(results: Sequence[Line], kind: str) -> str:
