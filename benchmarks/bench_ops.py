@@ -1,7 +1,7 @@
 """Speed of each op with native kernels: plain torch, torch.compile, what else users choose, and every CPU level.
 
     pytest benchmarks                   # all, a quarter of an hour on two cores
-    pytest benchmarks -m quick          # the cases that users meet, at the highest level: five minutes
+    pytest benchmarks -m quick          # the cases that users meet, at the highest level
     pytest benchmarks/bench_ops.py --benchmark-json=benchmarks/results/ops.json
     python benchmarks/report.py benchmarks/results/ops.json
 
