@@ -8,18 +8,18 @@ from __future__ import annotations
 import functools
 import runpy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from study import HERE, config_of_kind
 from torch import Tensor
 
-from starflow.data import DIGITS, Clip, DigitJudge, MovingDigits
+from starflow.data import DIGITS, Clip, ClipDataset, DigitJudge
 from starflow.evaluate import FrameFeatures, drift, fidelity, frame_differences
 from starflow.storage import saving
-from starflow.worlds import PaddleClips
+from starflow.training.batches import make_dataset
 
 # Frames that clips are given, and that are made behind them: ten times the length of training clips.
 GIVEN, LONG = 4, 156
@@ -60,12 +60,9 @@ class Held:
         return self.pixels[:, GIVEN:]
 
 
-def _dataset(kind: str, frames: int, split: str) -> MovingDigits | PaddleClips:
-    data = config_of_kind(kind).data
-    part = "test" if split == "test" else "train"
-    if kind == "digits":
-        return MovingDigits(frames=frames, size=data.height, split=part, start=data.start)
-    return PaddleClips(frames=frames, size=data.height, split=part, channels=data.channels)
+def _dataset(kind: str, frames: int, split: Literal["train", "test"]) -> ClipDataset:
+    config = config_of_kind(kind)
+    return make_dataset(replace(config, data=replace(config.data, frames=frames)), split)
 
 
 def _stack(clips: list[Clip]) -> Held:

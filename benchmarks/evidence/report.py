@@ -50,7 +50,7 @@ COLUMNS = {
     },
 }
 SHARES = {"paddle", "ball", "one_ball", "one_ball_last", "digit", "digit_frames", "digit_last", "direction"}
-# What the front shows of a kind, and whether less is better.
+# What the front shows of a kind.
 QUALITY = {"paddle": "ball", "digits": "digit_frames"}
 _NAMES = {
     "flow": "flow",
@@ -115,11 +115,17 @@ def _name(model: str, way: str) -> str:
     return ", ".join(filter(None, (_NAMES.get(model, model), way)))
 
 
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table, the head its first row."""
+    head, *rest = rows
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest))
+
+
 def table(results: Sequence[Line], kind: str) -> str:
     """The table of a kind in Markdown."""
     columns = COLUMNS[kind]
     head = ["model", "seeds", *columns.values(), "bits a dimension", "frames a second"]
-    rows = [head, ["---"] * len(head)]
+    rows = [head]
     rates = speeds(results, kind)
     for (model, way), lines in groups(results, kind).items():
         rate = rates.get((model, way))
@@ -134,12 +140,12 @@ def table(results: Sequence[Line], kind: str) -> str:
                 "" if rate is None else f"{rate:.0f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def tries(results: Sequence[Line]) -> str:
     """What was tried before the study: rates and options, each with what it gave."""
-    rows = [["model", "tried", "gave"], ["---"] * 3]
+    rows = [["model", "tried", "gave"]]
     for line in results:
         if "rate" in line and "tried" in line:
             gave = f"loss {line['loss']:.4f} on held-out clips"
@@ -148,23 +154,23 @@ def tries(results: Sequence[Line]) -> str:
             known = [f"{name} {line[name]:.3f}" for name in SHARES if line.get(name) is not None]
             options = ", ".join(f"{name} {value:g}" for name, value in line["options"].items())
             rows.append([line["tried"], options, ", ".join(sorted(known))])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def denoisers(results: Sequence[Line]) -> str:
     """The ablation of the denoiser: means over the seeds, with the least and the greatest."""
-    rows = [["cleaned by", "seeds", "PSNR, dB", "SSIM", "Fréchet"], ["---"] * 5]
+    rows = [["cleaned by", "seeds", "PSNR, dB", "SSIM", "Fréchet"]]
     lines = [line for line in results if "denoiser" in line]
     for way in dict.fromkeys(line["denoiser"] for line in lines):
         mine = [line for line in lines if line["denoiser"] == way]
         cells = [_range([line[name] for line in mine], digits) for name, digits in (("psnr", 1), ("ssim", 3))]
         rows.append([way, str(len(mine)), *cells, _range([line["frechet"] for line in mine], 2)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(rows)
 
 
 def costs(results: Sequence[Line]) -> str:
     """Parameters, steps and processor seconds of trainings, and their total."""
-    rows = [["row", "parameters", "rate", "steps", "processor seconds"], ["---"] * 5]
+    rows = [["row", "parameters", "rate", "steps", "processor seconds"]]
     total, seen = 0.0, set()
     for line in results:
         total += line["seconds"] if "tried" in line and "seconds" in line else 0.0
@@ -173,8 +179,7 @@ def costs(results: Sequence[Line]) -> str:
             total += line["seconds"]
             cells = [line["row"], f"{line['parameters']:,}", f"{line['rate']:g}", str(line["steps"])]
             rows.append([*cells, f"{line['seconds']:.0f}"])
-    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    return f"{text}\n\nTrainings of the study and of its tuning took {total / 3600:.1f} hours of one thread."
+    return f"{_markdown(rows)}\n\nTrainings of the study and of its tuning took {total / 3600:.1f} hours of one thread."
 
 
 def front(results: Sequence[Line], path: Path) -> None:

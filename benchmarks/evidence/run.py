@@ -7,8 +7,8 @@
     python benchmarks/evidence/run.py --denoisers paddle/0                  what cleans the flow's frames best
     python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second
 
-Weights and states are kept under --folder; results are added to --results, a line for each row, task and way of
-sampling. What stands there already is not made again.
+Weights and states are kept under --folder; results are added to --results, a line for each row and way of sampling.
+What stands there already is not made again.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ PLAN = HERE / "study.yaml"
 # Results of another one are not mixed in.
 VERSION = 1
 KINDS = ("paddle", "digits")
-SEEDS = (0, 1, 2)
 # Of tuning: every model's rate is chosen among the same ones, and its options of sampling among as many.
 RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TUNING_SEED = 100
@@ -53,20 +52,14 @@ class Recipe:
     Args:
         flow, train: options of the flow's config that it changes.
         baseline: class of a model that is no flow.
-        options: of that class.
         width, layers: of its network.
-        teacher: model whose weights it begins with.
-        ablation: whether it is a variant of the flow.
     """
 
     flow: Mapping[str, Any] = field(default_factory=dict)
     train: Mapping[str, Any] = field(default_factory=dict)
     baseline: type[Baseline] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
     width: int = 128
     layers: int = 7
-    teacher: str | None = None
-    ablation: bool = False
 
 
 MODELS: dict[str, Recipe] = {
@@ -74,11 +67,11 @@ MODELS: dict[str, Recipe] = {
     "diffusion": Recipe(baseline=Diffusion),
     "regression": Recipe(baseline=Regression),
     # Variants of the flow: the denoiser learns twice as often (in as many seconds), and ablations of the paper.
-    "flow-denoiser-2": Recipe(train={"denoiser_every": 2}, ablation=True),
-    "flow-lookahead": Recipe(flow={"temporal_causal": 2, "denoiser_window": None}, ablation=True),
-    "flow-global": Recipe(flow={"shallow_block_local": False, "attention_frames": None}, ablation=True),
-    "flow-noise-0.1": Recipe(flow={"denoiser_skip": 10.0}, train={"noise_std": 0.1}, ablation=True),
-    "flow-noise-0.4": Recipe(flow={"denoiser_skip": 2.5}, train={"noise_std": 0.4}, ablation=True),
+    "flow-denoiser-2": Recipe(train={"denoiser_every": 2}),
+    "flow-lookahead": Recipe(flow={"temporal_causal": 2, "denoiser_window": None}),
+    "flow-global": Recipe(flow={"shallow_block_local": False, "attention_frames": None}),
+    "flow-noise-0.1": Recipe(flow={"denoiser_skip": 10.0}, train={"noise_std": 0.1}),
+    "flow-noise-0.4": Recipe(flow={"denoiser_skip": 2.5}, train={"noise_std": 0.4}),
 }
 
 
@@ -140,10 +133,10 @@ class Plan:
         return cls(**read_yaml(path))
 
     def of(self, row: Row) -> tuple[int, float, Mapping[str, Any]]:
-        """Steps, learning rate and options of sampling of a row; an ablation has those of the flow, or its own."""
+        """Steps, learning rate and options of sampling of a row; a variant of the flow has its, or its own."""
 
         def own(values: Mapping[str, Any]) -> Any:
-            return values.get(row.model, values.get("flow", {}) if row.recipe.ablation else {})
+            return values.get(row.model, values.get("flow", {}) if row.recipe.baseline is None else {})
 
         return own(self.steps[row.kind]), own(self.rates[row.kind]), own(self.options[row.kind])
 
@@ -173,6 +166,4 @@ def new_baseline(row: Row, config: RunConfig) -> Baseline:
     recipe = row.recipe
     assert recipe.baseline is not None
     torch.manual_seed(row.seed)
-    return recipe.baseline(
-        config.flow, width=recipe.width, layers=recipe.layers, scale=scale_of(config), **recipe.options
-    )
+    return recipe.baseline(config.flow, width=recipe.width, layers=recipe.layers, scale=scale_of(config))
