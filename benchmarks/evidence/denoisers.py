@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fit import new_optimizer
 from measures import features
 from study import Row
 from torch import Tensor
@@ -27,7 +28,6 @@ from starflow.noise import draw
 from starflow.sampling.cleaning import score_denoise
 from starflow.storage import saving
 from starflow.training.batches import Batches, make_dataset, make_parts
-from starflow.training.optim import Optimizer
 
 CLIPS = 128
 
@@ -40,7 +40,7 @@ def fit_regression(row: Row, config: RunConfig, path: Path) -> Denoiser:
         denoiser.load_state_dict(torch.load(path, weights_only=True))
         return denoiser.eval()
     recipe = config.train
-    optimizer = Optimizer(dict(denoiser.named_parameters()), recipe, recipe.denoiser_lr, (0.9, 0.999))
+    optimizer = new_optimizer(denoiser, recipe, recipe.denoiser_lr, (0.9, 0.999))
     codec, _ = make_parts(config)
     batches = Batches(config, make_dataset(config), codec)
     for step in range(0, recipe.steps, recipe.denoiser_every):

@@ -177,13 +177,16 @@ def test_updates_are_two_adamw_with_clipping_schedule_and_average(tiny) -> None:
         torch.testing.assert_close(trainer.average.flow.state_dict()[name], average[name], atol=1e-5, rtol=1e-4)
 
 
-def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tiny) -> None:
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As torch's, which computes in bfloat16 on every machine.
+    monkeypatch.setattr("starflow.training.trainer.gains_from_bfloat16", lambda device: True)
     config = tiny(steps=5, warmup_steps=2, weight_decay=0.1, denoiser_lr=3e-3, optimizer="muon", grad_clip=0.0)
     trainer, batches = trainer_of(config)
     shaken(trainer)
     recipe = config.train
     reference = Flow(config.flow)
     reference.load_state_dict(trainer.flow.state_dict())
+    begun = {name: value.clone() for name, value in trainer.flow.state_dict().items()}
     parameters = dict(reference.named_parameters())
     matrices = [name for name, p in parameters.items() if ".layers." in f".{name}" and p.dim() == 2]
     assert len(matrices) == 4 * (4 + 8)  # qkv, proj, up and down of the layers of the blocks and of the denoiser
@@ -209,16 +212,21 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(tiny) -> None:
             optimizer.step()
         trainer.run(batch)
     for name, parameter in trainer.flow.named_parameters():
-        # A step is 1e-3 long; both divide by roots of small gradients, whose last bits differ, and Muon computes in
-        # bfloat16.
-        torch.testing.assert_close(parameter, parameters[name], atol=2e-4, rtol=1e-3)
+        if name in matrices:
+            # Muon computes in bfloat16, which has 8 bits.
+            error, way = parameter - parameters[name], parameters[name] - begun[name]
+            assert float((error.norm() / way.norm()).detach()) < 0.05
+        else:
+            # A step is 1e-3 long; both divide by roots of small gradients, whose last bits differ.
+            torch.testing.assert_close(parameter, parameters[name], atol=2e-4, rtol=1e-3)
 
 
-def test_muon_is_torchs_up_to_rounding() -> None:
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_muon_is_torchs_up_to_rounding(bfloat16: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(24, 8), (8, 24), (8, 8), (24, 8), (8, 24), (1, 5), (8, 8)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
-    alike = Muon(ours, lr=0.01, weight_decay=0.1)
+    alike = Muon(ours, lr=0.01, weight_decay=0.1, bfloat16=bfloat16)
     reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
         for one, other in zip(ours[:-1], theirs[:-1], strict=True):
@@ -229,9 +237,18 @@ def test_muon_is_torchs_up_to_rounding() -> None:
     for one, other in zip(ours[:-1], theirs[:-1], strict=True):
         one, other = one.detach(), other.detach()
         moved = other - 0.999**3
-        # Both compute in bfloat16, which has 8 bits.
+        # Torch computes in bfloat16, which has 8 bits.
         assert float((one - other).norm() / moved.norm()) < 0.02
     assert torch.equal(ours[-1], torch.ones(8, 8))  # no gradient, no update
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_orthogonal_factors_are_those_of_the_iteration_in_float64(dtype: torch.dtype) -> None:
+    matrices = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0))
+    factors = optim.orthogonal(matrices.to(dtype))
+    assert factors.dtype == dtype
+    error = (factors.double() - optim.orthogonal(matrices.double())).abs().max()
+    assert error < (0.05 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_many_matrices_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +305,7 @@ def test_a_run_of_muon_resumes_to_the_same_bits(tiny, tmp_path: Path) -> None:
         if done.step == 3:
             raise KeyboardInterrupt
 
-    whole = train(config, tmp_path / "whole", quiet=True)
+    whole = train(config, str(tmp_path / "whole"), quiet=True)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "cut", quiet=True, on_step=stop)
     same(whole, train(config, tmp_path / "cut", quiet=True))

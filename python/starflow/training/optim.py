@@ -39,13 +39,20 @@ class Optimizer:
         train: the recipe.
         peak: learning rate after the warm-up.
         betas: of AdamW.
+        bfloat16: whether Muon orthogonalises in bfloat16 (see `gains_from_bfloat16`).
 
     Reference: Loshchilov and Hutter, Decoupled Weight Decay Regularization (2019); Jordan et al., Muon (2024); Liu et
     al., Muon is Scalable for LLM Training (2025), for the length.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], train: TrainConfig, peak: float, betas: tuple[float, float]
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        train: TrainConfig,
+        peak: float,
+        betas: tuple[float, float],
+        *,
+        bfloat16: bool,
     ) -> None:
         self._names = list(parameters)
         self._parameters = list(parameters.values())
@@ -63,7 +70,7 @@ class Optimizer:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         if matrices:
-            self._optimizers.append(Muon(matrices, lr=peak, weight_decay=train.weight_decay))
+            self._optimizers.append(Muon(matrices, lr=peak, weight_decay=train.weight_decay, bfloat16=bfloat16))
         self._state = {p: optimizer.state[p] for optimizer in self._optimizers for p in optimizer.state}
 
     def clip(self) -> Tensor:
@@ -109,12 +116,17 @@ class Muon(torch.optim.Optimizer):
     Args:
         parameters: matrices.
         lr: learning rate. weight_decay: decoupled, times `lr`.
+        bfloat16: whether the factors are computed in bfloat16, as published, or in float32. Where a processor does not
+            multiply in bfloat16, torch takes 30 times as long for it (AVX2): four fifths of a step of a small flow.
 
     Reference: Jordan et al., Muon (2024); Liu et al., Muon is Scalable for LLM Training (2025).
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, lr: float, weight_decay: float, bfloat16: bool = True
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay})
+        self._dtype = torch.bfloat16 if bfloat16 else torch.float32
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
@@ -133,7 +145,7 @@ class Muon(torch.optim.Optimizer):
             updates = list(torch._foreach_lerp(gradients, moments, _MOMENTUM))
             for shape, places in _of_one_shape(updates):
                 wide = [updates[i] if updates[i].shape == shape else updates[i].t() for i in places]
-                factors = orthogonal(torch.stack(wide))
+                factors = orthogonal(torch.stack(wide).to(self._dtype))
                 for place, factor in zip(places, factors, strict=True):
                     parameter = parameters[place]
                     turned = factor if parameter.shape == shape else factor.t()
@@ -156,17 +168,16 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """The orthogonal factors of matrices, by Newton-Schulz: singular values go to between 0.7 and 1.2, not to 1.
 
     Args:
-        matrices: (count, rows, columns), rows at most columns.
+        matrices: (count, rows, columns), rows at most columns, in the dtype in which all is computed.
 
     Returns:
-        Like it, bfloat16, in which all is computed.
+        Like it.
 
     Reference: Jordan et al., Muon (2024).
     """
     first, third, fifth = _QUINTIC
-    x = matrices.bfloat16()
     # The spectral norm is at most that of all numbers.
-    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
@@ -222,15 +233,16 @@ def _tensors(flow: Flow) -> list[Tensor]:
     return [local(tensor.detach()) for tensor in flow.state_dict().values()]
 
 
-def make_optimizers(flow: Flow, train: TrainConfig) -> tuple[Optimizer, Optimizer | None]:
-    """The optimiser of the flow and that of the denoiser, if there is one."""
+def make_optimizers(flow: Flow, train: TrainConfig, *, bfloat16: bool) -> tuple[Optimizer, Optimizer | None]:
+    """The optimiser of the flow and that of the denoiser, if there is one; see `Optimizer`."""
     named = dict(flow.named_parameters())
     denoiser = {name: p for name, p in named.items() if name.startswith("denoiser.")}
     rest = {name: p for name, p in named.items() if name not in denoiser}
-    main = Optimizer(rest, train, train.lr, (train.beta1, train.beta2))
+    main = Optimizer(rest, train, train.lr, (train.beta1, train.beta2), bfloat16=bfloat16)
     # The published recipe leaves the denoiser's betas at their defaults.
-    second = Optimizer(denoiser, train, train.denoiser_lr, (0.9, 0.999)) if denoiser else None
-    return main, second
+    if not denoiser:
+        return main, None
+    return main, Optimizer(denoiser, train, train.denoiser_lr, (0.9, 0.999), bfloat16=bfloat16)
 
 
 def cosine_lr(step: int, *, warmup: int, total: int, peak: float, floor: float) -> float:

@@ -157,7 +157,9 @@ class Trainer:
         self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
         precision = config.train.precision
-        self._bfloat16 = precision == "bfloat16" or (precision == "auto" and gains_from_bfloat16(device))
+        # One answer for all processes: their updates are to be the same, and their machines may differ.
+        gains = world.share(lambda: gains_from_bfloat16(device))
+        self._bfloat16 = precision == "bfloat16" or (precision == "auto" and gains)
         self.flow = (new_flow(config) if flow is None else flow).to(device).train()
         # Without an average the weights themselves stand for it.
         target = copy.deepcopy(self.flow) if config.train.ema else self.flow
@@ -166,7 +168,7 @@ class Trainer:
         if self._sharded and target is not self.flow:
             shard(target, world)
         self.average = Average(self.flow, target, config.train.ema)
-        self.optimizer, self.denoiser_optimizer = make_optimizers(self.flow, config.train)
+        self.optimizer, self.denoiser_optimizer = make_optimizers(self.flow, config.train, bfloat16=gains)
         self._tracked = [buffer for buffer in self.flow.buffers() if buffer.numel()]
         self.step = 0
         self.updates = 0
@@ -454,7 +456,7 @@ class Trainer:
 
 def train(
     config: RunConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     resume: bool = True,
     on_step: Callable[[TrainStep], None] | None = None,
@@ -492,7 +494,7 @@ def train(
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
     with join(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))) as world:
-        return _train(config, folder, world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+        return _train(config, Path(folder), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
 
 
 def _train(
