@@ -37,6 +37,15 @@ COLUMNS = {
         "precision": "precision",
         "recall": "recall",
     },
+    "freeway": {
+        "psnr": "PSNR, dB",
+        "psnr_last": "PSNR, last second",
+        "frechet": "Fréchet",
+        "frechet_last": "Fréchet, last second",
+        "frechet_motion": "Fréchet of motion",
+        "precision": "precision",
+        "recall": "recall",
+    },
     "digits": {
         "digit": "right in 12 frames",
         "digit_frames": "frames right",
@@ -50,8 +59,10 @@ COLUMNS = {
     },
 }
 SHARES = {"paddle", "ball", "one_ball", "one_ball_last", "digit", "digit_frames", "digit_last", "direction"}
+# Other measures of clips.
+RATIOS = {"psnr", "psnr_last"}
 # What the front shows of a kind.
-QUALITY = {"paddle": "ball", "digits": "digit_frames"}
+QUALITY = {"paddle": "ball", "digits": "digit_frames", "freeway": "psnr"}
 _NAMES = {
     "flow": "flow",
     "flow-denoiser-2": "flow, its denoiser learns twice as often",
@@ -77,11 +88,13 @@ def interval(clips: Sequence[Sequence[float | None]]) -> tuple[float, float, flo
 
 
 def _cell(lines: Sequence[Line], name: str) -> str:
-    if name in SHARES:
+    if name in SHARES | RATIOS:
         values = [line["clips"][name] for line in lines if name in line["clips"]]
         if not values:
             return ""
         mean, low, high = interval(values)
+        if name in RATIOS:
+            return f"{mean:.1f} ({low:.1f} to {high:.1f})"
         return f"{100 * mean:.1f} ({100 * low:.0f} to {100 * high:.0f})"
     return _range([line["sets"][name] for line in lines], 2)
 
@@ -151,7 +164,7 @@ def tries(results: Sequence[Line]) -> str:
             gave = f"loss {line['loss']:.4f} on held-out clips"
             rows.append([line["tried"], f"rate {line['rate']:g}, {line['steps']} steps", gave])
         elif "options" in line:
-            known = [f"{name} {line[name]:.3f}" for name in SHARES if line.get(name) is not None]
+            known = [f"{name} {line[name]:.3f}" for name in SHARES | RATIOS if line.get(name) is not None]
             options = ", ".join(f"{name} {value:g}" for name, value in line["options"].items())
             rows.append([line["tried"], options, ", ".join(sorted(known))])
     return _markdown(rows)
