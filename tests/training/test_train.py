@@ -264,7 +264,7 @@ def test_many_matrices_go_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_auto_is_bfloat16_where_it_is_faster(tiny, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+def test_auto_is_bfloat16_where_it_is_faster(tiny, monkeypatch: pytest.MonkeyPatch, caplog, known: bool) -> None:
     monkeypatch.setattr("starflow.training.trainer.gains_from_bfloat16", lambda device: known)
     losses = {}
     for precision in ("auto", "float32", "bfloat16"):
@@ -273,6 +273,9 @@ def test_auto_is_bfloat16_where_it_is_faster(tiny, monkeypatch: pytest.MonkeyPat
         losses[precision] = trainer._backward(*noisy(trainer, batches.make(0)))
     assert losses["auto"] == losses["bfloat16" if known else "float32"]
     assert losses["float32"] != losses["bfloat16"]
+    # A model from another machine may bring the dtype that was fast there.
+    told = [record.getMessage() for record in caplog.records if "bfloat16" in record.getMessage()]
+    assert len(told) == (0 if known else 1)
 
 
 @pytest.mark.parametrize(

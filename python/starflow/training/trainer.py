@@ -160,6 +160,11 @@ class Trainer:
         # One answer for all processes: their updates are to be the same, and their machines may differ.
         gains = world.share(lambda: gains_from_bfloat16(device))
         self._bfloat16 = precision == "bfloat16" or (precision == "auto" and gains)
+        if self._bfloat16 and not gains and world.first:
+            logger.warning(
+                "train.precision is 'bfloat16', in which this machine multiplies no faster than in float32, or far "
+                "slower: 'auto' takes the faster one"
+            )
         self.flow = (new_flow(config) if flow is None else flow).to(device).train()
         # Without an average the weights themselves stand for it.
         target = copy.deepcopy(self.flow) if config.train.ema else self.flow
