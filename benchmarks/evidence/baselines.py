@@ -315,7 +315,7 @@ class Diffusion(Baseline):
     def bound(
         self, latents: Tensor, text: Tensor | None, told: Tensor | None, noise_std: float, seeds: Sequence[int]
     ) -> Tensor:
-        """A lower bound of log p in nats of latents with noise, (clips,), of each frame behind the ones before it.
+        """A lower bound of log p in nats of latents with noise, (clips, frames), of each frame behind those before it.
 
         The noisy latents are the data of a diffusion of BOUND_LEVELS levels that begins at theirs: its bound holds
         whatever the network says. From level to level the noise that is added to these data grows by one factor. The
@@ -344,8 +344,9 @@ class Diffusion(Baseline):
         task = Task(tuple(seeds), shape, frames, None, text, told)
         state = self.state(task)
         chosen = np.stack([stream(seed, "choose", 1).random((frames, BOUND_DRAWS)) for seed in seeds])
-        log_p = torch.zeros(clips, dtype=torch.float64)
+        bounds = []
         for frame in range(frames):
+            log_p = torch.full((clips,), size * float((angles[0].cos() / self.scale).log()), dtype=torch.float64)
             here = z[:, frame : frame + 1].double()
             for number in range(BOUND_DRAWS + 1):
                 if number:
@@ -367,11 +368,11 @@ class Diffusion(Baseline):
                     log_p -= 0.5 * error / variance + 0.5 * size * (2 * math.pi * variance).log()
             a, s = share[-1], left[-1]
             log_p -= 0.5 * (s**2 + a**2 * here.square() - 1 - 2 * s.log()).flatten(1).sum(1)
+            bounds.append(log_p)
             self.clean(
                 here.float(), torch.full((clips, 1), begin * 2 / math.pi), text, task.told_at(frame), state, frame
             )
-        log_p += frames * size * float((angles[0].cos() / self.scale).log())
-        return log_p
+        return torch.stack(bounds, 1)
 
 
 def _ddim(z: Tensor, x: Tensor, now: float, then: float) -> Tensor:
@@ -398,9 +399,13 @@ class Regression(Baseline):
 
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
         """The mean squared error of frames."""
+        return self.errors(latents, text, told).mean()
+
+    def errors(self, latents: Tensor, text: Tensor | None, told: Tensor | None) -> Tensor:
+        """Squared errors, like the latents, in units of their variance."""
         x = latents / self.scale
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-        return (self.predicted(before, text, told) - x).square().mean()
+        return (self.predicted(before, text, told) - x).square()
 
     @torch.inference_mode()
     def follow(self, task: Task) -> Tensor:

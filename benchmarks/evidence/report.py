@@ -113,7 +113,7 @@ def groups(results: Sequence[Line], kind: str) -> dict[tuple[str, str], list[Lin
     found: dict[tuple[str, str], list[Line]] = {}
     for model in dict.fromkeys((*_NAMES, *MODELS)):
         for line in results:
-            if line.get("kind") == kind and line.get("model") == model:
+            if "way" in line and line.get("kind") == kind and line.get("model") == model:
                 found.setdefault((model, line["way"]), []).append(line)
     return found
 
@@ -178,6 +178,16 @@ def denoisers(results: Sequence[Line]) -> str:
         mine = [line for line in lines if line["denoiser"] == way]
         cells = [_range([line[name] for line in mine], digits) for name, digits in (("psnr", 1), ("ssim", 3))]
         rows.append([way, str(len(mine)), *cells, _range([line["frechet"] for line in mine], 2)])
+    return _markdown(rows)
+
+
+def surprises(results: Sequence[Line]) -> str:
+    """How well models tell a frame that comes too early: means over the seeds, with the least and the greatest."""
+    rows = [["data", "model", "seeds", "area under the curve"]]
+    lines = [line for line in results if "surprise" in line]
+    for kind, model in dict.fromkeys((line["kind"], line["model"]) for line in lines):
+        areas = [line["area"] for line in lines if (line["kind"], line["model"]) == (kind, model)]
+        rows.append([kind, _NAMES.get(model, model), str(len(areas)), _range(areas, 3)])
     return _markdown(rows)
 
 
@@ -249,6 +259,7 @@ def main() -> None:
         "tries": tries(results),
         "costs": costs(results),
         "denoisers": denoisers(results),
+        "surprises": surprises(results),
     }
     for name, text in blocks.items():
         pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"

@@ -5,7 +5,8 @@
     python benchmarks/evidence/run.py --tune digits/diffusion               the learning rates of a model
     python benchmarks/evidence/run.py --try digits/diffusion                its options of sampling
     python benchmarks/evidence/run.py --denoisers paddle/0                  what cleans the flow's frames best
-    python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second
+    python benchmarks/evidence/run.py --surprise paddle/flow/0              whether it knows a frame that cannot be
+    python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second, and its memory
 
 Weights and states are kept under --folder; results are added to --results, a line for each row and way of sampling.
 What stands there already is not made again.
@@ -16,14 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import statistics
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from baselines import Baseline, Diffusion, LastFrame
+from baselines import Baseline, Diffusion, LastFrame, Regression
 from denoisers import compare
 from fit import fit, held_out_loss
 from makers import Asked, make, ways
@@ -47,6 +50,8 @@ TUNING_SHARE = 4
 TUNING_CLIPS = CLIPS
 # The slowest ways of sampling make a second alone.
 SLOW_STEPS = 16
+# Frames that are left out before a last frame that comes too early.
+SKIPPED = 4
 # Clips that are kept for contact sheets.
 SHOWN = 8
 # Two trainings of so many steps tell what a step takes: what comes before the first one counts in neither.
@@ -224,7 +229,10 @@ def compare_denoisers(row: Row, plan: Plan, folder: Path, results: Path) -> None
 
 
 def speed(row: Row, plan: Plan, folder: Path, results: Path) -> None:
-    """Adds the frames a second of a stream of one clip, of one thread, by processor time: the best of three."""
+    """Adds the frames a second of a stream of one clip, of one thread, by processor time: the best of three.
+
+    With them goes the most memory that this process has held, which is that of the model where nothing was trained.
+    """
     model, config, _ = trained(row, plan, folder)
     held = held_out(row.kind)
     one = Held(held.pixels[:1], held.captions[:1], None if held.told is None else held.told[:1])
@@ -235,26 +243,58 @@ def speed(row: Row, plan: Plan, folder: Path, results: Path) -> None:
             make(model, config, _asked(row.kind, one, SECOND, 0), {**plan.of(row)[2], **options})
             taken.append(time.process_time() - begin)
         line = {"speed": f"{row.kind}/{row.model}", "way": way, "frames_per_second": SECOND / min(taken)}
+        line["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         add(results, line, plan.budget)
         print(line, flush=True)
 
 
-@torch.inference_mode()
+def surprise(row: Row, plan: Plan, folder: Path, results: Path) -> None:
+    """Adds how well a model tells clips whose last frame comes too early from clips as they were.
+
+    What is compared is what the model holds the last frame to be worth: the flow's density, the bound of diffusion, and
+    the error of regression.
+    """
+    model, config, _ = trained(row, plan, folder)
+    frames = config.data.frames
+    held = held_out(row.kind, GIVEN + SECOND)
+    true = replace(held, pixels=held.pixels[:, :frames], told=None if held.told is None else held.told[:, :frames])
+    late = held.pixels[:, frames - 1 + SKIPPED : frames + SKIPPED]
+    false = replace(true, pixels=torch.cat([true.pixels[:, :-1], late], 1))
+    normal, strange = (-frame_nats(model, config, clips)[:, -1] for clips in (true, false))
+    above = (strange[:, None] > normal).double() + 0.5 * (strange[:, None] == normal)
+    line = {"surprise": str(row), "kind": row.kind, "model": row.model, "seed": row.seed, "skipped": SKIPPED}
+    add(results, {**line, "area": float(above.mean())}, plan.budget)
+    print({**line, "area": float(above.mean())}, flush=True)
+
+
 def bits_per_dim(model: Flow | Baseline, config: RunConfig, held: Held) -> float:
     """Bits a dimension of held-out clips with the noise of training: exact of the flow, the bound of diffusion."""
-    pixels, told = held.pixels[:, : config.data.frames], held.told
-    told = None if told is None else told[:, : config.data.frames]
+    frames = config.data.frames
+    told = None if held.told is None else held.told[:, :frames]
+    clips = replace(held, pixels=held.pixels[:, :frames], told=told)
+    if isinstance(model, Regression):
+        return math.nan
+    nats = frame_nats(model, config, clips)
+    codec, _ = make_parts(config)
+    return -float(nats.sum(1).mean()) / codec.encode(clips.pixels[:1]).numel() / math.log(2)
+
+
+@torch.inference_mode()
+def frame_nats(model: Flow | Baseline, config: RunConfig, clips: Held) -> Tensor:
+    """Nats (clips, frames) of the latents of frames with the noise of training, given those before them.
+
+    Exact of the flow, the bound of diffusion; of regression, which has no density, minus the squared error.
+    """
     codec, text = make_parts(config)
-    latents, y = codec.encode(pixels), Features(config.flow, text)(held.captions)
-    noise_std, seeds = config.train.noise_std, tuple(range(CLIPS))
+    latents, y = codec.encode(clips.pixels), Features(config.flow, text)(clips.captions)
+    noise_std, seeds = config.train.noise_std, tuple(range(len(latents)))
     if isinstance(model, Flow):
         noise = draw(seeds, *latents.shape[1:], purpose="train")
-        nats = model.log_prob(latents + noise_std * noise, y, told)
-    elif isinstance(model, Diffusion):
-        nats = model.bound(latents, y, told, noise_std, seeds)
-    else:
-        return math.nan
-    return -float(nats.mean()) / latents[0].numel() / math.log(2)
+        return model.log_prob(latents + noise_std * noise, y, clips.told, by="frame")
+    if isinstance(model, Diffusion):
+        return model.bound(latents, y, clips.told, noise_std, seeds)
+    assert isinstance(model, Regression)
+    return -model.errors(latents, y, clips.told).flatten(2).sum(2)
 
 
 def _keep(made: Tensor, path: Path) -> None:
@@ -271,6 +311,7 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="+", default=[], metavar="KIND")
     parser.add_argument("--tune", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--try", dest="attempt", nargs="+", default=[], metavar="KIND/MODEL")
+    parser.add_argument("--surprise", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--speed", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--denoisers", nargs="+", default=[], metavar="KIND/SEED")
     parser.add_argument("--plan", type=Path, default=PLAN, help="steps, rates and options of sampling")
@@ -295,6 +336,8 @@ def main() -> None:
     for name in options.denoisers:
         kind, seed = name.split("/")
         compare_denoisers(Row.parse(f"{kind}/flow/{seed}"), plan, options.folder, options.results)
+    for name in options.surprise:
+        surprise(Row.parse(name), plan, options.folder, options.results)
     for name in options.speed:
         speed(Row.parse(f"{name}/0"), plan, options.folder, options.results)
 
