@@ -46,6 +46,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Videos beside which a gif of the same name shows the same.
+_WHOLE = VIDEO_SUFFIXES - {".gif"}
 # A file of 23.976 frames a second is one of 24.
 _SAME_RATE = 1.01
 
@@ -288,6 +290,8 @@ class VideoFolder:
     The captions of `NAME.mp4` are in `NAME.txt` (one caption) or `NAME.json` (`{"caption": "..."}`, or
     `{"captions": [...]}`, of which each item draws one); see `Sidecars` for other spellings of the name. A file without
     captions has the caption "". Images are clips of one frame and are read only when `frames` is 1.
+
+    A gif beside a video of the same name is the same clip and is skipped.
 
     The log has one line for each file that is skipped because it is missing, empty, corrupt, too short, or holds text
     or no video; for each folder that cannot be read; and for captions that belong to no clip.
@@ -583,7 +587,13 @@ class VideoFolder:
     @staticmethod
     def _places(folder: Path) -> list[Place]:
         wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {*SIDECAR_SUFFIXES, ACTION_SUFFIX}
-        return find_places(folder, wanted)
+        places = find_places(folder, wanted)
+        videos = {_pair_name(path, folder) for path in places if path.suffix.lower() in _WHOLE}
+        # In fewer colours and at another rate the same clip, as `starflow sample` writes it beside the video.
+        doubles = {path for path in places if path.suffix.lower() == ".gif" and _pair_name(path, folder) in videos}
+        if doubles:
+            logger.warning("skipped: %d gifs in %s, each beside a video of its name", len(doubles), folder)
+        return [path for path in places if path not in doubles]
 
     def _try_open(self, path: Place) -> _File | VideoError:
         try:
