@@ -36,6 +36,8 @@ from starflow.training.machine import gains_from_bfloat16
 from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
 
+from ..encoders import make_t5
+
 CPU = torch.device("cpu")
 # A flow that reads no captions.
 _NO_TEXT = {"txt_size": 0, "txt_dim": 0, "cond_top_only": False, "conditional_denoiser": False, "text_embed": False}
@@ -778,6 +780,36 @@ def test_files_that_changed_before_a_resume_are_told(tiny, tmp_path: Path, caplo
     # As many files, one of them another.
     write_video(videos / "c.mp4", torch.ones(7, 16, 16, 1, dtype=torch.uint8), 8.0)
     assert len(resumed(5)) == 1
+
+
+def test_another_text_encoder_in_the_same_folder_is_told(tiny, tmp_path: Path, caplog) -> None:
+    encoder, run = make_t5(tmp_path / "t5"), tmp_path / "run"
+    config = tiny(flow={"txt_size": 8, "txt_dim": 16}, text={"kind": "t5", "folder": str(encoder), "size": 8})
+
+    def told(steps: int, folder: Path = run, **options: Any) -> list[str]:
+        caplog.clear()
+        train(replace(config, train=replace(config.train, steps=steps, **options)), folder, quiet=True)
+        return [message for message in caplog.messages if "the weights of" in message]
+
+    assert told(1) == []
+    assert told(2) == []
+    others = f"the weights of the text encoder in {encoder} are others than those that the model was trained with"
+    make_t5(encoder, seed=1)
+    assert told(3) == [f"checkpoint {run}/checkpoints/step-00000002: {others}"]
+    # The run went on with them, and so is its model.
+    assert told(4) == []
+    load_model(run)
+    assert others not in caplog.text
+    make_t5(encoder, seed=2)
+    load_model(run)
+    assert f"checkpoint {run}: {others}" in caplog.messages
+    assert told(1, tmp_path / "next", init=str(run)) == [f"train.init {run}: {others}"]
+    options = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**options, "layer_norm_epsilon": 0.1}))
+    with pytest.raises(
+        CheckpointError, match=r"step-00000004: config\.json of the text encoder in its folder is another"
+    ):
+        told(5)
 
 
 def test_a_run_removes_what_a_killed_one_left(tiny, tmp_path: Path) -> None:
