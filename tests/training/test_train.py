@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.config import ConfigError, RunConfig
-from starflow.data import Clip, MovingDigits, write_video
+from starflow.data import Clip, MovingDigits, VideoFolder, write_video
 from starflow.files import InUseError
 from starflow.model import Flow
 from starflow.sampling import Pipeline
@@ -810,6 +810,44 @@ def test_another_text_encoder_in_the_same_folder_is_told(tiny, tmp_path: Path, c
         CheckpointError, match=r"step-00000004: config\.json of the text encoder in its folder is another"
     ):
         told(5)
+
+
+def test_splits_and_pairs_are_tar_files_too(tiny, tmp_path: Path, caplog) -> None:
+    for name in ("train", "test"):
+        _videos(tmp_path / name, f"{name}.mp4")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("train", "test"):
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            archive.add(tmp_path / name, ".")
+    config = tiny(data={"kind": "folder", "path": str(folder)})
+    sets = [make_dataset(config, split) for split in ("train", "test")]
+    assert [found.names for found in sets if isinstance(found, VideoFolder)] == [("train.mp4",), ("test.mp4",)]
+    assert not [message for message in caplog.messages if "skipped" in message or "held out" in message]
+    paired = tiny(data={"kind": "folder", "path": str(tmp_path / "pairs")}, source_prob=0.5)
+    (tmp_path / "pairs").mkdir()
+    for name in ("source", "target"):
+        (tmp_path / "pairs" / f"{name}.tar").hardlink_to(folder / "train.tar")
+    assert make_dataset(paired).item(0).source is not None
+    # One file with both has no splits.
+    with tarfile.open(tmp_path / "both.tar", "w") as archive:
+        for name in ("train", "test"):
+            archive.add(tmp_path / name, name)
+    both = tiny(data={"kind": "folder", "path": str(tmp_path / "both.tar")})
+    caplog.clear()
+    tell_data(both, make_dataset(both))
+    assert [message for message in caplog.messages if "held out" in message] == [
+        f"{tmp_path / 'both.tar'} has a folder test: its clips are trained on, too, so they are not held out (a folder "
+        "with train.tar and test.tar keeps them apart)"
+    ]
+
+
+def test_a_rate_that_no_file_has_is_told(tiny, tmp_path: Path, caplog) -> None:
+    data = {"kind": "folder", "path": str(_videos(tmp_path / "clips", "a.mp4")), "fps": 8.0}
+    config = tiny(data={**data, "mix_fps": (8.0, 24.0, 30.0)})
+    tell_data(config, make_dataset(config))
+    told = f"no clip has 24, 30 of data.mix_fps frames a second: no file in {tmp_path / 'clips'} is that fast and"
+    assert f"{told} long enough" in caplog.messages
 
 
 def test_a_run_removes_what_a_killed_one_left(tiny, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
 from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
-from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_shard, size_of
+from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_folder, size_of
 from starflow.data.sidecars import SIDECAR_SUFFIXES, Sidecars, caption_at, captions_of, composed
 from starflow.messages import listed
 
@@ -356,7 +356,11 @@ class VideoFolder:
         self.folder = Path(folder)
         self.sources = None if sources is None else Path(sources)
         for place in (self.folder, self.sources):
-            if place is not None and not place.is_dir() and not is_shard(place):
+            if place is not None and not is_folder(place):
+                if place.exists():
+                    raise ValueError(
+                        f"VideoFolder: {place} is a file, expected a folder of videos or a tar file of them"
+                    )
                 raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
         for name, value, least in (
             ("frames", frames, 1),
@@ -417,6 +421,11 @@ class VideoFolder:
     def files(self) -> int:
         """Number of files that clips are cut from."""
         return len(self._files)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of these files within the folder."""
+        return tuple(file.name for file in self._files)
 
     @property
     def rates(self) -> tuple[float, ...]:

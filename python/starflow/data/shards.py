@@ -328,6 +328,11 @@ def is_shard(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder, or to a tar file, which counts as one."""
+    return path.is_dir() or is_shard(path)
+
+
 def find_places(folder: Path, suffixes: frozenset[str]) -> list[Place]:
     """Find the files below a folder (see `find_files`), and in the place of each shard its members.
 
