@@ -87,6 +87,8 @@ def read_clips(
 
 def _once(paths: Sequence[str | Path]) -> list[Path]:
     """The paths without those that others lead to as well; these have a line in the log."""
+    if not all(str(path).strip() for path in paths):
+        raise ValueError("score: a path is empty, expected a video or a folder of videos")
     known: dict[Path, Path] = {}
     for path in map(Path, paths):
         whole = path.resolve()
