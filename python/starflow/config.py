@@ -15,12 +15,14 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
 
 from starflow.messages import short, shown
+from starflow.numeric import integer, number
 from starflow.schedules import parse_solver
 
 ConfigType = TypeVar("ConfigType")
@@ -148,7 +150,7 @@ class FlowConfig:
     channel_first_patches: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))  # a list could not be hashed
+        _settle(self, "flow")
         for name in ("in_channels", "img_size", "channels", "patch_size", "head_dim"):
             require(getattr(self, name) >= 1, f"flow.{name}", getattr(self, name), "an integer >= 1")
         for name in ("num_heads", "num_kv_heads", "top_block_channels", "pt_seq_len"):
@@ -412,6 +414,7 @@ class DataConfig:
     contacts: float = 0.0
 
     def __post_init__(self) -> None:
+        _settle(self, "data")
         for name in ("frames", "height", "width", "clips_per_file"):
             require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "an integer >= 1")
         for name in ("image_height", "image_width"):
@@ -541,6 +544,7 @@ class TrainConfig:
     log: LogKind = "tensorboard"
 
     def __post_init__(self) -> None:
+        _settle(self, "train")
         for name in ("steps", "batch_size", "accumulate", "denoiser_every"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "an integer >= 1")
         for size in (self.batch_size, self.image_batch_size or self.batch_size):
@@ -597,6 +601,7 @@ class SampleConfig:
     prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        _settle(self, "sample")
         for name in ("temperature", "guidance"):
             value = getattr(self, name)
             require(0.0 <= value < math.inf, f"sample.{name}", value, "a number >= 0")
@@ -805,28 +810,43 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
     if kind is bool:
         require(isinstance(value, bool) or value in (0, 1), path, value, "true or false")
         return bool(value)
-    if kind in (int, float) and isinstance(value, int):
-        require(-_INTEGERS <= value < _INTEGERS, path, value, "a number of at most 63 bits")
+    whole = integer(value) if kind in (int, float) else None
+    if whole is not None:
+        require(-_INTEGERS <= whole < _INTEGERS, path, value, "a number of at most 63 bits")
     if kind is int:
-        require(isinstance(value, int) and not isinstance(value, bool), path, value, "an integer")
-        return value
+        require(whole is not None, path, value, "an integer")
+        return whole
     if kind is float:
         if isinstance(value, str):  # yaml reads 1e-4 (no dot) as text
             try:
                 value = float(value)
             except ValueError:
                 raise ConfigError(f"{path} is {shown(value)}, expected a number") from None
-        require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
-        return float(value)
+        found = number(value)
+        if found is None:
+            raise ConfigError(f"{path} is {shown(value)}, expected a number")
+        return float(found)
     if kind is str:
         require(isinstance(value, str), path, value, "text")
         return value
     return value
 
 
+def _settle(section: Any, path: str) -> None:
+    """Holds the options of a section that was made in Python to their types, as those of a file are."""
+    for name, kind in _kinds(type(section)).items():
+        object.__setattr__(section, name, _coerce(kind, getattr(section, name), f"{path}.{name}"))
+
+
+@cache
+def _kinds(section: type) -> dict[str, Any]:
+    """The types of the options of a section."""
+    return typing.get_type_hints(section)
+
+
 def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = "config") -> ConfigType:
     """Builds the config dataclass `kind` from a mapping; an unknown key is an error that names the nearest one."""
-    hints = typing.get_type_hints(kind)
+    hints = _kinds(kind)
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:

@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow.messages import shown
+from starflow.numeric import integer
+
 Purpose = Literal["sample", "train", "posterior", "drop", "choose"]
 
 # The last word of the counter: streams for different purposes never meet. Never renumber, it would change every seed.
@@ -33,11 +36,12 @@ def stream(seed: int, purpose: Purpose, *position: int) -> np.random.Generator:
     Raises:
         ValueError: a seed out of range.
     """
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"noise: seed is {seed}, expected an integer from 0 to 2^63 - 1")
+    whole = integer(seed)
+    if whole is None or not 0 <= whole < 1 << 63:
+        raise ValueError(f"noise: seed is {shown(seed)}, expected an integer from 0 to 2^63 - 1")
     first, second, third = (*position, 0, 0, 0)[:3]
     # The lowest word of the counter counts the numbers drawn.
-    key = np.array([seed, first], dtype=np.uint64)
+    key = np.array([whole, first], dtype=np.uint64)
     counter = np.array([0, second, third, _PURPOSES[purpose]], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 

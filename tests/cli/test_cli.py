@@ -106,7 +106,7 @@ def test_a_clip_made_again_alone(model: Path, tmp_path: Path) -> None:
 def test_score_as_table_and_json(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "clips"
     assert run("sample", model, PROMPT, "--out", out) == 0
-    scores = tmp_path / "scores.json"
+    scores = tmp_path / "new" / "scores.json"
     clip = next(out.glob("*.mp4"))
     assert run("score", model, "--order-check", "--per-frame", "--json", scores, clip) == 0
     said = capsys.readouterr().out
@@ -335,6 +335,7 @@ def test_settings_reach_the_config() -> None:
         (["sample", "m", "--fps", "1e30"], "argument --fps: '1e30' is given, expected at most 100000"),
         (["sample", "m", "--out", ""], "argument --out: '' is given, expected a path"),
         (["sample", ""], "argument MODEL: '' is given, expected a path"),
+        (["convert", "tiny", "a.pth", "b", "--text", ""], "argument --text: '' is given, expected a path"),
         (["train", "--data", " "], "argument --data: ' ' is given, expected a path"),
         (["sample", "m", "--edit", "a", "--temperature", "1"], "sample: temperature is 1.0, expected None beside edit"),
         (["sample", "m", "--given", "2"], "sample: given is 2, expected video together with it"),
@@ -376,6 +377,11 @@ def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.Capture
         (["sample", model, "--size", "18x16"], "size is 18x16, expected multiples of 4"),
         (["sample", model, "--frames", 10**18], f"frames is {10**18}, expected at most "),
         (["sample", model, "--image", tmp_path / "no.png"], "no.png', which does not exist"),
+        (
+            ["sample", model, "--image", tmp_path],
+            f"sample: image is '{tmp_path}', which is no file, expected a picture",
+        ),
+        (["score", model, ""], "score: a path is empty, expected a video or a folder of videos"),
         (["sample", model, "--image", damaged], "not an image"),
         (["score", model, damaged], "cut.safetensors: not a video"),
         (["convert", "digits", tmp_path / "no.pth", tmp_path / "m.safetensors"], "no.pth does not exist"),

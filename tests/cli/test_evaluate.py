@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,6 +71,20 @@ def test_the_part_test_of_a_folder_is_compared(model: Path, tmp_path: Path) -> N
     assert values["made"]["made_clips"] == values["floor"]["made_clips"] == 24
 
 
+def test_a_model_that_was_trained_on_a_tar_file_finds_it_again(
+    pipeline: Pipeline, videos: Path, tmp_path: Path
+) -> None:
+    shard = tmp_path / "clips.tar"
+    with tarfile.open(shard, "w") as archive:
+        archive.add(videos, ".")
+    data = replace(pipeline.config.data, kind="folder", path=str(shard))
+    path = tmp_path / "model.safetensors"
+    save_model(path, pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
+    assert run("evaluate", path, *QUICK, "--out", tmp_path / "out") == 0
+    values = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert values["data"] == "the model's own"
+
+
 def test_what_does_not_fit_is_told(
     model: Path, pipeline: Pipeline, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,7 +94,8 @@ def test_what_does_not_fit_is_told(
     data = replace(pipeline.config.data, kind="folder", path=str(tmp_path / "gone"))
     save_model(lost, pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
     for arguments, status, message in (
-        ([model, "--data", tmp_path / "no"], 1, f"folder {tmp_path / 'no'} does not exist"),
+        ([model, "--data", tmp_path / "no"], 2, f"--data is '{tmp_path / 'no'}', expected a folder of videos or a tar"),
+        ([model, "--data", model], 2, f"--data is '{model}', expected a folder of videos or a tar file of them"),
         ([model, "--data", tmp_path / "empty"], 1, f"no readable video in {tmp_path / 'empty'}"),
         ([model, "--data", short], 1, f"no readable video in {short}"),
         ([model, "--data", videos, "--count", 29], 2, "--count is 29, expected at most 28: there are 56 clips that"),

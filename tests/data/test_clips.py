@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import subprocess
+import tarfile
 
 import numpy as np
 import pytest
@@ -191,6 +192,21 @@ def test_images_are_clips_of_one_frame(folder, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(open_folder(folder)) == 2
     assert "skipped: 1 images in" in caplog.text
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_gif_beside_a_video_of_its_name_is_the_same_clip(folder, tmp_path_factory, caplog, shard):
+    for name in ("a.GIF", "sub/b.gif", "sub/alone.gif"):
+        made.ffmpeg("-i", folder / "a.mp4", "-f", "gif", folder / name)
+    if shard:
+        place = tmp_path_factory.mktemp("shards") / "clips.tar"
+        with tarfile.open(place, "w") as archive:
+            archive.add(folder, ".")
+        folder = place
+    with caplog.at_level(logging.WARNING):
+        dataset = open_folder(folder)
+    assert [dataset.item(index).name.partition("@")[0] for index in range(3)] == ["a.mp4", "sub/alone.gif", "sub/b.mkv"]
+    assert caplog.messages == [f"skipped: 2 gifs in {folder}, each beside a video of its name"]
 
 
 def test_bad_files_are_skipped_with_one_line_each(folder, caplog):

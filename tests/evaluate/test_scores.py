@@ -264,6 +264,19 @@ def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path
     assert read_clips(pipeline, [path], frames=10)[0].pixels.shape[0] == 10
 
 
+def test_a_path_that_is_given_twice_is_read_once(pipeline: Pipeline, tmp_path: Path, caplog) -> None:
+    frames = torch.zeros(FRAMES, SIZE, SIZE, 1, dtype=torch.uint8)
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, frames, 8.0)
+    inside, again = tmp_path / "b.mp4", tmp_path / ".." / tmp_path.name
+    clips = read_clips(pipeline, [inside, tmp_path, again])
+    assert [clip.name for clip in clips] == ["a.mp4@0", "b.mp4@0"]
+    assert caplog.messages == [
+        f"{again} is given twice and read once",
+        f"{inside} is in {tmp_path}, which is given too, and is read once",
+    ]
+
+
 def test_names_are_captions_where_they_were_in_training(pipeline: Pipeline, tmp_path: Path) -> None:
     write_video(tmp_path / "an_eight.mp4", to_frames(clip(0).pixels), 8.0)
     paths = (tmp_path, tmp_path / "an_eight.mp4")

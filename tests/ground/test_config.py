@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -114,6 +116,23 @@ def test_a_list_in_python_is_a_list_in_yaml() -> None:
     config = FlowConfig(**(VIDEO | {"layers_per_block": [1, 1, 2]}))  # type: ignore[arg-type]
     assert config == FlowConfig(**VIDEO)
     assert hash(config) == hash(FlowConfig(**VIDEO))
+
+
+def test_options_in_python_have_the_types_of_those_in_yaml() -> None:
+    config = RunConfig.load("tiny")
+    train = dataclasses.replace(config.train, lr=np.float32(0.5), steps=np.int64(7), warmup_steps=3)
+    assert [type(value) for value in (train.lr, train.steps)] == [float, int]
+    whole = dataclasses.replace(config, train=train)
+    assert from_mapping(RunConfig, yaml.safe_load(yaml.safe_dump(to_mapping(whole)))) == whole
+    for section, options, message in (
+        (config.train, {"steps": 1.5}, "train.steps is 1.5, expected an integer"),
+        (config.train, {"seed": True}, "train.seed is True, expected an integer"),
+        (config.data, {"frames": "4"}, "data.frames is '4', expected an integer"),
+        (config.sample, {"guidance": [1.0]}, "sample.guidance is [1.0], expected a number"),
+        (config.flow, {"layers_per_block": 3}, "flow.layers_per_block is 3, expected a list"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            dataclasses.replace(section, **options)  # type: ignore[type-var]
 
 
 def test_a_config_cannot_be_changed() -> None:

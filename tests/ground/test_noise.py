@@ -53,8 +53,8 @@ def test_these_numbers_are_part_of_the_promise() -> None:
     torch.testing.assert_close(draw([0], 1, 1, 1, 2).flatten(), expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**63])
-def test_a_seed_out_of_range_is_refused(seed: int) -> None:
-    message = f"noise: seed is {seed}, expected an integer from 0 to 2^63 - 1"
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, True, "1"])
+def test_a_seed_out_of_range_is_refused(seed: object) -> None:
+    message = f"noise: seed is {seed!r}, expected an integer from 0 to 2^63 - 1"
     with pytest.raises(ValueError, match=re.escape(message)):
-        draw([seed], 1, 1, 1, 1)
+        draw([seed], 1, 1, 1, 1)  # type: ignore[list-item]

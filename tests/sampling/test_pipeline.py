@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from starflow import Chunks, Sequential, Window, decode, noise
 from starflow.codecs import make_codec
 from starflow.config import RunConfig, TrainConfig
-from starflow.data import VideoError, enlarge, to_frames, to_pixels, write_video
+from starflow.data import VideoError, enlarge, probe, to_frames, to_pixels, write_video
 from starflow.model import Guidance
 from starflow.sampling import Pipeline, SampleOptions
 from starflow.sampling.cleaning import score_denoise
@@ -359,7 +361,7 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"window_frames": 0}, "sample: window_frames is 0, expected an integer >= 1"),
         ({"size": (18, 16)}, "sample: size is 18x16, expected multiples of 4"),
         ({"size": (16,)}, r"sample: size is \(16,\), expected a height and a width"),
-        ({"size": (16, 0)}, r"sample: size is \(16, 0\), expected an integer >= 1"),
+        ({"size": (16, 0)}, r"sample: size is \(16, 0\), expected integers >= 1"),
         ({"seed": -1}, "seed is -1, expected an integer >= 0"),
         ({"seeds": [1, 2]}, "seeds has 2 entries, expected 1"),
         ({"temperature": -0.5}, "temperature is -0.5, expected a number >= 0"),
@@ -398,7 +400,13 @@ def test_unconditional_flow(configure: Configure, build: Build) -> None:
         ({"image": [1, 2]}, r"sample: image is \[1, 2\], expected str, Path, Tensor"),
         ({"video": b"a.mp4"}, "sample: video is b'a.mp4', expected str, Path, Tensor"),
         ({"edit_prompt": 3}, "sample: edit_prompt is 3, expected str"),
-        ({"seeds": {1}}, r"sample: seeds is \{1\}, expected Sequence"),
+        ({"seeds": [1.5]}, r"sample: seeds is \[1\.5\], expected integers >= 0"),
+        ({"seeds": ["1"]}, r"sample: seeds is \['1'\], expected integers >= 0"),
+        ({"seeds": [True]}, r"sample: seeds is \[True\], expected integers >= 0"),
+        ({"size": 16}, "sample: size is 16, expected integers >= 1"),
+        ({"guidance": [1.0]}, r"sample: guidance is \[1\.0\], expected a number >= 0"),
+        ({"frames": 10**400}, "sample: frames is an integer of 1329 bits, expected at most"),
+        ({"seeds": {1}}, r"sample: seeds is \{1\}, expected integers >= 0"),
         ({"actions": 3}, "sample: actions is 3, expected str, Path, Sequence, Tensor"),
         (
             {"image": torch.zeros(1, 16, 16, dtype=torch.uint8)},
@@ -472,6 +480,21 @@ def test_numbers_of_numpy_are_taken_in_the_precision_of_the_model(pipeline: Pipe
         assert torch.equal(one.pixels, other.pixels)
     with pytest.raises(ValueError, match=r"session: noise has dtype torch\.int32, expected a floating-point one"):
         pipeline.session(PROMPT).extend(noise.int())
+
+
+def test_scalars_of_numpy_are_numbers(pipeline: Pipeline, tmp_path: Path) -> None:
+    given = {"seed": np.int64(3), "frames": np.int32(FRAMES), "guidance": np.float32(0.5), "attn_temp": np.float64(1.5)}
+    options = SampleOptions(**given, size=(np.int64(16), np.int64(16)))  # type: ignore[arg-type]
+    plain = SampleOptions(seed=3, frames=FRAMES, guidance=0.5, attn_temp=1.5, size=(16, 16))
+    assert json.dumps(options.to_mapping()) == json.dumps(plain.to_mapping())
+    frames = to_frames(pipeline.sample(PROMPT, options).pixels[0])
+    assert torch.equal(frames, to_frames(pipeline.sample(PROMPT, plain).pixels[0]))
+    assert pipeline.sample(PROMPT, seeds=[np.int64(3)]).seeds == (3,)
+    assert enlarge(frames, np.int64(2)).shape[1] == 32  # type: ignore[arg-type]
+    write_video(tmp_path / "a.mp4", frames, np.float32(8))  # type: ignore[arg-type]
+    assert probe(tmp_path / "a.mp4").fps == 8.0
+    made = list(pipeline.session(PROMPT).extend(np.int64(1), last=True))  # type: ignore[arg-type]
+    assert sum(part.pixels.shape[1] for part in made) == pipeline.codec.pixel_frames(1)
 
 
 def test_an_option_that_does_not_exist(pipeline: Pipeline) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 from starflow.model import Flow
 from starflow.storage import (
     CheckpointError,
+    fingerprints,
     latest_state,
     load_flow,
     load_model,
@@ -187,8 +190,28 @@ def test_another_autoencoder_than_the_trained_one_is_refused(tiny, tmp_path: Pat
     statistics.write_text('{"_version": "2", "mean": [1.0]}')
     load_model(tmp_path)
     statistics.write_text('{"mean": [1.5], "_version": "2"}')
-    with pytest.raises(CheckpointError, match=r"config.json of the codec in its folder is another than the one"):
+    with pytest.raises(CheckpointError, match=r"config.json of the autoencoder in its folder is another than the one"):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize("size", [100, (1 << 24) + 100, 1 << 25])
+def test_other_weights_of_the_same_size_have_another_fingerprint(tiny, tmp_path: Path, size: int) -> None:
+    config = replace(tiny(), codec={"kind": "dct", "folder": str(tmp_path)})
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(size))
+    (tmp_path / "README.md").write_text("one")
+    first = fingerprints(config)
+    assert list(first) == ["codec_weights_sha256"]
+    os.utime(weights, (0, 0))
+    (tmp_path / "README.md").write_text("two")
+    assert fingerprints(config) == first
+    # The last byte, and one in a place of each eighth: whatever of large weights is tuned is most of them.
+    for places in ([size - 1], range(1, size, max(1, size // 8))):
+        content = bytearray(size)
+        for place in places:
+            content[place : place + (1 << 16)] = b"x" * len(content[place : place + (1 << 16)])
+        weights.write_bytes(content)
+        assert fingerprints(config) != first
 
 
 def test_every_bit_of_a_header_is_under_a_checksum(saved) -> None:

@@ -15,7 +15,18 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "python" / "starflow"
 
 # From the ground up: a wing imports the ground and wings that stand before it, no others.
-GROUND = ("config", "distributed", "extras", "files", "inference", "mapped", "messages", "noise", "schedules")
+GROUND = (
+    "config",
+    "distributed",
+    "extras",
+    "files",
+    "inference",
+    "mapped",
+    "messages",
+    "noise",
+    "numeric",
+    "schedules",
+)
 INPUTS = ("codecs", "data", "worlds", "text")
 WINGS = ("model", "solver", *INPUTS, "storage", "sampling", "training", "evaluate", "play", "cli")
 STOREYS = 10

@@ -7,6 +7,8 @@ import torch
 from starflow.data import VOCABULARY, MovingDigits
 from starflow.text import ClassEncoder, MiniLMEncoder, T5Encoder, WordEncoder, make_text_encoder
 
+from ..encoders import make_t5
+
 
 def test_words_become_one_hot_rows_in_their_order():
     encoder = WordEncoder(["three", "up", "left"], size=4)
@@ -113,20 +115,7 @@ def test_a_caption_that_is_too_long_is_refused_or_cut_aloud(minilm, caplog):
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    folder = tmp_path_factory.mktemp("t5")
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "cat": 4, "dog": 5}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.T5Config(vocab_size=8, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_heads=4)
-    transformers.T5EncoderModel(config).save_pretrained(folder)
-    return folder
+    return make_t5(tmp_path_factory.mktemp("t5"))
 
 
 def test_t5_gives_hidden_states_times_mask(t5_folder):

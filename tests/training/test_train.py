@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.config import ConfigError, RunConfig
-from starflow.data import Clip, MovingDigits, write_video
+from starflow.data import Clip, MovingDigits, VideoFolder, write_video
 from starflow.files import InUseError
 from starflow.model import Flow
 from starflow.sampling import Pipeline
@@ -35,6 +35,8 @@ from starflow.training.batches import make_images, tell_data, with_vocabulary
 from starflow.training.machine import gains_from_bfloat16
 from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
+
+from ..encoders import make_t5
 
 CPU = torch.device("cpu")
 # A flow that reads no captions.
@@ -798,6 +800,74 @@ def test_files_that_changed_before_a_resume_are_told(tiny, tmp_path: Path, caplo
     # As many files, one of them another.
     write_video(videos / "c.mp4", torch.ones(7, 16, 16, 1, dtype=torch.uint8), 8.0)
     assert len(resumed(5)) == 1
+
+
+def test_another_text_encoder_in_the_same_folder_is_told(tiny, tmp_path: Path, caplog) -> None:
+    encoder, run = make_t5(tmp_path / "t5"), tmp_path / "run"
+    config = tiny(flow={"txt_size": 8, "txt_dim": 16}, text={"kind": "t5", "folder": str(encoder), "size": 8})
+
+    def told(steps: int, folder: Path = run, **options: Any) -> list[str]:
+        caplog.clear()
+        train(replace(config, train=replace(config.train, steps=steps, **options)), folder, quiet=True)
+        return [message for message in caplog.messages if "the weights of" in message]
+
+    assert told(1) == []
+    assert told(2) == []
+    others = f"the weights of the text encoder in {encoder} are others than those that the model was trained with"
+    make_t5(encoder, seed=1)
+    assert told(3) == [f"checkpoint {run}/checkpoints/step-00000002: {others}"]
+    # The run went on with them, and so is its model.
+    assert told(4) == []
+    load_model(run)
+    assert others not in caplog.text
+    make_t5(encoder, seed=2)
+    load_model(run)
+    assert f"checkpoint {run}: {others}" in caplog.messages
+    assert told(1, tmp_path / "next", init=str(run)) == [f"train.init {run}: {others}"]
+    options = json.loads((encoder / "config.json").read_text())
+    (encoder / "config.json").write_text(json.dumps({**options, "layer_norm_epsilon": 0.1}))
+    with pytest.raises(
+        CheckpointError, match=r"step-00000004: config\.json of the text encoder in its folder is another"
+    ):
+        told(5)
+
+
+def test_splits_and_pairs_are_tar_files_too(tiny, tmp_path: Path, caplog) -> None:
+    for name in ("train", "test"):
+        _videos(tmp_path / name, f"{name}.mp4")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("train", "test"):
+        with tarfile.open(folder / f"{name}.tar", "w") as archive:
+            archive.add(tmp_path / name, ".")
+    config = tiny(data={"kind": "folder", "path": str(folder)})
+    sets = [make_dataset(config, split) for split in ("train", "test")]
+    assert [found.names for found in sets if isinstance(found, VideoFolder)] == [("train.mp4",), ("test.mp4",)]
+    assert not [message for message in caplog.messages if "skipped" in message or "held out" in message]
+    paired = tiny(data={"kind": "folder", "path": str(tmp_path / "pairs")}, source_prob=0.5)
+    (tmp_path / "pairs").mkdir()
+    for name in ("source", "target"):
+        (tmp_path / "pairs" / f"{name}.tar").hardlink_to(folder / "train.tar")
+    assert make_dataset(paired).item(0).source is not None
+    # One file with both has no splits.
+    with tarfile.open(tmp_path / "both.tar", "w") as archive:
+        for name in ("train", "test"):
+            archive.add(tmp_path / name, name)
+    both = tiny(data={"kind": "folder", "path": str(tmp_path / "both.tar")})
+    caplog.clear()
+    tell_data(both, make_dataset(both))
+    assert [message for message in caplog.messages if "held out" in message] == [
+        f"{tmp_path / 'both.tar'} has a folder test: its clips are trained on, too, so they are not held out (a folder "
+        "with train.tar and test.tar keeps them apart)"
+    ]
+
+
+def test_a_rate_that_no_file_has_is_told(tiny, tmp_path: Path, caplog) -> None:
+    data = {"kind": "folder", "path": str(_videos(tmp_path / "clips", "a.mp4")), "fps": 8.0}
+    config = tiny(data={**data, "mix_fps": (8.0, 24.0, 30.0)})
+    tell_data(config, make_dataset(config))
+    told = f"no clip has 24, 30 of data.mix_fps frames a second: no file in {tmp_path / 'clips'} is that fast and"
+    assert f"{told} long enough" in caplog.messages
 
 
 def test_a_run_removes_what_a_killed_one_left(tiny, tmp_path: Path) -> None:

@@ -171,6 +171,18 @@ def _changed(path: Sequence[str], before: Mapping[str, Any], given: Mapping[str,
     return {**before, **given}
 
 
+def check_data(path: str) -> None:
+    """Refuses a path of `--data` that holds no clips.
+
+    Raises:
+        ConfigError: neither a folder nor a tar file.
+    """
+    from starflow.data import is_folder
+
+    if not is_folder(Path(path)):
+        raise ConfigError(f"--data is {shown(path)}, expected a folder of videos or a tar file of them")
+
+
 def held_out_clips(config: RunConfig, count: int) -> list[Clip]:
     """The first clips of a run's own test data."""
     from starflow.training import make_dataset

@@ -29,7 +29,7 @@ from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJ
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
 from starflow.data.pictures import IMAGE_SUFFIXES, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
-from starflow.data.shards import VIDEO_SUFFIXES, Member, is_shard
+from starflow.data.shards import VIDEO_SUFFIXES, Member, is_folder
 from starflow.data.sheets import write_contact_sheet
 from starflow.data.sidecars import caption_at, captions_of
 from starflow.data.write import VideoWriter, enlarge, write_gif, write_video
@@ -68,7 +68,7 @@ __all__ = [
     "enlarge",
     "ffmpeg_binary",
     "frames_at",
-    "is_shard",
+    "is_folder",
     "nearest_aspect",
     "of_clip",
     "probe",

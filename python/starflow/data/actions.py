@@ -19,6 +19,7 @@ import torch
 
 from starflow.data.shards import Place, size_of
 from starflow.messages import shown
+from starflow.numeric import integer, number
 
 ACTION_SUFFIX = ".jsonl"
 WORLD_FILE = "world.json"
@@ -99,14 +100,14 @@ def read_actions(path: Place, frame_dim: int, frames: int | None = None) -> torc
     if frames is not None and len(lines) != frames:
         raise ValueError(f"actions: {path} has {len(lines)} lines, expected {frames} like the frames of the video")
     told = torch.full((len(lines), frame_dim), torch.nan)
-    for number, line in enumerate(lines):
-        where = f"{path}, line {number + 1}"
+    for frame, line in enumerate(lines):
+        where = f"{path}, line {frame + 1}"
         entry = _json(line, where)
         if not isinstance(entry, dict) or "action" not in entry:
-            raise ValueError(f'actions: {where} has no action, expected such as {{"frame": {number}, "action": 0}}')
-        if entry.get("frame", number) != number:
-            raise ValueError(f"actions: {where} is of frame {shown(entry['frame'])}, expected frame {number}")
-        told[number] = action_vector(entry["action"], frame_dim, where)
+            raise ValueError(f'actions: {where} has no action, expected such as {{"frame": {frame}, "action": 0}}')
+        if entry.get("frame", frame) != frame:
+            raise ValueError(f"actions: {where} is of frame {shown(entry['frame'])}, expected frame {frame}")
+        told[frame] = action_vector(entry["action"], frame_dim, where)
     return told
 
 
@@ -133,12 +134,15 @@ def action_vector(action: Any, frame_dim: int, where: str) -> torch.Tensor:
     """
     if action is None:
         return torch.full((frame_dim,), torch.nan)
-    if isinstance(action, int) and not isinstance(action, bool) and 0 <= action < frame_dim:
+    chosen = integer(action)
+    if chosen is not None and 0 <= chosen < frame_dim:
         told = torch.zeros(frame_dim)
-        told[action] = 1.0
+        told[chosen] = 1.0
         return told
-    if isinstance(action, list | tuple) and len(action) == frame_dim and all(map(_is_number, action)):
-        return torch.tensor(action, dtype=torch.float32)
+    if isinstance(action, list | tuple) and len(action) == frame_dim:
+        vector = list(map(number, action))
+        if all(value is not None and abs(value) <= _LARGEST for value in vector):
+            return torch.tensor(vector, dtype=torch.float32)
     raise ValueError(
         f"actions: {where} has the action {shown(action)}, expected an integer from 0 to {frame_dim - 1}, "
         f"{frame_dim} finite numbers, or null"
@@ -148,11 +152,6 @@ def action_vector(action: Any, frame_dim: int, where: str) -> torch.Tensor:
 def action_line(frame: int, action: Action, reward: float, done: bool) -> str:
     """A line of JSON of a frame, as `read_actions` reads it."""
     return json.dumps({"frame": frame, "action": action, "reward": reward, "done": done})
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is a number that float32 holds."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _text(path: Place) -> str:

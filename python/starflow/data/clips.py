@@ -27,7 +27,7 @@ from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
 from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
-from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_shard, size_of
+from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_folder, size_of
 from starflow.data.sidecars import SIDECAR_SUFFIXES, Sidecars, caption_at, captions_of, composed
 from starflow.messages import listed
 
@@ -46,6 +46,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# Videos beside which a gif of the same name shows the same.
+_WHOLE = VIDEO_SUFFIXES - {".gif"}
 # A file of 23.976 frames a second is one of 24.
 _SAME_RATE = 1.01
 
@@ -289,6 +291,8 @@ class VideoFolder:
     `{"captions": [...]}`, of which each item draws one); see `Sidecars` for other spellings of the name. A file without
     captions has the caption "". Images are clips of one frame and are read only when `frames` is 1.
 
+    A gif beside a video of the same name is the same clip and is skipped.
+
     The log has one line for each file that is skipped because it is missing, empty, corrupt, too short, or holds text
     or no video; for each folder that cannot be read; and for captions that belong to no clip.
 
@@ -352,7 +356,11 @@ class VideoFolder:
         self.folder = Path(folder)
         self.sources = None if sources is None else Path(sources)
         for place in (self.folder, self.sources):
-            if place is not None and not place.is_dir() and not is_shard(place):
+            if place is not None and not is_folder(place):
+                if place.exists():
+                    raise ValueError(
+                        f"VideoFolder: {place} is a file, expected a folder of videos or a tar file of them"
+                    )
                 raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
         for name, value, least in (
             ("frames", frames, 1),
@@ -413,6 +421,11 @@ class VideoFolder:
     def files(self) -> int:
         """Number of files that clips are cut from."""
         return len(self._files)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Paths of these files within the folder."""
+        return tuple(file.name for file in self._files)
 
     @property
     def rates(self) -> tuple[float, ...]:
@@ -583,7 +596,13 @@ class VideoFolder:
     @staticmethod
     def _places(folder: Path) -> list[Place]:
         wanted = VIDEO_SUFFIXES | IMAGE_SUFFIXES | {*SIDECAR_SUFFIXES, ACTION_SUFFIX}
-        return find_places(folder, wanted)
+        places = find_places(folder, wanted)
+        videos = {_pair_name(path, folder) for path in places if path.suffix.lower() in _WHOLE}
+        # In fewer colours and at another rate the same clip, as `starflow sample` writes it beside the video.
+        doubles = {path for path in places if path.suffix.lower() == ".gif" and _pair_name(path, folder) in videos}
+        if doubles:
+            logger.warning("skipped: %d gifs in %s, each beside a video of its name", len(doubles), folder)
+        return [path for path in places if path not in doubles]
 
     def _try_open(self, path: Place) -> _File | VideoError:
         try:

@@ -248,10 +248,19 @@ class Member:
 
     def window(self) -> Window:
         """Open the member for reading bytes without a buffer, as decoders of ffmpeg want it; see `open`."""
+        first, size = self.found()
+        return Window(self.shard.path.open("rb", buffering=0), first, size, str(self))
+
+    def found(self) -> tuple[int, int]:
+        """The first byte of the member and the number of its bytes.
+
+        Raises:
+            FileNotFoundError: the shard has no such member.
+        """
         place = self.shard.place(self.inner)
         if place is None:
             raise FileNotFoundError(f"no member {self.inner} in {self.shard.path}")
-        return Window(self.shard.path.open("rb", buffering=0), *place, str(self))
+        return place
 
 
 Place: TypeAlias = Path | Member
@@ -319,6 +328,11 @@ def is_shard(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path leads to a folder, or to a tar file, which counts as one."""
+    return path.is_dir() or is_shard(path)
+
+
 def find_places(folder: Path, suffixes: frozenset[str]) -> list[Place]:
     """Find the files below a folder (see `find_files`), and in the place of each shard its members.
 
@@ -360,9 +374,4 @@ def size_of(place: Place) -> int:
     Raises:
         OSError: there is no such file.
     """
-    if isinstance(place, Path):
-        return place.stat().st_size
-    found = place.shard.place(place.inner)
-    if found is None:
-        raise FileNotFoundError(f"no member {place.inner} in {place.shard.path}")
-    return found[1]
+    return place.stat().st_size if isinstance(place, Path) else place.found()[1]

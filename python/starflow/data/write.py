@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data.ffmpeg import Drain, as_fraction, check_channels, ffmpeg_binary, reason
 from starflow.files import replacing
+from starflow.messages import shown
+from starflow.numeric import integer, number
 
 # Matroska counts milliseconds.
 _MATROSKA_FPS = 1000.0
@@ -145,12 +147,15 @@ class VideoWriter:
                 f'VideoWriter: path {self.path} ends in "{self.path.suffix}", expected one of {", ".join(_CONTAINERS)}'
             )
         most = _MATROSKA_FPS if self.path.suffix.lower() == ".mkv" else MOST_FPS
-        if not LEAST_FPS <= fps <= most:
-            raise ValueError(f"VideoWriter: fps is {fps}, expected {LEAST_FPS:g} to {most:g} in {self.path.suffix}")
+        rate = number(fps)
+        if rate is None or not LEAST_FPS <= rate <= most:
+            raise ValueError(
+                f"VideoWriter: fps is {shown(fps)}, expected {LEAST_FPS:g} to {most:g} in {self.path.suffix}"
+            )
         if height < 1 or width < 1:
             raise ValueError(f"VideoWriter: size is {height}x{width}, expected at least 1x1")
         check_channels(channels)
-        self.fps = fps
+        self.fps = rate
         self.height = height
         self.width = width
         self.channels = channels
@@ -275,10 +280,11 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     """
     path = Path(path)
     check_frames("write_gif", frames)
-    if not LEAST_FPS <= fps <= 50:
-        raise ValueError(f"write_gif: fps is {fps}, expected {LEAST_FPS:g} to 50")
+    rate = number(fps)
+    if rate is None or not LEAST_FPS <= rate <= 50:
+        raise ValueError(f"write_gif: fps is {shown(fps)}, expected {LEAST_FPS:g} to 50")
     _, height, width, _ = frames.shape
-    video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(as_fraction(fps)))
+    video = ffmpeg.input("pipe:", format="rawvideo", pix_fmt="rgb24", s=f"{width}x{height}", r=str(as_fraction(rate)))
     halves = video.filter_multi_output("split")
     pictures = ffmpeg.filter([halves[0], halves[1].filter("palettegen")], "paletteuse", dither="sierra2_4a")
     with replacing(path) as temporary:
@@ -303,8 +309,9 @@ def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
     Raises:
         ValueError: when the factor is no whole number of at least 1, or the frames have their channels elsewhere.
     """
-    if not isinstance(scale, int) or scale < 1:
-        raise ValueError(f"enlarge: scale is {scale}, expected a whole number of at least 1")
+    factor = integer(scale)
+    if factor is None or factor < 1:
+        raise ValueError(f"enlarge: scale is {shown(scale)}, expected a whole number of at least 1")
     if frames.ndim != 4 or frames.shape[3] not in (1, 3):
         raise ValueError(f"enlarge: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3]")
-    return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+    return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

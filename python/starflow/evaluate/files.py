@@ -20,7 +20,7 @@ from starflow.data import (
     caption_at,
     captions_of,
     frames_at,
-    is_shard,
+    is_folder,
     nearest_aspect,
     of_clip,
     probe,
@@ -58,8 +58,8 @@ def read_clips(
     data = pipeline.config.data
     count = data.frames if frames is None else frames
     clips: list[Clip] = []
-    for path in map(Path, paths):
-        if path.is_dir() or is_shard(path):
+    for path in _once(paths):
+        if is_folder(path):
             folder = VideoFolder(
                 path,
                 frames=count,
@@ -83,6 +83,25 @@ def read_clips(
             logger.warning("%s: of %d clips %d are different, the others are left out", path, len(found), len(once))
         clips += once.values()
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _once(paths: Sequence[str | Path]) -> list[Path]:
+    """The paths without those that others lead to as well; these have a line in the log."""
+    if not all(str(path).strip() for path in paths):
+        raise ValueError("score: a path is empty, expected a video or a folder of videos")
+    known: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        whole = path.resolve()
+        if whole in known:
+            logger.warning("%s is given twice and read once", path)
+        known.setdefault(whole, path)
+    found = []
+    for whole, path in known.items():
+        if (folder := next((known[other] for other in whole.parents if other in known), None)) is not None:
+            logger.warning("%s is in %s, which is given too, and is read once", path, folder)
+        else:
+            found.append(path)
+    return found
 
 
 def _multiple(pipeline: Pipeline) -> int:

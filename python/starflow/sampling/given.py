@@ -70,7 +70,7 @@ class GivenReader:
             tell_scale(f"sample: no pixel of {name}", [source])
             return self._checked(name, source.unsqueeze(-4))
         if not Path(source).is_file():
-            raise VideoError(f"sample: {name} is {str(source)!r}, which does not exist, expected a picture")
+            raise VideoError(f"sample: {name} is {str(source)!r}, {_lack(source)}, expected a picture")
         height, width = self.size
         return self._checked(
             name, to_pixels(read_image(source, height=height, width=width, channels=self.codec.channels))
@@ -103,7 +103,7 @@ class GivenReader:
             found, what = source.shape[-4] if source.dim() > 3 else 0, name
         else:
             if not Path(source).is_file():
-                raise VideoError(f"sample: {name} is {str(source)!r}, which does not exist, expected a video file")
+                raise VideoError(f"sample: {name} is {str(source)!r}, {_lack(source)}, expected a video file")
             info, what = probe(source, count=True), str(source)
             rate = info.fps if self.fps is None else self.fps
             found, at = frames_at(info, rate), f" at {rate:g} a second"
@@ -188,6 +188,11 @@ class GivenReader:
             ) from None
         # Integers are left to the codec, which refuses them.
         return pixels.to(self.device, torch.float32 if pixels.is_floating_point() else None)
+
+
+def _lack(path: str | Path) -> str:
+    """What is wrong with a path that leads to no file."""
+    return "which is no file" if Path(path).exists() else "which does not exist"
 
 
 def _numbers(text: str | Path, names: Sequence[str]) -> list[int]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from starflow.config import LEAST_FPS, MOST_FPS, DenoiseKind
 from starflow.data import CaptionMode
 from starflow.messages import shown
+from starflow.numeric import integer, number
 from starflow.solver import Chunks, Precision, Schedule, Sequential, Window, parse_solver, solver_text
 
 Denoise: TypeAlias = DenoiseKind
@@ -122,7 +123,7 @@ class SampleOptions:
     """
 
     seed: int = field(default=0, metadata=_shown("what", least=0, metavar="N"))
-    seeds: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = field(default=None, metadata={"least": 0})
     frames: int | None = field(default=None, metadata=_shown("what", least=1, metavar="N"))
     size: tuple[int, int] | None = field(default=None, metadata=_shown("what", least=1, metavar="HxW"))
     aspect_ratio: AspectRatio | None = field(default=None, metadata=_shown("what"))
@@ -155,10 +156,7 @@ class SampleOptions:
         for option in fields(self):
             value = getattr(self, option.name)
             if value is not None:
-                _check(option, value)
-        for name in ("seeds", "size", "actions"):
-            if getattr(self, name) is not None and not isinstance(getattr(self, name), str | Path | Tensor):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+                object.__setattr__(self, option.name, _checked(option, value))
         if self.seed and self.seeds is not None:
             raise ValueError(f"sample: seed is {self.seed} beside seeds, expected one of them")
         if self.size is not None and len(self.size) != 2:
@@ -283,33 +281,39 @@ def takes_options(method: Made) -> Made:
 _MANY = (tuple, Sequence)
 
 
-def _check(option: Field[Any], value: Any) -> None:
-    """Refuses a value of the wrong type or out of range."""
+def _checked(option: Field[Any], value: Any) -> Any:
+    """A value of an option in Python's own types.
+
+    Raises:
+        ValueError: of the wrong type or out of range.
+    """
     kinds = option_kinds()[option.name]
     literals = [choice for kind in kinds if typing.get_origin(kind) is Literal for choice in get_args(kind)]
     if literals:
         if value not in literals:
             raise ValueError(f"sample: {option.name} is {value!r}, expected one of {', '.join(map(repr, literals))}")
-        return
+        return value
     least, above = option.metadata.get("least"), option.metadata.get("above")
     if least is None and above is None:
         plain = tuple(Sequence if kind in _MANY else kind for kind in (typing.get_origin(k) or k for k in kinds))
         if not isinstance(value, plain) or isinstance(value, bytes):
             expected = ", ".join(dict.fromkeys(kind.__name__ for kind in plain))
             raise ValueError(f"sample: {option.name} is {shown(value)}, expected {expected}")
-        return
-    integer = float not in kinds
+        return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    many, whole = tuple in map(typing.get_origin, kinds), float not in kinds
     most = option.metadata.get("most") or math.inf
     bound = f">= {least:g}" if above is None else f"> {above:g}"
     bound += f" and at most {most:g}" if math.isfinite(most) else ""
-    for number in value if isinstance(value, Sequence) and not isinstance(value, str) else (value,):
-        fits = isinstance(number, int if integer else int | float) and not isinstance(number, bool)
-        if not (
-            fits and math.isfinite(number) and number <= most and (number >= least if above is None else number > above)
-        ):
-            raise ValueError(
-                f"sample: {option.name} is {value!r}, expected {'an integer' if integer else 'a number'} {bound}"
-            )
+    told = value if many and isinstance(value, Sequence) else (value,)
+    found = tuple(integer(each) if whole else number(each) for each in told)
+    fits = (
+        each is not None and each < math.inf and each <= most and (each >= least if above is None else each > above)
+        for each in found
+    )
+    if many != isinstance(value, Sequence) or not all(fits):
+        kind = "integers" if many else "an integer" if whole else "a number"
+        raise ValueError(f"sample: {option.name} is {shown(value)}, expected {kind} {bound}")
+    return found if many else found[0]
 
 
 def _plain(value: Any) -> Any:

@@ -409,8 +409,8 @@ class Pipeline(Pretrained):
         most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // max(frame, 1)
         if asked.frames is not None and asked.frames > max(most, 1):
             raise ValueError(
-                f"sample: frames is {asked.frames}, expected at most {most} of {clips} x {height}x{width} pixels, "
-                "which are what fits into memory (a session, or --stream, gives frames one by one)"
+                f"sample: frames is {shown(asked.frames)}, expected at most {most} of {clips} x {height}x{width} "
+                "pixels, which are what fits into memory (a session, or --stream, gives frames one by one)"
             )
 
     def _size(self, asked: SampleOptions, seeds: Sequence[int]) -> tuple[int, int] | None:

@@ -21,7 +21,9 @@ from starflow import noise
 from starflow.codecs import Codec, tell_scale
 from starflow.data import action_vector
 from starflow.inference import in_inference_mode
+from starflow.messages import shown
 from starflow.model import Flow, compared_once
+from starflow.numeric import integer
 from starflow.sampling.cleaning import Denoising, score_denoise
 from starflow.solver import Conditions, Decoding, SolveReport, Span, checked
 
@@ -382,9 +384,9 @@ class Session:
             double = next(self._flow.parameters()).dtype == torch.float64
             self._sources.append(noise.to(self._device, torch.float64 if double else torch.float32))
         else:
-            if not isinstance(noise, int | None) or isinstance(noise, bool):
-                raise ValueError(f"session: frames is {noise!r}, expected a number of them, noise or None")
-            count = math.inf if noise is None else noise
+            count = math.inf if noise is None else integer(noise)
+            if count is None:
+                raise ValueError(f"session: frames is {shown(noise)}, expected a number of them, noise or None")
             if count < 1:
                 raise ValueError(f"session: frames is {noise}, expected at least 1")
             self._sources.append(count)

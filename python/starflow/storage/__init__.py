@@ -16,6 +16,7 @@ from starflow.storage.models import (
     save_model,
     write_model,
 )
+from starflow.storage.parts import check_parts, fingerprints
 from starflow.storage.published import from_published, load_published, published_state
 from starflow.storage.shipped import Card, shipped_card, shipped_name, shipped_names
 from starflow.storage.states import latest_state, load_state, read_state, save_state
@@ -31,8 +32,10 @@ __all__ = [
     "Loaded",
     "Pretrained",
     "WeightDtype",
+    "check_parts",
     "convert",
     "empty_flow",
+    "fingerprints",
     "from_published",
     "latest_state",
     "load_flow",

@@ -7,7 +7,6 @@ temporary name, flushed to the disk and renamed, so a process that is killed at 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
 from starflow.messages import listed, short
 from starflow.model import Flow, Int8Linear, keep_mapped
+from starflow.storage.parts import check_parts, fingerprints
 from starflow.storage.shipped import shipped_file, shipped_name, shipped_names
 from starflow.storage.tensors import (
     FORMAT,
@@ -123,7 +123,7 @@ def write_model(
         CheckpointError: something cannot be written; what was there before is left as it was.
     """
     path = Path(path)
-    about = {**about, **_fingerprints(config), "config": json.dumps(to_mapping(config))}
+    about = {**fingerprints(config), **about, "config": json.dumps(to_mapping(config))}
     if path.suffix == ".safetensors":
         with saving(path) as temporary:
             write_tensors(temporary, state, about)
@@ -260,12 +260,7 @@ def load_model(path: str | Path) -> Loaded:
     """
     about = read_header(path).about
     flow, config = load_flow(path)
-    for part, found in _fingerprints(config).items():
-        if about.get(part, found) != found:
-            raise CheckpointError(
-                f"checkpoint {path}: config.json of the {part.removesuffix('_sha256')} in its folder is another than "
-                "the one that the model was trained with, expected the same autoencoder and text encoder"
-            )
+    check_parts(f"checkpoint {path}", about, config)
     codec = _part(path, "codec", lambda: make_codec(config.codec))
     text = _part(path, "text", lambda: make_text_encoder(config.text)) if config.text else None
     kept = {key: value for key, value in about.items() if not key.endswith("_sha256")}
@@ -373,17 +368,3 @@ def _header(path: Path, metadata: Mapping[str, str], tensors: int) -> Header:
         )
     own = ("config", "crc32", "header_crc32", "format")
     return Header(config, {key: value for key, value in metadata.items() if key not in own})
-
-
-def _fingerprints(config: RunConfig) -> dict[str, str]:
-    """What identifies the local weights that a model depends on: the options beside them, statistics included."""
-    found = {}
-    for part, options in (("codec", config.codec), ("text", config.text)):
-        folder = options.get("folder")
-        file = Path(folder) / "config.json" if isinstance(folder, str) else None
-        if file is not None and file.is_file():
-            content = read_json(file, "the options of an autoencoder or a text encoder")
-            # Names with an underscore say which program wrote the file, and from where.
-            kept = {key: value for key, value in content.items() if not key.startswith("_")}
-            found[f"{part}_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
-    return found

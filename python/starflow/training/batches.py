@@ -27,6 +27,7 @@ from starflow.data import (
     ClipDataset,
     MovingDigits,
     VideoFolder,
+    is_folder,
     read_world,
     sample_group,
     stack_clips,
@@ -95,15 +96,18 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         raise ConfigError("data.path is None, expected a folder of videos or images, or a tar file of them")
     _check_names(data, config.flow.frame_dim)
     folder = _part(Path(data.path), split)
-    whole = all((folder / name).is_dir() for name in ("source", "target"))
+    source, target = (_inside(folder, name) for name in ("source", "target"))
     require(
-        whole or not pairs, "data.path", str(folder), "a folder with subfolders source and target (with source_prob)"
+        not pairs or (source is not None and target is not None),
+        "data.path",
+        str(folder),
+        "a folder with subfolders source and target (with source_prob)",
     )
-    if whole and not pairs:
+    if source is not None and target is not None and not pairs:
         logger.warning("%s has subfolders source and target: files of both are clips (train.source_prob is 0)", folder)
     return VideoFolder(
-        folder / "target" if pairs else folder,
-        sources=folder / "source" if pairs else None,
+        target if pairs and target is not None else folder,
+        sources=source if pairs else None,
         frames=data.frames,
         height=data.height,
         width=data.width,
@@ -138,6 +142,18 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
         )
     if not isinstance(dataset, VideoFolder):
         return
+    if dataset.folder.is_file() and any(Path(name).parts[0] == "test" for name in dataset.names):
+        logger.warning(
+            "%s has a folder test: its clips are trained on, too, so they are not held out (a folder with train.tar "
+            "and test.tar keeps them apart)",
+            dataset.folder,
+        )
+    if unmet := [rate for rate in data.mix_fps if rate not in rates]:
+        logger.warning(
+            "no clip has %s of data.mix_fps frames a second: no file in %s is that fast and long enough",
+            listed(f"{rate:g}" for rate in unmet),
+            dataset.folder,
+        )
     bare, count = dataset.uncaptioned, dataset.files
     if flow.txt_size or flow.num_classes:
         if bare:
@@ -208,21 +224,27 @@ def _check_names(data: DataConfig, frame_dim: int) -> None:
 
 def _part(folder: Path, split: Literal["train", "test"]) -> Path:
     """The subfolder of a split where there is one, else the folder; the log tells what that leaves out or mixes."""
-    part = folder / split
-    if part.is_dir():
-        others = {path.name for path in folder.iterdir() if path.name[0] != "."} - {"train", "test", WORLD_FILE}
+    part, test = _inside(folder, split), _inside(folder, "test")
+    if part is not None:
+        splits = {place.name for place in (_inside(folder, "train"), test) if place is not None}
+        others = {path.name for path in folder.iterdir() if path.name[0] != "."} - {*splits, WORLD_FILE}
         if others:
             logger.warning("skipped: %s: clips are those of %s, so not %s", folder, part, listed(sorted(others)))
         return part
-    if split == "train" and (folder / "test").is_dir():
+    if split == "train" and test is not None:
         logger.warning(
             "%s has no subfolder train: clips of %s are trained on, too, so they are not held out",
             folder,
-            folder / "test",
+            test,
         )
     if split == "test":
         logger.warning("%s has no subfolder test: these are no held-out clips, the training shows them too", folder)
     return folder
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The subfolder of this name, or the tar file in its place; None where there is neither."""
+    return next((path for path in (folder / name, folder / f"{name}.tar") if is_folder(path)), None)
 
 
 def make_images(config: RunConfig) -> ClipDataset | None:

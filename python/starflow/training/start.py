@@ -15,7 +15,7 @@ from starflow.codecs import Codec
 from starflow.config import ConfigError, RunConfig, to_mapping
 from starflow.messages import listed, short, shown
 from starflow.model import Flow
-from starflow.storage import load_flow, read_header
+from starflow.storage import check_parts, load_flow, read_header
 from starflow.text import TextEncoder
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def started_flow(config: RunConfig, codec: Codec, text: TextEncoder | None) -> F
     Raises:
         ConfigError: another model than the configuration describes; the options that differ and the tensors that do
             not fit are listed.
-        CheckpointError: a model that cannot be read.
+        CheckpointError: a model that cannot be read, or one of another autoencoder or text encoder.
     """
     model = config.train.init
     assert model is not None
@@ -67,6 +67,7 @@ def started_flow(config: RunConfig, codec: Codec, text: TextEncoder | None) -> F
     filled = replace(config, codec=codec.to_config(), text={} if text is None else text.to_config())
     changes = list(_changes(base, config, filled))
     _check(model, config, base, changes, own, given)
+    check_parts(f"train.init {short(model)}", about, config)
     with torch.no_grad():
         for name, tensor in own.items():
             if name in given:

@@ -39,6 +39,8 @@ from starflow.storage import (
     INDEX,
     MODEL,
     CheckpointError,
+    check_parts,
+    fingerprints,
     latest_state,
     load_state,
     read_state,
@@ -182,6 +184,7 @@ class Trainer:
         self._seen = False  # a batch
         # What tells the data that a run is trained on from others (see `data_of`).
         self.data: dict[str, Any] = {}
+        self.parts = fingerprints(config)
 
     def save(self, folder: Path) -> None:
         """Writes the training state, and the averaged weights as the model of the run.
@@ -196,6 +199,7 @@ class Trainer:
             **self._skips.state(),
             "config": to_mapping(self.config),
             "data": self.data,
+            "parts": self.parts,
         }
         tensors = self._tensors(averaged=bool(self.config.train.ema))
         save_state(folder, self.step, tensors, about, self.world)
@@ -205,7 +209,8 @@ class Trainer:
         """Writes the averaged weights as the model of the run."""
         state = self.world.whole(self.average.flow.state_dict())
         if self.world.first:
-            about = {"weights": "average" if self.config.train.ema else "last", "step": str(self.step)}
+            kind = "average" if self.config.train.ema else "last"
+            about = {**self.parts, "weights": kind, "step": str(self.step)}
             save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
         self.world.wait()
 
@@ -232,18 +237,24 @@ class Trainer:
             path: as `latest_state` returns it.
 
         Raises:
-            CheckpointError: damaged.
+            CheckpointError: damaged, or of another autoencoder or text encoder.
             TrainingError: of a run with another model or codec.
         """
         state = read_state(path)
         counters = [state.get(name) for name in ("step", "updates", "bad")]
-        saved, data = state.get("config"), state.get("data", self.data)
+        saved, data, parts = state.get("config"), state.get("data", self.data), state.get("parts", {})
         whole = isinstance(saved, dict) and all(isinstance(options, dict) for options in saved.values())
-        whole = whole and isinstance(data, dict) and all(type(count) is int and count >= 0 for count in counters)
+        whole = (
+            whole
+            and isinstance(data, dict)
+            and isinstance(parts, dict)
+            and all(type(count) is int and count >= 0 for count in counters)
+        )
         skips = _Skips.of(state)
         if not whole or not isinstance(saved, dict) or skips is None:
             raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(self._spelt_out(saved, path), self._spelt_out(to_mapping(self.config), path), path)
+        check_parts(f"checkpoint {path}", parts, self.config)
         if data != self.data:
             told = [f"{facts.get('files', 'no')} files" for facts in (data, self.data)]
             logger.warning("data changed since %s: %s were, %s are; the run goes on with these", path.name, *told)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from starflow.data import action_vector
+from starflow.numeric import integer
 
 
 class WorldError(RuntimeError):
@@ -76,5 +77,6 @@ def one_hot(actions: Sequence[int | None], count: int) -> Tensor:
 
 def check_action(world: str, action: Any, count: int) -> None:
     """Raises ValueError unless `action` is one of the `count` actions of a world."""
-    if isinstance(action, bool) or not isinstance(action, int | np.integer) or not 0 <= action < count:
+    chosen = integer(action)
+    if chosen is None or not 0 <= chosen < count:
         raise ValueError(f"world {world}: action is {action!r}, expected an integer from 0 to {count - 1}")

@@ -66,16 +66,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--codec",
+        type=path_text,
         metavar="FOLDER_OR_FILE",
         help="local copy of the autoencoder: in diffusers format, or Wan2.2_VAE.pth or Wan2.1_VAE.pth as released",
     )
     parser.add_argument(
         "--codec-weights",
+        type=path_text,
         metavar="FILE",
         help="weights that replace some of the autoencoder's: a fine-tuned decoder, which takes noisy latents, so that "
         "samples are not denoised",
     )
-    parser.add_argument("--text", metavar="FOLDER", help="local copy of the text encoder (transformers format)")
+    parser.add_argument(
+        "--text", type=path_text, metavar="FOLDER", help="local copy of the text encoder (transformers format)"
+    )
 
 
 COMMAND = Command("turn a published checkpoint into a model file", _DESCRIPTION, _add_options, _run)

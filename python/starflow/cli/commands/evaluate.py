@@ -15,6 +15,7 @@ from starflow.cli.options import (
     Command,
     add_device,
     add_sample_options,
+    check_data,
     device_name,
     load_pipeline,
     number,
@@ -106,13 +107,15 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     Raises:
         ConfigError: fewer clips than `--count` needs, or none of the model's own.
     """
+    from starflow.data import is_folder
     from starflow.training import make_dataset
 
     # Every clip in the one size that clips are made in.
     data = dataclasses.replace(config.data, mix_aspect=False)
     if args.data is not None:
+        check_data(args.data)
         data = dataclasses.replace(data, kind="folder", path=args.data, clips_per_file=1)
-    elif data.kind == "folder" and (data.path is None or not Path(data.path).is_dir()):
+    elif data.kind == "folder" and (data.path is None or not is_folder(Path(data.path))):
         raise ConfigError(
             f"evaluate: the model's own data, data.path {short(data.path)}, are not here, expected --data FOLDER"
         )

@@ -51,6 +51,10 @@ def _run(args: argparse.Namespace) -> int:
         )
     if args.per_token and args.json is None:
         raise ConfigError("--per-token is given, expected --json together with it")
+    # Before hours of scoring and not after.
+    for file in (args.heat_map, args.json):
+        if file not in (None, "-"):
+            Path(file).parent.mkdir(parents=True, exist_ok=True)
     pipeline = load_pipeline(args.model, World(device=torch.device(device_name(args.device))))
     if args.caption and pipeline.text is None:
         raise ConfigError(f"--caption is {args.caption!r}, expected none: the model was trained without text")
@@ -80,7 +84,6 @@ def _run(args: argparse.Namespace) -> int:
         scores = [reference.judge(item) for item in scores]
     if args.heat_map is not None:
         path = Path(args.heat_map)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             heat_map(clips, scores).savefig(partial, format=path.suffix[1:])
     if not args.per_token:

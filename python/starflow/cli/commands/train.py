@@ -12,6 +12,7 @@ from starflow.cli.options import (
     PROG,
     Command,
     add_device,
+    check_data,
     device_name,
     make_config,
     number,
@@ -23,15 +24,14 @@ from starflow.messages import short, shown
 
 
 def _run(args: argparse.Namespace) -> int:
-    from starflow.data import CaptionMode, is_shard
+    from starflow.data import CaptionMode
     from starflow.distributed import rank_and_size
     from starflow.storage import read_header
     from starflow.training import train
 
     settings = list(args.set)
     if args.data is not None:
-        if not Path(args.data).is_dir() and not is_shard(Path(args.data)):
-            raise ConfigError(f"--data is {args.data!r}, expected a folder of videos or a tar file of them")
+        check_data(args.data)
         for option, value in (("kind", "folder"), ("path", args.data)):
             _refuse_two("--data", value, ["data", option], args.set)
         settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
