@@ -519,7 +519,7 @@ NINES = "9" * 400
         (["--temperature", "inf"], "argument --temperature: 'inf' is given, expected at most 1e+30"),
         (
             ["--solver", "window:99999999999999999999"],
-            "sample: solver: window size is 99999999999999999999, expected 1 to",
+            "sample: solver: window size is 99999999999999999999, expected an integer from 1 to",
         ),
         (["--solver", f"chunks:{NINES}"], "sample: solver: block is "),
     ],
