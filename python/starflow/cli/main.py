@@ -106,6 +106,8 @@ def _hint(command: str, rest: Sequence[str]) -> str:
 
 def _sentence(error: BaseException) -> str:
     """The message of an error, in one line."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        return f"{short(error.filename)}: it or a part of this path is a file, expected a folder"
     if isinstance(error, OSError) and error.strerror:
         return f"{short(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return short(error, _MOST_SAID) or type(error).__name__
