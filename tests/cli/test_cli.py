@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -482,6 +484,18 @@ def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> No
     assert "starflow: error: interrupted" in said
     assert "Traceback" not in said
     assert not out.exists()
+
+
+def test_a_name_that_the_terminal_cannot_show(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = tmp_path / "\xe9t\xe9.mp4"
+    write_video(clip, torch.zeros(4, 16, 16, 1, dtype=torch.uint8), 8.0)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert run("score", model, clip) == 0
+    screen.seek(0)
+    said = screen.read()
+    assert r"\xe9t\xe9.mp4@0" in said
+    assert "mean" in said
 
 
 def test_threads_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
