@@ -732,6 +732,9 @@ def parse_yaml(text: str, name: str) -> Any:
         raise ConfigError(str(error) if str(error).startswith(name) else f"{name} {error}") from None
     except RecursionError:
         raise ConfigError(f"{name} is nested too deeply, expected a mapping of options") from None
+    except yaml.MarkedYAMLError as error:
+        where = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise ConfigError(f"{name} is not yaml: {short(error.problem or error.context or 'unknown')}{where}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{name} is not yaml: {short((str(error) or 'unknown').splitlines()[0])}") from None
 

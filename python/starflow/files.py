@@ -29,6 +29,8 @@ _MARKED = re.compile(
     r"\.(?P<kind>partial|former)(?P<suffix>\.[^.]*)?",
     re.DOTALL,
 )
+# Folders of devices and of open files, whose names lead to what a shell gave a process, a plain file or not.
+_SPECIAL = re.compile(r"/dev|/dev/fd|/proc/[^/]+/fd")
 # Bytes of a file name on every file system of Linux.
 _NAME_MAX = 255
 # Seconds after which what another machine left is taken for abandoned: nothing is written there for so long.
@@ -60,10 +62,13 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder of `target` does not exist.
-        OSError: something cannot be written; `target` is left as it was.
+        OSError: something cannot be written, or `target` is a device or a pipe; it is left as it was.
     """
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: folder {target.parent} does not exist")
+    # A file would take the place of the device or the pipe, for every program of the machine.
+    if _SPECIAL.fullmatch(os.path.realpath(target.parent)) or (target.exists() and not _is_plain(target)):
+        raise OSError(errno.EINVAL, "a device or a pipe, expected a file", str(target))
     _sweep_once(target.parent)
     temporary = _marked(target, "partial")
     try:
@@ -89,6 +94,10 @@ def replacing(target: Path) -> Iterator[Path]:
         except OSError as error:
             # What matters is done, or has an error of its own.
             logger.warning("%s cannot be removed: %s", temporary, error.strerror)
+
+
+def _is_plain(path: Path) -> bool:
+    return path.is_file() or path.is_dir()
 
 
 def write_text(target: Path, text: str) -> None:

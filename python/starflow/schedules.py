@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
+from starflow.messages import shown
+from starflow.numeric import integer, number
+
 # Tokens of a clip and sweeps over them are counted in 31 bits.
 _MOST: Final = (1 << 31) - 1
 
@@ -30,12 +33,9 @@ class Chunks:
     max_iterations: int = 32
 
     def __post_init__(self) -> None:
-        if not (1 <= self.block <= _MOST and 1 <= self.max_iterations <= _MOST):
-            raise ValueError(
-                f"solver: block is {self.block} and max_iterations {self.max_iterations}, expected 1 to {_MOST}"
-            )
-        if not 0.0 <= self.threshold < float("inf"):
-            raise ValueError(f"solver: threshold is {self.threshold}, expected a finite number >= 0")
+        for name in ("block", "max_iterations"):
+            object.__setattr__(self, name, _count(name, getattr(self, name)))
+        object.__setattr__(self, "threshold", _bound("threshold", self.threshold))
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,25 @@ class Window:
     certificate: bool = False
 
     def __post_init__(self) -> None:
-        if self.size is not None and not 1 <= self.size <= _MOST:
-            raise ValueError(f"solver: window size is {self.size}, expected 1 to {_MOST}")
-        if not 0.0 <= self.tolerance < float("inf"):
-            raise ValueError(f"solver: tolerance is {self.tolerance}, expected a finite number >= 0")
+        if self.size is not None:
+            object.__setattr__(self, "size", _count("window size", self.size))
+        object.__setattr__(self, "tolerance", _bound("tolerance", self.tolerance))
+
+
+def _count(name: str, value: object) -> int:
+    """A number of tokens or sweeps."""
+    whole = integer(value)
+    if whole is None or not 1 <= whole <= _MOST:
+        raise ValueError(f"solver: {name} is {shown(value)}, expected an integer from 1 to {_MOST}")
+    return whole
+
+
+def _bound(name: str, value: object) -> float:
+    """A limit under which something counts as settled."""
+    limit = number(value)
+    if limit is None or not 0.0 <= limit < math.inf:
+        raise ValueError(f"solver: {name} is {shown(value)}, expected a finite number >= 0")
+    return float(limit)
 
 
 Schedule = Sequential | Chunks | Window

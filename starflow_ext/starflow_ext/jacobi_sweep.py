@@ -7,7 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from starflow_ext._check import refuse_types, types_of
+from starflow_ext._check import check_device, refuse_types, types_of
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode, reference_mode
 from starflow_ext.block_attention import block_attention
@@ -182,6 +182,10 @@ def _fake(
     product_input: int,
     text: bool,
 ) -> Tensor:
+    # A call of which a part alone is on meta comes here, and would leave the caches as they are.
+    for name, tensor in (("values", values), ("rows", rows), ("start", start), ("keep", keep)):
+        if name in ("values", "rows") or not tensor.is_cpu:
+            check_device("jacobi_sweep", name, tensor, "keys", keys)
     return rows.new_empty(rows.shape[0], 0 if text else rows.shape[1], size_of(sizes, "out_channels"))
 
 

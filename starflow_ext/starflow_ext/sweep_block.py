@@ -181,7 +181,7 @@ def pack_qkv(
     if pairing == "interleaved":
         order = head_order(weight.shape[0] // (heads + 2 * kv_heads), pairing)
         turned = (heads + kv_heads) * len(order)
-        rows = torch.arange(weight.shape[0])
+        rows = torch.arange(weight.shape[0], device=weight.device)
         rows[:turned] = (rows[:turned].view(-1, len(order))[:, order]).flatten()
         weight = weight[rows]
         bias = None if bias is None else bias[rows]
@@ -190,7 +190,7 @@ def pack_qkv(
 
 def head_order(head_dim: int, pairing: Pairing) -> Tensor:
     """Return which element of a head stands at each place of a packed head."""
-    order = torch.arange(head_dim)
+    order = torch.arange(head_dim, device="cpu")
     return torch.cat([order[0::2], order[1::2]]) if pairing == "interleaved" else order
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import shutil
 import signal
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -66,7 +68,7 @@ def test_sample_writes_what_was_promised(
     assert float((picture - expected).abs().mean()) < 5
 
 
-def test_prompts_of_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_of_damaged(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbfa three moving up\r\n\n  a seven standing still  \n")
     assert run("sample", model, "--prompts", tmp_path / "captions.txt", "--out", tmp_path / "out") == 0
     said = [json.loads(path.read_text())["prompt"] for path in sorted((tmp_path / "out").glob("*.json"))]
@@ -335,6 +337,10 @@ def test_settings_reach_the_config() -> None:
         (["sample", "m", "--fps", "1e30"], "argument --fps: '1e30' is given, expected at most 100000"),
         (["sample", "m", "--out", ""], "argument --out: '' is given, expected a path"),
         (["sample", ""], "argument MODEL: '' is given, expected a path"),
+        (
+            ["train", "--set", "train.steps=2", "--set", "train.steps = 3"],
+            "--set train.steps is given as 2 and as 3, expected one of them",
+        ),
         (["convert", "tiny", "a.pth", "b", "--text", ""], "argument --text: '' is given, expected a path"),
         (["train", "--data", " "], "argument --data: ' ' is given, expected a path"),
         (["sample", "m", "--edit", "a", "--temperature", "1"], "sample: temperature is 1.0, expected None beside edit"),
@@ -380,6 +386,14 @@ def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.Capture
         (
             ["sample", model, "--image", tmp_path],
             f"sample: image is '{tmp_path}', which is no file, expected a picture",
+        ),
+        (
+            ["record", "paddle", "--frames", 1, "--out", damaged],
+            f"{damaged}: it or a part of this path is a file, expected",
+        ),
+        (
+            ["train", "--config", "tiny", "--out", damaged / "x"],
+            f"{damaged / 'x'}: it or a part of this path is a file",
         ),
         (["score", model, ""], "score: a path is empty, expected a video or a folder of videos"),
         (["sample", model, "--image", damaged], "not an image"),
@@ -472,6 +486,18 @@ def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> No
     assert not out.exists()
 
 
+def test_a_name_that_the_terminal_cannot_show(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = tmp_path / "\xe9t\xe9.mp4"
+    write_video(clip, torch.zeros(4, 16, 16, 1, dtype=torch.uint8), 8.0)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert run("score", model, clip) == 0
+    screen.seek(0)
+    said = screen.read()
+    assert r"\xe9t\xe9.mp4@0" in said
+    assert "mean" in said
+
+
 def test_threads_option(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
@@ -519,7 +545,7 @@ NINES = "9" * 400
         (["--temperature", "inf"], "argument --temperature: 'inf' is given, expected at most 1e+30"),
         (
             ["--solver", "window:99999999999999999999"],
-            "sample: solver: window size is 99999999999999999999, expected 1 to",
+            "sample: solver: window size is 99999999999999999999, expected an integer from 1 to",
         ),
         (["--solver", f"chunks:{NINES}"], "sample: solver: block is "),
     ],

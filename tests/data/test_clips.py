@@ -1,7 +1,11 @@
+import copy
 import itertools
 import json
 import logging
+import math
 import os
+import pickle
+import re
 import subprocess
 import tarfile
 
@@ -318,10 +322,40 @@ def test_a_file_damaged_further_in_is_replaced_by_the_next(folder, caplog):
         dataset.item(1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 2.5}, "frames is 2.5, expected an integer of at least 1"),
+        ({"frames": "4"}, "frames is '4', expected an integer of at least 1"),
+        ({"channels": True}, "channels is True, expected 1 (grey) or 3 (RGB)"),
+        ({"fps": math.inf}, "fps is inf, expected a positive number, or several that differ"),
+        ({"fps": "8"}, "fps is '8', expected a positive number, or several that differ"),
+        ({"fps": [8, True]}, "fps is [8, True], expected a positive number, or several that differ"),
+    ],
+)
+def test_options_of_another_type_are_refused(folder, options, message):
+    with pytest.raises(ValueError, match=f"^VideoFolder: {re.escape(message)}$"):
+        open_folder(folder, **options)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_copy_in_another_process_gives_the_same_clips(folder, tmp_path_factory, shard):
+    if shard:
+        place = tmp_path_factory.mktemp("shards") / "clips.tar"
+        with tarfile.open(place, "w") as archive:
+            archive.add(folder, ".")
+        folder = place
+    dataset = open_folder(folder)
+    clip = dataset.item(1)
+    for other in (pickle.loads(pickle.dumps(dataset)), copy.deepcopy(dataset)):
+        assert torch.equal(other.item(1).pixels, clip.pixels)
+        assert other.listing() == dataset.listing()
+
+
 def test_folder_errors_name_what_was_expected(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match=r"VideoFolder: folder .*nowhere does not exist"):
         open_folder(folder / "nowhere")
-    with pytest.raises(ValueError, match="VideoFolder: frames is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="VideoFolder: frames is 0, expected an integer of at least 1"):
         open_folder(folder, frames=0)
     with pytest.raises(ValueError, match='VideoFolder: cut is "odd", expected "random" or "even"'):
         open_folder(folder, cut="odd")

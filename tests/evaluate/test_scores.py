@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,6 +239,22 @@ def test_errors_name_the_clip(pipeline: Pipeline, given: list[Clip], message: st
         score(pipeline, given)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clips": [torch.zeros(4, 1, 16, 16)]}, r"clips is \[tensor.*\], expected a list of clips"),
+        ({"clips": iter([])}, "clips is <list_iterator.*>, expected a list of clips"),
+        ({"seed": 1.5}, "seed is 1.5, expected an integer >= 0"),
+        ({"seed": -1}, "seed is -1, expected an integer >= 0"),
+        ({"batch": 1.5}, "batch is 1.5, expected at least 1"),
+        ({"noise_std": True}, "noise_std is True, expected a finite number >= 0"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(pipeline: Pipeline, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^score: {message}"):
+        score(pipeline, **{"clips": [clip(0)], **options})
+
+
 def test_a_density_that_is_not_finite_is_told(pipeline: Pipeline, configure: Configure, build: Build) -> None:
     with pytest.raises(ValueError, match=r"score: the density of .* is not finite, .* \(noise_std is 1e\+30\)"):
         score(pipeline, [clip(0)], noise_std=1e30)
@@ -269,6 +286,10 @@ def test_a_path_that_is_given_twice_is_read_once(pipeline: Pipeline, tmp_path: P
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, frames, 8.0)
     inside, again = tmp_path / "b.mp4", tmp_path / ".." / tmp_path.name
+    assert len(read_clips(pipeline, str(tmp_path))) == 2
+    for name, value in (("frames", 0), ("frames", 2.5), ("clips_per_file", 0), ("clips_per_file", True)):
+        with pytest.raises(ValueError, match=f"^read_clips: {name} is {value}, expected an integer >= 1$"):
+            read_clips(pipeline, inside, **{name: value})  # type: ignore[arg-type]
     clips = read_clips(pipeline, [inside, tmp_path, again])
     assert [clip.name for clip in clips] == ["a.mp4@0", "b.mp4@0"]
     assert caplog.messages == [

@@ -144,6 +144,7 @@ def test_a_config_cannot_be_changed() -> None:
     ("text", "message"),
     [
         ("flow: [", "is not yaml"),
+        ("flow:\n\tsos: true", r"is not yaml: found character that cannot start any token in line 2"),
         ("3", "is 'int', expected a mapping of options"),
         ("", "is 'NoneType', expected a mapping"),
         ("data: {}", "config lacks flow, expected a value for each of flow"),

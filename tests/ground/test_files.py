@@ -33,6 +33,16 @@ def test_the_file_changes_at_the_end_of_the_block(tmp_path: Path) -> None:
     assert (target.read_text(), _names(tmp_path)) == ("new", ["a.json"])
 
 
+def test_devices_and_pipes_stay(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for target in (pipe, Path("/dev/null"), Path("/dev/stdout"), Path("/dev/fd/1"), Path("/proc/self/fd/1")):
+        with pytest.raises(OSError, match="a device or a pipe, expected a file"), replacing(target):
+            raise AssertionError("nothing is written")
+    assert pipe.is_fifo()
+    assert os.readlink("/dev/stdout") == "/proc/self/fd/1"
+
+
 def test_a_folder_takes_the_place_of_one_that_is_not_empty(tmp_path: Path) -> None:
     target = tmp_path / "state"
     for name in ("old", "new"):

@@ -212,6 +212,17 @@ def test_solves_are_those_of_the_reference(
     assert got[4] <= 1.05 * expected[4] + halves * window
 
 
+def test_a_part_on_another_device_is_refused() -> None:
+    """Dispatched by the part on meta, the call would leave the caches as they are, in silence."""
+    weights = block({})
+    state = state_of(weights, 3, 90)
+    rows = torch.zeros(3, 1, weights.proj_in.weight.shape[1])
+    start = torch.zeros(3, dtype=torch.int64)
+    for name, change in (("start", {"start": start.to("meta")}), ("rows", {"rows": rows.to("meta")})):
+        with pytest.raises(RuntimeError, match=f"^jacobi_sweep: {name} is on meta, expected cpu like keys$"):
+            ops.jacobi_sweep(weights, state, **{"rows": rows, "start": start, **change})
+
+
 def test_a_nan_ends_the_solve() -> None:
     weights = block({})
     for reference in (False, True):

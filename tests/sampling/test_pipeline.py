@@ -497,7 +497,23 @@ def test_scalars_of_numpy_are_numbers(pipeline: Pipeline, tmp_path: Path) -> Non
     assert sum(part.pixels.shape[1] for part in made) == pipeline.codec.pixel_frames(1)
 
 
+def test_samples_do_not_depend_on_what_torch_makes_by_default(pipeline: Pipeline, build: Build) -> None:
+    expected = pipeline.sample(PROMPT).pixels
+    fresh = build(pipeline.config)
+    with torch.device("meta"):
+        assert torch.equal(fresh.sample(PROMPT).pixels, expected)
+    torch.set_default_dtype(torch.float64)
+    try:
+        made = fresh.sample(PROMPT).pixels
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert made.dtype == torch.float32
+    assert torch.equal(made, expected)
+
+
 def test_an_option_that_does_not_exist(pipeline: Pipeline) -> None:
+    with pytest.raises(TypeError, match=r"^sample: options is 4, expected SampleOptions, or each option by its name$"):
+        pipeline.sample(PROMPT, 4)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"^sample: guidence is no option; did you mean guidance\?$"):
         pipeline.sample(PROMPT, guidence=2.0)
 

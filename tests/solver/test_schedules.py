@@ -36,7 +36,7 @@ def test_solver_text(text: str, schedule: object) -> None:
         ("window:8:nan", "a number >= 0"),
         ("window:8:-1", "a number >= 0"),
         ("window:0", "window size is 0"),
-        ("window:99999999999", "window size is 99999999999, expected 1 to 2147483647"),
+        ("window:99999999999", "window size is 99999999999, expected an integer from 1 to 2147483647"),
         ("chunks:0", "block is 0"),
     ],
 )

@@ -292,11 +292,14 @@ def test_one_token_needs_no_measurement(cache: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Window(size=0), "window size is 0, expected 1 to 2147483647"),
+        (lambda: Window(size=0), "window size is 0, expected an integer from 1 to 2147483647"),
+        (lambda: Window(size=2.5), "window size is 2.5, expected an integer from 1"),  # type: ignore[arg-type]
+        (lambda: Window(size=True), "window size is True, expected an integer from 1"),
+        (lambda: Window(tolerance="0.1"), "tolerance is '0.1', expected a finite number"),  # type: ignore[arg-type]
         (lambda: Window(tolerance=-1.0), "tolerance is -1.0, expected a finite number >= 0"),
         (lambda: Window(tolerance=float("nan")), "tolerance is nan"),
-        (lambda: Chunks(block=0), "block is 0 and max_iterations 32, expected 1 to 2147483647"),
-        (lambda: Chunks(max_iterations=0), "max_iterations 0"),
+        (lambda: Chunks(block=0), "block is 0, expected an integer from 1 to 2147483647"),
+        (lambda: Chunks(max_iterations=0), "max_iterations is 0"),
         (lambda: Chunks(threshold=float("nan")), "threshold is nan, expected a finite number >= 0"),
         (lambda: Guidance(kind="cubic"), "kind is 'cubic', expected 'gaussian' or 'linear'"),  # type: ignore[arg-type]
         (lambda: Guidance(parts="ac"), "parts is 'ac', expected a subset of 'ab'"),

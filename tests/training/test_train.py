@@ -672,6 +672,10 @@ def test_a_folder_of_another_run_is_refused(tiny, tmp_path: Path, caplog) -> Non
     with caplog.at_level(logging.WARNING):
         train(tiny(steps=2), tmp_path, quiet=True)
     assert "options changed since step-00000001: train.steps was 1, is 2" in caplog.text
+    assert "nothing is trained" not in caplog.text
+    train(tiny(steps=2, parallel="fsdp"), tmp_path, quiet=True)
+    assert f"{tmp_path} has its 2 steps already, so that nothing is trained" in caplog.messages
+    assert "train.parallel is 'fsdp' and this is one process, which holds all weights (see torchrun)" in caplog.messages
 
 
 def test_without_tensorboard_a_run_has_no_log_and_says_so(tiny, tmp_path: Path, monkeypatch, caplog) -> None:

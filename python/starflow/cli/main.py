@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import os
 import re
@@ -106,6 +107,8 @@ def _hint(command: str, rest: Sequence[str]) -> str:
 
 def _sentence(error: BaseException) -> str:
     """The message of an error, in one line."""
+    if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
+        return f"{short(error.filename)}: it or a part of this path is a file, expected a folder"
     if isinstance(error, OSError) and error.strerror:
         return f"{short(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return short(error, _MOST_SAID) or type(error).__name__
@@ -159,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.command} does not know {' '.join(rest)}{_hint(args.command, rest)}")
     if rest and takes_rest is not None:
         getattr(args, takes_rest).extend(rest)
+    # A name with letters that the terminal does not know is no reason to lose what was computed.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("starflow").setLevel(logging.INFO)
     try:

@@ -111,10 +111,11 @@ def picture_path(text: str) -> str:
 def setting(text: str) -> tuple[list[str], Any]:
     """KEY=VALUE to (path, value), the value read as yaml."""
     key, equals, value = text.partition("=")
-    if not equals or not all(key.split(".")):
+    path = [part.strip() for part in key.split(".")]
+    if not equals or not all(path):
         raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected KEY=VALUE such as train.steps=1000")
     try:
-        return key.split("."), parse_yaml(value, "its value")
+        return path, parse_yaml(value, "its value")
     except ConfigError as error:
         raise argparse.ArgumentTypeError(f"{shown(text)} is given, expected a value that is yaml: {error}") from None
 
@@ -142,7 +143,11 @@ def make_config(name: str | None, settings: Sequence[tuple[list[str], Any]]) -> 
 
         sections = {**to_mapping(read_header(init).config), **sections}
     values = to_mapping(from_mapping(RunConfig, sections))
+    known: dict[tuple[str, ...], Any] = {}
     for path, value in settings:
+        if known.setdefault(tuple(path), value) != value:
+            first = short(known[tuple(path)])
+            raise ConfigError(f"--set {'.'.join(path)} is given as {first} and as {short(value)}, expected one of them")
         place = values
         for key in path[:-1]:
             place = place.setdefault(key, {})

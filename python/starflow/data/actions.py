@@ -133,10 +133,10 @@ def action_vector(action: Any, frame_dim: int, where: str) -> torch.Tensor:
         ValueError: an integer that is not from 0 to frame_dim - 1, a list of another width, or anything else.
     """
     if action is None:
-        return torch.full((frame_dim,), torch.nan)
+        return torch.full((frame_dim,), torch.nan, dtype=torch.float32)
     chosen = integer(action)
     if chosen is not None and 0 <= chosen < frame_dim:
-        told = torch.zeros(frame_dim)
+        told = torch.zeros(frame_dim, dtype=torch.float32)
         told[chosen] = 1.0
         return told
     if isinstance(action, list | tuple) and len(action) == frame_dim:

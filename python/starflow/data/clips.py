@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_folder, size_of
 from starflow.data.sidecars import SIDECAR_SUFFIXES, Sidecars, caption_at, captions_of, composed
-from starflow.messages import listed
+from starflow.messages import listed, shown
+from starflow.numeric import integer, number
 
 __all__ = [
     "Clip",
@@ -362,36 +363,29 @@ class VideoFolder:
                         f"VideoFolder: {place} is a file, expected a folder of videos or a tar file of them"
                     )
                 raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
-        for name, value, least in (
-            ("frames", frames, 1),
-            ("height", height, 1),
-            ("width", width, 1),
-            ("clips_per_file", clips_per_file, 1),
-            ("cache_bytes", cache_bytes, 0),
-            ("frame_dim", frame_dim, 0),
-            ("aspect_multiple", 1 if aspect_multiple is None else aspect_multiple, 1),
-        ):
-            if value < least:
-                raise ValueError(f"VideoFolder: {name} is {value}, expected at least {least}")
-        if channels not in (1, 3):
-            raise ValueError(f"VideoFolder: channels is {channels}, expected 1 (grey) or 3 (RGB)")
-        rates = None if fps is None else tuple(fps) if isinstance(fps, Sequence) else (float(fps),)
-        if rates is not None and not (rates and all(rate > 0 for rate in rates) and len(set(rates)) == len(rates)):
-            raise ValueError(f"VideoFolder: fps is {fps}, expected a positive number, or several that differ")
+
+        def whole(name: str, value: object, least: int) -> int:
+            found = integer(value)
+            if found is None or found < least:
+                raise ValueError(f"VideoFolder: {name} is {shown(value)}, expected an integer of at least {least}")
+            return found
+
+        if integer(channels) not in (1, 3):
+            raise ValueError(f"VideoFolder: channels is {shown(channels)}, expected 1 (grey) or 3 (RGB)")
         if cut not in ("random", "even"):
             raise ValueError(f'VideoFolder: cut is "{cut}", expected "random" or "even"')
-        self.frames = frames
-        self.height = height
-        self.width = width
-        self.fps = rates
-        self.channels = channels
-        self.clips_per_file = clips_per_file
+        self.frames = whole("frames", frames, 1)
+        self.height = whole("height", height, 1)
+        self.width = whole("width", width, 1)
+        self.fps = None if fps is None else _rates(fps)
+        self.channels = whole("channels", channels, 1)
+        self.clips_per_file = whole("clips_per_file", clips_per_file, 1)
         self.cut = cut
         self.name_captions = name_captions
         self.caption_second = caption_second
-        self.cache_bytes = cache_bytes
-        self.aspect_multiple = aspect_multiple
-        self.frame_dim = frame_dim
+        self.cache_bytes = whole("cache_bytes", cache_bytes, 0)
+        self.aspect_multiple = None if aspect_multiple is None else whole("aspect_multiple", aspect_multiple, 1)
+        self.frame_dim = whole("frame_dim", frame_dim, 0)
         # A source may be of two clips, at their rates and in their sizes.
         self._cache: OrderedDict[tuple[Place, float, tuple[int, int]], torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
@@ -402,6 +396,13 @@ class VideoFolder:
 
     def __len__(self) -> int:
         return len(self._files) * self.clips_per_file
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process, such as a worker that reads ahead, decodes for itself.
+        return {name: value for name, value in vars(self).items() if name not in ("_cache", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _cache=OrderedDict(), _lock=threading.Lock())
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -675,6 +676,15 @@ class VideoFolder:
         if file.info is None:
             return read_image(file.path, **size)
         return read_video(file.path, frames=frames, fps=rate.fps, start=start / rate.fps, info=file.info, **size)
+
+
+def _rates(fps: float | Sequence[float]) -> tuple[float, ...]:
+    """The frame rates that clips are cut at."""
+    told = fps if isinstance(fps, Sequence) and not isinstance(fps, str) else (fps,)
+    found = tuple(float(rate) for rate in map(number, told) if rate is not None and 0.0 < rate < math.inf)
+    if not found or len(set(found)) < len(told):
+        raise ValueError(f"VideoFolder: fps is {shown(fps)}, expected a positive number, or several that differ")
+    return found
 
 
 def actions_of(path: Place, info: VideoInfo, rate: float, frame_dim: int) -> torch.Tensor:

@@ -28,6 +28,8 @@ from starflow.data import (
     read_video,
     to_pixels,
 )
+from starflow.messages import shown
+from starflow.numeric import integer
 from starflow.sampling import Pipeline
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 def read_clips(
     pipeline: Pipeline,
-    paths: Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path],
     *,
     frames: int | None = None,
     clips_per_file: int = 1,
@@ -45,9 +47,9 @@ def read_clips(
 
     Args:
         pipeline: of the flow.
-        paths: video files, images (of models that make images), folders and tar files of them. In these a file that
-            cannot be read is skipped with a line in the log. Captions come from where training took them: text files
-            beside the videos, file names, and the second of the cut.
+        paths: one or several of video files, images (of models that make images), folders and tar files of them. In
+            folders a file that cannot be read is skipped with a line in the log. Captions come from where training took
+            them: text files beside the videos, file names, and the second of the cut.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.
@@ -57,8 +59,11 @@ def read_clips(
     """
     data = pipeline.config.data
     count = data.frames if frames is None else frames
+    for name, value in (("frames", count), ("clips_per_file", clips_per_file)):
+        if (whole := integer(value)) is None or whole < 1:
+            raise ValueError(f"read_clips: {name} is {shown(value)}, expected an integer >= 1")
     clips: list[Clip] = []
-    for path in _once(paths):
+    for path in _once([paths] if isinstance(paths, str | Path) else paths):
         if is_folder(path):
             folder = VideoFolder(
                 path,

@@ -30,6 +30,8 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import tell_scale
 from starflow.data import CaptionMode, Clip
+from starflow.messages import shown
+from starflow.numeric import integer, number
 from starflow.sampling import Pipeline
 
 # One 8-bit level is 1 / 127.5 of the range [-1, 1].
@@ -128,13 +130,19 @@ def score(
         ValueError: no clip, a shape that does not fit, values or a density that are not finite, or a caption that the
             text encoder refuses; the message names the clip.
     """
+    if not isinstance(clips, Sequence) or not all(isinstance(clip, Clip) for clip in clips):
+        raise ValueError(f"score: clips is {shown(clips)}, expected a list of clips (starflow.data.Clip)")
     if not clips:
         raise ValueError("score: clips is empty, expected at least one clip")
-    if batch < 1:
-        raise ValueError(f"score: batch is {batch}, expected at least 1")
-    sigma = pipeline.config.train.noise_std if noise_std is None else noise_std
-    if not 0.0 <= sigma < math.inf:
-        raise ValueError(f"score: noise_std is {sigma}, expected a finite number >= 0")
+    first_seed, most, sigma = integer(seed), integer(batch), number(noise_std)
+    if first_seed is None or first_seed < 0:
+        raise ValueError(f"score: seed is {shown(seed)}, expected an integer >= 0")
+    if most is None or most < 1:
+        raise ValueError(f"score: batch is {shown(batch)}, expected at least 1")
+    if noise_std is None:
+        sigma = pipeline.config.train.noise_std
+    if sigma is None or not 0.0 <= sigma < math.inf:
+        raise ValueError(f"score: noise_std is {shown(noise_std)}, expected a finite number >= 0")
     if not scaled:
         tell_scale("score: no pixel of the clips", [clip.pixels for clip in clips])
     if pipeline.text is None:
@@ -143,8 +151,8 @@ def score(
     scores: list[ClipScore] = []
     for clip in clips:
         check_clip(pipeline, clip, clip)
-    for first, group in _groups(clips, batch):
-        seeds = range(seed + first, seed + first + len(group))
+    for first, group in _groups(clips, most):
+        seeds = range(first_seed + first, first_seed + first + len(group))
         pixels = torch.stack([clip.pixels for clip in group])
         tokens = token_bits(pipeline, group, pixels, seeds, fps, sigma)
         # Tokens have equally many dimensions, and so have frames.

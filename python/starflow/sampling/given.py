@@ -154,7 +154,7 @@ class GivenReader:
         else:
             numbers = _numbers(source, config.data.actions or ()) if isinstance(source, str | Path) else source
             told = [action_vector(action, dim, f"frame {frame}") for frame, action in enumerate(numbers)]
-            vectors = torch.stack(told) if told else torch.empty(0, dim)
+            vectors = torch.stack(told) if told else torch.empty(0, dim, dtype=torch.float32)
         vectors = vectors.expand(self.clips, *vectors.shape) if vectors.dim() == 2 else vectors
         if vectors.dim() != 3 or vectors.shape[0] != self.clips or vectors.shape[2] != dim or not vectors.shape[1]:
             raise ValueError(

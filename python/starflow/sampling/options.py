@@ -232,9 +232,11 @@ def sample_options(options: SampleOptions | None, changes: dict[str, Any]) -> Sa
     """Options with some of them set anew.
 
     Raises:
-        TypeError: a name that is no option; the message names the nearest one.
+        TypeError: a name that is no option, of which the message names the nearest one, or options of another type.
         ValueError: as of `SampleOptions`.
     """
+    if not isinstance(options, SampleOptions | None):
+        raise TypeError(f"sample: options is {shown(options)}, expected SampleOptions, or each option by its name")
     names = [option.name for option in fields(SampleOptions)]
     for name in changes:
         if name not in names:

@@ -110,13 +110,13 @@ class Session:
         self._known: tuple[Tensor, ...] | None = None
         self._last = False
         self._texts: list[tuple[int, Tensor | None]] = [(0, self.conditions.y)]
-        self._noisy = torch.empty(shape[0], 0, *shape[1:], device=self._device)
+        self._noisy = torch.empty(shape[0], 0, *shape[1:], dtype=torch.float32, device=self._device)
         self._begin = 0  # index of the first frame in `_noisy`
         self._next = 0  # index of the next frame that goes out
         self._drawn = 0  # index of the next frame whose noise is read
         self._clean = self._noisy
         # Vectors of the frames from `_begin` on, as far as they were told; NaN for a frame without.
-        self._vectors = torch.empty(shape[0], 0, flow.config.frame_dim, device=self._device)
+        self._vectors = torch.empty(shape[0], 0, flow.config.frame_dim, dtype=torch.float32, device=self._device)
 
     @property
     def frames(self) -> int:
@@ -614,7 +614,7 @@ class Session:
 
     def _checked(self, conditions: Conditions) -> Conditions:
         """Checks that conditions fit the flow, and returns them."""
-        like = torch.empty(self.shape[0], 1, *self.shape[1:], dtype=torch.float32)
+        like = torch.empty(self.shape[0], 1, *self.shape[1:], dtype=torch.float32, device="cpu")
         y, null = conditions.y, conditions.null
         conditions = checked(self._flow, like, conditions)
         if y is not None and null is not None and y.shape != null.shape:

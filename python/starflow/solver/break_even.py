@@ -61,7 +61,7 @@ def _measure(model: Timed, batch: int, first: int) -> int:
     channels = model.channels
     seconds = {}
     for rows in (1, many):
-        previous = torch.zeros(batch, rows, channels, device=model.device)
+        previous = torch.zeros(batch, rows, channels, dtype=torch.float32, device=model.device)
         times = []
         for _ in range(_REPEATS + 1):
             begin = time.perf_counter()

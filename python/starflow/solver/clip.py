@@ -234,7 +234,7 @@ class _Stage:
         # tokens.
         self._kept: _Kept | None = None
         # Vectors of the frames of the window and of those that wait, NaN where there is none.
-        self._vectors = torch.empty(batch, 0, block.config.frame_dim, device=block.guess.device)
+        self._vectors = block.guess.new_empty(batch, 0, block.config.frame_dim)
         # Those of the frames that the decoder sees; None for a block that reads none.
         self._told: Tensor | None = None
 

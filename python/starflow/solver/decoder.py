@@ -53,7 +53,7 @@ class BlockDecoder:
         self._context = self._of_halves(context, null)
         self._temperature: float | Tensor = temperature
         if self.guidance is not None and self.guidance.kind == "linear" and self.guidance.temperature != 1.0:
-            self._temperature = torch.full((2 * rows,), temperature, device=self.device)
+            self._temperature = torch.full((2 * rows,), temperature, dtype=torch.float32, device=self.device)
             self._temperature[rows:] *= self.guidance.temperature
         self._frame_conditions: Tensor | None = None
         if conditioner.proj_frame is not None and frame_conditions is not None:

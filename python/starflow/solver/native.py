@@ -119,7 +119,7 @@ class NativeNetwork:
         # What is added to all tokens of a row, and where frames have vectors to the tokens of each, beside that.
         self._shared = condition = self._condition(context)
         if frame_conditions is not None:
-            condition = torch.zeros(rows, layout.frames, conditioner.width, device=device)
+            condition = torch.zeros(rows, layout.frames, conditioner.width, dtype=torch.float32, device=device)
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
@@ -146,7 +146,7 @@ class NativeNetwork:
             assert context is not None
             assert packed.text is not None
             embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
-            self._sweep(embedded, torch.zeros(rows, dtype=torch.int64), text=True)
+            self._sweep(embedded, torch.zeros(rows, dtype=torch.int64, device="cpu"), text=True)
         if frame_conditions is not None:
             self.tell(0, frame_conditions)
 

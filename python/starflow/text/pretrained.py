@@ -55,7 +55,7 @@ class _Pretrained:
         Raises:
             ValueError: when a caption is longer than `size` tokens and `truncate` is off.
         """
-        features = torch.zeros(len(texts), self.size, self.dim, device=self._model.device)
+        features = torch.zeros(len(texts), self.size, self.dim, dtype=torch.float32, device=self._model.device)
         rows = [row for row, text in enumerate(texts) if text or not self.zero_empty]
         if not rows:
             return features

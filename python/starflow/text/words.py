@@ -95,7 +95,7 @@ class WordEncoder:
         Raises:
             ValueError: when a word is unknown, or a caption has more than `size` known words.
         """
-        features = torch.zeros(len(texts), self.size, self.dim)
+        features = torch.zeros(len(texts), self.size, self.dim, dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             words = split_words(text, self.stop_words)
             unknown = [word for word in dict.fromkeys(words) if word not in self._index]
@@ -170,7 +170,7 @@ class ClassEncoder:
         Raises:
             ValueError: when a label is unknown.
         """
-        features = torch.zeros(len(texts), 1, self.dim)
+        features = torch.zeros(len(texts), 1, self.dim, dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             label = unicodedata.normalize("NFC", text.strip())
             if not label:

@@ -537,6 +537,8 @@ def _train(
     if world.first:
         tell_data(config, dataset)
         _tell_recipe(config)
+        if world.size == 1 and config.train.parallel == "fsdp":
+            logger.warning("train.parallel is 'fsdp' and this is one process, which holds all weights (see torchrun)")
     batches = Batches(config, dataset, codec, images, rank=world.rank, size=world.size)
     with _held(folder, world):
         return _run(
@@ -595,6 +597,8 @@ def _run(
                 f"training: train.steps is {config.train.steps}, expected at least {trainer.step}: {folder} was "
                 "trained so far"
             )
+        if trainer.step == config.train.steps:
+            logger.warning("%s has its %d steps already, so that nothing is trained", folder, trainer.step)
     recipe = config.train
     speed = _Speed(recipe.batch_size)
     with ExitStack() as stack:
