@@ -66,6 +66,10 @@ QUALITY = {"paddle": "ball", "digits": "digit_frames", "freeway": "psnr"}
 _NAMES = {
     "flow": "flow",
     "flow-denoiser-2": "flow, its denoiser learns twice as often",
+    "flow-lookahead": "flow, its denoiser looks a frame ahead",
+    "flow-global": "flow, every block sees the whole clip",
+    "flow-noise-0.1": "flow, noise of 0.1",
+    "flow-noise-0.4": "flow, noise of 0.4",
     "diffusion": "diffusion",
     "regression": "regression",
     "last": "the last frame",
