@@ -104,6 +104,10 @@ inline V clamp(V x, V lo, V hi) {
     return minimum(hi, maximum(lo, x));
 }
 
+// Columns of a matrix of T that `load_turned` takes at a time.
+template <class T, class V = Vec<float>>
+inline constexpr int turned_columns = V::lanes;
+
 }  // namespace
 }  // namespace starflow::STARFLOW_ISA
 
@@ -115,6 +119,19 @@ inline V clamp(V x, V lo, V hi) {
 #include "cpu/vec_scalar.h"
 #endif
 #include "cpu/vec_math.h"
+
+namespace starflow::STARFLOW_ISA {
+namespace {
+
+// columns[i] = column i of as many rows as a register has lanes.
+template <class T>
+inline void load_turned(const T* rows, int64_t stride, Vec<float> (&columns)[Vec<float>::lanes]) {
+    for (int64_t i = 0; i < Vec<float>::lanes; ++i) columns[i] = load(rows + i * stride, AllLanes{});
+    transpose(columns);
+}
+
+}  // namespace
+}  // namespace starflow::STARFLOW_ISA
 
 #if !defined(__AVX512F__)
 namespace starflow::STARFLOW_ISA {

@@ -161,7 +161,7 @@ def test_rows_stand_alone(isa: str) -> None:
             assert torch.equal(alone, together[:, :, i : i + 1])
 
 
-@pytest.mark.parametrize("head_dim", [1, 24, 64, 80])
+@pytest.mark.parametrize("head_dim", [1, 20, 24, 48, 64, 80])
 def test_few_rows_have_the_bits_of_many(head_dim: int, isa: str) -> None:
     """Also where keys and values are not packed, and whatever lies in the padding before the first key."""
     q, k, v = (_draw(2, 2, count, head_dim, seed=count) for count in (20, 150, 151))
@@ -174,6 +174,8 @@ def test_few_rows_have_the_bits_of_many(head_dim: int, isa: str) -> None:
     for count in range(1, 6):
         few = ops.block_attention(q[:, :, -count:], k, v, k_start=first)
         assert torch.equal(few, together[:, :, -count:])
+        by_token = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+        assert torch.equal(ops.block_attention(q[:, :, -count:], *by_token, k_start=first), few)
 
 
 def test_hidden_keys_are_not_read(isa: str) -> None:

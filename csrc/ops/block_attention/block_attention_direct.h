@@ -32,10 +32,12 @@ inline void ask_for(const BlockRows<T>& rows, int64_t r, int64_t channel, int64_
 // A block of keys and values in memory, as `attend` takes it. Its strips are whole tiles.
 template <class T>
 struct DirectBlock {
-    BlockRows<T> keys;
+    BlockRows<T> keys;  // key_block whole rows, of whole cells
     BlockRows<T> values;
 
-    static constexpr int registers = panel_columns / Vec<float>::lanes;
+    using V = Vec<float>;
+
+    static constexpr int registers = panel_columns / V::lanes;
 
     template <class Product>
     void multiply_keys(const PackedRows& queries, int64_t, int64_t half, float* sums) const {
@@ -84,11 +86,11 @@ struct DirectBlock {
     }
 
     // sums (rows, 32) = queries times keys [32 half, 32 half + 32): registers of as many keys as
-    // lanes, turned from rows of keys a register of channels at a time.
+    // lanes, turned from rows of keys some channels at a time.
     template <int rows>
     void turn_and_multiply(const PackedRows& queries, int64_t half, float* sums) const {
-        using V = Vec<float>;
-        const int64_t steps = queries.cells * float_cell / V::lanes;
+        constexpr int columns = turned_columns<T>;
+        const int64_t steps = keys.depth / columns;
         // One row's sums wait for one another: more keys at once.
         constexpr int groups = rows <= 2 && V::lanes > 1 ? 2 : 1;
         for (int begin = 0; begin < registers; begin += groups) {
@@ -99,25 +101,27 @@ struct DirectBlock {
             }
             int64_t ahead = key + rows_ahead;
             int64_t due = 0;
-            for (int64_t step = 0; step < steps; ++step) {
+            const T* from = keys.data + key * keys.stride;
+            const float* x = cell_of(queries, 0);
+            for (int64_t c = 0; c < keys.depth; c += columns, from += columns) {
                 // As many rows as there are keys, spread over the steps.
                 for (due += groups * V::lanes; due >= steps; due -= steps, ++ahead) {
                     ask_for(keys, ahead, 0, keys.depth);
                 }
-                const int64_t c = step * V::lanes;
-                const float* x = cell_of(queries, c / float_cell) + c % float_cell;
                 STARFLOW_UNROLL
                 for (int g = 0; g < groups; ++g) {
-                    V turned[V::lanes];
-                    load_turned(keys, key + g * V::lanes, c, turned);
+                    V turned[columns];
+                    load_turned(from + g * V::lanes * keys.stride, keys.stride, turned);
                     STARFLOW_UNROLL
-                    for (int i = 0; i < V::lanes; ++i) {
+                    for (int i = 0; i < columns; ++i) {
                         STARFLOW_UNROLL
                         for (int r = 0; r < rows; ++r) {
-                            sum[g][r] = multiply_add(V(x[r * (cell_bytes / 4) + i]), turned[i], sum[g][r]);
+                            sum[g][r] = multiply_add(V(x[r * float_cell + i]), turned[i], sum[g][r]);
                         }
                     }
                 }
+                // A cell holds channels of every row.
+                x += (c + columns) % float_cell == 0 ? (rows - 1) * float_cell + columns : columns;
             }
             for (int g = 0; g < groups; ++g) {
                 for (int r = 0; r < rows; ++r) {
@@ -127,12 +131,37 @@ struct DirectBlock {
         }
     }
 
-    // sums (rows, 32) += weights times channels [32 panel, 32 panel + 32) of the values,
-    // and the same of further panels. Values of the gap and behind the last have the weight zero, and are not read.
+    // sums (rows, 32) += weights times channels [32 panel, 32 panel + 32) of the values, and the same of further
+    // panels. Values of the gap and behind the last have the weight zero, and are not read.
     template <int rows, int panels>
     void add_values(const PackedRows& weights, int64_t panel, float* sums, int64_t panel_sums) const {
-        using V = Vec<float>;
-        constexpr int columns = panels * registers;
+        // As many sums as hide the latency of an addition, and all of them in the registers of AVX2: in memory each
+        // took as long again.
+        constexpr int most = 8;
+        constexpr int columns = rows * panels * registers <= most ? panels * registers : registers / 2;
+        for (int v = 0; v < panels * registers; v += columns) {
+            float* at = sums + v / registers * panel_sums + v % registers * V::lanes;
+            const int64_t c = panel * panel_columns + v * V::lanes;
+            const auto add = [&](int64_t begin, int64_t end) {
+                if (c + columns * V::lanes <= values.depth) {
+                    add_range<rows, columns, true>(weights, begin, end, c, at, panel_sums);
+                } else {
+                    add_range<rows, columns, false>(weights, begin, end, c, at, panel_sums);
+                }
+            };
+            if (values.gap_begin < values.gap_end) {
+                add(0, values.gap_begin);
+                add(values.gap_end, values.count);
+            } else {
+                add(0, values.count);
+            }
+        }
+    }
+
+    // The same of keys [key, end) and of some registers of channels from c on. `whole`: all these channels exist.
+    template <int rows, int columns, bool whole>
+    void add_range(const PackedRows& weights, int64_t key, int64_t end, int64_t c, float* sums,
+                   int64_t panel_sums) const {
         const auto place = [&](int r, int v) {
             return sums + v / registers * panel_sums + r * panel_columns + v % registers * V::lanes;
         };
@@ -140,35 +169,23 @@ struct DirectBlock {
         for (int r = 0; r < rows; ++r) {
             for (int v = 0; v < columns; ++v) sum[r][v] = load(place(r, v), AllLanes{});
         }
-        const int64_t c = panel * panel_columns;
-        const bool whole = c + panels * panel_columns <= values.depth;
-        const auto add = [&](int64_t key, const auto& load_value) {
-            V x[rows];
-            const float* from = cell_of(weights, key / float_cell) + key % float_cell;
-            for (int r = 0; r < rows; ++r) x[r] = V(from[r * (cell_bytes / 4)]);
-            STARFLOW_UNROLL
+        const T* from = values.data + key * values.stride + c;
+        for (; key < end; ++key, from += values.stride) {
+            const float* weight = cell_of(weights, key / float_cell) + key % float_cell;
+            if constexpr (whole) ask_for(values, key + rows_ahead, c, columns * V::lanes);
+            V value[columns];
             for (int v = 0; v < columns; ++v) {
-                const V value = load_value(key, c + v * V::lanes);
-                STARFLOW_UNROLL
-                for (int r = 0; r < rows; ++r) sum[r][v] = multiply_add(x[r], value, sum[r][v]);
-            }
-        };
-        const auto add_all = [&](int64_t key, int64_t end) {
-            if (whole) {
-                const T* from = values.data + key * values.stride;
-                for (; key < end; ++key, from += values.stride) {
-                    ask_for(values, key + rows_ahead, c, panels * panel_columns);
-                    add(key, [&](int64_t, int64_t channel) { return load(from + channel, AllLanes{}); });
+                if constexpr (whole) {
+                    value[v] = load(from + v * V::lanes, AllLanes{});
+                } else {
+                    value[v] = load_padded(values, key, c + v * V::lanes);
                 }
-            } else {
-                for (; key < end; ++key) add(key, [&](int64_t k, int64_t ch) { return load_padded(values, k, ch); });
             }
-        };
-        if (values.gap_begin < values.gap_end) {
-            add_all(0, values.gap_begin);
-            add_all(values.gap_end, values.count);
-        } else {
-            add_all(0, values.count);
+            STARFLOW_UNROLL
+            for (int r = 0; r < rows; ++r) {
+                const V x(weight[r * float_cell]);
+                for (int v = 0; v < columns; ++v) sum[r][v] = multiply_add(x, value[v], sum[r][v]);
+            }
         }
         for (int r = 0; r < rows; ++r) {
             for (int v = 0; v < columns; ++v) store(place(r, v), sum[r][v], AllLanes{});

@@ -45,14 +45,31 @@ struct KeysAndValues {
     int64_t gap_begin;  // nor keys between these, whose values are zeros in the panels
     int64_t gap_end;
     int64_t head_dim;
+    T* part;  // room for a block of keys
 
-    // The rows of a block, used as they lie.
-    DirectBlock<T> block(int64_t begin) const {
-        const int64_t left = end - begin;
-        const int64_t count = left < key_block ? left : key_block;
+    BlockRows<T> keys_of(int64_t begin) const {
+        return {keys + begin * key_stride, key_stride, count_of(begin), head_dim};
+    }
+    BlockRows<T> values_of(int64_t begin) const {
+        const int64_t count = count_of(begin);
         const auto within = [&](int64_t key) { return key < begin ? 0 : key > begin + count ? count : key - begin; };
-        return {{keys + begin * key_stride, key_stride, count, head_dim},
-                {values + begin * value_stride, value_stride, count, head_dim, within(gap_begin), within(gap_end)}};
+        return {values + begin * value_stride, value_stride, count, head_dim, within(gap_begin), within(gap_end)};
+    }
+
+    // The rows of a block, used as they lie. What is less than a block, or than whole cells, is padded with zeros in a
+    // copy.
+    DirectBlock<T> block(int64_t begin) const {
+        constexpr int64_t cell = WidenedProduct<T>::cell;
+        BlockRows<T> rows = keys_of(begin);
+        if (rows.count < key_block || head_dim % cell != 0) {
+            const int64_t depth = round_up(head_dim, cell);
+            zero_row<Vec<float>>(part, key_block * depth);
+            for (int64_t r = 0; r < rows.count; ++r) {
+                copy_row<Vec<float>>(rows.data + r * rows.stride, part + r * depth, head_dim);
+            }
+            rows = {part, depth, key_block, depth};
+        }
+        return {rows, values_of(begin)};
     }
 
     // Calls fetch(from) with the lines of one of `parts` shares of the block of keys from `begin` on.
@@ -69,6 +86,9 @@ struct KeysAndValues {
 
     // The products ask for the next rows themselves.
     void touch_part(int64_t, int64_t, int64_t) const {}
+
+  private:
+    int64_t count_of(int64_t begin) const { return end - begin < key_block ? end - begin : key_block; }
 };
 
 // The same, packed block by block as the tile comes to them.
@@ -81,9 +101,8 @@ struct PackedWhenUsed {
     BlockPanels block(int64_t begin) const {
         constexpr int64_t row_bytes = Product::weight_step;
         const int64_t depth = round_up(source.head_dim, depth_multiple);
-        const DirectBlock<T> rows = source.block(begin);
-        pack_columns<Product>(rows.keys, key_block, depth, key_panels);
-        pack_depth<Product>(rows.values, key_block, key_block, value_panels);
+        pack_columns<Product>(source.keys_of(begin), key_block, depth, key_panels);
+        pack_depth<Product>(source.values_of(begin), key_block, key_block, value_panels);
         return {key_panels, depth * row_bytes, value_panels, key_block * row_bytes};
     }
 
@@ -126,7 +145,8 @@ void attend_tile(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t 
                                   end,
                                   gap_begin,
                                   gap_end,
-                                  head_dim};
+                                  head_dim,
+                                  reinterpret_cast<T*>(scratch.keys)};
     const AttendScratch attended = AttendScratch::in(scratch.attend, rows, head_dim);
     const auto attend_to = [&](const auto& cache) {
         attend<Product>(queries, cache, head_dim, scratch.visible, scale, attended);
