@@ -465,7 +465,7 @@ class Trainer:
 
 def train(
     config: RunConfig,
-    folder: Path,
+    folder: str | Path,
     *,
     resume: bool = True,
     on_step: Callable[[TrainStep], None] | None = None,
@@ -503,7 +503,7 @@ def train(
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
     with join(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))) as world:
-        return _train(config, folder, world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+        return _train(config, Path(folder), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
 
 
 def _train(
