@@ -837,7 +837,8 @@ def _coerce(kind: Any, value: Any, path: str) -> Any:
 
 def _settle(section: Any, path: str) -> None:
     """Holds the options of a section that was made in Python to their types, as those of a file are."""
-    for name, kind in _kinds(type(section)).items():
+    made: Any = type(section)
+    for name, kind in _kinds(made).items():
         object.__setattr__(section, name, _coerce(kind, getattr(section, name), f"{path}.{name}"))
 
 
@@ -849,7 +850,7 @@ def _kinds(section: type) -> dict[str, Any]:
 
 def from_mapping(kind: type[ConfigType], values: Mapping[str, Any], path: str = "config") -> ConfigType:
     """Builds the config dataclass `kind` from a mapping; an unknown key is an error that names the nearest one."""
-    hints = _kinds(kind)
+    hints = _kinds(typing.cast(Any, kind))
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for key in values:
         if key not in names:

@@ -26,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from starflow.messages import shown
+
 # Tensors in pieces and their checkpoints are imported where they are used: they take most of a second.
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -49,8 +51,18 @@ class DistributedError(RuntimeError):
 
 
 def rank_and_size() -> tuple[int, int]:
-    """Number of this process and of all that `torchrun` started; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """Number of this process and of all that `torchrun` started; (0, 1) without it.
+
+    Raises:
+        DistributedError: variables of the environment that are no such numbers.
+    """
+    rank, size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
+        raise DistributedError(
+            f"RANK is {shown(rank)} and WORLD_SIZE {shown(size)} in the environment, expected the number of this "
+            "process and of all, as torchrun sets them, or neither"
+        )
+    return int(rank), int(size)
 
 
 def whole(tensor: Tensor) -> Tensor:

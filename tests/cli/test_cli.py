@@ -486,6 +486,26 @@ def test_an_interrupted_sample_leaves_nothing(model: Path, tmp_path: Path) -> No
     assert not out.exists()
 
 
+def test_surroundings_in_which_nothing_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STARFLOW_ISA", "AVX2")
+    process = start("info")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert said.startswith('starflow: error: STARFLOW_ISA is "AVX2", expected scalar, avx2')
+    monkeypatch.delenv("STARFLOW_ISA")
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run("info") == 2
+    assert "the folder that this command was started in does not exist any more" in error(capsys)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert run("train", "--config", "tiny", "--out", tmp_path / "run") == 1
+    assert "RANK is '0' and WORLD_SIZE 'abc' in the environment, expected the number of this" in error(capsys)
+
+
 def test_a_name_that_the_terminal_cannot_show(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clip = tmp_path / "\xe9t\xe9.mp4"
     write_video(clip, torch.zeros(4, 16, 16, 1, dtype=torch.uint8), 8.0)

@@ -1,8 +1,10 @@
 import errno
+import gc
 import math
 import os
 import subprocess
 import sys
+import warnings
 
 import av
 import numpy as np
@@ -348,6 +350,15 @@ def fake_ffmpeg(tmp_path, monkeypatch):
 
 
 CHATTER = "sys.stderr.write(('x' * 99 + '\\n') * 2622); sys.stderr.flush()\n"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_writer_leaves_no_pipe_open(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        write_video(tmp_path / "a.mp4", counting(2), 8)
+        write_gif(tmp_path / "a.gif", counting(2), 8)
+        gc.collect()
 
 
 def test_a_chatty_ffmpeg_does_not_block_the_writer(fake_ffmpeg, tmp_path):

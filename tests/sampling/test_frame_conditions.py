@@ -113,6 +113,8 @@ def test_with_a_look_ahead_a_step_tells_the_frame_that_is_decoded() -> None:
 def test_noise_of_frames_under_their_actions_makes_them_again(name: str) -> None:
     told, shown = vectors(5), pixels(5)
     first = session(name, kind="none", guidance=0.0)
+    with pytest.raises(ValueError, match=r"session: frame_conditions is 'up', expected a tensor"):
+        first.tell("up")  # type: ignore[arg-type]
     first.tell(told)
     z = first.encode(shown)
     again = session(name, kind="none", guidance=0.0)

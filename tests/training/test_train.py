@@ -866,6 +866,33 @@ def test_splits_and_pairs_are_tar_files_too(tiny, tmp_path: Path, caplog) -> Non
     ]
 
 
+@dataclass
+class _OneItem:
+    """A data set that always gives the same."""
+
+    what: Any
+
+    def __len__(self) -> int:
+        return 1
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Any:
+        return self.what
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ([1, 2], r"the data set is \[1, 2\], expected one with the methods of starflow.data.ClipDataset"),
+        (_OneItem((torch.zeros(4, 1, 16, 16), "a three")), r"item 0 of the data set is \(tensor.*, expected a star"),
+        (_OneItem(Clip(torch.zeros(4, 1, 16, 16), None, "a")), "item 0 .*, expected a starflow.data.Clip whose"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_is_no_data_set_of_clips_is_refused(tiny, tmp_path: Path, dataset: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^training: {message}"):
+        train(tiny(), str(tmp_path / "run"), quiet=True, dataset=dataset)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_rate_that_no_file_has_is_told(tiny, tmp_path: Path, caplog) -> None:
     data = {"kind": "folder", "path": str(_videos(tmp_path / "clips", "a.mp4")), "fps": 8.0}
     config = tiny(data={**data, "mix_fps": (8.0, 24.0, 30.0)})

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import starflow_ext
-from starflow.config import to_mapping
+from starflow.config import ConfigError, to_mapping
 from starflow.data import ffmpeg_binary
 from starflow.messages import short
 from starflow.solver import cache_folder
@@ -53,6 +53,22 @@ def set_threads(count: int | None = None) -> int:
     if count is not None and count != torch.get_num_threads():
         torch.set_num_threads(count)
     return torch.get_num_threads()
+
+
+def check_surroundings() -> None:
+    """Refuses an environment in which no command can work.
+
+    Raises:
+        ConfigError: a variable of the environment that the ops refuse, or a folder that is gone.
+    """
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the folder that this command was started in does not exist any more") from None
+    try:
+        starflow_ext.info()
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from None
 
 
 def machine() -> dict[str, dict[str, Any]]:

@@ -152,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status (see the module).
     """
-    from starflow.cli.info import set_threads
+    from starflow.cli.info import check_surroundings, set_threads
 
     parser = make_parser()
     args, rest = parser.parse_known_args(argv)
@@ -168,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format=f"{PROG}: %(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("starflow").setLevel(logging.INFO)
     try:
+        check_surroundings()
         set_threads(args.threads)
         status: int = args.run(args)
     except KeyboardInterrupt as told:

@@ -102,8 +102,9 @@ class Drain(threading.Thread):
 
     def run(self) -> None:
         """Read until the process closes the pipe. A pipe that nobody empties would block ffmpeg."""
-        for line in self._stream:
-            self._lines.append(line.decode("utf-8", "replace").strip())
+        with self._stream:
+            for line in self._stream:
+                self._lines.append(line.decode("utf-8", "replace").strip())
 
     def text(self) -> str:
         """Wait until the process has closed its standard error, and return what it wrote."""

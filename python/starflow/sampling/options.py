@@ -302,14 +302,15 @@ def _checked(option: Field[Any], value: Any) -> Any:
             expected = ", ".join(dict.fromkeys(kind.__name__ for kind in plain))
             raise ValueError(f"sample: {option.name} is {shown(value)}, expected {expected}")
         return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-    many, whole = tuple in map(typing.get_origin, kinds), float not in kinds
+    many, whole = any(typing.get_origin(kind) is tuple for kind in kinds), float not in kinds
+    end: Any = above if least is None else least
     most = option.metadata.get("most") or math.inf
     bound = f">= {least:g}" if above is None else f"> {above:g}"
     bound += f" and at most {most:g}" if math.isfinite(most) else ""
     told = value if many and isinstance(value, Sequence) else (value,)
     found = tuple(integer(each) if whole else number(each) for each in told)
     fits = (
-        each is not None and each < math.inf and each <= most and (each >= least if above is None else each > above)
+        each is not None and each < math.inf and each <= most and (each >= end if above is None else each > end)
         for each in found
     )
     if many != isinstance(value, Sequence) or not all(fits):

@@ -313,6 +313,10 @@ class Session:
         Raises:
             ValueError: a flow without such vectors, or vectors that do not fit.
         """
+        if not isinstance(frame_conditions, Tensor):
+            raise ValueError(
+                f"session: frame_conditions is {shown(frame_conditions)}, expected a tensor (clips, frames, frame_dim)"
+            )
         self._tell(max(self._begin + self._vectors.shape[1], self._drawn), frame_conditions, "frame_conditions")
 
     def _tell(self, first: int, vectors: Tensor, name: str) -> None:

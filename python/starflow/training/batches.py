@@ -32,7 +32,7 @@ from starflow.data import (
     sample_group,
     stack_clips,
 )
-from starflow.messages import listed
+from starflow.messages import listed, shown
 from starflow.noise import draw_batch, stream
 from starflow.text import STOP_WORDS, TextEncoder, caption_for, make_text_encoder, split_words
 from starflow.worlds import PaddleClips
@@ -180,14 +180,22 @@ def check_own(config: RunConfig, dataset: ClipDataset) -> None:
         dataset: that it is trained on; of those that `make_dataset` makes nothing is looked at.
 
     Raises:
-        ConfigError: it is empty, or has clips of another shape than the configuration says.
+        ConfigError: it is empty or no data set of clips, or has clips of another shape than the configuration says.
     """
     data, flow = config.data, config.flow
     if isinstance(dataset, VideoFolder | MovingDigits | PaddleClips):
         return
+    if not hasattr(dataset, "item"):
+        raise ConfigError(
+            f"training: the data set is {shown(dataset)}, expected one with the methods of starflow.data.ClipDataset"
+        )
     if not len(dataset):
         raise ConfigError("training: the data set is empty, expected at least one clip")
     clip = dataset.item(0)
+    if not isinstance(clip, Clip) or not isinstance(clip.caption, str):
+        raise ConfigError(
+            f"training: item 0 of the data set is {shown(clip)}, expected a starflow.data.Clip whose caption is a text"
+        )
     expected = [data.frames, data.channels, data.height, data.width]
     if data.mix_aspect:
         expected[2:] = clip.pixels.shape[2:]
