@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from starflow.worlds import POLICIES, PaddleBall, PaddleClips, Policy, one_hot
-from starflow.worlds.paddle import advance, state_before_contact
 
 
 def paddle_of(frame: torch.Tensor) -> int | None:
@@ -47,23 +46,6 @@ def test_a_clip_depends_on_its_numbers_alone() -> None:
     assert all(not torch.equal(each.pixels, first.pixels) for each in others)
 
 
-def test_clips_with_contacts_begin_before_one() -> None:
-    rng, ends = np.random.default_rng(0), {1.0: 0, 0.0: 0}
-    for _ in range(400):
-        state, steps, reward = state_before_contact(rng), 0, 0.0
-        assert state.velocity[0] == -1
-        while state.ball[0] > 3 and not reward:
-            state, reward = advance(state, 0)
-            steps += 1
-        assert 2 <= steps <= 10
-        ends[reward] += 1
-    assert min(ends.values()) > 80  # met, and missed
-    # Without contacts clips are those that they were before there were any.
-    usual, begun = PaddleClips(frames=2), PaddleClips(frames=2, contacts=1.0)
-    assert torch.equal(PaddleClips(frames=2, contacts=0.0).item(5).pixels, usual.item(5).pixels)
-    assert not torch.equal(begun.item(5).pixels, usual.item(5).pixels)
-
-
 def test_clips_show_hits_misses_and_every_action() -> None:
     world = PaddleBall(seed=1)
     for kind in POLICIES:
@@ -84,7 +66,6 @@ def test_clips_show_hits_misses_and_every_action() -> None:
         ({"frames": 0}, "PaddleClips: frames is 0, expected at least 1"),
         ({"size": 16}, "PaddleClips: size is 16, expected at least 24"),
         ({"channels": 2}, r"PaddleClips: channels is 2, expected 1 \(grey\) or 3 \(RGB\)"),
-        ({"contacts": 1.5}, "PaddleClips: contacts is 1.5, expected 0 to 1"),
         ({"length": 0}, "PaddleClips: length is 0, expected at least 1"),
         ({"split": "valid"}, 'PaddleClips: split is "valid", expected "train" or "test"'),
     ],

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from starflow.data import Clip, to_pixels
-from starflow.worlds.paddle import COURT, PaddleBall, draw_court, random_state, state_before_contact
+from starflow.worlds.paddle import COURT, PaddleBall, draw_court, random_state
 from starflow.worlds.policies import Policy, PolicyName
 from starflow.worlds.world import one_hot
 
@@ -31,8 +31,6 @@ class PaddleClips:
         length: items in one epoch.
         policy: how the game is played.
         channels: 1 (grey) or 3 (RGB).
-        contacts: share of the clips that begin as a ball is about to reach the paddle, 0 to 1. Of what the rules say
-            the paddle's edges take the most clips to learn, and in play a ball comes there once in 35 frames.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -48,7 +46,6 @@ class PaddleClips:
         length: int = 10000,
         policy: PolicyName = "mixed",
         channels: int = 1,
-        contacts: float = 0.0,
     ) -> None:
         for name, value, least in (
             ("frames", frames, 1),
@@ -63,10 +60,8 @@ class PaddleClips:
         self.frames, self.size, self.split, self.seed, self.length = frames, size, split, seed, length
         if channels not in (1, 3):
             raise ValueError(f"PaddleClips: channels is {channels}, expected 1 (grey) or 3 (RGB)")
-        if not 0.0 <= contacts <= 1.0:
-            raise ValueError(f"PaddleClips: contacts is {contacts}, expected 0 to 1")
         self.policy: PolicyName = policy
-        self.channels, self.contacts = channels, contacts
+        self.channels = channels
 
     def __len__(self) -> int:
         return self.length
@@ -91,12 +86,8 @@ class PaddleClips:
         world = PaddleBall(self.size)
         world.state = random_state(rng)
         policy = Policy(world, self.policy, rng)
-        # Nothing is drawn without contacts: such clips are those of before there were any.
-        if self.contacts and rng.random() < self.contacts:
-            world.state = state_before_contact(rng)
-        elif rng.random() < 0.5:
-            for _ in range(int(rng.integers(_BEFORE + 1))):
-                world.advance(policy())
+        for _ in range(int(rng.integers(_BEFORE + 1)) if rng.random() < 0.5 else 0):
+            world.advance(policy())
         states = [world.state]
         actions: list[int | None] = [None]
         for _ in range(self.frames - 1):
