@@ -68,7 +68,10 @@ def make(model: Flow | Baseline | LastFrame, config: RunConfig, asked: Asked, op
 
 def _flow(flow: Flow, config: RunConfig, asked: Asked, options: Mapping[str, Any]) -> Tensor:
     codec, text = make_parts(config)
-    session = Pipeline(flow, config, codec, text).session(asked.captions, seed=asked.seed, **options)
+    # Without a rolling cache the whole clip is attended to.
+    given = 0 if asked.given is None else asked.given.shape[1]
+    whole = {} if config.flow.attention_frames is not None else {"frames": given + asked.frames}
+    session = Pipeline(flow, config, codec, text).session(asked.captions, seed=asked.seed, **whole, **options)
     if asked.told is not None:
         session.tell(asked.told)
     if asked.given is not None:

@@ -177,7 +177,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     """
     first, third, fifth = _QUINTIC
     # The spectral norm is at most that of all numbers.
-    x = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x: Tensor = matrices / torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth), x, beta=first)
