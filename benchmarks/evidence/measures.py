@@ -50,6 +50,10 @@ class Held:
     captions: list[str]
     told: Tensor | None
 
+    def until(self, frames: int) -> Held:
+        """Their first frames alone."""
+        return replace(self, pixels=self.pixels[:, :frames], told=None if self.told is None else self.told[:, :frames])
+
     @property
     def given(self) -> Tensor:
         """The first frames."""

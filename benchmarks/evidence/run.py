@@ -31,6 +31,7 @@ from denoisers import compare
 from fit import fit, held_out_loss
 from makers import Asked, make, ways
 from measures import CLIPS, GIVEN, LONG, SECOND, Held, digits, distances, freeway, held_out, paddle
+from sklearn.metrics import roc_auc_score
 from study import OPTIONS, PLAN, RATES, TUNING_SEED, VERSION, Plan, Row, config_of
 from torch import Tensor
 
@@ -257,23 +258,22 @@ def surprise(row: Row, plan: Plan, folder: Path, results: Path) -> None:
     model, config, _ = trained(row, plan, folder)
     frames = config.data.frames
     held = held_out(row.kind, GIVEN + SECOND)
-    true = replace(held, pixels=held.pixels[:, :frames], told=None if held.told is None else held.told[:, :frames])
+    true = held.until(frames)
     late = held.pixels[:, frames - 1 + SKIPPED : frames + SKIPPED]
     false = replace(true, pixels=torch.cat([true.pixels[:, :-1], late], 1))
-    normal, strange = (-frame_nats(model, config, clips)[:, -1] for clips in (true, false))
-    above = (strange[:, None] > normal).double() + 0.5 * (strange[:, None] == normal)
-    line = {"surprise": str(row), "kind": row.kind, "model": row.model, "seed": row.seed, "skipped": SKIPPED}
-    add(results, {**line, "area": float(above.mean())}, plan.budget)
-    print({**line, "area": float(above.mean())}, flush=True)
+    worth = torch.cat([frame_nats(model, config, clips)[:, -1] for clips in (true, false)])
+    area = float(roc_auc_score([0] * CLIPS + [1] * CLIPS, -worth))
+    line = {"surprise": str(row), "kind": row.kind, "model": row.model, "seed": row.seed}
+    line |= {"skipped": SKIPPED, "area": area}
+    add(results, line, plan.budget)
+    print(line, flush=True)
 
 
 def bits_per_dim(model: Flow | Baseline, config: RunConfig, held: Held) -> float:
     """Bits a dimension of held-out clips with the noise of training: exact of the flow, the bound of diffusion."""
-    frames = config.data.frames
-    told = None if held.told is None else held.told[:, :frames]
-    clips = replace(held, pixels=held.pixels[:, :frames], told=told)
     if isinstance(model, Regression):
         return math.nan
+    clips = held.until(config.data.frames)
     nats = frame_nats(model, config, clips)
     codec, _ = make_parts(config)
     return -float(nats.sum(1).mean()) / codec.encode(clips.pixels[:1]).numel() / math.log(2)

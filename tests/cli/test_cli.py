@@ -68,7 +68,7 @@ def test_sample_writes_what_was_promised(
     assert float((picture - expected).abs().mean()) < 5
 
 
-def test_prompts_of_damaged(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_of_a_file(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "captions.txt").write_bytes(b"\xef\xbb\xbfa three moving up\r\n\n  a seven standing still  \n")
     assert run("sample", model, "--prompts", tmp_path / "captions.txt", "--out", tmp_path / "out") == 0
     said = [json.loads(path.read_text())["prompt"] for path in sorted((tmp_path / "out").glob("*.json"))]

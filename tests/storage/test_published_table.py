@@ -26,6 +26,7 @@ from starflow.sampling import Pipeline
 from starflow.storage import from_published, published_config, read_header
 from starflow.storage.published import options_of, published_state
 
+from ..encoders import make_t5
 from .test_convert import IMAGE, VIDEO, arguments
 
 ROOT = Path(__file__).parents[2]
@@ -93,8 +94,7 @@ def test_names_and_shapes_of_the_releases(name: str, billions: float) -> None:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Autoencoders and a text encoder with the released latents and widths, and small networks between them."""
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
+    diffusers = pytest.importorskip("diffusers")
     folder = tmp_path_factory.mktemp("parts")
     torch.manual_seed(0)
     diffusers.AutoencoderKLWan(
@@ -117,15 +117,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
     ).save_pretrained(folder / "kl")
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "corgi": 4, "cat": 5}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-    ).save_pretrained(folder / "t5")
-    config = transformers.T5Config(vocab_size=8, d_model=2048, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
-    transformers.T5EncoderModel(config).save_pretrained(folder / "t5")
+    make_t5(folder / "t5", 0, ("corgi", "cat"), d_model=2048, d_kv=8, d_ff=8, num_layers=1, num_heads=1)
     return folder
 
 
