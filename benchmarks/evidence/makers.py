@@ -15,6 +15,7 @@ from starflow import Pipeline
 from starflow.config import RunConfig
 from starflow.inference import in_inference_mode
 from starflow.model import Flow
+from starflow.sampling import Session
 from starflow.text import Features
 from starflow.training.batches import make_parts
 
@@ -62,11 +63,15 @@ def make(model: Flow | Baseline | LastFrame, config: RunConfig, asked: Asked, op
         asked: what is made.
         options: of sampling: those of the pipeline for a flow, attributes of a baseline.
     """
-    made = _flow(model, config, asked, options) if isinstance(model, Flow) else _other(model, config, asked, options)
+    if isinstance(model, Flow):
+        made = drawn(open_session(model, config, asked, options), asked.frames)
+    else:
+        made = _other(model, config, asked, options)
     return made.clamp(-1.0, 1.0)
 
 
-def _flow(flow: Flow, config: RunConfig, asked: Asked, options: Mapping[str, Any]) -> Tensor:
+def open_session(flow: Flow, config: RunConfig, asked: Asked, options: Mapping[str, Any]) -> Session:
+    """The session of a flow that goes on with what was asked for."""
     codec, text = make_parts(config)
     # Without a rolling cache the whole clip is attended to.
     given = 0 if asked.given is None else asked.given.shape[1]
@@ -76,7 +81,12 @@ def _flow(flow: Flow, config: RunConfig, asked: Asked, options: Mapping[str, Any
         session.tell(asked.told)
     if asked.given is not None:
         session.prefill(asked.given)
-    return torch.cat([frames.pixels for frames in session.extend(asked.frames, last=True)], 1)
+    return session
+
+
+def drawn(session: Session, frames: int) -> Tensor:
+    """Pixels (clips, frames, channels, height, width) of the next frames of a session, the last it makes."""
+    return torch.cat([made.pixels for made in session.extend(frames, last=True)], 1)
 
 
 def _other(model: Baseline | LastFrame, config: RunConfig, asked: Asked, options: Mapping[str, Any]) -> Tensor:

@@ -54,6 +54,11 @@ class Held:
         """Their first frames alone."""
         return replace(self, pixels=self.pixels[:, :frames], told=None if self.told is None else self.told[:, :frames])
 
+    def one(self, index: int) -> Held:
+        """One of them alone."""
+        only = slice(index, index + 1)
+        return Held(self.pixels[only], self.captions[only], None if self.told is None else self.told[only])
+
     @property
     def given(self) -> Tensor:
         """The first frames."""

@@ -185,6 +185,21 @@ def denoisers(results: Sequence[Line]) -> str:
     return _markdown(rows)
 
 
+def schedules(results: Sequence[Line]) -> str:
+    """What the deep block's inverse takes by schedule: means over the seeds, with the least and the greatest."""
+    rows = [["data", "schedule", "seeds", "sweeps a frame", "evaluations a token", "frames a second", "apart", "worst"]]
+    lines = [line for line in results if "schedule" in line]
+    for kind, name in dict.fromkeys((line["kind"], line["schedule"]) for line in lines):
+        mine = [line for line in lines if (line["kind"], line["schedule"]) == (kind, name)]
+        cells = [
+            _range([line[column] for line in mine], digits)
+            for column, digits in (("sweeps", 1), ("evaluations", 2), ("frames_per_second", 0))
+        ]
+        apart = [value for line in mine for value in line["apart"]]
+        rows.append([kind, f"`{name}`", str(len(mine)), *cells, f"{np.median(apart):.4f}", f"{max(apart):.4f}"])
+    return _markdown(rows)
+
+
 def surprises(results: Sequence[Line]) -> str:
     """How well models tell a frame that comes too early: means over the seeds, with the least and the greatest."""
     rows = [["data", "model", "seeds", "area under the curve"]]
@@ -263,6 +278,7 @@ def main() -> None:
         "tries": tries(results),
         "costs": costs(results),
         "denoisers": denoisers(results),
+        "schedules": schedules(results),
         "surprises": surprises(results),
     }
     for name, text in blocks.items():

@@ -7,6 +7,7 @@
     python benchmarks/evidence/run.py --denoisers paddle/0                  what cleans the flow's frames best
     python benchmarks/evidence/run.py --surprise paddle/flow/0              whether it knows a frame that cannot be
     python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second, and its memory
+    python benchmarks/evidence/run.py --schedules paddle/0                  how the flow's inverse is solved best
 
 Weights and states are kept under --folder; results are added to --results, a line for each row and way of sampling.
 What stands there already is not made again.
@@ -29,7 +30,7 @@ import torch
 from baselines import Baseline, Diffusion, LastFrame, Regression
 from denoisers import compare
 from fit import fit, held_out_loss
-from makers import Asked, make, ways
+from makers import Asked, drawn, make, open_session, ways
 from measures import CLIPS, GIVEN, LONG, SECOND, Held, digits, distances, freeway, held_out, paddle
 from sklearn.metrics import roc_auc_score
 from study import OPTIONS, PLAN, RATES, TUNING_SEED, VERSION, Plan, Row, config_of
@@ -53,6 +54,13 @@ TUNING_CLIPS = CLIPS
 SLOW_STEPS = 16
 # Frames that are left out before a last frame that comes too early.
 SKIPPED = 4
+# Schedules of the deep block's inverse: token by token, the published chunks (four times as many tokens after the first
+# frame) at the published threshold and a hundredth of it, windows at the default tolerance.
+SCHEDULES = (
+    "sequential",
+    *(f"chunks:{block}:{threshold:g}" for threshold in (1e-3, 1e-5) for block in (1, 2, 4, 8)),
+    *(f"window:{size}:0.01" for size in (4, 8, 16, 32)),
+)
 # Clips that are kept for contact sheets.
 SHOWN = 8
 # Two trainings of so many steps tell what a step takes: what comes before the first one counts in neither.
@@ -236,7 +244,7 @@ def speed(row: Row, plan: Plan, folder: Path, results: Path) -> None:
     """
     model, config, _ = trained(row, plan, folder)
     held = held_out(row.kind)
-    one = Held(held.pixels[:1], held.captions[:1], None if held.told is None else held.told[:1])
+    one = held.one(0)
     for way, options in ways(model).items():
         taken = []
         for _ in range(3):
@@ -245,6 +253,41 @@ def speed(row: Row, plan: Plan, folder: Path, results: Path) -> None:
             taken.append(time.process_time() - begin)
         line = {"speed": f"{row.kind}/{row.model}", "way": way, "frames_per_second": SECOND / min(taken)}
         line["megabytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        add(results, line, plan.budget)
+        print(line, flush=True)
+
+
+def compare_schedules(row: Row, plan: Plan, folder: Path, results: Path) -> None:
+    """Adds what each schedule takes for the first second of held-out clips, one at a time, and what it changes.
+
+    Sweeps and evaluations are those of the deep block. The frames are compared with those that are solved token by
+    token, of the same noise.
+    """
+    model, config, _ = trained(row, plan, folder)
+    assert isinstance(model, Flow)
+    held = held_out(row.kind, GIVEN + SECOND)
+    exact = torch.zeros(0)
+    for schedule in SCHEDULES:
+        options = {**plan.of(row)[2], "denoise": "none", "solver": schedule}
+        clips, sweeps, evaluations, taken = [], [], [], 0.0
+        for index in range(CLIPS):
+            asked = _asked(row.kind, held.one(index), SECOND, index)
+            begin = time.process_time()
+            with torch.inference_mode():
+                session = open_session(model, config, asked, options)
+                clips.append(drawn(session, SECOND).clamp(-1.0, 1.0))
+            taken += time.process_time() - begin
+            report = session.reports[0]
+            assert report is not None
+            sweeps.append(report.sweeps / SECOND)
+            evaluations.append(report.evaluations_per_token)
+        made = torch.cat(clips)
+        exact = made if schedule == "sequential" else exact
+        apart = (made - exact).square().flatten(1).mean(1).sqrt()
+        line = {"schedule": schedule, "kind": row.kind, "model": row.model, "seed": row.seed}
+        line |= {"sweeps": statistics.fmean(sweeps), "evaluations": statistics.fmean(evaluations)}
+        line |= {"frames_per_second": CLIPS * SECOND / taken, "apart": [round(float(each), 5) for each in apart]}
+        line |= {name: _mean(each) for name, each in _read_back(row.kind, made, held).items()}
         add(results, line, plan.budget)
         print(line, flush=True)
 
@@ -314,6 +357,7 @@ def main() -> None:
     parser.add_argument("--surprise", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--speed", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--denoisers", nargs="+", default=[], metavar="KIND/SEED")
+    parser.add_argument("--schedules", nargs="+", default=[], metavar="KIND/SEED")
     parser.add_argument("--plan", type=Path, default=PLAN, help="steps, rates and options of sampling")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -336,6 +380,9 @@ def main() -> None:
     for name in options.denoisers:
         kind, seed = name.split("/")
         compare_denoisers(Row.parse(f"{kind}/flow/{seed}"), plan, options.folder, options.results)
+    for name in options.schedules:
+        kind, seed = name.split("/")
+        compare_schedules(Row.parse(f"{kind}/flow/{seed}"), plan, options.folder, options.results)
     for name in options.surprise:
         surprise(Row.parse(name), plan, options.folder, options.results)
     for name in options.speed:
