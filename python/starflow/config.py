@@ -386,6 +386,7 @@ class DataConfig:
         world: name of the world that the clips show, which `starflow.worlds.open_world` opens; null for none.
         start, handwritings: of digits: whether clips begin in the "middle" of the picture or "anywhere", and whether
             they show the "typical" 40 % of the handwritings or "all" (see `starflow.data.MovingDigits`).
+        contacts: of the paddle world: share of the clips that begin as a ball is about to reach the paddle.
     """
 
     kind: Literal["digits", "paddle", "folder"] = "digits"
@@ -410,6 +411,7 @@ class DataConfig:
     world: str | None = None
     start: Literal["middle", "anywhere"] = "middle"
     handwritings: Literal["typical", "all"] = "typical"
+    contacts: float = 0.0
 
     def __post_init__(self) -> None:
         _settle(self, "data")
@@ -455,6 +457,10 @@ class DataConfig:
                 getattr(self, name),
                 f"{usual!r} but for digits",
             )
+        require(0.0 <= self.contacts <= 1.0, "data.contacts", self.contacts, "a share from 0 to 1")
+        require(
+            self.kind == "paddle" or not self.contacts, "data.contacts", self.contacts, "0 but for the paddle world"
+        )
 
 
 @dataclass(frozen=True)

@@ -205,6 +205,8 @@ _FOLDER = {"kind": "folder"}
         (DataConfig, {"fps": "inf"}, "data.fps is inf, expected a finite number > 0"),
         (DataConfig, {"cache_gb": -1}, "data.cache_gb is -1.0, expected a finite number >= 0"),
         (DataConfig, {"actions": ["up", "up"]}, r"data.actions is \('up', 'up'\), expected names that differ"),
+        (DataConfig, {"contacts": 0.5}, "data.contacts is 0.5, expected 0 but for the paddle world"),
+        (DataConfig, {"kind": "paddle", "contacts": 2.0}, "data.contacts is 2.0, expected a share from 0 to 1"),
         (DataConfig, {"mix_fps": 8}, "config.mix_fps is 8, expected a list"),
         (DataConfig, {"mix_fps": [8, 16]}, r"data.mix_fps is \(8.0, 16.0\), expected an empty list but for a folder"),
         (DataConfig, {**_FOLDER, "mix_fps": [8, 0]}, r"data.mix_fps is \(8.0, 0.0\), expected finite numbers > 0"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from starflow.worlds import POLICIES, PaddleBall, PaddleClips, Policy, one_hot
+from starflow.worlds import POLICIES, PaddleBall, PaddleClips, PaddleState, Policy, draw_court, one_hot
 
 
 def paddle_of(frame: torch.Tensor) -> int | None:
@@ -46,6 +48,53 @@ def test_a_clip_depends_on_its_numbers_alone() -> None:
     assert all(not torch.equal(each.pixels, first.pixels) for each in others)
 
 
+def test_clips_with_contacts_show_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[PaddleState]] = []
+
+    def draw(states: Sequence[PaddleState], *size: int) -> np.ndarray:
+        shown.append(list(states))
+        return draw_court(states, *size)
+
+    monkeypatch.setattr("starflow.worlds.clips.draw_court", draw)
+    clips = PaddleClips(frames=12, contacts=1.0)
+    for index in range(200):
+        clips.item(index)
+    # Where the ball is below the paddle's upper edge as it reaches its column: from -1 to 5 it is met.
+    met = [
+        then.ball[1] - after.paddle
+        for states in shown
+        for then, after in pairwise(states)
+        if then.ball[0] == 4 and then.velocity[0] < 0
+    ]
+    assert len(met) >= 200
+    near_ends = sum(-3 <= place <= 0 or 4 <= place <= 7 for place in met)
+    assert near_ends > 0.4 * len(met)
+    assert sum(-1 <= place <= 5 for place in met) > 0.5 * len(met)
+    # Without contacts clips are those that they were before there were any.
+    usual, begun = PaddleClips(frames=2), PaddleClips(frames=2, contacts=1.0)
+    assert torch.equal(PaddleClips(frames=2, contacts=0.0).item(5).pixels, usual.item(5).pixels)
+    assert not torch.equal(begun.item(5).pixels, usual.item(5).pixels)
+
+
+def test_a_paddle_that_is_led_meets_the_ball_where_it_should() -> None:
+    places: dict[float, list[int]] = {}
+    for aim in (0.0, 0.5, 1.4):
+        world = PaddleBall(seed=3)
+        policy = Policy(world, "random", np.random.default_rng(0), aim=aim)
+        for _ in range(3000):
+            before = world.state
+            world.step(policy())
+            if before.ball[0] == 4 and before.velocity[0] < 0:
+                places.setdefault(aim, []).append(before.ball[1] - world.state.paddle)
+    low, middle, high = (float(np.median(found)) for found in places.values())
+    # A ball at share `aim` of the paddle has its upper edge 6 aim - 1 units below that of the paddle; slips delay it.
+    assert abs(low + 1) <= 1.5
+    assert abs(middle - 2) <= 1.5
+    assert low < middle < high
+    hits = [np.mean([-1 <= place <= 5 for place in found]) for found in places.values()]
+    assert hits[1] == max(hits)
+
+
 def test_clips_show_hits_misses_and_every_action() -> None:
     world = PaddleBall(seed=1)
     for kind in POLICIES:
@@ -66,6 +115,7 @@ def test_clips_show_hits_misses_and_every_action() -> None:
         ({"frames": 0}, "PaddleClips: frames is 0, expected at least 1"),
         ({"size": 16}, "PaddleClips: size is 16, expected at least 24"),
         ({"channels": 2}, r"PaddleClips: channels is 2, expected 1 \(grey\) or 3 \(RGB\)"),
+        ({"contacts": 1.5}, "PaddleClips: contacts is 1.5, expected 0 to 1"),
         ({"length": 0}, "PaddleClips: length is 0, expected at least 1"),
         ({"split": "valid"}, 'PaddleClips: split is "valid", expected "train" or "test"'),
     ],

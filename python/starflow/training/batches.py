@@ -89,7 +89,9 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         require(data.height == data.width, "data.width", data.width, f"the height {data.height} for the paddle world")
         require(not data.mix_aspect, "data.mix_aspect", data.mix_aspect, "false for the paddle world, which is square")
         require(not pairs, "train.source_prob", config.train.source_prob, "0 for the paddle world, which has no pairs")
-        return PaddleClips(frames=data.frames, size=data.height, split=split, channels=data.channels)
+        return PaddleClips(
+            frames=data.frames, size=data.height, split=split, channels=data.channels, contacts=data.contacts
+        )
     if data.path is None:
         raise ConfigError("data.path is None, expected a folder of videos or images, or a tar file of them")
     _check_names(data, config.flow.frame_dim)

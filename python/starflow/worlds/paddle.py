@@ -27,6 +27,8 @@ _LOW, _HIGH = _WALL, COURT - _WALL
 # Where a ball is that has left, just outside of the picture, and where one is served.
 _GONE = -_BALL
 _SERVED = COURT // 2, COURT // 2 - _BALL // 2
+# Frames that a ball which is about to reach the paddle needs for it, at most.
+_SOON = 9
 # Brightness of ground, walls, paddle and ball by channels. The largest of three tells them apart as the grey one does.
 _LEVELS = {
     1: ((0.0,), (0.4,), (0.75,), (1.0,)),
@@ -241,3 +243,14 @@ def random_state(rng: np.random.Generator) -> PaddleState:
     if rng.random() < 0.05:
         x = _GONE
     return PaddleState(paddle, (x, y), (right, down), 1, int(rng.integers(1 << 31)))
+
+
+def state_before_contact(rng: np.random.Generator) -> PaddleState:
+    """A state one to nine frames before the ball reaches the column of the paddle, the paddle near where it will be."""
+    x, y = _PADDLE_RIGHT + int(rng.integers(1, _SOON + 1)), int(rng.integers(_LOW, _HIGH - _BALL + 1))
+    state = PaddleState(_LOW, (x, y), (-1, 1 if rng.random() < 0.5 else -1), 1, int(rng.integers(1 << 31)))
+    reached = state
+    while reached.ball[0] > _PADDLE_RIGHT:
+        reached, _ = advance(reached, 0)
+    above = int(rng.integers(-_BALL - 1, _PADDLE_HEIGHT + 2))
+    return replace(state, paddle=min(max(reached.ball[1] - above, _LOW), _HIGH - _PADDLE_HEIGHT))

@@ -14,6 +14,8 @@ POLICIES = get_args(PolicyName)
 # Longest time that a key is held, and that "mixed" plays in one way, in frames.
 _HELD = 12
 _WAY = 48
+# Share of the keys that play well, where they do, and where the paddle is led.
+_PLAYED, _LED = 0.95, 0.75
 
 
 class Policy:
@@ -24,27 +26,34 @@ class Policy:
         kind: "random" holds one key after another for 1 to 12 frames; "mixed" also taps keys, leaves them alone and,
             in a world that suggests actions, plays well, each for a while.
         rng: of its choices.
+        aim: leads the paddle throughout to meet the ball at this share of itself from above, one key in four at random;
+            below 0 and above 1 it grazes or misses. None plays as `kind` says.
 
     Raises:
         ValueError: a kind that is none of these.
     """
 
-    def __init__(self, world: PlayableWorld, kind: PolicyName, rng: np.random.Generator) -> None:
+    def __init__(
+        self, world: PlayableWorld, kind: PolicyName, rng: np.random.Generator, aim: float | None = None
+    ) -> None:
         if kind not in POLICIES:
             raise ValueError(f"policy: kind is {kind!r}, expected one of {', '.join(map(repr, POLICIES))}")
         self._world, self._kind, self._rng = world, kind, rng
         self._way, self._way_left = "hold", 0
         self._action, self._held = 0, 0
+        self._led = aim is not None
         self._aim = 0.5
+        if aim is not None:
+            self._way, self._aim = "play", aim
 
     def __call__(self) -> int:
         """The next action."""
-        if self._kind == "mixed":
+        if self._kind == "mixed" and not self._led:
             self._choose_way()
         if self._way == "play":
             suggested = self._world.suggest(self._aim)
             # A slip now and then shows what a wrong key does near the ball.
-            if suggested is not None and self._rng.random() < 0.95:
+            if suggested is not None and self._rng.random() < (_LED if self._led else _PLAYED):
                 return suggested
         if self._held == 0:
             self._held = 1 if self._way == "tap" else int(self._rng.integers(1, _HELD + 1))

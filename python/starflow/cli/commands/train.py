@@ -78,7 +78,7 @@ def _for_folder(data: Path) -> list[tuple[list[str], Any]]:
 
     usual = DataConfig()
     settings: list[tuple[list[str], Any]] = [
-        (["data", name], getattr(usual, name)) for name in ("start", "handwritings")
+        (["data", name], getattr(usual, name)) for name in ("start", "handwritings", "contacts")
     ]
     if (data / WORLD_FILE).is_file():
         settings.append((["data", "actions"], None))
