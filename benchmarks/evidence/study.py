@@ -45,8 +45,11 @@ OPTIONS: dict[str, dict[str, list[dict[str, Any]]]] = {
     },
     "digits": {
         "flow": [
-            {"temperature": temperature, "guidance": guidance, "guidance_frames": 1}
-            for temperature, guidance in ((1.0, 0.0), (0.7, 1.0), (0.5, 2.0), (0.3, 2.0))
+            {"temperature": 1.0},
+            *(
+                {"temperature": temperature, "guidance": guidance, "guidance_frames": 1}
+                for temperature, guidance in ((0.7, 1.0), (0.5, 2.0), (0.3, 2.0))
+            ),
         ],
         "diffusion": [
             {"context": context, "guidance": guidance}
