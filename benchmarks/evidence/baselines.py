@@ -37,8 +37,6 @@ LEVEL_WAVES = 32
 HIGH_LEVELS = 3
 # The highest noise level of the past that a frame is told.
 MOST_PAST = 0.2
-# Noise of the frames that regression learns from, in units of the data's deviation.
-REGRESSION_NOISE = 0.3
 # Frames that tables of positions are made for; they are relative in time.
 MOST_FRAMES = 256
 # Of the bound of the likelihood: levels, and how many of them are drawn.
@@ -304,7 +302,8 @@ class Diffusion(Baseline):
     it stands a copy of the frame before it at a low level, so that what moves how is learned at every level of the
     frames behind (as in Diffusion for World Modeling: Visual Details Matter in Atari, Alonso et al., 2024, whose past
     is clean and whose channels stand beside those of the frame). The noise of the past keeps errors from growing in a
-    rollout (GameNGen, Valevski et al., 2024). The network puts out the difference of the clean frame to that copy.
+    rollout (GameNGen, Valevski et al., 2024). The network puts out the clean frame and not its difference to that copy:
+    its width is less than the channels of a token, so that it could never undo what the copy has in the others.
 
     Args:
         config, width, layers, mean, scale: as of `Baseline`.
@@ -346,7 +345,7 @@ class Diffusion(Baseline):
         """The clean data that the network sees in noisy ones, both in the units of the network."""
         vectors = self.vectors(told, torch.cat([waves(levels), waves(past.levels)], -1))
         out: Tensor = self.network(noisy, vectors, text, beside=past.x, state=state, first=first)
-        return past.x + out
+        return out
 
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
         """The mean squared error of clean data.
@@ -471,9 +470,9 @@ def _ddim(z: Tensor, x: Tensor, now: float, then: float) -> Tensor:
 
 
 class Regression(Baseline):
-    """The next frame as the mean of what may come: the squared error of its difference to the one before.
+    """The next frame as the mean of what may come, by its squared error.
 
-    In training the frames before have noise, so that errors do not grow as fast in a rollout.
+    The network puts out the frame and not its difference to the one before, for the reason that `Diffusion` has.
     """
 
     def predicted(
@@ -487,16 +486,14 @@ class Regression(Baseline):
         """Frames from those before them, both in the units of the network; zeros stand before the first."""
         vectors = self.vectors(told, before.new_zeros(*before.shape[:2], 0))
         out: Tensor = self.network(before, vectors, text, state=state, first=first)
-        return before + out
+        return out
 
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
-        """The mean squared error of frames, those before them with noise."""
-        x = self.to_units(latents)
-        before = shifted(x) + REGRESSION_NOISE * draws.noise_before
-        return (self.predicted(before, text, told) - x).square().mean()
+        """The mean squared error of frames."""
+        return self.errors(latents, text, told).mean()
 
     def errors(self, latents: Tensor, text: Tensor | None, told: Tensor | None) -> Tensor:
-        """Squared errors, like the latents, in units of their variance, of frames behind clean ones."""
+        """Squared errors, like the latents, in units of their variance."""
         x = self.to_units(latents)
         return (self.predicted(shifted(x), text, told) - x).square()
 

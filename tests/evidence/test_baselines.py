@@ -186,18 +186,6 @@ def test_what_a_model_makes_moves_with_the_mean_of_the_data(kind: type[Baseline]
     torch.testing.assert_close(model.follow(replace(task, given=task.given + mean)), made + mean, rtol=0, atol=1e-4)
 
 
-def test_the_loss_of_regression_is_that_of_frames_behind_noisy_ones(regression: Baseline) -> None:
-    assert isinstance(regression, Regression)
-    latents, told = torch.randn(2, 3, *SHAPE), torch.zeros(2, 3, 3)
-    draws = Draws.of(0, 0, torch.randn_like(latents))
-    quiet = replace(draws, noise_before=torch.zeros_like(latents))
-    with torch.no_grad():
-        losses = [float(regression.loss(latents, None, told, each)) for each in (draws, quiet)]
-        errors = float(regression.errors(latents, None, told).mean())
-    assert losses[1] == pytest.approx(errors)
-    assert losses[0] != pytest.approx(errors, rel=1e-3)
-
-
 def test_clips_depend_on_their_own_seed_alone(diffusion: Baseline) -> None:
     task = _task(3)
     assert task.given is not None
