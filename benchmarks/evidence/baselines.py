@@ -1,8 +1,8 @@
 """What the flow is compared with: causal diffusion, regression of the next frame, the last frame.
 
 The networks are made of the product's layers and run on its ops, with the same tokens, attention over the same frames
-and the same cache, so that a difference in speed is one of the principle. They work on latents in units of the data's
-own standard deviation.
+and the same cache, so that a difference in speed is one of the principle. They work on latents less the mean of each
+channel, in units of the standard deviation of what is left.
 
 Reference: Chen et al., Diffusion Forcing (2024), a noise level for each frame; Nichol and Dhariwal, Improved Denoising
 Diffusion Probabilistic Models (2021), the cosine schedule; Song et al., DDIM (2021); Li and He, Back to Basics (2025),
@@ -11,6 +11,7 @@ clean data as what the network puts out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ from starflow_ext.rope_append import Rotation
 
 # Waves that tell a network the noise level of a frame.
 LEVEL_WAVES = 32
+# Exponent of the noise levels that training draws and sampling steps through.
+HIGH_LEVELS = 3
+# The highest noise level of the past that a frame is told.
+MOST_PAST = 0.2
 # Frames that tables of positions are made for; they are relative in time.
 MOST_FRAMES = 256
 # Of the bound of the likelihood: levels, and how many of them are drawn.
@@ -48,9 +53,10 @@ class FrameTransformer(Transformer):
         config: of the flow that it is compared with: its patches, heads, norms, text and frames of attention.
         width, layers: of this network.
         vector_dim: of what each frame is told.
+        beside: whether each frame has another picture beside its own.
     """
 
-    def __init__(self, config: FlowConfig, *, width: int, layers: int, vector_dim: int) -> None:
+    def __init__(self, config: FlowConfig, *, width: int, layers: int, vector_dim: int, beside: bool = False) -> None:
         heads = width // config.head_dim
         super().__init__(
             config,
@@ -66,6 +72,7 @@ class FrameTransformer(Transformer):
         # Rotary angles tell distances alone.
         self.place = nn.Parameter(0.02 * torch.randn(self.frame_tokens, width))
         self.summary = nn.Linear(config.txt_dim, width, bias=False) if config.txt_dim else None
+        self.beside = nn.Linear(config.token_channels, width, bias=False) if beside else None
 
     @property
     def frame_tokens(self) -> int:
@@ -78,6 +85,7 @@ class FrameTransformer(Transformer):
         vectors: Tensor,
         text: Tensor | None = None,
         *,
+        beside: Tensor | None = None,
         state: DecodeState | None = None,
         first: int = 0,
     ) -> Tensor:
@@ -87,16 +95,20 @@ class FrameTransformer(Transformer):
             x: latents (batch, frames, channels, height, width).
             vectors: what frames are told (batch, frames, vector_dim).
             text: features (batch, text tokens, txt_dim), whose sum each token gets.
+            beside: the other picture of each frame, like `x`, where the network has one.
             state: cache of the frames before; those of this call are written over what it has at their places.
             first: index of the first frame of `x`.
         """
         config = self.config
         weights = self._packed()
-        grid = patchify(x, config.patch_size, channel_first=config.channel_first_patches)
+        grid = self._grid(x)
         told = self.embed_frames(vectors, weights)
         assert told is not None
         h = self.embed(grid.flatten(1, 3), weights) + told.repeat_interleave(self.frame_tokens, 1)
         h = h + self.place.repeat(x.shape[1], 1)
+        if self.beside is not None:
+            assert beside is not None
+            h = h + ops.linear(self._grid(beside).flatten(1, 3), self.beside.weight)
         if self.summary is not None and text is not None:
             h = h + ops.linear(text.sum(1, keepdim=True), self.summary.weight)
         rotation = self._rotation(first, x.shape[1])
@@ -114,6 +126,9 @@ class FrameTransformer(Transformer):
         )
         out = self.put_out(h, weights).to(x.dtype).reshape(grid.shape)
         return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=False)
+
+    def _grid(self, x: Tensor) -> Tensor:
+        return patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
 
     def _rotation(self, first: int, frames: int) -> Rotation:
         layout = make_layout(self.config, "raster", MOST_FRAMES, self.side, self.side, 0, still=False)
@@ -161,16 +176,26 @@ class Task:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a training step: normal noise like the latents, and levels in [0, 1), (batch, frames)."""
+    """What is random in a training step.
+
+    Args:
+        noise: normal noise like the latents.
+        levels: uniform in [0, 1), (batch, frames).
+        noise_before, levels_before: the same for the copies of frames that stand beside those after them.
+    """
 
     noise: Tensor
     levels: Tensor
+    noise_before: Tensor
+    levels_before: Tensor
 
     @classmethod
     def of(cls, seed: int, step: int, noise: Tensor) -> Draws:
         """Those of a step, from its noise."""
-        numbers = stream(seed, "posterior", step).random(noise.shape[:2], dtype="float32")
-        return cls(noise, torch.from_numpy(numbers))
+        levels = stream(seed, "posterior", step).random((2, *noise.shape[:2]), dtype="float32")
+        other = stream(seed, "posterior", step, 1).standard_normal(tuple(noise.shape), dtype="float32")
+        here, before = torch.from_numpy(levels)
+        return cls(noise, here, torch.from_numpy(other), before)
 
 
 class Baseline(nn.Module):
@@ -179,18 +204,23 @@ class Baseline(nn.Module):
     Args:
         config: of the flow that it is compared with.
         width, layers: of the network.
-        scale: standard deviation of the latents of the data.
+        mean: of the latents of the data (channels, 1, 1).
+        scale: standard deviation of the latents less their mean.
     """
 
     # Numbers of the model's own that each frame is told, before the vector that the data have for it.
     extra = 0
+    # Whether the network sees a frame beside that before it.
+    beside = False
 
-    def __init__(self, config: FlowConfig, *, width: int, layers: int, scale: float) -> None:
+    def __init__(self, config: FlowConfig, *, width: int, layers: int, mean: Tensor, scale: float) -> None:
         super().__init__()
         self.config = config
         vector_dim = max(self.extra + config.frame_dim, 1)
-        self.network = FrameTransformer(config, width=width, layers=layers, vector_dim=vector_dim)
+        self.network = FrameTransformer(config, width=width, layers=layers, vector_dim=vector_dim, beside=self.beside)
+        self.register_buffer("mean", mean.clone())
         self.register_buffer("scale", torch.tensor(scale))
+        self.mean: Tensor
         self.scale: Tensor
 
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
@@ -200,6 +230,14 @@ class Baseline(nn.Module):
     def follow(self, task: Task) -> Tensor:
         """Latents (clips, frames, channels, height, width) of what was asked for."""
         raise NotImplementedError
+
+    def to_units(self, latents: Tensor) -> Tensor:
+        """Latents (..., channels, height, width) in the units of the network."""
+        return (latents - self.mean) / self.scale
+
+    def from_units(self, x: Tensor) -> Tensor:
+        """The inverse of `to_units`."""
+        return x * self.scale + self.mean
 
     def state(self, task: Task) -> DecodeState:
         """A cache for a task."""
@@ -225,20 +263,57 @@ def schedule(level: Tensor) -> tuple[Tensor, Tensor]:
     return angle.cos(), angle.sin()
 
 
-class Diffusion(Baseline):
-    """Causal diffusion with a noise level for each frame.
+def drawn_levels(shares: Tensor) -> Tensor:
+    """The noise levels below which these shares of the levels that training draws lie: most are high.
 
-    At level t a frame is cos(pi t / 2) x + sin(pi t / 2) noise. In training every frame has a level of its own, so that
-    the network learns to clean a frame behind clean ones and behind noisy ones.
+    Only there is it to be learned what moves how; below, a frame is seen through its noise.
+    """
+    return 1 - (1 - shares) ** HIGH_LEVELS
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The frame before each frame (batch, frames, channels, height, width); zeros stand before the first."""
+    return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
+
+
+@dataclass(frozen=True)
+class Past:
+    """The frame before each frame of a pass, as the network sees it: with a little noise.
 
     Args:
-        config, width, layers, scale: as of `Baseline`.
+        x: (batch, frames, channels, height, width) in the units of the network, at its noise level.
+        levels: that noise level (batch, frames).
+    """
+
+    x: Tensor
+    levels: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, levels: Tensor, noise: Tensor) -> Past:
+        """Clean frames with noise of a level."""
+        alpha, sigma = schedule(levels)
+        return cls(alpha * x + sigma * noise, levels)
+
+
+class Diffusion(Baseline):
+    """Causal diffusion with a noise level for each frame, which sees the frame before it nearly clean.
+
+    At level t a frame is cos(pi t / 2) x + sin(pi t / 2) noise. In training every frame has a level of its own. Beside
+    it stands a copy of the frame before it at a low level, so that what moves how is learned at every level of the
+    frames behind (as in Diffusion for World Modeling: Visual Details Matter in Atari, Alonso et al., 2024, whose past
+    is clean and whose channels stand beside those of the frame). The noise of the past keeps errors from growing in a
+    rollout (GameNGen, Valevski et al., 2024). The network puts out the clean frame and not its difference to that copy:
+    its width is less than the channels of a token, so that it could never undo what the copy has in the others.
+
+    Args:
+        config, width, layers, mean, scale: as of `Baseline`.
         steps: of sampling a frame.
-        context: level of the frames behind, in sampling.
+        context: level of the frame before, in sampling.
         guidance, guidance_frames: weight of guidance by text, and how many first frames have it.
     """
 
-    extra = 2 * LEVEL_WAVES
+    extra = 4 * LEVEL_WAVES
+    beside = True
 
     def __init__(
         self,
@@ -246,13 +321,14 @@ class Diffusion(Baseline):
         *,
         width: int,
         layers: int,
+        mean: Tensor,
         scale: float,
         steps: int = 16,
-        context: float = 0.1,
+        context: float = 0.05,
         guidance: float = 0.0,
         guidance_frames: int = 1,
     ) -> None:
-        super().__init__(config, width=width, layers=layers, scale=scale)
+        super().__init__(config, width=width, layers=layers, mean=mean, scale=scale)
         self.steps, self.context = steps, context
         self.guidance, self.guidance_frames = guidance, guidance_frames
 
@@ -260,13 +336,15 @@ class Diffusion(Baseline):
         self,
         noisy: Tensor,
         levels: Tensor,
+        past: Past,
         text: Tensor | None,
         told: Tensor | None,
         state: DecodeState | None = None,
         first: int = 0,
     ) -> Tensor:
-        """The clean data that the network sees in noisy ones, both in units of the data's deviation."""
-        out: Tensor = self.network(noisy, self.vectors(told, waves(levels)), text, state=state, first=first)
+        """The clean data that the network sees in noisy ones, both in the units of the network."""
+        vectors = self.vectors(told, torch.cat([waves(levels), waves(past.levels)], -1))
+        out: Tensor = self.network(noisy, vectors, text, beside=past.x, state=state, first=first)
         return out
 
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
@@ -275,41 +353,51 @@ class Diffusion(Baseline):
         Errors weighted as those of v, by 1 / sigma^2, are mostly those of copying frames with little noise: with them a
         network of this size was slower to learn what moves how (docs/evidence.md).
         """
-        x = latents / self.scale
-        alpha, sigma = schedule(draws.levels)
-        return (self.clean(alpha * x + sigma * draws.noise, draws.levels, text, told) - x).square().mean()
+        x = self.to_units(latents)
+        levels = drawn_levels(draws.levels)
+        alpha, sigma = schedule(levels)
+        past = Past.of(shifted(x), MOST_PAST * draws.levels_before, draws.noise_before)
+        return (self.clean(alpha * x + sigma * draws.noise, levels, past, text, told) - x).square().mean()
 
     @torch.inference_mode()
     def follow(self, task: Task) -> Tensor:
-        """See `Baseline.follow`: DDIM, frame by frame."""
+        """See `Baseline.follow`: DDIM, frame by frame; what the last step of a frame put into the cache stays there."""
         state, begin = self.state(task), task.begin
+        path = drawn_levels(torch.linspace(1.0, 0.0, self.steps + 1)).tolist()
+        x = torch.zeros(len(task.seeds), 1, *task.shape)
         if task.given is not None:
-            self.remember(task.given / self.scale, task, state, 0)
+            given = self.to_units(task.given)
+            levels = torch.full(given.shape[:2], self.context)
+            noisy = Past.of(given, levels, draw(task.seeds, begin, *task.shape, purpose="posterior"))
+            past = self._past(shifted(given), task, 0)
+            self.clean(noisy.x, levels, past, task.text, task.told_at(0, begin), state)
+            x = given[:, -1:]
         made = []
         for frame in range(begin, begin + task.frames):
             weight = self.guidance if frame < self.guidance_frames else 0.0
+            past = self._past(x, task, frame)
             z = draw(task.seeds, 1, *task.shape, first=frame)
-            for step in range(self.steps):
-                now, then = 1 - step / self.steps, 1 - (step + 1) / self.steps
-                x = self._guided(z, now, weight, task, state, frame)
+            for now, then in itertools.pairwise(path):
+                x = self._guided(z, now, past, weight, task, state, frame)
                 z = _ddim(z, x, now, then) if then > 0 else x
-            made.append(z * self.scale)
-            self.remember(z, task, state, frame)
+            made.append(self.from_units(x))
         return torch.cat(made, 1)
 
-    def _guided(self, z: Tensor, level: float, weight: float, task: Task, state: DecodeState, frame: int) -> Tensor:
+    def _guided(
+        self, z: Tensor, level: float, past: Past, weight: float, task: Task, state: DecodeState, frame: int
+    ) -> Tensor:
+        """The clean frame at a level; the pass with text is the last, so that its keys and values stay in the cache."""
         levels, told = torch.full(z.shape[:2], level), task.told_at(frame)
-        x = self.clean(z, levels, task.text, told, state, frame)
         if not weight or task.text is None:
-            return x
-        return x + weight * (x - self.clean(z, levels, task.text_alone(), told, state, frame))
+            return self.clean(z, levels, past, task.text, told, state, frame)
+        alone = self.clean(z, levels, past, task.text_alone(), told, state, frame)
+        x = self.clean(z, levels, past, task.text, told, state, frame)
+        return x + weight * (x - alone)
 
-    def remember(self, x: Tensor, task: Task, state: DecodeState, first: int) -> None:
-        """Writes frames into the cache, at the noise level of the past."""
-        levels = torch.full(x.shape[:2], self.context)
-        alpha, sigma = schedule(levels)
-        noise = draw(task.seeds, x.shape[1], *task.shape, first=first, purpose="train")
-        self.clean(alpha * x + sigma * noise, levels, task.text, task.told_at(first, x.shape[1]), state, first)
+    def _past(self, before: Tensor, task: Task, first: int) -> Past:
+        """Frames that stand before others, the first of which is numbered, at the noise level of the past."""
+        noise = draw(task.seeds, before.shape[1], *task.shape, first=first, purpose="train")
+        return Past.of(before, torch.full(before.shape[:2], self.context), noise)
 
     @torch.inference_mode()
     def bound(
@@ -340,7 +428,8 @@ class Diffusion(Baseline):
         share = angles.cos() / angles[0].cos()
         left = (angles.sin().square() - share.square() * angles[0].sin().square()).clamp(min=0).sqrt()
         ratio = share.square() / left.square().clamp(min=1e-12)
-        z = angles[0].cos() / self.scale * (latents + noise_std * draw(seeds, frames, *shape, purpose="train"))
+        z = angles[0].cos() * self.to_units(latents + noise_std * draw(seeds, frames, *shape, purpose="train"))
+        before = shifted(z)
         task = Task(tuple(seeds), shape, frames, None, text, told)
         state = self.state(task)
         chosen = np.stack([stream(seed, "choose", 1).random((frames, BOUND_DRAWS)) for seed in seeds])
@@ -348,6 +437,7 @@ class Diffusion(Baseline):
         for frame in range(frames):
             log_p = torch.full((clips,), size * float((angles[0].cos() / self.scale).log()), dtype=torch.float64)
             here = z[:, frame : frame + 1].double()
+            past = Past(before[:, frame : frame + 1], torch.full((clips, 1), begin * 2 / math.pi))
             for number in range(BOUND_DRAWS + 1):
                 if number:
                     place = (number - 1 + torch.from_numpy(chosen[:, frame, number - 1])) / BOUND_DRAWS
@@ -358,7 +448,7 @@ class Diffusion(Baseline):
                 a, s, angle = (part[level][:, None, None, None, None] for part in (share, left, angles))
                 noisy = a * here + s * noise
                 levels = (angles[level] * (2 / math.pi)).float()[:, None]
-                x = self.clean(noisy.float(), levels, text, task.told_at(frame), state, frame).double()
+                x = self.clean(noisy.float(), levels, past, text, task.told_at(frame), state, frame).double()
                 kept = a * angles[0].sin().square() / angle.sin().square()
                 error = (here - angles[0].cos() * x - kept * (noisy - angle.cos() * x)).square().flatten(1).sum(1)
                 if number:
@@ -369,9 +459,7 @@ class Diffusion(Baseline):
             a, s = share[-1], left[-1]
             log_p -= 0.5 * (s**2 + a**2 * here.square() - 1 - 2 * s.log()).flatten(1).sum(1)
             bounds.append(log_p)
-            self.clean(
-                here.float(), torch.full((clips, 1), begin * 2 / math.pi), text, task.told_at(frame), state, frame
-            )
+            self.clean(here.float(), past.levels, past, text, task.told_at(frame), state, frame)
         return torch.stack(bounds, 1)
 
 
@@ -382,7 +470,10 @@ def _ddim(z: Tensor, x: Tensor, now: float, then: float) -> Tensor:
 
 
 class Regression(Baseline):
-    """The next frame as the mean of what may come: the squared error of its difference to the one before."""
+    """The next frame as the mean of what may come, by its squared error.
+
+    The network puts out the frame and not its difference to the one before, for the reason that `Diffusion` has.
+    """
 
     def predicted(
         self,
@@ -392,10 +483,10 @@ class Regression(Baseline):
         state: DecodeState | None = None,
         first: int = 0,
     ) -> Tensor:
-        """Frames from those before them, both in units of the data's deviation; zeros stand before the first."""
+        """Frames from those before them, both in the units of the network; zeros stand before the first."""
         vectors = self.vectors(told, before.new_zeros(*before.shape[:2], 0))
         out: Tensor = self.network(before, vectors, text, state=state, first=first)
-        return before + out
+        return out
 
     def loss(self, latents: Tensor, text: Tensor | None, told: Tensor | None, draws: Draws) -> Tensor:
         """The mean squared error of frames."""
@@ -403,9 +494,8 @@ class Regression(Baseline):
 
     def errors(self, latents: Tensor, text: Tensor | None, told: Tensor | None) -> Tensor:
         """Squared errors, like the latents, in units of their variance."""
-        x = latents / self.scale
-        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
-        return (self.predicted(before, text, told) - x).square()
+        x = self.to_units(latents)
+        return (self.predicted(shifted(x), text, told) - x).square()
 
     @torch.inference_mode()
     def follow(self, task: Task) -> Tensor:
@@ -413,14 +503,13 @@ class Regression(Baseline):
         state, begin = self.state(task), task.begin
         x = torch.zeros(len(task.seeds), 1, *task.shape)
         if task.given is not None:
-            given = task.given / self.scale
-            before = torch.cat([x, given[:, :-1]], 1)
-            self.predicted(before, task.text, task.told_at(0, begin), state)
+            given = self.to_units(task.given)
+            self.predicted(shifted(given), task.text, task.told_at(0, begin), state)
             x = given[:, -1:]
         made = []
         for frame in range(begin, begin + task.frames):
             x = self.predicted(x, task.text, task.told_at(frame), state, frame)
-            made.append(x * self.scale)
+            made.append(self.from_units(x))
         return torch.cat(made, 1)
 
 

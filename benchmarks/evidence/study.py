@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from baselines import Baseline, Diffusion, Regression
+from torch import Tensor
 
 from starflow.config import RunConfig, read_yaml
 from starflow.training.batches import make_dataset, make_parts
@@ -188,11 +189,12 @@ def config_of(row: Row, steps: int, rate: float) -> RunConfig:
     return replace(config, flow=flow, train=train)
 
 
-def scale_of(config: RunConfig) -> float:
-    """Standard deviation of the latents of the data, from 64 training clips."""
+def units_of(config: RunConfig) -> tuple[Tensor, float]:
+    """Mean of the latents of the data (channels, 1, 1) and the deviation of the rest, from 64 training clips."""
     data, (codec, _) = make_dataset(config), make_parts(config)
     latents = codec.encode(torch.stack([data.item(index).pixels for index in range(64)]))
-    return float(latents.std())
+    mean = latents.mean((0, 1, 3, 4), keepdim=True)
+    return mean[0, 0], float((latents - mean).std())
 
 
 def new_baseline(row: Row, config: RunConfig) -> Baseline:
@@ -200,4 +202,5 @@ def new_baseline(row: Row, config: RunConfig) -> Baseline:
     recipe = row.recipe
     assert recipe.baseline is not None
     torch.manual_seed(row.seed)
-    return recipe.baseline(config.flow, width=recipe.width, layers=recipe.layers, scale=scale_of(config))
+    mean, scale = units_of(config)
+    return recipe.baseline(config.flow, width=recipe.width, layers=recipe.layers, mean=mean, scale=scale)
