@@ -66,6 +66,7 @@ QUALITY = {"paddle": "ball", "digits": "digit_frames", "freeway": "psnr"}
 _NAMES = {
     "flow": "flow",
     "flow-denoiser-2": "flow, its denoiser learns twice as often",
+    "flow-heads-32": "flow, heads of 32 in place of 64",
     "flow-lookahead": "flow, its denoiser looks a frame ahead",
     "flow-global": "flow, every block sees the whole clip",
     "flow-noise-0.1": "flow, noise of 0.1",

@@ -81,8 +81,10 @@ MODELS: dict[str, Recipe] = {
     "flow": Recipe(),
     "diffusion": Recipe(baseline=Diffusion),
     "regression": Recipe(baseline=Regression),
-    # Variants of the flow: the denoiser learns twice as often (in as many seconds), and ablations of the paper.
+    # Variants of the flow: the denoiser learns twice as often (in as many seconds), twice as many heads of half the
+    # width, and ablations of the paper.
     "flow-denoiser-2": Recipe(train={"denoiser_every": 2}),
+    "flow-heads-32": Recipe(flow={"head_dim": 32}),
     "flow-lookahead": Recipe(flow={"temporal_causal": 2, "denoiser_window": None}),
     "flow-global": Recipe(flow={"shallow_block_local": False, "attention_frames": None}),
     "flow-noise-0.1": Recipe(flow={"denoiser_skip": 10.0}, train={"noise_std": 0.1}),
