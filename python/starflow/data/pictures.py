@@ -80,7 +80,7 @@ def is_contact_sheet(path: Place) -> bool:
         return False
     try:
         with path.open("rb") as stored, Image.open(stored) as file:
-            return file.info.get(SHEET[0]) == SHEET[1]
+            return bool(file.info.get(SHEET[0]) == SHEET[1])
     # What Pillow raises for a malformed file is told where the picture is read.
     except (Exception, MemoryError):
         return False
