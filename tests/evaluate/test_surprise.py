@@ -91,7 +91,7 @@ def test_a_watcher_tells_of_every_frame_what_the_whole_clip_tells(configure: Con
 
 def test_what_does_not_fit_is_refused(configure: Configure, build: Build, pipeline: Pipeline) -> None:
     acted = made(configure, build)
-    with pytest.raises(ValueError, match="surprise: draws is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="surprise: draws is 0, expected an integer >= 1"):
         surprise(acted, [clip(3)], draws=0)
     with pytest.raises(ValueError, match="score: clip 0 has no actions, expected 3 numbers for each frame"):
         surprise(acted, [clip(3, dim=0)])
