@@ -309,13 +309,13 @@ class Session:
         conditions = self._told(text)
         config = self._flow.config
         if self._decoding is not None:
-            if self._decoding.done:
-                raise ValueError("session: text changes after the last frame was decoded, expected it before")
             if config.num_classes or (config.txt_size and not config.cond_top_only):
                 raise ValueError(
                     "session: text changes after the first frame, expected a flow whose deep block alone reads it "
                     "(flow.cond_top_only)"
                 )
+            if self._decoding.done:
+                raise ValueError("session: text changes after the last frame was decoded, expected it before")
             self._decoding.change(conditions.y)
         elif self._known is not None:
             told = self._vectors_of(0, self._noisy.shape[1])
