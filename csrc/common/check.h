@@ -63,6 +63,16 @@ void check_like(const char* op, const char* name, const Tensor& tensor, const ch
 // order that nobody promises.
 void check_own_memory(const char* op, const char* name, const Tensor& tensor);
 
+// Requires that a tensor that is written has no memory in common with another one that the call reads or writes: what
+// is read there would be old or new as the order of the rows has it.
+void check_apart(const char* op, const char* name, const Tensor& tensor, const char* other_name, const Tensor& other);
+
+// Whether two tensors of one shape have the same elements of memory in the same places.
+bool is_same_view(const Tensor& a, const Tensor& b);
+
+// The sum of two numbers as text, also where 63 bits do not hold it; of numbers that are not both above 0 their sum.
+std::string sum_text(int64_t a, int64_t b);
+
 // Requires the device of the first tensor.
 void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);
 

@@ -233,6 +233,12 @@ def join(device: torch.device) -> Iterator[World]:
     if size == 1:
         yield World(device=device)
         return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise DistributedError(
+            f"RANK is {rank} and WORLD_SIZE {size} in the environment and {' and '.join(missing)} is not set, expected "
+            "all that torchrun sets, or none"
+        )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", rank)))
     if device.type == "cuda":

@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import time
 import zlib
 from collections.abc import Iterator
@@ -53,9 +54,10 @@ def replacing(target: Path) -> Iterator[Path]:
 
     Everything is on the disk before the name changes, and the new name is on the disk before this returns. At every
     moment either the old or the new one stands under the name, whole; of a folder on a file system that cannot
-    exchange two names at once it may for a moment be in `standing` instead. The temporary name is hidden, has the
-    suffix of `target`, and is another one each time, so that two processes may write the same file. Only a process
-    that is killed leaves it behind; the next one that writes into the folder removes it.
+    exchange two names at once it may for a moment be in `standing` instead. A link to a file is written through, and
+    who may read and write stays as it was. The temporary name is hidden, has the suffix of `target`, and is another one
+    each time, so that two processes may write the same file. Only a process that is killed leaves it behind; the next
+    one that writes into the folder removes it.
 
     Args:
         target: file or folder, in a folder that exists; the block makes the one or the other at the temporary path.
@@ -64,10 +66,14 @@ def replacing(target: Path) -> Iterator[Path]:
         FileNotFoundError: the folder of `target` does not exist.
         OSError: something cannot be written, or `target` is a device or a pipe; it is left as it was.
     """
+    special = _SPECIAL.fullmatch(os.path.realpath(target.parent)) or (target.exists() and not _is_plain(target))
+    if target.is_symlink() and not target.is_dir() and not special:
+        # The file that the link leads to is replaced, as by any program that opens the name and writes.
+        target = Path(os.path.realpath(target))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {target}: folder {target.parent} does not exist")
     # A file would take the place of the device or the pipe, for every program of the machine.
-    if _SPECIAL.fullmatch(os.path.realpath(target.parent)) or (target.exists() and not _is_plain(target)):
+    if special or _SPECIAL.fullmatch(os.path.realpath(target.parent)):
         raise OSError(errno.EINVAL, "a device or a pipe, expected a file", str(target))
     _sweep_once(target.parent)
     temporary = _marked(target, "partial")
@@ -75,6 +81,9 @@ def replacing(target: Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.rglob("*"), temporary] if temporary.is_dir() else [temporary]:
             _sync(path)
+        with suppress(FileNotFoundError):
+            # A file that others may not read stays one.
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
         if temporary.is_dir() and os.path.lexists(target):
             # A folder cannot be renamed over another one that is not empty.
             if not _exchange(temporary, target):

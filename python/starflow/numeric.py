@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numbers
 
-__all__ = ["integer", "number"]
+from starflow.messages import shown
+
+__all__ = ["check_item", "check_seed", "integer", "number"]
 
 
 def integer(value: object) -> int | None:
@@ -21,3 +23,31 @@ def number(value: object) -> int | float | None:
     except OverflowError:
         # A fraction beyond all floating-point numbers.
         return None
+
+
+def check_item(who: str, index: object, length: int, epoch: object, seed: object) -> None:
+    """Holds the arguments of an item of a data set to what they are.
+
+    Args:
+        who: begins the message, such as the name of the set's class.
+        index, epoch, seed: as of `starflow.data.ClipDataset.item`.
+        length: items of an epoch.
+
+    Raises:
+        IndexError: the index is out of range.
+        ValueError: an argument is no integer, or below 0.
+    """
+    place = integer(index)
+    if place is None:
+        raise ValueError(f"{who}: index is {shown(index)}, expected an integer")
+    if not 0 <= place < length:
+        raise IndexError(f"{who}: index is {place}, expected 0 to {length - 1}")
+    check_seed(who, epoch, "epoch")
+    check_seed(who, seed)
+
+
+def check_seed(who: str, seed: object, name: str = "seed") -> None:
+    """Raises ValueError unless a seed is an integer from 0 on."""
+    whole = integer(seed)
+    if whole is None or whole < 0:
+        raise ValueError(f"{who}: {name} is {shown(seed)}, expected an integer >= 0")

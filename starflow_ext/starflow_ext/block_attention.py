@@ -37,6 +37,13 @@ from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
 _MOST_HEAD_DIM: Final = CONSTANTS["block_attention_most_head_dim_cuda"]
 
 
+# Of the numbers of a mask of frames, so that products of two do not overflow, and of positions: no tensor has so many
+# keys, and what lies beyond sees what is seen there.
+_MOST_OF_FRAMES: Final = 1 << 30
+_AT_MOST: Final = f"at most {_MOST_OF_FRAMES}"
+_FAR: Final = 1 << 40
+
+
 @dataclass(frozen=True)
 class FrameMask:
     """Which keys a query sees when whole frames are visible: a causal mask over frames with a look-ahead.
@@ -64,6 +71,9 @@ class FrameMask:
         for name, least in (("prefix", 0), ("frame_tokens", 1), ("look_ahead", 1)):
             value = getattr(self, name)
             require(value >= least, "block_attention", f"frames.{name} is", value, f"at least {least}")
+        for name in ("prefix", "frame_tokens", "look_ahead", "window"):
+            value = getattr(self, name)
+            require(value is None or value <= _MOST_OF_FRAMES, "block_attention", f"frames.{name} is", value, _AT_MOST)
         require(
             self.window is None or self.window >= self.look_ahead - 1,
             "block_attention",
@@ -271,7 +281,8 @@ def _visible(
         return torch.as_tensor(value, device=q.device).reshape(-1, 1)
 
     key = torch.arange(keys, device=q.device)
-    position = column(keys - queries if q_start is None else q_start) + torch.arange(queries, device=q.device)
+    first = column(keys - queries if q_start is None else q_start).clamp(-_FAR, _FAR)
+    position = first + torch.arange(queries, device=q.device)
     parts = []
     if causal and not (queries == 1 and q_start is None):
         parts.append(key <= position[..., None])
@@ -409,7 +420,7 @@ def check(
     if frames is not None and not causal and q_start is None:
         tokens, prefix = q.shape[2], frames.prefix
         require(
-            k.shape[2] == tokens and (tokens - prefix) % frames.frame_tokens == 0,
+            k.shape[2] == tokens >= prefix and (tokens - prefix) % frames.frame_tokens == 0,
             op,
             "k has tokens",
             k.shape[2],

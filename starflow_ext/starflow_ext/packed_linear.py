@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from starflow_ext._check import check_floating
 from starflow_ext._options import WEIGHT_STORAGES, code_of
 from starflow_ext._stamp import is_readable
 from starflow_ext.linear import linear
@@ -74,7 +75,12 @@ class PackedLinear(nn.Linear):
         return made.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features), in the dtype of the weight or of autocast."""
+        """(..., in_features) to (..., out_features), in the dtype of the weight or of autocast.
+
+        Raises:
+            RuntimeError: `input` is not floating point.
+        """
+        check_floating("PackedLinear", "input", input)
         packed = self._fresh()
         if packed is None:
             return linear(input, self.weight, self.bias)

@@ -615,3 +615,28 @@ def test_a_clip_that_no_encoder_writes_is_kept_as_frames(
     assert caplog.messages[-1].endswith(
         "000-seed0.npy holds the frames of 000-seed0.mp4 (uint8: frames, height, width, channels)"
     )
+
+
+def test_processes_that_nobody_joined_are_told(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert run("sample", model, PROMPT, "--out", tmp_path / "out") == 1
+    assert "WORLD_SIZE 2 in the environment and MASTER_ADDR is not set, expected all that torchrun" in error(capsys)
+
+
+def test_rates_and_weights_that_do_not_fit_are_told(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    video = tmp_path / "a.mp4"
+    write_video(video, torch.zeros(4, 16, 16, 1, dtype=torch.uint8), 24)
+    assert run("sample", model, PROMPT, "--video", video, "--given", 2, "--out", tmp_path / "out") == 0
+    assert "--video has 24 frames a second and the clip is written at 8 (sample.fps)" in caplog.text
+    caplog.clear()
+    assert run("sample", model, PROMPT, "--video", video, "--given", 2, "--fps", 24, "--out", tmp_path / "out") == 0
+    assert not caplog.messages
+    assert run("sample", model, PROMPT, "--parallel", "fsdp", "--out", tmp_path / "out") == 0
+    assert caplog.messages == ["--parallel is fsdp and this is one process, which holds all weights (see torchrun)"]

@@ -8,8 +8,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
-from starflow.data import VideoFolder, captions_of, write_video
+from starflow.data import VideoFolder, captions_of, read_image, write_contact_sheet, write_video
 from starflow.data.folders import find_files
 from starflow.text import ClassEncoder, WordEncoder, split_words
 
@@ -228,3 +230,14 @@ def test_actions_that_are_all_null_or_of_no_video_are_told(tmp_path: Path, caplo
     caplog.clear()
     _clips(tmp_path)
     assert _lines(caplog) == [f"skipped: the actions of 1 videos in {tmp_path}, the model reads none", lonely]
+
+
+def test_contact_sheets_are_no_pictures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    frames = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    Image.fromarray(frames[0].numpy()).save(tmp_path / "a.png")
+    write_contact_sheet(tmp_path / "sheet.png", [frames], ["a cat"])
+    data = VideoFolder(tmp_path, frames=1, height=16, width=16)
+    assert [data.item(index).name for index in range(len(data))] == ["a.png@0"]
+    assert f"skipped: {tmp_path}/sheet.png: a contact sheet of samples, which is no picture of one" in _lines(caplog)
+    # A picture that is named is read, whatever it shows.
+    assert read_image(tmp_path / "sheet.png").shape[-1] == 3

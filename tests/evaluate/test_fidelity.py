@@ -288,3 +288,17 @@ def test_a_missing_torchmetrics_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(starflow.extras.importlib, "import_module", missing)
     with pytest.raises(ImportError, match=r"needs the package torchmetrics: pip install 'starflow-ext\[evaluate\]'"):
         frechet_distance(torch.rand(4, 2), torch.rand(4, 2))
+
+
+def test_features_do_not_depend_on_modes_of_torch() -> None:
+    frames = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    expected = FrameFeatures.fit(frames, steps=2)
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        found = FrameFeatures.fit(frames, steps=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = FrameFeatures.fit(frames, steps=2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for features in (found, again):
+        assert all(map(torch.equal, features.state_dict().values(), expected.state_dict().values()))

@@ -395,3 +395,30 @@ def test_files_are_cut_as_in_training(configure: Configure, build: Build, tmp_pa
     Image.new("L", (48, 24)).save(tmp_path / "wide.png")
     (picture,) = read_clips(mixed, [tmp_path / "wide.png"], frames=1)
     assert picture.pixels.shape == (1, 1, 12, 20)
+
+
+def test_scores_do_not_depend_on_autocast(configure: Configure, build: Build) -> None:
+    config = configure()
+    expected = score(build(config), [clip(0)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert score(build(config), [clip(0)]) == expected
+
+
+def test_what_scores_leave_out_is_told(pipeline: Pipeline, caplog) -> None:
+    still = [clip(0, frames=1), clip(1)]
+    first, second = score(pipeline, still, order_check=True)
+    assert (first.shuffled, second.shuffled is None) == (None, False)
+    assert caplog.messages == ["score: 1 of 2 clips are one frame, which has no order to check"]
+    caplog.clear()
+    score(pipeline, [clip(0)], fps=30.0)
+    assert caplog.messages == ["score: fps is 30 and nothing reads it: captions of the model tell no rate"]
+    caplog.clear()
+    score(pipeline, [clip(0, frames=FRAMES + 1)])
+    (line,) = caplog.messages
+    assert line.startswith(f"score: clips have up to {FRAMES + 1} frames, and the model was trained on {FRAMES}")
+
+
+@pytest.mark.parametrize("wrong", [{"pixels": np.zeros((4, 1, 16, 16))}, {"caption": None}])
+def test_clips_are_tensors_and_texts(pipeline: Pipeline, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"^score: Clip.* is given, expected a starflow.data.Clip whose pixels are a"):
+        score(pipeline, [replace(clip(0), **wrong)])

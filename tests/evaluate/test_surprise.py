@@ -91,7 +91,7 @@ def test_a_watcher_tells_of_every_frame_what_the_whole_clip_tells(configure: Con
 
 def test_what_does_not_fit_is_refused(configure: Configure, build: Build, pipeline: Pipeline) -> None:
     acted = made(configure, build)
-    with pytest.raises(ValueError, match="surprise: draws is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="surprise: draws is 0, expected an integer >= 1"):
         surprise(acted, [clip(3)], draws=0)
     with pytest.raises(ValueError, match="score: clip 0 has no actions, expected 3 numbers for each frame"):
         surprise(acted, [clip(3, dim=0)])
@@ -129,3 +129,19 @@ def test_frames_that_are_probably_of_another_scale_are_told(configure: Configure
     Watcher(pipeline, scaled=True).step(bright.pixels[:1])
     Watcher(pipeline).step(clip(3).pixels[:1])
     assert not caplog.messages
+
+
+def test_surprise_does_not_depend_on_autocast_and_reads_what_training_did(configure: Configure, build: Build) -> None:
+    blind = build(configure(txt_size=0, txt_dim=0, cond_top_only=False, conditional_denoiser=False))
+    clips = [Clip(torch.rand(4, 1, 16, 16) * 2 - 1, "a three", "clip")]
+    (expected,) = surprise(blind, [dataclasses.replace(clips[0], caption="")])
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = surprise(blind, clips)
+    assert torch.equal(got.tokens, expected.tokens)
+    for options, message in (
+        ({"clips": []}, r"clips is \[\], expected a list of clips"),
+        ({"draws": 1.5}, "draws is 1.5, expected an integer >= 1"),
+        ({"seed": -1}, "seed is -1, expected an integer >= 0"),
+    ):
+        with pytest.raises(ValueError, match=f"^surprise: {message}"):
+            surprise(blind, **{"clips": clips, **options})

@@ -230,3 +230,34 @@ def test_a_full_disk_names_the_file_that_was_to_be_written(tmp_path: Path, names
     with pytest.raises(OSError, match="No space left") as caught, replacing(target) as temporary:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), *([str(temporary)] if names_it else []))
     assert caught.value.filename == str(target)
+
+
+def test_links_are_written_through(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "a.txt").write_text("old")
+    for name in ("a.txt", "new.txt"):
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).is_symlink()
+        assert (tmp_path / "real" / name).read_text() == "new"
+    assert _names(tmp_path / "real") == ["a.txt", "new.txt"]
+    (tmp_path / "lost.txt").symlink_to(tmp_path / "nowhere" / "lost.txt")
+    with pytest.raises(FileNotFoundError, match=r"folder .*nowhere does not exist"):
+        write_text(tmp_path / "lost.txt", "new")
+
+
+def test_who_may_read_stays(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    usual = target.stat().st_mode
+    for mode in (0o600, 0o640):
+        target.chmod(mode)
+        write_text(target, "new")
+        assert target.stat().st_mode & 0o777 == mode
+    assert usual & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from starflow.numeric import integer, number
+from starflow.numeric import check_item, integer, number
 
 
 @pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
@@ -30,3 +30,17 @@ def test_numbers_are_no_integers(value: object) -> None:
 )
 def test_all_else_is_none(value: object) -> None:
     assert integer(value) is number(value) is None
+
+
+def test_items_of_data_sets_are_asked_for_by_integers() -> None:
+    check_item("Set", np.int64(2), 3, 0, 5)
+    for place, epoch, seed, error in (
+        (-1, 0, 0, "index is -1, expected 0 to 2"),
+        (3, 0, 0, "index is 3, expected 0 to 2"),
+        (1.0, 0, 0, "index is 1.0, expected an integer"),
+        (0, -1, 0, "epoch is -1, expected an integer >= 0"),
+        (0, 0, -1, "seed is -1, expected an integer >= 0"),
+        (0, 0, 1.5, "seed is 1.5, expected an integer >= 0"),
+    ):
+        with pytest.raises((IndexError, ValueError), match=f"^Set: {error}$"):
+            check_item("Set", place, 3, epoch, seed)

@@ -315,3 +315,28 @@ def test_wrong_arguments() -> None:
         ({"temperature": 0.0}, "temperature is 0, expected a finite number > 0"),
     ):
         assert_refused(SPEC, {**good, **changed}, sentence)
+
+
+@pytest.mark.parametrize("frames", [None, (0, 2, 1, 3), (0, 2, 1 << 30, 1 << 30)])
+@pytest.mark.parametrize("start", [(1 << 63) - 1, 1 << 40, -(1 << 63), [(1 << 63) - 1, -(1 << 63)]])
+def test_positions_beyond_all_numbers_see_what_is_seen_far_away(start: Any, frames: Any, isa: str) -> None:
+    q, k, v = (torch.randn(2, 1, 4, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    place = torch.tensor(start) if isinstance(start, list) else start
+    # Far behind all keys, or far before the first.
+    near = torch.tensor([1000 if first > 0 else -1000 for first in (start if isinstance(start, list) else [start] * 2)])
+    options = {"causal": True, "frames": frames}
+    assert torch.equal(
+        ops.block_attention(q, k, v, q_start=place, **options), ops.block_attention(q, k, v, q_start=near, **options)
+    )
+    with starflow_ext.reference_mode():
+        expected = ops.block_attention(q, k, v, q_start=place, **options)
+    torch.testing.assert_close(ops.block_attention(q, k, v, q_start=place, **options), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_masks_beyond_all_numbers_are_refused() -> None:
+    q = torch.randn(1, 1, 4, 8)
+    for frames in ((1 << 31, 2, 1, None), (0, 1 << 31, 1, None), (0, 2, 1 << 31, None), (0, 2, 1, 1 << 31)):
+        with pytest.raises(RuntimeError, match=r"^block_attention: frames\.\w+ is 2147483648, expected at most"):
+            ops.block_attention(q, q, q, frames=frames)
+    with pytest.raises(RuntimeError, match=r"^block_attention: k has tokens 4, expected 4 like q: 6 of the prefix"):
+        ops.block_attention(q, q, q, frames=(6, 2, 1, None))

@@ -86,3 +86,25 @@ def test_wrong_arguments(generator: torch.Generator) -> None:
         ops.jacobi_update(x, z, raw.requires_grad_())
     with torch.no_grad():
         ops.jacobi_update(x, z, raw)
+
+
+def test_memory_in_common_is_refused(generator: torch.Generator) -> None:
+    x, z, raw = _draw(generator)
+    own = r"expected a tensor of its own"
+    several = torch.cat([x, z, raw], -1)
+    expected = x.clone()
+    ops.jacobi_update(expected, z, raw)
+    # Parts of one buffer that lie between each other, and the noise itself, which is read before it is written.
+    ops.jacobi_update(several[..., :19], several[..., 19:38], several[..., 38:])
+    assert torch.equal(several[..., :19], expected)
+    ops.jacobi_update(z, z, raw)
+    assert torch.equal(z, expected)
+    frames = torch.zeros(2, 6, 19, dtype=torch.float64)
+    for wrong, name in (
+        ((frames[:, 1:], frames[:, :-1], raw), "x has memory in common with z"),
+        ((several[..., :19], several[..., 18:37], raw), "x has memory in common with z"),
+        ((raw[..., 1:20], x, raw), "x has memory in common with raw"),
+        ((torch.zeros(200, dtype=torch.float64).as_strided((2, 5, 19), (90, 18, 1)), x, raw), "x has elements that"),
+    ):
+        with pytest.raises(RuntimeError, match=f"^jacobi_update: {name}.*{own}"):
+            ops.jacobi_update(*wrong)

@@ -268,3 +268,11 @@ def test_a_glance_reads_the_first_and_the_last_line() -> None:
 
 def test_the_names_are_public() -> None:
     assert {"PackedLinear", "swap_linears"} <= set(starflow_ext.__all__)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("trains", [False, True])
+def test_inputs_that_are_no_numbers_with_a_point_are_refused(dtype: torch.dtype, trains: bool) -> None:
+    layer = starflow_ext.PackedLinear(8, 5).requires_grad_(trains)
+    with pytest.raises(RuntimeError, match=r"^PackedLinear: input has dtype .*, expected float32"):
+        layer(torch.ones(2, 8, dtype=dtype))

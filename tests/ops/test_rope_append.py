@@ -210,3 +210,35 @@ def test_wrong_arguments() -> None:
         assert_refused(SPEC, changed, sentence)
     with pytest.raises(RuntimeError, match=r"^rope_append: query_rotation has one table, expected cosines and sines"):
         torch.ops.starflow_ext.rope_append(qkv, 4, 2, rotation.cos, None, None, None, None, None, PAIRINGS["half"])
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("start", [(1 << 63) - 1, (1 << 63) - 3, (1 << 63) - 4])
+def test_slots_beyond_all_numbers_are_refused(start: int, tensor: bool) -> None:
+    cache = (torch.zeros(1, 2, 8, 4), torch.zeros(1, 2, 8, 4))
+    place = torch.tensor([start]) if tensor else start
+    with torch.no_grad(), pytest.raises(RuntimeError, match=f"^rope_append: cache holds 8 .* at least {start + 3}$"):
+        ops.rope_append(torch.randn(1, 3, 24), heads=2, kv_heads=2, cache=cache, start=place)
+
+
+def test_caches_lie_apart() -> None:
+    qkv, both = torch.randn(1, 3, 24), torch.zeros(1, 2, 8, 8)
+    views = {"beside": torch.zeros(2, 1, 2, 8, 4).unbind(0), "between": torch.zeros(1, 2, 8, 2, 4).unbind(3)}
+    found = []
+    for cache in (*views.values(), tuple(both.split(4, -1)), tuple(torch.zeros(1, 2, 8, 4, 2).unbind(-1))):
+        with torch.no_grad():
+            found.append(ops.rope_append(qkv, heads=2, kv_heads=2, cache=cache))
+        assert not torch.equal(found[-1][1], found[-1][2])
+    for got in found[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(got, found[0], strict=True))
+    whole, memory = torch.zeros(1, 2, 8, 4), torch.zeros(400)
+    wrong = {
+        "cache.values has memory in common with cache.keys": (whole, whole),
+        "cache.values has memory in common with cache.keys, ": (both[..., :4], both[..., 3:7]),
+        "cache.keys has elements that share memory": (memory.as_strided((1, 2, 8, 4), (64, 32, 3, 1)), whole),
+        "cache.keys has memory in common with qkv": (memory[50:114].view(1, 2, 8, 4), whole),
+    }
+    for message, cache in wrong.items():
+        given = memory[:72].view(1, 3, 24)
+        with torch.no_grad(), pytest.raises(RuntimeError, match=f"^rope_append: {message}"):
+            ops.rope_append(given, heads=2, kv_heads=2, cache=cache)

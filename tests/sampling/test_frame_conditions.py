@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,3 +219,59 @@ def test_decode_of_a_session_is_decode() -> None:
     z = torch.randn(2, 4, 4, 3, 5, generator=torch.Generator().manual_seed(3))
     got = together(list(made.extend(z, last=True, together=True)), "noisy")
     torch.testing.assert_close(got, decode(flow, z, None, told, schedule=LOOSE).x)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_condition_is_of_the_next_frame_or_refused(name: str) -> None:
+    asked = session(name)
+    asked.extend(3)
+    with pytest.raises(ValueError, match=r"^session: condition is given, and 3 frames .* expected at most the 0"):
+        asked.step(1)
+    for _ in range(3):
+        asked.step()
+    told = vectors(5)
+    told[:, :4] = torch.nan
+    told[:, 3:] = torch.eye(3)[1]
+    expected = session(name)
+    expected.tell(told)
+    frames = together(list(expected.extend(5)))
+    assert torch.equal(together([asked.step(1), asked.step(1)]), frames[:, 3:])
+
+
+def test_conditions_of_frames_that_are_guided_together_are_told_before() -> None:
+    def guided() -> Session:
+        made = session("rolling")
+        made.conditions = dataclasses.replace(made.conditions, guidance=Guidance(1.0, frames=2))
+        return made
+
+    with pytest.raises(ValueError, match=r"^session: condition is given, and the first 2 frames are decoded together"):
+        guided().step(1)
+    told, one, other = torch.eye(3)[None, [0, 1, 2]].expand(2, -1, -1), guided(), guided()
+    one.tell(told)
+    other.tell(told[:, :2])
+    expected = together(list(one.extend(3)))
+    assert torch.equal(together([other.step(), other.step(), other.step(2)]), expected)
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_what_is_told_of_frames_behind_the_last_is_refused(name: str) -> None:
+    ending = session(name)
+    ending.tell(vectors(4))
+    with pytest.raises(ValueError, match=r"^session: vectors of 4 frames were told, expected at most 3"):
+        ending.extend(3, last=True)
+    frames = list(ending.extend(4, last=True))
+    assert together(frames).shape[1] == 4
+    with pytest.raises(ValueError, match=r"^session: frame_conditions are of 1 frames, expected at most 0: the clip"):
+        ending.tell(vectors(2)[:, :1])
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_session_is_copied_whole_or_not(name: str) -> None:
+    first = session(name, ahead=1)
+    begun = [first.step(1), first.step(0)]
+    second = copy.deepcopy(first)
+    assert torch.equal(together([first.step(2), first.step(2)]), together([second.step(2), second.step(2)]))
+    assert len(begun) == 2
+    for call in (copy.copy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"^session: it cannot be pickled or copied, expected copy.deepcopy, or"):
+            call(first)

@@ -682,3 +682,74 @@ def test_a_noise_level_that_nothing_reads_is_told(pipeline: Pipeline, caplog) ->
     pipeline.sample(PROMPT, target_noise_std=0.2)
     (told,) = caplog.messages
     assert told.startswith("sample: target_noise_std is 0.2 and nothing reads it: captions tell no noise, no frames")
+
+
+def test_samples_do_not_depend_on_autocast(pipeline: Pipeline, build: Build) -> None:
+    image = -torch.ones(1, SIZE, SIZE)
+    expected = [pipeline.sample(PROMPT, denoise=how, image=image).pixels for how in ("learned", "score")]
+    for dtype in (torch.bfloat16, torch.float16):
+        fresh = build(pipeline.config)
+        with torch.autocast("cpu", dtype):
+            made = [fresh.sample(PROMPT, denoise=how, image=image).pixels for how in ("learned", "score")]
+            session = fresh.session("a five", image=image)
+            session.change(PROMPT)
+            made.append(torch.cat([image[None, None], *(part.pixels for part in session.extend(3, last=True))], 1))
+        for got, usual in zip(made, [*expected, expected[0]], strict=True):
+            assert torch.equal(got, usual)
+
+
+def test_loading_does_not_depend_on_modes(model: Path, pipeline: Pipeline) -> None:
+    expected = pipeline.sample(PROMPT).pixels
+    with torch.device("meta"):
+        assert torch.equal(Pipeline.load(model).sample(PROMPT).pixels, expected)
+    with torch.inference_mode():
+        loaded = Pipeline.load(model)
+    assert not any(parameter.is_inference() for parameter in loaded.flow.parameters())
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "mps", "meta", None, 0, "cuda:99"])
+def test_devices_that_are_not_here_are_told(model: Path, device: Any) -> None:
+    with pytest.raises(ValueError, match=r"^device is .*, expected cpu"):
+        Pipeline.load(model, device=device)
+
+
+def test_options_that_nothing_reads_are_told(pipeline: Pipeline, build: Build, caplog) -> None:
+    def told(prompt: str = PROMPT, **options: Any) -> str:
+        caplog.clear()
+        pipeline.sample(prompt, **options)
+        return " ".join(caplog.messages)
+
+    assert told("", guidance=2.0) == "sample: guidance is 2 and every prompt is empty: it leads to nothing"
+    assert told(guidance=2.0) == ""
+    assert told("", guidance=0.0) == ""
+    one = "given and the clip fits into one window, so that nothing reads"
+    assert told(renew=True) == f"sample: renew is {one} it"
+    assert told(sink_frames=1, context_frames=2) == f"sample: context_frames, sink_frames are {one} them"
+    assert told(frames=9, renew=True, sink_frames=1) == ""
+    rate = "sample: fps is 24, and captions of the model tell no rate: its clips move as at 8 frames a second"
+    assert told(fps=24.0) == rate
+    assert told(fps=8.0) == told(fps=24.0, frames=1) == ""
+    caplog.clear()
+    pipeline.session(PROMPT, target_noise_std=0.2)
+    (line,) = caplog.messages
+    assert line.startswith("sample: target_noise_std is 0.2 and nothing reads it")
+
+
+@pytest.mark.parametrize(
+    ("option", "what"),
+    [
+        ("image_prob", "clips of more than one frame"),
+        ("drop_image", "whole clips, from their first frame on"),
+        ("last_frame_prob", "clips without the frame that they end with"),
+    ],
+)
+def test_clips_that_training_never_showed_are_told(pipeline: Pipeline, caplog, option: str, what: str) -> None:
+    train = replace(pipeline.config.train, **{option: 1.0})
+    never = Pipeline(pipeline.flow, replace(pipeline.config, train=train), pipeline.codec, pipeline.text)
+    never.sample(PROMPT)
+    (line,) = caplog.messages
+    assert line.startswith(f"sample: the model was never trained on {what}")
+    assert line.endswith(f"(train.{option} was 1)")
+    caplog.clear()
+    never.sample(PROMPT, frames=1)
+    assert not caplog.messages

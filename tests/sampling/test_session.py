@@ -347,3 +347,10 @@ def test_noise_that_is_not_finite_is_named() -> None:
     z[1, 2] = math.nan
     with pytest.raises(NotFiniteError, match="sample 1 is not finite"):
         list(session().extend(z))
+
+
+def test_text_behind_the_last_frame_is_refused(pipeline) -> None:
+    ended = pipeline.session("a three moving up")
+    list(ended.extend(2, last=True))
+    with pytest.raises(ValueError, match=r"^session: text changes after the last frame was decoded"):
+        ended.change("a five")

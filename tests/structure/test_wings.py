@@ -20,6 +20,7 @@ GROUND = (
     "distributed",
     "extras",
     "files",
+    "devices",
     "inference",
     "mapped",
     "messages",

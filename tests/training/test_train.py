@@ -28,7 +28,7 @@ from starflow.data import Clip, MovingDigits, VideoFolder, write_video
 from starflow.files import InUseError
 from starflow.model import Flow
 from starflow.sampling import Pipeline
-from starflow.storage import CheckpointError, latest_state, load_model
+from starflow.storage import CheckpointError, latest_state, load_model, parts
 from starflow.text import ClassEncoder, Features
 from starflow.training import Batch, Batches, Trainer, TrainingError, machine, make_dataset, make_parts, optim, train
 from starflow.training.batches import make_images, tell_data, with_vocabulary
@@ -1297,3 +1297,128 @@ def test_options_that_undo_others_are_told(tiny, tmp_path: Path, caplog) -> None
         "train.image_batch_size is 4 and no step is on images",
         "train.drop_label is 1: the flow never sees what it is to be told by",
     ]
+
+
+def _warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the package warns of."""
+    of_ours = [record for record in caplog.records if record.name.startswith("starflow")]
+    return [record.getMessage() for record in of_ours if record.levelno >= logging.WARNING]
+
+
+def test_training_does_not_depend_on_modes_of_torch(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=2, log="none")
+    expected = train(config, tmp_path / "usual", quiet=True).state_dict()
+    for name, mode in {
+        "autocast": torch.autocast("cpu", torch.bfloat16),
+        "no_grad": torch.no_grad(),
+        "inference": torch.inference_mode(),
+        "meta": torch.device("meta"),
+    }.items():
+        with mode:
+            found = train(config, tmp_path / name, quiet=True, device="cpu").state_dict()
+        assert all(map(torch.equal, found.values(), expected.values())), name
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = train(config, tmp_path / "dtype", quiet=True).state_dict()
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, found.values(), expected.values()))
+
+
+def test_given_data_is_held_to_the_configuration(tiny, tmp_path: Path, caplog) -> None:
+    config = tiny(steps=1, warmup_steps=0, log="none", denoiser_every=1)
+    for wrong in (MovingDigits(frames=8, size=16), MovingDigits(frames=4, size=32)):
+        with pytest.raises(ConfigError, match=r"^training: clip digits/train/0 of the data set has shape"):
+            train(config, tmp_path / "wrong", quiet=True, dataset=wrong)
+    train(config, tmp_path / "usual", quiet=True, dataset=MovingDigits(frames=4, size=16))
+    assert not _warned(caplog)
+    given = MovingDigits(frames=4, size=16, start="anywhere", split="test")
+    train(config, tmp_path / "other", quiet=True, dataset=given)
+    assert _warned(caplog) == [
+        "the data set is that of the split test: its clips are trained on, so they are not held out",
+        "the data set has start 'anywhere', and data.start, which the model is sampled and scored by, is 'middle'",
+    ]
+
+
+class _Drawn:
+    """Clips that are other ones each time, or none at all from the second on."""
+
+    def __init__(self, length: int = 4, wrong: object = None) -> None:
+        self.length, self.wrong = length, wrong
+
+    def __len__(self) -> int:
+        return self.length
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Any:
+        return self.wrong if self.wrong and index else Clip(torch.rand(4, 1, 16, 16) * 2 - 1, "three", f"clip {index}")
+
+
+def test_given_data_that_is_drawn_anew_or_no_clips_is_told(tiny, tmp_path: Path, caplog) -> None:
+    config = tiny(steps=1, warmup_steps=0, log="none")
+    train(config, tmp_path / "run", quiet=True, dataset=_Drawn())
+    (line,) = _warned(caplog)
+    assert line.startswith("clip clip 0 of the data set is another one the second time")
+    for wrong in ("text", Clip(torch.zeros(4, 1, 16, 16), None, "x")):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"^training: item \d of the data set is .*, expected a starflow"):
+            train(config, tmp_path / "wrong", quiet=True, dataset=_Drawn(wrong=wrong))
+
+
+def test_other_given_data_is_told_when_a_run_goes_on(tiny, tmp_path: Path, caplog) -> None:
+    train(tiny(steps=1, log="none"), tmp_path, quiet=True, dataset=_Drawn(4))
+    caplog.clear()
+    train(tiny(steps=2, log="none"), tmp_path, quiet=True, dataset=_Drawn(5))
+    told = "data changed since step-00000001: 4 clips of _Drawn were, 5 clips of _Drawn are; the run goes on with these"
+    assert told in caplog.messages
+    caplog.clear()
+    train(tiny(steps=3, log="none"), tmp_path, quiet=True)
+    assert "5 clips of _Drawn were, 10000 clips of MovingDigits are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"image_frame": "first"}, "train.image_frame is 'first' and nothing reads it: no step is on images"),
+        ({"drop_frame_condition": 0.7}, "train.drop_frame_condition is 0.7 and nothing reads it: the flow reads no"),
+        ({"denoiser_every": 50}, "train.denoiser_every is 50 and train.steps 2: the denoiser learns in one step"),
+        ({"noise_std": 0.0}, "train.noise_std is 0: the denoiser has no noise to learn, and samples are not cleaned"),
+        ({"lr": 0.0, "min_lr": 0.0}, "train.lr is 0: the flow does not learn"),
+        ({"image_prob": 1.0}, "train.image_prob is 1: every step is on images, and the flow never sees a clip"),
+    ],
+)
+def test_recipes_that_do_nothing_are_told(tiny, tmp_path: Path, caplog, options: dict[str, Any], told: str) -> None:
+    train(tiny(steps=2, warmup_steps=0, log="none", **options), tmp_path, quiet=True)
+    (line,) = _warned(caplog)
+    assert line.startswith(told)
+
+
+def test_a_loss_of_weight_zero_is_refused(tiny) -> None:
+    with pytest.raises(ConfigError, match=r"^train.noise_std is 0.0, expected a number above 0 with train.cond_noise"):
+        make_parts(tiny(noise_std=0.0, cond_noise_level=True))
+
+
+def test_samples_without_prompts_of_a_conditional_model_are_made(tiny, tmp_path: Path) -> None:
+    config = tiny(steps=1, sample_every=1, log="none")
+    train(replace(config, sample=replace(config.sample, prompts=())), tmp_path, quiet=True)
+    assert (tmp_path / "samples" / "step-00000001.png").is_file()
+
+
+def test_checkpoints_do_not_read_the_text_encoder_again(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_t5(tmp_path / "t5")
+    text = {"kind": "t5", "folder": str(folder), "size": 8}
+    config = tiny(text=text, flow={"txt_size": 8, "txt_dim": 16}, steps=3, checkpoint_every=1, log="none")
+    read = []
+    known = parts._sum_of
+    monkeypatch.setattr(parts, "_sum_of", lambda files: read.append(files) or known(files))
+    train(config, tmp_path / "run", quiet=True, dataset=_Animals())
+    assert len(read) == 1
+    load_model(tmp_path / "run")  # finds them to be those of the header
+    with safe_open(tmp_path / "run" / "model.safetensors", "pt") as file:
+        assert file.metadata()["text_weights_sha256"] == parts.fingerprints(config)["text_weights_sha256"]
+
+
+class _Animals(_Drawn):
+    """Clips of a cat."""
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        return Clip(torch.full((4, 1, 16, 16), -0.5), "a cat", f"clip {index}")

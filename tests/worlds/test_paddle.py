@@ -151,7 +151,7 @@ def test_actions_that_do_not_exist_are_refused(action: Any) -> None:
 
 
 def test_arguments_out_of_range_are_refused() -> None:
-    with pytest.raises(ValueError, match="PaddleBall: size is 23, expected at least 24"):
+    with pytest.raises(ValueError, match="PaddleBall: size is 23, expected an integer of at least 24"):
         PaddleBall(23)
     with pytest.raises(ValueError, match="PaddleBall: seed is -1, expected an integer >= 0"):
         PaddleBall(seed=-1)
@@ -168,3 +168,19 @@ def test_colours_tell_the_same_as_levels_of_grey() -> None:
     assert np.abs(brightest - grey)[grey > 0].max() <= 1
     assert brightest[grey == 0].max() == round(0.08 * 255)
     assert (PaddleBall(48, channels=3).frame[0, 0] == colour[0, 0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"ball": (12.5, 3)}, {"ball": (12,)}, {"ball": 12}, {"paddle": 9.5}, {"velocity": (1.0, 1)}, {"seed": 1.5}],
+)
+def test_states_are_whole_numbers(change: dict[str, Any]) -> None:
+    # A ball between two units never is where the paddle meets it.
+    with pytest.raises(ValueError, match=r"^PaddleState: \w+ is .*, expected (an integer|two integers)$"):
+        replace(PaddleBall().state, **change)
+
+
+def test_seeds_are_integers() -> None:
+    for make in (lambda: PaddleBall(seed=1.5), lambda: PaddleBall().reset(-1), lambda: PaddleBall(24.5)):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"^PaddleBall: \w+ is .*, expected an integer"):
+            make()

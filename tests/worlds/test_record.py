@@ -122,7 +122,7 @@ def test_a_world_that_fails_keeps_the_frames_so_far(error: BaseException, tmp_pa
 
 @pytest.mark.parametrize("name", ["frames", "clip_frames"])
 def test_numbers_out_of_range_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"record: {name} is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=f"record: {name} is 0, expected an integer of at least 1"):
         record(PaddleBall(), tmp_path, **{"frames": 5, name: 0})
 
 
@@ -251,3 +251,27 @@ def test_clips_of_another_look_are_not_added(tmp_path: Path, other: PaddleBall, 
         record(other, tmp_path, 6, **options)
     assert record(PaddleBall(24), tmp_path, 6, seed=1).clips == 1
     assert [path.name for path in sorted(tmp_path.glob("*.mp4"))] == ["clip-000000.mp4", "clip-000001.mp4"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"frames": 2.5}, {"frames": True}, {"clip_frames": 1.5}, {"seed": -1}, {"seed": 1.5}, {"fps": True}]
+)
+def test_numbers_of_frames_are_integers(tmp_path: Path, options: dict[str, Any]) -> None:
+    # 2.5 frames are never reached, so that nothing ended the recording.
+    with pytest.raises(ValueError, match=r"^record: \w+ is "):
+        record(PaddleBall(), tmp_path / "out", **{"frames": 5, **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_world_that_changes_its_size_is_told(tmp_path: Path) -> None:
+    world = Counting()
+    world._frame = lambda: np.zeros((16, 16 + 2 * (world.number > 2), 3), np.uint8)  # type: ignore[method-assign]
+    steps = world.step
+
+    def step(action: int) -> Step:
+        world.number += 1
+        return steps(action)
+
+    world.step = step  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"^record: the world shows a frame of .16, 18, 3. after one"):
+        record(world, tmp_path, 40)

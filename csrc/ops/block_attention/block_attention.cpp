@@ -24,6 +24,9 @@ constexpr const char* backward_op = "block_attention_backward";
 const cpu::Variants<AttentionKernels> variants{STARFLOW_DOT_VARIANTS(block_attention)};
 const cpu::Variants<AttentionBackwardKernels> backward_variants{STARFLOW_DOT_VARIANTS(block_attention_backward)};
 
+// Of the numbers of a mask of frames, so that products of two do not overflow; no tensor has so many keys.
+constexpr int64_t most_of_frames = int64_t{1} << 30;
+
 using Optional = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
@@ -86,6 +89,13 @@ AttentionShape check(const Tensor& q, const Tensor& k, const Tensor& v, const Op
     check_batch("k_start", options.k_starts);
     check_batch("k_length", options.k_lengths);
     check_batch("temperature", options.temperatures);
+    for (const auto& [name, value] :
+         {std::pair{"prefix", options.prefix}, std::pair{"frame_tokens", options.frame_tokens},
+          std::pair{"look_ahead", options.look_ahead}, std::pair{"window", options.window}}) {
+        require(
+            value <= most_of_frames, op, std::string("frames.") + name + " is", [&] { return value; },
+            [] { return "at most " + std::to_string(most_of_frames); });
+    }
     const bool hides = options.k_start.has_value() || options.k_starts.has_value();
     require(
         !hides || options.frame_tokens == 0, op, "k_start is", [] { return "given"; },

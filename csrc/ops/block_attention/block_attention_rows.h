@@ -39,7 +39,10 @@ STARFLOW_HOST_DEVICE constexpr float scale_of(const AttentionScale& scale, int64
 STARFLOW_HOST_DEVICE constexpr VisibleKeys visible_keys(const AttentionMask& mask, const AttentionShape& shape,
                                                         int64_t b, int64_t query) {
     const auto smaller = [](int64_t x, int64_t y) { return x < y ? x : y; };
-    const int64_t position = (mask.starts != nullptr ? mask.starts[b] : mask.start) + query;
+    // No tensor has so many keys: beyond, a position sees what it sees there, and sums do not overflow.
+    constexpr int64_t far = int64_t{1} << 40;
+    const int64_t start = mask.starts != nullptr ? mask.starts[b] : mask.start;
+    const int64_t position = (start < -far ? -far : smaller(start, far)) + query;
     const int64_t length = mask.lengths != nullptr ? mask.lengths[b] : mask.length;
     int64_t end = smaller(shape.keys, length);
     if (mask.causal) end = smaller(end, position + 1);

@@ -74,12 +74,12 @@ Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const T
     const auto* first = static_cast<const int64_t*>(slots.data_ptr());
     for (int64_t row = 0; row < b.cache_rows; ++row) {
         require(
-            first[row] >= 0 && first[row] + tokens <= b.slots, op, "start holds",
+            first[row] >= 0 && first[row] <= b.slots - tokens, op, "start holds",
             [&] { return std::to_string(first[row]); },
             [&] {
                 return "slots from 0 to " + std::to_string(b.slots - tokens) + " for " + std::to_string(tokens) +
                        " tokens: the caches have " + std::to_string(b.slots) + " slots, " +
-                       std::to_string(first[row] + tokens) + " are needed";
+                       sum_text(first[row], tokens) + " are needed";
             });
     }
     const Tensor raw =

@@ -226,6 +226,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
             return "(layers, cache rows, kv_heads, elements of a head) in float32, float16 or bfloat16, like values";
         });
     b.cache = *cache;
+    check_apart(op, "values", values, "keys", keys);
     b.layer_count = keys.size(0);
     b.cache_rows = keys.size(1);
     // On a CUDA device a head is stored as its slots, side by side.

@@ -21,6 +21,9 @@ Tensor run_update(Tensor x, Tensor z, Tensor raw, int64_t activation, double sof
         [] { return "a finite number >= 0"; });
     const AffineShape shape = check_raw(op, "x", x, raw, activation, soft_clip, false, guidance > 0.0 ? 2 : 1);
     check_own_memory(op, "x", x);
+    // The noise itself may be overwritten: an element is read before it is written.
+    if (!is_same_view(x, z)) check_apart(op, "x", x, "z", z);
+    check_apart(op, "x", x, "raw", raw);
     const Tensor target = with_rows(x);
     z = with_rows(z);
     raw = with_rows(raw);

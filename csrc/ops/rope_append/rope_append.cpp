@@ -215,6 +215,9 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
     check_buffer("cache.keys", keys, qkv, shape);
     check_like(op, "cache.values", values, "cache.keys", keys);
     check_own_memory(op, "cache.values", values);
+    check_apart(op, "cache.values", values, "cache.keys", keys);
+    check_apart(op, "cache.keys", keys, "qkv", qkv);
+    check_apart(op, "cache.values", values, "qkv", qkv);
     shape.kept = *dtype_of(keys);
     starts = by_sample("start", starts, qkv);
     final = by_sample("final", final, qkv);
@@ -231,8 +234,8 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
     }
     require(first >= 0, op, "start is", [&] { return std::to_string(first); }, [] { return "a slot, at least 0"; });
     require(
-        last + shape.tokens <= keys.size(2), op, "cache holds", [&] { return std::to_string(keys.size(2)) + " slots"; },
-        [&] { return "at least " + std::to_string(last + shape.tokens); });
+        last <= keys.size(2) - shape.tokens, op, "cache holds", [&] { return std::to_string(keys.size(2)) + " slots"; },
+        [&] { return "at least " + sum_text(last, shape.tokens); });
     const Turn query(query_cos, query_sin, query_norm, shape.data);
     const Turn key(key_cos, key_sin, key_norm, shape.data);
     const Tensor rows = with_rows(qkv);

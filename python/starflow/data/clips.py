@@ -25,12 +25,12 @@ import torch
 from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, of_clip, read_actions
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
-from starflow.data.pictures import IMAGE_SUFFIXES, image_size, read_image
+from starflow.data.pictures import IMAGE_SUFFIXES, image_size, is_contact_sheet, read_image
 from starflow.data.read import VideoInfo, frames_at, probe, read_video
 from starflow.data.shards import VIDEO_SUFFIXES, Place, find_places, is_folder, size_of
 from starflow.data.sidecars import SIDECAR_SUFFIXES, Sidecars, caption_at, captions_of, composed
 from starflow.messages import listed, shown
-from starflow.numeric import integer, number
+from starflow.numeric import check_item, integer, number
 
 __all__ = [
     "Clip",
@@ -472,10 +472,9 @@ class VideoFolder:
 
         Raises:
             IndexError: when the index is out of range.
-            ValueError: when no file can be read any more.
+            ValueError: when no file can be read any more, or an argument is no integer from 0 on.
         """
-        if not 0 <= index < len(self):
-            raise IndexError(f"VideoFolder: index is {index}, expected 0 to {len(self) - 1}")
+        check_item("VideoFolder", index, len(self), epoch, seed)
         first, part = divmod(index, self.clips_per_file)
         for offset in range(len(self._files)):
             file = self._files[(first + offset) % len(self._files)]
@@ -624,6 +623,8 @@ class VideoFolder:
         """Open a file that is cut at (some of) the given rates, or without any at those of `fps`, or at its own."""
         name, captions = str(path.relative_to(folder)), self._captions.get(path, ("",))
         if path.suffix.lower() in IMAGE_SUFFIXES:
+            if is_contact_sheet(path):
+                raise VideoError(f"{path}: a contact sheet of samples, which is no picture of one")
             none = torch.full((1, self.frame_dim), torch.nan) if self.frame_dim else None
             return _File(path, name, (_Rate(0.0, 1),), captions, None, self._size(*image_size(path)), actions=none)
         info = probe(path, count=True)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from starflow.data.clips import Clip
+from starflow.numeric import check_item
 
 __all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "Motion", "MovingDigits"]
 
@@ -215,6 +216,7 @@ class MovingDigits:
 
         Raises:
             IndexError: when there is no such index.
+            ValueError: when an argument is no integer from 0 on.
         """
         rng, image, motion = self._scene(index, epoch, seed)
         clip, name = _draw(image, motion.centers, self.size), f"digits/{self.split}/{index}"
@@ -228,13 +230,13 @@ class MovingDigits:
 
         Raises:
             IndexError: when there is no such index.
+            ValueError: when an argument is no integer from 0 on.
         """
         return self._scene(index, epoch, seed)[2]
 
     def _scene(self, index: int, epoch: int, seed: int) -> tuple[np.random.Generator, torch.Tensor, Motion]:
         """The generator of a clip after its draws, its digit image and its motion."""
-        if not 0 <= index < self.length:
-            raise IndexError(f"MovingDigits: index is {index}, expected 0 to {self.length - 1}")
+        check_item("MovingDigits", index, self.length, epoch, seed)
         rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
         images, labels = (torch.from_numpy(held) for held in _load())
         which = int(rng.choice(_split(self.split, self.handwritings)))

@@ -21,6 +21,9 @@ IMAGE_SUFFIXES = frozenset(
 )
 """Suffixes of the names of picture files; a file of such a name is not opened as a video."""
 
+SHEET = ("Title", "starflow contact sheet")
+"""The text in a PNG that shows clips beside each other, which is no picture of anything."""
+
 _HEIF = frozenset({b"heic", b"heim", b"heis", b"heix", b"mif1", b"mif2"})
 
 
@@ -69,6 +72,18 @@ def image_size(path: Place) -> tuple[int, int]:
     """
     picture = _load(path)
     return picture.height, picture.width
+
+
+def is_contact_sheet(path: Place) -> bool:
+    """Whether a picture is a sheet that `write_contact_sheet` wrote."""
+    if path.suffix.lower() != ".png" or not head_of(path).startswith(b"\x89PNG"):
+        return False
+    try:
+        with path.open("rb") as stored, Image.open(stored) as file:
+            return bool(file.info.get(SHEET[0]) == SHEET[1])
+    # What Pillow raises for a malformed file is told where the picture is read.
+    except (Exception, MemoryError):
+        return False
 
 
 def _load(path: Place) -> Image.Image:

@@ -20,6 +20,9 @@ from starflow.data.shards import Member, place_of
 # timestamp on.
 _TOLERANCE = 1000
 
+# Share by which frames a second differ where a film plays visibly faster or slower.
+OTHER_SPEED = 0.05
+
 # Most bytes of a result: a file of a few kilobytes may hold frames that are an hour apart.
 _MAX_BYTES = 1 << 36
 

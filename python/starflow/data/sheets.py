@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from starflow.data.pictures import SHEET
 from starflow.data.write import check_frames, enlarge
 from starflow.files import replacing
 
@@ -67,7 +68,14 @@ def write_contact_sheet(
         top += row[0].height + gap + header
     with replacing(Path(path)) as temporary:
         try:
-            sheet.save(temporary, format="PNG")
+            sheet.save(temporary, format="PNG", pnginfo=_mark())
         except OSError as error:
             message = f"cannot write {path}: {error.strerror or error}; no file was left behind"
             raise OSError(error.errno, message) from error
+
+
+def _mark() -> PngImagePlugin.PngInfo:
+    """What tells a contact sheet from a picture: samples in one folder with theirs can be trained on."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text(*SHEET)
+    return mark

@@ -7,6 +7,7 @@ clips, each of as many as are made, stands beside every one: the floor, under wh
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,6 +21,8 @@ from starflow.evaluate.features import FrameFeatures
 from starflow.evaluate.fidelity import NEIGHBOURS, Fidelity, Span, drift, fidelity, frame_differences
 from starflow.evaluate.scores import noise_floor, score
 from starflow.sampling import Pipeline, SampleOptions
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,13 @@ def evaluate(
         raise ValueError(f"evaluate: others has {len(others)} clips, expected {len(real)} like real")
     for clip in (*real, *others, *training):
         _check(pipeline, clip)
+    twice = {id(clip.pixels) for clip in real} & {id(clip.pixels) for clip in others}
+    if twice:
+        logger.warning(
+            "evaluate: %d of the %d clips of others are those of real: the floor is too low",
+            len(twice),
+            len(others),
+        )
     second = _second(pipeline) if second is None else second
     _check_count(len(real), length - given, min(max(second, 1), frames - given))
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from starflow.inference import plain_modes
+
 # Of each kind of harm, the share of the frames that have it in training.
 _SHARE = 0.35
 _KINDS = 5
@@ -94,6 +96,7 @@ class FrameFeatures(nn.Module):
         return code
 
     @classmethod
+    @plain_modes()
     def fit(cls, frames: Tensor, *, seed: int = 0, steps: int = 400, num_features: int = 64) -> FrameFeatures:
         """Trains a network on real frames and freezes it.
 
@@ -114,11 +117,11 @@ class FrameFeatures(nn.Module):
         for name, value in (("steps", steps), ("num_features", num_features)):
             if value < 1:
                 raise ValueError(f"FrameFeatures.fit: {name} is {value}, expected at least 1")
-        frames = frames.detach().float().cpu()
+        frames = frames.detach().float().cpu().clone()
         spread = float(frames.var(0).mean())
         if not spread > 0.0:
             raise ValueError("FrameFeatures.fit: all frames are alike, expected frames that differ")
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             made = cls(frames.shape[1], (frames.shape[2], frames.shape[3]), num_features)
             made._learn(frames, spread, steps)

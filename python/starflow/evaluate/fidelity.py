@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from starflow.evaluate.features import check_values
 from starflow.extras import import_extra
+from starflow.inference import without_autocast
 
 # Frames whose features are computed together, and rows of distances that are held at a time.
 _TOGETHER = 256
@@ -169,6 +170,7 @@ def _share_on(points: Tensor, manifold: Tensor, neighbours: int) -> float:
     return float(torch.cat(on).double().mean())
 
 
+@without_autocast()
 @torch.inference_mode()
 def features_of(features: nn.Module, frames: Tensor) -> Tensor:
     """Features of frames, a part at a time, on the device of the network.

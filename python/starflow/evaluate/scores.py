@@ -18,6 +18,7 @@ Conformal Prediction for Distribution-Independent Anomaly Detection (2010).
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,9 +31,12 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import tell_scale
 from starflow.data import CaptionMode, Clip
+from starflow.inference import without_autocast
 from starflow.messages import shown
 from starflow.numeric import integer, number
 from starflow.sampling import Pipeline
+
+logger = logging.getLogger(__name__)
 
 # One 8-bit level is 1 / 127.5 of the range [-1, 1].
 LEVELS_BITS = math.log2(127.5)
@@ -143,14 +147,13 @@ def score(
         sigma = pipeline.config.train.noise_std
     if sigma is None or not 0.0 <= sigma < math.inf:
         raise ValueError(f"score: noise_std is {shown(noise_std)}, expected a finite number >= 0")
-    if not scaled:
-        tell_scale("score: no pixel of the clips", [clip.pixels for clip in clips])
-    if pipeline.text is None:
-        # As in training: a flow without text does not see the captions of its data.
-        clips = [replace(clip, caption="") for clip in clips]
-    scores: list[ClipScore] = []
     for clip in clips:
         check_clip(pipeline, clip, clip)
+    if not scaled:
+        tell_scale("score: no pixel of the clips", [clip.pixels for clip in clips])
+    _tell_unread(pipeline, clips, order_check=order_check, fps=fps)
+    clips = as_read(pipeline, clips)
+    scores: list[ClipScore] = []
     for first, group in _groups(clips, most):
         seeds = range(first_seed + first, first_seed + first + len(group))
         pixels = torch.stack([clip.pixels for clip in group])
@@ -177,12 +180,36 @@ def score(
     return scores
 
 
+def as_read(pipeline: Pipeline, clips: Sequence[Clip]) -> list[Clip]:
+    """Clips as training sees them: a flow without text does not read the captions of its data."""
+    return list(clips) if pipeline.text is not None else [replace(clip, caption="") for clip in clips]
+
+
+def _tell_unread(pipeline: Pipeline, clips: Sequence[Clip], *, order_check: bool, fps: float | None) -> None:
+    """Tells of what was asked for and does nothing, and of clips that are longer than any of training."""
+    data, flow = pipeline.config.data, pipeline.flow.config
+    still = sum(len(clip.pixels) == 1 for clip in clips)
+    if order_check and still:
+        logger.warning("score: %d of %d clips are one frame, which has no order to check", still, len(clips))
+    if fps is not None and not data.caption_fps:
+        logger.warning("score: fps is %g and nothing reads it: captions of the model tell no rate", fps)
+    longest = max(len(clip.pixels) for clip in clips)
+    if longest > data.frames and flow.attention_frames is None:
+        logger.warning(
+            "score: clips have up to %d frames, and the model was trained on %d: how likely longer ones are it never "
+            "learned",
+            longest,
+            data.frames,
+        )
+
+
 def _in_order(clip: Clip, order: Tensor) -> Clip:
     """The clip with the vectors of its frames in another order; the pixels stay."""
     told = clip.frame_conditions
     return clip if told is None else replace(clip, frame_conditions=told[order])
 
 
+@without_autocast()
 @torch.inference_mode()
 def token_bits(
     pipeline: Pipeline, clips: Sequence[Clip], pixels: Tensor, seeds: Sequence[int], fps: float | None, sigma: float
@@ -229,7 +256,14 @@ def token_bits(
 
 
 def check_clip(pipeline: Pipeline, clip: Clip, first: Clip) -> None:
-    """Refuses a clip of another form than the first, or with another source than those that the flow was trained on."""
+    """Refuses what is no clip, a clip of another form than the first, or with another source than those that the flow
+    was trained on.
+    """
+    if not isinstance(clip, Clip) or not isinstance(clip.pixels, Tensor) or not isinstance(clip.caption, str):
+        raise ValueError(
+            f"score: {shown(clip)} is given, expected a starflow.data.Clip whose pixels are a tensor and whose caption "
+            "is a text"
+        )
     train = pipeline.config.train
     if clip.pixels.dim() != 4 or _shapes(clip) != _shapes(first):
         raise ValueError(

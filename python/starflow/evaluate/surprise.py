@@ -22,8 +22,11 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import tell_scale
 from starflow.data import Clip
-from starflow.evaluate.scores import check_clip, noise_floor, token_bits
+from starflow.evaluate.scores import as_read, check_clip, noise_floor, token_bits
+from starflow.inference import without_autocast
+from starflow.messages import shown
 from starflow.model import to_grid, to_sequence
+from starflow.numeric import integer
 from starflow.sampling import Pipeline
 from starflow.solver import BlockDecoder, rolling_frames
 
@@ -64,18 +67,22 @@ def surprise(
         scaled: as of `score`.
 
     Raises:
-        ValueError: a model that was trained without noise, a number below 1, or a clip that does not fit the model.
+        ValueError: a model that was trained without noise, a number below 1, no clip, or one that does not fit.
     """
-    for name, value in (("draws", draws), ("batch", batch)):
-        if value < 1:
-            raise ValueError(f"surprise: {name} is {value}, expected at least 1")
+    for name, value, least in (("draws", draws, 1), ("batch", batch, 1), ("seed", seed, 0)):
+        whole = integer(value)
+        if whole is None or whole < least:
+            raise ValueError(f"surprise: {name} is {shown(value)}, expected an integer >= {least}")
+    if not isinstance(clips, Sequence) or not clips:
+        raise ValueError(f"surprise: clips is {shown(clips)}, expected a list of clips (starflow.data.Clip), not empty")
+    for clip in clips:
+        check_clip(pipeline, clip, clips[0])
     if not scaled:
         tell_scale("surprise: no pixel of the clips", [clip.pixels for clip in clips])
+    clips = as_read(pipeline, clips)
     found = []
     for first in range(0, len(clips), batch):
         group = clips[first : first + batch]
-        for clip in group:
-            check_clip(pipeline, clip, group[0])
         pixels = torch.stack([clip.pixels for clip in group])
         tokens = torch.zeros((), dtype=torch.float64)
         for draw in range(draws):
@@ -109,6 +116,7 @@ class Watcher:
         >>> watcher.step(world.step(1).frame, 1).frames  # doctest: +SKIP
     """
 
+    @without_autocast()
     @torch.inference_mode()
     def __init__(
         self,
@@ -145,6 +153,7 @@ class Watcher:
         self._place = 0  # of the next frame in the cache
         self._before: Tensor | None = None  # the last token of the frame before
 
+    @without_autocast()
     @torch.inference_mode()
     def step(self, pixels: Tensor, condition: Tensor | None = None) -> Surprise:
         """The surprise of the next frame of each clip.

@@ -25,7 +25,8 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import ASPECT_RATIOS, CaptionMode, aspect_size
+from starflow.data import ASPECT_RATIOS, OTHER_SPEED, CaptionMode, aspect_size
+from starflow.devices import as_device
 from starflow.inference import in_inference_mode
 from starflow.messages import listed, shown
 from starflow.model import Flow, Guidance, tweedie_step
@@ -116,7 +117,7 @@ class Pipeline(Pretrained):
         _check_part("codec", codec.to_config(), config.codec)
         if text is not None:
             _check_part("text", text.to_config(), config.text)
-        self.device = torch.device(device)
+        self.device = as_device(device)
         self.flow = flow.eval().to(self.device)
         self.config, self.codec, self.text = config, codec, text
         self.about: Mapping[str, str] = {}
@@ -219,14 +220,12 @@ class Pipeline(Pretrained):
         self._check_length(asked, len(_prompts(prompts)))
         session = self.session(prompts, asked)
         beginning = session.beginning
-        given = (asked.image, asked.video, asked.edit, asked.last_image, asked.source)
-        unread = not self.config.train.cond_noise_level and session.denoising.kind != "score"
-        if asked.target_noise_std is not None and unread and all(some is None for some in given):
+        windows = [name for name in ("window_frames", "context_frames", "sink_frames", "renew") if getattr(asked, name)]
+        if windows and session.in_one_window:
             logger.warning(
-                "sample: target_noise_std is %g and nothing reads it: captions tell no noise, no frames are given and "
-                "the denoiser is %s",
-                asked.target_noise_std,
-                session.denoising.kind,
+                "sample: %s given and the clip fits into one window, so that nothing reads %s",
+                f"{listed(windows)} {'is' if len(windows) == 1 else 'are'}",
+                "it" if len(windows) == 1 else "them",
             )
         parts = [] if beginning is None else [beginning]
         parts += session.extend(session.planned, last=True, together=True)
@@ -342,6 +341,7 @@ class Pipeline(Pretrained):
             read=read if self.text is not None else None,
             renew=asked.renew,
         )
+        self._tell_unread(asked, names, length, session.denoising.kind)
         if asked.actions is not None:
             vectors = reader.actions(asked.actions, config)
             if vectors.shape[1] > shape[0]:
@@ -359,6 +359,29 @@ class Pipeline(Pretrained):
         return session
 
     # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _tell_unread(self, asked: SampleOptions, prompts: Sequence[str], frames: int, denoiser: Cleaning) -> None:
+        """Tells of options that are given and that nothing of this call reads."""
+        data = self.config.data
+        given = [getattr(asked, name) is not None for name in ("image", "video", "edit", "last_image", "source")]
+        unread = not self.config.train.cond_noise_level and denoiser != "score"
+        if asked.target_noise_std is not None and unread and not any(given):
+            logger.warning(
+                "sample: target_noise_std is %g and nothing reads it: captions tell no noise, no frames are given and "
+                "the denoiser is %s",
+                asked.target_noise_std,
+                denoiser,
+            )
+        if asked.guidance and not any(prompts) and self.flow.config.frame_dim == 0:
+            logger.warning("sample: guidance is %g and every prompt is empty: it leads to nothing", asked.guidance)
+        rate = data.fps or self.config.sample.fps
+        cut = any(isinstance(clip, str | Path) for clip in (asked.video, asked.edit, asked.source))
+        if asked.fps is not None and frames > 1 and not data.caption_fps and not cut and _differ(asked.fps, rate):
+            logger.warning(
+                "sample: fps is %g, and captions of the model tell no rate: its clips move as at %g frames a second",
+                asked.fps,
+                rate,
+            )
 
     def _tell_guidance(self, weight: float) -> None:
         """Tells of guidance away from what the flow never saw: clips without their text, or without their vectors."""
@@ -387,6 +410,15 @@ class Pipeline(Pretrained):
                 "sample: source is None, expected a video: the model was trained on clips behind their sources alone "
                 "(train.source_prob is 1)"
             )
+        never = None
+        if frames > 1 and train.image_prob == 1.0:
+            never = "clips of more than one frame", "image_prob"
+        elif frames > 1 and train.drop_image == 1.0:
+            never = "whole clips, from their first frame on", "drop_image"
+        elif frames > 1 and asked.mode is None and train.last_frame_prob == 1.0:
+            never = "clips without the frame that they end with (last_image)", "last_frame_prob"
+        if never is not None:
+            logger.warning("sample: the model was never trained on %s (train.%s was 1)", *never)
         if asked.mode == "last" and train.last_frame_prob == 0.0:
             raise ValueError(
                 "sample: last_image is given, expected a model that was trained to arrive at a frame "
@@ -558,6 +590,11 @@ class Pipeline(Pretrained):
         free = None if null is None or context is None else null[:1]
         decoder = BlockDecoder(block, layout, 1, context, free, conditions.guidance, precision=conditions.precision)
         return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
+
+
+def _differ(rate: float, other: float) -> bool:
+    """Whether a film at one rate plays visibly faster or slower than at the other."""
+    return abs(rate - other) > OTHER_SPEED * other
 
 
 def _check_part(name: str, own: Mapping[str, Any], told: Mapping[str, Any]) -> None:

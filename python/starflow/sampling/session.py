@@ -9,10 +9,12 @@ Reference: Gu et al., STARFlow-V (2025), streaming generation.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import Codec, tell_scale
 from starflow.data import action_vector
-from starflow.inference import in_inference_mode
+from starflow.inference import in_inference_mode, without_autocast
 from starflow.messages import shown
 from starflow.model import Flow, compared_once
 from starflow.numeric import integer
@@ -118,10 +120,28 @@ class Session:
         # Vectors of the frames from `_begin` on, as far as they were told; NaN for a frame without.
         self._vectors = torch.empty(shape[0], 0, flow.config.frame_dim, dtype=torch.float32, device=self._device)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A session is in the middle of what it computes: a file of it, or a copy that shares its caches, is none."""
+        raise TypeError(
+            "session: it cannot be pickled or copied, expected copy.deepcopy, or another session with the same seeds"
+        )
+
+    def __deepcopy__(self, known: dict[int, Any]) -> Session:
+        made = object.__new__(type(self))
+        known[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, known))
+        return made
+
     @property
     def frames(self) -> int:
         """Latent frames of the clips that are given or went out."""
         return self._next - self._reference
+
+    @property
+    def in_one_window(self) -> bool:
+        """Whether the frames that are given, went out or were planned end before a second window begins."""
+        planned = self.planned.shape[1] if isinstance(self.planned, Tensor) else self.planned or 0
+        return self._span.context is not None and self._next + planned <= self._span.frames
 
     @property
     def endless(self) -> bool:
@@ -271,6 +291,7 @@ class Session:
             parts.append(self._flow.encode(clip, conditions.y, vectors).z[:, context:])
         return torch.cat(parts, 1)
 
+    @without_autocast()
     @torch.inference_mode()
     def change(self, text: str | Sequence[str] | Tensor) -> None:
         """Changes the text of all frames that the flow has not decoded yet.
@@ -283,7 +304,7 @@ class Session:
             text: a prompt for all clips, one for each, or features (clips, text tokens, txt_dim).
 
         Raises:
-            ValueError: text of another width or number, or a prompt that the encoder refuses.
+            ValueError: text of another width or number, a prompt that the encoder refuses, or no frame to come.
         """
         conditions = self._told(text)
         config = self._flow.config
@@ -293,6 +314,8 @@ class Session:
                     "session: text changes after the first frame, expected a flow whose deep block alone reads it "
                     "(flow.cond_top_only)"
                 )
+            if self._decoding.done:
+                raise ValueError("session: text changes after the last frame was decoded, expected it before")
             self._decoding.change(conditions.y)
         elif self._known is not None:
             told = self._vectors_of(0, self._noisy.shape[1])
@@ -311,13 +334,19 @@ class Session:
             frame_conditions: (clips, frames, frame_dim), NaN for a frame without.
 
         Raises:
-            ValueError: a flow without such vectors, or vectors that do not fit.
+            ValueError: a flow without such vectors, or vectors that do not fit or are of frames behind the last.
         """
         if not isinstance(frame_conditions, Tensor):
             raise ValueError(
                 f"session: frame_conditions is {shown(frame_conditions)}, expected a tensor (clips, frames, frame_dim)"
             )
-        self._tell(max(self._begin + self._vectors.shape[1], self._drawn), frame_conditions, "frame_conditions")
+        first, count = max(self._begin + self._vectors.shape[1], self._drawn), frame_conditions.shape[1:2].numel()
+        if self._last and first + count > (end := self._drawn + self._waiting):
+            raise ValueError(
+                f"session: frame_conditions are of {count} frames, expected at most {end - first:g}: the clip ends "
+                "(last was True)"
+            )
+        self._tell(first, frame_conditions, "frame_conditions")
 
     def _tell(self, first: int, vectors: Tensor, name: str) -> None:
         """Puts vectors at the frames `first ..`."""
@@ -370,7 +399,7 @@ class Session:
             Iterator of frames. Frames that are not taken from it go out first when the session is extended again.
 
         Raises:
-            ValueError: noise of another shape, no frame, or a clip that has ended.
+            ValueError: noise of another shape, no frame, a clip that has ended, or vectors of frames behind its last.
             NotFiniteError: while iterating, where noise, text or weights are not finite.
         """
         if self._last:
@@ -401,6 +430,13 @@ class Session:
                 f"session: the clip would have {length:g} latent frames, expected at most {self._span.frames} (the "
                 "flow has no sliding window)"
             )
+        told = self._begin + self._vectors.shape[1] - self._drawn
+        if last and told > self._waiting:
+            self._sources.pop()
+            raise ValueError(
+                f"session: vectors of {told} frames were told, expected at most {length - self._drawn:g}, those that "
+                "the clip ends with (last is True)"
+            )
         self._last = last
         return self._iterate(together=together)
 
@@ -414,7 +450,7 @@ class Session:
         Args:
             condition: what leads to this frame: the number of an action, or its vector ([clips,] frame_dim); None tells
                 nothing. With a denoiser that looks ahead it is of the frame that is decoded now, which comes out as
-                many frames later.
+                many frames later. Frames that were asked for before are taken first.
 
         Returns:
             The frame: one latent frame, and its pixels.
@@ -425,6 +461,8 @@ class Session:
             NotFiniteError: noise, text or weights are not finite.
         """
         vector = None if condition is None else self._vector(condition)
+        if vector is not None:
+            self._check_next()
         if self.denoising.whole:
             raise ValueError(
                 "session: step cleans frames one by one, expected a denoiser that does not see whole clips"
@@ -438,6 +476,22 @@ class Session:
             if vector is not None:
                 self._tell(self._drawn, vector, "condition")
         return frames
+
+    def _check_next(self) -> None:
+        """Refuses a condition that would be of another frame than the one that is decoded next."""
+        # Frames whose noise was read are decoded, or will be together, without what is told now.
+        pending = self._drawn - self._next + self._waiting
+        if pending > self.denoising.look_ahead:
+            raise ValueError(
+                f"session: condition is given, and {pending:g} frames that were asked for before are not out yet, "
+                f"expected at most the {self.denoising.look_ahead} that the denoiser looks ahead at (take them first; "
+                "`tell` tells the vectors of frames before they are asked for)"
+            )
+        if self._decoding is None and self._guided > 1:
+            raise ValueError(
+                f"session: condition is given, and the first {self._guided} frames are decoded together "
+                "(guidance_frames), expected None for these, and their vectors by `tell`"
+            )
 
     def _vector(self, condition: int | Tensor) -> Tensor:
         """A condition as vectors of one frame, (clips, 1, frame_dim)."""

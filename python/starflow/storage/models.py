@@ -20,6 +20,7 @@ from torch import Tensor
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
+from starflow.inference import plain_modes
 from starflow.messages import listed, short
 from starflow.model import Flow, Int8Linear, keep_mapped
 from starflow.storage.parts import check_parts, fingerprints
@@ -85,6 +86,7 @@ def save_model(
     text: TextEncoder | None,
     *,
     about: Mapping[str, str] | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a model into one file.
 
@@ -94,12 +96,13 @@ def save_model(
         config: of the run.
         codec, text: as they are now; their options, defaults included, replace those of the config.
         about: further entries for the header.
+        parts: as of `write_model`.
 
     Raises:
         CheckpointError: the file cannot be written; the one before is left as it was.
     """
     config = replace(config, codec=codec.to_config(), text={} if text is None else text.to_config())
-    write_model(path, flow.state_dict() if isinstance(flow, Flow) else flow, config, about or {})
+    write_model(path, flow.state_dict() if isinstance(flow, Flow) else flow, config, about or {}, parts=parts)
 
 
 def write_model(
@@ -108,6 +111,7 @@ def write_model(
     config: RunConfig,
     about: Mapping[str, str],
     *,
+    parts: Mapping[str, str] | None = None,
     file_bytes: int = 4 << 30,
 ) -> None:
     """Writes the state dict of a flow with its configuration, tensor by tensor.
@@ -117,13 +121,15 @@ def write_model(
         state: by name, tensors or what makes them.
         config: of the run.
         about: further entries for the header.
+        parts: what `fingerprints` said of the configuration before; None reads the folders of autoencoder and text
+            encoder now.
         file_bytes: of the files of a folder, about; no tensor is split.
 
     Raises:
         CheckpointError: something cannot be written; what was there before is left as it was.
     """
     path = Path(path)
-    about = {**fingerprints(config), **about, "config": json.dumps(to_mapping(config))}
+    about = {**(fingerprints(config) if parts is None else parts), **about, "config": json.dumps(to_mapping(config))}
     if path.suffix == ".safetensors":
         with saving(path) as temporary:
             write_tensors(temporary, state, about)
@@ -171,6 +177,7 @@ def read_header(path: str | Path) -> Header:
         return _header(file, metadata, len(opened))
 
 
+@plain_modes()
 def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
     """Reads flow and configuration alone: no codec, no text encoder (see `load_model`).
 
@@ -246,6 +253,7 @@ def _quantize(flow: Flow, path: Path, name: str) -> None:
     flow.set_submodule(name, empty)
 
 
+@plain_modes()
 def load_model(path: str | Path) -> Loaded:
     """Reads a model that `save_model` wrote.
 

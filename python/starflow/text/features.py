@@ -9,6 +9,7 @@ from torch import Tensor
 
 from starflow.config import FlowConfig, RunConfig
 from starflow.data import CaptionMode, assemble, nearest_aspect
+from starflow.inference import without_autocast
 from starflow.text.encoder import TextEncoder
 
 # Number of captions whose features are kept.
@@ -61,6 +62,7 @@ class Features:
         self._encoder = encoder
         self._known: dict[str, Tensor] = {}
 
+    @without_autocast()
     def __call__(self, captions: Sequence[str]) -> Tensor | None:
         """The text input of the flow.
 

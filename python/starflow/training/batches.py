@@ -21,6 +21,7 @@ from torch import Tensor
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, DataConfig, RunConfig, TrainConfig, require
 from starflow.data import (
+    OTHER_SPEED,
     WORLD_FILE,
     CaptionMode,
     Clip,
@@ -49,10 +50,6 @@ _OF_FOLDERS: dict[str, Any] = {
     "name_captions": False,
     "caption_second": False,
 }
-
-
-# Share by which frames a second differ where a film plays visibly faster or slower.
-_OTHER_SPEED = 0.05
 
 
 def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -> ClipDataset:
@@ -134,7 +131,7 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
     data, flow, sample = config.data, config.flow, config.sample
     rates = dataset.rates if isinstance(dataset, VideoFolder) else ()
     known = rates if data.fps is None else (data.fps,)
-    if data.frames > 1 and known and all(abs(rate - sample.fps) > _OTHER_SPEED * sample.fps for rate in known):
+    if data.frames > 1 and known and all(abs(rate - sample.fps) > OTHER_SPEED * sample.fps for rate in known):
         logger.warning(
             "clips have %s frames a second and samples are written at %g (sample.fps): they play at another speed",
             listed(f"{rate:g}" for rate in known),
@@ -173,18 +170,17 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
 def check_own(config: RunConfig, dataset: ClipDataset) -> None:
     """Refuses a data set of the caller's own whose clips are not those that the model's file will tell of.
 
-    What its first clip has and the model does not read has a line in the log.
+    What its first clip has and the model does not read has a line in the log, and so have a set that is made otherwise
+    than the configuration says, and one whose clip is another one the second time.
 
     Args:
         config: of the run.
-        dataset: that it is trained on; of those that `make_dataset` makes nothing is looked at.
+        dataset: that it is trained on, in place of what `make_dataset` makes.
 
     Raises:
         ConfigError: it is empty or no data set of clips, or has clips of another shape than the configuration says.
     """
     data, flow = config.data, config.flow
-    if isinstance(dataset, VideoFolder | MovingDigits | PaddleClips):
-        return
     if not hasattr(dataset, "item"):
         raise ConfigError(
             f"training: the data set is {shown(dataset)}, expected one with the methods of starflow.data.ClipDataset"
@@ -192,10 +188,7 @@ def check_own(config: RunConfig, dataset: ClipDataset) -> None:
     if not len(dataset):
         raise ConfigError("training: the data set is empty, expected at least one clip")
     clip = dataset.item(0)
-    if not isinstance(clip, Clip) or not isinstance(clip.caption, str):
-        raise ConfigError(
-            f"training: item 0 of the data set is {shown(clip)}, expected a starflow.data.Clip whose caption is a text"
-        )
+    _checked(clip, 0)
     expected = [data.frames, data.channels, data.height, data.width]
     if data.mix_aspect:
         expected[2:] = clip.pixels.shape[2:]
@@ -204,6 +197,14 @@ def check_own(config: RunConfig, dataset: ClipDataset) -> None:
             f"training: clip {clip.name} of the data set has shape {list(clip.pixels.shape)}, expected {expected} "
             "(data.frames, data.channels, data.height, data.width), which the model is sampled at"
         )
+    again = dataset.item(0)
+    if not torch.equal(again.pixels, clip.pixels) or again.caption != clip.caption:
+        logger.warning(
+            "clip %s of the data set is another one the second time: a run that is resumed will not see the same clips "
+            "(items depend on index, epoch and seed alone)",
+            clip.name,
+        )
+    _tell_other(data, dataset)
     unread = {
         "captions": clip.caption and not flow.txt_size and not flow.num_classes,
         "sources": clip.source is not None and not config.train.source_prob,
@@ -212,6 +213,27 @@ def check_own(config: RunConfig, dataset: ClipDataset) -> None:
     for what, found in unread.items():
         if found:
             logger.warning("skipped: the %s of the data set (clip %s has such), the model reads none", what, clip.name)
+
+
+def _tell_other(data: DataConfig, dataset: ClipDataset) -> None:
+    """Tells what a given set of ours is made with and the configuration, which stays with the model, says otherwise."""
+    if getattr(dataset, "split", "train") == "test":
+        logger.warning("the data set is that of the split test: its clips are trained on, so they are not held out")
+    if isinstance(dataset, VideoFolder):
+        rates = set(data.mix_fps or (() if data.fps is None else (data.fps,)))
+        told = {"fps": (set(dataset.fps or ()), rates)}
+    else:
+        options = ("start", "handwritings") if isinstance(dataset, MovingDigits) else ()
+        told = {name: (getattr(dataset, name), getattr(data, name)) for name in options}
+    for name, (own, configured) in told.items():
+        if own != configured:
+            logger.warning(
+                "the data set has %s %s, and data.%s, which the model is sampled and scored by, is %s",
+                name,
+                shown(own),
+                name,
+                shown(configured),
+            )
 
 
 def _check_names(data: DataConfig, frame_dim: int) -> None:
@@ -281,15 +303,15 @@ def make_images(config: RunConfig) -> ClipDataset | None:
 
 def data_of(dataset: ClipDataset, images: ClipDataset | None = None) -> dict[str, Any]:
     """What tells a folder of files from another one: how many there are, and a checksum of names, sizes, captions and
-    actions.
+    actions; of any other set its class and its number of clips.
 
     Args:
-        dataset: that a run is trained on; empty for one that is no folder.
+        dataset: that a run is trained on.
         images: the set of images beside it.
     """
     lines = [line for part in (dataset, images) if isinstance(part, VideoFolder) for line in part.listing()]
     if not lines:
-        return {}
+        return {"kind": type(dataset).__name__, "clips": len(dataset)}
     return {"files": len(lines), "crc32": zlib.crc32("\n".join(lines).encode("utf-8", "surrogateescape"))}
 
 
@@ -427,8 +449,14 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
 def _check_rates(train: TrainConfig) -> None:
     """Refuses a peak below the floor, which would not be kept to: a rate of 0, meant to freeze a part, ends there.
 
-    Models that were trained so can still be loaded.
+    Nor would a loss whose weight is 0 teach anything. Models that were trained so can still be loaded.
     """
+    require(
+        not train.cond_noise_level or train.noise_std > 0,
+        "train.noise_std",
+        train.noise_std,
+        "a number above 0 with train.cond_noise_level (the loss is weighted by it)",
+    )
     for name in ("lr", "denoiser_lr"):
         peak = getattr(train, name)
         require(
@@ -469,6 +497,16 @@ def _check_sampling(config: RunConfig) -> None:
         "sample.guidance",
         sample.guidance,
         "a number above 0 with sample.guidance_frames",
+    )
+
+
+def _checked(clip: Clip, index: int) -> Clip:
+    """Refuses what a data set of the caller's own returns in place of a clip."""
+    if isinstance(clip, Clip) and isinstance(clip.pixels, Tensor) and isinstance(clip.caption, str):
+        return clip
+    raise ConfigError(
+        f"training: item {index} of the data set is {shown(clip)}, expected a starflow.data.Clip whose pixels are a "
+        "tensor and whose caption is a text"
     )
 
 
@@ -582,7 +620,7 @@ class Batches:
         images = self._images if image else None
         dataset, groups = self._clips if images is None else images
         pairs = sample_group(train.seed, step, count, groups)[rows]
-        clips = [dataset.item(index, epoch=epoch, seed=train.seed) for index, epoch in pairs]
+        clips = [_checked(dataset.item(index, epoch=epoch, seed=train.seed), index) for index, epoch in pairs]
         pixels, captions = stack_clips(clips)
         frames = codec.latent_frames(pixels.shape[1])
         extend = choose.random() < train.drop_image and not image and frames > 1

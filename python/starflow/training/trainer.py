@@ -29,10 +29,12 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from starflow.codecs import Codec, make_codec, tell_scale
-from starflow.config import ConfigError, RunConfig, to_mapping
+from starflow.config import ConfigError, RunConfig, TrainConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
+from starflow.devices import as_device
 from starflow.distributed import ALONE, World, join
 from starflow.files import remove_leftovers, sole
+from starflow.inference import plain_modes
 from starflow.messages import shown
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
 from starflow.storage import (
@@ -210,8 +212,8 @@ class Trainer:
         state = self.world.whole(self.average.flow.state_dict())
         if self.world.first:
             kind = "average" if self.config.train.ema else "last"
-            about = {**self.parts, "weights": kind, "step": str(self.step)}
-            save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about)
+            about = {"weights": kind, "step": str(self.step)}
+            save_model(folder / MODEL, state, self.config, self.codec, self.text, about=about, parts=self.parts)
         self.world.wait()
 
     def averaged(self) -> Flow:
@@ -255,9 +257,13 @@ class Trainer:
             raise CheckpointError(f"checkpoint {path} is damaged, expected counters and a configuration in it")
         _check_same_run(self._spelt_out(saved, path), self._spelt_out(to_mapping(self.config), path), path)
         check_parts(f"checkpoint {path}", parts, self.config)
-        if data != self.data:
-            told = [f"{facts.get('files', 'no')} files" for facts in (data, self.data)]
-            logger.warning("data changed since %s: %s were, %s are; the run goes on with these", path.name, *told)
+        # States of earlier versions tell nothing of data that are no files.
+        if data != self.data and (data or "files" in self.data):
+            logger.warning(
+                "data changed since %s: %s were, %s are; the run goes on with these",
+                path.name,
+                *map(_told_data, (data, self.data)),
+            )
         averaged = bool(saved.get("train", {}).get("ema"))
         about = load_state(path, self._tensors(averaged=averaged and bool(self.config.train.ema)), self.world)
         if self.config.train.ema and not averaged:
@@ -295,6 +301,7 @@ class Trainer:
             state["denoiser_optimizer"] = self.denoiser_optimizer.state()
         return {f"{part}:{name}": value for part, tensors in state.items() for name, value in tensors.items()}
 
+    @plain_modes()
     def run(self, batch: Batch, samples_per_second: Callable[[], float] = lambda: math.nan) -> TrainStep:
         """One step.
 
@@ -509,7 +516,8 @@ def train(
 
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
-    with join(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))) as world:
+    named = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with plain_modes(), join(named) as world:
         return _train(config, Path(folder), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
 
 
@@ -525,7 +533,7 @@ def _train(
 ) -> Flow:
     if world.device.type == "cpu":
         keep_freed_memory()
-    config = with_world(config)
+    config, own = with_world(config), dataset is not None
     images = make_images(config)
     if open_text(config):
         dataset = make_dataset(config) if dataset is None else dataset
@@ -533,7 +541,8 @@ def _train(
     codec, text = make_parts(config)
     _check_prompts(config, text)
     dataset = make_dataset(config) if dataset is None else dataset
-    check_own(config, dataset)
+    if own:
+        check_own(config, dataset)
     if world.first:
         tell_data(config, dataset)
         _tell_recipe(config)
@@ -633,10 +642,15 @@ def _run(
     return trainer.averaged().requires_grad_(False).eval()
 
 
+def _told_data(facts: Mapping[str, Any]) -> str:
+    """What `data_of` found, in words."""
+    return f"{facts['clips']} clips of {facts['kind']}" if "clips" in facts else f"{facts.get('files', 'no')} files"
+
+
 def _check_prompts(config: RunConfig, text: TextEncoder | None) -> None:
     """Refuses prompts of samples that could not be made, before hours of training and not after."""
     prompts = config.sample.prompts
-    if not config.train.sample_every or config.train.source_prob:
+    if not prompts or not config.train.sample_every or config.train.source_prob:
         return
     if text is None and any(prompts):
         raise ConfigError(f"sample.prompts is {shown(prompts)}, expected none: the model is trained without text")
@@ -649,15 +663,43 @@ def _check_prompts(config: RunConfig, text: TextEncoder | None) -> None:
 
 def _tell_recipe(config: RunConfig) -> None:
     """Tells in the log of options that do nothing beside others, or undo what they are for."""
-    flow, recipe = config.flow, config.train
+    flow, recipe, data = config.flow, config.train, config.data
     if recipe.warmup_steps >= recipe.steps:
         logger.warning(
             "train.warmup_steps is %d and train.steps %d: the learning rate does not get to train.lr",
             recipe.warmup_steps,
             recipe.steps,
         )
-    if recipe.image_batch_size is not None and not recipe.image_prob:
-        logger.warning("train.image_batch_size is %d and no step is on images", recipe.image_batch_size)
+    usual, reads = TrainConfig(), flow.txt_size or flow.num_classes
+    for options, read, why in (
+        (("image_batch_size", "image_frame"), recipe.image_prob, "no step is on images"),
+        (("denoiser_lr", "denoiser_every"), flow.learnable_self_denoiser, "there is no denoiser"),
+        (("drop_label",), reads, "the flow reads neither text nor classes"),
+        (("drop_frame_condition",), flow.frame_dim, "the flow reads no vectors of frames"),
+        (("drop_image", "last_frame_prob", "source_prob"), recipe.image_prob < 1.0, "every step is on images"),
+    ):
+        for option in options:
+            value = getattr(recipe, option)
+            if not read and value != getattr(usual, option):
+                logger.warning("train.%s is %s and nothing reads it: %s", option, shown(value), why)
+    if recipe.lr == 0.0:
+        logger.warning("train.lr is 0: the flow does not learn")
+    if flow.learnable_self_denoiser and recipe.noise_std == 0.0:
+        logger.warning("train.noise_std is 0: the denoiser has no noise to learn, and samples are not cleaned")
+    elif flow.learnable_self_denoiser and 1 < recipe.steps <= recipe.denoiser_every:
+        logger.warning(
+            "train.denoiser_every is %d and train.steps %d: the denoiser learns in one step",
+            recipe.denoiser_every,
+            recipe.steps,
+        )
+    if data.frames > 1:
+        for option, what in (
+            ("image_prob", "every step is on images, and the flow never sees a clip"),
+            ("drop_image", "the flow never sees a clip from its first frame on"),
+            ("last_frame_prob", "the flow never sees a clip without the frame that it ends with"),
+        ):
+            if getattr(recipe, option) == 1.0:
+                logger.warning("train.%s is 1: %s", option, what)
     for option, read in (("drop_label", flow.txt_size or flow.num_classes), ("drop_frame_condition", flow.frame_dim)):
         if read and getattr(recipe, option) == 1.0:
             logger.warning("train.%s is 1: the flow never sees what it is to be told by", option)

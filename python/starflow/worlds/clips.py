@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from starflow.data import Clip, to_pixels
+from starflow.numeric import check_item
 from starflow.worlds.paddle import COURT, PaddleBall, draw_court, random_state, state_before_contact
 from starflow.worlds.policies import Policy, PolicyName
 from starflow.worlds.world import one_hot
@@ -87,9 +88,9 @@ class PaddleClips:
 
         Raises:
             IndexError: when there is no such index.
+            ValueError: when an argument is no integer from 0 on.
         """
-        if not 0 <= index < self.length:
-            raise IndexError(f"PaddleClips: index is {index}, expected 0 to {self.length - 1}")
+        check_item("PaddleClips", index, self.length, epoch, seed)
         rng = np.random.default_rng([self.seed, int(self.split == "test"), index, epoch, seed])
         world = PaddleBall(self.size)
         world.state = random_state(rng)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from starflow.messages import shown
+from starflow.numeric import check_seed, integer
 from starflow.worlds.world import Step, check_action
 
 # Side of the court in units.
@@ -38,7 +40,7 @@ _LEVELS = {
 
 @dataclass(frozen=True)
 class PaddleState:
-    """All that the game depends on; numbers in units of the court.
+    """All that the game depends on; whole numbers in units of the court.
 
     Args:
         paddle: upper edge of the paddle, 1 to 17.
@@ -55,6 +57,14 @@ class PaddleState:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("paddle", "ball", "velocity", "serves", "seed"):
+            value = getattr(self, name)
+            parts = value if isinstance(value, tuple | list) else (value,)
+            whole = tuple(map(integer, parts))
+            if None in whole or len(whole) != (2 if name in ("ball", "velocity") else 1):
+                two = "two integers" if name in ("ball", "velocity") else "an integer"
+                raise ValueError(f"PaddleState: {name} is {shown(value)}, expected {two}")
+            object.__setattr__(self, name, whole if name in ("ball", "velocity") else whole[0])
         x, y = self.ball
         known = (
             (
@@ -176,10 +186,9 @@ class PaddleBall:
     fps = 30.0
 
     def __init__(self, size: int = COURT, seed: int = 0, channels: int = 1) -> None:
-        if size < COURT:
-            raise ValueError(f"PaddleBall: size is {size}, expected at least {COURT}")
-        if seed < 0:
-            raise ValueError(f"PaddleBall: seed is {seed}, expected an integer >= 0")
+        if (side := integer(size)) is None or side < COURT:
+            raise ValueError(f"PaddleBall: size is {shown(size)}, expected an integer of at least {COURT}")
+        check_seed("PaddleBall", seed)
         if channels not in _LEVELS:
             raise ValueError(f"PaddleBall: channels is {channels}, expected 1 (grey) or 3 (RGB)")
         self.size, self.channels = size, channels
@@ -192,7 +201,13 @@ class PaddleBall:
         return np.asarray(picture)
 
     def reset(self, seed: int | None = None) -> np.ndarray:
-        """Begins a game; without a seed that of the next one."""
+        """Begins a game; without a seed that of the next one.
+
+        Raises:
+            ValueError: a seed that is no integer from 0 on.
+        """
+        if seed is not None:
+            check_seed("PaddleBall", seed)
         self.state = serve(self.state.seed + 1 if seed is None else seed, 1, (COURT - _PADDLE_HEIGHT) // 2)
         return self.frame
 

@@ -23,6 +23,8 @@ from starflow.data import (
     write_video,
 )
 from starflow.files import sole, write_text
+from starflow.messages import shown
+from starflow.numeric import check_seed, integer, number
 from starflow.worlds.policies import Policy, PolicyName
 from starflow.worlds.world import PlayableWorld
 
@@ -56,6 +58,11 @@ class _Clip:
         return len(self._shown)
 
     def add(self, frame: np.ndarray, action: Action, reward: float, done: bool) -> None:
+        if self._shown and np.shape(frame) != self._shown[0][0].shape:
+            raise ValueError(
+                f"record: the world shows a frame of {list(np.shape(frame))} after one of "
+                f"{list(self._shown[0][0].shape)}, expected frames of one size (height, width, channels)"
+            )
         self._shown.append((np.array(frame), action_line(len(self), action, reward, done)))
 
     def end(self) -> None:
@@ -103,11 +110,12 @@ def record(
         OSError: a file cannot be written.
     """
     for name, value in (("frames", frames), ("clip_frames", clip_frames)):
-        if value < 1:
-            raise ValueError(f"record: {name} is {value}, expected at least 1")
-    rate = world.fps if fps is None else fps
-    if not LEAST_FPS <= rate <= MOST_FPS:
-        raise ValueError(f"record: fps is {rate:g}, expected {LEAST_FPS:g} to {MOST_FPS:g}")
+        if (whole := integer(value)) is None or whole < 1:
+            raise ValueError(f"record: {name} is {shown(value)}, expected an integer of at least 1")
+    check_seed("record", seed)
+    rate = number(world.fps if fps is None else fps)
+    if rate is None or not LEAST_FPS <= rate <= MOST_FPS:
+        raise ValueError(f"record: fps is {shown(fps)}, expected {LEAST_FPS:g} to {MOST_FPS:g}")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Two that number their clips alike would leave the frames of one beside the actions of the other.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import math
 import time
 from dataclasses import replace
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from starflow.distributed import World
     from starflow.sampling import Frames, Pipeline, SampleOptions
 
+
+logger = logging.getLogger(__name__)
 
 # Clips of a prompt: a prompt and a seed of each are listed before the first is made.
 _MOST_CLIPS = 1_000_000
@@ -91,7 +94,10 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     mine = range(world.rank, len(prompts), world.size)
     if args.parallel == "fsdp" and world.size > 1:
         mine = _in_pieces(pipeline, asked, prompts, world)
+    elif args.parallel == "fsdp":
+        logger.warning("--parallel is fsdp and this is one process, which holds all weights (see torchrun)")
     fps = asked.fps or pipeline.config.sample.fps
+    _tell_rate(pipeline, asked, fps)
     if args.stream:
         if world.size > 1:
             raise ConfigError(f"--stream is given in {world.size} processes, expected one")
@@ -119,6 +125,25 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     if world.first:
         print(f"{clips_text(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
     return 1 if out.kept_as_frames else 0
+
+
+def _tell_rate(pipeline: Pipeline, asked: SampleOptions, fps: float) -> None:
+    """Tells where a clip goes on at the rate of a given file and is written at another."""
+    from starflow.data import OTHER_SPEED, probe
+
+    if asked.fps is not None or pipeline.config.data.fps is not None:
+        return
+    for name in ("video", "edit", "source"):
+        file = getattr(asked, name)
+        if file is not None and Path(file).is_file() and abs((rate := probe(file).fps) - fps) > OTHER_SPEED * fps:
+            logger.warning(
+                "--%s has %g frames a second and the clip is written at %g (sample.fps): it plays at another speed, "
+                "--fps %g writes it as the file is",
+                name,
+                rate,
+                fps,
+                rate,
+            )
 
 
 def _in_pieces(pipeline: Pipeline, asked: SampleOptions, prompts: list[str], world: World) -> range:
@@ -196,6 +221,7 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
                 image=meter.frames == 1,
                 mode=asked.mode,
                 size=(height, width),
+                noise_std=asked.target_noise_std,
             )
             told = {"prompt": prompt, "caption": caption, "seed": asked.seed + row, "model": str(args.model)}
             out.json(f"{name}.json", {**told, **shape, **beginning, **report, **computed_together(len(prompts))})
