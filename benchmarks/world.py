@@ -2,7 +2,7 @@
 
     python benchmarks/targets.py --group world                        the shipped model
     WORLD_MODEL=runs/mine python benchmarks/targets.py --group world  another model of `paddle`
-    python benchmarks/world.py FOLDER                                 sheets of dreams beside the real game
+    python benchmarks/world.py FOLDER                                 sheets and a moving picture of dreams
 
 The true game goes through the same keys. Frames are read one by one by the reader of examples/plan_in_a_dream.py; its
 error on the real frames stands beside the figures that rest on it. No seed is chosen: rollouts have 0, 1, 2 and so on.
@@ -35,7 +35,7 @@ from figures import Figure, Skipped, target
 from torch import Tensor
 
 from starflow import Pipeline
-from starflow.data import Clip, to_frames, to_pixels, write_contact_sheet
+from starflow.data import Clip, to_frames, to_pixels, write_contact_sheet, write_gif
 from starflow.evaluate import surprise
 from starflow.sampling import Session
 from starflow.worlds import COURT, PaddleBall, PaddleState, Policy, draw_court, one_hot
@@ -53,6 +53,8 @@ PLANNED = int(os.environ.get("WORLD_PLANNED", "300"))
 BATCH = 16
 # Frames in which the ball is followed.
 FOLLOWED = 30
+# Frames of the moving picture.
+MOVING = 180
 
 _PLANNER = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "plan_in_a_dream.py"))
 _read: Callable[[Tensor], Any] = _PLANNER["read"]
@@ -460,8 +462,15 @@ def planning() -> Iterator[Figure]:
     yield Figure("planning", rate, "x random keys", 2.0, 2.7, raw=raw)
 
 
+def _moving(rollout: Rollout) -> Tensor:
+    """The first frames of a dream and of its real game beside each other, twice as large, uint8."""
+    both = [to_frames(pixels[:MOVING]) for pixels in (rollout.dream, _pixels(rollout.states[GIVEN:]))]
+    left, right = (frames.repeat_interleave(2, 1).repeat_interleave(2, 2) for frames in both)
+    return torch.cat([left, left.new_full((*left.shape[:2], 8, left.shape[3]), 255), right], 2)
+
+
 def main() -> None:
-    """Write the sheets: each dream under its real game."""
+    """Write the sheets, each dream under its real game, and the first of them as they move."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, shown in (
@@ -474,6 +483,7 @@ def main() -> None:
             rows += [to_frames(_pixels(rollout.states[GIVEN:][shown])), to_frames(rollout.dream[shown])]
             captions += [f"real {number}", f"dream {number}"]
         write_contact_sheet(folder / f"{name}.png", rows, captions, frames_per_row=24, scale=2)
+    write_gif(folder / "paddle.gif", _moving(rollouts()[0]), PaddleBall.fps)
 
 
 if __name__ == "__main__":
