@@ -48,6 +48,7 @@ class Call:
     parts: int = 1
     group: int = 2
     split: bool = False
+    chained: bool = False
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,14 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
     }
     tiles = schedule["row_tiles"] * schedule["column_tiles"]
     counters = _ceil(rows * depth * 2 if copied else 0, 128) * 128
-    partials = counters + _ceil(4 * tiles, 128) * 128
+    partials = counters + _ceil(4 * (tiles + schedule["row_tiles"]), 128) * 128
     size = partials + (4 * tiles * call.parts * tile_rows * tile_columns if call.split else 0)
     # What was there before is no count, and no number.
     workspace = torch.full((size,), 255, dtype=torch.uint8)
     copy = workspace[: rows * depth * 2].view(call.weight.dtype).view(rows, depth) if copied else call.x
+    counts = workspace[counters:partials].view(torch.int32)
+    if call.chained:
+        counts.zero_()
     kinds = {"layer_norm": "layer", "rms_norm": "rms"}
     report = kernels.launch(
         "linear_cuda",
@@ -168,7 +172,9 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
         wide_input=channels % 4 == 0 and all(_aligned(tensor, 4) for tensor in (call.x, *norm_tensors)),
         wide_result=out_channels % 4 == 0
         and all(_aligned(tensor, 4) for tensor in (call.bias, call.multiply, call.residual, out, product)),
+        chained=call.chained,
         schedule=schedule,
+        counters=counts,
         layout={"counters": counters, "partials": partials, "bytes": size},
         workspace=workspace,
     )
@@ -320,6 +326,40 @@ def test_parts_of_the_depth(small: Launching) -> None:
     _parts(small)
 
 
+def _chained(small: Launching) -> None:
+    """One launch, whose first blocks copy the rows: the same bits."""
+    for channels, norm in ((3 * DEPTH, "layer_norm"), (3 * DEPTH - 14, "rms_norm"), (5 * DEPTH, None)):
+        call = _call(37, channels, 130, parts=2, residual=True)
+        if norm:
+            call = replace(call, norm=InputNorm(_draw(channels, seed=8), kind=norm))
+        for split, tile in combinations((False, True), TILES[:2]):
+            call = replace(call, split=split, tile=tile)
+            before, result = _run(small, call), _run(small, replace(call, chained=True))
+            assert (before.report.launches, result.report.launches) == (2 + split, 1)
+            assert torch.equal(_bits(result), _bits(before))
+            # Each value of x is read once more for each pass of the norm.
+            assert result.report.read["call.x"] == before.report.read["call.x"]
+
+
+def test_one_launch_of_a_chain(small: Launching) -> None:
+    _chained(small)
+
+
+@pytest.mark.parametrize("tile", TILES[2:], ids=str)
+def test_one_launch_of_a_chain_in_large_tiles(tile: tuple[int, int], kernels: Launching) -> None:
+    """Whose blocks copy one, two or three rows, the last of them fewer."""
+    call = _call(tile[0] + 3, 2 * DEPTH, 70, tile=tile, norm=InputNorm(_draw(2 * DEPTH, seed=8)))
+    result = _run(kernels, replace(call, chained=True))
+    assert result.report.launches == 1
+    assert torch.equal(_bits(result), _bits(_run(kernels, call)))
+
+
+def test_no_copy_in_a_chain(small: Launching) -> None:
+    call = _call(19, 64, 70, parts=1, chained=True)
+    call = replace(call, x=call.x.bfloat16())
+    assert _run(small, call).report.blocks == 4
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_a_row_has_the_same_bits_in_every_tile(tile: tuple[int, int], kernels: Launching) -> None:
     call = _call(3, 2 * DEPTH, 70, parts=2)
@@ -406,9 +446,9 @@ def _traffic(small: Launching, split: bool) -> None:
         assert report.read[f"call.{name}"] == 33 * 128 * 4
     assert report.written["call.out"] == 33 * 128 * 4
     partials = 2 * 33 * 128 * 4 if split else 0
-    counters = 4 * (report.blocks if split else 0)
-    assert report.written["workspace"] <= partials + 2 * counters
-    assert report.written["workspace"] >= partials
+    # Set to zero, and counted.
+    assert report.written["counters"] == 4 * ((report.blocks - 1 + 4) if split else 0)
+    assert report.written["workspace"] == partials
     assert report.bank_conflicts == 0
     # Of 16 x 8 x 16 each, or by wgmma a warp's quarter of 64 x 32 x 16; edges are multiplied too.
     each = {"products": (32 // 16) * (64 // 8), "group_products": 4}[
@@ -426,7 +466,7 @@ def test_bytes_moved_and_banks(split: bool, small: Launching) -> None:
 # What keeps the kernels right, taken away one by one, with the test that must see it: every barrier, wait and check of
 # an edge. Not here, because blocks run one after another: what orders memory between blocks (both __threadfence and the
 # barrier before the count of blocks).
-MULTIPLY, FINISH, INPUT = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input"))
+MULTIPLY, FINISH, INPUT, COPY = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input", "copy"))
 
 
 def _split(small: Launching) -> None:
@@ -435,7 +475,15 @@ def _split(small: Launching) -> None:
 
 
 CAUGHT: list[tuple[str, dict[str, str], Any]] = [
-    (MULTIPLY, {r"__syncthreads\(\);": "", r"cute::cp_async_(wait<Tile::stages - 2>|fence)\(\);": ""}, _parts),
+    (MULTIPLY, {r"(?<=wait_for_copy\(args, block\.row_tile\);\n        )__syncthreads\(\);": ""}, _chained),
+    (
+        MULTIPLY,
+        {
+            r"(?<!row_tile\);\n        )__syncthreads\(\);": "",
+            r"cute::cp_async_(wait<Tile::stages - 2>|fence)\(\);": "",
+        },
+        _parts,
+    ),
     (MULTIPLY, {r"stages - 2>\(\)": "stages - 1>()", r"step < steps\) \{": "true) {"}, _parts),
     (MULTIPLY, {r"first_row \+ row < rows": "true", r"column < depth": "true"}, _edges),
     (MULTIPLY, {r"piece \^ \(row % step_pieces\)": "piece"}, _split),
@@ -447,9 +495,20 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
         _split,
     ),
     (FINISH, {r"(?<=tile_size\(\);\n    )sync\(\);": ""}, _edges),
-    (INPUT, {r"c < channels": "c < channels + width"}, _norms),
-    ("cuda/reduce.cuh", {r"__syncthreads\(\);(?=\n#pragma unroll\n        for \(int i = 0; i < count)": ""}, _norms),
-    (INPUT, {r"c < args\.depth": "false"}, _edges),
+    (COPY, {r"c < channels": "c < channels + width", r"sync\(\);(?=\n        float sum)": ""}, _norms),
+    (COPY, {r"c < args\.depth": "false"}, _edges),
+    (
+        COPY,
+        {
+            r"row >= args\.call\.rows": "false",
+            r"/ args\.schedule\.tile_rows\)": "/ 128)",
+            r"args\.call\.rows - int64_t\{row_tile\}": "args.call.rows - int64_t{0}",
+            r"left < schedule\.tile_rows \? left : ": "",
+            r"args\.schedule\.first_copied\(\) \+ row": "row",
+            r"args\.chained && args\.copied": "args.copied",
+        },
+        _chained,
+    ),
     (INPUT, {r"args\.schedule\.split": "false", r"tile < args\.schedule\.tiles\(\)": "true"}, _split),
 ]
 SCHEDULE = "ops/linear/linear_schedule.h"
