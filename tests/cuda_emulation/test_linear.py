@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as combinations
@@ -103,8 +104,13 @@ def _view(tensor: Tensor | None) -> Any:
     return {} if tensor is None else tensor
 
 
-def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Result:
-    """As csrc/ops/linear/linear.cpp does; results have `gap` more columns, which must stay as they are."""
+def _launch(
+    kernels: Launching, call: Call, seed: int = 0, gap: int = GAP, heads: Mapping[str, Any] | None = None
+) -> Result:
+    """As csrc/ops/linear/linear.cpp does; results have `gap` more columns, which must stay as they are.
+
+    With `heads`, the fields of RopeAppendArgs, the columns go there.
+    """
     (rows, channels), out_channels = call.x.shape, call.weight.shape[0]
     packed = call.weight.new_zeros(device_rows_shape(out_channels, channels))
     packed[:, :channels] = call.weight
@@ -173,6 +179,8 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
         wide_result=out_channels % 4 == 0
         and all(_aligned(tensor, 4) for tensor in (call.bias, call.multiply, call.residual, out, product)),
         chained=call.chained,
+        into_heads=heads is not None,
+        heads=heads,
         schedule=schedule,
         counters=counts,
         layout={"counters": counters, "partials": partials, "bytes": size},
@@ -341,6 +349,108 @@ def _chained(small: Launching) -> None:
             assert result.report.read["call.x"] == before.report.read["call.x"]
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """Queries, keys and values of some tokens of each sample, at slots of their own; some slots are final."""
+
+    head_dim: int
+    dtype: torch.dtype
+    heads: int = 2
+    kv_heads: int = 1
+    normed: bool = True
+    rotated: bool = True
+    batch: int = 3
+    tokens: int = 7
+    slots: int = 20
+
+    @property
+    def columns(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def run(self, kernels: Launching, call: Call, seed: int = 0) -> tuple[Tensor, ...]:
+        """q, k and v, near float64, and NaN wherever nothing is to be written."""
+        kept = torch.full((2, self.batch, self.kv_heads, self.slots, self.head_dim), torch.nan, dtype=self.dtype)
+        q = torch.full((self.batch, self.tokens, self.heads, self.head_dim), torch.nan, dtype=self.dtype)
+        angles = 6 * _draw(2, self.batch, self.tokens, self.head_dim // 2, seed=11)
+        weights = 0.3 * _draw(2, self.head_dim, seed=12)
+        starts, final = torch.tensor([4, 0, 9]), torch.tensor([0, 3, 12])
+        turns = [
+            ({"cos": turn.cos(), "sin": turn.sin()} if self.rotated else {})
+            | ({"weight": weight} if self.normed else {})
+            for turn, weight in zip(angles, weights, strict=True)
+        ]
+        shape = {name: getattr(self, name) for name in ("batch", "tokens", "heads", "kv_heads", "head_dim")}
+        heads = {
+            "shape": {**shape, "data": self.dtype, "kept": self.dtype},
+            "query": turns[0],
+            "key": turns[1],
+            "q": q.transpose(1, 2),
+            "k": kept[0],
+            "v": kept[1],
+            "starts": starts,
+            "final": final,
+        }
+        result = _launch(kernels, call, seed, heads=heads)
+        assert result.out.isnan().all()
+        self._check(call, q, kept, angles, weights, starts, final)
+        return q, *kept
+
+    def _check(
+        self, call: Call, q: Tensor, kept: Tensor, angles: Tensor, weights: Tensor, starts: Tensor, final: Tensor
+    ) -> None:
+        bias = None if call.bias is None else call.bias.double()
+        product = F.linear(call.x.to(call.weight.dtype).double(), call.weight.double(), bias)
+        parts = product.view(self.batch, self.tokens, -1, self.head_dim).split(
+            [self.heads, self.kv_heads, self.kv_heads], 2
+        )
+        wanted = []
+        for part, turn, weight in zip(parts, angles.double(), weights.double(), strict=False):
+            if self.normed:
+                part = part * (part.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight)
+            if self.rotated:
+                (u, v), cos, sin = part.chunk(2, -1), turn.cos()[:, :, None], turn.sin()[:, :, None]
+                part = torch.cat((u * cos - v * sin, v * cos + u * sin), -1)
+            wanted.append(part)
+        bound = ROUNDING[self.dtype] * 1.01
+        label = f"{self}, tile {call.tile}, {call.parts} parts"
+        _near(q, wanted[0], bound * wanted[0].abs() + 2e-5, label)
+        for cache, want in zip(kept, (wanted[1], parts[2]), strict=True):
+            expected = torch.full_like(cache, torch.nan, dtype=torch.float64)
+            for b in range(self.batch):
+                for t in range(self.tokens):
+                    slot = int(starts[b]) + t
+                    if slot >= int(final[b]):
+                        expected[b, :, slot] = want[b, t]
+            written = ~expected.isnan()
+            assert cache[~written].isnan().all(), label
+            _near(cache[written], expected[written], bound * expected[written].abs() + 2e-5, label)
+
+
+def _into_heads(small: Launching) -> None:
+    """The product's columns as heads, whole and split by the depth, in every tile: the same bits."""
+    for head_dim, dtype in ((8, torch.float32), (16, torch.bfloat16), (32, torch.float16), (64, torch.float32)):
+        for normed, rotated in ((True, True), (False, True), (True, False), (False, False)):
+            kind = _Heads(head_dim, dtype, normed=normed, rotated=rotated, heads=3 if head_dim < 64 else 2)
+            call = _call(21, 2 * DEPTH, kind.columns, parts=2, bias=normed)
+            call = replace(call, bias=call.bias if normed else None)
+            expected = kind.run(small, call)
+            for tile, split in ((TILES[0], True), (TILES[1], False)):
+                results = kind.run(small, replace(call, tile=tile, split=split), 1)
+                for got, want in zip(results, expected, strict=True):
+                    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+def test_columns_as_heads(small: Launching) -> None:
+    _into_heads(small)
+
+
+@pytest.mark.parametrize("tile", TILES[2:], ids=str)
+def test_columns_as_heads_in_large_tiles(tile: tuple[int, int], kernels: Launching) -> None:
+    kind = _Heads(32, torch.bfloat16, heads=3)
+    for split in (False, True):
+        kind.run(kernels, _call(21, 2 * DEPTH, kind.columns, parts=2, tile=tile, split=split))
+
+
 def test_one_launch_of_a_chain(small: Launching) -> None:
     _chained(small)
 
@@ -465,7 +575,7 @@ def test_bytes_moved_and_banks(split: bool, small: Launching) -> None:
 
 # What keeps the kernels right, taken away one by one, with the test that must see it: every barrier, wait and check of
 # an edge. Not here, because blocks run one after another: what orders memory between blocks (both __threadfence and the
-# barrier before the count of blocks).
+# barrier before the count of blocks; the barriers around the count of rows that are copied).
 MULTIPLY, FINISH, INPUT, COPY = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input", "copy"))
 
 
@@ -475,7 +585,6 @@ def _split(small: Launching) -> None:
 
 
 CAUGHT: list[tuple[str, dict[str, str], Any]] = [
-    (MULTIPLY, {r"(?<=wait_for_copy\(args, block\.row_tile\);\n        )__syncthreads\(\);": ""}, _chained),
     (
         MULTIPLY,
         {
@@ -497,6 +606,20 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
     (FINISH, {r"(?<=tile_size\(\);\n    )sync\(\);": ""}, _edges),
     (COPY, {r"c < channels": "c < channels + width", r"sync\(\);(?=\n        float sum)": ""}, _norms),
     (COPY, {r"c < args\.depth": "false"}, _edges),
+    (
+        FINISH,
+        {
+            r"row < args\.call\.rows && column": "column",
+            r" && column < args\.call\.weights\.columns": "",
+            r"squares = group_sum\(squares, lanes\);": "",
+            r"slot < heads\.final\[b\]": "false",
+            r"\? heads\.start : heads\.starts\[b\]": "? heads.start : heads.start",
+            r"/ lanes \* layout\.head_dim;": "/ lanes * 0;",
+            r"(?<=load_planes<width>\()bias \+ column": "bias",
+            r"row \* Tile::columns \+ column\);": "column);",
+        },
+        _into_heads,
+    ),
     (
         COPY,
         {
