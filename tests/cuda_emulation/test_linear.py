@@ -624,10 +624,10 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
         COPY,
         {
             r"row >= args\.call\.rows": "false",
-            r"/ args\.schedule\.tile_rows\)": "/ 128)",
+            r"/ args\.schedule\.tile_rows;": "/ 128;",
             r"args\.call\.rows - int64_t\{row_tile\}": "args.call.rows - int64_t{0}",
             r"left < schedule\.tile_rows \? left : ": "",
-            r"args\.schedule\.first_copied\(\) \+ row": "row",
+            r"args\.schedule\.first_copied\(\) \+ tile": "tile",
             r"args\.chained && args\.copied": "args.copied",
         },
         _chained,

@@ -19,7 +19,7 @@ class RowSums {
   public:
     using Scratch = float[2][copy_threads / warp_size];
 
-    __device__ RowSums(Scratch& scratch, int group) : scratch_(scratch), barrier_(1 + group) {}
+    __device__ RowSums(Scratch& scratch, int group) : scratch_(scratch), group_(group) {}
 
     __device__ float operator()(float value) {
         value = warp_sum(value);
@@ -31,11 +31,21 @@ class RowSums {
         turn_ = 1 - turn_;
         return sum;
     }
-    __device__ void sync() const { sync_named<copy_threads>(barrier_); }
+    // By numbers that the compiler knows: a barrier of any number would take all sixteen of a block.
+    __device__ void sync() const {
+        switch (group_) {
+            case 0:
+                return sync_named<copy_threads>(1);
+            case 1:
+                return sync_named<copy_threads>(2);
+            default:
+                return sync_named<copy_threads>(3);
+        }
+    }
 
   private:
     Scratch& scratch_;
-    int barrier_;
+    int group_;
     int turn_ = 0;
 };
 
@@ -99,6 +109,7 @@ __device__ void copy_row(const LinearCudaArgs& args, int64_t row, RowSums& sums)
 template <int threads>
 struct CopyBlock {
     static constexpr int rows = threads / copy_threads;
+    static_assert(rows <= 3 && threads % copy_threads == 0);
     RowSums::Scratch scratch[rows];
 
     // Rows of the n-th block.
@@ -117,7 +128,9 @@ struct CopyBlock {
         fence_proxy_of_memory();
         sums.sync();
         if (threadIdx.x % copy_threads == 0) {
-            signal(args.counters + args.schedule.first_copied() + row / args.schedule.tile_rows);
+            // In 32 bits, as in finish_heads.
+            const int32_t tile = static_cast<int32_t>(row) / args.schedule.tile_rows;
+            signal(args.counters + args.schedule.first_copied() + tile);
         }
     }
 };

@@ -165,17 +165,20 @@ __device__ void finish_heads(const LinearCudaArgs& args, const LinearBlock& bloc
         for (int i = 0; i < width; ++i) squares += x.u[i] * x.u[i] + x.v[i] * x.v[i];
         squares = group_sum(squares, lanes);
         if (!here) continue;
-        const int64_t head = column / layout.head_dim;
-        const int64_t b = row / shape.tokens;
-        const int64_t t = row % shape.tokens;
+        // In 32 bits, and roots and quotients below by fast intrinsics, off by 2 units in the last place: other
+        // divisions and roots call functions, for which ptxas may serialise products of wgmma.
+        const int head = static_cast<int>(column) / layout.head_dim;
+        const auto tokens = static_cast<uint32_t>(shape.tokens);
+        const int64_t b = static_cast<uint32_t>(row) / tokens;
+        const int64_t t = static_cast<uint32_t>(row) % tokens;
         const bool is_query = head < shape.heads;
         const bool is_value = head >= shape.heads + shape.kv_heads;
         const int64_t slot = (heads.starts == nullptr ? heads.start : heads.starts[b]) + t;
         if (!is_query && heads.final != nullptr && slot < heads.final[b]) continue;
         const HeadTurn<float> turn(heads.query, heads.key, is_query, is_value, b, t);
         if (turn.weight != nullptr) {
-            const float inverse =
-                1.0F / sqrtf(squares / static_cast<float>(layout.head_dim) + static_cast<float>(head_epsilon));
+            const float mean = __fdividef(squares, static_cast<float>(layout.head_dim));
+            const float inverse = rsqrtf(mean + static_cast<float>(head_epsilon));
             Planes<float, width> weight;
             load_planes<width>(turn.weight, layout, p, weight);
 #pragma unroll
