@@ -287,7 +287,7 @@ def _rate(tokens: int, count: SweepCount, seconds: float) -> dict[str, float]:
     return {"ms a sweep": round(1e3 * seconds / sweeps, 3), "evaluations a second": round(tokens * sweeps / seconds)}
 
 
-@pytest.mark.parametrize("way", ["graph", "step", "loop"])
+@pytest.mark.parametrize("way", ["graph", "step", "loop", "graph, no early launches"])
 @pytest.mark.parametrize("window", [16, 64, 128])
 def test_rate_of_the_deep_block(
     window: int, way: str, clip_state: tuple[BlockWeights, BlockState], benchmark: Any
@@ -295,7 +295,8 @@ def test_rate_of_the_deep_block(
     """32 sweeps with guidance from the middle of a clip, by the wall clock; the ways run the same kernels."""
     middle = seven_b.TOKENS // 2
     solve = partial(seven_b.solve, *clip_state, seven_b.TOKENS, window, 32, begin=middle, guidance=3.5)
-    native.set_repeat(way)
+    native.set_repeat(way.partition(",")[0])
+    native.set_early_launches("," not in way)
     try:
         with torch.inference_mode():
             count = solve()
@@ -304,6 +305,7 @@ def test_rate_of_the_deep_block(
             benchmark.pedantic(solve, rounds=3, warmup_rounds=1)
     finally:
         native.set_repeat("")
+        native.set_early_launches(True)
     rate = _rate(window, count, benchmark.stats.stats.min)
     # What follows for a clip, if a token took so many evaluations.
     clip = seven_b.TOKENS * seven_b.DEEP_EVALUATIONS / rate["evaluations a second"]

@@ -54,7 +54,9 @@ def may_build_cuda(settings: dict[str, Any]) -> bool:
 
 def needed(settings: dict[str, Any] | None) -> list[str]:
     """Return what the build needs beside the requirements of pyproject.toml."""
-    return [TORCH] * (find_torch() is None) + [CUTLASS] * may_build_cuda(settings or {})
+    settings = settings or {}
+    has_headers = bool(settings.get("cmake.define.STARFLOW_CUTLASS"))
+    return [TORCH] * (find_torch() is None) + [CUTLASS] * (may_build_cuda(settings) and not has_headers)
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:

@@ -132,6 +132,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("tensors"), py::arg("most_lines"));
     m.def("repeat", &starflow::cuda::repeat_name);
     m.def("set_repeat", &starflow::cuda::set_repeat, py::arg("name"));
+    m.def("set_early_launches", &starflow::cuda::set_early_launches, py::arg("on"));
     m.def("cuda_devices", [] {
         const starflow::cuda::DeviceCount found = starflow::cuda::count_devices();
         return py::make_tuple(found.devices, found.reason);

@@ -14,6 +14,12 @@ namespace {
 constexpr std::array<const char*, 3> names{"graph", "step", "loop"};
 constexpr int none = -1;
 std::atomic<int> override_{none};
+#if STARFLOW_CUDA && CUDART_VERSION >= 12030
+constexpr bool has_early_launches = true;
+#else
+constexpr bool has_early_launches = false;
+#endif
+std::atomic<bool> early_{true};
 
 bool has_while_nodes() {
 #if STARFLOW_CUDA
@@ -48,5 +54,9 @@ void set_repeat(const std::string& name) {
     }
     throw std::runtime_error("set_repeat: name is \"" + name + R"(", expected "graph", "step", "loop" or "")");
 }
+
+bool early_launches() { return has_early_launches && early_.load(); }
+
+void set_early_launches(bool on) { early_ = on; }
 
 }  // namespace starflow::cuda

@@ -19,4 +19,9 @@ STARFLOW_API std::string repeat_name();
 // Set the override; an empty name takes it away. Throws std::runtime_error for a name that is no way.
 STARFLOW_API void set_repeat(const std::string& name);
 
+// Whether the launches of a sweep begin before the one in front of each has ended (programmatic dependent launch), on
+// devices that have it, which is from compute capability 9.0 on. Graphs take such launches from CUDA 12.3 on.
+bool early_launches();
+STARFLOW_API void set_early_launches(bool on);
+
 }  // namespace starflow::cuda

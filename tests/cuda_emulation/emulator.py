@@ -18,6 +18,8 @@ name of a value, or a torch.dtype; what is left out or None is zero. Results are
   access to what ``cp.async`` or TMA still writes, or any write to what ``wgmma`` still reads: by happens-before, in
   every schedule;
 - what TMA or ``wgmma`` should see of a thread's writes, without a fence of proxies;
+- what an early launch (programmatic dependent launch) touches before it has waited for the launches in front of it,
+  and a block that waits for one with a higher number;
 - warp collectives that lanes reach with different masks, warps of a group that come to different ``wgmma``, barriers
   that not all reach, too many arrivals at an mbarrier, misaligned copies, what is in flight when a block ends.
 
@@ -142,6 +144,7 @@ class Report:
     bank_conflicts: int
     shared_bytes: int
     threads: int
+    early_launches: int
     read: Mapping[str, int]
     written: Mapping[str, int]
     sectors_read: Mapping[str, int]

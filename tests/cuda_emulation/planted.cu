@@ -6,6 +6,7 @@
 #include "common/dtype.h"
 #include "cuda/declare.h"
 #include "cuda/enqueue.cuh"
+#include "cuda/signal.cuh"
 
 namespace starflow {
 
@@ -32,6 +33,20 @@ struct ReverseArgs {
     int32_t threads;
     Mistake mistake;
 };
+
+enum class ChainMistake : int32_t { none, reads_at_once, writes_at_once, never_waits, waits_for_itself };
+
+struct ChainArgs {
+    const float* x;
+    float* out;
+    int32_t* counts;
+    int64_t blocks;
+    ChainMistake mistake;
+};
+
+// out = x + 1 by two launches of 32 threads a block, of which the second begins early and each of its blocks follows
+// those before it.
+STARFLOW_DECLARE_CUDA(ChainArgs, chain_cuda)
 
 // out = x backwards within each block, twice: by dynamic and by static shared memory.
 STARFLOW_DECLARE_CUDA(ReverseArgs, reverse_cuda)
@@ -82,7 +97,35 @@ __global__ void reverse_kernel(ReverseArgs args) {
     args.out[first + t] = out;
 }
 
+__global__ void copy_kernel(ChainArgs args) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    args.out[i] = args.x[i];
+    if (i == 0) *args.counts = 0;
+}
+
+__global__ void add_one_kernel(ChainArgs args) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    float value = args.x[i];  // which no launch writes
+    if (args.mistake == ChainMistake::reads_at_once) value = args.out[i];
+    if (args.mistake == ChainMistake::writes_at_once) args.out[i] = value;
+    if (args.mistake == ChainMistake::never_waits) return;
+    await_earlier_launches();
+    const auto before = static_cast<int32_t>(blockIdx.x);
+    if (threadIdx.x == 0)
+        wait_for_signals(args.counts, before + (args.mistake == ChainMistake::waits_for_itself ? 1 : 0));
+    __syncthreads();
+    args.out[i] += value - args.x[i] + 1.0F;
+    __syncthreads();
+    if (threadIdx.x == 0) signal(args.counts);
+}
+
 }  // namespace
+
+int chain_cuda(const ChainArgs& args, void* stream) {
+    const auto blocks = static_cast<unsigned>(args.blocks);
+    const int code = enqueue(copy_kernel, blocks, 32, 0, stream, args);
+    return code != 0 ? code : enqueue_early(true, add_one_kernel, blocks, 32, 0, stream, args);
+}
 
 int reverse_cuda(const ReverseArgs& args, void* stream) {
     const unsigned threads = args.mistake == Mistake::too_many_threads ? 2048 : args.threads;

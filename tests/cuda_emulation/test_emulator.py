@@ -51,6 +51,34 @@ def test_a_planted_mistake(mistake: str, seed: int) -> None:
         _reverse(seed, mistake)
 
 
+def _chain(seed: int, mistake: str) -> tuple[Report, torch.Tensor, torch.Tensor]:
+    x, out, counts = torch.randn(96), torch.empty(96), torch.full((1,), 7, dtype=torch.int32)
+    given = {"x": x, "out": out, "counts": counts, "blocks": 3, "mistake": mistake}
+    return emulated("planted.cu").launch("chain_cuda", seed, **given), x, out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_launch_that_begins_early(seed: int) -> None:
+    report, x, out = _chain(seed, "none")
+    assert torch.equal(out, x + 1)
+    assert (report.launches, report.early_launches) == (2, 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "mistake, noticed",
+    [
+        ("reads_at_once", "reads out before the launches in front have ended"),
+        ("writes_at_once", "writes out before the launches in front have ended"),
+        ("never_waits", "an early launch did not wait for those in front"),
+        ("waits_for_itself", r"waits for 1 signals of earlier blocks, of which 0 have come \(block 0,0,0"),
+    ],
+)
+def test_a_planted_mistake_of_an_early_launch(mistake: str, noticed: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=noticed):
+        _chain(seed, mistake)
+
+
 def _product(
     seed: int, *, dtype: torch.dtype = torch.bfloat16, swizzled: bool = True, mistake: str = "none"
 ) -> tuple[Report, float]:

@@ -97,6 +97,20 @@ def test_every_type_of_cache(cache: Any, kernels: Kernels) -> None:
     _checked(kernels, {}, "bfloat16", cache)
 
 
+def _rotated(kernels: Kernels, *, sm90: bool = False) -> None:
+    """Heads that the product normalises, rotates and writes; the depth cut in two or not; edges of tiles."""
+    for head_dim, heads, width in ((8, 3, 40), (16, 2, 64), (32, 1, 512), (64, 2, 40)):
+        for qk in (True, False):
+            options = {"head_dim": head_dim, "heads": heads, "kv_heads": 1, "width": width, "qk": qk, "bias": qk}
+            storage = "float16" if qk else "bfloat16"
+            _checked(kernels, options, storage, storage, sm90=sm90)
+
+
+@pytest.mark.parametrize("sm90", [False, True], ids=["sm_80", "sm_90a"])
+def test_heads_of_all_sizes_that_the_product_rotates(sm90: bool, kernels: Kernels) -> None:
+    _rotated(kernels, sm90=sm90)
+
+
 def _over_frames(kernels: Kernels, kind: str, storage: Any, cache: Any, *, sm90: bool = False) -> None:
     weights = block(KINDS[kind], storage)
     frames = {"frame_tokens": 6, "frames_behind": 1}
@@ -209,13 +223,36 @@ def test_every_schedule_gives_the_same_bits(kernels: Kernels) -> None:
 
 
 def test_launches(kernels: Kernels) -> None:
-    """As jacobi_sweep_cuda.h counts them; no depth is cut here."""
-    # Products that something is launched in front of: rows of no multiple of 16 bytes, or normalised ones.
-    for kind, layer, prepared in (({}, 6, 3), ({"gated": True}, 7, 4), ({"gated": True, "post": True}, 11, 4)):
+    """As jacobi_sweep_cuda.h counts them, whatever is normalised, rounded or cut by its depth."""
+    kinds = (
+        ({"head_dim": 64}, 5),
+        ({"head_dim": 16, "gated": True}, 6),
+        ({"head_dim": 32, "gated": True, "post": True, "qk": True}, 10),
+        # Heads that the product does not rotate.
+        ({}, 6),
+        ({"head_dim": 128}, 6),
+        # Split by its depth.
+        ({"width": 512, "head_dim": 32, "heads": 1}, 5),
+    )
+    for kind, layer in kinds:
         weights = block(kind, "float16")
         device = DeviceBlock.of(weights, state_of(weights, 3, SLOTS, storage="float16"))
         report, _ = device.sweep(kernels, torch.zeros(3, 4, 5), torch.full((3,), 2))
-        assert report.launches == 3 + 2 * layer + 2 + 2 * prepared
+        assert report.launches == report.early_launches == 3 + 2 * layer
+
+
+def test_launches_that_begin_early_give_the_same_bits(kernels: Kernels) -> None:
+    """Each of a sweep begins before the one in front of it has ended; so they are in the other tests."""
+    weights = block({"gated": True, "post": True, "qk": True}, "float16")
+    results = []
+    for early in (True, False):
+        device = DeviceBlock.of(weights, state_of(weights, 3, SLOTS, storage="float16"), early=early)
+        device.keys[:, :, :, :2] = device.values[:, :, :, :2] = 0.0
+        report, raw = device.sweep(kernels, torch.ones(3, 4, 5), torch.full((3,), 2))
+        assert report.early_launches == (report.launches if early else 0)
+        results += [raw, device.keys[:, :, :, :6], device.values[:, :, :, :6]]
+    for one, other in zip(results[:3], results[3:], strict=True):
+        assert torch.equal(one, other)
 
 
 MUTATIONS = mutations(
@@ -231,6 +268,9 @@ MUTATIONS = mutations(
         r"slot - block\.text_tokens;": "slot;",
         r"condition_of\(block, cache_row, place\)": "condition_of(block, cache_row, 0)",
         r"if \(at >= count\) return;": "",
+        r"await_earlier_launches\(\);": "",
+        r"g\.counters\[i\] = 0": "(void)0",
+        r"counters_taken_ \+= args\.schedule\.counters\(\);": "",
         r"block_\.width % wide == 0 && ": "",
         r"added \? stream_h\(\) : Matrix\{\}": "Matrix{}",
         r"piece_\.first_window \* args_\.tokens \+ piece_\.first_token": "0",
@@ -238,7 +278,7 @@ MUTATIONS = mutations(
         r"args_\.keep \+ piece_\.first_window": "args_.keep",
         r"turn\(2, ": "turn(0, ",
         r"table\(first_table \+ 1\)": "table(first_table)",
-        r"attention\.mask\.starts = slots;": "",
+        r"attention\.mask\.starts = rope\.starts;": "",
         r"Epilogue::gelu, hidden": "Epilogue::none, hidden",
     },
 ) + mutations(
@@ -261,5 +301,6 @@ def test_mutation_is_caught(mutation: Mutation) -> None:
         _frames(kernels)
         _pieces(kernels)
         _halves(kernels)
+        _rotated(kernels)
 
     assert_caught(SWEEP, mutation, check)

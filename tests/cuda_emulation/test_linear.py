@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product as combinations
@@ -48,6 +49,7 @@ class Call:
     parts: int = 1
     group: int = 2
     split: bool = False
+    chained: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,13 @@ def _view(tensor: Tensor | None) -> Any:
     return {} if tensor is None else tensor
 
 
-def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Result:
-    """As csrc/ops/linear/linear.cpp does; results have `gap` more columns, which must stay as they are."""
+def _launch(
+    kernels: Launching, call: Call, seed: int = 0, gap: int = GAP, heads: Mapping[str, Any] | None = None
+) -> Result:
+    """As csrc/ops/linear/linear.cpp does; results have `gap` more columns, which must stay as they are.
+
+    With `heads`, the fields of RopeAppendArgs, the columns go there.
+    """
     (rows, channels), out_channels = call.x.shape, call.weight.shape[0]
     packed = call.weight.new_zeros(device_rows_shape(out_channels, channels))
     packed[:, :channels] = call.weight
@@ -128,11 +135,14 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
     }
     tiles = schedule["row_tiles"] * schedule["column_tiles"]
     counters = _ceil(rows * depth * 2 if copied else 0, 128) * 128
-    partials = counters + _ceil(4 * tiles, 128) * 128
+    partials = counters + _ceil(4 * (tiles + schedule["row_tiles"]), 128) * 128
     size = partials + (4 * tiles * call.parts * tile_rows * tile_columns if call.split else 0)
     # What was there before is no count, and no number.
     workspace = torch.full((size,), 255, dtype=torch.uint8)
     copy = workspace[: rows * depth * 2].view(call.weight.dtype).view(rows, depth) if copied else call.x
+    counts = workspace[counters:partials].view(torch.int32)
+    if call.chained:
+        counts.zero_()
     kinds = {"layer_norm": "layer", "rms_norm": "rms"}
     report = kernels.launch(
         "linear_cuda",
@@ -168,7 +178,11 @@ def _launch(kernels: Launching, call: Call, seed: int = 0, gap: int = GAP) -> Re
         wide_input=channels % 4 == 0 and all(_aligned(tensor, 4) for tensor in (call.x, *norm_tensors)),
         wide_result=out_channels % 4 == 0
         and all(_aligned(tensor, 4) for tensor in (call.bias, call.multiply, call.residual, out, product)),
+        chained=call.chained,
+        into_heads=heads is not None,
+        heads=heads,
         schedule=schedule,
+        counters=counts,
         layout={"counters": counters, "partials": partials, "bytes": size},
         workspace=workspace,
     )
@@ -320,6 +334,142 @@ def test_parts_of_the_depth(small: Launching) -> None:
     _parts(small)
 
 
+def _chained(small: Launching) -> None:
+    """One launch, whose first blocks copy the rows: the same bits."""
+    for channels, norm in ((3 * DEPTH, "layer_norm"), (3 * DEPTH - 14, "rms_norm"), (5 * DEPTH, None)):
+        call = _call(37, channels, 130, parts=2, residual=True)
+        if norm:
+            call = replace(call, norm=InputNorm(_draw(channels, seed=8), kind=norm))
+        for split, tile in combinations((False, True), TILES[:2]):
+            call = replace(call, split=split, tile=tile)
+            before, result = _run(small, call), _run(small, replace(call, chained=True))
+            assert (before.report.launches, result.report.launches) == (2 + split, 1)
+            assert torch.equal(_bits(result), _bits(before))
+            # Each value of x is read once more for each pass of the norm.
+            assert result.report.read["call.x"] == before.report.read["call.x"]
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Queries, keys and values of some tokens of each sample, at slots of their own; some slots are final."""
+
+    head_dim: int
+    dtype: torch.dtype
+    heads: int = 2
+    kv_heads: int = 1
+    normed: bool = True
+    rotated: bool = True
+    batch: int = 3
+    tokens: int = 7
+    slots: int = 20
+
+    @property
+    def columns(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
+
+    def run(self, kernels: Launching, call: Call, seed: int = 0) -> tuple[Tensor, ...]:
+        """q, k and v, near float64, and NaN wherever nothing is to be written."""
+        kept = torch.full((2, self.batch, self.kv_heads, self.slots, self.head_dim), torch.nan, dtype=self.dtype)
+        q = torch.full((self.batch, self.tokens, self.heads, self.head_dim), torch.nan, dtype=self.dtype)
+        angles = 6 * _draw(2, self.batch, self.tokens, self.head_dim // 2, seed=11)
+        weights = 0.3 * _draw(2, self.head_dim, seed=12)
+        starts, final = torch.tensor([4, 0, 9]), torch.tensor([0, 3, 12])
+        turns = [
+            ({"cos": turn.cos(), "sin": turn.sin()} if self.rotated else {})
+            | ({"weight": weight} if self.normed else {})
+            for turn, weight in zip(angles, weights, strict=True)
+        ]
+        shape = {name: getattr(self, name) for name in ("batch", "tokens", "heads", "kv_heads", "head_dim")}
+        heads = {
+            "shape": {**shape, "data": self.dtype, "kept": self.dtype},
+            "query": turns[0],
+            "key": turns[1],
+            "q": q.transpose(1, 2),
+            "k": kept[0],
+            "v": kept[1],
+            "starts": starts,
+            "final": final,
+        }
+        result = _launch(kernels, call, seed, heads=heads)
+        assert result.out.isnan().all()
+        self._check(call, q, kept, angles, weights, starts, final)
+        return q, *kept
+
+    def _check(
+        self, call: Call, q: Tensor, kept: Tensor, angles: Tensor, weights: Tensor, starts: Tensor, final: Tensor
+    ) -> None:
+        bias = None if call.bias is None else call.bias.double()
+        product = F.linear(call.x.to(call.weight.dtype).double(), call.weight.double(), bias)
+        parts = product.view(self.batch, self.tokens, -1, self.head_dim).split(
+            [self.heads, self.kv_heads, self.kv_heads], 2
+        )
+        wanted = []
+        for part, turn, weight in zip(parts, angles.double(), weights.double(), strict=False):
+            if self.normed:
+                part = part * (part.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * (1 + weight)
+            if self.rotated:
+                (u, v), cos, sin = part.chunk(2, -1), turn.cos()[:, :, None], turn.sin()[:, :, None]
+                part = torch.cat((u * cos - v * sin, v * cos + u * sin), -1)
+            wanted.append(part)
+        bound = ROUNDING[self.dtype] * 1.01
+        label = f"{self}, tile {call.tile}, {call.parts} parts"
+        _near(q, wanted[0], bound * wanted[0].abs() + 2e-5, label)
+        for cache, want in zip(kept, (wanted[1], parts[2]), strict=True):
+            expected = torch.full_like(cache, torch.nan, dtype=torch.float64)
+            for b in range(self.batch):
+                for t in range(self.tokens):
+                    slot = int(starts[b]) + t
+                    if slot >= int(final[b]):
+                        expected[b, :, slot] = want[b, t]
+            written = ~expected.isnan()
+            assert cache[~written].isnan().all(), label
+            _near(cache[written], expected[written], bound * expected[written].abs() + 2e-5, label)
+
+
+def _into_heads(small: Launching) -> None:
+    """The product's columns as heads, whole and split by the depth, in every tile: the same bits."""
+    for head_dim, dtype in ((8, torch.float32), (16, torch.bfloat16), (32, torch.float16), (64, torch.float32)):
+        for normed, rotated in ((True, True), (False, True), (True, False), (False, False)):
+            kind = _Heads(head_dim, dtype, normed=normed, rotated=rotated, heads=3 if head_dim < 64 else 2)
+            call = _call(21, 2 * DEPTH, kind.columns, parts=2, bias=normed)
+            call = replace(call, bias=call.bias if normed else None)
+            expected = kind.run(small, call)
+            for tile, split in ((TILES[0], True), (TILES[1], False)):
+                results = kind.run(small, replace(call, tile=tile, split=split), 1)
+                for got, want in zip(results, expected, strict=True):
+                    assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+def test_columns_as_heads(small: Launching) -> None:
+    _into_heads(small)
+
+
+@pytest.mark.parametrize("tile", TILES[2:], ids=str)
+def test_columns_as_heads_in_large_tiles(tile: tuple[int, int], kernels: Launching) -> None:
+    kind = _Heads(32, torch.bfloat16, heads=3)
+    for split in (False, True):
+        kind.run(kernels, _call(21, 2 * DEPTH, kind.columns, parts=2, tile=tile, split=split))
+
+
+def test_one_launch_of_a_chain(small: Launching) -> None:
+    _chained(small)
+
+
+@pytest.mark.parametrize("tile", TILES[2:], ids=str)
+def test_one_launch_of_a_chain_in_large_tiles(tile: tuple[int, int], kernels: Launching) -> None:
+    """Whose blocks copy one, two or three rows, the last of them fewer."""
+    call = _call(tile[0] + 3, 2 * DEPTH, 70, tile=tile, norm=InputNorm(_draw(2 * DEPTH, seed=8)))
+    result = _run(kernels, replace(call, chained=True))
+    assert result.report.launches == 1
+    assert torch.equal(_bits(result), _bits(_run(kernels, call)))
+
+
+def test_no_copy_in_a_chain(small: Launching) -> None:
+    call = _call(19, 64, 70, parts=1, chained=True)
+    call = replace(call, x=call.x.bfloat16())
+    assert _run(small, call).report.blocks == 4
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_a_row_has_the_same_bits_in_every_tile(tile: tuple[int, int], kernels: Launching) -> None:
     call = _call(3, 2 * DEPTH, 70, parts=2)
@@ -406,9 +556,9 @@ def _traffic(small: Launching, split: bool) -> None:
         assert report.read[f"call.{name}"] == 33 * 128 * 4
     assert report.written["call.out"] == 33 * 128 * 4
     partials = 2 * 33 * 128 * 4 if split else 0
-    counters = 4 * (report.blocks if split else 0)
-    assert report.written["workspace"] <= partials + 2 * counters
-    assert report.written["workspace"] >= partials
+    # Set to zero, and counted.
+    assert report.written["counters"] == 4 * ((report.blocks - 1 + 4) if split else 0)
+    assert report.written["workspace"] == partials
     assert report.bank_conflicts == 0
     # Of 16 x 8 x 16 each, or by wgmma a warp's quarter of 64 x 32 x 16; edges are multiplied too.
     each = {"products": (32 // 16) * (64 // 8), "group_products": 4}[
@@ -425,8 +575,8 @@ def test_bytes_moved_and_banks(split: bool, small: Launching) -> None:
 
 # What keeps the kernels right, taken away one by one, with the test that must see it: every barrier, wait and check of
 # an edge. Not here, because blocks run one after another: what orders memory between blocks (both __threadfence and the
-# barrier before the count of blocks).
-MULTIPLY, FINISH, INPUT = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input"))
+# barrier before the count of blocks; the barriers around the count of rows that are copied).
+MULTIPLY, FINISH, INPUT, COPY = (f"ops/linear/linear_{name}.cuh" for name in ("multiply", "finish", "input", "copy"))
 
 
 def _split(small: Launching) -> None:
@@ -435,7 +585,14 @@ def _split(small: Launching) -> None:
 
 
 CAUGHT: list[tuple[str, dict[str, str], Any]] = [
-    (MULTIPLY, {r"__syncthreads\(\);": "", r"cute::cp_async_(wait<Tile::stages - 2>|fence)\(\);": ""}, _parts),
+    (
+        MULTIPLY,
+        {
+            r"(?<!row_tile\);\n        )__syncthreads\(\);": "",
+            r"cute::cp_async_(wait<Tile::stages - 2>|fence)\(\);": "",
+        },
+        _parts,
+    ),
     (MULTIPLY, {r"stages - 2>\(\)": "stages - 1>()", r"step < steps\) \{": "true) {"}, _parts),
     (MULTIPLY, {r"first_row \+ row < rows": "true", r"column < depth": "true"}, _edges),
     (MULTIPLY, {r"piece \^ \(row % step_pieces\)": "piece"}, _split),
@@ -447,9 +604,34 @@ CAUGHT: list[tuple[str, dict[str, str], Any]] = [
         _split,
     ),
     (FINISH, {r"(?<=tile_size\(\);\n    )sync\(\);": ""}, _edges),
-    (INPUT, {r"c < channels": "c < channels + width"}, _norms),
-    ("cuda/reduce.cuh", {r"__syncthreads\(\);(?=\n#pragma unroll\n        for \(int i = 0; i < count)": ""}, _norms),
-    (INPUT, {r"c < args\.depth": "false"}, _edges),
+    (COPY, {r"c < channels": "c < channels + width", r"sync\(\);(?=\n        float sum)": ""}, _norms),
+    (COPY, {r"c < args\.depth": "false"}, _edges),
+    (
+        FINISH,
+        {
+            r"row < args\.call\.rows && column": "column",
+            r" && column < args\.call\.weights\.columns": "",
+            r"squares = group_sum\(squares, lanes\);": "",
+            r"slot < heads\.final\[b\]": "false",
+            r"\? heads\.start : heads\.starts\[b\]": "? heads.start : heads.start",
+            r"/ lanes \* layout\.head_dim;": "/ lanes * 0;",
+            r"(?<=load_planes<width>\()bias \+ column": "bias",
+            r"row \* Tile::columns \+ column\);": "column);",
+        },
+        _into_heads,
+    ),
+    (
+        COPY,
+        {
+            r"row >= args\.call\.rows": "false",
+            r"/ args\.schedule\.tile_rows;": "/ 128;",
+            r"args\.call\.rows - int64_t\{row_tile\}": "args.call.rows - int64_t{0}",
+            r"left < schedule\.tile_rows \? left : ": "",
+            r"args\.schedule\.first_copied\(\) \+ tile": "tile",
+            r"args\.chained && args\.copied": "args.copied",
+        },
+        _chained,
+    ),
     (INPUT, {r"args\.schedule\.split": "false", r"tile < args\.schedule\.tiles\(\)": "true"}, _split),
 ]
 SCHEDULE = "ops/linear/linear_schedule.h"

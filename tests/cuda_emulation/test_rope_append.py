@@ -19,6 +19,7 @@ from .emulator import SEEDS, Kernels, Mutation, Report, assert_caught, emulated,
 
 SPEC = ops.SPECS["rope_append"]
 SOURCE = "ops/rope_append/rope_append.cu"
+PLANES = "ops/rope_append/rope_append_planes.cuh"
 
 
 def _turn(rotation: Rotation | None, weight: Tensor | None, qkv: Tensor) -> dict[str, Any]:
@@ -237,7 +238,6 @@ MUTATIONS = mutations(
     SOURCE,
     {
         r"p < layout\.planes(?=\) step)": "true",
-        r"layout\.v\(p\) < layout\.head_dim": "true",
         r"slot < args\.final\[b\]": "false",
         r"head < shape\.heads \+ 2 \* shape\.kv_heads && ": "",
         r"first \+ group < items": "true",
@@ -250,7 +250,7 @@ MUTATIONS = mutations(
         r"T\(-1\)": "T(1)",
         r"is_query \? 0 : layout\.head_dim": "0",
     },
-)
+) + mutations(PLANES, {r"layout\.v\(p\) < layout\.head_dim": "true"})
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=str)

@@ -161,6 +161,16 @@ def test_bits_do_not_depend_on_batch_pieces_or_way(way: str) -> None:
     assert torch.equal(_solve(7, 0.05)[0], got)
 
 
+def test_bits_do_not_depend_on_early_launches(way: str) -> None:
+    """Programmatic dependent launches, as devices from compute capability 9.0 on have them, or none."""
+    expected, _ = _solve(7, 0.05)
+    native.set_early_launches(False)
+    try:
+        assert torch.equal(_solve(7, 0.05)[0], expected)
+    finally:
+        native.set_early_launches(True)
+
+
 def test_the_solver_runs_on_the_current_stream(way: str) -> None:
     expected, _ = _solve(7, 0.05)
     stream = torch.cuda.Stream()

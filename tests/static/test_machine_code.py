@@ -144,6 +144,33 @@ def test_rule(rule: Rule, root: Path, kernels: list[Kernel]) -> None:
             assert wide >= rule.wide * accesses, f"{kernel} has {wide} accesses of 16 bytes among {accesses}"
 
 
+# The launches of a sweep and of the solver's turn that may begin before the one in front has ended.
+EARLY = (
+    r"linear(_sm90)? multiply<.*",
+    r"jacobi_sweep (gather_kernel<\d>|add_kernel)",
+    r"jacobi_solve (update|accept)_kernel",
+    r"rope_append forward_kernel<.*",
+    r"norm forward_kernel<.*",
+    r"block_attention(_sm90)? forward_kernel<.*",
+)
+# griddepcontrol.wait, and what touches global memory.
+WAITS = {"ACQBULK": "W"} | dict.fromkeys(("LD", "LDG", "LDGSTS", "UTMALDG", "ST", "STG", "ATOM", "ATOMG", "RED"), "m")
+
+
+@pytest.mark.parametrize("pattern", EARLY)
+def test_early_launches_wait_before_they_touch_memory(pattern: str, kernels: list[Kernel]) -> None:
+    """From sm_90 on, where they are launched early; before, there is nothing that could wait."""
+    architectures = {kernel.architecture for kernel in kernels}
+    found = [kernel for kernel in kernels if re.fullmatch(pattern, kernel.name)]
+    assert {kernel.architecture for kernel in found} == architectures
+    for kernel in found:
+        order = kernel.events(WAITS)
+        if kernel.architecture == "sm_80":
+            assert "W" not in order
+        else:
+            assert re.match("W+m", order), f"{kernel}: {order[:20]}"
+
+
 @pytest.mark.parametrize("width", [64, 128])
 def test_which_products_of_attention_run_beside_its_softmax(kernels: list[Kernel], width: int) -> None:
     """Those of a tile of keys and of the values before it are begun together; the softmax waits for both.

@@ -116,6 +116,7 @@ def test_cutlass_is_asked_for_where_cuda_kernels_are(
         monkeypatch.setenv(name, value)
     assert backend.needed(settings) == ["nvidia-cutlass==4.2.0.0"]
     assert backend.needed(settings | {"cmake.define.STARFLOW_CUDA": "OFF"}) == []
+    assert backend.needed(settings | {"cmake.define.STARFLOW_CUTLASS": "/headers"}) == []
 
 
 def test_a_visible_gpu_asks_for_cutlass(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

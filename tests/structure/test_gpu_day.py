@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,65 @@ def test_without_a_device_it_does_not_begin(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"failed: device: device: {reason}\n" in done.stdout
     assert [line["group"] for line in _lines(tmp_path) if "ended" in line] == ["device"]
+
+
+def _wheel(folder: Path, tag: str, content: str) -> None:
+    """A wheel of that name, whose package says which it is."""
+    info = "starflow_ext-0.1.0.dist-info"
+    files = {
+        "starflow_ext/__init__.py": f"KIND = {content!r}\n",
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: starflow-ext\nVersion: 0.1.0\n",
+        f"{info}/WHEEL": f"Wheel-Version: 1.0\nRoot-Is-Purelib: false\nTag: {'-'.join(tag.split('-')[-3:])}\n",
+        f"{info}/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"starflow_ext-0.1.0-{tag}.whl", "w") as wheel:
+        for name, text in files.items():
+            wheel.writestr(name, text)
+
+
+def _bare_checkout(root: Path, folder: Path) -> dict[str, str]:
+    """The script alone, with an environment that has nothing but pip."""
+    (folder / "benchmarks").mkdir()
+    shutil.copy(root / "benchmarks/gpu_day.sh", folder / "benchmarks")
+    (folder / "dist").mkdir()
+    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
+    return {"PYTHON": str(folder / "venv/bin/python"), "PYTHONPATH": ""}
+
+
+def test_the_wheel_that_is_installed_fits_and_has_cuda_kernels(root: Path, tmp_path: Path) -> None:
+    environment = _bare_checkout(root, tmp_path)
+    mine = "py3-none-any"
+    for tag, content in (
+        (mine, "for processors"),
+        (f"1cu130-{mine}", "with CUDA kernels"),
+        ("2cu130-cp27-none-any", "for another Python"),
+    ):
+        _wheel(tmp_path / "dist", tag, content)
+    done = _run(tmp_path, tmp_path / "out", **environment)
+    # Without the groups it does not go on.
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (
+        2,
+        f"gpu_day: benchmarks/gpu_day.py does not run with {environment['PYTHON']}",
+    )
+    command = [environment["PYTHON"], "-c", "import starflow_ext; print(starflow_ext.KIND)"]
+    said = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    assert said.stdout == "with CUDA kernels\n"
+
+
+def test_no_wheel_that_fits_and_no_headers(root: Path, tmp_path: Path) -> None:
+    environment = _bare_checkout(root, tmp_path)
+    _wheel(tmp_path / "dist", "cp27-none-any", "for another Python")
+    done = _run(tmp_path, tmp_path / "out", **environment)
+    assert (done.returncode, done.stderr) == (
+        2,
+        "gpu_day: neither the wheel in dist/ nor a build from source could be installed; "
+        f"{tmp_path}/out/log.txt says why\n",
+    )
+    done = _run(tmp_path, tmp_path / "out", **environment, STARFLOW_CUTLASS="nowhere")
+    assert (done.returncode, done.stderr) == (
+        2,
+        'gpu_day: STARFLOW_CUTLASS is "nowhere", expected a folder with cutlass/cutlass.h\n',
+    )
 
 
 def test_the_table_tells_what_failed_and_what_was_measured(root: Path, tmp_path: Path) -> None:

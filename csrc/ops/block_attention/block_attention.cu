@@ -57,6 +57,7 @@ __global__ void __launch_bounds__(F::threads) forward_kernel(AttentionArgs args,
     const auto head_dim = static_cast<int>(shape.head_dim);
     const auto block = ForwardBlock<F::rows>::here(args);
     auto& visible_to = *reinterpret_cast<VisibleInTile<F::rows>*>(memory + F::tiles_bytes);
+    await_earlier_launches();
     block.template see<F::threads>(args, visible_to);
     __syncthreads();
     // What the rows see is read again wherever it is needed: registers are for the sums.
@@ -188,7 +189,8 @@ int launch_forward(const AttentionArgs& args, void* stream) {
     const AttentionShape& shape = args.shape;
     const int64_t blocks = divide_up(rows_of(shape), F::rows) * shape.batch * shape.kv_heads * args.splits;
     const bool wide = whole_chunks(shape, args.q, args.k, args.v, args.out);
-    return enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes, stream, args, wide);
+    return enqueue_early(args.early, forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, F::shared_bytes,
+                         stream, args, wide);
 }
 
 // Large tiles exist for types of 16 bits, up to a width of 128.

@@ -75,7 +75,8 @@ struct AttentionArgs {
     // float32 (splits, batch, heads, queries, head_dim), then their lse (splits, batch, heads, queries). Null with one.
     int64_t splits;
     float* parts;
-    bool sm90;  // CUDA: the kernel of block_attention_sm90.cu runs (`forward_kernel_for` is wgmma)
+    bool sm90;   // CUDA: the kernel of block_attention_sm90.cu runs (`forward_kernel_for` is wgmma)
+    bool early;  // CUDA: the launch may begin before the one in front of it has ended
 };
 
 struct AttentionBackwardArgs {

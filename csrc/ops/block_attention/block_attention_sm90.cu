@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
     auto& shared = *reinterpret_cast<typename F::Shared*>(memory);
     const AttentionShape& shape = args.shape;
     const auto block = ForwardBlock<F::rows>::here(args);
+    await_earlier_launches();
     block.template see<F::threads>(args, shared.visible);
     if (threadIdx.x == 0) {
 #pragma unroll
@@ -308,8 +309,8 @@ int launch_forward(const AttentionArgs& args, void* stream) {
     if (code != 0) return code;
     const int64_t blocks = divide_up(rows_of(shape), F::rows) * shape.batch * shape.kv_heads * args.splits;
     const bool wide = whole_chunks(shape, args.q, args.out);
-    return enqueue(forward_kernel<F>, static_cast<unsigned>(blocks), F::threads, sizeof(typename F::Shared), stream,
-                   args, keys, values, wide);
+    return enqueue_early(args.early, forward_kernel<F>, static_cast<unsigned>(blocks), F::threads,
+                         sizeof(typename F::Shared), stream, args, keys, values, wide);
 }
 
 template <class Element>

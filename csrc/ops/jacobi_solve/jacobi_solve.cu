@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(block_threads) guess_kernel(Turn turn) {
 // After a sweep: what the network put out is kept, tokens that are not final are decoded, and change says how far each
 // moved in units of its own scale.
 __global__ void __launch_bounds__(block_threads) update_kernel(Turn turn) {
+    await_earlier_launches();
     const Row row(turn);
     if (!row.in(turn) || row.n < turn.state.frontier[row.b]) return;
     const SolveGuidance& guidance = turn.options.guidance;
@@ -151,6 +152,7 @@ struct Found {
 // there is another sweep.
 __global__ void __launch_bounds__(block_threads) accept_kernel(Turn turn, Again again) {
     __shared__ Found of_warp[block_warps];
+    await_earlier_launches();
     const SolveState& state = turn.state;
     const int warp = static_cast<int>(threadIdx.x) / warp_size;
     Found found{0, -1, -1, false};
@@ -252,16 +254,18 @@ int jacobi_solve_cuda(const SolveCudaArgs& args, void* stream) {
     sweep.raw = turn.raw;
     sweep.workspace = workspace + layout.sweep;
 
+    const bool early = args.device.early && waits_for_earlier_launches(update_kernel);
     const auto blocks = static_cast<unsigned>((args.state.batch * turn.window + block_warps - 1) / block_warps);
     const int64_t numbers = report_accepted + args.most_sweeps;
     const int code = enqueue(begin_kernel, static_cast<unsigned>((numbers + block_threads - 1) / block_threads),
                              block_threads, 0, stream, args.report, numbers);
     if (code != 0) return code;
     return repeat(args.repeat, args.report + report_more, stream, [&](void* to, const Again& again) {
+        // In the body of a graph there is nothing in front of it.
         int launched = enqueue(guess_kernel, blocks, block_threads, 0, to, turn);
         if (launched == 0) launched = jacobi_sweep_cuda(sweep, to);
-        if (launched == 0) launched = enqueue(update_kernel, blocks, block_threads, 0, to, turn);
-        if (launched == 0) launched = enqueue(accept_kernel, 1, block_threads, 0, to, turn, again);
+        if (launched == 0) launched = enqueue_early(early, update_kernel, blocks, block_threads, 0, to, turn);
+        if (launched == 0) launched = enqueue_early(early, accept_kernel, 1, block_threads, 0, to, turn, again);
         return launched;
     });
 }

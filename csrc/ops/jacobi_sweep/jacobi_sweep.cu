@@ -25,18 +25,24 @@ struct Gather {
     float* tables;
     Matrix input;
     float* h;
+    int32_t* counters;
+    int64_t counter_count;
 };
 
 unsigned blocks_for(int64_t threads) { return static_cast<unsigned>((threads + block_threads - 1) / block_threads); }
 
 // One warp a row gathers the token that the row reads, rounded; what is added to its embedding, or the embedding
 // itself; and the rotation tables of its slot. It handles 4 values of the residual stream at a time where `width` is 4.
+// All threads together set the counters of the products behind it to zero.
 // Without a launch bound on the blocks of a multiprocessor ptxas takes 32 registers and spills.
 template <int width>
 __global__ void __launch_bounds__(block_threads, 4) gather_kernel(Gather g) {
     const SweepCudaArgs& args = g.args;
     const SweepBlock& block = args.block;
-    const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / warp_size;
+    await_earlier_launches();
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (int64_t i = thread; i < g.counter_count; i += static_cast<int64_t>(gridDim.x) * blockDim.x) g.counters[i] = 0;
+    const int64_t row = thread / warp_size;
     if (row >= g.piece.rows()) return;
     const int64_t window = row / g.piece.tokens;
     const int64_t cache_row = g.piece.first_window + window;
@@ -86,6 +92,7 @@ __global__ void __launch_bounds__(block_threads, 4) gather_kernel(Gather g) {
 // h += branch, 4 of `count` values a thread. Values past the last only fill up a line of the workspace.
 __global__ void __launch_bounds__(block_threads) add_kernel(float* h, const float* branch, int64_t count) {
     constexpr int width = 4;
+    await_earlier_launches();
     const int64_t at = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * width;
     if (at >= count) return;
     float sum[width];
@@ -108,6 +115,7 @@ class Sweep {
           cache_(dtype_of_storage(args.block.cache)),
           attended_(args.block.heads * args.block.head_dim),
           layout_(sweep_layout(args.block, args.device, piece)),
+          early_(args.device.early && waits_for_earlier_launches(gather_kernel<1>)),
           stream_(stream) {}
 
     int run() {
@@ -147,19 +155,21 @@ class Sweep {
                        at<double>(layout_.temperatures),
                        at<float>(layout_.tables),
                        input(),
-                       at<float>(layout_.h)};
+                       at<float>(layout_.h),
+                       at<int32_t>(layout_.counters),
+                       layout_.counter_count};
         const int64_t wide = 4;
         const bool fits = block_.width % wide == 0 && aligned(block_.position, wide, 4) &&
                           aligned(block_.condition, wide, 4) && (!args_.embedded || aligned(args_.source, wide, 4));
         if (code_ == 0) {
-            code_ = enqueue(fits ? gather_kernel<4> : gather_kernel<1>, blocks_for(rows_ * warp_size), block_threads, 0,
-                            stream_, g);
+            code_ = enqueue_early(early_, fits ? gather_kernel<4> : gather_kernel<1>, blocks_for(rows_ * warp_size),
+                                  block_threads, 0, stream_, g);
         }
     }
 
     // out = residual + epilogue(norm(x) W^T + bias) * gated
-    void multiply(const Panels& weights, const Matrix& x, const RowNorm& norm, Epilogue epilogue, const Matrix& out,
-                  const Matrix& gated = {}, const Matrix& residual = {}) {
+    LinearCudaArgs plan(const Panels& weights, const Matrix& x, const RowNorm& norm, Epilogue epilogue,
+                        const Matrix& out, const Matrix& gated, const Matrix& residual) {
         LinearArgs product{};
         product.weights = weights;
         product.x = x;
@@ -171,7 +181,15 @@ class Sweep {
         product.out = out;
         LinearCudaArgs args = plan_linear(product, args_.device);
         place_workspace(args, at<void>(layout_.product));
-        call(linear_cuda, args);
+        args.chained = true;
+        args.early = early_;
+        args.counters = at<int32_t>(layout_.counters) + counters_taken_;
+        counters_taken_ += args.schedule.counters();
+        return args;
+    }
+    void multiply(const Panels& weights, const Matrix& x, const RowNorm& norm, Epilogue epilogue, const Matrix& out,
+                  const Matrix& gated = {}, const Matrix& residual = {}) {
+        call(linear_cuda, plan(weights, x, norm, epilogue, out, gated, residual));
     }
 
     // The last product of a branch, added to the residual stream: at once, or after its norm.
@@ -187,11 +205,12 @@ class Sweep {
         norm.x = {branch.data, 0, block_.width};
         norm.weight = post.weight;
         norm.out = branch.data;
+        norm.early = early_;
         call(norm_cuda, norm);
         const int64_t count = rows_ * block_.width;
         if (code_ == 0) {
-            code_ = enqueue(add_kernel, blocks_for((count + 3) / 4), block_threads, 0, stream_, at<float>(layout_.h),
-                            static_cast<const float*>(branch.data), count);
+            code_ = enqueue_early(early_, add_kernel, blocks_for((count + 3) / 4), block_threads, 0, stream_,
+                                  at<float>(layout_.h), static_cast<const float*>(branch.data), count);
         }
     }
 
@@ -214,35 +233,46 @@ class Sweep {
                piece_.first_window * block_.kv_heads * block_.slots * block_.head_dim * storage_bytes(block_.cache);
     }
 
-    void attend(const SweepLayer& layer) {
+    // Queries, keys and values of a layer: where they go and what they go through.
+    RopeAppendArgs heads_of(const SweepLayer& layer) const {
         const int64_t head_dim = block_.head_dim;
         const int64_t qkv = attended_ + 2 * block_.kv_heads * head_dim;
         const int64_t head = block_.slots * head_dim;
-        const int64_t* slots = at<int64_t>(layout_.slots);
-        const Heads keys{cached(layer.keys), block_.kv_heads * head, head, head_dim};
-        const Heads values{cached(layer.values), block_.kv_heads * head, head, head_dim};
-
         RopeAppendArgs rope{};
         rope.shape = {piece_.windows, piece_.tokens, block_.heads, block_.kv_heads, head_dim, cache_, cache_, false};
         rope.qkv = {at<void>(layout_.qkv), piece_.tokens * qkv, qkv};
         rope.query = turn(0, block_.query_cos, layer.query_norm);
         rope.key = turn(2, block_.key_cos, layer.key_norm);
         rope.q = {at<void>(layout_.queries), piece_.tokens * attended_, head_dim, attended_};
-        rope.k = keys;
-        rope.v = values;
-        rope.starts = slots;
+        rope.k = {cached(layer.keys), block_.kv_heads * head, head, head_dim};
+        rope.v = {cached(layer.values), block_.kv_heads * head, head, head_dim};
+        rope.starts = at<int64_t>(layout_.slots);
         rope.final = args_.keep + piece_.first_window;
-        call(rope_append_cuda, rope);
+        rope.early = early_;
+        return rope;
+    }
 
+    // By the product that makes them, or, where their size does not suit it, by a launch behind it.
+    void project_heads(const SweepLayer& layer, const RopeAppendArgs& rope) {
+        LinearCudaArgs args = plan(layer.qkv, stream_h(), layer.attention_norm, Epilogue::none,
+                                   matrix(layout_.qkv, layer.qkv.columns, cache_), {}, {});
+        args.into_heads = takes_heads(args, rope);
+        args.heads = rope;
+        call(linear_cuda, args);
+        if (!args.into_heads) call(rope_append_cuda, rope);
+    }
+
+    void attend(const RopeAppendArgs& rope) {
+        const int64_t head_dim = block_.head_dim;
         AttentionArgs attention{};
         attention.shape = {piece_.windows, block_.heads, block_.kv_heads, piece_.tokens,
                            block_.slots,   head_dim,     cache_};
         attention.mask = mask_of(block_);
-        attention.mask.starts = slots;
+        attention.mask.starts = rope.starts;
         attention.scale = {0.0F, sqrt(static_cast<double>(head_dim)), at<double>(layout_.temperatures)};
         attention.q = {rope.q.data, rope.q.batch_stride, rope.q.head_stride, rope.q.token_stride};
-        attention.k = {keys.data, keys.batch_stride, keys.head_stride, keys.token_stride};
-        attention.v = {values.data, values.batch_stride, values.head_stride, values.token_stride};
+        attention.k = {rope.k.data, rope.k.batch_stride, rope.k.head_stride, rope.k.token_stride};
+        attention.v = {rope.v.data, rope.v.batch_stride, rope.v.head_stride, rope.v.token_stride};
         attention.out = attention.q;
         attention.out.data = at<void>(layout_.attended);
         attention.lse = at<float>(layout_.lse);
@@ -252,13 +282,14 @@ class Sweep {
         attention.tile_rows =
             attention_schedule(attention.shape, args_.device.multiprocessors, attention.sm90).tile_rows;
         attention.splits = 1;
+        attention.early = early_;
         call(block_attention_cuda, attention);
     }
 
     void run_layer(const SweepLayer& layer) {
-        multiply(layer.qkv, stream_h(), layer.attention_norm, Epilogue::none,
-                 matrix(layout_.qkv, layer.qkv.columns, cache_));
-        attend(layer);
+        const RopeAppendArgs rope = heads_of(layer);
+        project_heads(layer, rope);
+        attend(rope);
         add_branch(layer.proj, matrix(layout_.attended, attended_, cache_), layer.attention_post);
         const Matrix hidden = matrix(layout_.hidden, block_.hidden, dtype_of_storage(layer.down.storage));
         if (layer.gate.data == nullptr) {
@@ -278,7 +309,9 @@ class Sweep {
     Dtype cache_;
     int64_t attended_;
     SweepLayout layout_;
+    bool early_;
     void* stream_;
+    int64_t counters_taken_ = 0;  // by the products up to here
     int code_ = 0;
 };
 

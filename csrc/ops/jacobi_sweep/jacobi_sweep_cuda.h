@@ -7,9 +7,12 @@
 // product is rounded to the type of its weight; queries, keys, values and what attention puts out are of the cache's
 // type, projected and rotated.
 //
-// Launches of a sweep: 1, proj_in, for each layer 6 (7 with a gate, 2 more for each post-norm), proj_out; in front of a
-// product one that rounds or normalises what enters it, unless it is of the weight's type already, and one that clears
-// counters where the depth is cut.
+// Launches of a sweep: 1, proj_in, for each layer 5, proj_out. Of a layer: queries, keys and values, normalised,
+// rotated and written where they stay by the product that makes them (one more launch for heads that takes_heads
+// refuses); attention; its projection; the two halves of the MLP (one more with a gate). 2 more for each post-norm.
+// What rounds or normalises the input of a product are blocks of the product's own launch, and the counters of all
+// products are cleared by the sweep's first. Each launch begins before the one in front of it has ended, where the
+// device can.
 #pragma once
 #include "ops/jacobi_sweep/jacobi_sweep.h"
 #include "ops/linear/linear_plan.h"
@@ -79,10 +82,12 @@ struct SweepLayout {
     int64_t qkv;           // (rows, (heads + 2 kv_heads) * head_dim), of the type of the cache
     int64_t queries;       // (rows, heads * head_dim), of the type of the cache, like attended
     int64_t attended;
-    int64_t lse;     // float32 (windows, heads, tokens)
-    int64_t hidden;  // (rows, hidden), of the type of down
-    int64_t up;      // float32 (rows, hidden), with a gate
-    int64_t branch;  // float32 (rows, width), with a post-norm
+    int64_t lse;       // float32 (windows, heads, tokens)
+    int64_t hidden;    // (rows, hidden), of the type of down
+    int64_t up;        // float32 (rows, hidden), with a gate
+    int64_t branch;    // float32 (rows, width), with a post-norm
+    int64_t counters;  // int32: those of all products, one after another
+    int64_t counter_count;
     int64_t product;
     int64_t bytes;
 };
@@ -104,13 +109,17 @@ static inline SweepLayout sweep_layout(const SweepBlock& block, const CudaDevice
         const int64_t copy = rows * linear_round_up(weights.depth, linear_row_multiple) * 2;
         const int64_t bytes = linear_workspace(schedule, copy).bytes;
         product = bytes > product ? bytes : product;
+        layout.counter_count += schedule.counters();
     };
     bool gated = false;
     bool normed = false;
     for (int64_t l = 0; l < block.layer_count; ++l) {
         const SweepLayer& layer = block.layers[l];
         for (const Panels* weights : {&layer.qkv, &layer.proj, &layer.up, &layer.down}) with(*weights);
-        gated = gated || layer.gate.data != nullptr;
+        if (layer.gate.data != nullptr) {
+            with(layer.gate);
+            gated = true;
+        }
         normed = normed || layer.attention_post.kind != NormKind::none || layer.mlp_post.kind != NormKind::none;
     }
     with(block.proj_in);
@@ -127,6 +136,7 @@ static inline SweepLayout sweep_layout(const SweepBlock& block, const CudaDevice
     layout.hidden = take(rows * block.hidden * 2);
     layout.up = take(gated ? rows * block.hidden * 4 : 0);
     layout.branch = take(normed ? rows * block.width * 4 : 0);
+    layout.counters = take(layout.counter_count * 4);
     layout.product = take(product);
     return layout;
 }

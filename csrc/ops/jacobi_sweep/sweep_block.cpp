@@ -7,6 +7,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cuda/launch.h"
+#include "cuda/repeat.h"
 #include "cuda/runtime.h"
 #include "ops/linear/packed_weight.h"
 #include "ops/norm/norm.h"
@@ -292,7 +293,9 @@ Block::Block(const char* op, const BlockTensors& tensors) {
 
 CudaDevice cuda_device(const Tensor& data) {
     const cuda::DeviceArch device = cuda::device_arch(data.get_device_index());
-    return {device.multiprocessors, STARFLOW_SM90 != 0 && device.major == 9};
+    constexpr int first_with_early_launches = 9;
+    return {device.multiprocessors, STARFLOW_SM90 != 0 && device.major == 9,
+            device.major >= first_with_early_launches && cuda::early_launches()};
 }
 
 Tensor on_host(const Tensor& tensor) {

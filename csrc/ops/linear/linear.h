@@ -13,6 +13,7 @@
 #include "cpu/variants.h"
 #include "cuda/declare.h"
 #include "ops/linear/linear_schedule.h"
+#include "ops/rope_append/rope_append.h"
 
 namespace starflow {
 
@@ -57,8 +58,17 @@ struct LinearCudaArgs {
     bool wide_input;   // x and the parameters of its norm can be read 4 channels at a time
     bool wide_result;  // and all that the epilogue reads and writes, 4 columns at a time
     bool sm90;         // the kernel for sm_90a runs
+    // One of a chain of launches: the counters are zero, and blocks of the product's own launch make the copy. Else up
+    // to two launches in front of it do that.
+    bool chained;
+    bool early;  // and the launch may begin before the one in front of it has ended
+    // The columns are heads of queries, keys and values: each is normalised, rotated and stored where `heads` says, as
+    // by rope_append, in place of the epilogue. For sizes that takes_heads (linear_plan.h) allows.
+    bool into_heads;
+    RopeAppendArgs heads;
     LinearSchedule schedule;
     LinearWorkspace layout;
+    int32_t* counters;
     void* workspace;
 };
 

@@ -11,7 +11,7 @@
 
 #include "cuda/enqueue.cuh"
 #include "cuda/reduce.cuh"
-#include "ops/linear/linear_finish.cuh"
+#include "ops/linear/linear_copy.cuh"
 
 namespace starflow::cuda {
 namespace {
@@ -40,6 +40,7 @@ struct Tile {
 
     // The sums take the place of the operands, which are used by then.
     union Shared {
+        CopyBlock<threads> copy;
         struct {
             Piece input[stages][rows][step_pieces];
             Piece weight[stages][columns][step_pieces];
@@ -152,7 +153,14 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
     auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
     auto& operands = shared.operands;
     const LinearSchedule& schedule = args.schedule;
-    const LinearBlock block = LinearBlock::here(schedule);
+    const uint32_t copying = copying_blocks<Tile::threads>(args);
+    await_earlier_launches();
+    if (blockIdx.x < copying) return shared.copy.copy(args, blockIdx.x);
+    const LinearBlock block = LinearBlock::at(schedule, blockIdx.x - copying);
+    if (copying > 0) {
+        if (threadIdx.x == 0) wait_for_copy(args, block.row_tile);
+        __syncthreads();
+    }
     const int64_t columns = args.call.weights.columns;
     const Matrix weight{const_cast<void*>(args.call.weights.data), args.depth, args.input.dtype};
     const int64_t first_row = int64_t{block.row_tile} * Tile::rows;
@@ -206,8 +214,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) multiply(LinearCu
 
 template <class Tile>
 int multiply_tiles(const LinearCudaArgs& args, void* stream) {
-    return enqueue(multiply<Tile>, linear_grid(args.schedule), dim3(Tile::threads), sizeof(typename Tile::Shared),
-                   stream, args);
+    return enqueue_early(args.early, multiply<Tile>, linear_grid<Tile::threads>(args), dim3(Tile::threads),
+                         sizeof(typename Tile::Shared), stream, args);
 }
 
 }  // namespace

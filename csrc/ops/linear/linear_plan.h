@@ -8,7 +8,8 @@ namespace starflow {
 // The device as schedules see it.
 struct CudaDevice {
     int64_t multiprocessors;
-    bool sm90;  // has the kernels for sm_90a
+    bool sm90;   // has the kernels for sm_90a
+    bool early;  // launches of a chain begin early
 };
 
 // Whether an address, and every row from it, takes `width` neighbours; an absent matrix does.
@@ -19,6 +20,31 @@ static inline bool takes_neighbours(const Matrix& matrix, int64_t width) {
 }
 static inline bool takes_neighbours(const float* vector, int64_t width) {
     return reinterpret_cast<uintptr_t>(vector) % (width * sizeof(float)) == 0;
+}
+
+// Whether the product can store its columns as heads: a head lies within the columns of a tile, halves of 4 neighbours
+// in each of a power of two of threads, and everything takes accesses of 4 neighbours.
+static inline bool takes_heads(const LinearCudaArgs& args, const RopeAppendArgs& heads) {
+    constexpr int64_t width = 4;
+    constexpr int64_t most = 64;
+    const RopeAppendShape& shape = heads.shape;
+    if (shape.interleaved || shape.head_dim < 2 * width || most % shape.head_dim != 0) return false;
+    for (const RopeTurn* turn : {&heads.query, &heads.key}) {
+        for (const Rows* table : {&turn->cos, &turn->sin}) {
+            if (!takes_neighbours({table->data, table->token_stride, Dtype::float32}, width) ||
+                table->batch_stride % width != 0) {
+                return false;
+            }
+        }
+        if (!takes_neighbours(static_cast<const float*>(turn->weight), width)) return false;
+    }
+    for (const Heads* to : {&heads.q, &heads.k, &heads.v}) {
+        if (!takes_neighbours({to->data, to->token_stride, shape.kept}, width) || to->batch_stride % width != 0 ||
+            to->head_stride % width != 0) {
+            return false;
+        }
+    }
+    return args.wide_result && shape.data == shape.kept && shape.data != Dtype::float64;
 }
 
 // All but the workspace, of which `layout.bytes` are needed: see place_workspace.
@@ -50,6 +76,7 @@ static inline LinearCudaArgs plan_linear(const LinearArgs& call, const CudaDevic
 
 static inline void place_workspace(LinearCudaArgs& args, void* workspace) {
     args.workspace = workspace;
+    args.counters = reinterpret_cast<int32_t*>(static_cast<unsigned char*>(workspace) + args.layout.counters);
     if (args.copied) args.input.data = workspace;
 }
 

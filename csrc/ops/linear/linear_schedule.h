@@ -34,7 +34,11 @@ struct LinearSchedule {
 
     STARFLOW_HOST_DEVICE constexpr int64_t tiles() const { return int64_t{row_tiles} * column_tiles; }
     STARFLOW_HOST_DEVICE constexpr int64_t tile_size() const { return int64_t{tile_rows} * tile_columns; }
-    constexpr int64_t blocks() const { return tiles() * (split ? parts : 1); }
+    STARFLOW_HOST_DEVICE constexpr int64_t blocks() const { return tiles() * (split ? parts : 1); }
+    // Counters of a product, int32 each: where the depth is split, the blocks that have arrived at each tile; then, of
+    // each tile of rows, the rows that are copied.
+    STARFLOW_HOST_DEVICE constexpr int64_t first_copied() const { return split ? tiles() : 0; }
+    STARFLOW_HOST_DEVICE constexpr int64_t counters() const { return first_copied() + row_tiles; }
     // First step of a part; that of part `parts` is the end. In 32 bits, whose division is no function call: one
     // between products of wgmma would serialise them.
     STARFLOW_HOST_DEVICE constexpr int32_t part_begin(int32_t part) const { return part * depth_tiles / parts; }
@@ -54,7 +58,7 @@ STARFLOW_HOST_DEVICE constexpr LinearTile linear_tile(const LinearSchedule& sche
 
 // Bytes from the start of the workspace.
 struct LinearWorkspace {
-    int64_t counters;  // blocks that have arrived, int32 for each tile
+    int64_t counters;  // int32, of which a call by itself needs those of split depth
     int64_t partials;  // float32 (tiles, parts, tile_rows, tile_columns)
     int64_t bytes;
 };

@@ -8,7 +8,7 @@
 
 #include "cuda/enqueue.cuh"
 #include "cuda/named_barrier.cuh"
-#include "ops/linear/linear_finish.cuh"
+#include "ops/linear/linear_copy.cuh"
 
 namespace starflow {
 namespace {
@@ -27,6 +27,7 @@ struct Tile {
     static constexpr int rows = rows_;
     static constexpr int columns = columns_;
     static constexpr int threads = groups * group_threads;  // that multiply
+    static constexpr int all_threads = threads + group_threads;
     static constexpr bool cooperative = groups > 1;
     // Blocks that run on a multiprocessor, and registers that the loading group leaves to the groups that multiply:
     // together they have those of a block.
@@ -45,6 +46,7 @@ struct Tile {
     struct Shared {
         // The sums take the place of the operands, which are used by then.
         union {
+            CopyBlock<all_threads> copy;
             typename Collective::TensorStorage operands;
             // Rows 4 banks apart: the fragments of a warp are 8 columns in pairs of rows.
             Staged<rows, columns, threads, 4> staged;
@@ -54,7 +56,7 @@ struct Tile {
 };
 
 template <class Tile>
-__global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
+__global__ void __launch_bounds__(Tile::all_threads, Tile::blocks)
     multiply(const __grid_constant__ LinearCudaArgs args,
              const __grid_constant__ typename Tile::Collective::Params params) {
     using Collective = typename Tile::Collective;
@@ -62,7 +64,12 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
     STARFLOW_SHARED_MEMORY(memory);
     auto& shared = *reinterpret_cast<typename Tile::Shared*>(memory);
     const LinearSchedule& schedule = args.schedule;
-    const LinearBlock block = LinearBlock::here(schedule);
+    const uint32_t copying = copying_blocks<Tile::all_threads>(args);
+    if (blockIdx.x < copying) {
+        await_earlier_launches();
+        return shared.copy.copy(args, blockIdx.x);
+    }
+    const LinearBlock block = LinearBlock::at(schedule, blockIdx.x - copying);
     const bool loads = cutlass::canonical_warp_group_idx() == 0;
     const bool first_warp = cutlass::canonical_warp_idx_sync() == 0;
     if (first_warp && cute::elect_one_sync()) Collective::prefetch_tma_descriptors(params);
@@ -81,6 +88,7 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
                              params);
     // The barriers of the pipeline are set up.
     __syncthreads();
+    await_earlier_launches();
 
     const int32_t last_part = schedule.split ? block.part + 1 : schedule.parts;
     if (loads) {
@@ -90,6 +98,10 @@ __global__ void __launch_bounds__(Tile::threads + group_threads, Tile::blocks)
             const int32_t steps = schedule.part_begin(last_part) - begin;
             const auto all_steps = cute::shape<3>(cute::get<0>(operands));
             auto state = cutlass::make_producer_start_state<Pipeline>();
+            if (copying > 0) {
+                wait_for_copy(args, block.row_tile);
+                fence_proxy_of_memory();
+            }
             collective.load(params, pipeline, state, operands,
                             cute::make_coord(block.column_tile, block.row_tile, _, 0),
                             cute::make_coord_iterator(cute::idx2crd(begin, all_steps), all_steps), steps,
@@ -140,8 +152,8 @@ int run(const LinearCudaArgs& args, void* stream) {
                                                    static_cast<const Element*>(args.input.data),
                                                    {args.input.row_stride, _1{}, 0}};
     const auto params = Collective::to_underlying_arguments(problem, arguments, nullptr);
-    return enqueue(multiply<Tile>, linear_grid(args.schedule), dim3(Tile::threads + group_threads),
-                   sizeof(typename Tile::Shared), stream, args, params);
+    return enqueue_early(args.early, multiply<Tile>, linear_grid<Tile::all_threads>(args), dim3(Tile::all_threads),
+                         sizeof(typename Tile::Shared), stream, args, params);
 }
 
 template <class Element>

@@ -69,7 +69,8 @@ std::tuple<Tensor, std::optional<Tensor>> run(const Tensor& x, const Tensor& wei
     const Tensor values = as_rows(x);
     const Tensor scale = as_parameter(weight, type);
     const Tensor out = new_result(x, shape_of(x), type);
-    NormArgs args{shape, rows_of(values), {}, scale.data_ptr(), nullptr, out.data_ptr(), nullptr, worth_streaming(out)};
+    NormArgs args{shape,   rows_of(values),      {},   scale.data_ptr(), nullptr, out.data_ptr(),
+                  nullptr, worth_streaming(out), false};
     std::optional<Tensor> shift;
     std::optional<Tensor> added;
     std::optional<Tensor> sum;

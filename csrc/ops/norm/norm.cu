@@ -79,6 +79,7 @@ __device__ Statistics<T> statistics(const NormShape& shape, const Held<T, width>
 
 template <class Data, int width>
 __global__ void __launch_bounds__(most_threads, 1) forward_kernel(NormArgs args) {
+    await_earlier_launches();
     using T = typename Arithmetic<Data>::type;
     __shared__ T scratch[2][1][warp_size];
     BlockSums<T, 1> sums(scratch);
@@ -237,8 +238,8 @@ int norm_cuda(const NormArgs& args, void* stream) {
                aligned(args.sum, width, size);
     };
     return launch_norm(args.shape, all_aligned, [&](auto data, auto width) {
-        return enqueue(forward_kernel<typename decltype(data)::type, width.get()>, static_cast<unsigned>(rows),
-                       threads_of(args.shape.channels), 0, stream, args);
+        return enqueue_early(args.early, forward_kernel<typename decltype(data)::type, width.get()>,
+                             static_cast<unsigned>(rows), threads_of(args.shape.channels), 0, stream, args);
     });
 }
 

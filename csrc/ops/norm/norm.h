@@ -42,6 +42,7 @@ struct NormArgs {
     void* out;
     void* sum;    // null: none
     bool stream;  // out is written past the caches; its rows are aligned to cache lines
+    bool early;   // CUDA: the launch may begin before the one in front of it has ended
 };
 
 struct NormBackwardArgs {

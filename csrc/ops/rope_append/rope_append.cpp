@@ -163,8 +163,8 @@ std::tuple<Tensor, Tensor, Tensor> run_forward(const Tensor& qkv, int64_t heads,
     const Tensor q = new_heads(qkv, shape, heads);
     const Tensor k = new_heads(qkv, shape, kv_heads);
     const Tensor v = new_heads(qkv, shape, kv_heads);
-    run_rows(qkv,
-             {shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), 0, nullptr, nullptr});
+    run_rows(qkv, {shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), 0, nullptr,
+                   nullptr, false});
     return {q, k, v};
 }
 
@@ -243,7 +243,7 @@ Tensor run_cached(const Tensor& qkv, int64_t heads, int64_t kv_heads, const Opti
     const Tensor k = with_heads(keys);
     const Tensor v = with_heads(values);
     run_rows(qkv, {shape, rows_of(rows), query.view, key.view, heads_of(q), heads_of(k), heads_of(v), start,
-                   numbers(starts), numbers(final)});
+                   numbers(starts), numbers(final), false});
     if (k.data_ptr() != keys.data_ptr()) torch::stable::copy_(keys, k);
     if (v.data_ptr() != values.data_ptr()) torch::stable::copy_(values, v);
     return q;

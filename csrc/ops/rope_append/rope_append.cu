@@ -6,8 +6,8 @@
 
 #include "common/visit.h"
 #include "cuda/enqueue.cuh"
-#include "cuda/packed.cuh"
 #include "cuda/reduce.cuh"
+#include "ops/rope_append/rope_append_planes.cuh"
 
 namespace starflow {
 namespace {
@@ -17,102 +17,9 @@ using namespace cuda;
 constexpr int most_planes = static_cast<int>(rope_append_most_head_dim_cuda) / 2;
 constexpr int block_threads = 256;
 
-// Neighbouring planes of a head: plane p is the elements (u, v).
-template <class T, int width>
-struct Planes {
-    T u[width];
-    T v[width];
-};
-
-// Where the planes of a head lie. A head of odd size has no rotation, and a last plane without v.
-struct Layout {
-    int head_dim;
-    int planes;
-    bool interleaved;
-
-    __device__ Layout(int64_t size, bool interleaved)
-        : head_dim(static_cast<int>(size)), planes((head_dim + 1) / 2), interleaved(interleaved) {}
-
-    __device__ int u(int p) const { return interleaved ? 2 * p : p; }
-    __device__ int v(int p) const { return interleaved ? 2 * p + 1 : planes + p; }
-};
-
-// One plane is two accesses of one element each: of any alignment.
-template <int width, class Storage, class T>
-__device__ void load_planes(const Storage* head, const Layout& layout, int p, Planes<T, width>& planes) {
-    if constexpr (width == 1) {
-        load<1>(head + layout.u(p), planes.u);
-        planes.v[0] = T(0);
-        if (layout.v(p) < layout.head_dim) load<1>(head + layout.v(p), planes.v);
-    } else if (layout.interleaved) {
-        T both[2 * width];
-        load<2 * width>(head + 2 * p, both);
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            planes.u[i] = both[2 * i];
-            planes.v[i] = both[2 * i + 1];
-        }
-    } else {
-        load<width>(head + layout.u(p), planes.u);
-        load<width>(head + layout.v(p), planes.v);
-    }
-}
-
-template <int width, class Storage, class T>
-__device__ void store_planes(Storage* head, const Layout& layout, int p, const Planes<T, width>& planes) {
-    if constexpr (width == 1) {
-        store<1>(head + layout.u(p), planes.u);
-        if (layout.v(p) < layout.head_dim) store<1>(head + layout.v(p), planes.v);
-    } else if (layout.interleaved) {
-        T both[2 * width];
-#pragma unroll
-        for (int i = 0; i < width; ++i) {
-            both[2 * i] = planes.u[i];
-            both[2 * i + 1] = planes.v[i];
-        }
-        store<2 * width>(head + 2 * p, both);
-    } else {
-        store<width>(head + layout.u(p), planes.u);
-        store<width>(head + layout.v(p), planes.v);
-    }
-}
-
-// (u, v) -> (u cos - v sin, v cos + u sin); back with sign -1.
-template <int width, class T>
-__device__ void rotate(Planes<T, width>& x, const T* cos, const T* sin, int p, T sign) {
-    T c[width];
-    T s[width];
-    load<width>(cos + p, c);
-    load<width>(sin + p, s);
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-        const T u = x.u[i];
-        x.u[i] = u * c[i] - x.v[i] * (sign * s[i]);
-        x.v[i] = x.v[i] * c[i] + u * (sign * s[i]);
-    }
-}
-
-// What a head of a token goes through; nothing for values.
-template <class T>
-struct Turn {
-    const T* cos = nullptr;
-    const T* sin = nullptr;
-    const T* weight = nullptr;
-
-    __device__ Turn(const RopeTurn& query, const RopeTurn& key, bool is_query, bool is_value, int64_t b, int64_t t) {
-        if (is_value) return;
-        const Rows& cosines = is_query ? query.cos : key.cos;
-        const Rows& sines = is_query ? query.sin : key.sin;
-        weight = static_cast<const T*>(is_query ? query.weight : key.weight);
-        if (cosines.data == nullptr) return;
-        cos = row_of<const T>(cosines, b, t);
-        sin = row_of<const T>(sines, b, t);
-    }
-};
-
 // Planes [lane * width, ...) of a head in steps of lanes * width: call step(p, piece).
 template <int width, class Step>
-__device__ void over_planes(const Layout& layout, int lane_of_group, int lanes, const Step& step) {
+__device__ void over_planes(const HeadLayout& layout, int lane_of_group, int lanes, const Step& step) {
     constexpr int pieces = (most_planes + warp_size * width - 1) / (warp_size * width);
 #pragma unroll
     for (int piece = 0; piece < pieces; ++piece) {
@@ -126,41 +33,22 @@ using Held = Planes<T, width>[(most_planes + warp_size * width - 1) / (warp_size
 
 // 1 / sqrt(mean of squares + 1e-6) of the head that each group holds; zeros elsewhere do not count.
 template <int width, class T>
-__device__ T inverse_of(const Layout& layout, const Held<T, width>& x, int lane_of_group, int lanes) {
+__device__ T inverse_of(const HeadLayout& layout, const Held<T, width>& x, int lane_of_group, int lanes) {
     T squares = 0;
     over_planes<width>(layout, lane_of_group, lanes, [&](int, int piece) {
 #pragma unroll
         for (int i = 0; i < width; ++i) squares += x[piece].u[i] * x[piece].u[i] + x[piece].v[i] * x[piece].v[i];
     });
-    return T(1) / sqrt(group_sum(squares, lanes) / static_cast<T>(layout.head_dim) + static_cast<T>(1e-6));
-}
-
-template <class T>
-__device__ T* head_of(const Heads& heads, int64_t b, int64_t h, int64_t t) {
-    return static_cast<T*>(heads.data) + b * heads.batch_stride + h * heads.head_stride + t * heads.token_stride;
-}
-
-// Stores planes in a cache of any dtype: one kernel serves all, since the choice is the same for every thread.
-template <int width, class T>
-__device__ void store_kept(const Heads& heads, Dtype kept, int64_t b, int64_t h, int64_t slot, const Layout& layout,
-                           int p, const Planes<T, width>& planes) {
-    if constexpr (sizeof(T) == sizeof(double)) {
-        store_planes<width>(head_of<double>(heads, b, h, slot), layout, p, planes);
-    } else if (kept == Dtype::float32) {
-        store_planes<width>(head_of<float>(heads, b, h, slot), layout, p, planes);
-    } else if (kept == Dtype::bfloat16) {
-        store_planes<width>(head_of<BFloat16>(heads, b, h, slot), layout, p, planes);
-    } else {
-        store_planes<width>(head_of<Float16>(heads, b, h, slot), layout, p, planes);
-    }
+    return T(1) / sqrt(group_sum(squares, lanes) / static_cast<T>(layout.head_dim) + static_cast<T>(head_epsilon));
 }
 
 // blockIdx.x: token of the batch; the groups of blockIdx.y: its heads, of queries, keys and values.
 template <class Data, int width>
 __global__ void __launch_bounds__(block_threads) forward_kernel(RopeAppendArgs args, int lanes) {
+    await_earlier_launches();
     using T = typename Arithmetic<Data>::type;
     const RopeAppendShape& shape = args.shape;
-    const Layout layout(shape.head_dim, shape.interleaved);
+    const HeadLayout layout(shape.head_dim, shape.interleaved);
     const int lane_of_group = static_cast<int>(threadIdx.x) % lanes;
     const int64_t head = (static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) / lanes;
     const int64_t b = blockIdx.x / shape.tokens;
@@ -179,7 +67,7 @@ __global__ void __launch_bounds__(block_threads) forward_kernel(RopeAppendArgs a
     // Every lane of the warp takes part, whatever its head goes through.
     const T inverse = inverse_of<width>(layout, x, lane_of_group, lanes);
     if (!here) return;
-    const Turn<T> turn(args.query, args.key, is_query, is_value, b, t);
+    const HeadTurn<T> turn(args.query, args.key, is_query, is_value, b, t);
     over_planes<width>(layout, lane_of_group, lanes, [&](int p, int piece) {
         Planes<T, width>& planes = x[piece];
         if (turn.weight != nullptr) {
@@ -210,7 +98,7 @@ __global__ void __launch_bounds__(block_threads) backward_kernel(RopeAppendBackw
     STARFLOW_SHARED_MEMORY(bytes);
     T* sums = reinterpret_cast<T*>(bytes);
     const RopeAppendShape& shape = args.shape;
-    const Layout layout(shape.head_dim, shape.interleaved);
+    const HeadLayout layout(shape.head_dim, shape.interleaved);
     const int groups = static_cast<int>(blockDim.x) / lanes;
     const int group = static_cast<int>(threadIdx.x) / lanes;
     const int lane_of_group = static_cast<int>(threadIdx.x) % lanes;
@@ -234,7 +122,7 @@ __global__ void __launch_bounds__(block_threads) backward_kernel(RopeAppendBackw
         const int64_t t = row % shape.tokens;
         const bool is_query = head < shape.heads;
         const bool is_value = head >= shape.heads + shape.kv_heads;
-        const Turn<T> turn(args.query, args.key, is_query, is_value, b, t);
+        const HeadTurn<T> turn(args.query, args.key, is_query, is_value, b, t);
         const bool normed = here && turn.weight != nullptr;
         Held<T, width> x = {};
         Held<T, width> gradient = {};
@@ -363,9 +251,9 @@ int rope_append_cuda(const RopeAppendArgs& args, void* stream) {
         const int64_t threads = (heads * lanes + warp_size - 1) / warp_size * warp_size;
         const dim3 grid(static_cast<unsigned>(rows),
                         static_cast<unsigned>((threads + block_threads - 1) / block_threads));
-        return enqueue(forward_kernel<typename decltype(data)::type, width.get()>, grid,
-                       static_cast<unsigned>(threads < block_threads ? threads : block_threads), 0, stream, args,
-                       lanes);
+        return enqueue_early(args.early, forward_kernel<typename decltype(data)::type, width.get()>, grid,
+                             static_cast<unsigned>(threads < block_threads ? threads : block_threads), 0, stream, args,
+                             lanes);
     });
 }
 

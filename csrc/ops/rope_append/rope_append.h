@@ -58,6 +58,7 @@ struct RopeAppendArgs {
     int64_t start;
     const int64_t* starts;  // by sample, in place of start; null: none
     const int64_t* final;   // by sample; null: every slot is written
+    bool early;             // CUDA: the launch may begin before the one in front of it has ended
 };
 
 struct RopeAppendBackwardArgs {

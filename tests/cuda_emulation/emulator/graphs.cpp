@@ -8,9 +8,7 @@
 #include <vector>
 
 struct CUgraphNode_st {
-    dim3 grid, block;
-    size_t shared_bytes = 0;
-    emulation::Region image{};
+    emulation::Launch how{};
     void (*run)(const void*) = nullptr;  // null: a conditional node
     std::shared_ptr<void> closure;
     size_t closure_bytes = 0;
@@ -61,8 +59,7 @@ bool refused(cudaStream_t stream) {
 cudaError_t run(const std::list<CUgraphNode_st>& nodes) {
     for (const CUgraphNode_st& node : nodes) {
         if (node.run != nullptr) {
-            const int code = launch(node.grid, node.block, node.shared_bytes, node.image, node.run, node.closure.get(),
-                                    node.closure_bytes);
+            const int code = launch(node.how, node.run, node.closure.get(), node.closure_bytes);
             if (code != cudaSuccess) return static_cast<cudaError_t>(code);
             continue;
         }
@@ -80,16 +77,13 @@ cudaError_t run(const std::list<CUgraphNode_st>& nodes) {
 
 }  // namespace
 
-int launch_on(void* stream, dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void (*run)(const void*),
-              const void* closure, size_t closure_bytes) {
+int launch_on(void* stream, const Launch& how, void (*run)(const void*), const void* closure, size_t closure_bytes) {
     auto* to = static_cast<cudaStream_t>(stream);
-    if (to == nullptr || to->captures == nullptr) {
-        return launch(grid, block, shared_bytes, image, run, closure, closure_bytes);
-    }
+    if (to == nullptr || to->captures == nullptr) return launch(how, run, closure, closure_bytes);
     constexpr size_t alignment = 64;
     void* kept = std::aligned_alloc(alignment, (closure_bytes + alignment - 1) / alignment * alignment);
     std::memcpy(kept, closure, closure_bytes);
-    CUgraphNode_st node{grid, block, shared_bytes, image, run, {kept, std::free}, closure_bytes, 0, nullptr};
+    CUgraphNode_st node{how, run, {kept, std::free}, closure_bytes, 0, nullptr};
     to->captures->nodes.push_back(std::move(node));
     return cudaSuccess;
 }

@@ -7,8 +7,8 @@
 namespace emulation {
 
 // Run, or keep where the stream captures; arguments as of `launch`. The closure is copied byte by byte.
-EMULATION_API int launch_on(void* stream, dim3 grid, dim3 block, size_t shared_bytes, const Region& image,
-                            void (*run)(const void*), const void* closure, size_t closure_bytes);
+EMULATION_API int launch_on(void* stream, const Launch& how, void (*run)(const void*), const void* closure,
+                            size_t closure_bytes);
 
 EMULATION_API void set_conditional(unsigned long long handle, unsigned value);
 

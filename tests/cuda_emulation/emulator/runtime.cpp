@@ -91,6 +91,7 @@ struct Thread {
     char* stack = nullptr;
     uint3 index{};
     int number = 0;
+    bool may_touch = false;  // memory that other launches write
     State state = State::ready;
     const char* waits_for = "";
     std::vector<std::vector<AsyncCopy>> copies;  // groups in order; the last one is open
@@ -133,6 +134,8 @@ struct Device {
     int ready = 0;
     int votes = 0;
     bool one_warp_ahead = false;
+    bool awaited = false;  // by some thread of the launch
+    bool early = false;
     Thread* current = nullptr;
     void* scheduler = nullptr;
 
@@ -271,6 +274,9 @@ int tensor_at(const char* p, size_t bytes, bool write) {
     for (int i = 0; i < device.tensor_count; ++i) {
         EmulationTensor& tensor = device.tensors[i];
         if (p >= tensor.begin && p + bytes <= tensor.end) {
+            if (!device.current->may_touch && (write || tensor.bytes_written > 0)) {
+                fail("%s %s before the launches in front have ended", plural(write), tensor.name);
+            }
             (write ? tensor.bytes_written : tensor.bytes_read) += static_cast<int64_t>(bytes);
             return i;
         }
@@ -345,6 +351,7 @@ void finish_thread() {
 
 void prepare(Thread& thread, int number, dim3 block) {
     thread.number = number;
+    thread.may_touch = !device.early;
     thread.index = {number % block.x, number / block.x % block.y, number / block.x / block.y};
     thread.copies.clear();
     sanitize(thread.stack, stack_bytes, stack_bytes);
@@ -466,24 +473,30 @@ Region thread_local_memory(const Region& image) {
     return search.found;
 }
 
-bool launchable(dim3 grid, dim3 block, size_t shared_bytes) {
+bool launchable(const Launch& how) {
+    const dim3 grid = how.grid;
+    const dim3 block = how.block;
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     return threads >= 1 && threads <= 1024 && block.z <= 64 && grid.x >= 1 && grid.y >= 1 && grid.z >= 1 &&
-           grid.x <= 0x7fffffffU && grid.y <= 0xffffU && grid.z <= 0xffffU && shared_bytes <= largest_shared;
+           grid.x <= 0x7fffffffU && grid.y <= 0xffffU && grid.z <= 0xffffU && how.shared_bytes <= largest_shared;
 }
 
 }  // namespace
 
-int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void (*run)(const void*),
-           const void* closure, size_t closure_bytes) {
-    if (!launchable(grid, block, shared_bytes)) return cudaErrorInvalidConfiguration;
+int launch(const Launch& how, void (*run)(const void*), const void* closure, size_t closure_bytes) {
+    if (!launchable(how)) return cudaErrorInvalidConfiguration;
+    const dim3 grid = how.grid;
+    const dim3 block = how.block;
+    const size_t shared_bytes = how.shared_bytes;
     if (device.arena == nullptr) {
         device.arena = static_cast<char*>(std::aligned_alloc(1024, (largest_shared + 1023) / 1024 * 1024));
     }
     device.run = run;
     device.closure = {static_cast<const char*>(closure), static_cast<const char*>(closure) + closure_bytes};
-    device.image = image;
-    device.fixed = thread_local_memory(image);
+    device.image = how.image;
+    device.fixed = thread_local_memory(how.image);
+    device.early = how.early;
+    device.awaited = false;
     device.shared_bytes = shared_bytes;
     sanitize(device.arena, shared_bytes, largest_shared);
     gridDim = grid;
@@ -499,6 +512,10 @@ int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void
         ++device.counts.blocks;
         run_block(block);
     }
+    if (how.early && !device.awaited && device.error.empty()) {
+        device.error = "an early launch did not wait for those in front";
+    }
+    if (how.early) ++device.counts.early_launches;
     return device.error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -558,6 +575,11 @@ void warp_barrier(uint32_t mask) {
         }
         device.races.synchronise(came);
     });
+}
+
+void await_earlier_launches() {
+    device.current->may_touch = true;
+    device.awaited = true;
 }
 
 void pause() {

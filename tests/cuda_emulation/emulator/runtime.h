@@ -22,10 +22,20 @@ struct Region {
     const char* end;
 };
 
-// Run run(closure) once for each thread. `image` is where the kernel's library lies: its constants, which every thread
-// may read. Returns an error code of the CUDA runtime.
-EMULATION_API int launch(dim3 grid, dim3 block, size_t shared_bytes, const Region& image, void (*run)(const void*),
-                         const void* closure, size_t closure_bytes);
+// `image` is where the kernel's library lies: its constants, which every thread may read.
+struct Launch {
+    dim3 grid, block;
+    size_t shared_bytes;
+    bool early;
+    Region image;
+};
+
+// Run run(closure) once for each thread. Returns an error code of the CUDA runtime.
+EMULATION_API int launch(const Launch& how, void (*run)(const void*), const void* closure, size_t closure_bytes);
+
+// griddepcontrol.wait. A thread of an early launch that has not come here yet sees nothing that earlier launches wrote,
+// and may write nothing; and an early launch that never comes here would let later ones overtake those before it.
+EMULATION_API void await_earlier_launches();
 
 // Ends the launch: the kernel did what a device would punish.
 [[noreturn]] EMULATION_API void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -123,6 +133,7 @@ struct EmulationCounts {
     int64_t bank_conflicts;  // further passes over the banks than the bytes of a request need
     int64_t shared_bytes;    // the largest launch's, dynamic
     int64_t threads;         // the largest launch's, of a block
+    int64_t early_launches;
 };
 
 // The memory that kernels may touch, and the order in which threads and blocks run.
