@@ -265,7 +265,7 @@ def test_record_then_train_then_sample_with_actions(tmp_path: Path, capsys: pyte
     [
         (["nowhere-v0"], "world nowhere-v0 cannot be made"),
         (["paddle", "--size", "24x32"], "world paddle: size is 24x32, expected a square"),
-        (["paddle", "--size", "8x8"], "PaddleBall: size is 8, expected at least 24"),
+        (["paddle", "--size", "8x8"], "PaddleBall: size is 8, expected an integer of at least 24"),
     ],
 )
 def test_worlds_that_cannot_be_recorded(

@@ -86,6 +86,7 @@ def test_op_library_shows_only_what_the_module_calls(library: Path, tool: Tool) 
         "starflow::cpu::why_not",
         "starflow::cuda::count_devices",
         "starflow::cuda::repeat_name",
+        "starflow::cuda::set_early_launches",
         "starflow::cuda::set_repeat",
     }
 

@@ -1294,7 +1294,7 @@ def test_options_that_undo_others_are_told(tiny, tmp_path: Path, caplog) -> None
     train(tiny(steps=1, warmup_steps=1, image_batch_size=4, drop_label=1.0), tmp_path / "run", quiet=True)
     assert [message for message in caplog.messages if message.startswith("train.")] == [
         "train.warmup_steps is 1 and train.steps 1: the learning rate does not get to train.lr",
-        "train.image_batch_size is 4 and no step is on images",
+        "train.image_batch_size is 4 and nothing reads it: no step is on images",
         "train.drop_label is 1: the flow never sees what it is to be told by",
     ]
 
