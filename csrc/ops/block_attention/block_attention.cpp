@@ -25,7 +25,7 @@ const cpu::Variants<AttentionKernels> variants{STARFLOW_DOT_VARIANTS(block_atten
 const cpu::Variants<AttentionBackwardKernels> backward_variants{STARFLOW_DOT_VARIANTS(block_attention_backward)};
 
 // Of the numbers of a mask of frames, so that products of two do not overflow; no tensor has so many keys.
-constexpr int64_t most_of_frames = int64_t{1} << 30;
+constexpr int64_t most_of_frames = int64_t{1024} * 1024 * 1024;
 
 using Optional = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;

@@ -40,7 +40,7 @@ STARFLOW_HOST_DEVICE constexpr VisibleKeys visible_keys(const AttentionMask& mas
                                                         int64_t b, int64_t query) {
     const auto smaller = [](int64_t x, int64_t y) { return x < y ? x : y; };
     // No tensor has so many keys: beyond, a position sees what it sees there, and sums do not overflow.
-    constexpr int64_t far = int64_t{1} << 40;
+    constexpr int64_t far = int64_t{1024} * 1024 * 1024 * 1024;
     const int64_t start = mask.starts != nullptr ? mask.starts[b] : mask.start;
     const int64_t position = (start < -far ? -far : smaller(start, far)) + query;
     const int64_t length = mask.lengths != nullptr ? mask.lengths[b] : mask.length;
