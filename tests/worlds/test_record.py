@@ -263,6 +263,13 @@ def test_numbers_of_frames_are_integers(tmp_path: Path, options: dict[str, Any])
     assert not (tmp_path / "out").exists()
 
 
+def test_a_rate_of_the_world_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    world = Counting()
+    world.fps = 0.0
+    with pytest.raises(ValueError, match=r"^record: fps is 0\.0, expected"):
+        record(world, tmp_path / "out", 5)
+
+
 def test_a_world_that_changes_its_size_is_told(tmp_path: Path) -> None:
     world = Counting()
     world._frame = lambda: np.zeros((16, 16 + 2 * (world.number > 2), 3), np.uint8)  # type: ignore[method-assign]

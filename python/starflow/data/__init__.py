@@ -28,7 +28,7 @@ from starflow.data.clips import (
 from starflow.data.digits import CHANGES, DIGITS, DIRECTIONS, VOCABULARY, DigitJudge, Motion, MovingDigits
 from starflow.data.ffmpeg import VideoError, ffmpeg_binary
 from starflow.data.pictures import IMAGE_SUFFIXES, read_image
-from starflow.data.read import OTHER_SPEED, VideoInfo, frames_at, probe, read_video
+from starflow.data.read import VideoInfo, frames_at, plays_otherwise, probe, read_video
 from starflow.data.shards import VIDEO_SUFFIXES, Member, is_folder
 from starflow.data.sheets import write_contact_sheet
 from starflow.data.sidecars import caption_at, captions_of
@@ -41,7 +41,6 @@ __all__ = [
     "DIGITS",
     "DIRECTIONS",
     "IMAGE_SUFFIXES",
-    "OTHER_SPEED",
     "VIDEO_SUFFIXES",
     "VOCABULARY",
     "WORLD_FILE",
@@ -72,6 +71,7 @@ __all__ = [
     "is_folder",
     "nearest_aspect",
     "of_clip",
+    "plays_otherwise",
     "probe",
     "read_actions",
     "read_image",

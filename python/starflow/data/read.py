@@ -21,7 +21,7 @@ from starflow.data.shards import Member, place_of
 _TOLERANCE = 1000
 
 # Share by which frames a second differ where a film plays visibly faster or slower.
-OTHER_SPEED = 0.05
+_OTHER_SPEED = 0.05
 
 # Most bytes of a result: a file of a few kilobytes may hold frames that are an hour apart.
 _MAX_BYTES = 1 << 36
@@ -83,6 +83,11 @@ def probe(path: str | os.PathLike[str] | Member, *, count: bool = False) -> Vide
             frames, end = frames + 1, max(end, time + shown)
         continuous = source.continuous
     return dataclasses.replace(info, frames=frames, duration=end / MICROSECONDS, continuous=continuous)
+
+
+def plays_otherwise(fps: float, usual: float) -> bool:
+    """Whether a film at one rate plays visibly faster or slower than at the usual one."""
+    return abs(fps - usual) > _OTHER_SPEED * usual
 
 
 def frames_at(info: VideoInfo, fps: float) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from starflow import noise
 from starflow.codecs import Codec
 from starflow.config import RunConfig
-from starflow.data import ASPECT_RATIOS, OTHER_SPEED, CaptionMode, aspect_size
+from starflow.data import ASPECT_RATIOS, CaptionMode, aspect_size, plays_otherwise
 from starflow.devices import as_device
 from starflow.inference import in_inference_mode
 from starflow.messages import listed, shown
@@ -376,7 +376,8 @@ class Pipeline(Pretrained):
             logger.warning("sample: guidance is %g and every prompt is empty: it leads to nothing", asked.guidance)
         rate = data.fps or self.config.sample.fps
         cut = any(isinstance(clip, str | Path) for clip in (asked.video, asked.edit, asked.source))
-        if asked.fps is not None and frames > 1 and not data.caption_fps and not cut and _differ(asked.fps, rate):
+        moving = frames > 1 and not data.caption_fps and not cut
+        if moving and asked.fps is not None and plays_otherwise(asked.fps, rate):
             logger.warning(
                 "sample: fps is %g, and captions of the model tell no rate: its clips move as at %g frames a second",
                 asked.fps,
@@ -590,11 +591,6 @@ class Pipeline(Pretrained):
         free = None if null is None or context is None else null[:1]
         decoder = BlockDecoder(block, layout, 1, context, free, conditions.guidance, precision=conditions.precision)
         return replace(conditions, schedule=replace(schedule, size=break_even(decoder, 1)))
-
-
-def _differ(rate: float, other: float) -> bool:
-    """Whether a film at one rate plays visibly faster or slower than at the other."""
-    return abs(rate - other) > OTHER_SPEED * other
 
 
 def _check_part(name: str, own: Mapping[str, Any], told: Mapping[str, Any]) -> None:

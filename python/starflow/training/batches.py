@@ -21,7 +21,6 @@ from torch import Tensor
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, DataConfig, RunConfig, TrainConfig, require
 from starflow.data import (
-    OTHER_SPEED,
     WORLD_FILE,
     CaptionMode,
     Clip,
@@ -29,6 +28,7 @@ from starflow.data import (
     MovingDigits,
     VideoFolder,
     is_folder,
+    plays_otherwise,
     read_world,
     sample_group,
     stack_clips,
@@ -131,7 +131,7 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
     data, flow, sample = config.data, config.flow, config.sample
     rates = dataset.rates if isinstance(dataset, VideoFolder) else ()
     known = rates if data.fps is None else (data.fps,)
-    if data.frames > 1 and known and all(abs(rate - sample.fps) > OTHER_SPEED * sample.fps for rate in known):
+    if data.frames > 1 and known and all(plays_otherwise(rate, sample.fps) for rate in known):
         logger.warning(
             "clips have %s frames a second and samples are written at %g (sample.fps): they play at another speed",
             listed(f"{rate:g}" for rate in known),

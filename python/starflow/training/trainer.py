@@ -700,7 +700,7 @@ def _tell_recipe(config: RunConfig) -> None:
         ):
             if getattr(recipe, option) == 1.0:
                 logger.warning("train.%s is 1: %s", option, what)
-    for option, read in (("drop_label", flow.txt_size or flow.num_classes), ("drop_frame_condition", flow.frame_dim)):
+    for option, read in (("drop_label", reads), ("drop_frame_condition", flow.frame_dim)):
         if read and getattr(recipe, option) == 1.0:
             logger.warning("train.%s is 1: the flow never sees what it is to be told by", option)
 

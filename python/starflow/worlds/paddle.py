@@ -57,14 +57,14 @@ class PaddleState:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("paddle", "ball", "velocity", "serves", "seed"):
+        for name, count in (("paddle", 1), ("ball", 2), ("velocity", 2), ("serves", 1), ("seed", 1)):
             value = getattr(self, name)
             parts = value if isinstance(value, tuple | list) else (value,)
             whole = tuple(map(integer, parts))
-            if None in whole or len(whole) != (2 if name in ("ball", "velocity") else 1):
-                two = "two integers" if name in ("ball", "velocity") else "an integer"
-                raise ValueError(f"PaddleState: {name} is {shown(value)}, expected {two}")
-            object.__setattr__(self, name, whole if name in ("ball", "velocity") else whole[0])
+            if None in whole or len(whole) != count:
+                expected = "an integer" if count == 1 else "two integers"
+                raise ValueError(f"PaddleState: {name} is {shown(value)}, expected {expected}")
+            object.__setattr__(self, name, whole[0] if count == 1 else whole)
         x, y = self.ball
         known = (
             (

@@ -14,8 +14,8 @@ POLICIES = get_args(PolicyName)
 # Longest time that a key is held, and that "mixed" plays in one way, in frames.
 _HELD = 12
 _WAY = 48
-# Share of the keys that play well, where they do, and where the paddle is led.
-_PLAYED, _LED = 0.95, 0.75
+# Share of the keys that play well, by the ways in which they do: "led" is that of a paddle that is led.
+_WELL = {"play": 0.95, "led": 0.75}
 
 
 class Policy:
@@ -41,19 +41,18 @@ class Policy:
         self._world, self._kind, self._rng = world, kind, rng
         self._way, self._way_left = "hold", 0
         self._action, self._held = 0, 0
-        self._led = aim is not None
         self._aim = 0.5
         if aim is not None:
-            self._way, self._aim = "play", aim
+            self._way, self._aim = "led", aim
 
     def __call__(self) -> int:
         """The next action."""
-        if self._kind == "mixed" and not self._led:
+        if self._kind == "mixed" and self._way != "led":
             self._choose_way()
-        if self._way == "play":
+        if self._way in _WELL:
             suggested = self._world.suggest(self._aim)
             # A slip now and then shows what a wrong key does near the ball.
-            if suggested is not None and self._rng.random() < (_LED if self._led else _PLAYED):
+            if suggested is not None and self._rng.random() < _WELL[self._way]:
                 return suggested
         if self._held == 0:
             self._held = 1 if self._way == "tap" else int(self._rng.integers(1, _HELD + 1))

@@ -113,7 +113,8 @@ def record(
         if (whole := integer(value)) is None or whole < 1:
             raise ValueError(f"record: {name} is {shown(value)}, expected an integer of at least 1")
     check_seed("record", seed)
-    rate = number(world.fps if fps is None else fps)
+    fps = world.fps if fps is None else fps
+    rate = number(fps)
     if rate is None or not LEAST_FPS <= rate <= MOST_FPS:
         raise ValueError(f"record: fps is {shown(fps)}, expected {LEAST_FPS:g} to {MOST_FPS:g}")
     folder = Path(folder)

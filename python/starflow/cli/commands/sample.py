@@ -129,13 +129,13 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
 
 def _tell_rate(pipeline: Pipeline, asked: SampleOptions, fps: float) -> None:
     """Tells where a clip goes on at the rate of a given file and is written at another."""
-    from starflow.data import OTHER_SPEED, probe
+    from starflow.data import plays_otherwise, probe
 
     if asked.fps is not None or pipeline.config.data.fps is not None:
         return
     for name in ("video", "edit", "source"):
         file = getattr(asked, name)
-        if file is not None and Path(file).is_file() and abs((rate := probe(file).fps) - fps) > OTHER_SPEED * fps:
+        if file is not None and Path(file).is_file() and plays_otherwise(rate := probe(file).fps, fps):
             logger.warning(
                 "--%s has %g frames a second and the clip is written at %g (sample.fps): it plays at another speed, "
                 "--fps %g writes it as the file is",
