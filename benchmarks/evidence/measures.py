@@ -30,6 +30,12 @@ CLIPS = 32
 SECOND = 30
 # Frames in which the ball is followed, and pixels of 24 that it may be off.
 FOLLOWED, NEAR = 30, 2
+# Of Freeway: the rows that each lane's cars are in, the columns that chickens walk in, the contrast from which on there
+# is a car on the road, and the columns that a car may be off.
+LANES = ((4, 5), (7,), (9, 10), (11, 12), (14,), (16, 17), (19,), (21, 22), (24,), (26, 27))
+CHICKENS = ((8, 10), (21, 23))
+CONTRAST = 0.2
+OFF = 1.0
 # Real clips that features are trained on, and that made ones are held against.
 REAL = 256
 
@@ -159,14 +165,6 @@ def paddle(made: Tensor, held: Held) -> dict[str, list[float]]:
     return out
 
 
-# Rows of the pictures that a lane's cars are in, columns that the chickens walk in, contrast from which on the road has a
-# car on it, columns that a car may be off.
-LANES = ((4, 5), (7,), (9, 10), (11, 12), (14,), (16, 17), (19,), (21, 22), (24,), (26, 27))
-CHICKENS = ((8, 10), (21, 23))
-CONTRAST = 0.2
-OFF = 1.0
-
-
 @functools.cache
 def _road() -> Tensor:
     """The picture without cars (channels, height, width): the median of training frames."""
@@ -189,7 +187,7 @@ def _cars(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def freeway(made: Tensor, held: Held) -> dict[str, list[float]]:
-    """Of each clip's frames: the share of cars that are where those of the true game are, and peak signal to noise in dB.
+    """The share of cars that are where those of the true game are, and the peak signal to noise in dB, of each clip.
 
     Cars go whatever is done, so their way is known; of the chicken three keys in four are heeded, so no model can be
     right about it for long. A car counts where it is whole in the picture and not behind a chicken.
