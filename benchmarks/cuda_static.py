@@ -91,6 +91,20 @@ def cuda_tensor_cores() -> Iterator[Figure]:
     yield Figure("cuda_tensor_cores", 1 - len(without) / len(kernels), "of the kernels", 1.0, 1.0, raw=raw)
 
 
+@target("cuda")
+def cuda_attention_softmax() -> Iterator[Figure]:
+    """`MUFU.EX2` that stand between the waits for a tile's keys and for the values before it, in attention by wgmma."""
+    letters = {"WARPGROUP.DEPBAR.1": "w", "WARPGROUP.DEPBAR.0": "W", "MUFU.EX2": "E"}
+    raw = {}
+    for kernel in _kernels():
+        if kernel.name.startswith("block_attention_sm90 forward_kernel"):
+            between = re.search("w(E*)W", kernel.events(letters))
+            raw[kernel.name] = len(between[1]) if between else 0
+    if not raw:
+        raise Skipped("this build has no kernels for sm_90a")
+    yield Figure("cuda_attention_softmax", min(raw.values()), "of 66 under products", 60, 66, raw=raw)
+
+
 # -- the emulated device ----------------------------------------------------------------------------------------------
 
 

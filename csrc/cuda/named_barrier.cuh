@@ -11,4 +11,10 @@ __device__ void sync_named(int barrier) {
     asm volatile("bar.sync %0, %1;" : : "r"(barrier), "n"(threads) : "memory");
 }
 
+// Counts for those `threads` as having come, without waiting for the others.
+template <int threads>
+__device__ void arrive_named(int barrier) {
+    asm volatile("bar.arrive %0, %1;" : : "r"(barrier), "n"(threads) : "memory");
+}
+
 }  // namespace starflow::cuda

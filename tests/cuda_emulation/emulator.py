@@ -20,6 +20,7 @@ name of a value, or a torch.dtype; what is left out or None is zero. Results are
 - what TMA or ``wgmma`` should see of a thread's writes, without a fence of proxies;
 - what an early launch (programmatic dependent launch) touches before it has waited for the launches in front of it,
   and a block that waits for one with a higher number;
+- arrivals at a named barrier that nobody waits for, two of a thread in one phase, and other numbers of threads;
 - warp collectives that lanes reach with different masks, warps of a group that come to different ``wgmma``, barriers
   that not all reach, too many arrivals at an mbarrier, misaligned copies, what is in flight when a block ends.
 

@@ -6,6 +6,7 @@
 #include "common/dtype.h"
 #include "cuda/declare.h"
 #include "cuda/enqueue.cuh"
+#include "cuda/named_barrier.cuh"
 #include "cuda/signal.cuh"
 
 namespace starflow {
@@ -43,6 +44,26 @@ struct ChainArgs {
     int64_t blocks;
     ChainMistake mistake;
 };
+
+enum class HandMistake : int32_t {
+    none,
+    no_arrival,
+    early_arrival,
+    no_wait_for_full,
+    no_wait_for_empty,
+    one_too_many,
+    nobody_waits,
+    other_count,
+};
+
+struct HandArgs {
+    const float* x;
+    float* out;
+    HandMistake mistake;
+};
+
+// out = x, 3 times 32 numbers, by two warps: one puts them into shared memory, the other takes them from there.
+STARFLOW_DECLARE_CUDA(HandArgs, hand_cuda)
 
 // out = x + 1 by two launches of 32 threads a block, of which the second begins early and each of its blocks follows
 // those before it.
@@ -97,6 +118,37 @@ __global__ void reverse_kernel(ReverseArgs args) {
     args.out[first + t] = out;
 }
 
+__global__ void hand_kernel(HandArgs args) {
+    constexpr int full = 1;
+    constexpr int empty = 2;
+    constexpr int turns = 3;
+    constexpr int both = 64;
+    STARFLOW_SHARED_MEMORY(bytes);
+    float* const value = reinterpret_cast<float*>(bytes) + threadIdx.x % 32;
+    const HandMistake mistake = args.mistake;
+    for (int turn = 0; turn < turns; ++turn) {
+        const int64_t i = turn * 32 + threadIdx.x % 32;
+        if (threadIdx.x < 32) {
+            if (turn > 0 && mistake != HandMistake::no_wait_for_empty) sync_named<both>(empty);
+            if (mistake == HandMistake::early_arrival) arrive_named<both>(full);
+            *value = args.x[i];
+            if (mistake == HandMistake::other_count) {
+                arrive_named<96>(full);
+            } else if (mistake != HandMistake::no_arrival && mistake != HandMistake::early_arrival) {
+                arrive_named<both>(full);
+            }
+        } else {
+            if (mistake == HandMistake::nobody_waits) {
+                arrive_named<both>(full);
+            } else if (mistake != HandMistake::no_wait_for_full) {
+                sync_named<both>(full);
+            }
+            args.out[i] = *value;
+            if (turn + 1 < turns || mistake == HandMistake::one_too_many) arrive_named<both>(empty);
+        }
+    }
+}
+
 __global__ void copy_kernel(ChainArgs args) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     args.out[i] = args.x[i];
@@ -120,6 +172,10 @@ __global__ void add_one_kernel(ChainArgs args) {
 }
 
 }  // namespace
+
+int hand_cuda(const HandArgs& args, void* stream) {
+    return enqueue(hand_kernel, 1, 64, 32 * sizeof(float), stream, args);
+}
 
 int chain_cuda(const ChainArgs& args, void* stream) {
     const auto blocks = static_cast<unsigned>(args.blocks);

@@ -179,7 +179,13 @@ MUTATIONS = {
     r"phase_of\(n\) \^ 1": "(on ? phase_of(n) : {0})",
     r"(?<=, )F::stage_bytes(?=\);)": "(on ? F::stage_bytes / 2 : {0})",
     r"__syncthreads\(\);": STATEMENT,
-    r"sync_named<F::\w+>\([^;]*\);": STATEMENT,
+    r"(?<=turn_of \+ )group\b": "(on ? 1 - {0} : {0})",
+    r"(?<=turn_of \+ )1 - group\b": "(on ? group : {0})",
+    r"(?<=if \()group == [01](?=\) pass_on)": BOUND,
+    # In parentheses the pattern below does not see it.
+    r"take_values\(n - 1\);\s+turns\.await\(\);": "if (on) { (turns.await)(); take_values(n - 1); } else { {0} }",
+    r"turns\.\w+\(\);": STATEMENT,
+    r"(sync|arrive)_named<F::\w+>\([^;]*\);": STATEMENT,
     r"(Empty|Full)::wait\([^;]*\);": STATEMENT,
     r"Full::arrive_and_expect_tx\([^;]*\);": "if (on) { Full::arrive(&barriers.full[stage]); } else {0}",
     r"(?<=if \()lane\(\) == 0": BOUND,
@@ -221,12 +227,20 @@ def _whole() -> dict[str, Any]:
     return arguments_for(torch.bfloat16, queries=37, keys=3 * COLUMNS, **options)
 
 
+def _prefix() -> dict[str, Any]:
+    """Hidden keys in the first tile, of which the prefix is seen, and in the last."""
+    frames = FrameMask(prefix=20, frame_tokens=30, look_ahead=1, window=2)
+    options = {"q_start": torch.tensor([300, 250]), "k_length": None, "frames": frames}
+    return arguments_for(torch.bfloat16, queries=37, keys=3 * COLUMNS, **options)
+
+
 @cache
 def _checked() -> list[tuple[str, Call, int, int, tuple[Tensor, Tensor]]]:
     schedules = ((64, 64, 1), (40, 128, 1), (17, 64, 2), (64, 128, 2))
     calls = [(f"head_dim {d}", _long(torch.bfloat16, d), rows, splits) for d, rows, splits in schedules]
     found = []
-    for label, arguments, rows, splits in [*calls, ("whole tiles", _whole(), 64, 1)]:
+    more = [("whole tiles", _whole(), 64, 1), ("prefix", _prefix(), 128, 1)]
+    for label, arguments, rows, splits in [*calls, *more]:
         finite = {name: arguments[name].nan_to_num(0.0) for name in ("k", "v")}
         doubles = battery.in_float64(Sample("", {**arguments, **finite}))
         want = SPEC.reference(**{**SPEC.arguments(**doubles.arguments), "return_lse": True})

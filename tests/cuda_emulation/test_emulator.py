@@ -51,6 +51,40 @@ def test_a_planted_mistake(mistake: str, seed: int) -> None:
         _reverse(seed, mistake)
 
 
+def _hand(seed: int, mistake: str) -> tuple[Report, torch.Tensor, torch.Tensor]:
+    x, out = torch.randn(96), torch.empty(96)
+    return emulated("planted.cu").launch("hand_cuda", seed, x=x, out=out, mistake=mistake), x, out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_arrivals_at_a_barrier_wait_for_nobody(seed: int) -> None:
+    report, x, out = _hand(seed, "none")
+    assert torch.equal(out, x)
+    assert report.barriers == (3 + 2) * 64
+
+
+# Whichever of them comes first.
+ALONE = f"race: {RACE}|comes twice to barrier|none waits there|the block ends after arrivals at barrier"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "mistake, noticed",
+    [
+        ("no_arrival", "deadlock: thread .* waits in a barrier"),
+        ("early_arrival", f"race: {RACE}"),
+        ("no_wait_for_full", ALONE),
+        ("no_wait_for_empty", ALONE),
+        ("one_too_many", "the block ends after arrivals at barrier 2 that nobody waited for"),
+        ("nobody_waits", ALONE),
+        ("other_count", "barrier 1 of (64|96) threads, where others expect (96|64)"),
+    ],
+)
+def test_a_mistake_with_arrivals(mistake: str, noticed: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=noticed):
+        _hand(seed, mistake)
+
+
 def _chain(seed: int, mistake: str) -> tuple[Report, torch.Tensor, torch.Tensor]:
     x, out, counts = torch.randn(96), torch.empty(96), torch.full((1,), 7, dtype=torch.int32)
     given = {"x": x, "out": out, "counts": counts, "blocks": 3, "mistake": mistake}

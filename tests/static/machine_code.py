@@ -23,7 +23,7 @@ class Kernel:
     name: str
     registers: int
     stack: int
-    order: tuple[str, ...]  # opcodes with their modifiers, as they stand
+    order: tuple[str, ...]  # opcodes with their modifiers, as they stand; of a wait for wgmma, how many may be left too
 
     @cached_property
     def instructions(self) -> Counter[str]:
@@ -117,7 +117,10 @@ def read(path: Path) -> list[Kernel]:
     names = _names({name for _, name, _ in code})
     kernels = []
     for architecture, name, lines in code:
-        found = (re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", line) for line in lines)
-        order = tuple(match[1] for match in found if match)
+        found = (
+            re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)(?: gsb0, 0x([0-9a-f]))?", line)
+            for line in lines
+        )
+        order = tuple(".".join(filter(None, match.groups())) for match in found if match)
         kernels.append(Kernel(architecture, names[name], *usage[architecture, name], order))
     return kernels

@@ -4,9 +4,9 @@
 // One thread loads: tiles of 128 keys and of their values, each in two stages, with a barrier that says that a stage is
 // full (TMA counts the bytes) and one that it is empty (the warps that multiply have come). One or two groups of four
 // warps multiply, 64 rows each: queries and keys from shared memory, weights from registers. The products of a tile of
-// keys and of the values of the tile before are begun together. The wait for the values stands behind the softmax here,
-// but nvcc 13.0 puts it in front: what runs beside a group's softmax are the products of the other group, or of the
-// other block of the multiprocessor, and none of its own (tests/static).
+// keys and of the values of the tile before are begun together, and the values are waited for behind the softmax of the
+// keys. Two groups begin their products in turns: while those of one run, the other has its softmax. tests/static holds
+// the machine code to both orders.
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
@@ -61,11 +61,17 @@ struct StageBarriers {
     uint64_t empty[stages];
 };
 
-template <class Element_, int width_, int groups>
+// Named barriers of the warps that multiply: of all, of those of a group, and of a group's turn. 0 is __syncthreads.
+constexpr int all_warps = 1;
+constexpr int warps_of = 2;
+constexpr int turn_of = 4;
+
+template <class Element_, int width_, int groups_>
 struct Forward {
     using Element = Element_;
     using Value = cute::conditional_t<cute::is_same_v<Element, BFloat16>, cute::bfloat16_t, cute::half_t>;
     static constexpr int width = width_;
+    static constexpr int groups = groups_;
     static constexpr int columns = sm90_columns;
     static constexpr int rows = 64 * groups;
     static constexpr int group_threads = 128;
@@ -127,6 +133,34 @@ __device__ inline void leave(const StageBarriers& barriers, int n) {
     if (lane() == 0) Empty::arrive(&barriers.empty[stage_of(n)]);
 }
 
+// Two groups take turns at beginning their products: group 0, group 1, group 0 ... Both walk over the same tiles, and
+// so take the same number of turns.
+template <class F>
+struct Turns {
+    int group;
+
+    __device__ void await() const {
+        if constexpr (F::groups == 2) sync_named<F::multiplying>(turn_of + group);
+    }
+    __device__ void pass_on() const {
+        if constexpr (F::groups == 2) arrive_named<F::multiplying>(turn_of + 1 - group);
+    }
+    // The first turn is group 0's, and the last, group 1's, has none behind it.
+    __device__ void open() const {
+        if (group == 1) pass_on();
+    }
+    __device__ void close() const {
+        if (group == 0) pass_on();
+    }
+};
+
+// Keeps the compiler from moving a wait for products from behind the softmax to in front of it: the loop never runs, as
+// no total is negative, but it ends a run of instructions within which nvcc 13.0 puts the wait first. With a branch
+// that does not come back in its place, nvcc uses few of the registers that `setmaxnreg` gives, and spills.
+__device__ inline void end_softmax(const SoftmaxRow (&rows)[2]) {
+    while (rows[0].total + rows[1].total < 0.0F) __nanosleep(20);
+}
+
 template <class F>
 __global__ void __launch_bounds__(F::threads, F::blocks)
     forward_kernel(const __grid_constant__ AttentionArgs args, const __grid_constant__ CUtensorMap keys,
@@ -181,7 +215,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
         cute::cp_async_wait<0>();
         // The fence makes what threads have written visible to wgmma, which reads by the async proxy.
         cutlass::arch::fence_view_async_shared();
-        sync_named<F::multiplying>(1);
+        sync_named<F::multiplying>(all_warps);
 
         float weights[1][F::columns / 8][4];
         HalfOperand rounded[F::columns / 16];
@@ -190,6 +224,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
         const auto weigh_slice = weigh_product.get_slice(0);
         const auto add_slice = add_product.get_slice(0);
         const int group = cutlass::canonical_warp_group_idx();
+        const Turns<F> turns{group};
         const auto left = weigh_slice.make_fragment_A(weigh_slice.partition_A(cute::local_tile(
             cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Value*>(shared.queries)), typename F::QueryLayout{}),
             Shape<_64, Int<F::width>>{}, cute::make_coord(group, 0))));
@@ -240,7 +275,7 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
                 if (!any.has(key + i / 8 % F::columns)) tile[i] = uint4{};
             }
             cutlass::arch::fence_view_async_shared();
-            sync_named<F::multiplying>(1);
+            sync_named<F::multiplying>(all_warps);
         };
         // Weights of the n-th tile from its products; those of hidden keys are 0.
         float shrink[2];
@@ -256,9 +291,12 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
             }
         };
 
+        turns.open();
         Full::wait(&shared.key_stages.full[stage_of(0)], phase_of(0));
+        turns.await();
         cute::warpgroup_arrive();
         multiply_keys(0);
+        turns.pass_on();
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(weight_registers);
         leave(shared.key_stages, 0);
@@ -267,14 +305,18 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
 #pragma unroll 1
         for (int n = 1; n < count; ++n) {
             Full::wait(&shared.key_stages.full[stage_of(n)], phase_of(n));
+            // Both groups meet in here, and so before either waits for its turn.
             take_values(n - 1);
+            turns.await();
             cute::warpgroup_arrive();
             multiply_keys(n);
             add_values(n - 1);
+            turns.pass_on();
             cute::warpgroup_wait<1>();
             cute::warpgroup_fence_operand(weight_registers);
             leave(shared.key_stages, n);
             weigh_keys(n);
+            end_softmax(state[0]);
             cute::warpgroup_wait<0>();
             cute::warpgroup_fence_operand(sum_registers);
             leave(shared.value_stages, n - 1);
@@ -283,12 +325,14 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
             round_weights();
         }
         take_values(count - 1);
+        turns.await();
         cute::warpgroup_arrive();
         add_values(count - 1);
+        turns.close();
         cute::warpgroup_wait<0>();
         cute::warpgroup_fence_operand(sum_registers);
         // A group's rows of the queries, which all of its warps have read, become those of the result.
-        sync_named<F::group_threads>(2 + group);
+        sync_named<F::group_threads>(warps_of + group);
     }
     finish_rows<F::rows>(args, queries, warp_row, wide, scale, state, sums);
 }

@@ -116,6 +116,8 @@ struct Warp {
 struct Barrier {
     int count = 0;
     std::vector<int> waiting;
+    std::vector<int> arrived;  // who wait for nobody
+    Knowledge arriving;        // of those
 };
 
 struct Device {
@@ -190,8 +192,30 @@ void wait(const char* what) {
 
 void release(Barrier& barrier) {
     device.races.synchronise(barrier.waiting);
-    for (const int number : barrier.waiting) wake(number);
+    for (const int number : barrier.waiting) {
+        if (!barrier.arrived.empty()) device.races.learn(number, barrier.arriving);
+        wake(number);
+    }
     barrier.waiting.clear();
+    barrier.arrived.clear();
+}
+
+// The current thread comes to a barrier.
+Barrier& come_to(int id, int threads) {
+    ++device.counts.barriers;
+    Barrier& barrier = device.barriers[id];
+    if (std::ranges::find(barrier.arrived, device.current->number) != barrier.arrived.end()) {
+        fail("a thread comes twice to barrier %d, where others have not been yet", id);
+    }
+    if (!(barrier.waiting.empty() && barrier.arrived.empty()) && barrier.count != threads) {
+        fail("barrier %d of %d threads, where others expect %d", id, threads, barrier.count);
+    }
+    barrier.count = threads;
+    return barrier;
+}
+
+bool complete(const Barrier& barrier) {
+    return barrier.count > 0 && static_cast<int>(barrier.waiting.size() + barrier.arrived.size()) == barrier.count;
 }
 
 // A barrier of all threads waits for nobody who has left.
@@ -446,6 +470,10 @@ void run_block(dim3 block) {
     device.current = nullptr;
     if (device.error.empty() && device.live > 0) diagnose_deadlock();
     if (device.error.empty()) device.error = left_in_flight();
+    for (int id = 0; id < most_barriers && device.error.empty(); ++id) {
+        if (device.barriers[id].arrived.empty()) continue;
+        device.error = "the block ends after arrivals at barrier " + std::to_string(id) + " that nobody waited for";
+    }
     device.requests.finish({});
 }
 
@@ -542,18 +570,26 @@ uint32_t shared_address(const void* pointer) {
 void* shared_pointer(uint32_t address) { return device.arena + address; }
 
 void barrier(int id, int threads) {
-    ++device.counts.barriers;
-    Barrier& barrier = device.barriers[id];
-    barrier.count = threads;
+    Barrier& barrier = come_to(id, threads);
     barrier.waiting.push_back(device.current->number);
     device.current->state = State::waiting;
     device.current->waits_for = "a barrier";
     if (threads == 0) {
         release_if_all_came();
-    } else if (static_cast<int>(barrier.waiting.size()) == threads) {
+    } else if (complete(barrier)) {
         release(barrier);
     }
     leave();
+}
+
+void arrive_at_barrier(int id, int threads) {
+    Barrier& barrier = come_to(id, threads);
+    if (barrier.arrived.empty()) barrier.arriving = device.races.nothing();
+    barrier.arrived.push_back(device.current->number);
+    device.races.publish(device.current->number, barrier.arriving);
+    if (!complete(barrier)) return;
+    if (barrier.waiting.empty()) fail("all threads have come to barrier %d and none waits there", id);
+    release(barrier);
 }
 
 int barrier_count(bool value, int* arrived) {

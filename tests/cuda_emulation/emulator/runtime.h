@@ -49,6 +49,8 @@ EMULATION_API void* shared_pointer(uint32_t address);
 
 // bar.sync: of `threads` threads; 0: of every thread of the block that has not left.
 EMULATION_API void barrier(int id, int threads);
+// bar.arrive: one of `threads` that come, who does not wait for the others.
+EMULATION_API void arrive_at_barrier(int id, int threads);
 // __syncthreads_and, _or, _count: how many threads came with a true value; all threads get the same number.
 EMULATION_API int barrier_count(bool value, int* arrived);
 EMULATION_API void warp_barrier(uint32_t mask);

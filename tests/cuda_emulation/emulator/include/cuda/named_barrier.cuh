@@ -9,4 +9,9 @@ void sync_named(int barrier) {
     emulation::barrier(barrier, threads);
 }
 
+template <int threads>
+void arrive_named(int barrier) {
+    emulation::arrive_at_barrier(barrier, threads);
+}
+
 }  // namespace starflow::cuda
