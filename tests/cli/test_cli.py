@@ -628,6 +628,34 @@ def test_processes_that_nobody_joined_are_told(
     assert "WORLD_SIZE 2 in the environment and MASTER_ADDR is not set, expected all that torchrun" in error(capsys)
 
 
+def test_what_is_told_of_a_sample_is_told_once_for_all_batches(model: Path, tmp_path: Path, caplog) -> None:
+    asked = ("--clips", 3, "--batch", 1, "--window-frames", 9)
+    for _ in range(2):
+        caplog.clear()
+        assert run("sample", model, PROMPT, "--out", tmp_path / "out", *asked) == 0
+        assert [line.partition(" and ")[0] for line in caplog.messages] == ["sample: window_frames is given"]
+
+
+def test_processes_that_would_all_do_the_same_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("score", model, "--held-out", 2),
+        ("evaluate", model),
+        ("record", "paddle", "--frames", 2, "--out", "played"),
+        ("convert", "a.yaml", "b.pth", "c"),
+        ("play", model),
+        ("demo",),
+    ):
+        assert run(*command) == 2
+        assert f"{command[0]} is started in 2 processes (WORLD_SIZE in the environment), each of which" in error(capsys)
+    assert not list(tmp_path.iterdir())
+    assert run("info") == 0
+
+
 def test_rates_and_weights_that_do_not_fit_are_told(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

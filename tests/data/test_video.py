@@ -164,6 +164,22 @@ def test_gif_and_contact_sheet_show_the_frames(tmp_path):
         write_gif(tmp_path / "b.gif", frames, fps=60)
 
 
+@pytest.mark.parametrize("fps", [0.02, 7.5, 8.0, 12.0, 24.0, 30.0, 33.0, 40.0, 45.0, 50.0])
+def test_a_gif_has_the_rate_that_it_was_written_at(tmp_path, fps):
+    """Its clock counts hundredths of a second, so that delays differ; each frame is read once all the same."""
+    frames = counting(40)
+    write_gif(tmp_path / "a.gif", frames, fps)
+    info = probe(tmp_path / "a.gif", count=True)
+    assert info.fps == pytest.approx(fps, rel=1e-6)
+    assert frames_at(info, fps) == 40
+    assert numbers(read_video(tmp_path / "a.gif", fps=info.fps, channels=1)) == list(range(40))
+    later = read_video(tmp_path / "a.gif", fps=info.fps, start=13 / info.fps, frames=27, channels=1)
+    assert numbers(later) == list(range(13, 40))
+    if fps == 8.0:
+        half = read_video(tmp_path / "a.gif", fps=4.0, frames=20, channels=1)
+        assert numbers(half) == list(range(0, 40, 2))
+
+
 # What is read
 
 

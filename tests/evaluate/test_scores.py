@@ -281,6 +281,20 @@ def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path
     assert read_clips(pipeline, [path], frames=10)[0].pixels.shape[0] == 10
 
 
+def test_clips_of_one_name_in_two_folders_are_told_apart(pipeline: Pipeline, tmp_path: Path) -> None:
+    frames = torch.zeros(FRAMES, SIZE, SIZE, 1, dtype=torch.uint8)
+    for folder, names in (("one", ("a.mp4", "b.mp4")), ("two", ("a.mp4",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            write_video(tmp_path / folder / name, frames, 8.0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    both = [f"{one}/a.mp4@0", "b.mp4@0", f"{two}/a.mp4@0"]
+    assert [clip.name for clip in read_clips(pipeline, [one, two])] == both
+    files = [one / "a.mp4", one / "b.mp4", two / "a.mp4"]
+    assert [clip.name for clip in read_clips(pipeline, files)] == both
+    assert [clip.name for clip in read_clips(pipeline, files[:2])] == ["a.mp4@0", "b.mp4@0"]
+
+
 def test_a_path_that_is_given_twice_is_read_once(pipeline: Pipeline, tmp_path: Path, caplog) -> None:
     frames = torch.zeros(FRAMES, SIZE, SIZE, 1, dtype=torch.uint8)
     for name in ("a.mp4", "b.mp4"):

@@ -38,6 +38,7 @@ class Command:
         add_options: puts the options of the command into a parser.
         run: runs a parsed command line and returns the exit status.
         rest: name of the list of positional arguments, which may also stand behind options.
+        alone: several processes of torchrun would each do all of its work and write the same files.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Command:
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     rest: str | None = None
+    alone: bool = True
 
 
 # What an option may be: an integer fits the machine's, and no arithmetic on a number leaves the range of floats.

@@ -17,8 +17,9 @@ from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.shards import Member, place_of
 
 # Containers round timestamps, Matroska to a millisecond. A frame counts as shown from this many microseconds before its
-# timestamp on.
+# timestamp on, or from this share of what a coarser clock counts in.
 _TOLERANCE = 1000
+_OF_CLOCK = 0.6
 
 # Share by which frames a second differ where a film plays visibly faster or slower.
 _OTHER_SPEED = 0.05
@@ -38,6 +39,7 @@ class VideoInfo:
         duration: in seconds; of the video stream where its frames were counted, else of the container. None if unknown.
         continuous: whether the frames were counted and the clock of the file does not jump between them. `read_video`
             then finds a start in the middle without decoding what stands before it, in more formats.
+        clock: seconds that the file counts in, where it is so coarse that frames move by it (GIF); otherwise 0.
     """
 
     width: int
@@ -46,6 +48,7 @@ class VideoInfo:
     frames: int | None
     duration: float | None
     continuous: bool = False
+    clock: float = 0.0
 
 
 def probe(path: str | os.PathLike[str] | Member, *, count: bool = False) -> VideoInfo:
@@ -68,7 +71,8 @@ def probe(path: str | os.PathLike[str] | Member, *, count: bool = False) -> Vide
     with Source(path, threads=1) as source:
         first = next(source.frames())[2]
         width, height = size_on_screen(first, source.pixel_shape)
-        info = VideoInfo(width, height, source.rate, None, source.duration)
+        clock = source.clock / MICROSECONDS
+        info = VideoInfo(width, height, source.rate, None, source.duration, clock=clock)
     if not count:
         return info
     if not first.interlaced_frame:
@@ -105,7 +109,12 @@ def frames_at(info: VideoInfo, fps: float) -> int:
     """
     if info.frames is None or info.duration is None:
         raise ValueError("frames_at: info has no frame count, expected that of probe(path, count=True)")
-    return max(1, math.ceil((info.duration - _TOLERANCE / MICROSECONDS) * fps))
+    return max(1, math.ceil((info.duration - _end_tolerance(info)) * fps - 1e-6))
+
+
+def _end_tolerance(info: VideoInfo) -> float:
+    """Seconds that the end of a file may be late by: its begin and its own length are rounded, up to half a frame."""
+    return max(_TOLERANCE / MICROSECONDS, min(info.clock, 0.5 / info.fps))
 
 
 def wanted_size(width: int, height: int, out_width: int | None, out_height: int | None) -> tuple[int, int]:
@@ -191,6 +200,7 @@ def read_video(
         found += times
 
     with Source(path) as source:
+        tolerance = max(_TOLERANCE, round(_OF_CLOCK * source.clock))
         converter = Converter(out_width, out_height)
 
         def convert(frame: VideoFrame) -> np.ndarray:
@@ -208,11 +218,11 @@ def read_video(
                     "those of an SDR screen"
                 )
             if fps is None:
-                if time >= begin - _TOLERANCE:
+                if time >= begin - tolerance:
                     put(convert(frame), 1)
             else:
                 if held is not None:
-                    count = _shown_until(time - _TOLERANCE, begin, fps, frames) - found
+                    count = _shown_until(time - tolerance, begin, fps, frames) - found
                     if count > 0:
                         put(convert(held), count)
                 held, end = frame, time + shown
@@ -220,7 +230,7 @@ def read_video(
                 break
         else:
             if fps is not None and held is not None:
-                count = _shown_until(end - _TOLERANCE, begin, fps, frames) - found
+                count = _shown_until(end - round(_end_tolerance(info) * MICROSECONDS), begin, fps, frames) - found
                 if count > 0:
                     put(convert(held), count)
     if found < (frames or 1):

@@ -272,7 +272,8 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     Args:
         path: of the file.
         frames: uint8 of shape (frames, height, width, 1 or 3).
-        fps: frames per second, at most 50, since browsers slow down faster ones.
+        fps: frames per second, at most 50, since browsers slow down faster ones. A GIF counts hundredths of a second:
+            at a rate that is not 100 / n delays differ by one of them, and frames come at that rate on average.
 
     Raises:
         ValueError: when an argument is out of range.

@@ -47,8 +47,8 @@ def read_clips(
 
     Args:
         pipeline: of the flow.
-        paths: one or several of video files, images (of models that make images), folders and tar files of them. In
-            folders a file that cannot be read is skipped with a line in the log. Captions come from where training took
+        paths: one or several of video files, images (of models that make images), folders and tar files of them. Clips
+            of one name in several of them are told by their paths. In folders a file that cannot be read is skipped with a line in the log. Captions come from where training took
             them: text files beside the videos, file names, and the second of the cut.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
@@ -63,6 +63,7 @@ def read_clips(
         if (whole := integer(value)) is None or whole < 1:
             raise ValueError(f"read_clips: {name} is {shown(value)}, expected an integer >= 1")
     clips: list[Clip] = []
+    places: list[Path] = []
     for path in _once([paths] if isinstance(paths, str | Path) else paths):
         if is_folder(path):
             folder = VideoFolder(
@@ -87,7 +88,20 @@ def read_clips(
         if len(once) < len(found):
             logger.warning("%s: of %d clips %d are different, the others are left out", path, len(found), len(once))
         clips += once.values()
+        places += [path if is_folder(path) else path.parent] * len(once)
+    clips = _told_apart(clips, places)
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _told_apart(clips: Sequence[Clip], places: Sequence[Path]) -> list[Clip]:
+    """The clips, of which those of one name in several places have the place in front of it."""
+    found: dict[str, set[Path]] = {}
+    for clip, place in zip(clips, places, strict=True):
+        found.setdefault(clip.name, set()).add(place)
+    return [
+        replace(clip, name=str(place / clip.name)) if len(found[clip.name]) > 1 else clip
+        for clip, place in zip(clips, places, strict=True)
+    ]
 
 
 def _once(paths: Sequence[str | Path]) -> list[Path]:

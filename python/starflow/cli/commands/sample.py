@@ -34,7 +34,7 @@ from starflow.cli.output import (
     write_clips,
 )
 from starflow.config import ConfigError
-from starflow.messages import short, shown
+from starflow.messages import short, shown, told_once
 
 if TYPE_CHECKING:
     from starflow.distributed import World
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
 
     asked = sample_options_of(args)
     args.prompts = _prompts(args)
-    with join(torch.device(device_name(args.device))) as world:
+    with join(torch.device(device_name(args.device))) as world, told_once():
         return _sample_part(args, asked, world)
 
 
@@ -300,5 +300,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMAND = Command(
-    "make clips from text, a picture or the end of a video", _DESCRIPTION, _add_options, _run, rest="prompts"
+    "make clips from text, a picture or the end of a video",
+    _DESCRIPTION,
+    _add_options,
+    _run,
+    rest="prompts",
+    alone=False,
 )
