@@ -186,7 +186,8 @@ def block_attention(
 
     Raises:
         RuntimeError: if types, shapes, dtypes, devices or numbers of heads do not fit, the options contradict each
-            other, a temperature on the CPU is not above 0 or not finite, or the CUDA kernels do not take the ``head_dim``.
+            other, a temperature on the CPU is not above 0 or not finite, or the CUDA kernels do not take the
+            ``head_dim``.
 
     Reference:
         Vaswani et al., Attention Is All You Need (2017), section 3.2; Milakov and Gimelshein, Online normalizer

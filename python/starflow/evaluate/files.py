@@ -48,8 +48,9 @@ def read_clips(
     Args:
         pipeline: of the flow.
         paths: one or several of video files, images (of models that make images), folders and tar files of them. Clips
-            of one name in several of them are told by their paths. In folders a file that cannot be read is skipped with a line in the log. Captions come from where training took
-            them: text files beside the videos, file names, and the second of the cut.
+            of one name in several of them are told by their paths. In folders a file that cannot be read is skipped
+            with a line in the log. Captions come from where training took them: text files beside the videos, file
+            names, and the second of the cut.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.

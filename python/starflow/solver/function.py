@@ -57,8 +57,9 @@ def solve(
         x like `z`, and the report. Its `rows` count the tokens of the windows, not what `fn` computes beyond them.
 
     Raises:
-        ValueError: an argument of another type or one that does not fit, or what `fn` returns; a function that is seen not to be
-            causal: its map of the first token depends on x, or that of another changes though no token before it did.
+        ValueError: an argument of another type or one that does not fit, or what `fn` returns; a function that is seen
+            not to be causal: its map of the first token depends on x, or that of another changes though no token before
+            it did.
         NotFiniteError: a token is not finite.
 
     Examples:
