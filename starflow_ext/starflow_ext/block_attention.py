@@ -445,8 +445,8 @@ def check(
             and is_readable(temperature)
         ):
             # A NaN is both.
-            for value in map(float, temperature.detach().aminmax()):
-                require(0.0 < value < float("inf"), op, "temperature holds", value, "finite numbers > 0")
+            for extreme in map(float, temperature.detach().aminmax()):
+                require(0.0 < extreme < float("inf"), op, "temperature holds", extreme, "finite numbers > 0")
     else:
         require(0.0 < temperature < float("inf"), op, "temperature is", temperature, "a finite number > 0")
     require(scale is None or 0.0 < scale < float("inf"), op, "scale is", scale, "a finite number > 0")

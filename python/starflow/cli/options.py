@@ -103,6 +103,26 @@ def model_path(text: str) -> str:
     return text
 
 
+def check_written(written: Mapping[str, str | None], read: Mapping[str, Sequence[str]]) -> None:
+    """Refuses files of a command that are each other, or among what it reads: they would be replaced without a word.
+
+    Args:
+        written: paths by the option that names them; None and "-" are no files.
+        read: paths by what they are called.
+
+    Raises:
+        ConfigError: two of one path.
+    """
+    known = {Path(path).resolve(): f"{name} {short(path)}" for name, paths in read.items() for path in paths}
+    for name, path in written.items():
+        if path in (None, "-"):
+            continue
+        place = Path(path).resolve()
+        if place in known:
+            raise ConfigError(f"{name} is {shown(path)}, which is {known[place]}, expected another file")
+        known[place] = f"that of {name}"
+
+
 def picture_path(text: str) -> str:
     """An argparse type: a picture that matplotlib can write."""
     if Path(text).suffix not in (".png", ".svg", ".pdf"):
@@ -224,6 +244,13 @@ def load_pipeline(model: str, world: World) -> Pipeline:
     if licence and world.first:
         print(f"{model}: {short(licence, 400)}", file=sys.stderr)
     return Pipeline.load(model, device=world.device)
+
+
+def model_places(model: str) -> list[str]:
+    """The files of a model that a command line names."""
+    from starflow.storage import model_file, model_files
+
+    return [str(path) for path in (model_file(model), *model_files(model))]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -434,6 +434,11 @@ class VideoFolder:
         return tuple(dict.fromkeys(rate.fps for file in self._files for rate in file.rates))
 
     @property
+    def rates_of_files(self) -> tuple[float, ...]:
+        """The first frame rate that clips of each file are cut at, in the order of `names`; 0 of images."""
+        return tuple(file.rates[0].fps for file in self._files)
+
+    @property
     def uncaptioned(self) -> tuple[str, ...]:
         """Names of the files all of whose captions are empty."""
         return tuple(file.name for file in self._files if not any(file.captions))

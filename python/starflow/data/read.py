@@ -15,6 +15,8 @@ from starflow.data.colour import HIGH_RANGE, Converter, size_on_screen, to_chann
 from starflow.data.decode import MICROSECONDS, Source, reason_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.shards import Member, place_of
+from starflow.messages import shown
+from starflow.numeric import integer, number
 
 # Containers round timestamps, Matroska to a millisecond. A frame counts as shown from this many microseconds before its
 # timestamp on, or from this share of what a coarser clock counts in.
@@ -120,8 +122,8 @@ def _end_tolerance(info: VideoInfo) -> float:
 def wanted_size(width: int, height: int, out_width: int | None, out_height: int | None) -> tuple[int, int]:
     """Width and height of the result; a side that is None follows from the other one and the aspect of the source."""
     for name, side in (("width", out_width), ("height", out_height)):
-        if side is not None and side < 1:
-            raise ValueError(f"read_video: {name} is {side}, expected at least 1")
+        if side is not None and ((pixels := integer(side)) is None or pixels < 1):
+            raise ValueError(f"read_video: {name} is {shown(side)}, expected an integer of at least 1")
     if out_width is None and out_height is None:
         return width, height
     if out_width is None:
@@ -174,12 +176,14 @@ def read_video(
     """
     path = place_of(path)
     check_channels(channels)
-    if frames is not None and frames < 1:
-        raise ValueError(f"read_video: frames is {frames}, expected at least 1")
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"read_video: fps is {fps}, expected a positive number")
-    if not 0 <= start < math.inf:
-        raise ValueError(f"read_video: start is {start}, expected at least 0 seconds")
+    if frames is not None:
+        if (count := integer(frames)) is None or count < 1:
+            raise ValueError(f"read_video: frames is {shown(frames)}, expected an integer of at least 1")
+        frames = count
+    if fps is not None and ((rate := number(fps)) is None or not 0 < rate < math.inf):
+        raise ValueError(f"read_video: fps is {shown(fps)}, expected a positive number")
+    if (begins := number(start)) is None or not 0 <= begins < math.inf:
+        raise ValueError(f"read_video: start is {shown(start)}, expected at least 0 seconds")
     info = probe(path) if info is None else info
     out_width, out_height = wanted_size(info.width, info.height, width, height)
     begin = round(start * MICROSECONDS)
@@ -211,7 +215,7 @@ def read_video(
 
         # The frame on screen, and the time at which it ends if no other one follows.
         held, end = None, 0
-        for time, shown, frame in source.frames(begin, seek=info.continuous):
+        for time, lasts, frame in source.frames(begin, seek=info.continuous):
             if frame.color_trc in HIGH_RANGE:
                 tell_once(
                     f"{path}: a picture in {HIGH_RANGE[frame.color_trc]} (high dynamic range), its tones are mapped to "
@@ -225,7 +229,7 @@ def read_video(
                     count = _shown_until(time - tolerance, begin, fps, frames) - found
                     if count > 0:
                         put(convert(held), count)
-                held, end = frame, time + shown
+                held, end = frame, time + lasts
             if frames is not None and found >= frames:
                 break
         else:
@@ -234,8 +238,8 @@ def read_video(
                 if count > 0:
                     put(convert(held), count)
     if found < (frames or 1):
-        rate = "" if fps is None else f" at {fps:g} frames per second"
-        raise VideoError(f"{path}: {found} frames from {start:g} s on{rate}, expected at least {frames or 1}")
+        at_rate = "" if fps is None else f" at {fps:g} frames per second"
+        raise VideoError(f"{path}: {found} frames from {start:g} s on{at_rate}, expected at least {frames or 1}")
     rgb = torch.frombuffer(output, dtype=torch.uint8).view(found, out_height, out_width, 3)
     return to_channels(rgb, channels)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from starflow.data import (
     is_folder,
     nearest_aspect,
     of_clip,
+    plays_otherwise,
     probe,
     read_image,
     read_video,
     to_pixels,
 )
-from starflow.messages import shown
+from starflow.messages import listed, shown
 from starflow.numeric import integer
 from starflow.sampling import Pipeline
 
@@ -81,6 +82,7 @@ def read_clips(
                 aspect_multiple=_multiple(pipeline) if data.mix_aspect else None,
                 frame_dim=pipeline.config.flow.frame_dim,
             )
+            _tell_rates(pipeline, dict(zip(folder.names, folder.rates_of_files, strict=True)))
             found = [folder.item(index) for index in range(len(folder))]
         else:
             found = _cut(path, count, clips_per_file, pipeline)
@@ -92,6 +94,19 @@ def read_clips(
         places += [path if is_folder(path) else path.parent] * len(once)
     clips = _told_apart(clips, places)
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _tell_rates(pipeline: Pipeline, rates: Mapping[str, float]) -> None:
+    """Tells of files at other rates than the clips of a model that was not trained at a rate by name (`data.fps`)."""
+    data, usual = pipeline.config.data, pipeline.config.sample.fps
+    # A folder that was trained on has rates of its own.
+    if data.kind == "folder" or data.fps is not None:
+        return
+    other = [f"{name} has {rate:g}" for name, rate in rates.items() if rate and plays_otherwise(rate, usual)]
+    if other:
+        logger.warning(
+            "score: clips of the model have %g frames a second, %s: they play at another speed", usual, listed(other)
+        )
 
 
 def _told_apart(clips: Sequence[Clip], places: Sequence[Path]) -> list[Clip]:
@@ -152,6 +167,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
         return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
+    _tell_rates(pipeline, {str(path): fps})
     high, wide = _size(pipeline, info.height, info.width)
     told = None
     if dim := pipeline.config.flow.frame_dim:
