@@ -107,10 +107,15 @@ def require_unchanged(module: nn.Module) -> None:
 
 
 def own_memory(module: nn.Module) -> None:
-    """Copies parameters and buffers that may be mapped from a file, so that nothing written to it changes them."""
+    """Copies parameters and buffers that may be mapped from a file, so that nothing written to it changes them.
+
+    One tensor after the other, and the pages of the file go back to the system: memory holds one copy.
+    """
     for tensor in itertools.chain(module.parameters(), module.buffers()):
         if tensor.is_cpu:
-            tensor.data = tensor.data.clone()
+            copy = tensor.data.clone()
+            release([tensor.data])
+            tensor.data = copy
 
 
 def release(tensors: Iterable[Tensor]) -> None:
