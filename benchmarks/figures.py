@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from sklearn.metrics import roc_auc_score
 
 
 class Skipped(Exception):  # noqa: N818  (not an error: the machine lacks something)
@@ -61,3 +63,8 @@ def target(group: str) -> Callable[[Target], Target]:
         return function
 
     return enter
+
+
+def area_under_curve(ordinary: Sequence[float], odd: Sequence[float]) -> float:
+    """How often an odd one scores above an ordinary one: area under the curve of hits over false alarms."""
+    return float(roc_auc_score([0] * len(ordinary) + [1] * len(odd), [*ordinary, *odd]))

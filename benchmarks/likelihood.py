@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from figures import area_under_curve
 
 from starflow.data import Clip
 from starflow.evaluate import ClipScore, Reference, noise_floor, score
@@ -56,12 +57,6 @@ def empty(clip: Clip, other: Clip) -> Clip:
 ODD: tuple[Callable[[Clip, Clip], Clip], ...] = (one_frame, backwards, upside_down, captioned_otherwise, empty)
 
 
-def area(odd: Sequence[float], ordinary: Sequence[float]) -> float:
-    """Probability that an odd clip scores above an ordinary one (area under the ROC curve)."""
-    wins = [float(a > b) + 0.5 * float(a == b) for a in odd for b in ordinary]
-    return statistics.mean(wins)
-
-
 def worst_frame(item: ClipScore) -> float:
     """Largest absolute deviation of a frame's score."""
     assert item.anomaly is not None
@@ -90,7 +85,7 @@ def noise_table(pipeline: Pipeline, clips: Sequence[Clip]) -> str:
         floor = noise_floor(sigma, pipeline.codec.log_det_per_dimension)
         ranked = statistics.mean(float(s.shuffled is not None and s.bits_per_dim < s.shuffled) for s in scores)
         odd = score(pipeline, altered(one_frame, judged), seed=1000, noise_std=sigma)
-        found = area(*([worst_frame(reference.judge(item)) for item in items] for items in (odd, scores)))
+        found = area_under_curve(*([worst_frame(reference.judge(item)) for item in items] for items in (scores, odd)))
         told = " (training)" if factor == 1.0 else ""
         lines.append(
             f"| {sigma:.2f}{told} | {bits:.3f} | {floor:.3f} | {bits - floor:.3f} | {ranked:.0%} | {found:.2f} |"
@@ -113,7 +108,7 @@ def anomaly_table(pipeline: Pipeline, clips: Sequence[Clip]) -> str:
     for change in ODD:
         odd = [reference.judge(item) for item in score(pipeline, altered(change, judged), seed=1000)]
         cells = [
-            area([measure(item) for item in odd], [measure(item) for item in plain])
+            area_under_curve([measure(item) for item in plain], [measure(item) for item in odd])
             for measure in (lambda item: item.bits_per_dim, either_side, worst_frame)
         ]
         mean = statistics.mean(item.bits_per_dim for item in odd)

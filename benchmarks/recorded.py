@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Figure, Skipped, target
+from figures import Figure, Skipped, area_under_curve, target
 from torch import Tensor
-from world import GIVEN, area, dreamed
+from world import GIVEN, dreamed
 
 from starflow import Pipeline
 from starflow.data import Clip, VideoFolder, to_frames, write_contact_sheet
@@ -115,7 +115,7 @@ def recorded_surprise() -> Iterator[Figure]:
     }
     for name in strange:
         raw = {"clips": len(normal), "draws": 4, "pairs": float((bits[name] > bits[""]).mean())}
-        yield Figure(f"recorded_surprise: {name}", area(bits[""], bits[name]), "area", 0.99, 0.999, raw=raw)
+        yield Figure(f"recorded_surprise: {name}", area_under_curve(bits[""], bits[name]), "area", 0.99, 0.999, raw=raw)
 
 
 @target("recorded")

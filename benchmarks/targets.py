@@ -411,12 +411,12 @@ def long_video() -> Iterator[Figure]:
     """Seconds a frame around frame 80 over those around frame 20, with a sliding window."""
     flow = models.flow(128, (2, 4), frames=4, local_attn_window=8)
 
-    def decode(frames: int) -> Callable[[], Any]:
+    def clip_of(frames: int) -> Callable[[], Any]:
         z = torch.randn(1, frames, *models.LATENTS[1:], generator=torch.Generator().manual_seed(0))
         y = torch.randn(1, 16, models.TEXT_DIM, generator=torch.Generator().manual_seed(1))
         return lambda: decode(flow, z, y, schedule=Window(64, 0.01), context_frames=4)
 
-    times = interleaved(*(decode(frames) for frames in (12, 28, 72, 88)), rounds=5)
+    times = interleaved(*(clip_of(frames) for frames in (12, 28, 72, 88)), rounds=5)
     early, late = (times[1] - times[0]) / 16, (times[3] - times[2]) / 16
     raw = {"frame_20": early, "frame_80": late}
     yield Figure("long_video", late / early, "seconds a frame, late over early", 1.1, 1.0, lower=True, raw=raw)

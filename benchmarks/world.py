@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import Figure, Skipped, target
+from figures import Figure, Skipped, area_under_curve, target
 from torch import Tensor
 
 from starflow import Pipeline
@@ -313,12 +313,6 @@ def tampered(kind: str, seed: int) -> tuple[Clip, Clip]:
     )
 
 
-def area(normal: np.ndarray, strange: np.ndarray) -> float:
-    """Area under the curve of hits over false alarms: how often a strange one is above a normal one."""
-    above = strange[:, None] > normal
-    return float((above + 0.5 * (strange[:, None] == normal)).mean())
-
-
 @target("world")
 def surprised() -> Iterator[Figure]:
     """Real play whose last frame breaks a rule, against the same play untouched: area under the curve of surprise."""
@@ -336,7 +330,7 @@ def surprised() -> Iterator[Figure]:
             "bits, false": float(np.median(bits[1])),
             "bits, false, least": float(bits[1].min()),
         }
-        yield Figure(f"surprise_{kind}", area(*bits), "area under the curve", 0.99, 0.999, raw=raw)
+        yield Figure(f"surprise_{kind}", area_under_curve(*bits), "area under the curve", 0.99, 0.999, raw=raw)
 
 
 # -- playing on and on ------------------------------------------------------------------------------------------------

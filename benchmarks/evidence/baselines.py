@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -176,26 +177,29 @@ class Task:
 
 @dataclass(frozen=True)
 class Draws:
-    """What is random in a training step.
+    """What is random in a training step; drawn where a model reads it, as its seconds count.
 
     Args:
+        seed, step: of the training.
         noise: normal noise like the latents.
-        levels: uniform in [0, 1), (batch, frames).
-        noise_before, levels_before: the same for the copies of frames that stand beside those after them.
     """
 
+    seed: int
+    step: int
     noise: Tensor
-    levels: Tensor
-    noise_before: Tensor
-    levels_before: Tensor
 
-    @classmethod
-    def of(cls, seed: int, step: int, noise: Tensor) -> Draws:
-        """Those of a step, from its noise."""
-        levels = stream(seed, "posterior", step).random((2, *noise.shape[:2]), dtype="float32")
-        other = stream(seed, "posterior", step, 1).standard_normal(tuple(noise.shape), dtype="float32")
-        here, before = torch.from_numpy(levels)
-        return cls(noise, here, torch.from_numpy(other), before)
+    @cached_property
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Uniform in [0, 1), (batch, frames): of the frames, and of their copies that stand beside those after them."""
+        drawn = stream(self.seed, "posterior", self.step).random((2, *self.noise.shape[:2]), dtype="float32")
+        here, before = torch.from_numpy(drawn)
+        return here, before
+
+    @cached_property
+    def noise_before(self) -> Tensor:
+        """Normal noise of the copies."""
+        drawn = stream(self.seed, "posterior", self.step, 1).standard_normal(tuple(self.noise.shape), dtype="float32")
+        return torch.from_numpy(drawn)
 
 
 class Baseline(nn.Module):
@@ -354,9 +358,10 @@ class Diffusion(Baseline):
         network of this size was slower to learn what moves how (docs/evidence.md).
         """
         x = self.to_units(latents)
-        levels = drawn_levels(draws.levels)
+        shares, shares_before = draws.levels
+        levels = drawn_levels(shares)
         alpha, sigma = schedule(levels)
-        past = Past.of(shifted(x), MOST_PAST * draws.levels_before, draws.noise_before)
+        past = Past.of(shifted(x), MOST_PAST * shares_before, draws.noise_before)
         return (self.clean(alpha * x + sigma * draws.noise, levels, past, text, told) - x).square().mean()
 
     @torch.inference_mode()

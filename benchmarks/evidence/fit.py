@@ -110,7 +110,7 @@ def _fit_baseline(row: Row, config: RunConfig, folder: Path) -> tuple[Baseline, 
     for step, batch in enumerate(batches.run(begin, recipe.steps), start=begin):
         latents = latents_of(batch.pixels, codec.encode)
         noise = batch.noise if batch.noise.dim() == 5 else batch.noise.unsqueeze(1)
-        loss = model.loss(latents, features(batch.captions), batch.frame_conditions, Draws.of(recipe.seed, step, noise))
+        loss = model.loss(latents, features(batch.captions), batch.frame_conditions, Draws(recipe.seed, step, noise))
         loss.backward()
         optimizer.clip()
         optimizer.step(step)
@@ -139,6 +139,6 @@ def held_out_loss(model: Flow | Baseline, config: RunConfig, steps: int = 8) -> 
             noisy = latents + config.train.noise_std * batch.noise
             losses.append(float(model.nll(noisy, y, batch.frame_conditions).mean()))
         else:
-            draws = Draws.of(config.train.seed, 10_000_000 + step, batch.noise)
+            draws = Draws(config.train.seed, 10_000_000 + step, batch.noise)
             losses.append(float(model.loss(latents, y, batch.frame_conditions, draws)))
     return sum(losses) / steps

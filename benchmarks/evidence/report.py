@@ -9,6 +9,7 @@ by the least and the greatest of the seeds. A row that is missing is a hole in t
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ COLUMNS = {
         "recall": "recall",
     },
     "freeway": {
+        "cars": "cars right",
+        "cars_last": "cars right, last second",
         "psnr": "PSNR, dB",
         "psnr_last": "PSNR, last second",
         "frechet": "Fréchet",
@@ -58,11 +61,15 @@ COLUMNS = {
         "recall": "recall",
     },
 }
-SHARES = {"paddle", "ball", "one_ball", "one_ball_last", "digit", "digit_frames", "digit_last", "direction"}
+SHARES = {
+    *("paddle", "ball", "one_ball", "one_ball_last"),
+    *("cars", "cars_last"),
+    *("digit", "digit_frames", "digit_last", "direction"),
+}
 # Other measures of clips.
 RATIOS = {"psnr", "psnr_last"}
 # What the front shows of a kind.
-QUALITY = {"paddle": "ball", "digits": "digit_frames", "freeway": "psnr"}
+QUALITY = {"paddle": "ball", "digits": "digit_frames", "freeway": "cars"}
 _NAMES = {
     "flow": "flow",
     "flow-denoiser-2": "flow, its denoiser learns twice as often",
@@ -266,16 +273,13 @@ def sheet(kind: str, folder: Path, path: Path, count: int = 2) -> None:
     write_contact_sheet(path, strips, names, len(SHOWN_FRAMES), 2)
 
 
-def main() -> None:
-    """Write the tables into the page and the pictures beside it."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--folder", type=Path, default=None, help="of run.py, for the contact sheets")
-    options = parser.parse_args()
-    results = read_results(options.results, Plan.load(PLAN).budget)
-    page = PAGE.read_text(encoding="utf-8")
-    kinds = [kind for kind in KINDS if groups(results, kind)]
-    blocks = {kind: table(results, kind) for kind in kinds} | {
+def filled(page: str, results: Sequence[Line]) -> str:
+    """The page with its tables as the results have them.
+
+    Raises:
+        SystemExit: a table has no place in the page.
+    """
+    blocks = {kind: table(results, kind) for kind in filter(functools.partial(groups, results), KINDS)} | {
         "tries": tries(results),
         "costs": costs(results),
         "denoisers": denoisers(results),
@@ -287,12 +291,22 @@ def main() -> None:
         page, found = re.subn(pattern, lambda match, text=text: f"{match[1]}{text}{match[2]}", page, flags=re.DOTALL)
         if found != 1:
             raise SystemExit(f"{PAGE}: no place for {name}, expected <!-- {name} --> and <!-- end -->")
-    PAGE.write_text(page, encoding="utf-8")
+    return page
+
+
+def main() -> None:
+    """Write the tables into the page and the pictures beside it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=Path, default=None, help="of run.py, for the contact sheets")
+    options = parser.parse_args()
+    results = read_results(options.results, Plan.load(PLAN).budget)
+    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
     images = PAGE.parent / "images"
     if any(speeds(results, kind) for kind in KINDS):
         front(results, images / "evidence-front.png")
     if options.folder is not None:
-        for kind in kinds:
+        for kind in filter(functools.partial(groups, results), KINDS):
             sheet(kind, options.folder, images / f"evidence-{kind}.png")
 
 

@@ -48,12 +48,12 @@ OPTIONS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "flow": [
             {"temperature": 1.0},
             *(
-                {"temperature": temperature, "guidance": guidance, "guidance_frames": 1}
+                {"temperature": temperature, "guidance": guidance, "guidance_frames": 3}
                 for temperature, guidance in ((0.7, 1.0), (0.5, 2.0), (0.3, 2.0))
             ),
         ],
         "diffusion": [
-            {"context": context, "guidance": guidance}
+            {"context": context, "guidance": guidance, "guidance_frames": 3}
             for context, guidance in ((0.05, 0.0), (0.05, 1.0), (0.05, 2.0), (0.15, 1.0))
         ],
     },

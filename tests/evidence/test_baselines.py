@@ -165,7 +165,7 @@ def test_no_gradient_reaches_a_frame_from_later_ones(diffusion: Baseline) -> Non
 def test_every_parameter_of_a_baseline_has_a_gradient(kind: type[Baseline]) -> None:
     model = _model(kind)
     latents = torch.randn(2, 3, *SHAPE)
-    model.loss(latents, None, torch.eye(3).expand(2, 3, 3), Draws.of(0, 0, torch.randn_like(latents))).backward()
+    model.loss(latents, None, torch.eye(3).expand(2, 3, 3), Draws(0, 0, torch.randn_like(latents))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert bool(parameter.grad.any()), name
@@ -248,5 +248,5 @@ def test_losses_fall_when_the_network_is_right() -> None:
     model = _model(_Normal)
     torch.manual_seed(0)
     latents = 1.5 * torch.randn(4, 3, *SHAPE)
-    draws = Draws.of(0, 0, torch.randn_like(latents))
+    draws = Draws(0, 0, torch.randn_like(latents))
     assert float(model.loss(latents, None, None, draws)) < float(_model(Diffusion).loss(latents, None, None, draws))

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from fit import STATE, fit
-from report import interval, table
-from run import ResultsError, add, read_results
+from report import PAGE, filled, interval, table
+from run import RESULTS, ResultsError, add, read_results
 from study import PLAN, Plan, Row, config_of
 
 from starflow.training.optim import Optimizer
@@ -85,3 +85,8 @@ def test_a_baseline_that_was_interrupted_ends_with_the_same_bits(
     assert seconds > 0
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_the_page_has_the_tables_of_the_results() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert filled(page, read_results(RESULTS, Plan.load(PLAN).budget)) == page

@@ -5,7 +5,8 @@ last bit: any window at tolerance 0 is token by token, whatever the batch and th
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +17,13 @@ from torch import Tensor
 
 import starflow_ext
 from starflow import Chunks, Flow, Guidance, Sequential, Window, decode
-from starflow.model import compared_once, pack_conditioner, pack_linears
+from starflow.config import RunConfig
+from starflow.model import compared_once, pack_conditioner, pack_linears, packed
 from starflow.solver import NotFiniteError, Precision, Schedule
+from starflow.storage import load_flow, write_model
 from starflow_ext import ops
 from starflow_ext._load import native
+from starflow_ext._stamp import fingerprint
 from starflow_ext.sweep_block import BlockState
 
 from ..flows import CASES, VIDEO, condition, latents, make_flow, null
@@ -185,6 +189,33 @@ def test_changed_weights_are_packed_again(write: Callable[[torch.nn.Parameter], 
     fresh = make_flow(VIDEO)
     fresh.load_state_dict(flow.state_dict())
     assert torch.equal(decode(flow, z, y).x, decode(fresh, z, y).x)
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="the table of pages is Linux's")
+@pytest.mark.parametrize("write", [_write_counted, _write_data, _write_numpy, _write_by_optimiser])
+@pytest.mark.parametrize("part", ["proj_out", "layers.0.mlp.up"])
+def test_mapped_weights_are_read_again_only_if_written(
+    write: Callable[[torch.nn.Parameter], None], part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_flow(VIDEO)
+    write_model(tmp_path / "model.safetensors", made.state_dict(), RunConfig(flow=made.config), {})
+    flow, _ = load_flow(tmp_path)
+    conditioner = flow.blocks[-1].conditioner
+    z, y = latents(flow), condition(flow)
+    assert torch.equal(decode(flow, z, y).x, decode(made, z, y).x)
+    read: list[int] = []
+
+    def counted(tensors: Sequence[Tensor]) -> int | None:
+        read.append(sum(tensor.nbytes for tensor in tensors))
+        return fingerprint(tensors)
+
+    monkeypatch.setattr(packed, "fingerprint", counted)
+    first = pack_conditioner(conditioner)
+    assert sum(read) == 0
+    write(conditioner.get_submodule(part).weight)
+    assert pack_conditioner(conditioner) is not first
+    made.load_state_dict(flow.state_dict())
+    assert torch.equal(decode(flow, z, y).x, decode(made, z, y).x)
 
 
 def _sweep(flow: Flow, **change: Any) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from starflow.mapped import MappedFile, release, require_unchanged, watch
+from starflow.mapped import MappedFile, is_as_mapped, release, require_unchanged, watch
 from starflow.model.conditioner import Conditioner
 from starflow.model.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
 from starflow_ext._stamp import fingerprint
@@ -55,28 +55,62 @@ class _Contents:
         of_layers = {id(tensor) for part in self._parts for tensor in part}
         tensors = (held for _, _, held in self._places if isinstance(held, Tensor))
         self._parts.append([tensor for tensor in tensors if id(tensor) not in of_layers])
-        self._found: list[int | None] = [None] * len(self._parts)
+        self._found: list[_Found | None] = [None] * len(self._parts)
         self._mapped = network in _mapped
 
     def read(self, part: int) -> None:
         """Notes what a part, a layer or with -1 the rest, holds once it is packed; mapped weights leave the memory."""
-        self._found[part] = self._read(self._parts[part])
+        self._found[part] = _Found.of(self._parts[part], mapped=self._mapped)
 
     def are_the_same(self) -> bool:
         """Whether everything is in its place and every tensor holds what it held."""
         if any(place.get(name) is not held for place, name, held in self._places):
             return False
         return all(
-            found is not None and self._read(part) == found
-            for part, found in zip(self._parts, self._found, strict=True)
+            found is not None and found.is_in(part) for part, found in zip(self._parts, self._found, strict=True)
         )
 
-    def _read(self, part: list[Tensor]) -> int | None:
-        """What a part holds; weights that are mapped from a file leave the memory again."""
-        found = fingerprint(part)
-        if self._mapped:
-            release(part)
-        return found
+
+@dataclass(frozen=True)
+class _Found:
+    """What tensors held.
+
+    Args:
+        content: fingerprint of all. other: of those that are not as they were mapped from a file.
+        mapped: addresses of those that are, which need no reading as long as nobody writes to them; by index.
+    """
+
+    content: int | None
+    other: int | None
+    mapped: dict[int, int]
+
+    @classmethod
+    def of(cls, tensors: list[Tensor], *, mapped: bool) -> _Found:
+        """Reads tensors; weights that are mapped from a file leave the memory again."""
+        content = fingerprint(tensors)
+        if not mapped:
+            return cls(content, content, {})
+        places = {index: tensor.data_ptr() for index, tensor in enumerate(tensors) if is_as_mapped([tensor])}
+        release(tensors)
+        return cls(content, fingerprint(_others(tensors, places)), places)
+
+    def is_in(self, tensors: list[Tensor]) -> bool:
+        """Whether tensors hold it; what could not be read is in none."""
+        if self.content is None:
+            return False
+        if not self.mapped:
+            return fingerprint(tensors) == self.content
+        in_place = all(tensors[index].data_ptr() == address for index, address in self.mapped.items())
+        if in_place and is_as_mapped(tensors[index] for index in self.mapped):
+            return fingerprint(_others(tensors, self.mapped)) == self.other
+        same = fingerprint(tensors) == self.content
+        release(tensors)
+        return same
+
+
+def _others(tensors: list[Tensor], indices: Collection[int]) -> list[Tensor]:
+    """Those that have none of the indices."""
+    return [tensor for index, tensor in enumerate(tensors) if index not in indices]
 
 
 # Packed weights of each network by kind of packing, each with what they were made from.
@@ -128,8 +162,8 @@ def pack_conditioner(conditioner: Conditioner, storage: WeightStorage | None = N
     """The network of a block as native decoding reads it.
 
     The result is kept with the module and made again when a weight was replaced or holds something else, however it was
-    written: the weights are read (some 20 GB/s), which takes a tenth of packing them. What a clip was begun with stays
-    until its window ends.
+    written: the weights are read (some 20 GB/s), which takes a tenth of packing them; of weights that are mapped from a
+    file the table of pages tells. What a clip was begun with stays until its window ends.
 
     Args:
         conditioner: the network; its packed weights are on its device.
