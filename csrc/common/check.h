@@ -1,6 +1,7 @@
 // The only path of a user error: one sentence that names the op, the argument, what was given and what was expected.
 // starflow_ext/starflow_ext/_check.py says the same sentences for the references.
 #pragma once
+#include <limits>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -72,6 +73,17 @@ bool is_same_view(const Tensor& a, const Tensor& b);
 
 // The sum of two numbers as text, also where 63 bits do not hold it; of numbers that are not both above 0 their sum.
 std::string sum_text(int64_t a, int64_t b);
+
+// Requires finite numbers above 0, such as temperatures. In memory of the CPU.
+template <class Number>
+void require_positive(const char* op, const char* argument, const Number* values, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const double value = static_cast<double>(values[i]);
+        require(
+            value > 0.0 && value <= std::numeric_limits<double>::max(), op, argument, [&] { return value; },
+            [] { return "finite numbers > 0"; });
+    }
+}
 
 // Requires the device of the first tensor.
 void check_device(const char* op, const char* name, const Tensor& tensor, const char* like_name, const Tensor& like);

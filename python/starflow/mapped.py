@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import itertools
 import mmap
+import os
 import sys
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 # <linux/mman.h>: reclaim these pages. Changed pages are kept, so the call is safe for any tensor.
 _MADV_PAGEOUT = 21
@@ -19,6 +24,105 @@ _PAGE_TABLE = Path("/proc/self/pagemap")
 _HELD = np.uint64(0b11 << 62)
 _OF_FILE = np.uint64(1 << 61)
 _PAGES_READ = 1 << 17
+# Of a file so many pieces of so many bytes are read, evenly spread, to see whether its content is what it was.
+_PIECES, _PIECE = 16, 1 << 12
+
+
+class ChangedFileError(RuntimeError):
+    """A file whose content changed while tensors were mapped from it."""
+
+
+class MappedFile:
+    """A file as it is before tensors are mapped from it, held open.
+
+    A file that another one was renamed over goes on as it was for who has it open. One that is written in place, as by
+    `cp` over it, changes the tensors.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._state = self._stat()
+        self._content = self._read()
+
+    def _stat(self) -> tuple[int, int]:
+        found = os.fstat(self._descriptor)
+        return found.st_mtime_ns, found.st_size
+
+    def _read(self) -> bytes:
+        last = max(self._state[1] - _PIECE, 0)
+        places = sorted({last * piece // (_PIECES - 1) for piece in range(_PIECES)})
+        return hashlib.sha256(b"".join(os.pread(self._descriptor, _PIECE, place) for place in places)).digest()
+
+    def require_same(self, tensors: Iterable[Tensor] | None = None) -> None:
+        """Raises ChangedFileError if the file was written since; a new time alone, as by `touch`, is none.
+
+        Args:
+            tensors: None of which may be mapped from the file any more, as after a move to another device.
+        """
+        now, before = self._stat(), self._state
+        if now == before:
+            return
+        if now[1] == before[1]:
+            self._state = now
+            if self._read() == self._content:
+                return
+            self._state = before
+        if tensors is None or self._holds(tensors):
+            raise ChangedFileError(
+                f"{self._path} was written to since its weights were mapped from it, expected it as it was: load it "
+                "again (what replaces a file in use is written beside it and renamed, as by mv)"
+            )
+
+    def _holds(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether the memory of a tensor is the file."""
+        if not sys.platform.startswith("linux"):
+            return True
+        name = os.readlink(f"/proc/self/fd/{self._descriptor}")
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
+            rows = [line.rstrip("\n").split(None, 5) for line in file]
+        ends = [row[0].split("-") for row in rows if len(row) == 6 and row[5].replace("\\012", "\n") == name]
+        ranges = [range(int(first, 16), int(end, 16)) for first, end in ends]
+        return any(tensor.data_ptr() in part for tensor in tensors if tensor.is_cpu for part in ranges)
+
+
+_watched: weakref.WeakKeyDictionary[nn.Module, tuple[MappedFile, ...]] = weakref.WeakKeyDictionary()
+
+
+def watch(module: nn.Module, files: Sequence[MappedFile]) -> None:
+    """Notes from which files tensors of a module are mapped, for `require_unchanged`."""
+    _watched[module] = tuple(files)
+
+
+def require_unchanged(module: nn.Module) -> None:
+    """Looks at the times of the files that a module is mapped from, which takes a microsecond each.
+
+    Raises:
+        ChangedFileError: one was written to since, so that the module would compute with other weights in silence.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for file in _watched.get(module, ()):
+        file.require_same(itertools.chain(module.parameters(), module.buffers()))
+
+
+def own_memory(module: nn.Module) -> None:
+    """Copies parameters and buffers that may be mapped from a file, so that nothing written to it changes them.
+
+    One tensor after the other, and the pages of the file go back to the system: memory holds one copy.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.is_cpu:
+            copy = tensor.data.clone()
+            release([tensor.data])
+            tensor.data = copy
 
 
 def is_as_mapped(tensors: Iterable[Tensor]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Characters of what is echoed: a name of a megabyte or a state dict of thousands of names would bury the sentence.
 MOST = 200
@@ -45,3 +47,35 @@ def listed(names: Iterable[str], most: int = 4) -> str:
     found = list(names)
     more = f" and {len(found) - most} more" if len(found) > most else ""
     return ", ".join(short(name, 120) for name in found[:most]) + more
+
+
+class _Once(logging.Filter):
+    """Lets a line of the log through that it has not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple[int, str]] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        line = record.levelno, record.getMessage()
+        known = line in self._seen
+        self._seen.add(line)
+        return not known
+
+
+# The loggers of what a clip is made by.
+_OF_SAMPLES = ("starflow.codecs.codec", "starflow.sampling.pipeline", "starflow.text.pretrained")
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Within it a line of the log on how clips are made appears once: each of several calls has the same to tell."""
+    once = _Once()
+    loggers = [logging.getLogger(name) for name in _OF_SAMPLES]
+    for logger in loggers:
+        logger.addFilter(once)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(once)

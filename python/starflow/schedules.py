@@ -119,6 +119,23 @@ def parse_solver(text: str, *, certificate: bool = False) -> Schedule:
     return window if stop is None else replace(window, tolerance=stop)
 
 
+def as_schedule(who: str, value: object) -> Schedule:
+    """A schedule, or what its text says; None is `Window()`.
+
+    Args:
+        who: begins the message of an error.
+        value: as a caller gave it.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str):
+        return parse_solver(value)
+    if value is not None and not isinstance(value, Schedule):
+        raise ValueError(f"{who}: schedule is {shown(value)}, expected a Window, Chunks or Sequential, or a text")
+    return Window() if value is None else value
+
+
 def solver_text(schedule: Schedule) -> str:
     """The text that `parse_solver` reads as `schedule` (up to its certificate)."""
     if isinstance(schedule, Sequential) or schedule == Window(1, 0.0, certificate=True):

@@ -32,6 +32,7 @@ from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import CONSTANTS, FORWARD_KERNELS
 from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
+from starflow_ext._stamp import is_readable
 
 # Largest head_dim that the CUDA kernels take.
 _MOST_HEAD_DIM: Final = CONSTANTS["block_attention_most_head_dim_cuda"]
@@ -173,7 +174,8 @@ def block_attention(
         k_length: keys of each sample, one number or (batch,); those at and beyond it are invisible. None is all.
         frames: whole frames are visible, and a prefix always; a ``FrameMask``, or a plain tuple of its arguments.
         scale: multiplies the products, above 0; None is ``1 / sqrt(head_dim)``.
-        temperature: divides the products, one number or one for each sample (batch,), which has a gradient.
+        temperature: divides the products, finite and above 0: one number, or one for each sample (batch,), which has a
+            gradient. Numbers on a CUDA device are not looked at, since the host would wait for them.
         return_lse: also return the logarithm of the sum of the exponentials.
 
     Returns:
@@ -184,7 +186,8 @@ def block_attention(
 
     Raises:
         RuntimeError: if types, shapes, dtypes, devices or numbers of heads do not fit, the options contradict each
-            other, or the CUDA kernels do not take the ``head_dim``.
+            other, a temperature on the CPU is not above 0 or not finite, or the CUDA kernels do not take the
+            ``head_dim``.
 
     Reference:
         Vaswani et al., Attention Is All You Need (2017), section 3.2; Milakov and Gimelshein, Online normalizer
@@ -435,6 +438,15 @@ def check(
     if isinstance(temperature, Tensor):
         _check_by_sample("temperature", temperature, q)
         check_floating(op, "temperature", temperature)
+        if (
+            temperature.is_cpu
+            and temperature.numel()
+            and not torch.compiler.is_compiling()
+            and is_readable(temperature)
+        ):
+            # A NaN is both.
+            for extreme in map(float, temperature.detach().aminmax()):
+                require(0.0 < extreme < float("inf"), op, "temperature holds", extreme, "finite numbers > 0")
     else:
         require(0.0 < temperature < float("inf"), op, "temperature is", temperature, "a finite number > 0")
     require(scale is None or 0.0 < scale < float("inf"), op, "scale is", scale, "a finite number > 0")

@@ -62,7 +62,8 @@ class PackedLinear(nn.Linear):
         """Make the layer that has the parameters of another one, the tensors themselves.
 
         Args:
-            layer: of class ``nn.Linear`` itself, without hooks or a ``forward`` of its own, which would be lost.
+            layer: of class ``nn.Linear`` itself, without hooks, a ``forward`` of its own, or parameters, buffers and
+                modules beside its weight and bias, which would be lost. Other attributes are taken over.
             storage: as of the class.
 
         Raises:
@@ -72,6 +73,9 @@ class PackedLinear(nn.Linear):
             raise RuntimeError(f"PackedLinear: layer {why}, expected a plain torch.nn.Linear")
         made = cls(layer.in_features, layer.out_features, layer.bias is not None, "meta", storage=storage)
         made.weight, made.bias = layer.weight, layer.bias
+        # What others put on a layer to find it there again.
+        for name, held in vars(layer).items():
+            vars(made).setdefault(name, held)
         return made.train(layer.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -119,8 +123,8 @@ def swap_linears(model: nn.Module, storage: WeightStorage | None = None) -> list
     """Put a ``PackedLinear`` with the same parameters in the place of every plain ``torch.nn.Linear`` of a model.
 
     Args:
-        model: changed in place. Layers of a class derived from ``nn.Linear``, and those with hooks or a ``forward`` of
-            their own, stay as they are. A layer in several places becomes one.
+        model: changed in place. Layers of a class derived from ``nn.Linear``, and those with hooks, a ``forward`` or
+            tensors of their own, stay as they are. A layer in several places becomes one.
         storage: as of ``PackedLinear``.
 
     Returns:
@@ -157,4 +161,6 @@ def _why_not(layer: nn.Module) -> str | None:
         return "has a forward of its own"
     if any(held for name, held in vars(layer).items() if "_hooks" in name and isinstance(held, dict)):
         return "has hooks"
+    if layer._buffers or layer._modules or set(layer._parameters) != {"weight", "bias"}:
+        return "has parameters, buffers or modules beside weight and bias"
     return None

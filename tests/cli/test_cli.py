@@ -25,7 +25,7 @@ from starflow.cli.options import make_config, sample_options_of
 from starflow.config import ConfigError, RunConfig
 from starflow.data import probe, read_image, read_video, write_video
 from starflow.model import Flow
-from starflow.sampling import Pipeline, SampleOptions
+from starflow.sampling import Pipeline, SampleOptions, option_help
 from starflow.storage import published_state
 
 from .commands import run, start
@@ -626,6 +626,95 @@ def test_processes_that_nobody_joined_are_told(
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert run("sample", model, PROMPT, "--out", tmp_path / "out") == 1
     assert "WORLD_SIZE 2 in the environment and MASTER_ADDR is not set, expected all that torchrun" in error(capsys)
+
+
+def test_what_is_told_of_a_sample_is_told_once_for_all_batches(model: Path, tmp_path: Path, caplog) -> None:
+    asked = ("--clips", 3, "--batch", 1, "--window-frames", 9)
+    for _ in range(2):
+        caplog.clear()
+        assert run("sample", model, PROMPT, "--out", tmp_path / "out", *asked) == 0
+        assert [line.partition(" and ")[0] for line in caplog.messages] == ["sample: window_frames is given"]
+
+
+def test_what_a_command_reads_is_not_written_over(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("sample", model, PROMPT, "--out", out) == 0
+    (clip,) = out.glob("*.mp4")
+    content = clip.read_bytes()
+    capsys.readouterr()
+    for options in (("--video", clip, "--given", 2), ("--image", out / "sheet.png")):
+        assert run("sample", model, PROMPT, "--out", out, *options) == 2
+        assert f"{options[0]} is {options[1]}, in whose place a clip would be written, expected another" in error(
+            capsys
+        )
+    assert run("score", model, clip, "--json", clip) == 2
+    assert f"--json is '{clip}', which is the clip {clip}, expected another file" in error(capsys)
+    both = tmp_path / "scores.png"
+    assert run("score", model, clip, "--json", both, "--heat-map", both) == 2
+    assert "--heat-map is" in error(capsys)
+    weights = model if model.is_file() else model / "model.safetensors"
+    assert run("score", model, clip, "--json", weights) == 2
+    assert "which is the model" in error(capsys)
+    checkpoint = tmp_path / "published.safetensors"
+    checkpoint.write_bytes(b"weights")
+    assert run("convert", "starflow-v_7B_t2v_caus_480p", checkpoint, checkpoint) == 2
+    assert "OUT is" in error(capsys)
+    assert (clip.read_bytes(), checkpoint.read_bytes()) == (content, b"weights")
+    assert run("sample", model, PROMPT, "--out", tmp_path / "next", "--video", clip, "--given", 2) == 0
+
+
+def test_a_gif_of_an_earlier_clip_beside_a_stream_is_told(model: Path, tmp_path: Path, caplog) -> None:
+    assert run("sample", model, PROMPT, "--out", tmp_path / "out") == 0
+    caplog.clear()
+    assert run("sample", model, PROMPT, "--out", tmp_path / "out", "--stream", "--frames", 6) == 0
+    (gif,) = (tmp_path / "out").glob("*.gif")
+    assert caplog.messages == [f"{gif} is of an earlier clip: streams have no gif"]
+
+
+def test_prompts_are_lines_and_nothing_else_cuts_them(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("three\u2028up\x0cleft\r\nfour\rfive\n".encode())
+    assert run("sample", model, "--prompts", prompts, "--out", tmp_path / "out") == 0
+    names = sorted(path.stem for path in (tmp_path / "out").glob("*.mp4"))
+    assert names == ["000-three-up-left-seed0", "001-four-seed1", "002-five-seed2"]
+
+
+def test_a_variable_that_nothing_reads_is_told(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
+    monkeypatch.setenv("STARFLOW_LSA", "avx2")
+    assert run("info") == 0
+    assert caplog.messages[0].startswith("nothing reads STARFLOW_LSA in the environment (known: STARFLOW_ISA, ")
+
+
+def test_options_are_made_without_docstrings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by python -OO."""
+    monkeypatch.setattr(SampleOptions, "__doc__", None)
+    option_help.cache_clear()
+    try:
+        assert make_parser().parse_args(["sample", "digits", "--guidance", "2"]).guidance == 2.0
+    finally:
+        option_help.cache_clear()
+
+
+def test_processes_that_would_all_do_the_same_are_refused(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("score", model, "--held-out", 2),
+        ("evaluate", model),
+        ("record", "paddle", "--frames", 2, "--out", "played"),
+        ("convert", "a.yaml", "b.pth", "c"),
+        ("play", model),
+        ("demo",),
+    ):
+        assert run(*command) == 2
+        assert f"{command[0]} is started in 2 processes (WORLD_SIZE in the environment), each of which" in error(capsys)
+    assert not list(tmp_path.iterdir())
+    assert run("info") == 0
 
 
 def test_rates_and_weights_that_do_not_fit_are_told(

@@ -1,5 +1,7 @@
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,16 @@ def wan_folder(tmp_path_factory):
         latents_std=[2.0, 1.0, 0.5, 1.5],
     ).save_pretrained(folder)
     return folder
+
+
+def test_weights_that_are_written_over_do_not_change_latents(kl_folder, tmp_path):
+    folder = Path(shutil.copytree(kl_folder, tmp_path / "kl"))
+    codec = AutoencoderKLCodec(folder)
+    pixels = randn(1, 1, 3, 16, 24).clamp(-1, 1)
+    before = codec.encode(pixels)
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000] + b"?" * (weights.stat().st_size - 1000))
+    assert torch.equal(codec.encode(pixels), before)
 
 
 def test_autoencoder_kl_scales_the_posterior_of_every_frame(kl_folder):

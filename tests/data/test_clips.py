@@ -84,7 +84,7 @@ def test_batches_depend_on_seed_and_step_alone():
     assert torch.equal(pixels, again)
     assert captions == same
     assert pixels.shape == (4, 8, 1, 32, 32)
-    with pytest.raises(ValueError, match="sample_indices: batch is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="sample_indices: batch is 0, expected an integer of at least 1"):
         sample_indices(0, 0, 0, 10)
 
 

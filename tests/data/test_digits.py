@@ -207,7 +207,7 @@ def test_errors_name_what_was_expected(judge):
         MovingDigits(start="left")
     with pytest.raises(ValueError, match='MovingDigits: handwritings is "mine", expected "typical" or "all"'):
         MovingDigits(handwritings="mine")
-    with pytest.raises(ValueError, match="MovingDigits: frames is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="MovingDigits: frames is 0, expected an integer of at least 1"):
         MovingDigits(frames=0)
     with pytest.raises(IndexError, match="MovingDigits: index is 7, expected 0 to 6"):
         MovingDigits(length=7).item(7)

@@ -164,6 +164,55 @@ def test_gif_and_contact_sheet_show_the_frames(tmp_path):
         write_gif(tmp_path / "b.gif", frames, fps=60)
 
 
+@pytest.mark.parametrize("fps", [0.02, 7.5, 8.0, 12.0, 24.0, 30.0, 33.0, 40.0, 45.0, 50.0])
+def test_a_gif_has_the_rate_that_it_was_written_at(tmp_path, fps):
+    """Its clock counts hundredths of a second, so that delays differ; each frame is read once all the same."""
+    frames = counting(40)
+    write_gif(tmp_path / "a.gif", frames, fps)
+    info = probe(tmp_path / "a.gif", count=True)
+    assert info.fps == pytest.approx(fps, rel=1e-6)
+    assert frames_at(info, fps) == 40
+    assert numbers(read_video(tmp_path / "a.gif", fps=info.fps, channels=1)) == list(range(40))
+    later = read_video(tmp_path / "a.gif", fps=info.fps, start=13 / info.fps, frames=27, channels=1)
+    assert numbers(later) == list(range(13, 40))
+    if fps == 8.0:
+        half = read_video(tmp_path / "a.gif", fps=4.0, frames=20, channels=1)
+        assert numbers(half) == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"frames": 2.5}, "frames is 2.5, expected an integer of at least 1"),
+        ({"frames": True}, "frames is True, expected an integer"),
+        ({"height": 8.5}, "height is 8.5, expected an integer of at least 1"),
+        ({"fps": "8"}, "fps is '8', expected a positive number"),
+        ({"start": "1"}, "start is '1', expected at least 0 seconds"),
+    ],
+)
+def test_numbers_of_other_types_are_no_arguments_of_reading(tmp_path, options, message):
+    write_video(tmp_path / "a.mp4", counting(4), 8)
+    with pytest.raises(ValueError, match=f"^read_video: {message}"):
+        read_video(tmp_path / "a.mp4", **options)
+
+
+def test_files_are_what_their_names_say(tmp_path):
+    frames = counting(4)
+    for write, name, told in (
+        (lambda path: write_gif(path, frames, 8), "a.mp4", r'write_gif: path .*a.mp4 ends in ".mp4", expected .gif'),
+        (lambda path: write_gif(path, frames, 8), "a", r'write_gif: path .*a ends in "", expected .gif'),
+        (lambda path: write_contact_sheet(path, [frames]), "a.jpg", 'ends in ".jpg", expected .png'),
+        (lambda path: write_video(path, frames, 8, "no"), "a.mp4", "lossless is 'no', expected True or False"),
+        (lambda path: write_video(path, frames.numpy(), 8), "a.mp4", "frames is a ndarray, expected a tensor"),
+        (lambda path: enlarge(frames.numpy(), 2), "a.mp4", "enlarge: frames is a ndarray, expected a tensor"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            write(tmp_path / name)
+    with pytest.raises(ValueError, match=r"size is 16\.0x16, expected integers of at least 1"):
+        VideoWriter(tmp_path / "a.mp4", fps=8, height=16.0, width=16, channels=1)
+    assert not list(tmp_path.iterdir())
+
+
 # What is read
 
 
@@ -300,10 +349,10 @@ def test_reader_errors_name_what_was_expected(tmp_path):
     with pytest.raises(VideoError, match="0 frames from 7 s on"):
         read_video(tmp_path / "a.mp4", start=7)
     for arguments, message in (
-        ({"frames": 0}, "read_video: frames is 0, expected at least 1"),
+        ({"frames": 0}, "read_video: frames is 0, expected an integer of at least 1"),
         ({"fps": -1}, "read_video: fps is -1, expected a positive number"),
         ({"start": -1}, "read_video: start is -1, expected at least 0 seconds"),
-        ({"width": 0}, "read_video: width is 0, expected at least 1"),
+        ({"width": 0}, "read_video: width is 0, expected an integer of at least 1"),
         ({"channels": 2}, "channels is 2, expected 1"),
     ):
         with pytest.raises(ValueError, match=message):

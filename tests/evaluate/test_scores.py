@@ -281,6 +281,38 @@ def test_clips_are_cut_from_files_and_folders(pipeline: Pipeline, tmp_path: Path
     assert read_clips(pipeline, [path], frames=10)[0].pixels.shape[0] == 10
 
 
+def test_clips_of_one_name_in_two_folders_are_told_apart(pipeline: Pipeline, tmp_path: Path) -> None:
+    frames = torch.zeros(FRAMES, SIZE, SIZE, 1, dtype=torch.uint8)
+    for folder, names in (("one", ("a.mp4", "b.mp4")), ("two", ("a.mp4",))):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            write_video(tmp_path / folder / name, frames, 8.0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    both = [f"{one}/a.mp4@0", "b.mp4@0", f"{two}/a.mp4@0"]
+    assert [clip.name for clip in read_clips(pipeline, [one, two])] == both
+    files = [one / "a.mp4", one / "b.mp4", two / "a.mp4"]
+    assert [clip.name for clip in read_clips(pipeline, files)] == both
+    assert [clip.name for clip in read_clips(pipeline, files[:2])] == ["a.mp4@0", "b.mp4@0"]
+
+
+def test_clips_of_another_size_or_rate_than_those_of_training_are_told(
+    pipeline: Pipeline, tmp_path: Path, caplog
+) -> None:
+    pixels = torch.full((FRAMES, 1, 2 * SIZE, SIZE), -0.5)
+    score(pipeline, [Clip(pixels, "", "a"), Clip(pixels[:, :, :SIZE], "", "b")])
+    assert caplog.messages == [
+        f"score: clips have {2 * SIZE}x{SIZE} pixels, and the model was trained on {SIZE}x{SIZE} alone: how likely "
+        "others are it never learned"
+    ]
+    caplog.clear()
+    for name, rate in (("fast", 30.0), ("usual", 8.0)):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(FRAMES, SIZE, SIZE, 1, dtype=torch.uint8), rate)
+    line = "score: clips of the model have 8 frames a second, {}fast.mp4 has 30: they play at another speed"
+    read_clips(pipeline, tmp_path)
+    read_clips(pipeline, [tmp_path / "fast.mp4", tmp_path / "usual.mp4"])
+    assert caplog.messages == [line.format(""), line.format(f"{tmp_path}/")]
+
+
 def test_a_path_that_is_given_twice_is_read_once(pipeline: Pipeline, tmp_path: Path, caplog) -> None:
     frames = torch.zeros(FRAMES, SIZE, SIZE, 1, dtype=torch.uint8)
     for name in ("a.mp4", "b.mp4"):

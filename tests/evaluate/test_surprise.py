@@ -102,6 +102,11 @@ def test_what_does_not_fit_is_refused(configure: Configure, build: Build, pipeli
         surprise(plain, [clip(3)])
     with pytest.raises(ValueError, match=r"watcher: flow\.attention_frames is None, expected a number"):
         Watcher(pipeline)
+    watcher = Watcher(acted)
+    with pytest.raises(ValueError, match=r"^watcher: frame is 3, expected a tensor$"):
+        watcher.step(3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^watcher: condition is 'up', expected a tensor$"):
+        watcher.step(torch.zeros(1, 1, 16, 16), "up")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="watcher: seeds has 1 entries, expected 2 like the prompts"):
         Watcher(acted, ["", ""], seeds=[1])
     watcher = Watcher(acted)

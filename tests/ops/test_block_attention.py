@@ -313,8 +313,21 @@ def test_wrong_arguments() -> None:
         ({"k_length": torch.tensor([1.0, 2.0])}, "k_length has dtype float32, expected an integer one"),
         ({"temperature": torch.ones(3)}, "temperature has shape [3], expected [2] for batch of q"),
         ({"temperature": 0.0}, "temperature is 0, expected a finite number > 0"),
+        ({"temperature": torch.tensor([1.0, 0.0])}, "temperature holds 0, expected finite numbers > 0"),
+        ({"temperature": torch.tensor([-2.0, 1.0])}, "temperature holds -2, expected finite numbers > 0"),
+        ({"temperature": torch.tensor([1.0, torch.inf])}, "temperature holds inf, expected finite numbers > 0"),
+        ({"temperature": torch.tensor([torch.nan, 1.0])}, "temperature holds nan, expected finite numbers > 0"),
     ):
         assert_refused(SPEC, {**good, **changed}, sentence)
+
+
+def test_temperatures_are_looked_at_where_python_does_not() -> None:
+    """In a compiled graph, whose tensors have no numbers when it is made."""
+    q = torch.ones(2, 1, 3, 4)
+    compiled = torch.compile(lambda each: ops.block_attention(q, q, q, temperature=each), fullgraph=True)
+    assert compiled(torch.tensor([1.0, 2.0])).shape == q.shape
+    with pytest.raises(RuntimeError, match="block_attention: temperature holds 0, expected finite numbers > 0"):
+        compiled(torch.tensor([1.0, 0.0]))
 
 
 @pytest.mark.parametrize("frames", [None, (0, 2, 1, 3), (0, 2, 1 << 30, 1 << 30)])

@@ -223,6 +223,17 @@ def test_a_part_on_another_device_is_refused() -> None:
             ops.jacobi_sweep(weights, state, **{"rows": rows, "start": start, **change})
 
 
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_temperature_that_is_none_is_refused(temperature: float) -> None:
+    weights = block({})
+    state = state_of(weights, 3, 90)
+    state.temperature[2] = temperature
+    rows = torch.zeros(3, 1, weights.proj_in.weight.shape[1])
+    told = f"^jacobi_sweep: temperature holds {temperature:g}, expected finite numbers > 0$"
+    with pytest.raises(RuntimeError, match=told):
+        ops.jacobi_sweep(weights, state, rows, torch.zeros(3, dtype=torch.int64))
+
+
 def test_a_nan_ends_the_solve() -> None:
     weights = block({})
     for reference in (False, True):

@@ -179,6 +179,20 @@ def test_a_compiled_or_functional_layer_computes_from_the_weight_itself() -> Non
     torch.testing.assert_close(many, torch.stack([F.linear(X, weight, layer.bias) for weight in weights]))
 
 
+def test_what_others_put_on_a_layer_is_not_lost() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].note = "mine"  # type: ignore[assignment]
+    model[1].register_buffer("scale", torch.ones(4))
+    model[2].register_parameter("gain", nn.Parameter(torch.ones(4)))
+    model[3].add_module("adapter", nn.Linear(4, 4))
+    names = list(model.state_dict())
+    assert starflow_ext.swap_linears(model) == ["0", "3.adapter"]
+    assert model[0].note == "mine"
+    assert list(model.state_dict()) == names
+    with pytest.raises(RuntimeError, match="layer has parameters, buffers or modules beside weight and bias, expected"):
+        PackedLinear.from_linear(model[1])  # type: ignore[arg-type]
+
+
 def test_copies_and_files_of_a_layer_hold_no_packed_values() -> None:
     layer = PackedLinear(48, 40, storage="int8")
     with torch.no_grad():

@@ -433,6 +433,26 @@ def test_a_certificate_is_measured_for_a_schedule_that_is_no_text(pipeline: Pipe
     assert error == pipeline.sample(PROMPT, solver="sequential", certificate=True).report.backward_error
 
 
+def test_sizes_and_windows_that_training_never_had_are_told(configure: Configure, build: Build, caplog) -> None:
+    pipeline = build(configure())
+    pipeline.sample(PROMPT, size=(SIZE, SIZE))
+    assert not caplog.messages
+    pipeline.sample(PROMPT, size=(2 * SIZE, SIZE))
+    size = f"sample: size is {2 * SIZE}x{SIZE}, and the model was trained on {SIZE}x{SIZE} alone"
+    assert caplog.messages == [size]
+    trained = pipeline.codec.latent_frames(FRAMES)
+    for window in (trained + 1, 3 * trained):
+        caplog.clear()
+        pipeline.sample(PROMPT, frames=3 * FRAMES, window_frames=window)
+        assert caplog.messages == [
+            f"sample: window_frames is {window}, and the deep block never saw more than {trained} latent frames in "
+            "training"
+        ]
+    caplog.clear()
+    pipeline.sample(PROMPT, frames=3 * FRAMES, window_frames=trained)
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize("option", ["window_frames", "context_frames", "sink_frames", "renew"])
 def test_options_of_windows_are_refused_where_there_are_none(configure: Configure, build: Build, option: str) -> None:
     whole = build(configure(shallow_block_local=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 import starflow
 from starflow import Chunks, Sequential, Window
 from starflow.model import to_sequence
+from starflow.schedules import solver_text
 from starflow.solver import BlockDecoder, NotFiniteError, Schedule, invert
 
 from ..flows import VIDEO, condition, latents, make_flow
@@ -237,6 +239,17 @@ Z = torch.zeros(2, 4, 3)
         (identity, Z, {"known": Z[:, :2].double()}, "and dtype float64"),
         (identity, Z, {"known": torch.zeros(2, 5, 3)}, "with at most 4 tokens along axis 1"),
         (identity, Z, {"known": torch.zeros(2, 2)}, r"known has shape \[2, 2\]"),
+        (identity, Z.numpy(), {}, r"z is a ndarray, expected a tensor \(torch.as_tensor\)"),
+        (identity, [[0.0]], {}, "z is a list, expected a tensor"),
+        (identity, Z.to_sparse(), {}, "z is sparse_coo, expected a dense tensor"),
+        (identity, Z, {"order": [0, 1, 2, 3]}, "order is a list, expected a tensor"),
+        (identity, Z, {"order": torch.arange(4.0)}, "order has dtype float32, expected an integer one"),
+        (identity, Z, {"known": Z[:, :2].numpy()}, "known is a ndarray, expected a tensor"),
+        (identity, Z, {"axis": 1.0}, r"axis is 1.0, expected an integer"),
+        (identity, Z, {"frame": "2"}, "frame is '2', expected an integer or None"),
+        (identity, Z, {"frame": True}, "frame is True, expected an integer or None"),
+        (identity, Z, {"windowed": 1}, "windowed is 1, expected True or False"),
+        (identity, Z, {"schedule": 3}, "schedule is 3, expected a Window, Chunks or Sequential, or a text"),
         (lambda x: x, Z, {}, r"fn returned Tensor, expected two tensors \(shift, scale\)"),
         (lambda x: (x, 1.0), Z, {}, "fn returned tuple, expected two tensors"),
         (lambda x: (x, x[:, 1:]), Z, {}, r"fn returned scale of shape \[2, 3, 3\], expected \[2, 4, 3\]"),
@@ -252,6 +265,21 @@ Z = torch.zeros(2, 4, 3)
 def test_errors(fn, z: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"^solve: .*{message}"):
         starflow.solve(fn, z, **options)
+
+
+def test_a_schedule_may_be_its_text() -> None:
+    z = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        return F.pad(x[:, :-1], (0, 0, 1, 0)).tanh(), torch.ones_like(x)
+
+    for schedule in (Window(2, 0.5), Sequential()):
+        x, report = starflow.solve(fn, z, schedule=solver_text(schedule), axis=np.int64(1))
+        expected, as_told = starflow.solve(fn, z, schedule=schedule)
+        assert torch.equal(x, expected)
+        assert report == as_told
+    with pytest.raises(ValueError, match="solver is 'windows', expected \"sequential\""):
+        starflow.solve(fn, z, schedule="windows")
 
 
 def test_what_is_not_finite_is_named() -> None:

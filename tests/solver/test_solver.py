@@ -304,6 +304,12 @@ def test_one_token_needs_no_measurement(cache: Path) -> None:
         (lambda: Guidance(kind="cubic"), "kind is 'cubic', expected 'gaussian' or 'linear'"),  # type: ignore[arg-type]
         (lambda: Guidance(parts="ac"), "parts is 'ac', expected a subset of 'ab'"),
         (lambda: Guidance(temperature=0.0), "temperature is 0.0, expected a finite number > 0"),
+        (lambda: Guidance(1.0, parts="a"), "parts is 'a', expected kind 'linear' together with it"),
+        (lambda: Guidance(1.0, parts=""), "parts is '', expected kind 'linear' together with it"),
+        (lambda: Guidance(1.0, annealed=True), "annealed is True, expected kind 'linear' together with it"),
+        (lambda: Guidance(1.0, temperature=0.5), "temperature is 0.5, expected kind 'linear' together with it"),
+        (lambda: Guidance("2"), "weight is '2', expected a finite number >= 0"),
+        (lambda: Guidance(1.0, frames=1.5), "frames is 1.5, expected None or an integer >= 1"),
         (lambda: Guidance(float("inf")), "weight is inf, expected a finite number"),
     ],
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +17,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from starflow import Pipeline, decode
+from starflow.mapped import ChangedFileError
 from starflow.model import Flow
 from starflow.storage import (
     CheckpointError,
+    check_parts,
     fingerprints,
     latest_state,
     load_flow,
@@ -68,6 +73,33 @@ def test_a_model_comes_back_whole(tiny, saved) -> None:
         codec, text = make_parts(tiny())
         assert (loaded.codec.to_config(), loaded.text.to_config()) == (codec.to_config(), text.to_config())
     assert read_header(path).about == {"weights": "average"}
+
+
+def test_a_model_file_that_is_written_in_place_ends_what_uses_it(tiny, saved, tmp_path: Path) -> None:
+    """As by `cp` of another model over it: its weights are mapped, and would change in the midst of a session."""
+    flow, path = saved
+    loaded = load_model(path)
+    copy = deepcopy(loaded.flow)
+    pipeline = Pipeline(loaded.flow, loaded.config, loaded.codec, loaded.text)
+    frames = torch.zeros(1, *pipeline._latent_shape(2, None))
+    session = pipeline.session("")
+    with torch.no_grad():
+        next(flow.parameters()).add_(1.0)
+    save_model(tmp_path / "other.safetensors", flow, loaded.config, loaded.codec, loaded.text)
+    shutil.copyfile(tmp_path / "other.safetensors", path)
+    y = pipeline.condition([""])
+    for use in (
+        lambda: pipeline.sample(""),
+        lambda: session.step(),
+        lambda: loaded.flow.log_prob(frames, y),
+        lambda: decode(loaded.flow, frames, y),
+    ):
+        with pytest.raises(ChangedFileError, match=r"model.safetensors was written to since its weights were mapped"):
+            use()
+    # Weights that are not mapped any more do not change.
+    copy.log_prob(frames, y)
+    loaded.flow.load_state_dict({name: tensor.clone() for name, tensor in copy.state_dict().items()}, assign=True)
+    assert torch.equal(loaded.flow.log_prob(frames, y), copy.log_prob(frames, y))
 
 
 def test_names_and_shapes_that_do_not_match_are_all_listed(saved) -> None:
@@ -212,6 +244,47 @@ def test_other_weights_of_the_same_size_have_another_fingerprint(tiny, tmp_path:
             content[place : place + (1 << 16)] = b"x" * len(content[place : place + (1 << 16)])
         weights.write_bytes(content)
         assert fingerprints(config) != first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+    ],
+)
+def test_another_tokenizer_has_another_fingerprint(tiny, tmp_path: Path, caplog, name: str) -> None:
+    config = replace(tiny(), text={"kind": "t5", "folder": str(tmp_path)})
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    file = tmp_path / name
+    file.write_text('{"lower": true, "name_or_path": "here", "vocab": {"a": 1}}')
+    first = fingerprints(config)
+    assert list(first) == ["text_weights_sha256", "text_tokens_sha256"]
+    check_parts("checkpoint", first, config)
+    (tmp_path / "README.txt").write_text("notes")
+    if file.suffix == ".json":
+        # Written again by another program, from elsewhere.
+        file.write_text('{"vocab": {"a": 1}, "_from": "x", "name_or_path": "there", "lower": true}')
+    assert fingerprints(config) == first
+    assert not caplog.records
+    file.write_text('{"lower": false, "name_or_path": "here", "vocab": {"a": 1}}')
+    assert fingerprints(config)["text_weights_sha256"] == first["text_weights_sha256"]
+    check_parts("checkpoint", first, config)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"checkpoint: the files of the tokenizer of the text encoder in {tmp_path} are others than those that the "
+        "model was trained with"
+    )
+    file.unlink()
+    # A model of an earlier version tells nothing of it.
+    check_parts("checkpoint", {"text_weights_sha256": first["text_weights_sha256"]}, config)
+    assert len(caplog.records) == 1
 
 
 def test_every_bit_of_a_header_is_under_a_checksum(saved) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from starflow import decode
 from starflow.config import ConfigError, FlowConfig, RunConfig, config_names, from_mapping, read_yaml, to_mapping
+from starflow.mapped import ChangedFileError
 from starflow.model import Int8Linear, to_int8
 from starflow.solver import Window
 from starflow.storage import CheckpointError, convert, load_flow, load_model, model_files, published_config, read_header
@@ -159,6 +160,21 @@ def test_a_published_checkpoint_computes_the_golden_values(tmp_path: Path, zippe
     about = read_header(tmp_path / "ours.safetensors").about
     assert "research use only" in about["licence"]
     assert about["source"] == "published.pth"
+
+
+def test_a_checkpoint_that_is_written_over_meanwhile_is_not_converted(tmp_path: Path) -> None:
+    about, state, _ = golden("v3_video_starflowv")
+    path = tmp_path / "published.safetensors"
+    save_file(state, path)
+    config = from_mapping(RunConfig, {"flow": to_mapping(FlowConfig.from_published(dict(about["kwargs"]), "starflow"))})
+
+    def tell(line: str) -> None:
+        if line.startswith("writing"):
+            path.write_bytes(path.read_bytes().replace(b"\x3f", b"\x3e"))
+
+    with pytest.raises(ChangedFileError, match=r"published.safetensors was written to since its weights were mapped"):
+        convert(path, config, tmp_path / "ours.safetensors", progress=tell)
+    assert not (tmp_path / "ours.safetensors").exists()
 
 
 def test_a_tarflow_checkpoint_becomes_a_model_with_codec_and_classes(tmp_path: Path) -> None:

@@ -59,6 +59,14 @@ def test_a_folder_goes_there_and_back(pipeline: Pipeline, tmp_path: Path) -> Non
     assert (tmp_path / "mine" / "README.md").read_text() == "my card"
 
 
+def test_the_model_of_a_run_is_not_replaced(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(CheckpointError, match="is the folder of a training run, whose model would be lost"):
+        pipeline.save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_what_is_pushed_comes_back_by_its_name(
     pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,7 @@
 import json
 import logging
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +136,16 @@ def test_t5_gives_hidden_states_times_mask(t5_folder):
     assert published[0, 0].any()
     assert not published[0, 1:].any()
     assert make_text_encoder(encoder.to_config()).to_config() == encoder.to_config()
+
+
+def test_weights_that_are_written_over_do_not_change_features(t5_folder, tmp_path):
+    folder = Path(shutil.copytree(t5_folder, tmp_path / "t5"))
+    encoder = T5Encoder(folder, size=5)
+    before = encoder.encode(["a cat"])
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1000, 2)
+        file.write(b"?" * 1000)
+    assert torch.equal(encoder.encode(["a cat"]), before)
 
 
 def test_a_missing_folder_says_what_to_put_where(tmp_path):

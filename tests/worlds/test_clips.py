@@ -112,11 +112,13 @@ def test_clips_show_hits_misses_and_every_action() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"frames": 0}, "PaddleClips: frames is 0, expected at least 1"),
-        ({"size": 16}, "PaddleClips: size is 16, expected at least 24"),
+        ({"frames": 0}, "PaddleClips: frames is 0, expected an integer of at least 1"),
+        ({"size": 16}, "PaddleClips: size is 16, expected an integer of at least 24"),
         ({"channels": 2}, r"PaddleClips: channels is 2, expected 1 \(grey\) or 3 \(RGB\)"),
         ({"contacts": 1.5}, "PaddleClips: contacts is 1.5, expected 0 to 1"),
-        ({"length": 0}, "PaddleClips: length is 0, expected at least 1"),
+        ({"length": 2.5}, "PaddleClips: length is 2.5, expected an integer of at least 1"),
+        ({"contacts": "1"}, "PaddleClips: contacts is '1', expected 0 to 1"),
+        ({"length": 0}, "PaddleClips: length is 0, expected an integer of at least 1"),
         ({"split": "valid"}, 'PaddleClips: split is "valid", expected "train" or "test"'),
     ],
 )

@@ -151,7 +151,10 @@ struct Prepared {
         if (lengths.has_value()) mask.lengths = static_cast<const int64_t*>(lengths->data_ptr());
         scale.root = std::sqrt(static_cast<double>(shape.head_dim));
         scale.scale = static_cast<float>(1.0 / (scale.root * options.temperature));
-        if (temperatures.has_value()) scale.temperatures = static_cast<const double*>(temperatures->data_ptr());
+        if (!temperatures.has_value()) return;
+        scale.temperatures = static_cast<const double*>(temperatures->data_ptr());
+        // On a device the host would wait for them.
+        if (!temperatures->is_cuda()) require_positive(op, "temperature holds", scale.temperatures, shape.batch);
     }
 };
 

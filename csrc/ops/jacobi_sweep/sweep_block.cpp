@@ -256,6 +256,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     require(
         b.temperature != nullptr, op, "temperature is", [] { return "empty"; },
         [] { return "one number a cache row"; });
+    if (!on_device) require_positive(op, "temperature holds", b.temperature, b.cache_rows);
     b.final_norm = read.norm(of_block(block_final_norm), NormKind::rms, b.width);
     b.proj_in = read.panels(of_block(block_proj_in), b.width, b.channels);
     b.proj_out = read.panels(of_block(block_proj_out), sizes[size_out_channels], b.width);

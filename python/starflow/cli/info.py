@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 from collections import Counter
@@ -15,9 +16,11 @@ import yaml
 import starflow_ext
 from starflow.config import ConfigError, to_mapping
 from starflow.data import ffmpeg_binary
-from starflow.messages import short
+from starflow.messages import listed, short
 from starflow.solver import cache_folder
 from starflow.storage import empty_flow, model_file, model_files, read_header, shipped_card, shipped_name
+
+logger = logging.getLogger(__name__)
 
 DISTRIBUTION = "starflow-ext"
 
@@ -55,8 +58,12 @@ def set_threads(count: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+# Variables of the environment that commands or the build read (README.md).
+_VARIABLES = ("ISA", "CACHE", "CUDA", "CUDA_ARCHITECTURES", "CUTLASS")
+
+
 def check_surroundings() -> None:
-    """Refuses an environment in which no command can work.
+    """Refuses an environment in which no command can work, and tells of variables with our prefix that nothing reads.
 
     Raises:
         ConfigError: a variable of the environment that the ops refuse, or a folder that is gone.
@@ -65,6 +72,9 @@ def check_surroundings() -> None:
         Path.cwd()
     except FileNotFoundError:
         raise ConfigError("the folder that this command was started in does not exist any more") from None
+    known = [f"STARFLOW_{name}" for name in _VARIABLES]
+    if unread := sorted(name for name in os.environ if name.startswith("STARFLOW_") and name not in known):
+        logger.warning("nothing reads %s in the environment (known: %s)", listed(unread), ", ".join(known))
     try:
         starflow_ext.info()
     except RuntimeError as error:

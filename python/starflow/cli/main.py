@@ -143,6 +143,22 @@ def _fail(status: int, message: str) -> int:
     return status
 
 
+def _check_alone(command: str) -> None:
+    """Refuses several processes of a command that they would all do alone.
+
+    Raises:
+        ConfigError: torchrun started more than one.
+    """
+    from starflow.distributed import rank_and_size
+
+    _, size = rank_and_size()
+    if size > 1 and _COMMANDS[command].alone:
+        raise ConfigError(
+            f"{command} is started in {size} processes (WORLD_SIZE in the environment), each of which would do all of "
+            "it, expected one: under torchrun train and sample alone share their work"
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line.
 
@@ -169,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("starflow").setLevel(logging.INFO)
     try:
         check_surroundings()
+        _check_alone(args.command)
         set_threads(args.threads)
         status: int = args.run(args)
     except KeyboardInterrupt as told:

@@ -38,6 +38,7 @@ class Command:
         add_options: puts the options of the command into a parser.
         run: runs a parsed command line and returns the exit status.
         rest: name of the list of positional arguments, which may also stand behind options.
+        alone: several processes of torchrun would each do all of its work and write the same files.
     """
 
     help: str
@@ -45,6 +46,7 @@ class Command:
     add_options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     rest: str | None = None
+    alone: bool = True
 
 
 # What an option may be: an integer fits the machine's, and no arithmetic on a number leaves the range of floats.
@@ -99,6 +101,26 @@ def model_path(text: str) -> str:
             f"{shown(text)} is given, expected a file that ends in .safetensors, or a folder"
         )
     return text
+
+
+def check_written(written: Mapping[str, str | None], read: Mapping[str, Sequence[str]]) -> None:
+    """Refuses files of a command that are each other, or among what it reads: they would be replaced without a word.
+
+    Args:
+        written: paths by the option that names them; None and "-" are no files.
+        read: paths by what they are called.
+
+    Raises:
+        ConfigError: two of one path.
+    """
+    known = {Path(path).resolve(): f"{name} {short(path)}" for name, paths in read.items() for path in paths}
+    for name, path in written.items():
+        if path in (None, "-"):
+            continue
+        place = Path(path).resolve()
+        if place in known:
+            raise ConfigError(f"{name} is {shown(path)}, which is {known[place]}, expected another file")
+        known[place] = f"that of {name}"
 
 
 def picture_path(text: str) -> str:
@@ -222,6 +244,13 @@ def load_pipeline(model: str, world: World) -> Pipeline:
     if licence and world.first:
         print(f"{model}: {short(licence, 400)}", file=sys.stderr)
     return Pipeline.load(model, device=world.device)
+
+
+def model_places(model: str) -> list[str]:
+    """The files of a model that a command line names."""
+    from starflow.storage import model_file, model_files
+
+    return [str(path) for path in (model_file(model), *model_files(model))]
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from starflow.codecs.codec import check_latents, check_pixels
 from starflow.codecs.wan_file import wan_names, wan_options
 from starflow.extras import import_extra
+from starflow.mapped import own_memory
 from starflow.messages import listed, short
 
 __all__ = ["AutoencoderKLCodec", "WanCodec"]
@@ -50,6 +51,7 @@ def _load(codec: str, class_name: str, folder: str | os.PathLike[str]) -> Any:
     if info["missing_keys"] or info["mismatched_keys"]:
         names = ", ".join(str(key) for key in [*info["missing_keys"], *info["mismatched_keys"]][:4])
         raise ValueError(f"{codec}: the weights in {folder} lack or misshape {names}, expected all of {class_name}")
+    own_memory(module)
     return module.eval().requires_grad_(False)
 
 

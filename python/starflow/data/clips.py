@@ -192,8 +192,8 @@ def sample_indices(seed: int, step: int, batch: int, length: int) -> list[tuple[
         ValueError: when an argument is out of range.
     """
     for name, value, least in (("seed", seed, 0), ("step", step, 0), ("batch", batch, 1), ("length", length, 1)):
-        if value < least:
-            raise ValueError(f"sample_indices: {name} is {value}, expected at least {least}")
+        if (whole := integer(value)) is None or whole < least:
+            raise ValueError(f"sample_indices: {name} is {shown(value)}, expected an integer of at least {least}")
     pairs = []
     for position in range(step * batch, (step + 1) * batch):
         epoch, offset = divmod(position, length)
@@ -432,6 +432,11 @@ class VideoFolder:
     def rates(self) -> tuple[float, ...]:
         """All frames a second that clips are cut at, each once; 0 of images."""
         return tuple(dict.fromkeys(rate.fps for file in self._files for rate in file.rates))
+
+    @property
+    def rates_of_files(self) -> tuple[float, ...]:
+        """The first frame rate that clips of each file are cut at, in the order of `names`; 0 of images."""
+        return tuple(file.rates[0].fps for file in self._files)
 
     @property
     def uncaptioned(self) -> tuple[str, ...]:

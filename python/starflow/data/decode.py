@@ -228,16 +228,21 @@ class Source:
     def rate(self) -> float:
         """Nominal frames per second.
 
-        Browsers write the resolution of their clock, 1000 per second, in the place of the rate. Where the stated rate
-        is above 120 and more than twice the rate of the first 64 frames, the latter is returned.
+        Browsers write the resolution of their clock, 1000 per second, in the place of the rate, and of a GIF whose
+        delays differ ffmpeg tells that of its clock, 100 per second. Where the stated rate is above 120, or of a GIF,
+        and more than twice the rate of the first 64 frames, the latter is returned.
         """
         stated = self.stream.guessed_rate or self.stream.average_rate
-        if stated is not None and 0 < stated <= 120:
+        gif = self.format == "gif"
+        if stated is not None and 0 < stated <= 120 and not gif:
             return float(stated)
         with Source(self.path, threads=1) as again:
             times = sorted(again._first_times(64))
         span = times[-1] - times[0] if times else 0
         measured = (len(times) - 1) * MICROSECONDS / span if span > 0 else 0.0
+        # A whole number, where rounding to hundredths of a second may be all that differs.
+        if gif and abs(measured - round(measured)) * span <= measured * MICROSECONDS / 100:
+            measured = float(round(measured))
         if stated is not None and 0 < stated <= 2 * measured:
             return float(stated)
         return round(measured, 2) or 25.0
@@ -253,6 +258,14 @@ class Source:
                 if len(times) == count:
                     break
         return times
+
+    @property
+    def clock(self) -> int:
+        """Microseconds in which the file counts, where times are rounded to so many that frames move; otherwise 0.
+
+        A GIF counts hundredths of a second: at 8 frames a second, frame 1 begins at 0.13 s in place of 0.125 s.
+        """
+        return MICROSECONDS // 100 if self.format == "gif" else 0
 
     @property
     def frame_duration(self) -> int:

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from starflow.data.clips import Clip
-from starflow.numeric import check_item
+from starflow.messages import shown
+from starflow.numeric import check_item, integer
 
 __all__ = ["CHANGES", "DIGITS", "DIRECTIONS", "VOCABULARY", "DigitJudge", "Motion", "MovingDigits"]
 
@@ -181,8 +182,8 @@ class MovingDigits:
         handwritings: Handwritings = "typical",
     ) -> None:
         for name, value, least in (("frames", frames, 1), ("size", size, 16), ("seed", seed, 0), ("length", length, 1)):
-            if value < least:
-                raise ValueError(f"MovingDigits: {name} is {value}, expected at least {least}")
+            if (whole := integer(value)) is None or whole < least:
+                raise ValueError(f"MovingDigits: {name} is {shown(value)}, expected an integer of at least {least}")
         for option, text, known in (
             ("split", split, ("train", "test")),
             ("start", start, ("middle", "anywhere")),

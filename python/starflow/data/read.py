@@ -15,10 +15,13 @@ from starflow.data.colour import HIGH_RANGE, Converter, size_on_screen, to_chann
 from starflow.data.decode import MICROSECONDS, Source, reason_of, tell_once
 from starflow.data.ffmpeg import VideoError, check_channels
 from starflow.data.shards import Member, place_of
+from starflow.messages import shown
+from starflow.numeric import integer, number
 
 # Containers round timestamps, Matroska to a millisecond. A frame counts as shown from this many microseconds before its
-# timestamp on.
+# timestamp on, or from this share of what a coarser clock counts in.
 _TOLERANCE = 1000
+_OF_CLOCK = 0.6
 
 # Share by which frames a second differ where a film plays visibly faster or slower.
 _OTHER_SPEED = 0.05
@@ -38,6 +41,7 @@ class VideoInfo:
         duration: in seconds; of the video stream where its frames were counted, else of the container. None if unknown.
         continuous: whether the frames were counted and the clock of the file does not jump between them. `read_video`
             then finds a start in the middle without decoding what stands before it, in more formats.
+        clock: seconds that the file counts in, where it is so coarse that frames move by it (GIF); otherwise 0.
     """
 
     width: int
@@ -46,6 +50,7 @@ class VideoInfo:
     frames: int | None
     duration: float | None
     continuous: bool = False
+    clock: float = 0.0
 
 
 def probe(path: str | os.PathLike[str] | Member, *, count: bool = False) -> VideoInfo:
@@ -68,7 +73,8 @@ def probe(path: str | os.PathLike[str] | Member, *, count: bool = False) -> Vide
     with Source(path, threads=1) as source:
         first = next(source.frames())[2]
         width, height = size_on_screen(first, source.pixel_shape)
-        info = VideoInfo(width, height, source.rate, None, source.duration)
+        clock = source.clock / MICROSECONDS
+        info = VideoInfo(width, height, source.rate, None, source.duration, clock=clock)
     if not count:
         return info
     if not first.interlaced_frame:
@@ -105,14 +111,19 @@ def frames_at(info: VideoInfo, fps: float) -> int:
     """
     if info.frames is None or info.duration is None:
         raise ValueError("frames_at: info has no frame count, expected that of probe(path, count=True)")
-    return max(1, math.ceil((info.duration - _TOLERANCE / MICROSECONDS) * fps))
+    return max(1, math.ceil((info.duration - _end_tolerance(info)) * fps - 1e-6))
+
+
+def _end_tolerance(info: VideoInfo) -> float:
+    """Seconds that the end of a file may be late by: its begin and its own length are rounded, up to half a frame."""
+    return max(_TOLERANCE / MICROSECONDS, min(info.clock, 0.5 / info.fps))
 
 
 def wanted_size(width: int, height: int, out_width: int | None, out_height: int | None) -> tuple[int, int]:
     """Width and height of the result; a side that is None follows from the other one and the aspect of the source."""
     for name, side in (("width", out_width), ("height", out_height)):
-        if side is not None and side < 1:
-            raise ValueError(f"read_video: {name} is {side}, expected at least 1")
+        if side is not None and ((pixels := integer(side)) is None or pixels < 1):
+            raise ValueError(f"read_video: {name} is {shown(side)}, expected an integer of at least 1")
     if out_width is None and out_height is None:
         return width, height
     if out_width is None:
@@ -165,12 +176,14 @@ def read_video(
     """
     path = place_of(path)
     check_channels(channels)
-    if frames is not None and frames < 1:
-        raise ValueError(f"read_video: frames is {frames}, expected at least 1")
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"read_video: fps is {fps}, expected a positive number")
-    if not 0 <= start < math.inf:
-        raise ValueError(f"read_video: start is {start}, expected at least 0 seconds")
+    if frames is not None:
+        if (count := integer(frames)) is None or count < 1:
+            raise ValueError(f"read_video: frames is {shown(frames)}, expected an integer of at least 1")
+        frames = count
+    if fps is not None and ((rate := number(fps)) is None or not 0 < rate < math.inf):
+        raise ValueError(f"read_video: fps is {shown(fps)}, expected a positive number")
+    if (begins := number(start)) is None or not 0 <= begins < math.inf:
+        raise ValueError(f"read_video: start is {shown(start)}, expected at least 0 seconds")
     info = probe(path) if info is None else info
     out_width, out_height = wanted_size(info.width, info.height, width, height)
     begin = round(start * MICROSECONDS)
@@ -191,6 +204,7 @@ def read_video(
         found += times
 
     with Source(path) as source:
+        tolerance = max(_TOLERANCE, round(_OF_CLOCK * source.clock))
         converter = Converter(out_width, out_height)
 
         def convert(frame: VideoFrame) -> np.ndarray:
@@ -201,31 +215,31 @@ def read_video(
 
         # The frame on screen, and the time at which it ends if no other one follows.
         held, end = None, 0
-        for time, shown, frame in source.frames(begin, seek=info.continuous):
+        for time, lasts, frame in source.frames(begin, seek=info.continuous):
             if frame.color_trc in HIGH_RANGE:
                 tell_once(
                     f"{path}: a picture in {HIGH_RANGE[frame.color_trc]} (high dynamic range), its tones are mapped to "
                     "those of an SDR screen"
                 )
             if fps is None:
-                if time >= begin - _TOLERANCE:
+                if time >= begin - tolerance:
                     put(convert(frame), 1)
             else:
                 if held is not None:
-                    count = _shown_until(time - _TOLERANCE, begin, fps, frames) - found
+                    count = _shown_until(time - tolerance, begin, fps, frames) - found
                     if count > 0:
                         put(convert(held), count)
-                held, end = frame, time + shown
+                held, end = frame, time + lasts
             if frames is not None and found >= frames:
                 break
         else:
             if fps is not None and held is not None:
-                count = _shown_until(end - _TOLERANCE, begin, fps, frames) - found
+                count = _shown_until(end - round(_end_tolerance(info) * MICROSECONDS), begin, fps, frames) - found
                 if count > 0:
                     put(convert(held), count)
     if found < (frames or 1):
-        rate = "" if fps is None else f" at {fps:g} frames per second"
-        raise VideoError(f"{path}: {found} frames from {start:g} s on{rate}, expected at least {frames or 1}")
+        at_rate = "" if fps is None else f" at {fps:g} frames per second"
+        raise VideoError(f"{path}: {found} frames from {start:g} s on{at_rate}, expected at least {frames or 1}")
     rgb = torch.frombuffer(output, dtype=torch.uint8).view(found, out_height, out_width, 3)
     return to_channels(rgb, channels)
 

@@ -26,7 +26,7 @@ def write_contact_sheet(
     """Write a PNG that shows each clip as a row of frames, spread evenly from the first to the last.
 
     Args:
-        path: of the file.
+        path: .png, in a folder that exists.
         clips: uint8 of shape (frames, height, width, 1 or 3) each.
         captions: the line above each row; None for rows without one.
         frames_per_row: the most frames shown of a clip.
@@ -36,6 +36,8 @@ def write_contact_sheet(
         ValueError: when an argument is out of range.
         OSError: when the file cannot be written.
     """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f'write_contact_sheet: path {path} ends in "{Path(path).suffix}", expected .png')
     if not len(clips):
         raise ValueError("write_contact_sheet: clips is empty, expected at least one clip")
     if captions is not None and len(captions) != len(clips):

@@ -28,6 +28,7 @@ _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 def check_frames(function: str, frames: torch.Tensor) -> None:
     """Raise ValueError unless frames are uint8 of shape (frames, height, width, 1 or 3)."""
+    _check_tensor(function, frames)
     if frames.dtype != torch.uint8:
         raise ValueError(
             f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)"
@@ -36,6 +37,11 @@ def check_frames(function: str, frames: torch.Tensor) -> None:
         raise ValueError(
             f"{function}: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3], none empty"
         )
+
+
+def _check_tensor(function: str, frames: object) -> None:
+    if not isinstance(frames, torch.Tensor):
+        raise ValueError(f"{function}: frames is a {type(frames).__name__}, expected a tensor (torch.as_tensor)")
 
 
 def _plays(path: Path) -> bool:
@@ -152,12 +158,16 @@ class VideoWriter:
             raise ValueError(
                 f"VideoWriter: fps is {shown(fps)}, expected {LEAST_FPS:g} to {most:g} in {self.path.suffix}"
             )
-        if height < 1 or width < 1:
-            raise ValueError(f"VideoWriter: size is {height}x{width}, expected at least 1x1")
+        rows, columns = integer(height), integer(width)
+        if rows is None or columns is None or min(rows, columns) < 1:
+            raise ValueError(f"VideoWriter: size is {shown(height)}x{shown(width)}, expected integers of at least 1")
         check_channels(channels)
+        for name, flag in (("lossless", lossless), ("growing", growing)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"VideoWriter: {name} is {shown(flag)}, expected True or False")
         self.fps = rate
-        self.height = height
-        self.width = width
+        self.height = rows
+        self.width = columns
         self.channels = channels
         self.lossless = lossless
         self.growing = growing
@@ -270,9 +280,10 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     """Write an animated GIF that repeats for ever, with a palette that is made for this clip.
 
     Args:
-        path: of the file.
+        path: .gif, in a folder that exists.
         frames: uint8 of shape (frames, height, width, 1 or 3).
-        fps: frames per second, at most 50, since browsers slow down faster ones.
+        fps: frames per second, at most 50, since browsers slow down faster ones. A GIF counts hundredths of a second:
+            at a rate that is not 100 / n delays differ by one of them, and frames come at that rate on average.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -280,6 +291,8 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     """
     path = Path(path)
     check_frames("write_gif", frames)
+    if path.suffix.lower() != ".gif":
+        raise ValueError(f'write_gif: path {path} ends in "{path.suffix}", expected .gif')
     rate = number(fps)
     if rate is None or not LEAST_FPS <= rate <= 50:
         raise ValueError(f"write_gif: fps is {shown(fps)}, expected {LEAST_FPS:g} to 50")
@@ -312,6 +325,7 @@ def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
     factor = integer(scale)
     if factor is None or factor < 1:
         raise ValueError(f"enlarge: scale is {shown(scale)}, expected a whole number of at least 1")
+    _check_tensor("enlarge", frames)
     if frames.ndim != 4 or frames.shape[3] not in (1, 3):
         raise ValueError(f"enlarge: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3]")
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

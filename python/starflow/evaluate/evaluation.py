@@ -20,6 +20,7 @@ from starflow.data import Clip
 from starflow.evaluate.features import FrameFeatures
 from starflow.evaluate.fidelity import NEIGHBOURS, Fidelity, Span, drift, fidelity, frame_differences
 from starflow.evaluate.scores import noise_floor, score
+from starflow.messages import told_once
 from starflow.sampling import Pipeline, SampleOptions
 
 logger = logging.getLogger(__name__)
@@ -126,9 +127,10 @@ def evaluate(
     _check_count(len(real), length - given, min(max(second, 1), frames - given))
 
     seen, known, learned = (torch.stack([clip.pixels for clip in clips]) for clips in (real, others, training))
-    made, rate = _make(pipeline, real, asked, frames, given, batch, tell)
-    tell("one clip as a stream")
-    streamed = _stream_rate(pipeline, real, asked, frames, given)
+    with told_once():
+        made, rate = _make(pipeline, real, asked, frames, given, batch, tell)
+        tell("one clip as a stream")
+        streamed = _stream_rate(pipeline, real, asked, frames, given)
     tell("features of frames")
     features = FrameFeatures.fit(learned.flatten(0, 1), steps=steps, num_features=_FEATURES)
     motion = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,13 @@ from starflow.data import (
     is_folder,
     nearest_aspect,
     of_clip,
+    plays_otherwise,
     probe,
     read_image,
     read_video,
     to_pixels,
 )
-from starflow.messages import shown
+from starflow.messages import listed, shown
 from starflow.numeric import integer
 from starflow.sampling import Pipeline
 
@@ -47,9 +48,10 @@ def read_clips(
 
     Args:
         pipeline: of the flow.
-        paths: one or several of video files, images (of models that make images), folders and tar files of them. In
-            folders a file that cannot be read is skipped with a line in the log. Captions come from where training took
-            them: text files beside the videos, file names, and the second of the cut.
+        paths: one or several of video files, images (of models that make images), folders and tar files of them. Clips
+            of one name in several of them are told by their paths. In folders a file that cannot be read is skipped
+            with a line in the log. Captions come from where training took them: text files beside the videos, file
+            names, and the second of the cut.
         frames: of a clip, by default those of the training clips.
         clips_per_file: cut evenly from each file.
         caption: of all clips, in place of their own.
@@ -63,6 +65,7 @@ def read_clips(
         if (whole := integer(value)) is None or whole < 1:
             raise ValueError(f"read_clips: {name} is {shown(value)}, expected an integer >= 1")
     clips: list[Clip] = []
+    places: list[Path] = []
     for path in _once([paths] if isinstance(paths, str | Path) else paths):
         if is_folder(path):
             folder = VideoFolder(
@@ -79,6 +82,7 @@ def read_clips(
                 aspect_multiple=_multiple(pipeline) if data.mix_aspect else None,
                 frame_dim=pipeline.config.flow.frame_dim,
             )
+            _tell_rates(pipeline, dict(zip(folder.names, folder.rates_of_files, strict=True)))
             found = [folder.item(index) for index in range(len(folder))]
         else:
             found = _cut(path, count, clips_per_file, pipeline)
@@ -87,7 +91,33 @@ def read_clips(
         if len(once) < len(found):
             logger.warning("%s: of %d clips %d are different, the others are left out", path, len(found), len(once))
         clips += once.values()
+        places += [path if is_folder(path) else path.parent] * len(once)
+    clips = _told_apart(clips, places)
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
+
+
+def _tell_rates(pipeline: Pipeline, rates: Mapping[str, float]) -> None:
+    """Tells of files at other rates than the clips of a model that was not trained at a rate by name (`data.fps`)."""
+    data, usual = pipeline.config.data, pipeline.config.sample.fps
+    # A folder that was trained on has rates of its own.
+    if data.kind == "folder" or data.fps is not None:
+        return
+    other = [f"{name} has {rate:g}" for name, rate in rates.items() if rate and plays_otherwise(rate, usual)]
+    if other:
+        logger.warning(
+            "score: clips of the model have %g frames a second, %s: they play at another speed", usual, listed(other)
+        )
+
+
+def _told_apart(clips: Sequence[Clip], places: Sequence[Path]) -> list[Clip]:
+    """The clips, of which those of one name in several places have the place in front of it."""
+    found: dict[str, set[Path]] = {}
+    for clip, place in zip(clips, places, strict=True):
+        found.setdefault(clip.name, set()).add(place)
+    return [
+        replace(clip, name=str(place / clip.name)) if len(found[clip.name]) > 1 else clip
+        for clip, place in zip(clips, places, strict=True)
+    ]
 
 
 def _once(paths: Sequence[str | Path]) -> list[Path]:
@@ -137,6 +167,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
         return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
+    _tell_rates(pipeline, {str(path): fps})
     high, wide = _size(pipeline, info.height, info.width)
     told = None
     if dim := pipeline.config.flow.frame_dim:

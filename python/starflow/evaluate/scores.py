@@ -32,7 +32,7 @@ from starflow import noise
 from starflow.codecs import tell_scale
 from starflow.data import CaptionMode, Clip
 from starflow.inference import without_autocast
-from starflow.messages import shown
+from starflow.messages import listed, shown
 from starflow.numeric import integer, number
 from starflow.sampling import Pipeline
 
@@ -193,6 +193,15 @@ def _tell_unread(pipeline: Pipeline, clips: Sequence[Clip], *, order_check: bool
         logger.warning("score: %d of %d clips are one frame, which has no order to check", still, len(clips))
     if fps is not None and not data.caption_fps:
         logger.warning("score: fps is %g and nothing reads it: captions of the model tell no rate", fps)
+    sizes = {tuple(clip.pixels.shape[-2:]) for clip in clips}
+    if not data.mix_aspect and (other := sorted(sizes - {(data.height, data.width)})):
+        logger.warning(
+            "score: clips have %s pixels, and the model was trained on %dx%d alone: how likely others are it never "
+            "learned",
+            listed(f"{high}x{wide}" for high, wide in other),
+            data.height,
+            data.width,
+        )
     longest = max(len(clip.pixels) for clip in clips)
     if longest > data.frames and flow.attention_frames is None:
         logger.warning(

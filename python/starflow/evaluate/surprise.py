@@ -169,6 +169,9 @@ class Watcher:
             ValueError: a frame or a condition that does not fit.
         """
         pipeline, flow = self._pipeline, self._pipeline.flow
+        for name, value in (("frame", pixels), ("condition", condition)):
+            if not isinstance(value, Tensor) and not (name == "condition" and value is None):
+                raise ValueError(f"watcher: {name} is {shown(value)}, expected a tensor")
         expected = [len(self._seeds), pipeline.codec.channels, *self._size]
         if list(pixels.shape) != expected or not bool(pixels.isfinite().all()):
             raise ValueError(f"watcher: frame has shape {list(pixels.shape)}, expected {expected}, all finite")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from starflow.config import FlowConfig
+from starflow.mapped import require_unchanged
 from starflow.model.block import Encoded, FlowBlock
 from starflow.model.denoiser import Denoiser
 from starflow.model.tokens import patchify, unpatchify
@@ -262,7 +263,9 @@ class Flow(nn.Module):
 
         Raises:
             ValueError: a shape or dtype that does not fit the config; the message has these names.
+            ChangedFileError: the file that the weights are mapped from was written to.
         """
+        require_unchanged(self)
         config = self.config
         if x.dim() not in (4, 5) or x.shape[-3] != config.in_channels:
             raise ValueError(

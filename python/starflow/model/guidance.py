@@ -8,7 +8,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from starflow.messages import shown
 from starflow.model.affine import Affine
+from starflow.numeric import integer, number
 
 Kind = Literal["gaussian", "linear"]
 
@@ -28,7 +30,7 @@ class Guidance:
             What guidance adds to a frame the next one begins with, and adds to again: in a long clip it piles up.
 
     Raises:
-        ValueError: a value out of range.
+        ValueError: a value out of range, or an option of "linear" with "gaussian".
 
     Reference: Gu et al., STARFlow (2025), section 3.5; Zhai et al., TarFlow (2024), section 3.5.
     """
@@ -42,16 +44,22 @@ class Guidance:
     frames: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.weight < float("inf"):
-            raise ValueError(f"guidance: weight is {self.weight}, expected a finite number >= 0")
-        if self.frames is not None and self.frames < 1:
-            raise ValueError(f"guidance: frames is {self.frames}, expected None or an integer >= 1")
-        if not set(self.parts) <= {"a", "b"}:
-            raise ValueError(f"guidance: parts is {self.parts!r}, expected a subset of 'ab'")
+        if (weight := number(self.weight)) is None or not 0.0 <= weight < float("inf"):
+            raise ValueError(f"guidance: weight is {shown(self.weight)}, expected a finite number >= 0")
+        if self.frames is not None and ((frames := integer(self.frames)) is None or frames < 1):
+            raise ValueError(f"guidance: frames is {shown(self.frames)}, expected None or an integer >= 1")
+        if not isinstance(self.parts, str) or not set(self.parts) <= {"a", "b"}:
+            raise ValueError(f"guidance: parts is {shown(self.parts)}, expected a subset of 'ab'")
         if self.kind not in get_args(Kind):
             raise ValueError(f"guidance: kind is {self.kind!r}, expected 'gaussian' or 'linear'")
-        if not 0.0 < self.temperature < float("inf"):
-            raise ValueError(f"guidance: temperature is {self.temperature}, expected a finite number > 0")
+        if (temperature := number(self.temperature)) is None or not 0.0 < temperature < float("inf"):
+            raise ValueError(f"guidance: temperature is {shown(self.temperature)}, expected a finite number > 0")
+        if self.kind == "gaussian":
+            for name, value, left in (("parts", self.parts, "ab"), ("annealed", self.annealed, False)):
+                if value != left:
+                    raise ValueError(f"guidance: {name} is {shown(value)}, expected kind 'linear' together with it")
+            if temperature != 1.0:
+                raise ValueError(f"guidance: temperature is {temperature:g}, expected kind 'linear' together with it")
 
     @property
     def active(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from starflow.mapped import is_as_mapped, release
+from starflow.mapped import MappedFile, is_as_mapped, release, require_unchanged, watch
 from starflow.model.conditioner import Conditioner
 from starflow.model.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
 from starflow_ext._stamp import fingerprint
@@ -145,6 +145,8 @@ def _keep(network: Transformer, how: str | None, pack: Callable[[Callable[[int],
     by_way = _kept.setdefault(network, {})
     kept, compared, key = by_way.get(how), _compared.get(), (id(network), how)
     known = compared is not None and key in compared
+    if not known:
+        require_unchanged(network)
     if kept is None or not (known or kept[0].are_the_same()):
         contents = _Contents(network)
         made = pack(contents.read)
@@ -175,9 +177,14 @@ def pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
     return _keep(network, "linears", lambda packed: _pack_linears(network, packed))
 
 
-def keep_mapped(module: nn.Module) -> None:
-    """Marks the networks in a module as mapped from a file, so that packing leaves one copy in memory."""
-    _mapped.update(network for network in module.modules() if isinstance(network, Transformer))
+def keep_mapped(module: nn.Module, files: Sequence[MappedFile]) -> None:
+    """Marks a module and the networks in it as mapped from files: packing leaves one copy in memory, and a file that is
+    written to ends the next call.
+    """
+    networks = [network for network in module.modules() if isinstance(network, Transformer)]
+    _mapped.update(networks)
+    for mapped in (module, *networks):
+        watch(mapped, files)
 
 
 @torch.no_grad()

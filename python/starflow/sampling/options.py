@@ -250,7 +250,10 @@ def option_help() -> dict[str, str]:
     """What the docstring of `SampleOptions` says of each option, in one line each."""
     text = inspect.cleandoc(SampleOptions.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {8}.*)*)", text, re.MULTILINE)
-    return {name: " ".join(told.split()) for name, told in found}
+    # Python -OO has no docstrings.
+    return {option.name: "" for option in fields(SampleOptions)} | {
+        name: " ".join(told.split()) for name, told in found
+    }
 
 
 @cache

@@ -221,6 +221,9 @@ class Pipeline(Pretrained):
         session = self.session(prompts, asked)
         beginning = session.beginning
         windows = [name for name in ("window_frames", "context_frames", "sink_frames", "renew") if getattr(asked, name)]
+        if session.planned_frames > self._trained_window and "window_frames" in windows:
+            # Without it such a clip would be made in several windows.
+            windows.remove("window_frames")
         if windows and session.in_one_window:
             logger.warning(
                 "sample: %s given and the clip fits into one window, so that nothing reads %s",
@@ -288,6 +291,7 @@ class Pipeline(Pretrained):
             raise ValueError(f"sample: guidance is {weight:g}, expected 0: the model was trained without text")
         self._tell_guidance(weight)
         _tell_hooks(self.flow)
+        self._tell_size(asked.size)
         self._check_mode(asked, length)
         holds = self.about.get("holds_frames", "")
         if holds.isdecimal() and length > int(holds):
@@ -382,6 +386,15 @@ class Pipeline(Pretrained):
                 "sample: fps is %g, and captions of the model tell no rate: its clips move as at %g frames a second",
                 asked.fps,
                 rate,
+            )
+
+    def _tell_size(self, size: tuple[int, int] | None) -> None:
+        """Tells of a size that no clip of training had."""
+        data = self.config.data
+        known = {(data.height, data.width), (data.image_height, data.image_width)}
+        if size is not None and not data.mix_aspect and size not in known:
+            logger.warning(
+                "sample: size is %dx%d, and the model was trained on %dx%d alone", *size, data.height, data.width
             )
 
     def _tell_guidance(self, weight: float) -> None:
@@ -542,7 +555,14 @@ class Pipeline(Pretrained):
                         "(flow.shallow_block_local), so that its clips have no windows"
                     )
             return Span(reference + frames)
-        window = window or c.local_attn_window or self.codec.latent_frames(self.config.data.frames)
+        trained = self._trained_window
+        if window is not None and trained < min(window, reference + frames):
+            logger.warning(
+                "sample: window_frames is %d, and the deep block never saw more than %d latent frames in training",
+                window,
+                trained,
+            )
+        window = window or trained
         if window == 1:
             named = next((f"{name} is {value}" for name, value in asks.items() if value is not None), None)
             if named and reference + frames > 1:
@@ -553,6 +573,12 @@ class Pipeline(Pretrained):
         return replace(
             carried, frames=window + reference, context=context + reference, sink=asked.sink_frames + reference
         )
+
+    @property
+    def _trained_window(self) -> int:
+        """The most latent frames that the deep block saw at once in training."""
+        own = self.flow.config.local_attn_window
+        return own or self.codec.latent_frames(self.config.data.frames)
 
     def _beginning(self, reader: GivenReader, asked: SampleOptions, frames: int, latent_frames: int) -> Tensor | None:
         """Pixels (clips, given frames, channels, height, width) that the clips begin with, or None."""

@@ -140,8 +140,13 @@ class Session:
     @property
     def in_one_window(self) -> bool:
         """Whether the frames that are given, went out or were planned end before a second window begins."""
+        return self._span.context is not None and self.planned_frames <= self._span.frames
+
+    @property
+    def planned_frames(self) -> int:
+        """Latent frames that are given, went out or were planned; those of a reference count."""
         planned = self.planned.shape[1] if isinstance(self.planned, Tensor) else self.planned or 0
-        return self._span.context is not None and self._next + planned <= self._span.frames
+        return self._next + planned
 
     @property
     def endless(self) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance
-from starflow.schedules import Schedule, Window
+from starflow.schedules import Schedule, as_schedule
 from starflow.solver.clip import Conditions, Decoding, Span
 from starflow.solver.native import Precision
 from starflow.solver.report import SolveReport
@@ -45,7 +45,7 @@ def decode(
     *,
     null: Tensor | None = None,
     guidance: Guidance | float = 0.0,
-    schedule: Schedule | None = None,
+    schedule: Schedule | str | None = None,
     prefix: Tensor | None = None,
     context_frames: int | None = None,
     temperature: float = 1.0,
@@ -61,7 +61,7 @@ def decode(
         null: text of the empty prompt like `y`, needed for guidance with text. The unconditional half has no vectors of
             frames.
         guidance: a weight, or a `Guidance`.
-        schedule: of the solver; the default is `Window()`.
+        schedule: of the solver, or its text (see `parse_solver`); the default is `Window()`.
         prefix: first frames that are given, noisy latents (batch, prefix frames, channels, height, width). The
             deep block continues their tokens; they come back as they are.
         context_frames: frames that a sampling window (`local_attn_window` frames of the deep block) takes over
@@ -79,8 +79,8 @@ def decode(
     """
     image = z.dim() == 4
     guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
-    schedule = Window() if schedule is None else schedule
-    conditions = checked(flow, z, Conditions(y, null, guide, schedule, temperature, precision, image))
+    how = as_schedule("decode", schedule)
+    conditions = checked(flow, z, Conditions(y, null, guide, how, temperature, precision, image))
     told = flow.check_frame_conditions(z, frame_conditions)
     if guide.active and guide.needs_condition and y is None and told is None:
         raise ValueError(f"flow: guidance is {guide.weight}, expected 0 without anything to guide by")

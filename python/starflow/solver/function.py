@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.schedules import Schedule, Window
+from starflow.messages import shown
+from starflow.numeric import integer
+from starflow.schedules import Schedule, as_schedule
 from starflow.solver.loop import invert
 from starflow.solver.report import SolveReport
 from starflow_ext.window_sweep import places, token_numbers
@@ -27,7 +29,7 @@ def solve(
     frame: int | None = None,
     windowed: bool = False,
     known: Tensor | None = None,
-    schedule: Schedule | None = None,
+    schedule: Schedule | str | None = None,
 ) -> tuple[Tensor, SolveReport]:
     """Finds x with `x = shift(x) + scale(x) * z`, where shift and scale of a token depend on earlier tokens alone.
 
@@ -48,14 +50,16 @@ def solve(
             their shift and scale. None: all are one frame.
         windowed: see `fn`.
         known: first tokens that are given, like `z` but shorter along the axis, in the order of dependency.
-        schedule: None is `Window()`. A window without a size takes all tokens; with `windowed`, one frame.
+        schedule: a schedule or its text (see `parse_solver`); None is `Window()`. A window without a size takes all
+            tokens; with `windowed`, one frame.
 
     Returns:
         x like `z`, and the report. Its `rows` count the tokens of the windows, not what `fn` computes beyond them.
 
     Raises:
-        ValueError: an argument that does not fit, or what `fn` returns; a function that is seen not to be
-            causal: its map of the first token depends on x, or that of another changes though no token before it did.
+        ValueError: an argument of another type or one that does not fit, or what `fn` returns; a function that is seen
+            not to be causal: its map of the first token depends on x, or that of another changes though no token before
+            it did.
         NotFiniteError: a token is not finite.
 
     Examples:
@@ -69,10 +73,9 @@ def solve(
         >>> report.sweeps <= 4, report.backward_error < 1e-5
         (True, True)
     """
-    schedule = Window() if schedule is None else schedule
     model = FunctionDecoder(fn, z, axis, order, frame, windowed=windowed)
     given = None if known is None else model.given(known)
-    x, report = invert(model, model.sequence(z), schedule, given)
+    x, report = invert(model, model.sequence(z), as_schedule("solve", schedule), given)
     # Made in inference mode, where a tensor cannot later take part in autograd.
     return model.like_z(x).clone(), report
 
@@ -92,6 +95,16 @@ class FunctionDecoder:
     ) -> None:
         if not callable(fn):
             raise ValueError(f"solve: fn is {type(fn).__name__}, expected a function of x that returns shift and scale")
+        for name, tensor in (("z", z), *((("order", order),) if order is not None else ())):
+            _check_tensor(name, tensor)
+        whole, of_frame = integer(axis), integer(frame)
+        if whole is None:
+            raise ValueError(f"solve: axis is {shown(axis)}, expected an integer")
+        if frame is not None and of_frame is None:
+            raise ValueError(f"solve: frame is {shown(frame)}, expected an integer or None")
+        axis, frame = whole, of_frame
+        if not isinstance(windowed, bool):
+            raise ValueError(f"solve: windowed is {shown(windowed)}, expected True or False")
         if z.dim() < 2 or z.numel() == 0 or z.dtype not in (torch.float32, torch.float64):
             dtype = str(z.dtype).removeprefix("torch.")
             raise ValueError(
@@ -114,6 +127,9 @@ class FunctionDecoder:
         if order is not None:
             if windowed:
                 raise ValueError("solve: order is given with windowed, expected tokens in the order of dependency")
+            if order.is_floating_point() or order.dtype == torch.bool:
+                dtype = str(order.dtype).removeprefix("torch.")
+                raise ValueError(f"solve: order has dtype {dtype}, expected an integer one")
             if order.shape != (self.tokens,) or order.sort().values.tolist() != list(range(self.tokens)):
                 raise ValueError(
                     f"solve: order has shape {list(order.shape)}, expected a permutation of 0 .. {self.tokens - 1}"
@@ -145,6 +161,7 @@ class FunctionDecoder:
 
     def given(self, known: Tensor) -> Tensor:
         """First tokens, like `z` but shorter along its axis, as (batch, known tokens, channels)."""
+        _check_tensor("known", known)
         moved = known.movedim(self._axis, 1) if known.dim() == len(self._shape) else known
         expected = [*self._shape[:1], moved.shape[1] if moved.dim() > 1 else 0, *self._shape[2:]]
         if list(moved.shape) != expected or moved.shape[1] > self.tokens or known.dtype != self._x.dtype:
@@ -248,6 +265,14 @@ class FunctionDecoder:
                 "expected a function that is causal (shift and scale of a token depend on the tokens before it, in the "
                 "given order, alone) and the same at each call"
             )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    """Refuses what is no dense tensor."""
+    if not isinstance(value, Tensor):
+        raise ValueError(f"solve: {name} is a {type(value).__name__}, expected a tensor (torch.as_tensor)")
+    if value.layout != torch.strided:
+        raise ValueError(f"solve: {name} is {str(value.layout).removeprefix('torch.')}, expected a dense tensor")
 
 
 @dataclass(frozen=True)

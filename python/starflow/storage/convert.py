@@ -24,7 +24,7 @@ from starflow.config import (
     to_mapping,
 )
 from starflow.data import aspect_size
-from starflow.mapped import release
+from starflow.mapped import MappedFile, release
 from starflow.messages import short, shown
 from starflow.model import to_int8
 from starflow.storage.foreign import read_foreign, require_numbers
@@ -343,12 +343,14 @@ def convert(
         CheckpointError: the file cannot be read, holds more than tensors, does not match the config (the options that
             differ are listed, or the first names and shapes), has tensors that are not finite or no floating-point
             numbers, or the target cannot be written.
+        ChangedFileError: the checkpoint was written to meanwhile.
     """
     if dtype not in get_args(WeightDtype):
         raise ValueError(f"convert: dtype is {dtype!r}, expected one of {', '.join(get_args(WeightDtype))}")
     tell = progress or logger.info
     tell(f"reading {short(checkpoint)}")
     state = read_foreign(Path(checkpoint), tell)
+    mapped = MappedFile(Path(checkpoint))
     require_numbers(Path(checkpoint), {name: tensor for name, tensor in state.items() if our_name(name) is not None})
     try:
         flow = empty_flow(config)
@@ -358,7 +360,7 @@ def convert(
     ours: dict[str, Tensor | LazyTensor] = {}
     for name, tensor in flow.state_dict().items():
         if name in given:
-            ours.update(_written(name, given[name].detach(), dtype))
+            ours.update(_written(name, given[name].detach(), dtype, mapped))
         else:
             # Tensors that the published code does not have start as in a new model.
             ours[name] = torch.ones(tensor.shape) if name == "prior_variance" else torch.zeros(tensor.shape)
@@ -371,27 +373,30 @@ def convert(
     write_model(target, ours, config, about, file_bytes=file_bytes)
 
 
-def _written(name: str, tensor: Tensor, dtype: WeightDtype) -> dict[str, LazyTensor]:
+def _written(name: str, tensor: Tensor, dtype: WeightDtype, mapped: MappedFile) -> dict[str, LazyTensor]:
     """The tensors that a file holds for one of the published checkpoint: two where its values become integers."""
     of_layer = _LAYER.match(name)
     if dtype == "int8" and of_layer and name.endswith(".weight"):
         shape = tuple(tensor.shape)
         # Each of the two tensors reads the weight by itself, so that memory holds one of them at a time.
         return {
-            f"{name}_int8": LazyTensor(torch.int8, shape, partial(_made, tensor, lambda w: to_int8(w)[0])),
-            f"{name}_scale": LazyTensor(torch.float32, shape[:1], partial(_made, tensor, lambda w: to_int8(w)[1])),
+            f"{name}_int8": LazyTensor(torch.int8, shape, partial(_made, mapped, tensor, lambda w: to_int8(w)[0])),
+            f"{name}_scale": LazyTensor(
+                torch.float32, shape[:1], partial(_made, mapped, tensor, lambda w: to_int8(w)[1])
+            ),
         }
     kept = tensor.dtype
     if dtype != "keep":
         kept = torch.bfloat16 if dtype == "bfloat16" and of_layer else torch.float32
-    return {name: LazyTensor(kept, tuple(tensor.shape), partial(_made, tensor, lambda weight: weight.to(kept)))}
+    return {name: LazyTensor(kept, tuple(tensor.shape), partial(_made, mapped, tensor, lambda weight: weight.to(kept)))}
 
 
-def _made(tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """A changed copy of a mapped tensor, whose own memory is given back to the system."""
+def _made(mapped: MappedFile, tensor: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """A changed copy of a tensor that is mapped from a file, whose own memory is given back to the system."""
     made = change(tensor)
     if made.data_ptr() == tensor.data_ptr():
         made = tensor.clone()
+    mapped.require_same([tensor])
     release([tensor])
     return made
 

@@ -115,8 +115,12 @@ class Pretrained(ABC):
 
         Raises:
             ImportError: huggingface_hub is not installed.
-            CheckpointError: something cannot be written.
+            CheckpointError: something cannot be written, or the folder holds a training run, whose model would be lost.
         """
+        if any((Path(folder) / "checkpoints").glob("step-*")):
+            raise CheckpointError(
+                f"checkpoint {folder} is the folder of a training run, whose model would be lost, expected another one"
+            )
         _mixin()(self).save_pretrained(folder, config=to_mapping(self.config))
 
     def push_to_hub(self, name: str, **options: Any) -> str:

@@ -21,6 +21,7 @@ from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
 from starflow.inference import plain_modes
+from starflow.mapped import MappedFile
 from starflow.messages import listed, short
 from starflow.model import Flow, Int8Linear, keep_mapped
 from starflow.storage.parts import check_parts, fingerprints
@@ -181,7 +182,8 @@ def read_header(path: str | Path) -> Header:
 def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
     """Reads flow and configuration alone: no codec, no text encoder (see `load_model`).
 
-    The weights stay in the file and are mapped: memory holds what is used of them.
+    The weights stay in the file and are mapped: memory holds what is used of them. A file that is written to in place
+    ends the next use of the flow by `starflow.mapped.ChangedFileError`.
     """
     with _open_model(path) as (path, metadata, opened):
         config = _header(path, metadata, len(opened)).config
@@ -213,10 +215,12 @@ def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
         if any(problems.values()):
             told = "; ".join(f"{what}: {listed(found)}" for what, found in problems.items() if found)
             raise CheckpointError(f"checkpoint {path}: tensors do not match its config; {told}")
-        for file in model_files(path):
+        files = model_files(path)
+        mapped = [MappedFile(file) for file in files]
+        for file in files:
             check_tensors(file)
         flow.load_state_dict({name: file.get_tensor(name) for name, file in opened.items()}, assign=True)
-    keep_mapped(flow)
+    keep_mapped(flow, mapped)
     return flow.requires_grad_(True).eval(), config
 
 

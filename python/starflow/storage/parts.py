@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,16 @@ logger = logging.getLogger(__name__)
 
 _NAMES = {"codec": "autoencoder", "text": "text encoder"}
 
-# Files of a folder that decide what comes out of it, beside config.json: weights, and the words of a tokenizer.
-_SUFFIXES = frozenset({".safetensors", ".bin", ".pth", ".pt", ".model"})
-_TOKENIZER = "tokenizer.json"
+# Files of a folder that decide what comes out of it, beside config.json: weights, and what tokenizers of transformers
+# read.
+_WEIGHTS = frozenset({".safetensors", ".bin", ".pth", ".pt"})
+_TOKENS = frozenset({".model", ".spm", ".tiktoken", ".vocab"})
+_TOKEN_FILES = frozenset(
+    {"added_tokens.json", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"}
+    | {"merges.txt", "vocab.txt"}
+)
+# Options in these json files that change no token: who wrote them and from where, and what a conversation looks like.
+_NO_TOKENS = frozenset({"chat_template", "name_or_path", "transformers_version"})
 # Of a larger file so many pieces of so many bytes are read, evenly spread.
 _PIECES, _PIECE = 1024, 1 << 14
 
@@ -30,6 +37,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     `PART_sha256` is of the options in config.json, statistics included. `PART_weights_sha256` is of the weights: of
     their sizes and of 16 MiB of each file. Tuning further changes nearly all weights and so those bytes, and a text
     encoder of 11 GB is known again in the time of a few files; times of files would change with every copy.
+    `text_tokens_sha256` is of the files that cut a text into tokens, whole.
 
     Raises:
         CheckpointError: a file of such a folder cannot be read.
@@ -42,16 +50,17 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
         file = Path(folder) / "config.json"
         if file.is_file():
             content = read_json(file, "the options of an autoencoder or a text encoder")
-            # Names with an underscore say which program wrote the file, and from where.
-            kept = {key: value for key, value in content.items() if not key.startswith("_")}
-            found[f"{part}_sha256"] = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+            found[f"{part}_sha256"] = hashlib.sha256(_plain(content)).hexdigest()
         if files := _weight_files(options):
             found[f"{part}_weights_sha256"] = _sum_of(files)
+        if part == "text" and (files := _token_files(Path(folder))):
+            found[f"{part}_tokens_sha256"] = _sum_of_tokens(files)
     return found
 
 
 def check_parts(who: str, told: Mapping[str, str], config: RunConfig) -> None:
-    """Compares the parts that are here with those that a model was trained with; other weights have a line in the log.
+    """Compares the parts that are here with those that a model was trained with; other weights, and another tokenizer,
+    have a line in the log.
 
     Args:
         who: begins the message, such as "checkpoint PATH".
@@ -69,22 +78,52 @@ def check_parts(who: str, told: Mapping[str, str], config: RunConfig) -> None:
                 f"{who}: config.json of the {name} in its folder is another than the one that the model was trained "
                 "with, expected the same autoencoder and text encoder"
             )
-        if f"{part}_weights_sha256" in changed:
-            folder = short(getattr(config, part)["folder"])
-            logger.warning(
-                "%s: the weights of the %s in %s are others than those that the model was trained with",
-                who,
-                name,
-                folder,
-            )
+        for key, what in (("weights", "weights"), ("tokens", "files of the tokenizer")):
+            if f"{part}_{key}_sha256" in changed:
+                logger.warning(
+                    "%s: the %s of the %s in %s are others than those that the model was trained with",
+                    who,
+                    what,
+                    name,
+                    short(getattr(config, part)["folder"]),
+                )
+
+
+def _plain(content: Mapping[str, Any], without: Collection[str] = ()) -> bytes:
+    """The options of a json file in one order; names with an underscore say which program wrote it, and from where."""
+    kept = {key: value for key, value in content.items() if not key.startswith("_") and key not in without}
+    return json.dumps(kept, sort_keys=True).encode()
+
+
+def _inside(place: Path) -> list[Path]:
+    return [file for file in (sorted(place.iterdir()) if place.is_dir() else [place]) if file.is_file()]
 
 
 def _weight_files(options: Mapping[str, Any]) -> list[Path]:
-    """The files of weights and of a tokenizer that an autoencoder or a text encoder is made of."""
-    place, tuned = Path(options["folder"]), options.get("weights")
-    inside = sorted(place.iterdir()) if place.is_dir() else [place]
-    files = [file for file in inside if file.suffix in _SUFFIXES or file.name == _TOKENIZER]
-    return [file for file in (*files, *([Path(tuned)] if isinstance(tuned, str) else [])) if file.is_file()]
+    """The files of weights that an autoencoder or a text encoder is made of."""
+    tuned = options.get("weights")
+    files = [file for file in _inside(Path(options["folder"])) if file.suffix in _WEIGHTS]
+    return files + [file for file in ([Path(tuned)] if isinstance(tuned, str) else []) if file.is_file()]
+
+
+def _token_files(folder: Path) -> list[Path]:
+    """The files of a text encoder's folder that say which tokens a text has."""
+    return [file for file in _inside(folder) if file.name in _TOKEN_FILES or file.suffix in _TOKENS]
+
+
+def _sum_of_tokens(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        if path.suffix == ".json":
+            content = _plain(read_json(path, "a tokenizer"), _NO_TOKENS)
+        else:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror}") from None
+        digest.update(f"{path.name} {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
 
 
 def _sum_of(files: list[Path]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from starflow.extras import import_extra
+from starflow.mapped import own_memory
 
 __all__ = ["MiniLMEncoder", "T5Encoder"]
 
@@ -36,6 +37,7 @@ class _Pretrained:
             names = ", ".join(sorted(info["missing_keys"])[:4])
             raise ValueError(f"{name}: the weights in {folder} lack {names}, expected all of {self._class_name}")
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        own_memory(loaded)
         self._model = loaded.eval().requires_grad_(False).to(device)
         self.size = size
         self.dim = int(loaded.config.hidden_size)

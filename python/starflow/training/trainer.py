@@ -35,7 +35,7 @@ from starflow.devices import as_device
 from starflow.distributed import ALONE, World, join
 from starflow.files import remove_leftovers, sole
 from starflow.inference import plain_modes
-from starflow.messages import shown
+from starflow.messages import shown, told_once
 from starflow.model import STEP, Encoded, Flow, nll_of, score_target
 from starflow.storage import (
     INDEX,
@@ -517,7 +517,8 @@ def train(
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
     named = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with plain_modes(), join(named) as world:
+    # Each sheet of samples would tell of the same options.
+    with plain_modes(), told_once(), join(named) as world:
         return _train(config, Path(folder), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from starflow.data import Clip, to_pixels
-from starflow.numeric import check_item
+from starflow.messages import shown
+from starflow.numeric import check_item, integer, number
 from starflow.worlds.paddle import COURT, PaddleBall, draw_court, random_state, state_before_contact
 from starflow.worlds.policies import Policy, PolicyName
 from starflow.worlds.world import one_hot
@@ -60,15 +61,15 @@ class PaddleClips:
             ("seed", seed, 0),
             ("length", length, 1),
         ):
-            if value < least:
-                raise ValueError(f"PaddleClips: {name} is {value}, expected at least {least}")
+            if (whole := integer(value)) is None or whole < least:
+                raise ValueError(f"PaddleClips: {name} is {shown(value)}, expected an integer of at least {least}")
         if split not in ("train", "test"):
             raise ValueError(f'PaddleClips: split is "{split}", expected "train" or "test"')
         self.frames, self.size, self.split, self.seed, self.length = frames, size, split, seed, length
-        if channels not in (1, 3):
-            raise ValueError(f"PaddleClips: channels is {channels}, expected 1 (grey) or 3 (RGB)")
-        if not 0.0 <= contacts <= 1.0:
-            raise ValueError(f"PaddleClips: contacts is {contacts}, expected 0 to 1")
+        if integer(channels) not in (1, 3):
+            raise ValueError(f"PaddleClips: channels is {shown(channels)}, expected 1 (grey) or 3 (RGB)")
+        if (share := number(contacts)) is None or not 0.0 <= share <= 1.0:
+            raise ValueError(f"PaddleClips: contacts is {shown(contacts)}, expected 0 to 1")
         self.policy: PolicyName = policy
         self.channels, self.contacts = channels, contacts
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from starflow.messages import shown
 from starflow.worlds.gymnasium import GymnasiumWorld
 from starflow.worlds.paddle import PaddleBall
 from starflow.worlds.world import PlayableWorld, WorldError
@@ -23,6 +24,8 @@ def open_world(name: str, *, size: tuple[int, int] | None = None, channels: int 
         ImportError: the world needs the extra `worlds`.
         ValueError: a size or channels that the world does not have.
     """
+    if size is not None and not (isinstance(size, tuple | list) and len(size) == 2):
+        raise ValueError(f"world {name}: size is {shown(size)}, expected height and width")
     height, width = size or (_SIDE, _SIDE)
     if name == PaddleBall.name:
         if height != width:

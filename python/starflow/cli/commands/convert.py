@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from starflow.cli.options import PROG, Command, make_config, model_path, number, path_text
+from starflow.cli.options import PROG, Command, check_written, make_config, model_path, number, path_text
 from starflow.config import config_names
 
 
 def _run(args: argparse.Namespace) -> int:
     from starflow.storage import convert, published_config
 
+    check_written({"OUT": args.out}, {"the checkpoint": [args.checkpoint], "the configuration": [args.config]})
     if args.config not in config_names():
         config = published_config(
             args.config, codec_folder=args.codec, codec_weights=args.codec_weights, text_folder=args.text

@@ -35,4 +35,4 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print json")
 
 
-COMMAND = Command("versions and machine, or what a model file holds", _DESCRIPTION, _add_options, _run)
+COMMAND = Command("versions and machine, or what a model file holds", _DESCRIPTION, _add_options, _run, alone=False)

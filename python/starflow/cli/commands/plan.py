@@ -112,5 +112,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMAND = Command(
-    "memory, arithmetic and time of a training run, before it is started", _DESCRIPTION, _add_options, _run
+    "memory, arithmetic and time of a training run, before it is started",
+    _DESCRIPTION,
+    _add_options,
+    _run,
+    alone=False,
 )

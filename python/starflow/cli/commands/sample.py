@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from starflow.cli.output import (
     write_clips,
 )
 from starflow.config import ConfigError
-from starflow.messages import short, shown
+from starflow.messages import short, shown, told_once
 
 if TYPE_CHECKING:
     from starflow.distributed import World
@@ -54,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
 
     asked = sample_options_of(args)
     args.prompts = _prompts(args)
-    with join(torch.device(device_name(args.device))) as world:
+    with join(torch.device(device_name(args.device))) as world, told_once():
         return _sample_part(args, asked, world)
 
 
@@ -81,7 +82,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         raise ConfigError(
             f"--prompts {short(path)} is not UTF-8 in line {line}, expected text, a line a prompt"
         ) from None
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    # Not `splitlines`, which also cuts at signs that a prompt may hold.
+    prompts = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts {short(path)} is empty, expected a line a prompt")
     return prompts
@@ -91,6 +93,8 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     """The clips of one of the processes that `torchrun` started, or all."""
     pipeline = load_pipeline(args.model, world)
     prompts = [prompt for prompt in args.prompts or [""] for _ in range(args.clips)]
+    names = [clip_name(index, prompt, asked.seed + index) for index, prompt in enumerate(prompts)]
+    _check_given(Path(args.out), names, asked)
     mine = range(world.rank, len(prompts), world.size)
     if args.parallel == "fsdp" and world.size > 1:
         mine = _in_pieces(pipeline, asked, prompts, world)
@@ -127,15 +131,32 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
     return 1 if out.kept_as_frames else 0
 
 
+def _check_given(out: Path, names: list[str], asked: SampleOptions) -> None:
+    """Refuses a given file in whose place a clip would be written, such as one that was sampled into the same folder.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    written = {(out / f"{name}{suffix}").resolve() for name in names for suffix in (".mp4", ".gif", ".json")}
+    for option in ("image", "video", "last_image", "source", "edit", "actions"):
+        file = getattr(asked, option)
+        if file is not None and Path(file).resolve() in {*written, (out / "sheet.png").resolve()}:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} is {short(file)}, in whose place a clip would be written, expected "
+                "another --out"
+            )
+
+
 def _tell_rate(pipeline: Pipeline, asked: SampleOptions, fps: float) -> None:
     """Tells where a clip goes on at the rate of a given file and is written at another."""
-    from starflow.data import plays_otherwise, probe
+    from starflow.data import IMAGE_SUFFIXES, plays_otherwise, probe
 
     if asked.fps is not None or pipeline.config.data.fps is not None:
         return
     for name in ("video", "edit", "source"):
         file = getattr(asked, name)
-        if file is not None and Path(file).is_file() and plays_otherwise(rate := probe(file).fps, fps):
+        moving = file is not None and Path(file).suffix.lower() not in IMAGE_SUFFIXES
+        if moving and Path(file).is_file() and plays_otherwise(rate := probe(file).fps, fps):
             logger.warning(
                 "--%s has %g frames a second and the clip is written at %g (sample.fps): it plays at another speed, "
                 "--fps %g writes it as the file is",
@@ -211,6 +232,10 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
             raise KeyboardInterrupt("what was made before plays" if meter.frames else "no file was made") from None
         files.close()
         meter.end()
+        for name in names:
+            # A folder of clips takes a gif for the video of its name.
+            if (older := out.folder / f"{name}.gif").is_file():
+                logger.warning("%s is of an earlier clip: streams have no gif", older)
         report = report_of(session, meter.seconds, meter.frames * len(prompts)).to_mapping()
         shape = {"frames": meter.frames, "fps": fps, "height": height, "width": width}
         beginning = {"given_frames": 0 if given is None else given.pixels.shape[1], **options_told(asked)}
@@ -300,5 +325,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 COMMAND = Command(
-    "make clips from text, a picture or the end of a video", _DESCRIPTION, _add_options, _run, rest="prompts"
+    "make clips from text, a picture or the end of a video",
+    _DESCRIPTION,
+    _add_options,
+    _run,
+    rest="prompts",
+    alone=False,
 )

@@ -14,9 +14,11 @@ from starflow.cli.options import (
     PROG,
     Command,
     add_device,
+    check_written,
     device_name,
     held_out_clips,
     load_pipeline,
+    model_places,
     number,
     path_text,
     picture_path,
@@ -51,6 +53,10 @@ def _run(args: argparse.Namespace) -> int:
         )
     if args.per_token and args.json is None:
         raise ConfigError("--per-token is given, expected --json together with it")
+    check_written(
+        {"--json": args.json, "--heat-map": args.heat_map},
+        {"the clip": args.paths, "the model": model_places(args.model)},
+    )
     # Before hours of scoring and not after.
     for file in (args.heat_map, args.json):
         if file not in (None, "-"):

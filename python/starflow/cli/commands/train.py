@@ -163,4 +163,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
 
 
-COMMAND = Command("train a flow on a folder of videos, or on the built-in digits", _DESCRIPTION, _add_options, _run)
+COMMAND = Command(
+    "train a flow on a folder of videos, or on the built-in digits", _DESCRIPTION, _add_options, _run, alone=False
+)
