@@ -2,7 +2,7 @@
 
     pytest benchmarks                   # all, a quarter of an hour on two cores
     pytest benchmarks -m quick          # the cases that users meet, at the highest level
-    pytest benchmarks/bench_ops.py --benchmark-json=benchmarks/results/ops.json
+    pytest benchmarks/bench_ops.py -m quick --benchmark-json=benchmarks/results/ops.json
     python benchmarks/report.py benchmarks/results/ops.json
 
 Every value is checked once against the float64 reference before it is timed. GB/s counts the bytes that the op must
