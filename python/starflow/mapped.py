@@ -61,11 +61,11 @@ class MappedFile:
         places = sorted({last * piece // (_PIECES - 1) for piece in range(_PIECES)})
         return hashlib.sha256(b"".join(os.pread(self._descriptor, _PIECE, place) for place in places)).digest()
 
-    def require_same(self, tensors: Iterable[Tensor] | None = None) -> None:
+    def require_same(self, tensors: Iterable[Tensor]) -> None:
         """Raises ChangedFileError if the file was written since; a new time alone, as by `touch`, is none.
 
         Args:
-            tensors: None of which may be mapped from the file any more, as after a move to another device.
+            tensors: that were mapped from the file; after a move to another device they are not any more.
         """
         now, before = self._stat(), self._state
         if now == before:
@@ -75,7 +75,7 @@ class MappedFile:
             if self._read() == self._content:
                 return
             self._state = before
-        if tensors is None or self._holds(tensors):
+        if self._holds(tensors):
             raise ChangedFileError(
                 f"{self._path} was written to since its weights were mapped from it, expected it as it was: load it "
                 "again (what replaces a file in use is written beside it and renamed, as by mv)"
@@ -97,8 +97,13 @@ _watched: weakref.WeakKeyDictionary[nn.Module, tuple[MappedFile, ...]] = weakref
 
 
 def watch(module: nn.Module, files: Sequence[MappedFile]) -> None:
-    """Notes from which files tensors of a module are mapped, for `require_unchanged`."""
+    """Notes from which files tensors of a module are mapped, for `is_mapped` and `require_unchanged`."""
     _watched[module] = tuple(files)
+
+
+def is_mapped(module: nn.Module) -> bool:
+    """Whether a module was noted as mapped from files."""
+    return module in _watched
 
 
 def require_unchanged(module: nn.Module) -> None:

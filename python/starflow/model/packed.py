@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from starflow.mapped import MappedFile, is_as_mapped, release, require_unchanged, watch
+from starflow.mapped import MappedFile, is_as_mapped, is_mapped, release, require_unchanged, watch
 from starflow.model.conditioner import Conditioner
 from starflow.model.layers import MLP, Attention, Int8Linear, Layer, Norm, Transformer
 from starflow_ext._stamp import fingerprint
@@ -56,7 +56,7 @@ class _Contents:
         tensors = (held for _, _, held in self._places if isinstance(held, Tensor))
         self._parts.append([tensor for tensor in tensors if id(tensor) not in of_layers])
         self._found: list[_Found | None] = [None] * len(self._parts)
-        self._mapped = network in _mapped
+        self._mapped = is_mapped(network)
 
     def read(self, part: int) -> None:
         """Notes what a part, a layer or with -1 the rest, holds once it is packed; mapped weights leave the memory."""
@@ -115,8 +115,6 @@ def _others(tensors: list[Tensor], indices: Collection[int]) -> list[Tensor]:
 
 # Packed weights of each network by kind of packing, each with what they were made from.
 _kept: WeakKeyDictionary[Transformer, dict[str | None, tuple[_Contents, Any]]] = WeakKeyDictionary()
-# Networks whose weights are mapped from a file: once a layer is packed, its own pages go back to the system.
-_mapped: WeakSet[Transformer] = WeakSet()
 
 
 _Packed = TypeVar("_Packed")
@@ -181,9 +179,7 @@ def keep_mapped(module: nn.Module, files: Sequence[MappedFile]) -> None:
     """Marks a module and the networks in it as mapped from files: packing leaves one copy in memory, and a file that is
     written to ends the next call.
     """
-    networks = [network for network in module.modules() if isinstance(network, Transformer)]
-    _mapped.update(networks)
-    for mapped in (module, *networks):
+    for mapped in (module, *(network for network in module.modules() if isinstance(network, Transformer))):
         watch(mapped, files)
 
 

@@ -137,10 +137,11 @@ def _check_given(out: Path, names: list[str], asked: SampleOptions) -> None:
     Raises:
         ConfigError: there is one.
     """
-    written = {(out / f"{name}{suffix}").resolve() for name in names for suffix in (".mp4", ".gif", ".json")}
+    files = (f"{name}{suffix}" for name in names for suffix in (".mp4", ".gif", ".json"))
+    written = {(out / file).resolve() for file in ("sheet.png", *files)}
     for option in ("image", "video", "last_image", "source", "edit", "actions"):
         file = getattr(asked, option)
-        if file is not None and Path(file).resolve() in {*written, (out / "sheet.png").resolve()}:
+        if file is not None and Path(file).resolve() in written:
             raise ConfigError(
                 f"--{option.replace('_', '-')} is {short(file)}, in whose place a clip would be written, expected "
                 "another --out"
