@@ -64,6 +64,8 @@ CASES: dict[str, dict[str, Any]] = {
     "video top without layers": VIDEO | {"layers_per_block": (1, 0)},
     "video of classes": VIDEO | {"txt_size": 0, "txt_dim": 0, "cond_top_only": False, "num_classes": 4},
     "video rolling": VIDEO | {"top_order": "spread", "position_embed": True, "text_embed": True, "attention_frames": 1},
+    "video rolling beside": VIDEO
+    | {"top_order": "spread", "text_embed": True, "attention_frames": 2, "previous_frames": 2},
     "video rolling raster": VIDEO | {"text_embed": True, "attention_frames": 1, "temporal_causal": 1},
     "image": IMAGE,
     "image L2R": IMAGE | {"seq_order": "L2R", "hf_style_rope": True},

@@ -93,6 +93,10 @@ class FlowConfig:
             its window. With a number nothing that the block reads depends on how long a clip has become: positions
             are relative in time, and text enters by `text_embed` alone. A clip then grows for ever in the memory of
             these frames, and nothing is encoded twice.
+        previous_frames: frames before its own whose tokens at the very place that is predicted are added to the input
+            of the deep block, by a projection: attention has to learn where to look for them. At most
+            `attention_frames`, which it takes; the published models have 0 (Alonso et al., Diffusion for World
+            Modeling: Visual Details Matter in Atari, 2024, join past frames to a noisy one likewise).
         learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
             conditional_denoiser: that network reads text and the vectors of frames. denoiser_window: frames before its
             own that a frame sees in that network; None is all of them. denoiser_skip: the network predicts the score
@@ -141,6 +145,7 @@ class FlowConfig:
     shallow_block_local: bool = False
     local_attn_window: int | None = None
     attention_frames: int | None = None
+    previous_frames: int = 0
     learnable_self_denoiser: bool = False
     conditional_denoiser: bool = False
     denoiser_window: int | None = None
@@ -229,6 +234,12 @@ class FlowConfig:
             "flow.text_embed",
             self.text_embed,
             "True with attention_frames and text",
+        )
+        require(
+            0 <= self.previous_frames <= (self.attention_frames or 0),
+            "flow.previous_frames",
+            self.previous_frames,
+            f"0 to attention_frames ({self.attention_frames or 0})",
         )
         require(
             self.denoiser_window is None or self.denoiser_window >= max(self.temporal_causal - 1, 0),

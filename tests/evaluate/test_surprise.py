@@ -70,10 +70,12 @@ def test_actions_matter_and_draws_are_averaged(configure: Configure, build: Buil
     torch.testing.assert_close(averaged, (apart[0] + apart[1]) / 2)
 
 
-@pytest.mark.parametrize("dim", [3, 0])
-def test_a_watcher_tells_of_every_frame_what_the_whole_clip_tells(configure: Configure, build: Build, dim: int) -> None:
+@pytest.mark.parametrize("dim, previous", [(3, 0), (0, 0), (3, 2), (0, 1)])
+def test_a_watcher_tells_of_every_frame_what_the_whole_clip_tells(
+    configure: Configure, build: Build, dim: int, previous: int
+) -> None:
     """Longer than the cache, which rolls."""
-    pipeline = made(configure, build, frame_dim=dim)
+    pipeline = made(configure, build, frame_dim=dim, previous_frames=previous)
     clips = [clip(23, seed, dim) for seed in (4, 5)]
     whole = surprise(pipeline, clips, seed=2)
     watcher = Watcher(pipeline, ["", ""], seeds=[2, 3])

@@ -22,6 +22,7 @@ CASES: dict[str, dict[str, Any]] = {
     "no text": NO_TEXT | {"top_order": "spread", "position_embed": True},
     "classes": NO_TEXT | {"num_classes": 4},
     "rolling": NO_TEXT | {"attention_frames": 2, "temporal_causal": 1, "position_embed": True},
+    "rolling beside": NO_TEXT | {"attention_frames": 2, "temporal_causal": 1, "previous_frames": 2},
 }
 EXACT = Window(size=9, tolerance=0.0)
 

@@ -53,6 +53,24 @@ def test_every_layer_sees_its_own_frames_behind(frames: int) -> None:
     assert (apart[last + 1 :] == 0).all()
 
 
+@pytest.mark.parametrize("previous", [0, 1, 2])
+def test_a_token_is_told_what_stood_at_its_own_place(previous: int) -> None:
+    """Without attention and MLP a token depends on the one before it, and on its place in so many frames."""
+    flow = make_flow(ROLLING | {"attention_frames": 2, "previous_frames": previous}).double()
+    block = flow.blocks[-1]
+    for layer in block.conditioner.layers:
+        for linear in (layer.attention.proj, layer.mlp.down):
+            torch.nn.init.zeros_(linear.weight)
+            torch.nn.init.zeros_(linear.bias)
+    y = condition(flow, 1)
+    layout = block.layout(4, 3, 5, y, image=False)
+    x = torch.randn(1, 60, flow.config.token_channels, dtype=torch.float64, requires_grad=True)
+    affine, _ = block.conditioner(x, y, layout)
+    (gradient,) = torch.autograd.grad(affine.raw[0, 33].sum(), x)
+    seen = set(gradient[0].abs().amax(-1).nonzero().flatten().tolist())
+    assert seen == {32, *(33 - 15 * (frame + 1) for frame in range(previous))}
+
+
 def test_text_enters_without_a_place_in_time() -> None:
     flow = make_flow(ROLLING)
     assert flow.blocks[-1].conditioner.proj_text is None
@@ -76,6 +94,8 @@ def test_decoding_by_any_window_is_decoding_token_by_token(size: int) -> None:
         ({"attention_frames": 0}, r"flow\.attention_frames is 0, expected a number of frames >= 1, together with rope"),
         ({"local_attn_window": 4}, r"flow\.attention_frames is 1, expected .* without local_attn_window"),
         ({"sos": False}, r"flow\.attention_frames is 1, expected .* together with rope, sos"),
+        ({"previous_frames": 2}, r"flow\.previous_frames is 2, expected 0 to attention_frames \(1\)"),
+        ({"previous_frames": -1}, r"flow\.previous_frames is -1, expected 0 to attention_frames \(1\)"),
         ({"text_embed": False}, r"flow\.text_embed is False, expected True with attention_frames and text"),
     ],
 )

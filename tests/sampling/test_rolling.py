@@ -29,6 +29,7 @@ FLOW = make_flow(
         "position_embed": True,
         "text_embed": True,
         "attention_frames": 2,
+        "previous_frames": 1,
     }
 )
 CODEC = BlockTransform(patch=2, channels=1)

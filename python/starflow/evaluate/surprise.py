@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from starflow import noise
 from starflow.codecs import tell_scale
@@ -151,7 +152,7 @@ class Watcher:
         self._scaled = scaled
         self._frame = 0  # number of the next frame
         self._place = 0  # of the next frame in the cache
-        self._before: Tensor | None = None  # the last token of the frame before
+        self._past: Tensor | None = None  # tokens of the last frames
 
     @without_autocast()
     @torch.inference_mode()
@@ -187,15 +188,21 @@ class Watcher:
         if self._place == self._decoder.layout.frames:
             self._decoder.forget(self._decoder.layout.frames - self._behind)
             self._place = self._behind
-        if flow.config.frame_dim:
-            none = noisy.new_full((len(self._seeds), 1, flow.config.frame_dim), math.nan)
-            self._decoder.tell(self._place, none if told is None else told)
-        before = tokens.new_zeros(tokens[:, :1].shape) if self._before is None else self._before
-        affine = self._decoder.evaluate(torch.cat([before, tokens[:, :-1]], 1), self._place * self._area)
+        past = tokens[:, :0] if self._past is None else self._past
+        before = self._decoder.conditioner.before_next(past, self._area)
+        if flow.config.frame_dim and told is None:
+            told = noisy.new_full((len(self._seeds), 1, flow.config.frame_dim), math.nan)
+        if told is not None or before is not None:
+            self._decoder.tell(self._place, told, before)
+        past = torch.cat([past, tokens], 1)
+        # Row i is the token before token i; before the first one stands none.
+        rows = F.pad(past, (0, 0, 1, 0))[:, -tokens.shape[1] - 1 : -1]
+        affine = self._decoder.evaluate(rows, self._place * self._area)
         z, log_det = affine.encode(tokens)
         total = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1) + log_det
         nats = (to_grid(total[..., None], self._order, 1, *shallow.shape[2:])[..., 0] + shallow)[:, 0]
-        self._before, self._frame, self._place = tokens[:, -1:], self._frame + 1, self._place + 1
+        self._past = past[:, -max(flow.config.previous_frames, 1) * self._area :]
+        self._frame, self._place = self._frame + 1, self._place + 1
         dimensions = clean[0].numel() / nats[0].numel()
         per_dim = -(nats.double() / dimensions + (pipeline.codec.log_det_per_dimension or 0.0)) / math.log(2)
         bits = _above(pipeline, per_dim[:, None].cpu())[:, 0]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from starflow.config import FlowConfig
 from starflow.model.affine import Affine
@@ -119,6 +120,10 @@ class Conditioner(Transformer):
         table = (config.img_size // config.patch_size) ** 2
         self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
         self.proj_position = nn.Linear(config.head_dim, self.width, bias=False) if config.position_embed else None
+        self.previous_frames = config.previous_frames if config.is_top(block) else 0
+        self.proj_previous = (
+            nn.Linear(self.previous_frames * channels, self.width, bias=False) if self.previous_frames else None
+        )
         text_dim = config.text_width(block) if config.text_embed else 0
         self.proj_summary = nn.Linear(text_dim, self.width, bias=False) if text_dim else None
         self.class_embed = (
@@ -151,7 +156,8 @@ class Conditioner(Transformer):
         inputs = x
         if self.sos_embed is not None:
             inputs = torch.cat([self.sos_embed.to(x.dtype).expand(x.shape[0], -1, -1), x[:, :-1]], 1)
-        h = self._embed_slots(inputs, context, layout, slice(None), frame_conditions)
+        before = None if self.proj_previous is None else self.of_previous(x, layout.frame_tokens)
+        h = self._embed_slots(inputs, context, layout, slice(None), frame_conditions, before)
         text = self.text_tokens(context)
         if text:
             assert context is not None
@@ -178,6 +184,7 @@ class Conditioner(Transformer):
         temperature: float | Tensor = 1.0,
         final: Tensor | None = None,
         frame_conditions: Tensor | None = None,
+        before: Tensor | None = None,
     ) -> Affine:
         """Affine maps of the tokens `start .. start + tokens - 1` from the tokens before them and the cached prefix.
 
@@ -193,13 +200,14 @@ class Conditioner(Transformer):
             temperature: divides the attention logits.
             final: (batch,) tokens of each sample whose keys and values stay; None writes all.
             frame_conditions: as for `forward`, of all frames of the layout.
+            before: what `of_previous` returns for all tokens of the layout; None for a network that reads none.
         """
         slot = start - self.first_token
         count = torch.arange(previous.shape[1], device=previous.device)
         slots = slot[:, None] + count if isinstance(slot, Tensor) else slot + count
         if self.sos_embed is not None:
             previous = torch.where((slots == 0)[..., None], self.sos_embed.to(previous.dtype), previous)
-        h = self._embed_slots(previous, context, layout, slots, frame_conditions)
+        h = self._embed_slots(previous, context, layout, slots, frame_conditions, before)
         attending = Attending(
             later(_on(layout.query, h, slots), layout.begin),
             later(_on(layout.key, h, slots), layout.begin),
@@ -227,6 +235,7 @@ class Conditioner(Transformer):
         layout: Layout,
         slots: Tensor | slice,
         frame_conditions: Tensor | None,
+        before: Tensor | None,
     ) -> Tensor:
         h = self.embed(inputs)
         position = self.position_rows(layout, slots)
@@ -235,6 +244,8 @@ class Conditioner(Transformer):
         told = self.frame_rows(frame_conditions, layout, slots)
         if told is not None:
             h = h + told
+        if before is not None:
+            h = h + self.previous_rows(at_slots(before, slots))
         condition = self.condition_rows(context, h.shape[0])
         return h if condition is None else h + condition
 
@@ -257,11 +268,42 @@ class Conditioner(Transformer):
         rows = self.embed_frames(frame_conditions)
         if rows is None:
             return None
-        device = rows.device
-        frame = torch.arange(layout.tokens, device=device)[slots] // layout.frame_tokens
-        if frame.dim() == 1:
-            return rows[:, frame]
-        return rows[torch.arange(rows.shape[0], device=device)[:, None], frame]
+        return at_slots(rows, torch.arange(layout.tokens, device=rows.device)[slots] // layout.frame_tokens)
+
+    def of_previous(self, x: Tensor, frame_tokens: int) -> Tensor:
+        """The tokens at each token's own place in the frames before its own, the last frame first.
+
+        Args:
+            x: (batch, tokens, channels) in the block's order, whole frames.
+            frame_tokens: tokens of a frame.
+
+        Returns:
+            (batch, tokens, previous_frames x channels); zeros for frames before the first.
+        """
+        tokens = x.shape[1]
+        shifts = (frame_tokens * (number + 1) for number in range(self.previous_frames))
+        return torch.cat([F.pad(x, (0, 0, shift, 0))[:, :tokens] for shift in shifts], -1)
+
+    def before_next(self, x: Tensor, frame_tokens: int) -> Tensor | None:
+        """What `of_previous` returns for the frame that comes after all of `x`, (batch, frame tokens, channels of it).
+
+        None for a network that reads none. Of `x` the last `previous_frames` frames matter.
+        """
+        if self.proj_previous is None:
+            return None
+        # In place of the next frame whatever stands there: its own tokens are not looked at.
+        last = F.pad(x[:, -self.previous_frames * frame_tokens :], (0, 0, 0, frame_tokens))
+        return self.of_previous(last, frame_tokens)[:, -frame_tokens:]
+
+    def previous_rows(self, before: Tensor, packed: PackedWeight | None = None) -> Tensor:
+        """What is added to tokens for what stood at their places in the frames before, (batch, tokens, width).
+
+        Args:
+            before: rows of what `of_previous` returns.
+            packed: `proj_previous.weight` in packed form, if the caller has it.
+        """
+        assert self.proj_previous is not None
+        return ops.linear(before, self.proj_previous.weight if packed is None else packed)
 
     def position_rows(
         self, layout: Layout, slots: Tensor | slice = slice(None), packed: PackedWeight | None = None
@@ -304,6 +346,13 @@ class Conditioner(Transformer):
         if labels is None:
             return mean.expand(batch, 1, -1)
         return torch.where((labels < 0)[:, None, None], mean, self.class_embed[labels.clamp(min=0)])
+
+
+def at_slots(rows: Tensor, slots: Tensor | slice) -> Tensor:
+    """The rows (batch, all, width) at `slots`: all, (slots,), or those of each sample (batch, slots)."""
+    if isinstance(slots, slice) or slots.dim() == 1:
+        return rows[:, slots]
+    return rows[torch.arange(rows.shape[0], device=rows.device)[:, None], slots]
 
 
 def _on(table: Rotation | None, like: Tensor, slots: Tensor | None = None) -> Rotation | None:

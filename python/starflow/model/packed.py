@@ -26,14 +26,15 @@ class PackedNetwork:
     """The weights of a conditioner.
 
     Args:
-        block: weights that every sweep reads. text, position, summary: projections that are computed once for a clip;
-            None where the network lacks one.
+        block: weights that every sweep reads. text, position, summary: projections that are computed once for a clip,
+            previous: once for a frame; None where the network lacks one.
     """
 
     block: BlockWeights
     text: LinearWeights | None
     position: LinearWeights | None
     summary: LinearWeights | None
+    previous: LinearWeights | None
 
 
 class _Contents:
@@ -208,9 +209,14 @@ def _pack(conditioner: Conditioner, storage: WeightStorage | None, done: Callabl
         layers.append(_layer(layer, storage))
         done(index)
     config = conditioner.config
-    text, position, summary = (
+    text, position, summary, previous = (
         None if linear is None else _linear(linear, storage)
-        for linear in (conditioner.proj_text, conditioner.proj_position, conditioner.proj_summary)
+        for linear in (
+            conditioner.proj_text,
+            conditioner.proj_position,
+            conditioner.proj_summary,
+            conditioner.proj_previous,
+        )
     )
     block = BlockWeights(
         heads=conditioner.heads,
@@ -223,7 +229,7 @@ def _pack(conditioner: Conditioner, storage: WeightStorage | None, done: Callabl
         start_token=None if conditioner.sos_embed is None else _float(conditioner.sos_embed.flatten()),
         final_norm=_weight(conditioner.final_norm),
     )
-    return PackedNetwork(block, text, position, summary)
+    return PackedNetwork(block, text, position, summary, previous)
 
 
 def _layer(layer: Layer, storage: WeightStorage | None) -> LayerWeights:

@@ -58,6 +58,7 @@ class BlockDecoder:
         self._frame_conditions: Tensor | None = None
         if conditioner.proj_frame is not None and frame_conditions is not None:
             self._frame_conditions = self._halved(frame_conditions)
+        self._before: Tensor | None = None
         self._native: NativeNetwork | None = None
         self._state: DecodeState | None = None
         if NativeNetwork.runs(conditioner, precision):
@@ -78,13 +79,28 @@ class BlockDecoder:
             assert self._context is not None
             conditioner.prefill_text(self._context, layout, self._state, self._temperature)
 
-    def tell(self, frame: int, frame_conditions: Tensor) -> None:
-        """Sets the vectors of the frames `frame ..`, (rows, frames, frame_dim), before any of them is evaluated."""
-        assert self._frame_conditions is not None
-        told = self._halved(frame_conditions)
-        self._frame_conditions[:, frame : frame + told.shape[1]] = told
+    def tell(self, frame: int, frame_conditions: Tensor | None, before: Tensor | None = None) -> None:
+        """Tells the frames `frame ..` of the layout what they depend on, before any of them is evaluated.
+
+        Args:
+            frame: the first one.
+            frame_conditions: vectors, (rows, frames, frame_dim), NaN for none; None for a block that reads none.
+            before: the tokens at the places of theirs in the frames before (`Conditioner.of_previous`), (rows, tokens,
+                channels of these); None for a block that reads none.
+        """
+        if frame_conditions is not None:
+            assert self._frame_conditions is not None
+            frame_conditions = self._halved(frame_conditions)
+            self._frame_conditions[:, frame : frame + frame_conditions.shape[1]] = frame_conditions
+        if before is not None and self.halves == 2:
+            before = torch.cat([before, before])
         if self._native is not None:
-            self._native.tell(frame, told)
+            self._native.tell(frame, frame_conditions, before)
+        elif before is not None:
+            if self._before is None:
+                self._before = before.new_zeros(before.shape[0], self.layout.tokens, before.shape[2])
+            begin = frame * self.frame_tokens
+            self._before[:, begin : begin + before.shape[1]] = before
 
     def _halved(self, frame_conditions: Tensor) -> Tensor:
         """Vectors of frames of the rows of both halves; the unconditional one has none."""
@@ -129,6 +145,7 @@ class BlockDecoder:
 
         self._context = None if self._context is None else first(self._context)
         self._frame_conditions = None if self._frame_conditions is None else first(self._frame_conditions)
+        self._before = None if self._before is None else first(self._before)
         if isinstance(self._temperature, Tensor):
             self._temperature = first(self._temperature)
         if self._native is not None:
@@ -209,6 +226,7 @@ class BlockDecoder:
                 self._temperature,
                 final,
                 self._frame_conditions,
+                self._before,
             )
         return affine if self.guidance is None else self.guidance.combine(affine, start, self.tokens)
 

@@ -111,15 +111,20 @@ class NativeNetwork:
         self._conditioner, self._how = conditioner, how
         packed = pack_conditioner(conditioner, how.weights)
         self._weights, self._summary, self._rows = packed.block, packed.summary, rows
+        self._previous = packed.previous
         text = conditioner.text_tokens(context)
         query, key = (concatenate(layout.text, table, device) for table in (layout.query, layout.key))
         position = conditioner.position_rows(layout, packed=None if packed.position is None else packed.position.weight)
         if context is not None and context.is_floating_point():
             context = context.float()
-        # What is added to all tokens of a row, and where frames have vectors to the tokens of each, beside that.
+        # What is added to all tokens of a row. Beside that, to those of a frame what its vector says, and to each what
+        # stood at its place before: then every frame, or every token, has a condition of its own.
         self._shared = condition = self._condition(context)
-        if frame_conditions is not None:
-            condition = torch.zeros(rows, layout.frames, conditioner.width, dtype=torch.float32, device=device)
+        self._frame_tokens = layout.frame_tokens
+        alike = 1 if packed.previous is not None else 0 if frame_conditions is None else layout.frame_tokens
+        if alike:
+            shape = rows, layout.tokens // alike, conditioner.width
+            condition = torch.zeros(shape, dtype=torch.float32, device=device)
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
@@ -136,7 +141,7 @@ class NativeNetwork:
             temperature=torch.as_tensor(temperature, dtype=torch.float32, device=device).expand(rows).contiguous(),
             position=None if position is None else position.float().contiguous(),
             condition=condition,
-            condition_tokens=0 if frame_conditions is None else layout.frame_tokens,
+            condition_tokens=alike,
             query_rotation=query,
             key_rotation=key,
             frame_tokens=0 if behind is None else layout.frame_tokens,
@@ -148,7 +153,7 @@ class NativeNetwork:
             embedded = ops.linear(context, packed.text.weight, packed.text.bias, product_input=how.product_input)
             self._sweep(embedded, torch.zeros(rows, dtype=torch.int64, device="cpu"), text=True)
         if frame_conditions is not None:
-            self.tell(0, frame_conditions)
+            self.tell(0, frame_conditions, None)
 
     def _condition(self, context: Tensor | None) -> Tensor | None:
         """What is added to the tokens of each row, (rows, width)."""
@@ -188,13 +193,19 @@ class NativeNetwork:
         """Whether a network decodes natively: in float32 or less, outside `starflow_ext.reference_mode`."""
         return _how(conditioner, precision) is not None
 
-    def tell(self, frame: int, frame_conditions: Tensor) -> None:
-        """Sets the vectors of the frames `frame ..` of the layout, (rows, frames, frame_dim), NaN for none."""
+    def tell(self, frame: int, frame_conditions: Tensor | None, before: Tensor | None) -> None:
+        """What the frames `frame ..` of the layout are told; as `BlockDecoder.tell`."""
         rows, held = self._conditioner.embed_frames(frame_conditions), self._state.condition
-        assert rows is not None
         assert held is not None
-        shared = 0.0 if self._shared is None else self._shared[:, None]
-        held[:, frame : frame + rows.shape[1]] = rows.float() + shared
+        begin = frame * self._frame_tokens // self._state.condition_tokens
+        added = torch.zeros((), device=held.device) if self._shared is None else self._shared[:, None]
+        if rows is not None:
+            each = self._frame_tokens // self._state.condition_tokens
+            added = added + rows.float().repeat_interleave(each, 1)
+        if before is not None:
+            assert self._previous is not None
+            added = added + self._conditioner.previous_rows(before.float(), self._previous.weight)
+        held[:, begin : begin + added.shape[1]] = added
 
     @property
     def cost_key(self) -> str:

@@ -159,11 +159,13 @@ class RollingInversion(Inversion):
         return (self._decoder,) if self._second is None else (self._decoder, self._second)
 
     def _tell(self, told: Tensor | None) -> None:
-        """Gives the decoders the vector of the next frame."""
-        if told is None:
+        """Gives the decoders the vector of the next frame, and what stands before its tokens."""
+        area = self._decoder.frame_tokens
+        before = self._decoder.conditioner.before_next(self.x, area)
+        if told is None and before is None:
             return
         for decoder in self._decoders:
-            decoder.tell(self.tokens // self._decoder.frame_tokens, told)
+            decoder.tell(self.tokens // area, told, before)
 
     def _make_room(self) -> None:
         """Forgets frames where the cache is full."""
