@@ -66,8 +66,10 @@ CASES: dict[str, dict[str, Any]] = {
     "video rolling": VIDEO | {"top_order": "spread", "position_embed": True, "text_embed": True, "attention_frames": 1},
     "video rolling beside": VIDEO
     | {"top_order": "spread", "text_embed": True, "attention_frames": 2, "previous_frames": 2},
+    "video centred": VIDEO | {"centred": True, "learnable_self_denoiser": True, "denoiser_skip": 2.0},
     "video rolling raster": VIDEO | {"text_embed": True, "attention_frames": 1, "temporal_causal": 1},
     "image": IMAGE,
+    "image centred": IMAGE | {"centred": True},
     "image L2R": IMAGE | {"seq_order": "L2R", "hf_style_rope": True},
     "image spread": IMAGE | {"top_order": "spread", "layers_per_block": (1, 1, 1)},
     "image exp": IMAGE | {"use_softplus": False, "norm_type": "rms_norm"},
@@ -97,6 +99,8 @@ def make_flow(options: dict[str, Any], *, seed: int = 0, spread: float = 0.5, **
                 parameter.add_(0.2 * torch.randn_like(parameter))
         if not flow.config.nvp:
             flow.prior_variance.uniform_(0.5, 2.0)
+    if flow.centre is not None:
+        flow.centre_on(3.0 * torch.randn(flow.config.in_channels, flow.config.img_size, flow.config.img_size))
     return flow
 
 

@@ -97,6 +97,8 @@ class FlowConfig:
             of the deep block, by a projection: attention has to learn where to look for them. At most
             `attention_frames`, which it takes; the published models have 0 (Alonso et al., Diffusion for World
             Modeling: Visual Details Matter in Atari, 2024, join past frames to a noisy one likewise).
+        centred: the mean of the data is taken off before any network reads them, and added to what is made (see
+            `starflow.model.Centre`). Training measures it before its first step; the published models lack this.
         learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
             conditional_denoiser: that network reads text and the vectors of frames. denoiser_window: frames before its
             own that a frame sees in that network; None is all of them. denoiser_skip: the network predicts the score
@@ -146,6 +148,7 @@ class FlowConfig:
     local_attn_window: int | None = None
     attention_frames: int | None = None
     previous_frames: int = 0
+    centred: bool = False
     learnable_self_denoiser: bool = False
     conditional_denoiser: bool = False
     denoiser_window: int | None = None

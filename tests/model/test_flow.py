@@ -25,15 +25,15 @@ def test_round_trips(name: str) -> None:
     encoded = flow.encode(x, y)
     assert (encoded.z - x).abs().max() > 0.1  # the flow does something
     # The prior of a volume-preserving flow has a variance of its own: noise is z over its standard deviation.
-    noise = encoded.z / flow.from_grid(
+    noise = encoded.z / flow._join(
         flow._prior_variance(encoded.latents[0]).sqrt().expand_as(encoded.latents[0]), x.dim() == 4
     )
     torch.testing.assert_close(decode(flow, noise, y, schedule=EXACT).x, x, atol=1e-7, rtol=1e-7)
     z = latents(flow, image=x.dim() == 4, seed=5)
     decoded = decode(flow, z, y, schedule=EXACT)
-    assert torch.equal(decoded.latents[-1], flow.encode(decoded.x, y).latents[0])
+    torch.testing.assert_close(decoded.latents[-1], flow.encode(decoded.x, y).latents[0], atol=1e-12, rtol=0.0)
     back = flow.encode(decoded.x.clone(), y).latents[-1]
-    scaled = flow.encode(z, y).latents[0] * flow._prior_variance(back).sqrt()
+    scaled = flow._cut(z) * flow._prior_variance(back).sqrt()
     torch.testing.assert_close(back, scaled, atol=1e-7, rtol=1e-7)
 
 
@@ -244,6 +244,32 @@ def test_grids_keep_their_place() -> None:
     order = flow._blocks()[-1].layout(3, 3, 5, y, image=False).order
     grid = encoded.latents[0]
     assert torch.equal(to_grid(to_sequence(grid, order), order, 3, 3, 5), grid)
+
+
+@pytest.mark.parametrize("nominal", [True, False])
+def test_a_centred_flow_is_one_of_data_without_their_mean(nominal: bool) -> None:
+    flow = make_flow(CASES["video centred"]).double()
+    plain = make_flow(CASES["video centred"] | {"centred": False}).double()
+    plain.load_state_dict({name: value for name, value in flow.state_dict().items() if "centre" not in name})
+    config, y = flow.config, condition(flow)
+    side = config.img_size if nominal else 2 * config.patch_size
+    mean = torch.randn(config.in_channels, config.img_size, config.img_size, dtype=torch.float64)
+    flow.centre_on(mean)
+    # Frames of another size have the mean of each channel of a token.
+    cut = mean.unfold(1, config.patch_size, config.patch_size).unfold(2, config.patch_size, config.patch_size)
+    taken = mean if nominal else cut.mean((1, 2)).repeat(1, 2, 2)
+    x = torch.randn(2, 3, config.in_channels, side, side, dtype=torch.float64)
+    torch.testing.assert_close(flow.log_prob(x, y), plain.log_prob(x - taken, y))
+    torch.testing.assert_close(flow.encode(x, y).z, plain.encode(x - taken, y).z)
+    assert flow.denoiser is not None
+    assert plain.denoiser is not None
+    torch.testing.assert_close(flow.denoiser(x), plain.denoiser(x - taken))
+    z = torch.randn_like(x)
+    torch.testing.assert_close(decode(flow, z, y).x, decode(plain, z, y).x + taken, atol=1e-5, rtol=1e-5)
+    given = {"prefix": x[:, :1].clone()}, {"prefix": x[:, :1] - taken}
+    torch.testing.assert_close(
+        decode(flow, z, y, **given[0]).x, decode(plain, z, y, **given[1]).x + taken, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_tracked_means_are_means_of_network_outputs() -> None:

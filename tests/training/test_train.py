@@ -34,7 +34,7 @@ from starflow.training import Batch, Batches, Trainer, TrainingError, machine, m
 from starflow.training.batches import make_images, tell_data, with_vocabulary
 from starflow.training.machine import gains_from_bfloat16
 from starflow.training.optim import Muon, cosine_lr
-from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
+from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE, mean_frame
 
 from ..encoders import make_t5
 
@@ -1126,6 +1126,47 @@ class Poisoned:
         if index == 5:
             clip.pixels[1, 0, 3, 3] = math.nan
         return clip
+
+
+def test_a_centred_flow_takes_the_mean_of_its_data(tiny, tmp_path: Path) -> None:
+    """Of 64 clips spread over the set, once: a resumed run keeps it."""
+    config = tiny(flow={"centred": True}, steps=2, ema=0.9)
+    flow = train(config, tmp_path, quiet=True)
+    dataset, (codec, _) = make_dataset(config), make_parts(config)
+    clips = torch.stack([dataset.item(number * len(dataset) // 64).pixels for number in range(64)])
+    latents = codec.encode(clips).mean((0, 1))
+    assert flow.centre is not None
+    assert flow.denoiser is not None
+    assert flow.denoiser.centre is not None
+    side, size = flow.config.img_size // flow.config.patch_size, flow.config.patch_size
+    mean = latents.reshape(-1, side, size, side, size).permute(1, 3, 2, 4, 0).flatten(2)
+    for centre in (flow.centre, flow.denoiser.centre):
+        torch.testing.assert_close(centre.mean, mean, atol=1e-5, rtol=1e-5)
+    assert mean.abs().max() > 0.1
+    resumed = train(replace(config, train=replace(config.train, steps=3)), tmp_path, quiet=True)
+    assert torch.equal(resumed.centre.mean, flow.centre.mean)  # type: ignore[union-attr]
+    pipeline = Pipeline.load(tmp_path)
+    assert torch.equal(pipeline.flow.centre.mean, flow.centre.mean)  # type: ignore[union-attr]
+
+
+def test_a_mean_of_clips_of_several_sizes_is_that_of_channels(tiny) -> None:
+    @dataclass
+    class Clips:
+        bad: bool = False
+
+        def __len__(self) -> int:
+            return 2
+
+        def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+            pixels = torch.full((4, 1, 16, 16 + 16 * index), -0.5 * index)
+            return Clip(pixels * (math.nan if self.bad else 1.0), "", f"clip {index}")
+
+    codec, _ = make_parts(tiny())
+    mean = mean_frame(Clips(), codec, CPU)
+    expected = codec.encode(torch.full((1, 4, 1, 16, 16), -0.25)).mean((0, 1, 3, 4))
+    torch.testing.assert_close(mean, expected[:, None, None])
+    with pytest.raises(TrainingError, match="clip 0 holds NaN or infinity, expected finite pixels"):
+        mean_frame(Clips(bad=True), codec, CPU)
 
 
 def test_data_that_is_not_finite_is_named(tiny, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from starflow.model.affine import Affine
 from starflow.model.block import Encoded, FlowBlock
 from starflow.model.cache import DecodeState
+from starflow.model.centre import Centre
 from starflow.model.conditioner import Conditioner, Layout, make_layout
 from starflow.model.denoiser import STEP, Denoiser, score_target, tweedie_step
 from starflow.model.flow import Flow, nll_of
@@ -15,6 +16,7 @@ from starflow.model.tokens import Order, patchify, to_grid, to_sequence, token_o
 __all__ = [
     "STEP",
     "Affine",
+    "Centre",
     "Conditioner",
     "DecodeState",
     "Denoiser",

@@ -110,7 +110,8 @@ class Encoded:
     Args:
         z: noise, shape of the data.
         log_det: log |dz/dx| of each token by block, each (batch, frames, frame tokens) in the block's own order.
-        latents: grids (batch, frames, height, width, channels): the data, then the output of each block.
+        latents: grids (batch, frames, height, width, channels): the data as the first block reads them, then the output
+            of each block.
         affines: affine maps of each block; None for an identity block.
         text: text stream after the deep block, or None.
     """

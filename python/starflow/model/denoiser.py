@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from starflow.config import FlowConfig
+from starflow.model.centre import Centre
 from starflow.model.conditioner import make_layout
 from starflow.model.layers import Attending, Transformer, Weights
 from starflow.model.packed import pack_linears
@@ -57,6 +58,7 @@ class Denoiser(Transformer):
             frame_dim=config.frame_dim if config.conditional_denoiser else 0,
         )
         self.config = config
+        self.centre = Centre(config) if config.centred else None
 
     def forward(self, x: Tensor, text: Tensor | None = None, frame_conditions: Tensor | None = None) -> Tensor:
         """The predicted scaled score.
@@ -78,6 +80,8 @@ class Denoiser(Transformer):
             raise ValueError("denoiser: text is None, expected text features (the denoiser is conditional)")
         image = x.dim() == 4
         grid = patchify(x, config.patch_size, channel_first=config.channel_first_patches)
+        if self.centre is not None:
+            grid = grid - self.centre(grid)
         _, frames, height, width, _ = grid.shape
         weights = self._packed()
         h = self.embed(grid.flatten(1, 3), weights)
@@ -95,8 +99,9 @@ class Denoiser(Transformer):
             mask = FrameMask(count, height * width, config.temporal_causal, config.denoiser_window)
         h = self.run(h, Attending(rotation, rotation, causal=False, frames=mask, weights=weights))
         out = self.put_out(h[:, count:], weights).to(x.dtype).reshape(grid.shape)
-        prediction = unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
-        return prediction + config.denoiser_skip * x if config.denoiser_skip else prediction
+        if config.denoiser_skip:
+            out = out + config.denoiser_skip * grid.to(out)
+        return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
 
     def _packed(self) -> Weights | None:
         """Packed weights for native products where a clip is sampled (CPU, inference mode); None elsewhere."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from starflow.config import FlowConfig
 from starflow.mapped import require_unchanged
 from starflow.model.block import Encoded, FlowBlock
+from starflow.model.centre import Centre
 from starflow.model.denoiser import Denoiser
 from starflow.model.tokens import patchify, unpatchify
 
@@ -32,6 +33,7 @@ class Flow(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(FlowBlock(config, index) for index in range(config.num_blocks))
         self.denoiser = Denoiser(config) if config.learnable_self_denoiser else None
+        self.centre = Centre(config) if config.centred else None
         # Variance of the prior by nominal position and channel: ones, but for volume-preserving TarFlow models, where
         # it is a running mean.
         side = config.img_size // config.patch_size
@@ -58,8 +60,7 @@ class Flow(nn.Module):
         image = x.dim() == 4
         y = self.check(x, y)
         told = self.check_frame_conditions(x, frame_conditions)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
+        grid = self.to_grid(x)
         latents, log_dets, affines = [grid], [], []
         text: Tensor | None = None
         for block in self._blocks():
@@ -68,8 +69,7 @@ class Flow(nn.Module):
             latents.append(grid)
             log_dets.append(log_det)
             affines.append(affine)
-        z = self.from_grid(grid, image)
-        return Encoded(z, tuple(log_dets), tuple(latents), tuple(affines), text)
+        return Encoded(self._join(grid, image), tuple(log_dets), tuple(latents), tuple(affines), text)
 
     def encode_shallow(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The part of `encode` before the deep block.
@@ -83,8 +83,7 @@ class Flow(nn.Module):
         """
         image = x.dim() == 4
         y = self.check(x, y)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
+        grid = self.to_grid(x)
         total = grid.new_zeros(grid.shape[:-1])
         for block in self._blocks()[:-1]:
             grid, log_det, _, _ = block.encode(grid, self._context(block, y), image=image)
@@ -188,12 +187,42 @@ class Flow(nn.Module):
 
     def noise_grid(self, z: Tensor) -> Tensor:
         """Standard normal noise (batch, frames, channels, height, width) as the grid that the deep block inverts."""
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        grid = patchify(z, self.config.patch_size, channel_first=self.config.channel_first_patches)
+        grid = self._cut(z)
         return grid * self._prior_variance(grid).sqrt()
 
+    def to_grid(self, x: Tensor) -> Tensor:
+        """Data (batch, frames, channels, height, width), or images, as the grid that the first block reads.
+
+        It is without the mean of the data where the flow is centred; its dtype is that of the residual stream.
+        """
+        grid = self._cut(x)
+        return grid if self.centre is None else grid - self.centre(grid)
+
     def from_grid(self, grid: Tensor, image: bool = False) -> Tensor:
-        """A grid as data (batch, frames, channels, height, width), without frames for an image."""
+        """What the first block reads as data (batch, frames, channels, height, width), without frames for an image."""
+        return self._join(grid if self.centre is None else grid + self.centre(grid), image)
+
+    @torch.no_grad()
+    def centre_on(self, mean: Tensor) -> None:
+        """Sets the mean of the data, of the flow and of its denoiser; without effect on a flow that is not centred.
+
+        Args:
+            mean: of a frame of latents, (channels, height, width). One that is not of the nominal size counts by its
+                channels alone.
+        """
+        grid = self._cut(mean[None])[0, 0]
+        for centre in self.modules():
+            if isinstance(centre, Centre):
+                nominal = grid.shape == centre.mean.shape
+                centre.mean.copy_(grid if nominal else grid.mean((0, 1)))
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """Frames or images as a grid of tokens."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
+
+    def _join(self, grid: Tensor, image: bool) -> Tensor:
+        """The inverse of `_cut`."""
         return unpatchify(grid, self.config.patch_size, channel_first=self.config.channel_first_patches, image=image)
 
     def solving_order(self) -> list[FlowBlock]:

@@ -96,6 +96,8 @@ SKIPS_LOOKED_AT = 100
 MOST_SKIPS = 500
 # Steps between entries of the log.
 LOG_EVERY = 10
+# Clips that the mean of the data is measured on, spread over the set.
+CLIPS_OF_MEAN = 64
 
 
 class TrainingError(RuntimeError):
@@ -597,6 +599,9 @@ def _run(
             "replace the model; to train on from it, name it as train.init and give the run a folder of its own)"
         )
     flow = started_flow(config, codec, text) if config.train.init is not None and last is None else None
+    if config.flow.centred and last is None and flow is None:
+        flow = new_flow(config)
+        flow.centre_on(world.share(lambda: mean_frame(dataset, codec, world.device)))
     trainer = Trainer(config, codec, text, world.device, world, flow=flow)
     trainer.data = world.share(lambda: data_of(dataset, images))
     if last is not None:
@@ -641,6 +646,26 @@ def _run(
                 raise KeyboardInterrupt
     trainer.save_model(folder)
     return trainer.averaged().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def mean_frame(dataset: ClipDataset, codec: Codec, device: torch.device) -> Tensor:
+    """The mean frame of latents, (channels, height, width); of clips of several sizes the mean over its places too.
+
+    Raises:
+        TrainingError: a clip that is not finite.
+    """
+    count = min(CLIPS_OF_MEAN, len(dataset))
+    means = []
+    for index in range(count):
+        clip = dataset.item(index * len(dataset) // count)
+        mean = codec.encode(clip.pixels[None].to(device))[0].mean(0, dtype=torch.float64)
+        if not mean.isfinite().all():
+            raise TrainingError(f"training: clip {clip.name} holds NaN or infinity, expected finite pixels")
+        means.append(mean)
+    if len({mean.shape for mean in means}) > 1:
+        means = [mean.mean((1, 2), keepdim=True) for mean in means]
+    return torch.stack(means).mean(0).float().cpu()
 
 
 def _told_data(facts: Mapping[str, Any]) -> str:
