@@ -100,11 +100,11 @@ class FlowConfig:
         centred: the mean of the data is taken off before any network reads them, and added to what is made (see
             `starflow.model.Centre`). Training measures it before its first step; the published models lack this.
         learnable_self_denoiser: the model has a network for the score (`starflow.model.Denoiser`).
-            conditional_denoiser: that network reads text and the vectors of frames. denoiser_window: frames before its
-            own that a frame sees in that network; None is all of them. denoiser_skip: the network predicts the score
-            less so many times its noisy input. With 1 / `train.noise_std` what is left to it is the clean latents,
-            which it can tell of tokens of more channels than its own width; noise it cannot. The published models have
-            0 (Li & He, Back to Basics: Let Denoising Generative Models Denoise, 2025, on patches of many values).
+            denoiser_layers: of that network, 8 as published. conditional_denoiser: it reads text and the vectors of
+            frames. denoiser_window: frames before its own that a frame sees in that network; None is all of them.
+            denoiser_skip: the network predicts the score less so many times its noisy input. With 1 / `train.noise_std`
+            what is left to it is the clean latents, which it can tell of tokens of more channels than its own width;
+            noise it cannot. The published models have 0 (Li & He, Back to Basics: Let Denoising Generative Models Denoise, 2025, on patches of many values).
         use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
         num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
             inside a token (TarFlow) instead of fastest.
@@ -150,6 +150,7 @@ class FlowConfig:
     previous_frames: int = 0
     centred: bool = False
     learnable_self_denoiser: bool = False
+    denoiser_layers: int = 8
     conditional_denoiser: bool = False
     denoiser_window: int | None = None
     denoiser_skip: float = 0.0
@@ -159,7 +160,7 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "flow")
-        for name in ("in_channels", "img_size", "channels", "patch_size", "head_dim"):
+        for name in ("in_channels", "img_size", "channels", "patch_size", "head_dim", "denoiser_layers"):
             require(getattr(self, name) >= 1, f"flow.{name}", getattr(self, name), "an integer >= 1")
         for name in ("num_heads", "num_kv_heads", "top_block_channels", "pt_seq_len"):
             value = getattr(self, name)
@@ -179,6 +180,12 @@ class FlowConfig:
             "flow.layers_per_block",
             self.layers_per_block,
             f"at most {_LAYERS} layers and blocks together",
+        )
+        require(
+            self.denoiser_layers <= _LAYERS and (self.denoiser_layers == 8 or self.learnable_self_denoiser),
+            "flow.denoiser_layers",
+            self.denoiser_layers,
+            f"at most {_LAYERS}, and 8 without learnable_self_denoiser",
         )
         for block in range(self.num_blocks):
             require(self.heads(block) >= 1, "flow.head_dim", self.head_dim, f"at most the {self.width(block)} channels")

@@ -29,10 +29,11 @@ def frames_seen(network: Denoiser, x: Tensor, y: Tensor | None, frame: int) -> l
 
 
 @pytest.mark.parametrize("look_ahead", [1, 2, 3])
-def test_one_layer_sees_the_frames_of_the_mask(look_ahead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starflow.model.denoiser.DENOISER_LAYERS", 1)
+def test_one_layer_sees_the_frames_of_the_mask(look_ahead: int) -> None:
     for window in (None, 2, 3):
-        flow, network = denoiser(temporal_causal=look_ahead, denoiser_window=window, conditional_denoiser=False)
+        flow, network = denoiser(
+            temporal_causal=look_ahead, denoiser_window=window, conditional_denoiser=False, denoiser_layers=1
+        )
         x = latents(flow, batch=1, frames=5)
         for frame in range(5):
             furthest = frame + look_ahead - 1
@@ -40,16 +41,15 @@ def test_one_layer_sees_the_frames_of_the_mask(look_ahead: int, monkeypatch: pyt
             assert frames_seen(network, x, None, frame) == expected
 
 
-def test_text_is_seen_everywhere_and_time_zero_sees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("starflow.model.denoiser.DENOISER_LAYERS", 1)
-    flow, network = denoiser()
+def test_text_is_seen_everywhere_and_time_zero_sees_everything() -> None:
+    flow, network = denoiser(denoiser_layers=1)
     x, y = latents(flow), condition(flow)
     assert y is not None
     for frame in range(3):
         leaf = y.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(network(x, leaf)[:, frame].square().sum(), leaf)
         assert (gradient.abs().amax((0, 2)) > 0).all()
-    flow, network = denoiser(temporal_causal=0, shallow_block_local=False)
+    flow, network = denoiser(temporal_causal=0, shallow_block_local=False, denoiser_layers=1)
     assert frames_seen(network, latents(flow, image=False), y, 0) == [0, 1, 2]
 
 

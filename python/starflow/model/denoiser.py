@@ -18,8 +18,6 @@ from starflow.model.tokens import patchify, unpatchify
 from starflow_ext._mode import in_reference_mode
 from starflow_ext.block_attention import FrameMask
 
-DENOISER_LAYERS = 8
-
 # The published step: x - 0.3 * prediction. It is Tweedie's, x - sigma^2 * score, when the network was trained on a
 # target weighted by sigma / 0.3 or with sigma = 0.3.
 STEP = 0.3
@@ -40,8 +38,8 @@ class Denoiser(Transformer):
 
     Args:
         config: of the flow; `temporal_causal` is the look-ahead (0 sees everything), `denoiser_window` the frames
-            behind, `conditional_denoiser` whether it reads text and the vectors of frames, `denoiser_skip` how much of
-            its input is added to its output.
+            behind, `denoiser_layers` its depth, `conditional_denoiser` whether it reads text and the vectors of frames,
+            `denoiser_skip` how much of its input is added to its output.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -52,7 +50,7 @@ class Denoiser(Transformer):
             width=config.channels,
             heads=heads,
             kv_heads=config.num_kv_heads or heads,
-            layers=DENOISER_LAYERS,
+            layers=config.denoiser_layers,
             out_channels=config.token_channels,
             text_dim=config.txt_dim if config.conditional_denoiser else 0,
             frame_dim=config.frame_dim if config.conditional_denoiser else 0,
