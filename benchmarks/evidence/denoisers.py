@@ -32,10 +32,12 @@ from starflow.training.batches import Batches, make_dataset, make_parts
 CLIPS = 128
 
 
-def fit_regression(row: Row, config: RunConfig, path: Path) -> Denoiser:
-    """A denoiser that learned the noise itself, with the steps, the rate and the batches of the flow's own."""
+def fit_regression(row: Row, config: RunConfig, own: Denoiser, path: Path) -> Denoiser:
+    """A denoiser that learned the noise itself, with the steps, the rate and the batches of the flow's `own`."""
     torch.manual_seed(row.seed)
     denoiser = Denoiser(config.flow)
+    if denoiser.centre is not None and own.centre is not None:
+        denoiser.centre.load_state_dict(own.centre.state_dict())
     if path.exists():
         denoiser.load_state_dict(torch.load(path, weights_only=True))
         return denoiser.eval()
@@ -72,9 +74,9 @@ def compare(row: Row, flow: Flow, config: RunConfig, folder: Path) -> list[dict[
     vectors = torch.stack(told) if told else None
     latents = codec.encode(pixels)
     noisy = latents + sigma * draw(range(CLIPS), *latents.shape[1:], purpose="train")
-    regression = fit_regression(row, config, folder / str(row) / "regression-denoiser.pt")
     own = flow.denoiser
     assert own is not None
+    regression = fit_regression(row, config, own, folder / str(row) / "regression-denoiser.pt")
     ways: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
         "flow-score matching": lambda x, _: own.denoise(x, step=sigma),
         "score step": lambda x, told: score_denoise(flow, x, None, sigma, told),

@@ -74,6 +74,8 @@ _NAMES = {
     "flow": "flow",
     "flow-denoiser-2": "flow, its denoiser learns twice as often",
     "flow-heads-32": "flow, heads of 32 in place of 64",
+    "flow-previous": "flow, beside the frame before",
+    "flow-improved": "flow, centred and beside the frame before",
     "flow-lookahead": "flow, its denoiser looks a frame ahead",
     "flow-global": "flow, every block sees the whole clip",
     "flow-noise-0.1": "flow, noise of 0.1",
@@ -184,12 +186,15 @@ def tries(results: Sequence[Line]) -> str:
 
 def denoisers(results: Sequence[Line]) -> str:
     """The ablation of the denoiser: means over the seeds, with the least and the greatest."""
-    rows = [["cleaned by", "seeds", "PSNR, dB", "SSIM", "Fréchet"]]
-    lines = [line for line in results if "denoiser" in line]
-    for way in dict.fromkeys(line["denoiser"] for line in lines):
-        mine = [line for line in lines if line["denoiser"] == way]
+    rows = [["beside", "cleaned by", "seeds", "PSNR, dB", "SSIM", "Fréchet"]]
+    found: dict[tuple[str, str], list[Line]] = {}
+    for line in results:
+        if "denoiser" in line:
+            found.setdefault((line["row"].split("/")[1], line["denoiser"]), []).append(line)
+    for (model, way), mine in found.items():
         cells = [_range([line[name] for line in mine], digits) for name, digits in (("psnr", 1), ("ssim", 3))]
-        rows.append([way, str(len(mine)), *cells, _range([line["frechet"] for line in mine], 2)])
+        cells.append(_range([line["frechet"] for line in mine], 2))
+        rows.append([_NAMES.get(model, model), way, str(len(mine)), *cells])
     return _markdown(rows)
 
 

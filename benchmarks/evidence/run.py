@@ -4,10 +4,10 @@
     python benchmarks/evidence/run.py --calibrate digits                    the steps that the budget allows
     python benchmarks/evidence/run.py --tune digits/diffusion               the learning rates of a model
     python benchmarks/evidence/run.py --try digits/diffusion                its options of sampling
-    python benchmarks/evidence/run.py --denoisers paddle/0                  what cleans the flow's frames best
+    python benchmarks/evidence/run.py --denoisers paddle/flow/0             what cleans the flow's frames best
     python benchmarks/evidence/run.py --surprise paddle/flow/0              whether it knows a frame that cannot be
     python benchmarks/evidence/run.py --speed digits/diffusion              its frames a second, and its memory
-    python benchmarks/evidence/run.py --schedules paddle/0                  how the flow's inverse is solved best
+    python benchmarks/evidence/run.py --schedules paddle/flow/0             how the flow's inverse is solved best
 
 Weights and states are kept under --folder; results are added to --results, a line for each row and way of sampling.
 What stands there already is not made again.
@@ -356,8 +356,8 @@ def main() -> None:
     parser.add_argument("--try", dest="attempt", nargs="+", default=[], metavar="KIND/MODEL")
     parser.add_argument("--surprise", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--speed", nargs="+", default=[], metavar="KIND/MODEL")
-    parser.add_argument("--denoisers", nargs="+", default=[], metavar="KIND/SEED")
-    parser.add_argument("--schedules", nargs="+", default=[], metavar="KIND/SEED")
+    parser.add_argument("--denoisers", nargs="+", default=[], metavar="ROW")
+    parser.add_argument("--schedules", nargs="+", default=[], metavar="ROW")
     parser.add_argument("--plan", type=Path, default=PLAN, help="steps, rates and options of sampling")
     parser.add_argument("--folder", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -378,11 +378,9 @@ def main() -> None:
         else:
             measure(Row.parse(name), plan, options.folder, options.results)
     for name in options.denoisers:
-        kind, seed = name.split("/")
-        compare_denoisers(Row.parse(f"{kind}/flow/{seed}"), plan, options.folder, options.results)
+        compare_denoisers(Row.parse(name), plan, options.folder, options.results)
     for name in options.schedules:
-        kind, seed = name.split("/")
-        compare_schedules(Row.parse(f"{kind}/flow/{seed}"), plan, options.folder, options.results)
+        compare_schedules(Row.parse(name), plan, options.folder, options.results)
     for name in options.surprise:
         surprise(Row.parse(name), plan, options.folder, options.results)
     for name in options.speed:
