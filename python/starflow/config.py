@@ -104,7 +104,8 @@ class FlowConfig:
             frames. denoiser_window: frames before its own that a frame sees in that network; None is all of them.
             denoiser_skip: the network predicts the score less so many times its noisy input. With 1 / `train.noise_std`
             what is left to it is the clean latents, which it can tell of tokens of more channels than its own width;
-            noise it cannot. The published models have 0 (Li & He, Back to Basics: Let Denoising Generative Models Denoise, 2025, on patches of many values).
+            noise it cannot. The published models have 0 (Li & He, Back to Basics: Let Denoising Generative Models
+            Denoise, 2025, on patches of many values).
         use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
         num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
             inside a token (TarFlow) instead of fastest.
