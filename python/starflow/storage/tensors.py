@@ -139,14 +139,22 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def check_tensors(path: Path) -> None:
+def check_tensors(path: Path, source: Path | None = None) -> tuple[int, int]:
     """Compares the tensors of a file that `write_tensors` wrote with their checksum, and looks for NaN and infinity.
+
+    Args:
+        path: of the file, for errors.
+        source: what is read, such as a copy; None is `path`.
+
+    Returns:
+        Checksums of the header and of the tensors: a file of the same ones holds the same.
 
     Raises:
         CheckpointError: it is damaged, or a tensor holds values that are not finite.
     """
-    with path.open("rb") as file:
+    with (source or path).open("rb") as file:
         entries = _header(path, file)
+        header = zlib.crc32(_json(entries))
         stated = entries.pop("__metadata__")["crc32"]
         value, unusable = 0, None
         buffer = bytearray(_CHUNK)
@@ -167,6 +175,7 @@ def check_tensors(path: Path) -> None:
         raise CheckpointError(
             f"checkpoint {path}: tensor {short(unusable)} holds values that are not finite, expected finite weights"
         )
+    return header, value
 
 
 def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
@@ -209,10 +218,16 @@ def file_checksum(path: Path) -> int:
 
 
 @contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file of ours whose header is whole; CheckpointError for everything else."""
+def open_tensors(path: Path, source: Path | None = None) -> Iterator[Any]:
+    """A safetensors file of ours whose header is whole; CheckpointError for everything else.
+
+    Args:
+        path: of the file, for errors.
+        source: what is opened, such as a copy; None is `path`.
+    """
+    source = source or path
     try:
-        with path.open("rb") as file:
+        with source.open("rb") as file:
             start = file.read(4)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -225,7 +240,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     if size == 0:
         raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors (it is empty)")
     try:
-        opened = safe_open(path, framework="pt")
+        opened = safe_open(source, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors ({short(error)})") from None
     with opened as file:
@@ -234,7 +249,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
             raise CheckpointError(
                 f"checkpoint {path} is safetensors of another program, expected format {' or '.join(FORMATS)}"
             )
-        with path.open("rb") as plain:
+        with source.open("rb") as plain:
             _header(path, plain)
         yield file
 
