@@ -163,14 +163,19 @@ def _copy_of(descriptor: int) -> int | None:
         copy = os.memfd_create("starflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError:
         return None
+    at = 0
     try:
-        at = 0
         while content := os.pread(descriptor, _COPIED_AT_ONCE, at):
-            at += os.write(copy, content)
-        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
+            try:
+                at += os.write(copy, content)
+            except OSError:
+                # Memory is short, or the process is not to write so much (RLIMIT_FSIZE counts this).
+                os.close(copy)
+                return None
+    except OSError:
         os.close(copy)
         raise
+    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
     return copy
 
 

@@ -24,6 +24,8 @@ from starflow.mapped import (
     watch,
 )
 
+from ..tools import full_disk
+
 _SIZE = 1 << 16
 
 
@@ -180,6 +182,20 @@ def test_weights_of_a_small_file_stay_what_they_were(tmp_path: Path, change, rea
     with torch.no_grad():
         module.weight[0, 0] = 12.0
     assert not is_as_mapped([module.weight])
+
+
+def test_a_file_that_cannot_be_copied_is_mapped_itself(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"weights" * 1000)
+    with full_disk(1000):
+        file = MappedFile(path)
+    file.expect(Path.read_bytes)
+    monkeypatch.setattr(MappedFile, "_holds", lambda *_: True)
+    file.require_same([])
+    path.write_bytes(b"weights" * 999 + b"Weights")
+    assert file.source.read_bytes() == path.read_bytes()
+    with pytest.raises(ChangedFileError):
+        file.require_same([])
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system keeps no copies of files in memory")
