@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from starflow.config import ConfigError
 from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, of_clip, read_actions
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
@@ -74,6 +75,20 @@ class Clip:
     source: torch.Tensor | None = None
     frame_conditions: torch.Tensor | None = None
     fps: float | None = None
+
+
+def require_clip(what: str, value: object) -> None:
+    """Raises ConfigError unless a value is a clip with pixels and a caption, which `Clip` itself does not look at.
+
+    Args:
+        what: begins the message, such as "training: item 3 of the data set".
+        value: of a data set or a list of the caller's own.
+    """
+    if not isinstance(value, Clip) or not isinstance(value.pixels, torch.Tensor) or not isinstance(value.caption, str):
+        raise ConfigError(
+            f"{what} is {shown(value)}, expected a starflow.data.Clip whose pixels are a tensor and whose caption is a "
+            "text"
+        )
 
 
 class ClipDataset(Protocol):

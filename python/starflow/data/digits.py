@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from starflow.arguments import check_texts
 from starflow.data.clips import Clip
 from starflow.messages import shown
 from starflow.numeric import check_item, integer
@@ -374,6 +375,7 @@ class DigitJudge:
         Raises:
             ValueError: when the numbers differ, or a caption is not one of `MovingDigits`.
         """
+        check_texts("DigitJudge", "captions", captions)
         if len(clips) != len(captions) or not captions:
             raise ValueError(f"DigitJudge: got {len(clips)} clips and {len(captions)} captions, expected as many, >= 1")
         right = np.zeros((len(captions), 3))

@@ -15,6 +15,7 @@ import ffmpeg
 import torch
 import torch.nn.functional as F
 
+from starflow.arguments import check_tensor
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data.ffmpeg import Drain, as_fraction, check_channels, ffmpeg_binary, reason
 from starflow.files import replacing
@@ -28,7 +29,7 @@ _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 def check_frames(function: str, frames: torch.Tensor) -> None:
     """Raise ValueError unless frames are uint8 of shape (frames, height, width, 1 or 3)."""
-    _check_tensor(function, frames)
+    check_tensor(function, "frames", frames)
     if frames.dtype != torch.uint8:
         raise ValueError(
             f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)"
@@ -37,11 +38,6 @@ def check_frames(function: str, frames: torch.Tensor) -> None:
         raise ValueError(
             f"{function}: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3], none empty"
         )
-
-
-def _check_tensor(function: str, frames: object) -> None:
-    if not isinstance(frames, torch.Tensor):
-        raise ValueError(f"{function}: frames is a {type(frames).__name__}, expected a tensor (torch.as_tensor)")
 
 
 def _plays(path: Path) -> bool:
@@ -325,7 +321,7 @@ def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
     factor = integer(scale)
     if factor is None or factor < 1:
         raise ValueError(f"enlarge: scale is {shown(scale)}, expected a whole number of at least 1")
-    _check_tensor("enlarge", frames)
+    check_tensor("enlarge", "frames", frames)
     if frames.ndim != 4 or frames.shape[3] not in (1, 3):
         raise ValueError(f"enlarge: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3]")
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from starflow import noise
 from starflow.codecs import tell_scale
-from starflow.data import CaptionMode, Clip
+from starflow.data import CaptionMode, Clip, require_clip
 from starflow.inference import without_autocast
 from starflow.messages import listed, shown
 from starflow.numeric import integer, number
@@ -268,11 +268,7 @@ def check_clip(pipeline: Pipeline, clip: Clip, first: Clip) -> None:
     """Refuses what is no clip, a clip of another form than the first, or with another source than those that the flow
     was trained on.
     """
-    if not isinstance(clip, Clip) or not isinstance(clip.pixels, Tensor) or not isinstance(clip.caption, str):
-        raise ValueError(
-            f"score: {shown(clip)} is given, expected a starflow.data.Clip whose pixels are a tensor and whose caption "
-            "is a text"
-        )
+    require_clip("score: a clip", clip)
     train = pipeline.config.train
     if clip.pixels.dim() != 4 or _shapes(clip) != _shapes(first):
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from starflow.arguments import check_config
 from starflow.config import FlowConfig
 from starflow.mapped import require_unchanged
 from starflow.model.block import Encoded, FlowBlock
@@ -28,6 +29,7 @@ class Flow(nn.Module):
     """
 
     def __init__(self, config: FlowConfig) -> None:
+        check_config("Flow", config, FlowConfig)
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(FlowBlock(config, index) for index in range(config.num_blocks))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_call
 from starflow.data import Clip, enlarge, to_frames, to_pixels, write_video
 from starflow.evaluate import Watcher, surprise
 from starflow.sampling import Pipeline, Session
@@ -118,6 +119,7 @@ class Game:
     def __init__(
         self, pipeline: Pipeline, make_world: Callable[[], PlayableWorld] | None = None, *, seed: int = 0
     ) -> None:
+        check_call("Game", "make_world", make_world)
         self._pipeline = pipeline
         self.temperature = pipeline.config.sample.temperature
         self.prompt = "" if pipeline.text is None else next(iter(pipeline.config.sample.prompts), "")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_tensor
 from starflow.messages import shown
 from starflow.numeric import integer
 from starflow.schedules import Schedule, as_schedule
@@ -269,8 +270,8 @@ class FunctionDecoder:
 
 def _check_tensor(name: str, value: object) -> None:
     """Refuses what is no dense tensor."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"solve: {name} is a {type(value).__name__}, expected a tensor (torch.as_tensor)")
+    check_tensor("solve", name, value)
+    assert isinstance(value, Tensor)
     if value.layout != torch.strided:
         raise ValueError(f"solve: {name} is {str(value.layout).removeprefix('torch.')}, expected a dense tensor")
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_call, check_config
 from starflow.config import (
     ConfigError,
     FlowConfig,
@@ -347,6 +348,8 @@ def convert(
     """
     if dtype not in get_args(WeightDtype):
         raise ValueError(f"convert: dtype is {dtype!r}, expected one of {', '.join(get_args(WeightDtype))}")
+    check_config("convert", config, RunConfig)
+    check_call("convert", "progress", progress)
     tell = progress or logger.info
     tell(f"reading {short(checkpoint)}")
     state = read_foreign(Path(checkpoint), tell)

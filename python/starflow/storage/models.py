@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_config
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
@@ -103,6 +104,7 @@ def save_model(
     Raises:
         CheckpointError: the file cannot be written; the one before is left as it was.
     """
+    check_config("save_model", config, RunConfig)
     config = replace(config, codec=codec.to_config(), text={} if text is None else text.to_config())
     write_model(path, flow.state_dict() if isinstance(flow, Flow) else flow, config, about or {}, parts=parts)
 
@@ -130,6 +132,7 @@ def write_model(
     Raises:
         CheckpointError: something cannot be written; what was there before is left as it was.
     """
+    check_config("write_model", config, RunConfig)
     path = Path(path)
     about = {**(fingerprints(config) if parts is None else parts), **about, "config": json.dumps(to_mapping(config))}
     if path.suffix == ".safetensors":
@@ -235,6 +238,7 @@ def empty_flow(config: RunConfig) -> Flow:
     Raises:
         ValueError: sizes that no tensor can have.
     """
+    check_config("empty_flow", config, RunConfig)
     try:
         with torch.device("meta"):
             return Flow(config.flow)

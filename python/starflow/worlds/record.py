@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from starflow.arguments import check_call
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data import (
     WORLD_FILE,
@@ -113,6 +114,7 @@ def record(
         if (whole := integer(value)) is None or whole < 1:
             raise ValueError(f"record: {name} is {shown(value)}, expected an integer of at least 1")
     check_seed("record", seed)
+    check_call("record", "on_frame", on_frame)
     fps = world.fps if fps is None else fps
     rate = number(fps)
     if rate is None or not LEAST_FPS <= rate <= MOST_FPS:
