@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from starflow.arguments import check_config
+from starflow.arguments import check_config, check_tensor
 from starflow.config import FlowConfig
 from starflow.mapped import require_unchanged
 from starflow.model.block import Encoded, FlowBlock
@@ -57,8 +57,8 @@ class Flow(nn.Module):
         Raises:
             ValueError: a shape that does not fit the config.
         """
-        image = x.dim() == 4
         y = self.check(x, y)
+        image = x.dim() == 4
         told = self.check_frame_conditions(x, frame_conditions)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
@@ -83,8 +83,8 @@ class Flow(nn.Module):
             The grid that enters the deep block, (batch, frames, height, width, channels), and the sum of the other
             blocks' log-determinants at each of its places, (batch, frames, height, width).
         """
-        image = x.dim() == 4
         y = self.check(x, y)
+        image = x.dim() == 4
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         grid = patchify(x, self.config.patch_size, channel_first=self.config.channel_first_patches)
         total = grid.new_zeros(grid.shape[:-1])
@@ -241,6 +241,7 @@ class Flow(nn.Module):
         told, config = frame_conditions, self.config
         if told is None:
             return None
+        check_tensor("flow", name, told)
         if not config.frame_dim:
             raise ValueError(f"flow: {name} is given, expected None (the flow reads none: frame_dim is 0)")
         expected = [x.shape[0], x.shape[1] if x.dim() == 5 else 1, config.frame_dim]
@@ -269,6 +270,9 @@ class Flow(nn.Module):
         """
         require_unchanged(self)
         config = self.config
+        check_tensor("flow", name, x)
+        if y is not None:
+            check_tensor("flow", condition, y)
         if x.dim() not in (4, 5) or x.shape[-3] != config.in_channels:
             raise ValueError(
                 f"flow: {name} has shape {list(x.shape)}, expected (batch, frames, {config.in_channels}, height, "
