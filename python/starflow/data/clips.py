@@ -89,6 +89,16 @@ def require_clip(what: str, value: object) -> None:
             f"{what} is {shown(value)}, expected a starflow.data.Clip whose pixels are a tensor and whose caption is a "
             "text"
         )
+    for name in ("source", "frame_conditions"):
+        other = getattr(value, name)
+        if other is not None and not isinstance(other, torch.Tensor):
+            raise ConfigError(f"{what}, {value.name}, has the {name} {shown(other)}, expected a tensor or None")
+
+
+def kept_clip(clip: Clip) -> Clip:
+    """The clip with tensors of its own: a data set may read the next one into the same buffer."""
+    source, told = (None if some is None else some.clone() for some in (clip.source, clip.frame_conditions))
+    return replace(clip, pixels=clip.pixels.clone(), source=source, frame_conditions=told)
 
 
 class ClipDataset(Protocol):
@@ -258,7 +268,7 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
         pixels (batch, frames, channels, height, width) in [-1, 1], and the captions.
     """
     pairs = sample_indices(seed, step, batch, len(dataset))
-    return stack_clips([dataset.item(index, epoch=epoch, seed=seed) for index, epoch in pairs])
+    return stack_clips([kept_clip(dataset.item(index, epoch=epoch, seed=seed)) for index, epoch in pairs])
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from starflow.data import (
     MovingDigits,
     VideoFolder,
     is_folder,
+    kept_clip,
     plays_otherwise,
     read_world,
     require_clip,
@@ -506,9 +507,13 @@ def _check_sampling(config: RunConfig) -> None:
 
 
 def _checked(clip: Clip, index: int) -> Clip:
-    """Refuses what a data set of the caller's own returns in place of a clip."""
+    """A clip as a data set of the caller's own returned it, which may return the next one in the same memory.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     require_clip(f"training: item {index} of the data set", clip)
-    return clip
+    return kept_clip(clip)
 
 
 def source_of(clip: Clip) -> Tensor:
