@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import Tensor
 
 from starflow.messages import shown
 
-__all__ = ["check_call", "check_config", "check_mapping", "check_tensor", "check_text", "check_texts"]
+__all__ = ["check_call", "check_config", "check_flag", "check_mapping", "check_tensor", "check_text", "check_texts"]
 
 
 def check_config(who: str, value: object, kind: type[object]) -> None:
@@ -36,6 +37,12 @@ def check_call(who: str, name: str, value: object, *, optional: bool = True) -> 
     """Raises ValueError unless a value can be called, or with `optional` is None: before hours of work, not after."""
     if not callable(value) and not (optional and value is None):
         raise ValueError(f"{who}: {name} is {shown(value)}, expected a function{' or None' if optional else ''}")
+
+
+def check_flag(who: str, name: str, value: object) -> None:
+    """Raises ValueError unless a value is True or False: "no" would be yes."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{who}: {name} is {shown(value)}, expected True or False")
 
 
 def check_text(who: str, name: str, value: object) -> None:

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from starflow import Flow, FlowConfig, Pipeline
+from starflow import Flow, FlowConfig, Guidance, Pipeline, Window, decode
 from starflow.codecs import make_codec
 from starflow.config import RunConfig, to_mapping
-from starflow.data import Clip, DigitJudge, assemble, write_contact_sheet
-from starflow.evaluate import Watcher, evaluate, read_clips
+from starflow.data import Clip, DigitJudge, MovingDigits, assemble, write_contact_sheet
+from starflow.evaluate import Watcher, evaluate, read_clips, score
 from starflow.play import Game
 from starflow.storage import convert, empty_flow, fingerprints, save_model, write_model
 from starflow.text import ClassEncoder, Features, WordEncoder, caption_for, make_text_encoder, split_words
@@ -130,6 +131,54 @@ def test_numbers_of_vectors_and_classes_are_integers(size: Any) -> None:
         WordEncoder(size=size)
     with pytest.raises(ValueError, match=r"^ClassEncoder: num_classes is .*, expected an integer of at least 1$"):
         ClassEncoder(size)
+
+
+@pytest.mark.parametrize("other", ["no", 0, None, "false"])
+def test_flags_are_true_or_false(pipeline: Pipeline, tmp_path: Path, other: Any) -> None:
+    clips = [Clip(torch.zeros(4, 1, 16, 16), "", "a")]
+    calls = [
+        ("train: resume", lambda: train(make_config(), tmp_path / "run", resume=other)),
+        ("train: quiet", lambda: train(make_config(), tmp_path / "run", quiet=other)),
+        ("score: order_check", lambda: score(pipeline, clips, order_check=other)),
+        ("score: per_token", lambda: score(pipeline, clips, per_token=other)),
+        ("session: last", lambda: pipeline.session("").extend(1, last=other)),
+        ("session: together", lambda: pipeline.session("").extend(1, together=other)),
+        ("guidance: annealed", lambda: Guidance(1.0, kind="linear", annealed=other)),
+        ("guidance: all_blocks", lambda: Guidance(1.0, all_blocks=other)),
+        ("solver: certificate", lambda: Window(certificate=other)),
+        ("BlockTransform: equalize", lambda: make_codec({"kind": "dct", "equalize": other})),
+        ("BlockTransform: opponent", lambda: make_codec({"kind": "dct", "opponent": other})),
+        ("MovingDigits: pairs", lambda: MovingDigits(pairs=other)),
+    ]
+    for name, call in calls:
+        with pytest.raises(ValueError, match=rf"^{name} is .*, expected True or False$"):
+            call()
+    assert Window(certificate=np.True_).certificate  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("patch", ["4", 4.0, 0, None, True])
+def test_sizes_of_blocks_are_integers(patch: Any) -> None:
+    for name in ("patch", "temporal"):
+        with pytest.raises(ValueError, match=rf"^BlockTransform: {name} is .*, expected an integer of at least 1$"):
+            make_codec({"kind": "dct", name: patch})
+
+
+def test_arrays_are_no_data_of_a_flow(pipeline: Pipeline) -> None:
+    flow, x = pipeline.flow, torch.zeros(1, 4, 16, 4, 4)
+    y = pipeline.condition([""])
+    for call in (flow.log_prob, flow.encode, flow.encode_shallow, flow.nll):
+        with pytest.raises(ValueError, match=r"^flow: x is a ndarray, expected a tensor \(torch.as_tensor\)$"):
+            call(x.numpy(), y)
+        with pytest.raises(ValueError, match=r"^flow: y is a list, expected a tensor \(torch.as_tensor\)$"):
+            call(x, [0])
+    with pytest.raises(ValueError, match=r"^flow: z is a ndarray, expected a tensor"):
+        decode(flow, x.numpy(), y)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^flow: prefix is a ndarray, expected a tensor"):
+        decode(flow, x, y, prefix=x[:, :1].numpy())  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"^sample: image has shape \[16, 16\], expected \(\[clips,\] channels, height"
+    ):
+        pipeline.sample("", image=torch.zeros(16, 16))
 
 
 def test_clips_to_evaluate_are_clips(pipeline: Pipeline) -> None:

@@ -15,7 +15,7 @@ import ffmpeg
 import torch
 import torch.nn.functional as F
 
-from starflow.arguments import check_tensor
+from starflow.arguments import check_flag, check_tensor
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data.ffmpeg import Drain, as_fraction, check_channels, ffmpeg_binary, reason
 from starflow.files import replacing
@@ -159,8 +159,7 @@ class VideoWriter:
             raise ValueError(f"VideoWriter: size is {shown(height)}x{shown(width)}, expected integers of at least 1")
         check_channels(channels)
         for name, flag in (("lossless", lossless), ("growing", growing)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"VideoWriter: {name} is {shown(flag)}, expected True or False")
+            check_flag("VideoWriter", name, flag)
         self.fps = rate
         self.height = rows
         self.width = columns

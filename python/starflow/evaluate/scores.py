@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.arguments import check_flag
 from starflow.codecs import tell_scale
 from starflow.data import CaptionMode, Clip, require_clip
 from starflow.inference import without_autocast
@@ -147,6 +148,8 @@ def score(
         sigma = pipeline.config.train.noise_std
     if sigma is None or not 0.0 <= sigma < math.inf:
         raise ValueError(f"score: noise_std is {shown(noise_std)}, expected a finite number >= 0")
+    for name, flag in (("order_check", order_check), ("per_token", per_token), ("scaled", scaled)):
+        check_flag("score", name, flag)
     for clip in clips:
         check_clip(pipeline, clip, clip)
     if not scaled:

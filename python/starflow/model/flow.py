@@ -16,6 +16,9 @@ from starflow.model.block import Encoded, FlowBlock
 from starflow.model.denoiser import Denoiser
 from starflow.model.tokens import patchify, unpatchify
 
+# What class labels may be.
+_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 class Flow(nn.Module):
     """A normalizing flow over videos (batch, frames, channels, height, width) or images (without frames).
@@ -161,7 +164,7 @@ class Flow(nn.Module):
                 block.guess.lerp_(mean.to(block.guess.dtype), rate)
         if not self.config.nvp:
             z = encoded.latents[-1].detach()
-            if z[0, ..., 0].numel() == self.prior_variance.shape[0]:
+            if z.shape[1] == 1 and z[0, ..., 0].numel() == self.prior_variance.shape[0]:
                 self.prior_variance.lerp_(z.square().mean(0).flatten(0, -2).to(self.prior_variance.dtype), rate)
 
     # -- noise to data ------------------------------------------------------------------------------------------------
@@ -298,12 +301,14 @@ class Flow(nn.Module):
                 )
         elif config.num_classes:
             if y is not None and (
-                y.shape != x.shape[:1] or y.is_floating_point() or int(y.max()) >= config.num_classes
+                y.shape != x.shape[:1] or y.dtype not in _LABELS or int(y.max()) >= config.num_classes
             ):
                 raise ValueError(
                     f"flow: {condition} has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer "
                     f"labels below {config.num_classes}, negative for none"
                 )
+            # torch takes indices of uint8 for a mask.
+            y = None if y is None else y.long()
         elif y is not None:
             raise ValueError(f"flow: {condition} is given, expected None (the flow has neither text nor classes)")
         return y

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.arguments import check_flag
 from starflow.codecs import Codec, tell_scale
 from starflow.data import action_vector
 from starflow.inference import in_inference_mode, without_autocast
@@ -96,6 +97,7 @@ class Session:
         self._device = next(flow.parameters()).device
         self.conditions = self._checked(conditions)
         self._span, self.denoising, self.temperature = span, denoising, temperature
+        check_flag("session", "renew", renew)
         if renew and span.behind is not None:
             raise ValueError("session: renew is True, expected False where a cache rolls: no window begins anew")
         self._read, self._renew = read, renew
@@ -407,6 +409,8 @@ class Session:
             ValueError: noise of another shape, no frame, a clip that has ended, or vectors of frames behind its last.
             NotFiniteError: while iterating, where noise, text or weights are not finite.
         """
+        check_flag("session", "last", last)
+        check_flag("session", "together", together)
         if self._last:
             raise ValueError("session: extend comes after the last frame, expected it before (last was True)")
         if isinstance(noise, Tensor):

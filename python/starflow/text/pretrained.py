@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from starflow.arguments import check_texts
+from starflow.arguments import check_flag, check_texts
 from starflow.extras import import_extra
 from starflow.mapped import own_memory
 from starflow.messages import shown
@@ -31,6 +31,8 @@ class _Pretrained:
         most = integer(size)
         if most is None or most < 1:
             raise ValueError(f"{name}: size is {shown(size)}, expected an integer of at least 1")
+        for option, flag in (("truncate", truncate), ("zero_empty", zero_empty)):
+            check_flag(name, option, flag)
         transformers = import_extra("transformers", purpose=name, extra="text")
         model = getattr(transformers, self._class_name)
         loaded, info = model.from_pretrained(

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from starflow.arguments import check_call, check_config
+from starflow.arguments import check_call, check_config, check_flag
 from starflow.codecs import Codec, make_codec, tell_scale
 from starflow.config import ConfigError, RunConfig, TrainConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
@@ -520,6 +520,8 @@ def train(
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
     check_config("train", config, RunConfig)
+    check_flag("train", "resume", resume)
+    check_flag("train", "quiet", quiet)
     check_call("train", "on_step", on_step)
     named = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Each sheet of samples would tell of the same options.
@@ -793,6 +795,8 @@ def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Pa
     fatal = [line for line in changed if line.startswith(("flow.", "codec.", "text."))]
     if fatal:
         raise TrainingError(f"training: {path} belongs to another model: {'; '.join(fatal)}")
+    if kept := [line for line in changed if line.startswith("train.optimizer ")]:
+        raise TrainingError(f"training: {path} holds what another optimiser keeps: {kept[0]}, expected the same")
     if changed:
         logger.warning("options changed since %s: %s", path.name, "; ".join(changed))
 
