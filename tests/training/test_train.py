@@ -879,6 +879,14 @@ class _OneItem:
         return self.what
 
 
+def test_a_run_does_not_go_on_with_another_optimiser(tiny, tmp_path: Path) -> None:
+    train(tiny(steps=1), tmp_path / "run", quiet=True)
+    with pytest.raises(
+        TrainingError, match=r"step-0+1 holds what another optimiser keeps: train.optimizer was 'adamw', is 'muon', exp"
+    ):
+        train(tiny(steps=2, optimizer="muon"), tmp_path / "run", quiet=True)
+
+
 class _OneBuffer:
     """A data set that reads every item into the same memory, as loaders of arrays do."""
 
