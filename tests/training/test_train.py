@@ -887,6 +887,15 @@ def test_a_run_does_not_go_on_with_another_optimiser(tiny, tmp_path: Path) -> No
         train(tiny(steps=2, optimizer="muon"), tmp_path / "run", quiet=True)
 
 
+def test_a_run_stays_in_its_folder_whatever_the_working_directory_becomes(tiny, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(tiny(steps=2), "run", quiet=True, on_step=lambda _: os.chdir(tmp_path / "there"))
+    assert (tmp_path / "here" / "run" / "model.safetensors").is_file()
+    assert not any((tmp_path / "there").iterdir())
+
+
 class _OneBuffer:
     """A data set that reads every item into the same memory, as loaders of arrays do."""
 

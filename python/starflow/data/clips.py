@@ -388,6 +388,9 @@ class VideoFolder:
                         f"VideoFolder: {place} is a file, expected a folder of videos or a tar file of them"
                     )
                 raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
+        # Files are opened when they are read, whatever the working directory is then.
+        self.folder = self.folder.absolute()
+        self.sources = None if self.sources is None else self.sources.absolute()
 
         def whole(name: str, value: object, least: int) -> int:
             found = integer(value)

@@ -526,7 +526,8 @@ def train(
     named = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Each sheet of samples would tell of the same options.
     with plain_modes(), told_once(), join(named) as world:
-        return _train(config, Path(folder), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+        # Written to until the end, whatever the working directory is then.
+        return _train(config, Path(folder).absolute(), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
 
 
 def _train(

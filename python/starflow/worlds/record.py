@@ -126,7 +126,7 @@ def record(
     rate = number(fps)
     if rate is None or not LEAST_FPS <= rate <= MOST_FPS:
         raise ValueError(f"record: fps is {shown(fps)}, expected {LEAST_FPS:g} to {MOST_FPS:g}")
-    folder = Path(folder)
+    folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     # Two that number their clips alike would leave the frames of one beside the actions of the other.
     with sole(folder):
