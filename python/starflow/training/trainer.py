@@ -527,7 +527,9 @@ def train(
     # Each sheet of samples would tell of the same options.
     with plain_modes(), told_once(), join(named) as world:
         # Written to until the end, whatever the working directory is then.
-        return _train(config, Path(folder).absolute(), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+        return _train(
+            config, Path(folder).absolute(), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset
+        )
 
 
 def _train(
