@@ -465,3 +465,14 @@ def test_a_header_of_wrong_types_or_absurd_sizes_is_refused(saved, change: dict,
     rewrite(path, apply)
     with pytest.raises((CheckpointError, ValueError), match=re.escape(message)):
         load_model(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of files are bytes on Linux")
+def test_a_model_in_a_folder_whose_name_is_not_utf8(saved, tmp_path: Path) -> None:
+    flow, path = saved
+    folder = tmp_path / os.fsdecode(b"\xf6")
+    folder.mkdir()
+    shutil.copy(path, folder / "model.safetensors")
+    assert read_header(folder) == read_header(path)
+    state = load_flow(folder)[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in flow.state_dict().items())

@@ -24,6 +24,8 @@ from starflow.numeric import integer, number
 
 # Matroska counts milliseconds.
 _MATROSKA_FPS = 1000.0
+# Stands for the file in a command: ffmpeg-python takes no name that is not UTF-8.
+_TARGET = "file:target"
 _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
@@ -52,9 +54,10 @@ def _plays(path: Path) -> bool:
 class _Encoder:
     """One ffmpeg process that reads RGB frames from its standard input and writes one file."""
 
-    def __init__(self, path: Path, stream: Any, *, growing: bool = False) -> None:
+    def __init__(self, path: Path, target: Path, stream: Any, *, growing: bool = False) -> None:
         self._path, self._growing = path, growing
         command = stream.global_args("-hide_banner", "-loglevel", "error").compile(cmd=ffmpeg_binary())
+        command = [f"file:{target}" if part == _TARGET else part for part in command]
         # Ctrl-C goes to all processes of the terminal. A file that grows shall be completed all the same, so its
         # process gets a session of its own and ends when its input does.
         self._process = subprocess.Popen(
@@ -201,8 +204,8 @@ class VideoWriter:
             options |= {"tune": "zerolatency", "flush_packets": 1}
         if self.path.suffix.lower() != ".mkv":
             options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof" if self.growing else "+faststart"
-        output = video.output(f"file:{target}", **options)
-        return _Encoder(self.path, output.overwrite_output() if self.growing else output, growing=self.growing)
+        output = video.output(_TARGET, **options)
+        return _Encoder(self.path, target, output.overwrite_output() if self.growing else output, growing=self.growing)
 
     def _padded_size(self) -> tuple[int, int]:
         if self.lossless:
@@ -296,7 +299,7 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     halves = video.filter_multi_output("split")
     pictures = ffmpeg.filter([halves[0], halves[1].filter("palettegen")], "paletteuse", dither="sierra2_4a")
     with replacing(path) as temporary:
-        encoder = _Encoder(path, pictures.output(f"file:{temporary}", format="gif", loop=0))
+        encoder = _Encoder(path, temporary, pictures.output(_TARGET, format="gif", loop=0))
         try:
             encoder.write(frames)
             encoder.finish()

@@ -217,6 +217,14 @@ def file_checksum(path: Path) -> int:
         return _checksum(file)
 
 
+def _is_utf8(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @contextmanager
 def open_tensors(path: Path, source: Path | None = None) -> Iterator[Any]:
     """A safetensors file of ours whose header is whole; CheckpointError for everything else.
@@ -240,7 +248,10 @@ def open_tensors(path: Path, source: Path | None = None) -> Iterator[Any]:
     if size == 0:
         raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors (it is empty)")
     try:
-        opened = safe_open(source, framework="pt")
+        with source.open("rb") as named:
+            # The library takes no name that is not UTF-8.
+            link = Path(f"/proc/self/fd/{named.fileno()}")
+            opened = safe_open(source if _is_utf8(source) or not link.exists() else link, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors ({short(error)})") from None
     with opened as file:
