@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
+import fcntl
 import itertools
 import mmap
 import os
 import sys
+import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,66 +26,123 @@ _PAGE_TABLE = Path("/proc/self/pagemap")
 _HELD = np.uint64(0b11 << 62)
 _OF_FILE = np.uint64(1 << 61)
 _PAGES_READ = 1 << 17
-# Of a file so many pieces of so many bytes are read, evenly spread, to see whether its content is what it was.
-_PIECES, _PIECE = 16, 1 << 12
+_LINUX = sys.platform.startswith("linux")
+# Files up to so many bytes are copied into memory before tensors are mapped from them, which takes 0.4 ms a megabyte.
+COPIED = 64 << 20
+_COPIED_AT_ONCE = 1 << 20
+# Nobody can write to the copy.
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if _LINUX else 0
+# Seconds within which two writes may leave the same time: clocks of file systems step by up to 10 ms, of FAT by two
+# seconds.
+_CLOCK_STEP = 2.0
 
 
 class ChangedFileError(RuntimeError):
     """A file whose content changed while tensors were mapped from it."""
 
 
+class _State(NamedTuple):
+    """What the system says of a file: its times and size, and how many names it has."""
+
+    written: int
+    size: int
+    changed: int
+    names: int
+
+
 class MappedFile:
     """A file as it is before tensors are mapped from it, held open.
 
     A file that another one was renamed over goes on as it was for who has it open. One that is written in place, as by
-    `cp` over it, changes the tensors.
+    `cp` over it, changes the tensors, and one that is cut off ends the process that reads behind its end. So a small
+    file is copied into memory, where it stays what it was; of a large one `require_same` sees what happened to it since
+    the last look, but not what happens until the next one.
 
     Args:
         path: of the file.
+        copied: bytes up to which a file is copied; None is `COPIED`.
+
+    Attributes:
+        source: what tensors are mapped from, the copy or the file that this holds open, whatever its name is by now.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: it cannot be opened or read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, copied: int | None = None) -> None:
         self._path = path
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
         self._state = self._stat()
-        self._content = self._read()
+        self._changed: _State | None = None
+        self._look_again: float | None = None
+        if time.time() - self._state.written / 1e9 < _CLOCK_STEP:
+            self._look_again = time.monotonic() + _CLOCK_STEP
+        self._read: Callable[[Path], object] | None = None
+        self._content: object = None
+        self._copy = _copy_of(self._descriptor) if self._state.size <= (COPIED if copied is None else copied) else None
+        held = self._descriptor if self._copy is None else self._copy
+        if self._copy is not None:
+            weakref.finalize(self, os.close, self._copy)
+        self.source = Path(f"/proc/self/fd/{held}") if _LINUX else path
 
-    def _stat(self) -> tuple[int, int]:
+    def expect(self, read: Callable[[Path], object]) -> None:
+        """Notes what the file holds, so that new times of the same content, as by `touch`, are no change.
+
+        Args:
+            read: returns something that is another one for another content; called with `source`, now and whenever the
+                times of the file moved, and raises RuntimeError, ValueError or OSError where it makes no sense.
+        """
+        self._content = read(self.source)
+        self._read = read
+
+    def _stat(self) -> _State:
         found = os.fstat(self._descriptor)
-        return found.st_mtime_ns, found.st_size
-
-    def _read(self) -> bytes:
-        last = max(self._state[1] - _PIECE, 0)
-        places = sorted({last * piece // (_PIECES - 1) for piece in range(_PIECES)})
-        return hashlib.sha256(b"".join(os.pread(self._descriptor, _PIECE, place) for place in places)).digest()
+        return _State(found.st_mtime_ns, found.st_size, found.st_ctime_ns, found.st_nlink)
 
     def require_same(self, tensors: Iterable[Tensor]) -> None:
-        """Raises ChangedFileError if the file was written since; a new time alone, as by `touch`, is none.
+        """Raises ChangedFileError if the file was written since; without `expect` new times alone are taken for it.
+
+        That takes a microsecond, unless the times moved, for which the file is read once.
 
         Args:
             tensors: that were mapped from the file; after a move to another device they are not any more.
         """
-        now, before = self._stat(), self._state
-        if now == before:
+        if self._copy is not None:
             return
-        if now[1] == before[1]:
-            self._state = now
-            if self._read() == self._content:
+        now = self._stat()
+        due = self._look_again is not None and time.monotonic() >= self._look_again
+        if now == self._state and not due:
+            return
+        if now != self._changed:
+            if self._is_same(now):
+                self._state = now
+                self._look_again = None if due else self._look_again
                 return
-            self._state = before
+            self._changed = now
         if self._holds(tensors):
             raise ChangedFileError(
                 f"{self._path} was written to since its weights were mapped from it, expected it as it was: load it "
                 "again (what replaces a file in use is written beside it and renamed, as by mv)"
             )
 
+    def _is_same(self, now: _State) -> bool:
+        """Whether a file whose times moved, or could not move for a write right after another one, holds the same."""
+        before = self._state
+        if now.size != before.size:
+            return False
+        if now.written == before.written and now.names != before.names:
+            return True  # A name was removed or given, as by mv of another file over it.
+        if self._read is None:
+            return now == before
+        try:
+            return self._read(self.source) == self._content
+        except (RuntimeError, ValueError, OSError):
+            return False
+
     def _holds(self, tensors: Iterable[Tensor]) -> bool:
         """Whether the memory of a tensor is the file."""
-        if not sys.platform.startswith("linux"):
+        if not _LINUX:
             return True
         name = os.readlink(f"/proc/self/fd/{self._descriptor}")
         with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as file:
@@ -91,6 +150,33 @@ class MappedFile:
         ends = [row[0].split("-") for row in rows if len(row) == 6 and row[5].replace("\\012", "\n") == name]
         ranges = [range(int(first, 16), int(end, 16)) for first, end in ends]
         return any(tensor.data_ptr() in part for tensor in tensors if tensor.is_cpu for part in ranges)
+
+
+def _copy_of(descriptor: int) -> int | None:
+    """A copy of an open file in memory that stays as it is, as a descriptor; None where the system makes none.
+
+    Tensors that are mapped from it are told from pages of this process's own like those of any file (`is_as_mapped`).
+    """
+    if not _LINUX:
+        return None
+    try:
+        copy = os.memfd_create("starflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return None
+    at = 0
+    try:
+        while content := os.pread(descriptor, _COPIED_AT_ONCE, at):
+            try:
+                at += os.write(copy, content)
+            except OSError:
+                # Memory is short, or the process is not to write so much (RLIMIT_FSIZE counts this).
+                os.close(copy)
+                return None
+    except OSError:
+        os.close(copy)
+        raise
+    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    return copy
 
 
 _watched: weakref.WeakKeyDictionary[nn.Module, tuple[MappedFile, ...]] = weakref.WeakKeyDictionary()
@@ -186,7 +272,7 @@ def release(tensors: Iterable[Tensor]) -> None:
     Args:
         tensors: on the CPU, dense.
     """
-    if not sys.platform.startswith("linux"):
+    if not _LINUX:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     for tensor in tensors:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Final
 
+from starflow.arguments import check_flag
 from starflow.messages import shown
 from starflow.numeric import integer, number
 
@@ -59,6 +60,7 @@ class Window:
         if self.size is not None:
             object.__setattr__(self, "size", _count("window size", self.size))
         object.__setattr__(self, "tolerance", _bound("tolerance", self.tolerance))
+        check_flag("solver", "certificate", self.certificate)
 
 
 def _count(name: str, value: object) -> int:

@@ -670,7 +670,57 @@ def test_a_gif_of_an_earlier_clip_beside_a_stream_is_told(model: Path, tmp_path:
     caplog.clear()
     assert run("sample", model, PROMPT, "--out", tmp_path / "out", "--stream", "--frames", 6) == 0
     (gif,) = (tmp_path / "out").glob("*.gif")
-    assert caplog.messages == [f"{gif} is of an earlier clip: streams have no gif"]
+    assert caplog.messages == [
+        f"{gif} is of an earlier clip: streams have no gif",
+        f"{gif.with_name('sheet.png')} is of earlier clips: streams have no sheet",
+    ]
+
+
+def test_clips_of_earlier_calls_are_told(model: Path, tmp_path: Path, caplog, capsys) -> None:
+    out = tmp_path / "out"
+    assert run("sample", model, PROMPT, "--clips", 2, "--out", out) == 0
+    assert capsys.readouterr().out.endswith("and sheet.png\n")
+    (out / "holiday.mp4").write_bytes((out / "001-a-three-moving-up-seed1.mp4").read_bytes())
+    assert run("sample", model, PROMPT, "--out", out) == 0
+    assert "1 clip in" in (said := capsys.readouterr().out)
+    assert said.endswith("and sheet.png (beside 1 clip of earlier calls)\n")
+    assert run("sample", model, "--stream", "--out", out) == 0
+    assert caplog.messages == [f"{out / 'sheet.png'} is of earlier clips: streams have no sheet"]
+    assert capsys.readouterr().out.endswith("mp4 and json of each (beside 2 clips of earlier calls)\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_numbers_stand_beside_a_clip_that_they_are_not_of(model: Path, tmp_path: Path, monkeypatch, stream) -> None:
+    """A command that is ended between two files of a clip, in a folder that held a clip of that name."""
+    out = tmp_path / "out"
+    assert run("sample", model, "--out", out) == 0
+    (out / "000-seed0.npy").write_bytes(b"frames of the earlier clip")
+    before = (out / "000-seed0.mp4").read_bytes()
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("starflow.cli.output.Output.json", end)
+    assert run("sample", model, "--frames", 5, *(["--stream"] if stream else []), "--out", out) == 130
+    assert (out / "000-seed0.mp4").read_bytes() != before
+    assert not (out / "000-seed0.json").exists()
+    assert not (out / "000-seed0.npy").exists()
+
+
+def test_an_earlier_clip_does_not_stand_for_one_that_no_encoder_wrote(model: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "out"
+    assert run("sample", model, "--out", out) == 0
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "the encoder died")
+
+    monkeypatch.setattr("starflow.data.write_video", fail)
+    assert run("sample", model, "--frames", 5, "--out", out) == 1
+    assert {path.name for path in out.iterdir()} == {
+        *(f"000-seed0.{kind}" for kind in ("npy", "gif", "json")),
+        "sheet.png",
+    }
+    assert len(np.load(out / "000-seed0.npy")) == 5
 
 
 def test_prompts_are_lines_and_nothing_else_cuts_them(model: Path, tmp_path: Path) -> None:

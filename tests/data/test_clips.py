@@ -57,6 +57,23 @@ def open_folder(folder, **options):
     return VideoFolder(folder, **{"frames": 4, "height": 16, "width": 16, "channels": 1, **options})
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_folder_by_a_relative_path_stays_the_same_one(tmp_path, monkeypatch, packed):
+    """The working directory may be another one when files are read, with a folder of the same name."""
+    for place, first in (("here", 0), ("there", 30)):
+        clips = tmp_path / place / "clips"
+        clips.mkdir(parents=True)
+        write_video(clips / "a.mp4", counting(8, first=first), 25, lossless=True)
+        if packed:
+            with tarfile.open(tmp_path / place / "clips.tar", "w") as archive:
+                archive.add(clips / "a.mp4", "a.mp4")
+    monkeypatch.chdir(tmp_path / "here")
+    dataset = open_folder("clips.tar" if packed else "clips", cache_bytes=0, cut="even")
+    assert dataset.folder == tmp_path / "here" / ("clips.tar" if packed else "clips")
+    monkeypatch.chdir(tmp_path / "there")
+    assert numbers(dataset.item(0)) == [2, 3, 4, 5]
+
+
 # The order of the data
 
 

@@ -556,3 +556,20 @@ def test_of_several_video_streams_the_first_is_read_and_that_is_told(tmp_path, c
 def test_frames_of_another_form_are_not_enlarged(frames, scale, message):
     with pytest.raises(ValueError, match=f"^enlarge: {message}"):
         enlarge(frames, scale)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux")
+def test_names_that_are_not_utf8_are_names(tmp_path):
+    """As of disks that were written under another encoding."""
+    folder = tmp_path / os.fsdecode(b"\xf6")
+    folder.mkdir()
+    frames = torch.arange(4, dtype=torch.uint8).mul(50).view(-1, 1, 1, 1).expand(-1, 16, 16, 3).contiguous()
+    for name in ("a.mp4", "a.gif"):
+        if name.endswith("gif"):
+            write_gif(folder / name, frames, 8.0)
+        else:
+            write_video(folder / name, frames, 8.0, lossless=True)
+        assert read_video(folder / name)[:, 0, 0, 0].tolist() == [0, 50, 100, 150]
+    with VideoWriter(folder / "b.mp4", fps=8.0, height=16, width=16, channels=3, lossless=True, growing=True) as writer:
+        writer.write(frames)
+    assert torch.equal(read_video(folder / "b.mp4"), frames)

@@ -247,6 +247,34 @@ def test_features_are_pluggable() -> None:
         features_of(nn.Identity(), real.flatten(0, 1))
 
 
+def test_features_are_those_of_eval_mode_whatever_mode_a_network_is_in() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 5), nn.BatchNorm1d(5), nn.Dropout(0.5))
+    frames = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        network[2].running_mean.fill_(0.3)  # type: ignore[union-attr,operator]
+        expected = network.eval()(frames)
+    network[0].train()
+    network[2].train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    assert torch.equal(features_of(network, frames), expected)
+    assert [module.training for module in network] == [True, False, True, False]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with pytest.raises(ValueError, match=r"features: the network returns \(tensor.*, expected \[6, numbers\]"):
+        features_of(_Pair(), frames)
+
+
+class _Pair(nn.Module):
+    def forward(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        return frames, frames
+
+
+def test_frames_that_look_like_another_scale_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    real = torch.rand(6, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    fidelity((real + 1) / 2, real, Mean(), None)
+    (line,) = caplog.messages
+    assert line.startswith("fidelity: no pixel of made is below 0, the middle of [-1, 1]; pixels in [0, 1] are doubled")
+
+
 def test_differences_are_halved_and_in_order() -> None:
     clips = torch.tensor([[-1.0, 1.0, 0.0], [0.5, 0.5, 1.0]]).reshape(2, 3, 1, 1, 1)
     assert frame_differences(clips).flatten().tolist() == [1.0, -0.5, 0.0, 0.25]
@@ -264,13 +292,13 @@ CLIP = torch.zeros(4, 3, 1, 8, 8)
         (lambda: FrameFeatures.fit(torch.rand(9, 1, 8, 8) * 255), "reaches 25.*, expected numbers in"),
         (lambda: FrameFeatures.fit(torch.zeros(9, 1, 8, 8, dtype=torch.uint8)), "dtype torch.uint8, expected floating"),
         (lambda: FrameFeatures.fit(torch.full((9, 1, 8, 8), math.nan)), "frames holds values that are not finite"),
-        (lambda: FrameFeatures.fit(torch.rand(9, 1, 8, 8), steps=0), "steps is 0, expected at least 1"),
+        (lambda: FrameFeatures.fit(torch.rand(9, 1, 8, 8), steps=0), "steps is 0, expected an integer of at least 1"),
         (lambda: FrameFeatures(1, (8, 8))(torch.zeros(2, 3, 8, 8)), r"\[2, 3, 8, 8\], expected .* \[1, 8, 8\]"),
         (lambda: fidelity(CLIP[0], CLIP, Mean(), None), r"fidelity: made has shape \[3, 1, 8, 8\], expected \(count"),
         (lambda: fidelity(CLIP, CLIP[..., :4], Mean(), None), r"made has frames of \[1, 8, 8\].*expected \[1, 8, 4\]"),
         (lambda: fidelity(CLIP, CLIP + math.inf, Mean(), None), "real holds values that are not finite"),
         (lambda: fidelity(CLIP[:3], CLIP, Mean(), None), "made has 3 clips, expected at least 4"),
-        (lambda: drift(CLIP, CLIP, Mean(), second=0), "drift: second is 0, expected at least 1 frame"),
+        (lambda: drift(CLIP, CLIP, Mean(), second=0), "drift: second is 0, expected an integer of at least 1 frame"),
         (lambda: frame_differences(CLIP[:, :1]), r"shape \[4, 1, 1, 8, 8\], expected .* at least 2 frames"),
         (lambda: frechet_distance(torch.zeros(3, 2), torch.zeros(1, 2)), r"\[3, 2\] and \[1, 2\], expected \(rows"),
         (lambda: frechet_distance(torch.zeros(3, 2), torch.full((3, 2), math.nan)), "real holds values that are not"),

@@ -452,5 +452,5 @@ def test_what_scores_leave_out_is_told(pipeline: Pipeline, caplog) -> None:
 
 @pytest.mark.parametrize("wrong", [{"pixels": np.zeros((4, 1, 16, 16))}, {"caption": None}])
 def test_clips_are_tensors_and_texts(pipeline: Pipeline, wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^score: Clip.* is given, expected a starflow.data.Clip whose pixels are a"):
+    with pytest.raises(ValueError, match=r"^score: a clip is Clip.*, expected a starflow.data.Clip whose pixels are a"):
         score(pipeline, [replace(clip(0), **wrong)])

@@ -287,6 +287,21 @@ def test_tracked_means_are_means_of_network_outputs() -> None:
     torch.testing.assert_close(volume.prior_variance, before + 0.1 * (squares - before))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype_are_labels(dtype: torch.dtype) -> None:
+    """As many labels as classes, of uint8, would be a mask."""
+    flow = make_flow(TARFLOW | {"num_classes": 3})
+    x, y = latents(flow, batch=3), torch.tensor([2, 2, 0])
+    expected = flow.log_prob(x, y)
+    assert not torch.equal(expected, flow.log_prob(x, torch.tensor([0, 1, 2])))
+    assert torch.equal(flow.log_prob(x, y.to(dtype)), expected)
+    assert torch.equal(decode(flow, x, y.to(dtype)).x, decode(flow, x, y).x)
+    if dtype != torch.uint8:
+        assert torch.equal(flow.log_prob(x, torch.full((3,), -1, dtype=dtype)), flow.log_prob(x))
+    with pytest.raises(ValueError, match=r"y has shape \[3\] and dtype torch.bool, expected 3 integer labels below 3"):
+        flow.log_prob(x, y > 0)
+
+
 ERRORS = [
     (VIDEO, {"x": torch.zeros(1, 3, 7, 4, 4)}, r"x has shape \[1, 3, 7, 4, 4\], expected \(batch, frames, 2, height"),
     (VIDEO, {"x": torch.zeros(2, 4)}, r"flow: x has shape \[2, 4\], expected"),

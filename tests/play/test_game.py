@@ -213,6 +213,53 @@ def test_a_world_of_other_actions_is_refused(paddle: Pipeline) -> None:
         Game(paddle, Two)
 
 
+def test_actions_in_another_order_are_refused_and_of_other_names_told(paddle: Pipeline, caplog) -> None:
+    class Mixed(PaddleBall):
+        actions = ("up", "stay", "down")  # type: ignore[assignment]
+
+    class Named(PaddleBall):
+        actions = ("noop", "left", "right")  # type: ignore[assignment]
+
+    with pytest.raises(
+        ValueError, match=r"has the actions up, stay, down, expected them in the order of the model: stay, up"
+    ):
+        Game(paddle, Mixed)
+    Game(paddle, PaddleBall)
+    assert not caplog.messages
+    assert Game(paddle, Named).actions == ("noop", "left", "right")
+    assert caplog.messages == [
+        "play: the world paddle has the actions noop, left, right, and the model learned stay, up, down: each is taken "
+        "for the one in its place"
+    ]
+
+
+def test_a_world_may_show_every_frame_in_the_same_memory(paddle: Pipeline) -> None:
+    class Buffered(PaddleBall):
+        shown = np.zeros((24, 24, 1), np.uint8)
+
+        def reset(self, seed: int | None = None) -> np.ndarray:
+            self.shown[...] = super().reset(seed)
+            return self.shown
+
+        def step(self, action: int) -> Step:
+            step = super().step(action)
+            self.shown[...] = step.frame
+            return Step(self.shown, step.reward, step.done)
+
+    one, other = Game(paddle, PaddleBall), Game(paddle, Buffered)
+    for action in (1, 2, 1):
+        one.step(action)
+        other.step(action)
+    for plain, buffered in zip(moments(one), moments(other), strict=True):
+        np.testing.assert_array_equal(plain.real, buffered.real)
+        np.testing.assert_array_equal(plain.dream, buffered.dream)
+
+
+def test_seeds_of_games_are_integers(game: Game) -> None:
+    with pytest.raises(ValueError, match=r"^play: seed is -1, expected an integer >= 0$"):
+        game.new(-1)
+
+
 def test_a_world_that_fails_leaves_the_moments(paddle: Pipeline) -> None:
     class Fails(PaddleBall):
         def step(self, action: int) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import socket
 import weakref
 from collections.abc import Awaitable, Callable
@@ -199,6 +200,26 @@ def test_a_clip_is_sent(played: Played) -> None:
             clip = await page.until("clip")
             assert b"ftyp" in clip["bytes"]["mp4"][:32]
             await page.picture()
+
+    run(scenario, played)
+
+
+def test_a_clip_that_lost_its_beginning_is_told(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("starflow.play.game._MOMENTS", 10)
+
+    async def scenario(server: PlayServer) -> None:
+        async with visit(server) as page:
+            await page.send("record", on=True)
+            await page.until("state", recording=True)
+            for _ in range(15):
+                await page.picture()
+            await page.send("record", on=False)
+            said = await page.until("error")
+            assert re.fullmatch(
+                r"play: the clip begins \d+ frames after the recording did: a game remembers its last 10 frames",
+                said["text"],
+            )
+            assert b"ftyp" in (await page.until("clip"))["bytes"]["mp4"][:32]
 
     run(scenario, played)
 

@@ -354,3 +354,40 @@ def test_text_behind_the_last_frame_is_refused(pipeline) -> None:
     list(ended.extend(2, last=True))
     with pytest.raises(ValueError, match=r"^session: text changes after the last frame was decoded"):
         ended.change("a five")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(False), torch.inference_mode()], ids=["outside", "inference"])
+def test_what_a_caller_writes_to_does_not_reach_the_session(mode) -> None:
+    """Buffers that noise and text are given in are used again by who owns them, and frames that came out are theirs."""
+    y, noise_of = condition(LONG), torch.randn(2, 5, *SHAPE[1:])
+    begin = pixels(1)
+
+    def frames(*, write: bool) -> list[Frames]:
+        text, z, given = y.clone(), noise_of.clone(), begin.clone()
+        made = Session(
+            LONG,
+            CODEC,
+            SHAPE,
+            (3, 4),
+            Conditions(text, null(LONG), Guidance(1.0), LOOSE),
+            Span(3, 2),
+            Denoising("learned", 0.2, 0.2, 2, 1),
+        )
+        first = made.prefill(given, text)
+        coming = made.extend(z)
+        out = [dataclasses.replace(first)]
+        if write:
+            for buffer in (text, z, given):
+                buffer.zero_()
+            assert torch.equal(first.pixels, begin)
+        for some in coming:
+            out.append(Frames(some.first, some.pixels.clone(), some.latents.clone(), some.noisy.clone()))
+            if write:
+                for buffer in (some.pixels, some.latents, some.noisy):
+                    buffer.zero_()
+        return out
+
+    with mode:
+        kept, written = frames(write=False), frames(write=True)
+    for name in ("pixels", "latents", "noisy"):
+        assert torch.equal(together(kept, name), together(written, name))

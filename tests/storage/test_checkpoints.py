@@ -75,16 +75,23 @@ def test_a_model_comes_back_whole(tiny, saved) -> None:
     assert read_header(path).about == {"weights": "average"}
 
 
-def test_a_model_file_that_is_written_in_place_ends_what_uses_it(tiny, saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("one", [False, True], ids=["all of it", "one number"])
+def test_a_model_file_that_is_written_in_place_ends_what_uses_it(
+    tiny, saved, tmp_path: Path, monkeypatch, one: bool
+) -> None:
     """As by `cp` of another model over it: its weights are mapped, and would change in the midst of a session."""
     flow, path = saved
+    monkeypatch.setattr("starflow.mapped.COPIED", 0)
     loaded = load_model(path)
     copy = deepcopy(loaded.flow)
     pipeline = Pipeline(loaded.flow, loaded.config, loaded.codec, loaded.text)
     frames = torch.zeros(1, *pipeline._latent_shape(2, None))
     session = pipeline.session("")
     with torch.no_grad():
-        next(flow.parameters()).add_(1.0)
+        if one:
+            next(flow.parameters()).flatten()[-1].add_(1.0)
+        else:
+            next(flow.parameters()).add_(1.0)
     save_model(tmp_path / "other.safetensors", flow, loaded.config, loaded.codec, loaded.text)
     shutil.copyfile(tmp_path / "other.safetensors", path)
     y = pipeline.condition([""])
@@ -100,6 +107,17 @@ def test_a_model_file_that_is_written_in_place_ends_what_uses_it(tiny, saved, tm
     copy.log_prob(frames, y)
     loaded.flow.load_state_dict({name: tensor.clone() for name, tensor in copy.state_dict().items()}, assign=True)
     assert torch.equal(loaded.flow.log_prob(frames, y), copy.log_prob(frames, y))
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system keeps no copies of files in memory")
+def test_a_small_model_file_may_be_written_over_or_cut_off(saved) -> None:
+    flow, path = saved
+    loaded, _ = load_flow(path)
+    os.truncate(path, 100)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in flow.state_dict().items())
+    with pytest.raises(CheckpointError, match=r"is truncated, damaged or not safetensors"):
+        load_flow(path)
 
 
 def test_names_and_shapes_that_do_not_match_are_all_listed(saved) -> None:
@@ -447,3 +465,14 @@ def test_a_header_of_wrong_types_or_absurd_sizes_is_refused(saved, change: dict,
     rewrite(path, apply)
     with pytest.raises((CheckpointError, ValueError), match=re.escape(message)):
         load_model(path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of files are bytes on Linux")
+def test_a_model_in_a_folder_whose_name_is_not_utf8(saved, tmp_path: Path) -> None:
+    flow, path = saved
+    folder = tmp_path / os.fsdecode(b"\xf6")
+    folder.mkdir()
+    shutil.copy(path, folder / "model.safetensors")
+    assert read_header(folder) == read_header(path)
+    state = load_flow(folder)[0].state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in flow.state_dict().items())

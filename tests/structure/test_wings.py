@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[2] / "python" / "starflow"
 
 # From the ground up: a wing imports the ground and wings that stand before it, no others.
 GROUND = (
+    "arguments",
     "config",
     "distributed",
     "extras",

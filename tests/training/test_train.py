@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.config import ConfigError, RunConfig
-from starflow.data import Clip, MovingDigits, VideoFolder, write_video
+from starflow.data import Clip, MovingDigits, VideoFolder, sample_batch, sample_indices, write_video
 from starflow.files import InUseError
 from starflow.model import Flow
 from starflow.sampling import Pipeline
@@ -879,12 +879,70 @@ class _OneItem:
         return self.what
 
 
+def test_a_run_does_not_go_on_with_another_optimiser(tiny, tmp_path: Path) -> None:
+    train(tiny(steps=1), tmp_path / "run", quiet=True)
+    with pytest.raises(
+        TrainingError, match=r"step-0+1 holds what another optimiser keeps: train.optimizer was 'adamw', is 'muon', exp"
+    ):
+        train(tiny(steps=2, optimizer="muon"), tmp_path / "run", quiet=True)
+
+
+def test_a_run_stays_in_its_folder_whatever_the_working_directory_becomes(tiny, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    train(tiny(steps=2), "run", quiet=True, on_step=lambda _: os.chdir(tmp_path / "there"))
+    assert (tmp_path / "here" / "run" / "model.safetensors").is_file()
+    assert not any((tmp_path / "there").iterdir())
+
+
+class _OneBuffer:
+    """A data set that reads every item into the same memory, as loaders of arrays do."""
+
+    def __init__(self) -> None:
+        self._pixels, self._source = torch.zeros(4, 1, 16, 16), torch.zeros(4, 1, 16, 16)
+        self._told = torch.zeros(4, 2)
+
+    def __len__(self) -> int:
+        return 50
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        for tensor in (self._pixels, self._source, self._told):
+            tensor.numpy().fill(index / 50)
+        return Clip(self._pixels, "a three", str(index), self._source, self._told)
+
+
+def test_a_data_set_may_read_every_item_into_the_same_memory(tiny) -> None:
+    config = tiny()
+    config = replace(
+        config,
+        flow=replace(config.flow, frame_dim=2),
+        train=replace(config.train, drop_frame_condition=0.0, drop_image=0.0, source_prob=1.0),
+    )
+    codec, _ = make_parts(config)
+    batch = Batches(config, _OneBuffer(), codec).make(0)
+    expected = torch.tensor([int(name) / 50 for name in batch.names])
+    assert len(set(expected.tolist())) > 1
+    assert torch.equal(batch.pixels[:, 0, 0, 0, 0], expected)
+    assert batch.reference is not None
+    assert torch.equal(batch.reference[:, 0, 0, 0, 0], expected)
+    assert batch.frame_conditions is not None
+    assert torch.equal(batch.frame_conditions[:, -1, 0], expected)
+    pixels, _ = sample_batch(_OneBuffer(), 0, 0, 4)
+    drawn = [index / 50 for index, _ in sample_indices(0, 0, 4, 50)]
+    assert torch.equal(pixels[:, 0, 0, 0, 0], torch.tensor(drawn))
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
         ([1, 2], r"the data set is \[1, 2\], expected one with the methods of starflow.data.ClipDataset"),
         (_OneItem((torch.zeros(4, 1, 16, 16), "a three")), r"item 0 of the data set is \(tensor.*, expected a star"),
         (_OneItem(Clip(torch.zeros(4, 1, 16, 16), None, "a")), "item 0 .*, expected a starflow.data.Clip whose"),  # type: ignore[arg-type]
+        (
+            _OneItem(Clip(torch.zeros(4, 1, 16, 16), "", "a", source=Path("a.mp4"))),  # type: ignore[arg-type]
+            "item 0 of the data set, a, has the source PosixPath.*, expected a tensor or None",
+        ),
     ],
 )
 def test_what_is_no_data_set_of_clips_is_refused(tiny, tmp_path: Path, dataset: Any, message: str) -> None:

@@ -282,3 +282,39 @@ def test_a_world_that_changes_its_size_is_told(tmp_path: Path) -> None:
     world.step = step  # type: ignore[method-assign]
     with pytest.raises(ValueError, match=r"^record: the world shows a frame of .16, 18, 3. after one"):
         record(world, tmp_path, 40)
+
+
+class _Plain(Counting):
+    """A world whose steps and actions are what a test says."""
+
+    def __init__(self, answer: Any = None, actions: Any = ("wait", "go")) -> None:
+        super().__init__()
+        self._answer, self._names = answer, actions
+
+    @property
+    def actions(self) -> Any:
+        return self._names
+
+    def step(self, action: int) -> Any:
+        return super().step(action) if self._answer is None else self._answer
+
+
+@pytest.mark.parametrize(
+    ("world", "message"),
+    [
+        (object(), r"world is <object .*>, which has no reset, step, suggest, expected a starflow.worlds.Playable"),
+        (_Plain(actions=()), r"world.actions is \(\), expected at least one name, each once"),
+        (_Plain(actions=("go", "go")), r"world.actions is \('go', 'go'\), expected at least one name, each once"),
+        (_Plain(actions=("go", 1)), r"world.actions\[1\] is 1, expected a text"),
+        (
+            _Plain((np.zeros((2, 2, 1), np.uint8), 0.0, False)),
+            r"step of the world returned \(array.*, expected a starfl",
+        ),
+        (_Plain(Step(np.zeros((8, 8, 1), np.uint8), float("nan"))), "gives the reward nan, expected a finite number"),
+        (_Plain(Step(np.zeros((8, 8, 1)))), r"shows float64 of shape \[8, 8, 1\], expected an array of uint8 \(height"),
+        (_Plain(Step([[0]])), r"shows \[\[0\]\], expected an array of uint8 \(height"),  # type: ignore[arg-type]
+    ],
+)
+def test_what_a_world_of_the_callers_own_does_wrong_is_told_at_once(tmp_path: Path, world: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^record: (the world )?{message}"):
+        record(world, tmp_path / "out", 8)

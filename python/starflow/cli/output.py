@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+# Names of `clip_name`.
+_CLIP = re.compile(r"\d{3,}-(?:[a-z0-9-]+-)?seed\d+")
 
 
 class Meter:
@@ -111,6 +114,20 @@ class Output:
             self._new.append(path)
         return path
 
+    def renew(self, name: str) -> None:
+        """Removes what tells of an earlier clip of this name, before another clip is written in its place.
+
+        Whatever ends the command meanwhile, no numbers stand beside a clip that they are not of.
+        """
+        for suffix in (".json", ".npy"):
+            (self.folder / f"{name}{suffix}").unlink(missing_ok=True)
+
+    def earlier(self, names: Iterable[str]) -> str:
+        """What to tell of clips of earlier calls that the folder holds beside those of these names; empty for none."""
+        theirs = sum(_CLIP.fullmatch(path.stem) is not None for path in self.folder.glob("*.mp4"))
+        ours = sum((self.folder / f"{name}.mp4").is_file() for name in names)
+        return f" (beside {clips_text(theirs - ours)} of earlier calls)" if theirs > ours else ""
+
     def encode(self, name: str, whole: Tensor, write: Callable[..., None], *arguments: Any, **options: Any) -> None:
         """Writes a file by an encoder; where it fails twice, the frames are kept, which took long to compute.
 
@@ -133,6 +150,7 @@ class Output:
                 logger.warning("%s%s", error.strerror or error, "; it is tried once more" if attempt == 1 else "")
         import numpy
 
+        path.unlink(missing_ok=True)  # One of an earlier clip.
         kept = self.path(f"{path.stem}.npy")
         with replacing(kept) as temporary:
             numpy.save(temporary, whole.cpu().numpy())
@@ -170,6 +188,7 @@ def write_clips(
         frames = enlarge(to_frames(pixels), scale)
         prompt, seed = sampled.prompts[row], sampled.seeds[row]
         name = clip_name(numbers[row], prompt, seed)
+        out.renew(name)
         out.encode(f"{name}.mp4", frames, write_video, frames, fps, lossless=args.lossless)
         out.encode(f"{name}.gif", frames, write_gif, frames[::skip], fps / skip)
         out.json(

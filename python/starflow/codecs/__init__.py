@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from starflow.arguments import check_mapping
 from starflow.codecs.autoencoder import AutoencoderKLCodec, WanCodec
 from starflow.codecs.block_transform import BlockTransform
 from starflow.codecs.codec import Codec, tell_scale
@@ -32,6 +33,7 @@ def make_codec(config: Mapping[str, Any]) -> Codec:
     Raises:
         ValueError: when the kind or an argument is unknown or out of range.
     """
+    check_mapping("codec", config)
     options = dict(config)
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:

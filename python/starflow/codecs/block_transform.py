@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from starflow.arguments import check_flag
 from starflow.codecs.codec import check_latents, check_pixels
+from starflow.messages import shown
+from starflow.numeric import integer
 
 __all__ = ["BlockTransform"]
 
@@ -99,13 +102,15 @@ class BlockTransform:
     ) -> None:
         if kind not in ("dct", "haar"):
             raise ValueError(f'BlockTransform: kind is "{kind}", expected "dct" or "haar"')
+        for name, flag in (("opponent", opponent), ("equalize", equalize)):
+            check_flag("BlockTransform", name, flag)
         for name, value in (("patch", patch), ("temporal", temporal)):
-            if value < 1:
-                raise ValueError(f"BlockTransform: {name} is {value}, expected at least 1")
+            if (whole := integer(value)) is None or whole < 1:
+                raise ValueError(f"BlockTransform: {name} is {shown(value)}, expected an integer of at least 1")
             if kind == "haar" and value & (value - 1):
                 raise ValueError(f"BlockTransform: {name} is {value}, expected a power of two for the Haar transform")
-        if channels not in (1, 3):
-            raise ValueError(f"BlockTransform: channels is {channels}, expected 1 (grey) or 3 (RGB)")
+        if integer(channels) not in (1, 3):
+            raise ValueError(f"BlockTransform: channels is {shown(channels)}, expected 1 (grey) or 3 (RGB)")
         if equalize and kind != "dct":
             raise ValueError(f'BlockTransform: equalize is on with kind "{kind}", expected "dct"')
         self.kind = kind

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Literal, TypeAlias, get_args
 
+from starflow.arguments import check_text
+
 __all__ = ["ASPECT_RATIOS", "CaptionMode", "aspect_size", "assemble", "nearest_aspect"]
 
 CaptionMode: TypeAlias = Literal["extend", "last", "v2v"]
@@ -56,6 +58,7 @@ def assemble(
     for name, value in (("fps", fps), ("noise_level", noise_level)):
         if value is not None and not 0 <= value < math.inf:
             raise ValueError(f"assemble: {name} is {value}, expected at least 0")
+    check_text("assemble", "text", text)
     caption = "" if drop else text if mode is None else f"({mode}) {text}"
     if fps is not None:
         caption = f"A video with {fps:g} fps:\n{caption}\n" if fps > 0 else f"An image:\n{caption}\n"

@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from starflow.config import ConfigError
 from starflow.data.actions import ACTION_SUFFIX, WORLD_FILE, actions_beside, of_clip, read_actions
 from starflow.data.captions import aspect_size, nearest_aspect
 from starflow.data.ffmpeg import VideoError
@@ -74,6 +75,30 @@ class Clip:
     source: torch.Tensor | None = None
     frame_conditions: torch.Tensor | None = None
     fps: float | None = None
+
+
+def require_clip(what: str, value: object) -> None:
+    """Raises ConfigError unless a value is a clip with pixels and a caption, which `Clip` itself does not look at.
+
+    Args:
+        what: begins the message, such as "training: item 3 of the data set".
+        value: of a data set or a list of the caller's own.
+    """
+    if not isinstance(value, Clip) or not isinstance(value.pixels, torch.Tensor) or not isinstance(value.caption, str):
+        raise ConfigError(
+            f"{what} is {shown(value)}, expected a starflow.data.Clip whose pixels are a tensor and whose caption is a "
+            "text"
+        )
+    for name in ("source", "frame_conditions"):
+        other = getattr(value, name)
+        if other is not None and not isinstance(other, torch.Tensor):
+            raise ConfigError(f"{what}, {value.name}, has the {name} {shown(other)}, expected a tensor or None")
+
+
+def kept_clip(clip: Clip) -> Clip:
+    """The clip with tensors of its own: a data set may read the next one into the same buffer."""
+    source, told = (None if some is None else some.clone() for some in (clip.source, clip.frame_conditions))
+    return replace(clip, pixels=clip.pixels.clone(), source=source, frame_conditions=told)
 
 
 class ClipDataset(Protocol):
@@ -243,7 +268,7 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
         pixels (batch, frames, channels, height, width) in [-1, 1], and the captions.
     """
     pairs = sample_indices(seed, step, batch, len(dataset))
-    return stack_clips([dataset.item(index, epoch=epoch, seed=seed) for index, epoch in pairs])
+    return stack_clips([kept_clip(dataset.item(index, epoch=epoch, seed=seed)) for index, epoch in pairs])
 
 
 @dataclass(frozen=True)
@@ -363,6 +388,9 @@ class VideoFolder:
                         f"VideoFolder: {place} is a file, expected a folder of videos or a tar file of them"
                     )
                 raise FileNotFoundError(f"VideoFolder: folder {place} does not exist")
+        # Files are opened when they are read, whatever the working directory is then.
+        self.folder = self.folder.absolute()
+        self.sources = None if self.sources is None else self.sources.absolute()
 
         def whole(name: str, value: object, least: int) -> int:
             found = integer(value)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from starflow.arguments import check_flag, check_texts
 from starflow.data.clips import Clip
 from starflow.messages import shown
 from starflow.numeric import check_item, integer
@@ -184,6 +185,7 @@ class MovingDigits:
         for name, value, least in (("frames", frames, 1), ("size", size, 16), ("seed", seed, 0), ("length", length, 1)):
             if (whole := integer(value)) is None or whole < least:
                 raise ValueError(f"MovingDigits: {name} is {shown(value)}, expected an integer of at least {least}")
+        check_flag("MovingDigits", "pairs", pairs)
         for option, text, known in (
             ("split", split, ("train", "test")),
             ("start", start, ("middle", "anywhere")),
@@ -374,6 +376,7 @@ class DigitJudge:
         Raises:
             ValueError: when the numbers differ, or a caption is not one of `MovingDigits`.
         """
+        check_texts("DigitJudge", "captions", captions)
         if len(clips) != len(captions) or not captions:
             raise ValueError(f"DigitJudge: got {len(clips)} clips and {len(captions)} captions, expected as many, >= 1")
         right = np.zeros((len(captions), 3))

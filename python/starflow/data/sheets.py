@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from starflow.arguments import check_texts
 from starflow.data.pictures import SHEET
 from starflow.data.write import check_frames, enlarge
 from starflow.files import replacing
@@ -40,6 +41,8 @@ def write_contact_sheet(
         raise ValueError(f'write_contact_sheet: path {path} ends in "{Path(path).suffix}", expected .png')
     if not len(clips):
         raise ValueError("write_contact_sheet: clips is empty, expected at least one clip")
+    if captions is not None:
+        check_texts("write_contact_sheet", "captions", captions)
     if captions is not None and len(captions) != len(clips):
         raise ValueError(f"write_contact_sheet: got {len(captions)} captions for {len(clips)} clips, expected as many")
     if frames_per_row < 1:

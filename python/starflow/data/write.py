@@ -15,6 +15,7 @@ import ffmpeg
 import torch
 import torch.nn.functional as F
 
+from starflow.arguments import check_flag, check_tensor
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data.ffmpeg import Drain, as_fraction, check_channels, ffmpeg_binary, reason
 from starflow.files import replacing
@@ -23,12 +24,14 @@ from starflow.numeric import integer, number
 
 # Matroska counts milliseconds.
 _MATROSKA_FPS = 1000.0
+# Stands for the file in a command: ffmpeg-python takes no name that is not UTF-8.
+_TARGET = "file:target"
 _CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska"}
 
 
 def check_frames(function: str, frames: torch.Tensor) -> None:
     """Raise ValueError unless frames are uint8 of shape (frames, height, width, 1 or 3)."""
-    _check_tensor(function, frames)
+    check_tensor(function, "frames", frames)
     if frames.dtype != torch.uint8:
         raise ValueError(
             f"{function}: frames have dtype {frames.dtype}, expected torch.uint8 (starflow.data.to_frames)"
@@ -37,11 +40,6 @@ def check_frames(function: str, frames: torch.Tensor) -> None:
         raise ValueError(
             f"{function}: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3], none empty"
         )
-
-
-def _check_tensor(function: str, frames: object) -> None:
-    if not isinstance(frames, torch.Tensor):
-        raise ValueError(f"{function}: frames is a {type(frames).__name__}, expected a tensor (torch.as_tensor)")
 
 
 def _plays(path: Path) -> bool:
@@ -56,9 +54,10 @@ def _plays(path: Path) -> bool:
 class _Encoder:
     """One ffmpeg process that reads RGB frames from its standard input and writes one file."""
 
-    def __init__(self, path: Path, stream: Any, *, growing: bool = False) -> None:
+    def __init__(self, path: Path, target: Path, stream: Any, *, growing: bool = False) -> None:
         self._path, self._growing = path, growing
         command = stream.global_args("-hide_banner", "-loglevel", "error").compile(cmd=ffmpeg_binary())
+        command = [f"file:{target}" if part == _TARGET else part for part in command]
         # Ctrl-C goes to all processes of the terminal. A file that grows shall be completed all the same, so its
         # process gets a session of its own and ends when its input does.
         self._process = subprocess.Popen(
@@ -163,8 +162,7 @@ class VideoWriter:
             raise ValueError(f"VideoWriter: size is {shown(height)}x{shown(width)}, expected integers of at least 1")
         check_channels(channels)
         for name, flag in (("lossless", lossless), ("growing", growing)):
-            if not isinstance(flag, bool):
-                raise ValueError(f"VideoWriter: {name} is {shown(flag)}, expected True or False")
+            check_flag("VideoWriter", name, flag)
         self.fps = rate
         self.height = rows
         self.width = columns
@@ -206,8 +204,8 @@ class VideoWriter:
             options |= {"tune": "zerolatency", "flush_packets": 1}
         if self.path.suffix.lower() != ".mkv":
             options["movflags"] = "+frag_every_frame+empty_moov+default_base_moof" if self.growing else "+faststart"
-        output = video.output(f"file:{target}", **options)
-        return _Encoder(self.path, output.overwrite_output() if self.growing else output, growing=self.growing)
+        output = video.output(_TARGET, **options)
+        return _Encoder(self.path, target, output.overwrite_output() if self.growing else output, growing=self.growing)
 
     def _padded_size(self) -> tuple[int, int]:
         if self.lossless:
@@ -301,7 +299,7 @@ def write_gif(path: str | os.PathLike[str], frames: torch.Tensor, fps: float) ->
     halves = video.filter_multi_output("split")
     pictures = ffmpeg.filter([halves[0], halves[1].filter("palettegen")], "paletteuse", dither="sierra2_4a")
     with replacing(path) as temporary:
-        encoder = _Encoder(path, pictures.output(f"file:{temporary}", format="gif", loop=0))
+        encoder = _Encoder(path, temporary, pictures.output(_TARGET, format="gif", loop=0))
         try:
             encoder.write(frames)
             encoder.finish()
@@ -325,7 +323,7 @@ def enlarge(frames: torch.Tensor, scale: int) -> torch.Tensor:
     factor = integer(scale)
     if factor is None or factor < 1:
         raise ValueError(f"enlarge: scale is {shown(scale)}, expected a whole number of at least 1")
-    _check_tensor("enlarge", frames)
+    check_tensor("enlarge", "frames", frames)
     if frames.ndim != 4 or frames.shape[3] not in (1, 3):
         raise ValueError(f"enlarge: frames have shape {list(frames.shape)}, expected [frames, height, width, 1 or 3]")
     return frames.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)

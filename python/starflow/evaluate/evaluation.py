@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from starflow.data import Clip
+from starflow.arguments import check_call
+from starflow.data import Clip, require_clip
 from starflow.evaluate.features import FrameFeatures
 from starflow.evaluate.fidelity import NEIGHBOURS, Fidelity, Span, drift, fidelity, frame_differences
 from starflow.evaluate.scores import noise_floor, score
@@ -105,6 +106,7 @@ def evaluate(
         ValueError: a clip of another size or length than the model's, too few for a covariance, or an option that does
             not fit the model; the message names it.
     """
+    check_call("evaluate", "tell", tell, optional=False)
     asked = options or SampleOptions()
     length = pipeline.config.data.frames
     frames = length if asked.frames is None else asked.frames
@@ -169,6 +171,7 @@ def _second(pipeline: Pipeline) -> int:
 
 def _check(pipeline: Pipeline, clip: Clip) -> None:
     """Refuses a clip that is not like the model's."""
+    require_clip("evaluate: a clip", clip)
     data = pipeline.config.data
     expected = [data.frames, data.channels, data.height, data.width]
     if list(clip.pixels.shape) != expected:

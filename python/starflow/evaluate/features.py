@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from starflow.codecs import tell_scale
 from starflow.inference import plain_modes
+from starflow.messages import shown
+from starflow.numeric import integer
 
 # Of each kind of harm, the share of the frames that have it in training.
 _SHARE = 0.35
@@ -115,8 +118,8 @@ class FrameFeatures(nn.Module):
         """
         _check_frames("FrameFeatures.fit", frames)
         for name, value in (("steps", steps), ("num_features", num_features)):
-            if value < 1:
-                raise ValueError(f"FrameFeatures.fit: {name} is {value}, expected at least 1")
+            if (whole := integer(value)) is None or whole < 1:
+                raise ValueError(f"FrameFeatures.fit: {name} is {shown(value)}, expected an integer of at least 1")
         frames = frames.detach().float().cpu().clone()
         spread = float(frames.var(0).mean())
         if not spread > 0.0:
@@ -214,7 +217,8 @@ def _check_frames(who: str, frames: Tensor) -> None:
 
 
 def check_values(who: str, name: str, pixels: Tensor) -> None:
-    """Raises ValueError for values that are not finite floating point numbers of about [-1, 1].
+    """Raises ValueError for values that are not finite floating point numbers of about [-1, 1]; the log tells of those
+    that look like [0, 1].
 
     Args:
         who, name: function and argument, for the message.
@@ -226,3 +230,4 @@ def check_values(who: str, name: str, pixels: Tensor) -> None:
         raise ValueError(f"{who}: {name} holds values that are not finite, expected numbers in [-1, 1]")
     if (far := float(pixels.abs().amax())) > _FAR:
         raise ValueError(f"{who}: {name} reaches {far:.4g}, expected numbers in [-1, 1]")
+    tell_scale(f"{who}: no pixel of {name}", [pixels])

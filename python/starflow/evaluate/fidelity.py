@@ -11,6 +11,8 @@ and Recall Metric for Assessing Generative Models (2019).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from torch import Tensor, nn
 from starflow.evaluate.features import check_values
 from starflow.extras import import_extra
 from starflow.inference import without_autocast
+from starflow.messages import shown
+from starflow.numeric import integer
 
 # Frames whose features are computed together, and rows of distances that are held at a time.
 _TOGETHER = 256
@@ -176,7 +180,8 @@ def features_of(features: nn.Module, frames: Tensor) -> Tensor:
     """Features of frames, a part at a time, on the device of the network.
 
     Args:
-        features: from frames (count, channels, height, width) to features (count, numbers).
+        features: from frames (count, channels, height, width) to features (count, numbers). It computes as in eval
+            mode, whatever mode it is left in: features shall not depend on the other frames of a part, nor on chance.
         frames: (count, channels, height, width).
 
     Raises:
@@ -184,15 +189,28 @@ def features_of(features: nn.Module, frames: Tensor) -> Tensor:
     """
     device = next((tensor.device for tensor in (*features.parameters(), *features.buffers())), frames.device)
     parts = []
-    for part in frames.split(_TOGETHER):
-        got = features(part.to(device))
-        if got.ndim != 2 or len(got) != len(part):
-            raise ValueError(
-                f"features: the network returns shape {list(got.shape)} for {len(part)} frames, expected [{len(part)}, "
-                "numbers]"
-            )
-        parts.append(got.cpu())
+    with _evaluating(features):
+        for part in frames.split(_TOGETHER):
+            got = features(part.to(device))
+            if not isinstance(got, Tensor) or got.ndim != 2 or len(got) != len(part):
+                told = f"shape {list(got.shape)}" if isinstance(got, Tensor) else shown(got)
+                raise ValueError(
+                    f"features: the network returns {told} for {len(part)} frames, expected [{len(part)}, numbers]"
+                )
+            parts.append(got.cpu())
     return torch.cat(parts)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """A network in eval mode for the block."""
+    trained = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in trained:
+            module.training = True
 
 
 def fidelity(made: Tensor, real: Tensor, features: nn.Module, motion_features: nn.Module | None) -> Fidelity:
@@ -247,8 +265,8 @@ def drift(made: Tensor, real: Tensor, features: nn.Module, *, second: int) -> li
         ImportError: torchmetrics is not installed (extra `evaluate`).
         ValueError: clips that do not fit, as of `fidelity`, or a second below 1.
     """
-    if second < 1:
-        raise ValueError(f"drift: second is {second}, expected at least 1 frame")
+    if (whole := integer(second)) is None or whole < 1:
+        raise ValueError(f"drift: second is {shown(second)}, expected an integer of at least 1 frame")
     made, real = _clips("drift", "made", made), _clips("drift", "real", real)
     _same_size("drift", made, real)
     known = features_of(features, real.flatten(0, 1))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from starflow.arguments import check_text
 from starflow.data import (
     IMAGE_SUFFIXES,
     Clip,
@@ -64,6 +65,8 @@ def read_clips(
     for name, value in (("frames", count), ("clips_per_file", clips_per_file)):
         if (whole := integer(value)) is None or whole < 1:
             raise ValueError(f"read_clips: {name} is {shown(value)}, expected an integer >= 1")
+    if caption is not None:
+        check_text("read_clips", "caption", caption)
     clips: list[Clip] = []
     places: list[Path] = []
     for path in _once([paths] if isinstance(paths, str | Path) else paths):
@@ -122,6 +125,8 @@ def _told_apart(clips: Sequence[Clip], places: Sequence[Path]) -> list[Clip]:
 
 def _once(paths: Sequence[str | Path]) -> list[Path]:
     """The paths without those that others lead to as well; these have a line in the log."""
+    if not isinstance(paths, Sequence) or not all(isinstance(path, str | Path) for path in paths):
+        raise ValueError(f"score: paths is {shown(paths)}, expected a path or a list of paths")
     if not all(str(path).strip() for path in paths):
         raise ValueError("score: a path is empty, expected a video or a folder of videos")
     known: dict[Path, Path] = {}

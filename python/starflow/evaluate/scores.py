@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.arguments import check_flag
 from starflow.codecs import tell_scale
-from starflow.data import CaptionMode, Clip
+from starflow.data import CaptionMode, Clip, require_clip
 from starflow.inference import without_autocast
 from starflow.messages import listed, shown
 from starflow.numeric import integer, number
@@ -147,6 +148,8 @@ def score(
         sigma = pipeline.config.train.noise_std
     if sigma is None or not 0.0 <= sigma < math.inf:
         raise ValueError(f"score: noise_std is {shown(noise_std)}, expected a finite number >= 0")
+    for name, flag in (("order_check", order_check), ("per_token", per_token), ("scaled", scaled)):
+        check_flag("score", name, flag)
     for clip in clips:
         check_clip(pipeline, clip, clip)
     if not scaled:
@@ -268,11 +271,7 @@ def check_clip(pipeline: Pipeline, clip: Clip, first: Clip) -> None:
     """Refuses what is no clip, a clip of another form than the first, or with another source than those that the flow
     was trained on.
     """
-    if not isinstance(clip, Clip) or not isinstance(clip.pixels, Tensor) or not isinstance(clip.caption, str):
-        raise ValueError(
-            f"score: {shown(clip)} is given, expected a starflow.data.Clip whose pixels are a tensor and whose caption "
-            "is a text"
-        )
+    require_clip("score: a clip", clip)
     train = pipeline.config.train
     if clip.pixels.dim() != 4 or _shapes(clip) != _shapes(first):
         raise ValueError(

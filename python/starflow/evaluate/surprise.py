@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow import noise
+from starflow.arguments import check_texts
 from starflow.codecs import tell_scale
 from starflow.data import Clip
 from starflow.evaluate.scores import as_read, check_clip, noise_floor, token_bits
@@ -128,6 +129,7 @@ class Watcher:
         size: tuple[int, int] | None = None,
         scaled: bool = False,
     ) -> None:
+        check_texts("watcher", "prompts", prompts)
         flow, config = pipeline.flow, pipeline.flow.config
         if config.attention_frames is None:
             raise ValueError("watcher: flow.attention_frames is None, expected a number (a deep block that can go on)")

@@ -9,12 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from starflow.arguments import check_config, check_tensor
 from starflow.config import FlowConfig
 from starflow.mapped import require_unchanged
 from starflow.model.block import Encoded, FlowBlock
 from starflow.model.centre import Centre
 from starflow.model.denoiser import Denoiser
 from starflow.model.tokens import patchify, unpatchify
+
+# What class labels may be.
+_LABELS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Flow(nn.Module):
@@ -29,6 +33,7 @@ class Flow(nn.Module):
     """
 
     def __init__(self, config: FlowConfig) -> None:
+        check_config("Flow", config, FlowConfig)
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(FlowBlock(config, index) for index in range(config.num_blocks))
@@ -57,8 +62,8 @@ class Flow(nn.Module):
         Raises:
             ValueError: a shape that does not fit the config.
         """
-        image = x.dim() == 4
         y = self.check(x, y)
+        image = x.dim() == 4
         told = self.check_frame_conditions(x, frame_conditions)
         grid = self.to_grid(x)
         latents, log_dets, affines = [grid], [], []
@@ -81,8 +86,8 @@ class Flow(nn.Module):
             The grid that enters the deep block, (batch, frames, height, width, channels), and the sum of the other
             blocks' log-determinants at each of its places, (batch, frames, height, width).
         """
-        image = x.dim() == 4
         y = self.check(x, y)
+        image = x.dim() == 4
         grid = self.to_grid(x)
         total = grid.new_zeros(grid.shape[:-1])
         for block in self._blocks()[:-1]:
@@ -158,7 +163,7 @@ class Flow(nn.Module):
                 block.guess.lerp_(mean.to(block.guess.dtype), rate)
         if not self.config.nvp:
             z = encoded.latents[-1].detach()
-            if z[0, ..., 0].numel() == self.prior_variance.shape[0]:
+            if z.shape[1] == 1 and z[0, ..., 0].numel() == self.prior_variance.shape[0]:
                 self.prior_variance.lerp_(z.square().mean(0).flatten(0, -2).to(self.prior_variance.dtype), rate)
 
     # -- noise to data ------------------------------------------------------------------------------------------------
@@ -268,6 +273,7 @@ class Flow(nn.Module):
         told, config = frame_conditions, self.config
         if told is None:
             return None
+        check_tensor("flow", name, told)
         if not config.frame_dim:
             raise ValueError(f"flow: {name} is given, expected None (the flow reads none: frame_dim is 0)")
         expected = [x.shape[0], x.shape[1] if x.dim() == 5 else 1, config.frame_dim]
@@ -296,6 +302,9 @@ class Flow(nn.Module):
         """
         require_unchanged(self)
         config = self.config
+        check_tensor("flow", name, x)
+        if y is not None:
+            check_tensor("flow", condition, y)
         if x.dim() not in (4, 5) or x.shape[-3] != config.in_channels:
             raise ValueError(
                 f"flow: {name} has shape {list(x.shape)}, expected (batch, frames, {config.in_channels}, height, "
@@ -321,12 +330,14 @@ class Flow(nn.Module):
                 )
         elif config.num_classes:
             if y is not None and (
-                y.shape != x.shape[:1] or y.is_floating_point() or int(y.max()) >= config.num_classes
+                y.shape != x.shape[:1] or y.dtype not in _LABELS or int(y.max()) >= config.num_classes
             ):
                 raise ValueError(
                     f"flow: {condition} has shape {list(y.shape)} and dtype {y.dtype}, expected {x.shape[0]} integer "
                     f"labels below {config.num_classes}, negative for none"
                 )
+            # torch takes indices of uint8 for a mask.
+            y = None if y is None else y.long()
         elif y is not None:
             raise ValueError(f"flow: {condition} is given, expected None (the flow has neither text nor classes)")
         return y

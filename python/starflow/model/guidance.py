@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_flag
 from starflow.messages import shown
 from starflow.model.affine import Affine
 from starflow.numeric import integer, number
@@ -52,6 +53,8 @@ class Guidance:
             raise ValueError(f"guidance: parts is {shown(self.parts)}, expected a subset of 'ab'")
         if self.kind not in get_args(Kind):
             raise ValueError(f"guidance: kind is {self.kind!r}, expected 'gaussian' or 'linear'")
+        check_flag("guidance", "annealed", self.annealed)
+        check_flag("guidance", "all_blocks", self.all_blocks)
         if (temperature := number(self.temperature)) is None or not 0.0 < temperature < float("inf"):
             raise ValueError(f"guidance: temperature is {shown(self.temperature)}, expected a finite number > 0")
         if self.kind == "gaussian":

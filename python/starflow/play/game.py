@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,10 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_call
 from starflow.data import Clip, enlarge, to_frames, to_pixels, write_video
 from starflow.evaluate import Watcher, surprise
+from starflow.numeric import check_seed
 from starflow.sampling import Pipeline, Session
 from starflow.worlds import PlayableWorld, one_hot
+
+logger = logging.getLogger(__name__)
 
 # What a game remembers: so many moments, and so many bytes of pictures.
 _MOMENTS = 3600
@@ -118,6 +123,7 @@ class Game:
     def __init__(
         self, pipeline: Pipeline, make_world: Callable[[], PlayableWorld] | None = None, *, seed: int = 0
     ) -> None:
+        check_call("Game", "make_world", make_world)
         self._pipeline = pipeline
         self.temperature = pipeline.config.sample.temperature
         self.prompt = "" if pipeline.text is None else next(iter(pipeline.config.sample.prompts), "")
@@ -182,8 +188,10 @@ class Game:
         """Begins again with another seed.
 
         Raises:
+            ValueError: a seed that is no integer from 0 on.
             WorldError: the world failed.
         """
+        check_seed("play", seed)
         self.seed, self._sessions = seed, 0
         self._rng = np.random.default_rng(seed)
         self._left_behind = self._told_the_truth = False
@@ -191,7 +199,7 @@ class Game:
         self._scored = 0  # number of the next moment that is to be scored
         self._forget()
         if self._world is not None:
-            frame = self._world.reset(seed)
+            frame = np.array(self._world.reset(seed))
             self._remember(None, frame, frame)
             for _ in range(max(_BEGINNING, self._context) - 1):
                 frame = self._real(0)
@@ -387,6 +395,21 @@ class Game:
                 f"play: the world {world.name} has {len(world.actions)} actions ({', '.join(world.actions)}), expected "
                 f"{dim} like the model (flow.frame_dim)"
             )
+        names = self._pipeline.config.data.actions or ()
+        # Numbers alone are names of a world that has none.
+        if len(names) != dim or tuple(names) == tuple(world.actions) or all(name.isdecimal() for name in names):
+            return
+        if set(names) == set(world.actions):
+            raise ValueError(
+                f"play: the world {world.name} has the actions {', '.join(world.actions)}, expected them in the order "
+                f"of the model: {', '.join(names)} (data.actions)"
+            )
+        logger.warning(
+            "play: the world %s has the actions %s, and the model learned %s: each is taken for the one in its place",
+            world.name,
+            ", ".join(world.actions),
+            ", ".join(names),
+        )
 
     @property
     def _context(self) -> int:
@@ -400,7 +423,8 @@ class Game:
         """The next picture of the real world."""
         assert self._world is not None
         step = self._world.step(action)
-        return self._world.reset() if step.done else step.frame
+        # A copy: a world may show every frame in the same memory.
+        return np.array(self._world.reset() if step.done else step.frame)
 
     def _forget(self) -> None:
         """Drops what goes along with the moments, so that it begins again with the last ones."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from starflow.arguments import check_call
 from starflow.extras import import_extra
 from starflow.play.game import Game
 from starflow.play.protocol import MOST_BYTES
@@ -252,6 +253,7 @@ def serve(played: Played, *, host: str, port: int, announce: Callable[[str], Non
         OSError: the port is in use, or the address is not this machine's.
         ValueError: the world does not fit the model.
     """
+    check_call("serve", "announce", announce, optional=False)
 
     async def run() -> None:
         async with PlayServer(played, host=host, port=port) as server:

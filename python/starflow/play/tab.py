@@ -287,6 +287,13 @@ class Tab:
         if self._writing is not None and not self._writing.done():
             raise ValueError("play: a clip is still being written, expected it to be done first")
         frames = await self._compute(lambda: game.frames(begin, game.last))
+        if (lost := game.first - begin) > 0:
+            await self._tell(
+                ValueError(
+                    f"play: the clip begins {lost} frames after the recording did: a game remembers its last "
+                    f"{game.last + 1 - game.first} frames"
+                )
+            )
         self._writing = asyncio.create_task(self._write(frames))
 
     async def _write(self, frames: Any) -> None:

@@ -68,6 +68,10 @@ class GivenReader:
         self._check_forward(name)
         if isinstance(source, Tensor):
             tell_scale(f"sample: no pixel of {name}", [source])
+            if source.dim() < 3:
+                raise ValueError(
+                    f"sample: {name} has shape {list(source.shape)}, expected ([clips,] channels, height, width)"
+                )
             return self._checked(name, source.unsqueeze(-4))
         if not Path(source).is_file():
             raise VideoError(f"sample: {name} is {str(source)!r}, {_lack(source)}, expected a picture")

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.arguments import check_config, check_text, check_texts
 from starflow.codecs import Codec
 from starflow.config import RunConfig
 from starflow.data import ASPECT_RATIOS, CaptionMode, aspect_size, plays_otherwise
@@ -92,6 +93,7 @@ class Pipeline(Pretrained):
         *,
         device: str | torch.device = "cpu",
     ) -> None:
+        check_config("pipeline", config, RunConfig)
         c = flow.config
         if codec.latent_channels != c.in_channels:
             raise ValueError(
@@ -158,6 +160,7 @@ class Pipeline(Pretrained):
             size: height and width in pixels, by default those of the training clips.
             noise_std: by default that of training.
         """
+        check_text("pipeline", "prompt", prompt)
         data, train = self.config.data, self.config.train
         noisy = train if noise_std is None else replace(train, noise_std=noise_std)
         # Single frames were told apart from clips only where training saw both.
@@ -183,6 +186,7 @@ class Pipeline(Pretrained):
         Raises:
             ValueError: a prompt that the encoder refuses, or one for a flow without condition.
         """
+        check_texts("pipeline", "prompts", prompts)
         named = next((prompt for prompt in prompts if prompt), None)
         if self.text is None and named is not None:
             raise ValueError(f'prompt is "{named}", expected "": the model was trained without text')

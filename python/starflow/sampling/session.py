@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from starflow import noise
+from starflow.arguments import check_flag
 from starflow.codecs import Codec, tell_scale
 from starflow.data import action_vector
 from starflow.inference import in_inference_mode, without_autocast
@@ -96,6 +97,7 @@ class Session:
         self._device = next(flow.parameters()).device
         self.conditions = self._checked(conditions)
         self._span, self.denoising, self.temperature = span, denoising, temperature
+        check_flag("session", "renew", renew)
         if renew and span.behind is not None:
             raise ValueError("session: renew is True, expected False where a cache rolls: no window begins anew")
         self._read, self._renew = read, renew
@@ -230,7 +232,7 @@ class Session:
         if frames is not None:
             latents = encoded["frames"]
             self._decode(latents)
-            return Frames(0, frames, latents, noisy[:, self._reference :])
+            return Frames(0, frames.clone(), latents, noisy[:, self._reference :].clone())
         return None
 
     def _encoded(self, name: str, pixels: Tensor) -> Tensor:
@@ -407,6 +409,8 @@ class Session:
             ValueError: noise of another shape, no frame, a clip that has ended, or vectors of frames behind its last.
             NotFiniteError: while iterating, where noise, text or weights are not finite.
         """
+        check_flag("session", "last", last)
+        check_flag("session", "together", together)
         if self._last:
             raise ValueError("session: extend comes after the last frame, expected it before (last was True)")
         if isinstance(noise, Tensor):
@@ -420,7 +424,8 @@ class Session:
                 raise ValueError(f"session: noise has dtype {noise.dtype}, expected a floating-point one")
             # In the precision of the weights; numbers of numpy are often in another.
             double = next(self._flow.parameters()).dtype == torch.float64
-            self._sources.append(noise.to(self._device, torch.float64 if double else torch.float32))
+            # A copy: frames are made later, and the caller may write the next noise into the same tensor.
+            self._sources.append(noise.detach().to(self._device, torch.float64 if double else torch.float32, copy=True))
         else:
             count = math.inf if noise is None else integer(noise)
             if count is None:
@@ -626,7 +631,8 @@ class Session:
             with compared_once():
                 clean = torch.cat([self._cleaned(frame) for frame in range(first, first + count)], 1)
         pixels = torch.cat([self._decode(frame) for frame in clean.split(1, 1)], 1).clamp(-1.0, 1.0)
-        noisy = self._noisy[:, first - self._begin : first - self._begin + count]
+        # A copy: what goes out is the caller's, who may write to it.
+        noisy = self._noisy[:, first - self._begin : first - self._begin + count].clone()
         self._next += count
         self._forget(clean)
         return Frames(first - self._reference, pixels, clean, noisy)
@@ -676,13 +682,14 @@ class Session:
         return self._flow.known(noisy, self.conditions.y, self.shape[1:])[-2]
 
     def _checked(self, conditions: Conditions) -> Conditions:
-        """Checks that conditions fit the flow, and returns them."""
+        """Checks that conditions fit the flow, and returns them with texts of their own, which no caller writes to."""
         like = torch.empty(self.shape[0], 1, *self.shape[1:], dtype=torch.float32, device="cpu")
         y, null = conditions.y, conditions.null
         conditions = checked(self._flow, like, conditions)
         if y is not None and null is not None and y.shape != null.shape:
             raise ValueError(f"session: null has shape {list(null.shape)}, expected {list(y.shape)} like the text")
-        return conditions
+        y, null = (None if text is None else text.detach().clone() for text in (conditions.y, conditions.null))
+        return replace(conditions, y=y, null=null)
 
 
 def _tell_scale(**given: Tensor | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_tensor
 from starflow.inference import in_inference_mode
 from starflow.model import Flow, Guidance
 from starflow.schedules import Schedule, as_schedule
@@ -77,6 +78,8 @@ def decode(
         ValueError: shapes that do not fit, missing text for guidance, a context that leaves no new frame.
         NotFiniteError: the solver met NaN or infinity.
     """
+    for name, tensor in (("z", z), *((("prefix", prefix),) if prefix is not None else ())):
+        check_tensor("flow", name, tensor)
     image = z.dim() == 4
     guide = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
     how = as_schedule("decode", schedule)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_flag, check_tensor
 from starflow.messages import shown
 from starflow.numeric import integer
 from starflow.schedules import Schedule, as_schedule
@@ -103,8 +104,7 @@ class FunctionDecoder:
         if frame is not None and of_frame is None:
             raise ValueError(f"solve: frame is {shown(frame)}, expected an integer or None")
         axis, frame = whole, of_frame
-        if not isinstance(windowed, bool):
-            raise ValueError(f"solve: windowed is {shown(windowed)}, expected True or False")
+        check_flag("solve", "windowed", windowed)
         if z.dim() < 2 or z.numel() == 0 or z.dtype not in (torch.float32, torch.float64):
             dtype = str(z.dtype).removeprefix("torch.")
             raise ValueError(
@@ -269,8 +269,8 @@ class FunctionDecoder:
 
 def _check_tensor(name: str, value: object) -> None:
     """Refuses what is no dense tensor."""
-    if not isinstance(value, Tensor):
-        raise ValueError(f"solve: {name} is a {type(value).__name__}, expected a tensor (torch.as_tensor)")
+    check_tensor("solve", name, value)
+    assert isinstance(value, Tensor)
     if value.layout != torch.strided:
         raise ValueError(f"solve: {name} is {str(value.layout).removeprefix('torch.')}, expected a dense tensor")
 

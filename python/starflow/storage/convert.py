@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_call, check_config
 from starflow.config import (
     ConfigError,
     FlowConfig,
@@ -343,14 +344,16 @@ def convert(
         CheckpointError: the file cannot be read, holds more than tensors, does not match the config (the options that
             differ are listed, or the first names and shapes), has tensors that are not finite or no floating-point
             numbers, or the target cannot be written.
-        ChangedFileError: the checkpoint was written to meanwhile.
+        ChangedFileError: the checkpoint was written to meanwhile, or its times were set.
     """
     if dtype not in get_args(WeightDtype):
         raise ValueError(f"convert: dtype is {dtype!r}, expected one of {', '.join(get_args(WeightDtype))}")
+    check_config("convert", config, RunConfig)
+    check_call("convert", "progress", progress)
     tell = progress or logger.info
     tell(f"reading {short(checkpoint)}")
     state = read_foreign(Path(checkpoint), tell)
-    mapped = MappedFile(Path(checkpoint))
+    mapped = MappedFile(Path(checkpoint), copied=0)
     require_numbers(Path(checkpoint), {name: tensor for name, tensor in state.items() if our_name(name) is not None})
     try:
         flow = empty_flow(config)

@@ -11,12 +11,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_config
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
@@ -102,6 +104,7 @@ def save_model(
     Raises:
         CheckpointError: the file cannot be written; the one before is left as it was.
     """
+    check_config("save_model", config, RunConfig)
     config = replace(config, codec=codec.to_config(), text={} if text is None else text.to_config())
     write_model(path, flow.state_dict() if isinstance(flow, Flow) else flow, config, about or {}, parts=parts)
 
@@ -129,6 +132,7 @@ def write_model(
     Raises:
         CheckpointError: something cannot be written; what was there before is left as it was.
     """
+    check_config("write_model", config, RunConfig)
     path = Path(path)
     about = {**(fingerprints(config) if parts is None else parts), **about, "config": json.dumps(to_mapping(config))}
     if path.suffix == ".safetensors":
@@ -182,10 +186,11 @@ def read_header(path: str | Path) -> Header:
 def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
     """Reads flow and configuration alone: no codec, no text encoder (see `load_model`).
 
-    The weights stay in the file and are mapped: memory holds what is used of them. A file that is written to in place
-    ends the next use of the flow by `starflow.mapped.ChangedFileError`.
+    The weights of a file above 64 MiB stay in it and are mapped: memory holds what is used of them. Such a file that is
+    written to in place ends the next use of the flow by `starflow.mapped.ChangedFileError`.
     """
-    with _open_model(path) as (path, metadata, opened):
+    mapped: dict[Path, MappedFile] = {}
+    with _open_model(path, mapped) as (path, metadata, opened):
         config = _header(path, metadata, len(opened)).config
         try:
             flow = empty_flow(config)
@@ -215,12 +220,10 @@ def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
         if any(problems.values()):
             told = "; ".join(f"{what}: {listed(found)}" for what, found in problems.items() if found)
             raise CheckpointError(f"checkpoint {path}: tensors do not match its config; {told}")
-        files = model_files(path)
-        mapped = [MappedFile(file) for file in files]
-        for file in files:
-            check_tensors(file)
+        for file, held in mapped.items():
+            held.expect(partial(check_tensors, file))
         flow.load_state_dict({name: file.get_tensor(name) for name, file in opened.items()}, assign=True)
-    keep_mapped(flow, mapped)
+    keep_mapped(flow, tuple(mapped.values()))
     return flow.requires_grad_(True).eval(), config
 
 
@@ -235,6 +238,7 @@ def empty_flow(config: RunConfig) -> Flow:
     Raises:
         ValueError: sizes that no tensor can have.
     """
+    check_config("empty_flow", config, RunConfig)
     try:
         with torch.device("meta"):
             return Flow(config.flow)
@@ -339,19 +343,36 @@ def _index(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _open_model(path: str | Path) -> Iterator[tuple[Path, dict[str, str], dict[str, Any]]]:
-    """The file with the header, its entries, and the open file of every tensor."""
+def _open_model(
+    path: str | Path, mapped: dict[Path, MappedFile] | None = None
+) -> Iterator[tuple[Path, dict[str, str], dict[str, Any]]]:
+    """The file with the header, its entries, and the open file of every tensor.
+
+    Args:
+        path: as of `load_flow`.
+        mapped: is filled with the files of the weights, whose tensors are to outlive the block.
+    """
     file = model_file(path)
     with ExitStack() as stack:
+
+        def open_file(name: Path) -> Any:
+            if mapped is None:
+                return stack.enter_context(open_tensors(name))
+            try:
+                mapped[name] = MappedFile(name)
+            except OSError as error:
+                raise CheckpointError(f"checkpoint {name} cannot be read: {error.strerror}") from None
+            return stack.enter_context(open_tensors(name, mapped[name].source))
+
         if not _split(file):
-            opened = stack.enter_context(open_tensors(file))
+            opened = open_file(file)
             yield file, opened.metadata(), dict.fromkeys(opened.keys(), opened)
             return
         index = _index(file)
         places, sums = index["weight_map"], index.get("files", {})
         found: dict[str, Any] = {}
         for name in sorted(set(places.values())):
-            opened = stack.enter_context(open_tensors(file.parent / name))
+            opened = open_file(file.parent / name)
             if sums and int(opened.metadata()["crc32"]) != sums.get(name):
                 raise CheckpointError(f"checkpoint {file.parent / name} is of another model than {file.name} says")
             names = set(opened.keys())

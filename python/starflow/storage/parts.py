@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from starflow.arguments import check_config
 from starflow.config import RunConfig
 from starflow.messages import short
 from starflow.storage.tensors import CheckpointError, read_json
@@ -42,6 +43,7 @@ def fingerprints(config: RunConfig) -> dict[str, str]:
     Raises:
         CheckpointError: a file of such a folder cannot be read.
     """
+    check_config("fingerprints", config, RunConfig)
     found = {}
     for part, options in (("codec", config.codec), ("text", config.text)):
         folder = options.get("folder")

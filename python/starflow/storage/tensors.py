@@ -139,14 +139,22 @@ def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
 
 
-def check_tensors(path: Path) -> None:
+def check_tensors(path: Path, source: Path | None = None) -> tuple[int, int]:
     """Compares the tensors of a file that `write_tensors` wrote with their checksum, and looks for NaN and infinity.
+
+    Args:
+        path: of the file, for errors.
+        source: what is read, such as a copy; None is `path`.
+
+    Returns:
+        Checksums of the header and of the tensors: a file of the same ones holds the same.
 
     Raises:
         CheckpointError: it is damaged, or a tensor holds values that are not finite.
     """
-    with path.open("rb") as file:
+    with (source or path).open("rb") as file:
         entries = _header(path, file)
+        header = zlib.crc32(_json(entries))
         stated = entries.pop("__metadata__")["crc32"]
         value, unusable = 0, None
         buffer = bytearray(_CHUNK)
@@ -167,6 +175,7 @@ def check_tensors(path: Path) -> None:
         raise CheckpointError(
             f"checkpoint {path}: tensor {short(unusable)} holds values that are not finite, expected finite weights"
         )
+    return header, value
 
 
 def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
@@ -208,11 +217,25 @@ def file_checksum(path: Path) -> int:
         return _checksum(file)
 
 
-@contextmanager
-def open_tensors(path: Path) -> Iterator[Any]:
-    """A safetensors file of ours whose header is whole; CheckpointError for everything else."""
+def _is_utf8(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@contextmanager
+def open_tensors(path: Path, source: Path | None = None) -> Iterator[Any]:
+    """A safetensors file of ours whose header is whole; CheckpointError for everything else.
+
+    Args:
+        path: of the file, for errors.
+        source: what is opened, such as a copy; None is `path`.
+    """
+    source = source or path
+    try:
+        with source.open("rb") as file:
             start = file.read(4)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -225,7 +248,10 @@ def open_tensors(path: Path) -> Iterator[Any]:
     if size == 0:
         raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors (it is empty)")
     try:
-        opened = safe_open(path, framework="pt")
+        with source.open("rb") as named:
+            # The library takes no name that is not UTF-8.
+            link = Path(f"/proc/self/fd/{named.fileno()}")
+            opened = safe_open(source if _is_utf8(source) or not link.exists() else link, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"checkpoint {path} is truncated, damaged or not safetensors ({short(error)})") from None
     with opened as file:
@@ -234,7 +260,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
             raise CheckpointError(
                 f"checkpoint {path} is safetensors of another program, expected format {' or '.join(FORMATS)}"
             )
-        with path.open("rb") as plain:
+        with source.open("rb") as plain:
             _header(path, plain)
         yield file
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from starflow.arguments import check_mapping
 from starflow.text.encoder import TextEncoder
 from starflow.text.features import Features, caption_for
 from starflow.text.pretrained import MiniLMEncoder, T5Encoder
@@ -43,6 +44,7 @@ def make_text_encoder(config: Mapping[str, Any]) -> TextEncoder:
     Raises:
         ValueError: when the kind or an argument is unknown or out of range.
     """
+    check_mapping("text encoder", config)
     options = dict(config)
     kind = options.pop("kind", None)
     if not isinstance(kind, str) or kind not in _KINDS:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_config, check_text, check_texts
 from starflow.config import FlowConfig, RunConfig
 from starflow.data import CaptionMode, assemble, nearest_aspect
 from starflow.inference import without_autocast
@@ -37,6 +38,8 @@ def caption_for(
         size: height and width in pixels; None for those of the configuration.
         rate: frames a second of the clip; None for those of the configuration.
     """
+    check_config("caption_for", config, RunConfig)
+    check_text("caption_for", "caption", caption)
     fps = None
     if config.data.caption_fps:
         fps = 0.0 if image or config.data.frames == 1 else config.data.fps if rate is None else rate
@@ -75,6 +78,7 @@ class Features:
         """
         if self._encoder is None:
             return None
+        check_texts("Features", "captions", captions)
         features = torch.cat([self._encode(self._encoder, caption) for caption in captions])
         if not self._classes:
             return features

@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from starflow.arguments import check_flag, check_texts
 from starflow.extras import import_extra
 from starflow.mapped import own_memory
+from starflow.messages import shown
+from starflow.numeric import integer
 
 __all__ = ["MiniLMEncoder", "T5Encoder"]
 
@@ -25,8 +28,11 @@ class _Pretrained:
 
     def __init__(self, folder: Path, size: int, truncate: bool, zero_empty: bool, device: str) -> None:
         name = type(self).__name__
-        if size < 1:
-            raise ValueError(f"{name}: size is {size}, expected at least 1")
+        most = integer(size)
+        if most is None or most < 1:
+            raise ValueError(f"{name}: size is {shown(size)}, expected an integer of at least 1")
+        for option, flag in (("truncate", truncate), ("zero_empty", zero_empty)):
+            check_flag(name, option, flag)
         transformers = import_extra("transformers", purpose=name, extra="text")
         model = getattr(transformers, self._class_name)
         loaded, info = model.from_pretrained(
@@ -39,7 +45,7 @@ class _Pretrained:
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
         own_memory(loaded)
         self._model = loaded.eval().requires_grad_(False).to(device)
-        self.size = size
+        self.size = most
         self.dim = int(loaded.config.hidden_size)
         self.truncate = truncate
         self.zero_empty = zero_empty
@@ -57,6 +63,7 @@ class _Pretrained:
         Raises:
             ValueError: when a caption is longer than `size` tokens and `truncate` is off.
         """
+        check_texts(type(self).__name__, "texts", texts)
         features = torch.zeros(len(texts), self.size, self.dim, dtype=torch.float32, device=self._model.device)
         rows = [row for row, text in enumerate(texts) if text or not self.zero_empty]
         if not rows:

@@ -9,7 +9,10 @@ from typing import Any
 
 import torch
 
+from starflow.arguments import check_text, check_texts
 from starflow.data import VOCABULARY
+from starflow.messages import shown
+from starflow.numeric import integer
 
 __all__ = ["STOP_WORDS", "ClassEncoder", "WordEncoder", "split_words"]
 
@@ -32,6 +35,7 @@ def split_words(text: str, stop_words: Sequence[str] = ()) -> list[str]:
     A word is a run of letters, marks (vowel signs, accents) and digits; a single apostrophe or hyphen may stand inside.
     Accents are composed (NFC), so that the same word is the same text however it was typed.
     """
+    check_text("split_words", "text", text)
     words, word = [], ""
     for character in unicodedata.normalize("NFC", text.lower()) + " ":
         inside = word and character in _INSIDE and word[-1] not in _INSIDE
@@ -69,10 +73,11 @@ class WordEncoder:
             raise ValueError(f"WordEncoder: vocabulary is {vocabulary!r}, expected a list of at least one word")
         if not _are_texts(stop_words):
             raise ValueError(f"WordEncoder: stop_words is {stop_words!r}, expected a list of words")
-        if size < 1:
-            raise ValueError(f"WordEncoder: size is {size}, expected at least 1")
+        most = integer(size)
+        if most is None or most < 1:
+            raise ValueError(f"WordEncoder: size is {shown(size)}, expected an integer of at least 1")
         self.vocabulary = tuple(unicodedata.normalize("NFC", word) for word in vocabulary)
-        self.size = size
+        self.size = most
         self.dim = len(self.vocabulary)
         self.stop_words = tuple(stop_words)
         self._index = {word: index for index, word in enumerate(self.vocabulary)}
@@ -95,6 +100,7 @@ class WordEncoder:
         Raises:
             ValueError: when a word is unknown, or a caption has more than `size` known words.
         """
+        check_texts("WordEncoder", "texts", texts)
         features = torch.zeros(len(texts), self.size, self.dim, dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             words = split_words(text, self.stop_words)
@@ -146,8 +152,10 @@ class ClassEncoder:
     size = 1
 
     def __init__(self, num_classes: int, names: Sequence[str] | None = None) -> None:
-        if num_classes < 1:
-            raise ValueError(f"ClassEncoder: num_classes is {num_classes}, expected at least 1")
+        count = integer(num_classes)
+        if count is None or count < 1:
+            raise ValueError(f"ClassEncoder: num_classes is {shown(num_classes)}, expected an integer of at least 1")
+        num_classes = count
         if names is not None and _are_texts(names):
             names = tuple(unicodedata.normalize("NFC", name) for name in names)
         if names is not None and (not _are_texts(names) or not len(set(names)) == len(names) == num_classes):
@@ -170,6 +178,7 @@ class ClassEncoder:
         Raises:
             ValueError: when a label is unknown.
         """
+        check_texts("ClassEncoder", "texts", texts)
         features = torch.zeros(len(texts), 1, self.dim, dtype=torch.float32, device="cpu")
         for row, text in enumerate(texts):
             label = unicodedata.normalize("NFC", text.strip())

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from starflow.arguments import check_config
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, DataConfig, RunConfig, TrainConfig, require
 from starflow.data import (
@@ -28,8 +29,10 @@ from starflow.data import (
     MovingDigits,
     VideoFolder,
     is_folder,
+    kept_clip,
     plays_otherwise,
     read_world,
+    require_clip,
     sample_group,
     stack_clips,
 )
@@ -65,6 +68,7 @@ def make_dataset(config: RunConfig, split: Literal["train", "test"] = "train") -
         ConfigError: options that the kind of data cannot honour.
         ValueError, FileNotFoundError: the folder does not exist or holds nothing that can be read.
     """
+    check_config("make_dataset", config, RunConfig)
     data, pairs = config.data, config.train.source_prob > 0
     if data.kind != "folder":
         for name, usual in _OF_FOLDERS.items():
@@ -406,6 +410,7 @@ def make_parts(config: RunConfig) -> tuple[Codec, TextEncoder | None]:
         ConfigError: options of different parts that contradict each other.
         ValueError: an option of the codec or the text encoder that is wrong.
     """
+    check_config("make_parts", config, RunConfig)
     flow, data = config.flow, config.data
     codec = make_codec(config.codec)
     text = make_text_encoder(config.text) if config.text else None
@@ -502,13 +507,13 @@ def _check_sampling(config: RunConfig) -> None:
 
 
 def _checked(clip: Clip, index: int) -> Clip:
-    """Refuses what a data set of the caller's own returns in place of a clip."""
-    if isinstance(clip, Clip) and isinstance(clip.pixels, Tensor) and isinstance(clip.caption, str):
-        return clip
-    raise ConfigError(
-        f"training: item {index} of the data set is {shown(clip)}, expected a starflow.data.Clip whose pixels are a "
-        "tensor and whose caption is a text"
-    )
+    """A clip as a data set of the caller's own returned it, which may return the next one in the same memory.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    require_clip(f"training: item {index} of the data set", clip)
+    return kept_clip(clip)
 
 
 def source_of(clip: Clip) -> Tensor:
@@ -598,6 +603,7 @@ class Batches:
         rank: int = 0,
         size: int = 1,
     ) -> None:
+        check_config("Batches", config, RunConfig)
         self._config, self._codec, self._rank, self._size = config, codec, rank, size
         # Groups are listed once: a folder may have millions of items.
         self._clips = dataset, _groups_of(dataset)

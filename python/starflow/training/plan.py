@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
+from starflow.arguments import check_config
 from starflow.config import ConfigError, FlowConfig, RunConfig
 from starflow.distributed import Parallel
 from starflow.model import Conditioner, Flow, FlowBlock, Transformer, nll_of
@@ -107,6 +108,7 @@ def plan(config: RunConfig, *, devices: int = 1, peak: float = 1e15, efficiency:
     Raises:
         ConfigError: numbers out of range, or a batch that does not divide.
     """
+    check_config("plan", config, RunConfig)
     train, flow_config = config.train, config.flow
     if devices < 1 or not 0 < efficiency <= 1 or not peak > 0:
         raise ConfigError(
@@ -157,6 +159,7 @@ def fitting(config: RunConfig, memory: int, **how: Any) -> tuple[RunConfig, Plan
         memory: of a device.
         how: as for `plan`.
     """
+    check_config("fitting", config, RunConfig)
     for changed in _easier(config, how.get("devices", 1)):
         found = plan(changed, **how)
         if found.memory <= memory:

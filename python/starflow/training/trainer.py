@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from starflow.arguments import check_call, check_config, check_flag
 from starflow.codecs import Codec, make_codec, tell_scale
 from starflow.config import ConfigError, RunConfig, TrainConfig, to_mapping
 from starflow.data import ClipDataset, to_frames, write_contact_sheet
@@ -160,6 +161,7 @@ class Trainer:
         *,
         flow: Flow | None = None,
     ) -> None:
+        check_config("Trainer", config, RunConfig)
         self.config, self.codec, self.text, self.device, self.world = config, codec, text, device, world
         self.features = Features(config.flow, text)
         precision = config.train.precision
@@ -511,6 +513,7 @@ def train(
 
     Raises:
         ConfigError: options that contradict each other, or a model (`train.init`) that does not fit them.
+        ValueError: a `config` or `on_step` of another type.
         TrainingError: data or losses that are not finite, or a folder that holds another run, or a model alone.
         InUseError: another process trains in the folder.
         CheckpointError: a checkpoint that cannot be written or read.
@@ -518,10 +521,17 @@ def train(
 
     Reference: Gu et al., STARFlow-V (2025), training details.
     """
+    check_config("train", config, RunConfig)
+    check_flag("train", "resume", resume)
+    check_flag("train", "quiet", quiet)
+    check_call("train", "on_step", on_step)
     named = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Each sheet of samples would tell of the same options.
     with plain_modes(), told_once(), join(named) as world:
-        return _train(config, Path(folder), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset)
+        # Written to until the end, whatever the working directory is then.
+        return _train(
+            config, Path(folder).absolute(), world, resume=resume, on_step=on_step, quiet=quiet, dataset=dataset
+        )
 
 
 def _train(
@@ -813,6 +823,8 @@ def _check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], path: Pa
     fatal = [line for line in changed if line.startswith(("flow.", "codec.", "text."))]
     if fatal:
         raise TrainingError(f"training: {path} belongs to another model: {'; '.join(fatal)}")
+    if kept := [line for line in changed if line.startswith("train.optimizer ")]:
+        raise TrainingError(f"training: {path} holds what another optimiser keeps: {kept[0]}, expected the same")
     if changed:
         logger.warning("options changed since %s: %s", path.name, "; ".join(changed))
 

@@ -127,7 +127,8 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
         if world.first:
             out.sheet(*zip(*(everything[index] for index in sorted(everything)), strict=True))
     if world.first:
-        print(f"{clips_text(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png")
+        made = f"{clips_text(len(prompts))} in {args.out}: mp4, gif and json of each, and sheet.png"
+        print(f"{made}{out.earlier(names)}")
     return 1 if out.kept_as_frames else 0
 
 
@@ -219,6 +220,8 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
         meter = Meter(begin)
 
         def write(frames: Frames) -> None:
+            for name in () if meter.frames else names:
+                out.renew(name)
             for writer, clip in zip(writers, frames.pixels, strict=True):
                 writer.write(enlarge(to_frames(clip), scale))
             meter.add(frames.pixels.shape[1])
@@ -237,6 +240,8 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
             # A folder of clips takes a gif for the video of its name.
             if (older := out.folder / f"{name}.gif").is_file():
                 logger.warning("%s is of an earlier clip: streams have no gif", older)
+        if (older := out.folder / "sheet.png").is_file():
+            logger.warning("%s is of earlier clips: streams have no sheet", older)
         report = report_of(session, meter.seconds, meter.frames * len(prompts)).to_mapping()
         shape = {"frames": meter.frames, "fps": fps, "height": height, "width": width}
         beginning = {"given_frames": 0 if given is None else given.pixels.shape[1], **options_told(asked)}
@@ -253,7 +258,7 @@ def _stream(args: argparse.Namespace, asked: SampleOptions, pipeline: Pipeline, 
             out.json(f"{name}.json", {**told, **shape, **beginning, **report, **computed_together(len(prompts))})
     print(
         f"{clips_text(len(prompts))} of {meter.frames} frames in {meter.seconds:.2f} s ({meter.rate:.1f} frames/s, the "
-        f"first after {meter.first:.2f} s) in {args.out}: mp4 and json of each"
+        f"first after {meter.first:.2f} s) in {args.out}: mp4 and json of each{out.earlier(names)}"
     )
     return 0
 
