@@ -26,6 +26,8 @@ _PAGE_TABLE = Path("/proc/self/pagemap")
 _HELD = np.uint64(0b11 << 62)
 _OF_FILE = np.uint64(1 << 61)
 _PAGES_READ = 1 << 17
+# Names under which this process opens what it has open.
+_DESCRIPTORS = Path("/proc/self/fd")
 _LINUX = sys.platform.startswith("linux")
 # Files up to so many bytes are copied into memory before tensors are mapped from them, which takes 0.4 ms a megabyte.
 COPIED = 64 << 20
@@ -75,16 +77,14 @@ class MappedFile:
         weakref.finalize(self, os.close, self._descriptor)
         self._state = self._stat()
         self._changed: _State | None = None
-        self._look_again: float | None = None
-        if time.time() - self._state.written / 1e9 < _CLOCK_STEP:
-            self._look_again = time.monotonic() + _CLOCK_STEP
+        self._look_again = _settled(self._state)
         self._read: Callable[[Path], object] | None = None
         self._content: object = None
         self._copy = _copy_of(self._descriptor) if self._state.size <= (COPIED if copied is None else copied) else None
         held = self._descriptor if self._copy is None else self._copy
         if self._copy is not None:
             weakref.finalize(self, os.close, self._copy)
-        self.source = Path(f"/proc/self/fd/{held}") if _LINUX else path
+        self.source = _DESCRIPTORS / str(held) if _DESCRIPTORS.exists() else path
 
     def expect(self, read: Callable[[Path], object]) -> None:
         """Notes what the file holds, so that new times of the same content, as by `touch`, are no change.
@@ -116,8 +116,7 @@ class MappedFile:
             return
         if now != self._changed:
             if self._is_same(now):
-                self._state = now
-                self._look_again = None if due else self._look_again
+                self._state, self._look_again = now, _settled(now)
                 return
             self._changed = now
         if self._holds(tensors):
@@ -152,12 +151,17 @@ class MappedFile:
         return any(tensor.data_ptr() in part for tensor in tensors if tensor.is_cpu for part in ranges)
 
 
+def _settled(state: _State) -> float | None:
+    """When a file that was written just now is to be looked at again, whatever its times say then; None for another."""
+    return time.monotonic() + _CLOCK_STEP if abs(time.time() - state.written / 1e9) < _CLOCK_STEP else None
+
+
 def _copy_of(descriptor: int) -> int | None:
     """A copy of an open file in memory that stays as it is, as a descriptor; None where the system makes none.
 
     Tensors that are mapped from it are told from pages of this process's own like those of any file (`is_as_mapped`).
     """
-    if not _LINUX:
+    if not _LINUX or not _DESCRIPTORS.exists():
         return None
     try:
         copy = os.memfd_create("starflow", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -175,7 +179,11 @@ def _copy_of(descriptor: int) -> int | None:
     except OSError:
         os.close(copy)
         raise
-    fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    try:
+        fcntl.fcntl(copy, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError:
+        os.close(copy)
+        return None
     return copy
 
 

@@ -20,6 +20,7 @@ from starflow.codecs import make_codec
 from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, read_clips, score
+from starflow.evaluate.heat_map import _first_frames
 from starflow.sampling import Pipeline
 
 Configure = Callable[..., RunConfig]
@@ -454,3 +455,19 @@ def test_what_scores_leave_out_is_told(pipeline: Pipeline, caplog) -> None:
 def test_clips_are_tensors_and_texts(pipeline: Pipeline, wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^score: a clip is Clip.*, expected a starflow.data.Clip whose pixels are a"):
         score(pipeline, [replace(clip(0), **wrong)])
+
+
+@pytest.mark.parametrize(
+    ("pixel", "latent", "first"),
+    [(4, 4, [0, 1, 2, 3]), (8, 4, [0, 2, 4, 6]), (8, 2, [0, 4]), (1, 1, [0]), (9, 3, [0, 1, 5]), (5, 2, [0, 1])],
+)
+def test_a_heat_map_shows_the_first_frame_that_a_latent_one_joins(pixel: int, latent: int, first: list[int]) -> None:
+    """The Wan autoencoders join a frame alone, and then fours; their clips have 1, 5, 9 ... frames."""
+    assert _first_frames(pixel, latent) == first
+
+
+def test_titles_of_a_heat_map_are_one_of_each_clip(pipeline: Pipeline) -> None:
+    clips = [Clip(torch.rand(4, 1, 16, 16) * 2 - 1, "", name) for name in "ab"]
+    scores = score(pipeline, clips, per_token=True)
+    with pytest.raises(ValueError, match=r"^heat_map: 2 clips and 1 titles, expected one of each$"):
+        heat_map(clips, scores, ["one"])

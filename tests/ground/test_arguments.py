@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,17 @@ from starflow import Flow, FlowConfig, Guidance, Pipeline, Window, decode
 from starflow.codecs import make_codec
 from starflow.config import RunConfig, to_mapping
 from starflow.data import Clip, DigitJudge, MovingDigits, assemble, write_contact_sheet
-from starflow.evaluate import Watcher, evaluate, read_clips, score
+from starflow.evaluate import (
+    Watcher,
+    evaluate,
+    features_of,
+    fidelity,
+    frame_differences,
+    frechet_distance,
+    precision_recall,
+    read_clips,
+    score,
+)
 from starflow.play import Game
 from starflow.storage import convert, empty_flow, fingerprints, save_model, write_model
 from starflow.text import ClassEncoder, Features, WordEncoder, caption_for, make_text_encoder, split_words
@@ -179,6 +190,28 @@ def test_arrays_are_no_data_of_a_flow(pipeline: Pipeline) -> None:
         ValueError, match=r"^sample: image has shape \[16, 16\], expected \(\[clips,\] channels, height"
     ):
         pipeline.sample("", image=torch.zeros(16, 16))
+
+
+def test_arguments_of_measures_are_told_before_hours_of_work(pipeline: Pipeline) -> None:
+    clips, sets = [Clip(torch.zeros(4, 1, 16, 16), "", "a")], torch.zeros(5, 2, 3)
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("evaluate: given is 1.5, expected an integer >= 0", lambda: evaluate(pipeline, [], [], [], given=1.5)),  # type: ignore[arg-type]
+        ("evaluate: batch is 0, expected an integer >= 1", lambda: evaluate(pipeline, [], [], [], batch=0)),
+        ("evaluate: steps is 0, expected an integer >= 1", lambda: evaluate(pipeline, [], [], [], steps=0)),
+        ("evaluate: second is 0, expected an integer >= 1", lambda: evaluate(pipeline, [], [], [], second=0)),
+        ("evaluate: options is {}, expected a starfl", lambda: evaluate(pipeline, [], [], [], options={})),  # type: ignore[arg-type]
+        ("precision_recall: neighbours is 0, expected an integer >= 1", lambda: precision_recall(sets, sets, 0)),
+        ("precision_recall: made is a list, expected a tensor", lambda: precision_recall([1], sets)),  # type: ignore[arg-type]
+        ("frechet_distance: real is a ndarray, expected a tensor", lambda: frechet_distance(sets[0], sets[0].numpy())),  # type: ignore[arg-type]
+        ("frame_differences: clips is a list, expected a tensor", lambda: frame_differences([1])),  # type: ignore[arg-type]
+        ("features: the network is <function", lambda: features_of(lambda x: x, sets)),  # type: ignore[arg-type]
+        ("fidelity: made is a ndarray, expected a te", lambda: fidelity(sets.numpy(), sets, torch.nn.Identity(), None)),  # type: ignore[arg-type]
+        ("score: fps is '3', expected a finite number above 0, or", lambda: score(pipeline, clips, fps="3")),  # type: ignore[arg-type]
+        ("score: fps is -3, expected a finite number above 0, or None", lambda: score(pipeline, clips, fps=-3)),
+    ]
+    for said, call in calls:
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+            call()
 
 
 def test_clips_to_evaluate_are_clips(pipeline: Pipeline) -> None:

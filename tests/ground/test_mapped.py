@@ -135,24 +135,44 @@ def test_a_write_that_left_the_same_time_is_found_later(tmp_path: Path, monkeypa
     """Clocks of file systems step: two writes of one step have one time."""
     path = tmp_path / "a"
     path.write_bytes(b"weights")
-    now = time.monotonic()
-    monkeypatch.setattr("starflow.mapped.time.monotonic", lambda: now)
-    file, other = MappedFile(path, 0), MappedFile(path, 0)
-    file.expect(Path.read_bytes)
-    other.expect(Path.read_bytes)
-    reads.clear()
-    monkeypatch.setattr(MappedFile, "_stat", lambda file: file._state)
-    held = torch.zeros(1)
+    passed = 0.0
+    for clock in ("time", "monotonic"):
+        read = getattr(time, clock)
+        monkeypatch.setattr(f"starflow.mapped.time.{clock}", lambda read=read: read() + passed)
     monkeypatch.setattr(MappedFile, "_holds", lambda *_: True)
-    file.require_same([held])
+    file, other, later = (MappedFile(path, 0) for _ in range(3))
+    for each in (file, other, later):
+        each.expect(Path.read_bytes)
+    # `later` sees the file written once more, the same, and then another time within the step.
+    path.write_bytes(b"weights")
+    later.require_same([])
+    stat = MappedFile._stat
+    monkeypatch.setattr(MappedFile, "_stat", lambda each: each._state)
+    reads.clear()
+    file.require_same([])
     assert not reads
-    now += 2
-    file.require_same([held])
-    file.require_same([held])
+    passed += 3.0
+    file.require_same([])
+    file.require_same([])
     assert len(reads) == 1
     path.write_bytes(b"Weights")
-    with pytest.raises(ChangedFileError):
-        other.require_same([held])
+    for each in (other, later):
+        with pytest.raises(ChangedFileError):
+            each.require_same([])
+    monkeypatch.setattr(MappedFile, "_stat", stat)
+
+
+def test_times_in_the_future_are_no_reason_to_read_again(tmp_path: Path, monkeypatch, reads: list[Path]) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"weights")
+    os.utime(path, (time.time() + 3600,) * 2)
+    file = MappedFile(path, 0)
+    file.expect(Path.read_bytes)
+    reads.clear()
+    now = time.monotonic()
+    monkeypatch.setattr("starflow.mapped.time.monotonic", lambda: now + 10)
+    file.require_same([])
+    assert not reads
 
 
 def test_times_alone_tell_of_a_file_whose_content_is_not_known(tmp_path: Path, monkeypatch) -> None:
@@ -194,6 +214,19 @@ def test_a_file_that_cannot_be_copied_is_mapped_itself(tmp_path: Path, monkeypat
     file.require_same([])
     path.write_bytes(b"weights" * 999 + b"Weights")
     assert file.source.read_bytes() == path.read_bytes()
+    with pytest.raises(ChangedFileError):
+        file.require_same([])
+
+
+def test_a_system_without_proc_maps_the_file_by_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("starflow.mapped._DESCRIPTORS", tmp_path / "proc")
+    path = tmp_path / "a"
+    path.write_bytes(b"weights")
+    file = MappedFile(path)
+    assert file.source == path
+    file.expect(Path.read_bytes)
+    path.write_bytes(b"Weights")
+    monkeypatch.setattr(MappedFile, "_holds", lambda *_: True)
     with pytest.raises(ChangedFileError):
         file.require_same([])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from torch import Tensor
 from starflow import Guidance, Window, decode
 from starflow.codecs import BlockTransform
 from starflow.config import DataConfig, RunConfig
+from starflow.evaluate import read_clips
 from starflow.sampling import Denoising, Frames, Pipeline, Session
 from starflow.solver import Conditions, Span
+from starflow.worlds import PaddleBall, record
 
 from ..flows import VIDEO, make_flow
 
@@ -186,6 +189,39 @@ def test_actions_of_a_sample(acted: Pipeline, tmp_path: Path) -> None:
     assert not torch.equal(acted.sample("", actions=[None, 1, 1, 0], guidance=2.0).pixels, expected)
     two = acted.sample(["", ""], actions=[None, 1, 1, 0], seeds=(0, 0)).pixels
     torch.testing.assert_close(two[0], two[1])
+
+
+def test_actions_of_another_order_are_refused(acted: Pipeline, tmp_path: Path) -> None:
+    """The number of one means another: `world.json` beside them tells, or above the folder of a split."""
+    clips = tmp_path / "clips"
+    record(PaddleBall(size=32), clips, 8)
+    path = clips / "clip-000000.jsonl"
+    expected = acted.sample("", actions=path, frames=8).pixels
+    assert len(read_clips(acted, [clips, path.with_suffix(".mp4")])) == 1
+    for order, known in ((["up", "stay", "down"], False), ([], True), (["stay", "up", "down"], True)):
+        (clips / "world.json").write_text(json.dumps({"world": "paddle", "actions": order}))
+        calls = [
+            lambda: acted.sample("", actions=path, frames=8).pixels,
+            lambda: read_clips(acted, clips),
+            lambda: read_clips(acted, path.with_suffix(".mp4")),
+        ]
+        if known:
+            assert torch.equal(calls[0](), expected)
+            assert all(len(call()) == 1 for call in calls[1:])
+            continue
+        for call in calls:
+            with pytest.raises(
+                ValueError, match=r"world.json names up, stay, down, expected stay, up, down as the model"
+            ):
+                call()
+    (clips / "test").mkdir()
+    for part in (path, path.with_suffix(".mp4")):
+        part.rename(clips / "test" / part.name)
+    (clips / "world.json").write_text(json.dumps({"world": "paddle", "actions": ["up", "stay", "down"]}))
+    with pytest.raises(
+        ValueError, match=r"clips/world.json names up, stay, down, expected stay, up, down as the model"
+    ):
+        read_clips(acted, clips / "test")
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ def test_a_small_model_file_may_be_written_over_or_cut_off(saved) -> None:
         load_flow(path)
 
 
+def test_a_configuration_of_another_flow_is_not_written_beside_weights(tiny, saved, tmp_path: Path) -> None:
+    flow, _ = saved
+    config = replace(tiny(), flow=replace(tiny().flow, soft_clip=9.0))
+    codec, text = make_parts(config)
+    other = tmp_path / "other.safetensors"
+    with pytest.raises(
+        ValueError, match=r"^save_model: flow.soft_clip is 9.0 in the configuration, expected \S+ as in"
+    ):
+        save_model(other, flow, config, codec, text)
+    with pytest.raises(ValueError, match=r"^write_model: about\['step'\] is 3, expected a text$"):
+        save_model(other, flow, tiny(), codec, text, about={"step": 3})  # type: ignore[dict-item]
+    assert not other.exists()
+
+
 def test_names_and_shapes_that_do_not_match_are_all_listed(saved) -> None:
     _, path = saved
 
@@ -441,7 +455,7 @@ def test_a_message_is_short_however_many_names_differ(saved) -> None:
         ({"config": "9" * 6000}, "config in the header cannot be used"),
         ({"codec": 3}, "config.codec is 3, expected a mapping"),
         ({"codec": {"kind": []}}, "codec: kind is [], expected one of dct"),
-        ({"codec": {"kind": "dct", "patch": [4]}}, "codec: the options do not fit the kind 'dct'"),
+        ({"codec": {"kind": "dct", "patch": [4]}}, "BlockTransform: patch is [4], expected an integer of at least 1"),
         ({"text": {"kind": "words", "vocabulary": 3}}, "vocabulary"),
         ({"flow": {"layers_per_block": [10**12]}}, "expected at most 10000 layers and blocks together"),
         ({"flow": {"layers_per_block": [100, 100]}}, "flow.layers_per_block asks for more than the"),

@@ -162,6 +162,21 @@ def test_a_published_checkpoint_computes_the_golden_values(tmp_path: Path, zippe
     assert about["source"] == "published.pth"
 
 
+def test_a_checkpoint_in_float64_becomes_a_model_in_float32(tmp_path: Path) -> None:
+    about, state, tensors = golden("v3_video_starflowv")
+    torch.save({name: tensor.double() for name, tensor in state.items()}, tmp_path / "published.pth")
+    config = from_mapping(RunConfig, {"flow": to_mapping(FlowConfig.from_published(dict(about["kwargs"]), "starflow"))})
+    said: list[str] = []
+    convert(tmp_path / "published.pth", config, tmp_path / "ours.safetensors", progress=said.append)
+    flow, _ = load_flow(tmp_path / "ours.safetensors")
+    assert {parameter.dtype for parameter in flow.parameters()} == {torch.float32}
+    encoded = flow.encode(tensors["in.x"], tensors["in.y"])
+    torch.testing.assert_close(encoded.z, tensors["out.z"], atol=1e-4, rtol=1e-4)
+    assert any(
+        line.endswith("tensors are in float64 and are written in float32, in which flows compute") for line in said
+    )
+
+
 def test_a_checkpoint_that_is_written_over_meanwhile_is_not_converted(tmp_path: Path) -> None:
     about, state, _ = golden("v3_video_starflowv")
     path = tmp_path / "published.safetensors"

@@ -66,6 +66,27 @@ def read_world(folder: Path) -> RecordedWorld | None:
     return RecordedWorld(world, tuple(actions))
 
 
+def check_actions(folder: Path, names: Sequence[str] | None) -> None:
+    """Holds the actions of a folder to those that a model learned: the number of one would mean another.
+
+    Args:
+        folder: of videos or of lines; `world.json` is in it or, for a split, in the one above.
+        names: of the model's actions; None or none where it does not know them.
+
+    Raises:
+        ValueError: `world.json` names other actions, or the same ones in another order.
+    """
+    for place in (folder, folder.absolute().parent):
+        if (told := read_world(place)) is None:
+            continue
+        if told.actions and names and told.actions != tuple(names):
+            raise ValueError(
+                f"actions: {place / WORLD_FILE} names {', '.join(told.actions)}, expected {', '.join(names)} as the "
+                "model learned them (data.actions)"
+            )
+        return
+
+
 @overload
 def actions_beside(path: Path) -> Path: ...
 @overload

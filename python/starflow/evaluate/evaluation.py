@@ -21,7 +21,8 @@ from starflow.data import Clip, require_clip
 from starflow.evaluate.features import FrameFeatures
 from starflow.evaluate.fidelity import NEIGHBOURS, Fidelity, Span, drift, fidelity, frame_differences
 from starflow.evaluate.scores import noise_floor, score
-from starflow.messages import told_once
+from starflow.messages import shown, told_once
+from starflow.numeric import integer
 from starflow.sampling import Pipeline, SampleOptions
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,12 @@ def evaluate(
             not fit the model; the message names it.
     """
     check_call("evaluate", "tell", tell, optional=False)
+    for name, value, least in (("given", given, 0), ("second", second, 1), ("batch", batch, 1), ("steps", steps, 1)):
+        whole = integer(value)
+        if not (name == "second" and value is None) and (whole is None or whole < least):
+            raise ValueError(f"evaluate: {name} is {shown(value)}, expected an integer >= {least}")
+    if not isinstance(options, SampleOptions | None):
+        raise ValueError(f"evaluate: options is {shown(options)}, expected a starflow.SampleOptions or None")
     asked = options or SampleOptions()
     length = pipeline.config.data.frames
     frames = length if asked.frames is None else asked.frames

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from starflow.arguments import check_tensor
 from starflow.evaluate.features import check_values
 from starflow.extras import import_extra
 from starflow.inference import without_autocast
@@ -82,6 +83,7 @@ def frame_differences(clips: Tensor) -> Tensor:
     Raises:
         ValueError: clips of another shape, or of one frame.
     """
+    check_tensor("frame_differences", "clips", clips)
     if clips.ndim != 5 or clips.shape[1] < 2:
         raise ValueError(
             f"frame_differences: clips have shape {list(clips.shape)}, expected (count, frames, channels, height, "
@@ -100,6 +102,8 @@ def frechet_distance(made: Tensor, real: Tensor) -> float:
         ImportError: torchmetrics is not installed (extra `evaluate`).
         ValueError: sets of another shape, or values that are not finite.
     """
+    check_tensor("frechet_distance", "made", made)
+    check_tensor("frechet_distance", "real", real)
     if made.ndim != 2 or real.ndim != 2 or made.shape[1] != real.shape[1] or min(len(made), len(real)) < 2:
         raise ValueError(
             f"frechet_distance: made and real have shapes {list(made.shape)} and {list(real.shape)}, expected (rows, "
@@ -147,6 +151,11 @@ def precision_recall(made: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -
     Raises:
         ValueError: too few clips, or sets of another shape.
     """
+    nearest = integer(neighbours)
+    if nearest is None or nearest < 1:
+        raise ValueError(f"precision_recall: neighbours is {shown(neighbours)}, expected an integer >= 1")
+    for name, points in (("made", made), ("real", real)):
+        check_tensor("precision_recall", name, points)
     for name, points in (("made", made), ("real", real)):
         if points.ndim != 3 or points.shape[-1] != real.shape[-1]:
             raise ValueError(
@@ -187,6 +196,9 @@ def features_of(features: nn.Module, frames: Tensor) -> Tensor:
     Raises:
         ValueError: the network returns another shape.
     """
+    if not isinstance(features, nn.Module):
+        raise ValueError(f"features: the network is {shown(features)}, expected a torch.nn.Module")
+    check_tensor("features", "frames", frames)
     device = next((tensor.device for tensor in (*features.parameters(), *features.buffers())), frames.device)
     parts = []
     with _evaluating(features):
@@ -293,6 +305,7 @@ def _clips(who: str, name: str, clips: Tensor) -> Tensor:
     Raises:
         ValueError: another shape or dtype, or values that are not finite or of another scale.
     """
+    check_tensor(who, name, clips)
     if clips.ndim != 5 or 0 in clips.shape:
         raise ValueError(
             f"{who}: {name} has shape {list(clips.shape)}, expected (count, frames, channels, height, width)"

@@ -20,6 +20,7 @@ from starflow.data import (
     aspect_size,
     caption_at,
     captions_of,
+    check_actions,
     frames_at,
     is_folder,
     nearest_aspect,
@@ -70,6 +71,8 @@ def read_clips(
     clips: list[Clip] = []
     places: list[Path] = []
     for path in _once([paths] if isinstance(paths, str | Path) else paths):
+        if pipeline.config.flow.frame_dim:
+            check_actions(path if is_folder(path) else path.parent, data.actions)
         if is_folder(path):
             folder = VideoFolder(
                 path,

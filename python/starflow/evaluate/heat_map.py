@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from starflow.arguments import check_texts
 from starflow.data import Clip, to_frames
 from starflow.evaluate.scores import ClipScore
 from starflow.extras import import_extra
@@ -35,6 +36,10 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
     other = next((item for clip, item in zip(clips, scores, strict=True) if clip.name != item.name), None)
     if other is not None:
         raise ValueError(f"heat_map: a score is of {other.name}, expected one of each clip, in the order of the clips")
+    if titles is not None:
+        check_texts("heat_map", "titles", titles)
+        if len(titles) != len(clips):
+            raise ValueError(f"heat_map: {len(clips)} clips and {len(titles)} titles, expected one of each")
     titles = [f"{item.name}: {item.bits_per_dim:.3f}" for item in scores] if titles is None else titles
     maps = [np.array(item.tokens) for item in scores]
     columns = max(len(bits) for bits in maps)
@@ -44,8 +49,7 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
     low, high = np.percentile(np.concatenate([bits.ravel() for bits in maps]), (1, 99))
     for row, (clip, bits, title) in enumerate(zip(clips, maps, titles, strict=True)):
         shown = to_frames(clip.pixels).numpy()
-        # Of a codec that joins frames: the first pixel frame of each latent one.
-        first = [len(shown) * frame // len(bits) for frame in range(len(bits))]
+        first = _first_frames(len(shown), len(bits))
         left = axes[2 * row, 0]
         # A title would widen its column: an empty one keeps the room for it.
         left.set_title(" ", fontsize=8)
@@ -59,3 +63,13 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
                 image = lower.imshow(bits[column], cmap="magma", vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="bits per dimension", shrink=0.6)
     return figure
+
+
+def _first_frames(pixel: int, latent: int) -> list[int]:
+    """The first pixel frame of each latent one, of codecs that join frames.
+
+    The Wan autoencoders, whose clips have 1, 5, 9 ... frames, join a frame alone and then fours; others equally many.
+    """
+    if latent > 1 and pixel == 4 * latent - 3:
+        return [max(4 * frame - 3, 0) for frame in range(latent)]
+    return [pixel * frame // latent for frame in range(latent)]

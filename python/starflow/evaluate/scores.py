@@ -148,6 +148,8 @@ def score(
         sigma = pipeline.config.train.noise_std
     if sigma is None or not 0.0 <= sigma < math.inf:
         raise ValueError(f"score: noise_std is {shown(noise_std)}, expected a finite number >= 0")
+    if fps is not None and ((rate := number(fps)) is None or not 0.0 < rate < math.inf):
+        raise ValueError(f"score: fps is {shown(fps)}, expected a finite number above 0, or None")
     for name, flag in (("order_check", order_check), ("per_token", per_token), ("scaled", scaled)):
         check_flag("score", name, flag)
     for clip in clips:

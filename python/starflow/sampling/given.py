@@ -15,6 +15,7 @@ from starflow.data import (
     ACTION_SUFFIX,
     VideoError,
     action_vector,
+    check_actions,
     frames_at,
     probe,
     read_actions,
@@ -154,6 +155,7 @@ class GivenReader:
         if isinstance(source, Tensor):
             vectors = source
         elif isinstance(source, str | Path) and Path(source).suffix == ACTION_SUFFIX:
+            check_actions(Path(source).parent, config.data.actions)
             vectors = read_actions(Path(source), dim)
         else:
             numbers = _numbers(source, config.data.actions or ()) if isinstance(source, str | Path) else source

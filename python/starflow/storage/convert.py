@@ -370,6 +370,8 @@ def convert(
     if dtype == "int8":
         # The default would round the weights back to float32 numbers in memory.
         config = replace(config, sample=replace(config.sample, precision="int8"))
+    if dtype == "keep" and (double := sum(tensor.dtype == torch.float64 for tensor in given.values())):
+        tell(f"{double} tensors are in float64 and are written in float32, in which flows compute")
     size = sum(LazyTensor.of(tensor).nbytes for tensor in ours.values())
     tell(f"writing {target}: {sum(t.numel() for t in given.values()):,} numbers, {size / 1e9:.2f} GB; {LICENCE}")
     about = {"licence": LICENCE, "source": Path(checkpoint).name, "weights": "published", "dtype": dtype}
@@ -388,7 +390,8 @@ def _written(name: str, tensor: Tensor, dtype: WeightDtype, mapped: MappedFile) 
                 torch.float32, shape[:1], partial(_made, mapped, tensor, lambda w: to_int8(w)[1])
             ),
         }
-    kept = tensor.dtype
+    # The rest of a flow, and what codecs and text encoders give it, is in float32.
+    kept = torch.float32 if tensor.dtype == torch.float64 else tensor.dtype
     if dtype != "keep":
         kept = torch.bfloat16 if dtype == "bfloat16" and of_layer else torch.float32
     return {name: LazyTensor(kept, tuple(tensor.shape), partial(_made, mapped, tensor, lambda weight: weight.to(kept)))}

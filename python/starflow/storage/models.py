@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from starflow.arguments import check_config
+from starflow.arguments import check_config, check_text
 from starflow.codecs import Codec, make_codec
 from starflow.config import ConfigError, RunConfig, from_mapping, to_mapping
 from starflow.files import standing
 from starflow.inference import plain_modes
 from starflow.mapped import MappedFile
-from starflow.messages import listed, short
+from starflow.messages import listed, short, shown
 from starflow.model import Flow, Int8Linear, keep_mapped
 from starflow.storage.parts import check_parts, fingerprints
 from starflow.storage.shipped import shipped_file, shipped_name, shipped_names
@@ -103,8 +103,16 @@ def save_model(
 
     Raises:
         CheckpointError: the file cannot be written; the one before is left as it was.
+        ValueError: the configuration is of another flow, or an entry of `about` is no text.
     """
     check_config("save_model", config, RunConfig)
+    if isinstance(flow, Flow) and flow.config != config.flow:
+        told, own = to_mapping(config.flow), to_mapping(flow.config)
+        other = next(name for name in own if own[name] != told[name])
+        raise ValueError(
+            f"save_model: flow.{other} is {shown(told[other])} in the configuration, expected {shown(own[other])} as "
+            "in the flow"
+        )
     config = replace(config, codec=codec.to_config(), text={} if text is None else text.to_config())
     write_model(path, flow.state_dict() if isinstance(flow, Flow) else flow, config, about or {}, parts=parts)
 
@@ -133,6 +141,8 @@ def write_model(
         CheckpointError: something cannot be written; what was there before is left as it was.
     """
     check_config("write_model", config, RunConfig)
+    for name, entry in about.items():
+        check_text("write_model", f"about[{name!r}]", entry)
     path = Path(path)
     about = {**(fingerprints(config) if parts is None else parts), **about, "config": json.dumps(to_mapping(config))}
     if path.suffix == ".safetensors":
