@@ -86,15 +86,15 @@ class MappedFile:
             weakref.finalize(self, os.close, self._copy)
         self.source = _DESCRIPTORS / str(held) if _DESCRIPTORS.exists() else path
 
-    def expect(self, read: Callable[[Path], object]) -> None:
+    def expect(self, content: object, read: Callable[[Path], object]) -> None:
         """Notes what the file holds, so that new times of the same content, as by `touch`, are no change.
 
         Args:
-            read: returns something that is another one for another content; called with `source`, now and whenever the
-                times of the file moved, and raises RuntimeError, ValueError or OSError where it makes no sense.
+            content: what tells it from any other content, such as a checksum.
+            read: returns that; called with `source` whenever the times of the file moved, and raises RuntimeError,
+                ValueError or OSError where it makes no sense.
         """
-        self._content = read(self.source)
-        self._read = read
+        self._content, self._read = content, read
 
     def _stat(self) -> _State:
         found = os.fstat(self._descriptor)

@@ -36,7 +36,7 @@ def _module(folder: Path, copied: int) -> tuple[torch.nn.Module, Path]:
     os.utime(path, (time.time() - 3600,) * 2)
     module = torch.nn.Linear(_SIZE // 256, 256, bias=False)
     file = MappedFile(path, copied)
-    file.expect(Path.read_bytes)
+    file.expect(path.read_bytes(), Path.read_bytes)
     module.load_state_dict(load_file(file.source), assign=True)
     watch(module, [file])
     require_unchanged(module)
@@ -142,7 +142,7 @@ def test_a_write_that_left_the_same_time_is_found_later(tmp_path: Path, monkeypa
     monkeypatch.setattr(MappedFile, "_holds", lambda *_: True)
     file, other, later = (MappedFile(path, 0) for _ in range(3))
     for each in (file, other, later):
-        each.expect(Path.read_bytes)
+        each.expect(path.read_bytes(), Path.read_bytes)
     # `later` sees the file written once more, the same, and then another time within the step.
     path.write_bytes(b"weights")
     later.require_same([])
@@ -167,7 +167,7 @@ def test_times_in_the_future_are_no_reason_to_read_again(tmp_path: Path, monkeyp
     path.write_bytes(b"weights")
     os.utime(path, (time.time() + 3600,) * 2)
     file = MappedFile(path, 0)
-    file.expect(Path.read_bytes)
+    file.expect(path.read_bytes(), Path.read_bytes)
     reads.clear()
     now = time.monotonic()
     monkeypatch.setattr("starflow.mapped.time.monotonic", lambda: now + 10)
@@ -209,7 +209,7 @@ def test_a_file_that_cannot_be_copied_is_mapped_itself(tmp_path: Path, monkeypat
     path.write_bytes(b"weights" * 1000)
     with full_disk(1000):
         file = MappedFile(path)
-    file.expect(Path.read_bytes)
+    file.expect(path.read_bytes(), Path.read_bytes)
     monkeypatch.setattr(MappedFile, "_holds", lambda *_: True)
     file.require_same([])
     path.write_bytes(b"weights" * 999 + b"Weights")
@@ -224,7 +224,7 @@ def test_a_system_without_proc_maps_the_file_by_its_name(tmp_path: Path, monkeyp
     path.write_bytes(b"weights")
     file = MappedFile(path)
     assert file.source == path
-    file.expect(Path.read_bytes)
+    file.expect(path.read_bytes(), Path.read_bytes)
     path.write_bytes(b"Weights")
     monkeypatch.setattr(MappedFile, "_holds", lambda *_: True)
     with pytest.raises(ChangedFileError):

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from starflow import Pipeline, decode
-from starflow.mapped import ChangedFileError
+from starflow.mapped import ChangedFileError, require_unchanged
 from starflow.model import Flow
 from starflow.storage import (
     CheckpointError,
@@ -33,7 +33,7 @@ from starflow.storage import (
     save_model,
     save_state,
 )
-from starflow.storage.tensors import write_tensors
+from starflow.storage.tensors import check_tensors, sums_of, write_tensors
 from starflow.training import make_parts
 
 from ..tools import full_disk
@@ -107,6 +107,21 @@ def test_a_model_file_that_is_written_in_place_ends_what_uses_it(
     copy.log_prob(frames, y)
     loaded.flow.load_state_dict({name: tensor.clone() for name, tensor in copy.state_dict().items()}, assign=True)
     assert torch.equal(loaded.flow.log_prob(frames, y), copy.log_prob(frames, y))
+
+
+def test_a_model_file_that_was_touched_is_the_same(saved, monkeypatch) -> None:
+    """Its sums are those that were compared when it was loaded."""
+    _, path = saved
+    monkeypatch.setattr("starflow.mapped.COPIED", 0)
+    flow, _ = load_flow(path)
+    assert check_tensors(path) == sums_of(path, path)
+    os.utime(path, (1, 1))
+    require_unchanged(flow)
+    with path.open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\x3f\x80\x00\x00")
+    with pytest.raises(ChangedFileError):
+        require_unchanged(flow)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system keeps no copies of files in memory")

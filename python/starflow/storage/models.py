@@ -39,6 +39,7 @@ from starflow.storage.tensors import (
     read_json,
     saving,
     sealed,
+    sums_of,
     write_tensors,
 )
 from starflow.text import TextEncoder, make_text_encoder
@@ -231,7 +232,7 @@ def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
             told = "; ".join(f"{what}: {listed(found)}" for what, found in problems.items() if found)
             raise CheckpointError(f"checkpoint {path}: tensors do not match its config; {told}")
         for file, held in mapped.items():
-            held.expect(partial(check_tensors, file))
+            held.expect(check_tensors(file, held.source), partial(sums_of, file))
         flow.load_state_dict({name: file.get_tensor(name) for name, file in opened.items()}, assign=True)
     keep_mapped(flow, tuple(mapped.values()))
     return flow.requires_grad_(True).eval(), config

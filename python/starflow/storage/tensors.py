@@ -178,6 +178,16 @@ def check_tensors(path: Path, source: Path | None = None) -> tuple[int, int]:
     return header, value
 
 
+def sums_of(path: Path, source: Path) -> tuple[int, int]:
+    """What `check_tensors` returns of a whole file, in a part of the time; arguments as there.
+
+    Raises:
+        CheckpointError: the header is damaged.
+    """
+    with source.open("rb") as file:
+        return zlib.crc32(_json(_header(path, file))), _checksum(file)
+
+
 def _header(path: Path, file: BinaryIO) -> dict[str, Any]:
     """The entries of a header that the library has read already, compared with its checksum."""
     start = file.read(8)
