@@ -132,7 +132,7 @@ class _Lines:
         put(self.group, name=name, **facts, **dict(report.user_properties))
 
 
-def by_pytest(path: str, chosen: str = "") -> Callable[[str, bool], int]:
+def by_pytest(*paths: str, chosen: str = "") -> Callable[[str, bool], int]:
     """A group of tests or benchmarks that need a device."""
 
     def run(group: str, dry: bool) -> int:
@@ -141,9 +141,10 @@ def by_pytest(path: str, chosen: str = "") -> Callable[[str, bool], int]:
         lines = _Lines(group)
         options = ["-q", "-m", "cuda", "-p", "no:cacheprovider", *(["-k", chosen] if chosen else [])]
         os.chdir(ROOT)
-        status = int(pytest.main([path, *options], plugins=[lines]))
+        status = int(pytest.main([*paths, *options], plugins=[lines]))
         if lines.seen == 0:
-            put(group, name=path, outcome="failed", error=f"no test was found in {path} (pytest ended with {status})")
+            where = " ".join(paths)
+            put(group, name=where, outcome="failed", error=f"no test was found in {where} (pytest ended with {status})")
             return 1
         return 1 if status else 0
 
@@ -215,18 +216,21 @@ BENCH = "benchmarks/bench_cuda.py"
 GROUPS = {
     "device": Group(40, device),
     "smoke": Group(45, smoke),
-    "values": Group(60, by_pytest(f"{OPS}.py", "test_value")),
-    "gradients": Group(40, by_pytest(f"{OPS}.py", "gradient")),
-    "linear": Group(60, by_pytest(f"{OPS}_linear.py")),
+    "values": Group(60, by_pytest(f"{OPS}.py", chosen="test_value")),
+    "gradients": Group(40, by_pytest(f"{OPS}.py", chosen="gradient")),
+    "linear": Group(60, by_pytest(f"{OPS}_linear.py", chosen="not tcgen05")),
     "attention": Group(45, by_pytest(f"{OPS}_attention.py")),
-    "sweeps": Group(60, by_pytest(f"{OPS}.py", "not test_value and not gradient")),
+    "sweeps": Group(60, by_pytest(f"{OPS}.py", chosen="not test_value and not gradient")),
     "soak": Group(45, by_pytest(f"{OPS}_soak.py")),
-    "products": Group(60, by_pytest(BENCH, "test_products")),
-    "attention-timing": Group(45, by_pytest(BENCH, "test_attention")),
-    "7B-rate": Group(90, by_pytest(BENCH, "test_rate")),
+    "products": Group(60, by_pytest(BENCH, chosen="test_products and not tcgen05")),
+    "attention-timing": Group(45, by_pytest(BENCH, chosen="test_attention")),
+    "7B-rate": Group(90, by_pytest(BENCH, chosen="test_rate")),
     # Of torch.compile, which takes seconds a case, the large cases of the ops that memory bounds.
-    "ops-timing": Group(75, by_pytest(BENCH, "test_op and (not compile or (large and (norm or affine)))")),
-    "sweep-timing": Group(45, by_pytest(BENCH, "test_sweep")),
+    "ops-timing": Group(75, by_pytest(BENCH, chosen="test_op and (not compile or (large and (norm or affine)))")),
+    "sweep-timing": Group(45, by_pytest(BENCH, chosen="test_sweep")),
+    # The kernel that a device of 10.x does not run by itself yet, last, since it might hang: the values and the times
+    # of the groups "linear" and "products" once more. Elsewhere all of it is skipped.
+    "tcgen05": Group(100, by_pytest(f"{OPS}_linear.py", BENCH, chosen="tcgen05")),
     "profile": Group(60, profile),
 }
 

@@ -6,8 +6,9 @@ set(default_architectures "80-real;90a-real;90-virtual")
 # would serve its family alone). Each architecture takes minutes, so only a release has them all.
 set(release_architectures "80-real;90a-real;90-virtual;100f-real;120f-real")
 
-# An architecture of torch's syntax ("8.0", "9.0a+PTX") in CMake's. All processors of 9.0 have what sm_90a adds, and the
-# fastest kernels need it; PTX of sm_90a or of a family would not serve later ones, so that is plain.
+# An architecture of torch's syntax ("8.0", "9.0a+PTX") in CMake's. All processors of 9.0 have what sm_90a adds, and those
+# of 10.0 and 10.3 what sm_100f does, and kernels of their own need it; PTX of sm_90a or of a family would not serve later
+# ones, so that is plain.
 function(starflow_read_architecture word source result)
   set(${result} "" PARENT_SCOPE)
   if(NOT word MATCHES "^([0-9]+)\\.([0-9])([af]?)(\\+PTX)?$")
@@ -20,10 +21,13 @@ function(starflow_read_architecture word source result)
     message(STATUS "starflow-ext: ${word} of ${source} is left out, because the kernels need 8.0 or later.")
     return()
   endif()
+  set(real "${number}${suffix}")
   if(number EQUAL 90)
-    set(suffix "a")
+    set(real "90a")
+  elseif(number EQUAL 100 OR number EQUAL 103)
+    set(real "100f")
   endif()
-  set(read "${number}${suffix}-real")
+  set(read "${real}-real")
   if(ptx)
     list(APPEND read "${number}-virtual")
   endif()

@@ -13,6 +13,7 @@
 #include "ops/jacobi_solve/jacobi_rule.h"
 #include "ops/jacobi_sweep/sweep_order.h"
 #include "ops/linear/linear.h"
+#include "ops/linear/linear_choice.h"
 #include "ops/norm/norm.h"
 #include "ops/rope_append/rope_append.h"
 
@@ -40,6 +41,7 @@ py::dict options() {
     found["pairing"] = list_of(pairing_names);
     found["dtype"] = list_of(dtype_names);
     found["forward_kernel"] = list_of(forward_kernel_names);
+    found["linear_choice"] = list_of(linear_choice_names);
     return found;
 }
 
@@ -132,6 +134,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("tensors"), py::arg("most_lines"));
     m.def("repeat", &starflow::cuda::repeat_name);
     m.def("set_repeat", &starflow::cuda::set_repeat, py::arg("name"));
+    // Of a device of compute capability `major` and a weight of so many input channels: the number of a LinearChoice.
+    m.def(
+        "linear_choice",
+        [](int major, int64_t channels) { return static_cast<int>(starflow::linear_choice_of(major, channels)); },
+        py::arg("major"), py::arg("channels"));
+    m.def("set_linear_kernel", &starflow::set_linear_kernel, py::arg("name"));
     m.def("set_early_launches", &starflow::cuda::set_early_launches, py::arg("on"));
     m.def("cuda_devices", [] {
         const starflow::cuda::DeviceCount found = starflow::cuda::count_devices();

@@ -28,6 +28,7 @@ EPILOGUES: Final = _codes("epilogue")
 PAIRINGS: Final = _codes("pairing")
 DTYPES: Final = _codes("dtype")
 FORWARD_KERNELS: Final = tuple(native.options()["forward_kernel"])
+LINEAR_CHOICES: Final = tuple(native.options()["linear_choice"])
 
 CONSTANTS: Final = native.constants()
 

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn import functional as F
 
 from starflow_ext._check import (
@@ -20,11 +21,12 @@ from starflow_ext._check import (
     types_of,
     without_autocast,
 )
-from starflow_ext._load import operators
+from starflow_ext._load import native, operators
 from starflow_ext._mode import in_reference_mode
 from starflow_ext._options import (
     DTYPES,
     EPILOGUES,
+    LINEAR_CHOICES,
     NORM_KINDS,
     PRODUCT_INPUTS,
     WEIGHT_STORAGES,
@@ -268,6 +270,30 @@ def _why_torch(
     # Measured with 16 to 4096 rows: packing for one call takes longer than a better product and a fused epilogue save;
     # the call as a whole takes 1.2 to 2 times as long up to 256 rows, and a few per cent longer above.
     return "the weight is not packed, and packing it for one call takes longer than it saves (see pack_weight)"
+
+
+# What `explain` says of each LinearChoice of csrc/ops/linear/linear_choice.h.
+_CHOICES: Final = {
+    "wgmma": "wgmma and TMA (sm_90a)",
+    "tcgen05": "tcgen05 and TMA (sm_100f), which set_linear_kernel asks for",
+    "other_device": "mma.sync, as the device is not of compute capability 9 or 10",
+    "not_built": "mma.sync, as this build has no code for this architecture alone (sm_90a, sm_100f)",
+    "no_channels": "mma.sync, as the weight has no input channels",
+    "unproven": 'mma.sync, as tcgen05 has run on no device yet: _load.native.set_linear_kernel("own") asks for it',
+    "asked": "mma.sync, which set_linear_kernel asks for",
+}
+
+
+def _kernel_of(channels: int, major: int) -> str:
+    """Which kernel a device of compute capability ``major`` runs for weights of so many channels, and why."""
+    return _CHOICES[LINEAR_CHOICES[native.linear_choice(major, channels)]]
+
+
+def _kernel(x: Tensor, weight: Tensor | PackedWeight, **arguments: Any) -> str:
+    """Which CUDA kernel would run a call; "" without a CUDA device, or for tensors without memory."""
+    if is_fake(x) or not torch.cuda.is_available():
+        return ""
+    return _kernel_of(weight.shape[1], torch.cuda.get_device_capability(x.device)[0])
 
 
 def _lower(
@@ -609,6 +635,7 @@ SPEC = Spec(
     variants=DOT_VARIANTS,
     refuses=lambda variant, **arguments: _why_torch(**arguments),
     lower=_lower,
+    kernel=_kernel,
     on_cuda=_on_cuda,
     cases={f"{rows} rows": _case(rows, out, channels) for rows, out, channels in ((16, 3072, 768), (64, 768, 3072))},
     bytes_moved=_bytes,

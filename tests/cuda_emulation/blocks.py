@@ -67,20 +67,23 @@ class DeviceBlock:
     keys: Tensor
     values: Tensor
     sm90: bool = False
+    sm100: bool = False
     early: bool = True
 
     @classmethod
-    def of(cls, weights: BlockWeights, state: BlockState, *, sm90: bool = False, early: bool = True) -> DeviceBlock:
+    def of(
+        cls, weights: BlockWeights, state: BlockState, *, sm90: bool = False, sm100: bool = False, early: bool = True
+    ) -> DeviceBlock:
         shape = (*state.keys.shape[:3], state.slots, weights.head_dim)
         # What was never written must not be read.
         keys, values = (torch.full(shape, torch.nan, dtype=state.keys.dtype) for _ in range(2))
-        return cls(weights, state, keys, values, sm90, early)
+        return cls(weights, state, keys, values, sm90, sm100, early)
 
     def rows(self, caches: Tensor) -> DeviceBlock:
         """A copy of some rows of the caches."""
         state = self.state.select(caches)
         keys, values = (cache[:, caches].contiguous() for cache in (self.keys, self.values))
-        return DeviceBlock(self.weights, state, keys, values, self.sm90, self.early)
+        return DeviceBlock(self.weights, state, keys, values, self.sm90, self.sm100, self.early)
 
     def _layer(self, index: int, layer: LayerWeights) -> Mapping[str, Any]:
         kind = self.weights.norm
@@ -132,7 +135,8 @@ class DeviceBlock:
 
     @property
     def device(self) -> Mapping[str, Any]:
-        return {"multiprocessors": MULTIPROCESSORS, "sm90": self.sm90, "early": self.early}
+        linear = "wgmma" if self.sm90 else "tcgen05" if self.sm100 else "mma_sync"
+        return {"multiprocessors": MULTIPROCESSORS, "sm90": self.sm90, "linear": linear, "early": self.early}
 
     def sweep(
         self,

@@ -80,11 +80,14 @@ COMMON = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=of
 KERNEL = ("-fno-tree-sra", "-Wno-attributes", "-DSTARFLOW_CUDA=1", "-DSTARFLOW_X86=1")
 # For the emulator to see every access, or for AddressSanitizer to look at a thread's own arrays too.
 SEEN, SANITIZED = ("-fsanitize=thread",), ("-fsanitize=address", "-g1")
-# Launchers may call those for sm_90a, as in a build for it.
-WITH_SM90 = ("-DSTARFLOW_SM90=1",)
-# Of a source for sm_90a: TMA by the emulated driver, and CUTLASS without its checks, which are assembly.
+# Launchers may call those for sm_90a and sm_100f, as in a build for them.
+WITH_ALL = ("-DSTARFLOW_SM90=1", "-DSTARFLOW_SM100=1")
+# Of a source for one of them: TMA by the emulated driver, and CUTLASS without its checks, which are assembly.
 SM90 = ("-DCUTLASS_ENABLE_DIRECT_CUDA_DRIVER_CALL", "-DNDEBUG")
 SM90 += ("-D__CUDACC_VER_MAJOR__=13", "-D__CUDACC_VER_MINOR__=0")
+# A name that changes its meaning in CUTLASS's pipelines of sm_100 is an error without -fpermissive.
+SM100 = (*SM90, "-DEMULATION_SM100", "-fpermissive")
+OF_ONE = {"_sm90": SM90, "_sm100": SM100}
 
 
 class EmulationError(Exception):
@@ -141,6 +144,7 @@ class Report:
     matrices: int
     async_copies: int
     group_products: int
+    tensor_products: int
     tensor_copies: int
     bank_conflicts: int
     shared_bytes: int
@@ -185,7 +189,7 @@ class _Declarations:
     def __init__(self, source: Path) -> None:
         text = "\n".join(re.sub(r"//[^\n]*", "", path.read_text()) for path in _reached(source))
         self.launchers = {
-            name: args for args, name in re.findall(r"STARFLOW_DECLARE_(?:CUDA|SM90)\((\w+), (\w+)\)", text)
+            name: args for args, name in re.findall(r"STARFLOW_DECLARE_(?:CUDA|SM90|SM100)\((\w+), (\w+)\)", text)
         }
         self._bodies = dict(re.findall(r"\bstruct (\w+) \{(.*?)\n\};", text, re.DOTALL))
         self.enums = {
@@ -374,7 +378,7 @@ def _compile(name: str, text: str, flags: tuple[str, ...], files: Iterator[Path]
 @cache
 def _runtime(sanitized: bool) -> Path:
     files = (path for path in EMULATOR.glob("*.*"))
-    text = "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("hopper", "graphs"))
+    text = "".join(f'#include "{EMULATOR}/{name}.cpp"\n' for name in ("hopper", "blackwell", "graphs"))
     return _compile("runtime", text, ("-O2", *SANITIZED) if sanitized else ("-O2",), files, _linked(sanitized))
 
 
@@ -413,10 +417,10 @@ def _library(
     defined = {
         name for name, args in declarations.launchers.items() if re.search(rf"\bint {name}\(const {args}&", text)
     }
-    for_sm90 = path.stem.endswith("_sm90")
-    # The sanitizer would take minutes for all tiles of sm_90a: there, they are null for those that call them.
-    with_sm90 = for_sm90 or not sanitized
-    others = [name for name in declarations.launchers if name not in defined and (with_sm90 or "_sm90" not in name)]
+    of_one = next((flags for suffix, flags in OF_ONE.items() if path.stem.endswith(suffix)), ())
+    # The sanitizer would take minutes for all tiles of one architecture: there, they are null for those that call them.
+    with_all = bool(of_one) or not sanitized
+    others = [name for name in declarations.launchers if name not in defined and (with_all or "_sm" not in name)]
     called = sorted(name for name in others if re.search(rf"\b{name}\b", text))
     declarations.launchers = {name: args for name, args in declarations.launchers.items() if name in defined}
     overlay: tuple[str, ...] = ()
@@ -442,7 +446,7 @@ def _library(
             f"return sizeof(starflow::{args}); }}\n"
         )
     files += [found for found in EMULATOR.rglob("*") if found.is_file()]
-    own = (*flags, *(WITH_SM90 if with_sm90 else ()), *(SM90 if for_sm90 else ()))
+    own = (*flags, *(WITH_ALL if with_all else ()), *of_one)
     include = (*overlay, "-I", str(EMULATOR / "include"), "-I", str(CSRC))
     beside = [str(_library(_defining(name), None, flags, sanitized)[0]) for name in called]
     checked = SANITIZED if sanitized else SEEN

@@ -186,8 +186,9 @@ def test_a_product_of_a_group(seed: int, swizzle: int, across: bool) -> None:
 
 # Whichever of the two comes first.
 TOO_EARLY = (
-    "race: (wgmma reads shared memory at .*, which (an asynchronous copy still writes|a copy wrote that was not waited)"
-    "|TMA writes shared memory at .*, which may still be read by wgmma)"
+    "race: (a product reads shared memory at .*, which "
+    "(an asynchronous copy still writes|a copy wrote that was not waited)"
+    "|TMA writes shared memory at .*, which may still be read by a product)"
 )
 
 
@@ -209,12 +210,12 @@ TOO_EARLY = (
         ("misaligned", "TMA to .*, no multiple of 128 in shared memory"),
         ("no_mbarrier", "where no mbarrier was set up"),
         ("no_fence_of_wgmma", "wgmma without a wgmma.fence since the last wait"),
-        ("no_commit", "race: TMA writes shared memory at .*, which may still be read by wgmma"),
-        ("no_wait_for_wgmma", "race: TMA writes shared memory at .*, which may still be read by wgmma"),
+        ("no_commit", "race: TMA writes shared memory at .*, which may still be read by a product"),
+        ("no_wait_for_wgmma", "race: TMA writes shared memory at .*, which may still be read by a product"),
         (
             "written_by_a_thread",
             "which a thread wrote without a proxy fence and a barrier since"
-            "|writes 2 bytes of shared memory at .*, which may still be read by wgmma",
+            "|writes 2 bytes of shared memory at .*, which may still be read by a product",
         ),
         ("other_operands", "warps of a group come to different wgmma"),
     ],
@@ -222,6 +223,66 @@ TOO_EARLY = (
 def test_a_mistake_with_tma_and_wgmma(mistake: str, noticed: str, seed: int) -> None:
     with pytest.raises(EmulationError, match=noticed):
         _group_product(seed, mistake=mistake)
+
+
+def _tensor_product(
+    seed: int, *, rows: int = 128, swizzle: int = 128, across: bool = False, slip: str = "none"
+) -> tuple[Report, float]:
+    a, b = torch.randn(128, 192).bfloat16(), torch.randn(192, 64).bfloat16()
+    right = b if across else b.T.contiguous()
+    out = torch.full((3, rows, 64), torch.nan)
+    given = {"a": a, "b": right, "out": out, "rows": rows, "depth": 192, "swizzle": swizzle, "across": across}
+    report = emulated("planted_sm100.cu").launch("tensor_product_cuda", seed, **given, slip=slip)
+    steps = zip(a[:rows].double().split(64, 1), b.double().split(64), strict=True)
+    expected = torch.stack([left @ right for left, right in steps])
+    return report, float((out - expected).abs().nan_to_num(torch.inf).max())
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["along", "across"])
+@pytest.mark.parametrize("swizzle", [32, 64, 128])
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize("seed", SEEDS[:4])
+def test_a_product_in_tensor_memory(seed: int, rows: int, swizzle: int, across: bool) -> None:
+    """CuTe's descriptors of each layout; sums that lie in all lanes, or in half of those of each warp."""
+    report, error = _tensor_product(seed, rows=rows, swizzle=swizzle, across=across)
+    assert error < 64 * 2.0**-24 * 64
+    assert report.tensor_products == 3 * 4  # steps, and depths of 16
+    assert report.tensor_copies == 3 * 2 * (128 // swizzle)
+    assert report.bank_conflicts == 0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(
+    "slip, noticed",
+    [
+        ("odd_columns", r"tcgen05\.alloc of 48 columns, expected a power of two from 32 to 512"),
+        (
+            "late_allocation",
+            r"tcgen05\.alloc waits for tensor memory that the next launch, which may begin, would hold",
+        ),
+        ("no_barrier", "another thread (wrote|set up) without a barrier since|where no mbarrier was set up"),
+        ("no_release_of_the_right", "the block never lets others allocate tensor memory"),
+        ("no_free", "the block ends with 64 columns of tensor memory"),
+        ("other_place", r"tcgen05\.dealloc of 64 columns at"),
+        ("no_mbarrier_fence", "on an mbarrier that was set up without a fence"),
+        ("no_wait_for_tma", "race: a product reads shared memory at .*, which an asynchronous copy still writes"),
+        ("no_wait_for_readers", r"race: tcgen05\.(mma writes|ld reads) tensor memory, which"),
+        ("old_descriptor", r"tcgen05\.mma by the descriptor .* of a kind that is not modelled"),
+        ("other_type", r"tcgen05\.mma by the instruction descriptor .* of a kind that is not modelled"),
+        ("beyond_its_columns", r"tcgen05\.mma to columns .* of tensor memory, of which the block has"),
+        ("no_commit", "deadlock: thread .* waits in a phase of an mbarrier"),
+        ("no_wait_for_products", r"race: tcgen05\.(mma writes|ld reads) tensor memory, which|deadlock"),
+        ("no_fence_behind_the_wait", r"race: tcgen05\.ld reads tensor memory, which a product writes"),
+        ("no_fence_before_the_arrival", r"race: tcgen05\.mma writes tensor memory, which may still be read"),
+        ("no_fence_behind_the_readers", r"race: tcgen05\.mma writes tensor memory, which may still be read"),
+        ("no_wait_for_loads", "a warp ends before it has waited for its loads from tensor memory"),
+        ("other_lanes", r"tcgen05\.ld of warp . from lane"),
+        ("written_by_a_thread", "which (a thread wrote without a proxy fence|may still be read by a product)"),
+    ],
+)
+def test_a_mistake_with_tensor_memory(slip: str, noticed: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=noticed):
+        _tensor_product(seed, rows=(64, 128)[seed % 2], slip=slip)
 
 
 @pytest.mark.parametrize(

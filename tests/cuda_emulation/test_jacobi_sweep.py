@@ -52,19 +52,21 @@ def _sweeps(
     expected: BlockState | None = None,
     *,
     sm90: bool = False,
+    sm100: bool = False,
     **how: Any,
 ) -> tuple[Tensor, ...]:
     """What the sweeps put out, and what the caches then hold; near the reference on another state.
 
-    On sm_90a by the kernels of TMA and wgmma alone.
+    On sm_90a by the kernels of TMA and wgmma alone; on sm_100f by tcgen05 but for attention.
     """
-    device = DeviceBlock.of(weights, state, sm90=sm90)
+    device = DeviceBlock.of(weights, state, sm90=sm90, sm100=sm100)
     prefix = state.slots - (SLOTS - PREFIX)
     bound = BOUNDS[weights.proj_in.weight.storage]
     results = []
     for rows, start, keep, text in _calls(weights, prefix):
         report, raw = device.sweep(kernels, rows, start, keep, text=text, **how)
         assert (report.group_products > 0, report.products == 0) == (sm90, sm90)
+        assert (report.tensor_products > 0) == sm100
         results.append(raw)
         if expected is not None:
             want = jacobi_sweep_reference(weights, expected, rows, start, keep, text)
@@ -97,18 +99,18 @@ def test_every_type_of_cache(cache: Any, kernels: Kernels) -> None:
     _checked(kernels, {}, "bfloat16", cache)
 
 
-def _rotated(kernels: Kernels, *, sm90: bool = False) -> None:
+def _rotated(kernels: Kernels, **on: bool) -> None:
     """Heads that the product normalises, rotates and writes; the depth cut in two or not; edges of tiles."""
     for head_dim, heads, width in ((8, 3, 40), (16, 2, 64), (32, 1, 512), (64, 2, 40)):
         for qk in (True, False):
             options = {"head_dim": head_dim, "heads": heads, "kv_heads": 1, "width": width, "qk": qk, "bias": qk}
             storage = "float16" if qk else "bfloat16"
-            _checked(kernels, options, storage, storage, sm90=sm90)
+            _checked(kernels, options, storage, storage, **on)
 
 
-@pytest.mark.parametrize("sm90", [False, True], ids=["sm_80", "sm_90a"])
-def test_heads_of_all_sizes_that_the_product_rotates(sm90: bool, kernels: Kernels) -> None:
-    _rotated(kernels, sm90=sm90)
+@pytest.mark.parametrize("on", [{}, {"sm90": True}, {"sm100": True}], ids=["sm_80", "sm_90a", "sm_100f"])
+def test_heads_of_all_sizes_that_the_product_rotates(on: dict[str, bool], kernels: Kernels) -> None:
+    _rotated(kernels, **on)
 
 
 def _over_frames(kernels: Kernels, kind: str, storage: Any, cache: Any, *, sm90: bool = False) -> None:
@@ -151,6 +153,18 @@ def test_any_number_of_rows_together_gives_the_same_bits_on_sm_90a(kernels: Kern
     first, again = (state_of(weights, 3, SLOTS, storage="float16") for _ in range(2))
     expected = _sweeps(kernels, weights, first, sm90=True)
     for got, want in zip(_sweeps(kernels, weights, again, sm90=True, most_rows=20, seed=1), expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "kind, storage", [("whole tiles", "float16"), ("gated, post-norms, q/k norms", "bfloat16")], ids=str
+)
+def test_sweeps_on_sm_100f(kind: str, storage: Any, kernels: Kernels) -> None:
+    """Whose products run by tcgen05: near the reference, and the same bits whatever rows run together."""
+    weights = block(KINDS[kind], storage)
+    first, again, expected = (state_of(weights, 3, SLOTS, storage=storage) for _ in range(3))
+    results = _sweeps(kernels, weights, first, expected, sm100=True)
+    for got, want in zip(_sweeps(kernels, weights, again, sm100=True, most_rows=20, seed=1), results, strict=True):
         assert torch.equal(got, want)
 
 

@@ -60,18 +60,20 @@ class Result:
 
 
 @dataclass(frozen=True)
-class OnSm90:
-    """The kernels of sm_90a, by CUTLASS's own collective."""
+class ByCutlass:
+    """The kernels of one architecture, by CUTLASS's own collective: "wgmma" of sm_90a, "tcgen05" of sm_100f."""
 
     kernels: Kernels
+    kernel: str
 
     def launch(self, launcher: str, seed: int, **values: Any) -> Report:
-        report = self.kernels.launch(launcher, seed, **values, sm90=True)
+        report = self.kernels.launch(launcher, seed, **values, kernel=self.kernel)
         assert report.products == 0
+        assert report.launches == 0 or (report.tensor_products > 0) == (self.kernel == "tcgen05")
         return report
 
 
-Launching = Kernels | OnSm90
+Launching = Kernels | ByCutlass
 
 
 def _ceil(value: int, by: int) -> int:
@@ -234,14 +236,19 @@ def _run(kernels: Launching, call: Call, seed: int = 0) -> Result:
     return result
 
 
-@pytest.fixture(scope="module", params=[SOURCE, "sm_90a"], ids=["sm_80", "sm_90a"])
+BY_CUTLASS = {"sm_90a": "wgmma", "sm_100f": "tcgen05"}
+
+
+@pytest.fixture(scope="module", params=["sm_80", *BY_CUTLASS])
 def kernels(request: pytest.FixtureRequest) -> Launching:
-    return OnSm90(emulated(SOURCE)) if request.param == "sm_90a" else emulated(SOURCE)
+    kernel = BY_CUTLASS.get(request.param)
+    return emulated(SOURCE) if kernel is None else ByCutlass(emulated(SOURCE), kernel)
 
 
-@pytest.fixture(scope="module", params=[SMALL, "sm_90a"], ids=["sm_80", "sm_90a"])
+@pytest.fixture(scope="module", params=["sm_80", *BY_CUTLASS])
 def small(request: pytest.FixtureRequest) -> Launching:
-    return OnSm90(emulated(SOURCE)) if request.param == "sm_90a" else emulated(SMALL)
+    kernel = BY_CUTLASS.get(request.param)
+    return emulated(SMALL) if kernel is None else ByCutlass(emulated(SOURCE), kernel)
 
 
 @pytest.mark.parametrize("weight", HALVES, ids=dtype_text)
@@ -290,7 +297,7 @@ def test_edges(small: Launching) -> None:
 
 
 def test_nothing_in() -> None:
-    """Which the kernel of sm_90a is not asked for: TMA takes no matrix without columns."""
+    """Which the kernels of sm_90a and sm_100f are not asked for: TMA takes no matrix without columns."""
     for tile in TILES[:2]:
         _run(emulated(SMALL), _call(3, 0, 9, tile=tile))
 
@@ -560,12 +567,11 @@ def _traffic(small: Launching, split: bool) -> None:
     assert report.written["counters"] == 4 * ((report.blocks - 1 + 4) if split else 0)
     assert report.written["workspace"] == partials
     assert report.bank_conflicts == 0
-    # Of 16 x 8 x 16 each, or by wgmma a warp's quarter of 64 x 32 x 16; edges are multiplied too.
-    each = {"products": (32 // 16) * (64 // 8), "group_products": 4}[
-        "products" if report.products else "group_products"
-    ]
-    assert report.products + report.group_products == 2 * 2 * each * (4 * DEPTH // 16)
-    assert (report.group_products > 0) == (report.tensor_copies > 0)
+    # Of 16 x 8 x 16 each, by wgmma a warp's quarter of 64 x 32 x 16, or by tcgen05 the whole; edges are multiplied too.
+    tiles = 2 * 2 * (4 * DEPTH // 16)
+    each = {(tiles * (32 // 16) * (64 // 8), 0, 0), (0, tiles * 4, 0), (0, 0, tiles)}
+    assert (report.products, report.group_products, report.tensor_products) in each
+    assert (report.products == 0) == (report.tensor_copies > 0)
 
 
 @pytest.mark.parametrize("split", [False, True], ids=["in turn", "split"])

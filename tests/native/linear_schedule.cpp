@@ -2,12 +2,39 @@
 // multiprocessors and bytes of input; each answered by the schedule, the workspace, whether the order of the tiles has
 // each of them once, and the bounds of its parts.
 #include "ops/linear/linear_schedule.h"
+#include "ops/linear/linear_choice.h"
 
 #include <iostream>
 #include <vector>
 
 // Known while compiling: no CUDA and no memory in it.
 static_assert(starflow::linear_schedule(16, 3072, 3072, 132).parts == 3);
+
+// Which kernel runs, for every device, build and request.
+constexpr bool choices_are_right() {
+    using enum starflow::LinearChoice;
+    using enum starflow::LinearRequest;
+    bool right = true;
+    for (const bool sm90 : {false, true}) {
+        for (const bool sm100 : {false, true}) {
+            for (const auto request : {by_device, portable, own}) {
+                const auto choice = [&](int major, int64_t channels) {
+                    return starflow::linear_choice(major, channels, request, sm90, sm100);
+                };
+                for (const int major : {8, 11, 12}) right = right && choice(major, 64) == other_device;
+                right = right && choice(9, 0) == (sm90 ? no_channels : not_built);
+                right = right && choice(10, 0) == (sm100 ? no_channels : not_built);
+                right = right && choice(9, 64) == (!sm90 ? not_built : request == portable ? asked : wgmma);
+                right = right && choice(10, 64) == (!sm100                ? not_built
+                                                    : request == portable ? asked
+                                                    : request == own      ? tcgen05
+                                                                          : unproven);
+            }
+        }
+    }
+    return right;
+}
+static_assert(choices_are_right());
 
 namespace {
 

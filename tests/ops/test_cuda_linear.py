@@ -5,7 +5,7 @@ Its weights are deeper than any pipeline has stages, so that each stage is used 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow_ext import ops
+from starflow_ext._load import native
 from starflow_ext._options import EPILOGUES
 from starflow_ext.linear import InputNorm
 from starflow_ext.linear_pack import pack_weight
@@ -39,6 +40,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 Record = Callable[[str, object], None]
+
+
+@pytest.fixture(autouse=True, params=["by the device", "tcgen05"])
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The kernel that the device runs by itself; on one of 10.x then the one that has to be asked for."""
+    asked = request.param == "tcgen05"
+    if asked and torch.cuda.get_device_capability()[0] != 10:
+        pytest.skip("the device is not of compute capability 10")
+    native.set_linear_kernel("own" if asked else "")
+    yield
+    native.set_linear_kernel("")
 
 
 def _draw(*shape: int, seed: int) -> Tensor:

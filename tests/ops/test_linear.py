@@ -16,7 +16,7 @@ import starflow_ext
 from starflow_ext import ops, pack_weight
 from starflow_ext._load import native
 from starflow_ext._options import EPILOGUES, WEIGHT_STORAGES
-from starflow_ext.linear import CPU_PRODUCT_INPUTS, InputNorm
+from starflow_ext.linear import CPU_PRODUCT_INPUTS, InputNorm, _kernel_of
 
 # Largest error of the product over the sum of the magnitudes of its terms: float32 rounds the sums, bfloat16 each
 # activation by 2^-9; two of them leave 2^-17, and of two split factors the product of the small terms is left out.
@@ -209,6 +209,38 @@ def test_explain() -> None:
     assert starflow_ext.explain("linear", x, pack_weight(weight)).runs == native.selected_isa()
     assert starflow_ext.explain("linear", x.double(), weight.double()).refused["scalar"] == "x is float64"
     assert ops.linear(x.double(), pack_weight(weight)).dtype == torch.float64
+
+
+def test_which_cuda_kernel_runs() -> None:
+    """By device and weight, and what was asked for; the rest is in tests/native."""
+    architectures = str(native.build_info()["cuda_architectures"]).split(";")
+
+    def if_built(architecture: str, kernel: str) -> str:
+        missing = "mma.sync, as this build has no code for this architecture alone (sm_90a, sm_100f)"
+        return kernel if f"{architecture}-real" in architectures else missing
+
+    unproven = 'mma.sync, as tcgen05 has run on no device yet: _load.native.set_linear_kernel("own") asks for it'
+    asked = "mma.sync, which set_linear_kernel asks for"
+    by_request = {
+        "": ("wgmma and TMA (sm_90a)", unproven),
+        "own": ("wgmma and TMA (sm_90a)", "tcgen05 and TMA (sm_100f), which set_linear_kernel asks for"),
+        "portable": (asked, asked),
+    }
+    try:
+        for request, (hopper, blackwell) in by_request.items():
+            native.set_linear_kernel(request)
+            assert _kernel_of(64, 9) == if_built("90a", hopper)
+            assert _kernel_of(64, 10) == if_built("100f", blackwell)
+            for major in (9, 10):
+                expected = if_built("90a" if major == 9 else "100f", "mma.sync, as the weight has no input channels")
+                assert _kernel_of(0, major) == expected
+            for major in (8, 11, 12):
+                assert _kernel_of(64, major) == "mma.sync, as the device is not of compute capability 9 or 10"
+        refused = r'^set_linear_kernel: name is "wgmma", expected "portable", "own" or ""$'
+        with pytest.raises(RuntimeError, match=refused):
+            native.set_linear_kernel("wgmma")
+    finally:
+        native.set_linear_kernel("")
 
 
 def test_compiles_with_a_packed_weight() -> None:

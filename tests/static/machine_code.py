@@ -52,13 +52,13 @@ class Kernel:
     def multiplies(self) -> bool:
         """Whether it is one of linear or attention, whose products belong on tensor cores."""
         return (
-            re.match(r"linear(_sm90)? multiply<|block_attention\w* (forward_kernel|grad_\w+)<", self.name) is not None
+            re.match(r"linear(_sm\d+)? multiply<|block_attention\w* (forward_kernel|grad_\w+)<", self.name) is not None
         )
 
     @property
     def tensor_core_instructions(self) -> int:
-        """Those of mma.sync and of wgmma."""
-        return self.count("HMMA", "HGMMA")
+        """Those of mma.sync, of wgmma and of tcgen05."""
+        return self.count("HMMA", "HGMMA", "UTCHMMA")
 
 
 def _matches(instruction: str, opcode: str) -> bool:

@@ -83,6 +83,17 @@ RULES = (
     Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, 256.*", least={"HMMA": 80, "LDSM": 72, "LDGSTS": 6}),
     Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
     Rule(r"linear_sm90 multiply<.*", "sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
+    # A step of 64 in products of 16; a commit for each stage and one for each part (UTCBAR); sums from tensor memory.
+    # Of 64 columns two blocks run on a multiprocessor, of 128 one of 384 threads.
+    *(
+        Rule(
+            rf"linear_sm100 multiply<Tile<\w+, \d+, {columns}, .*",
+            "sm_100f",
+            registers=registers,
+            least={"UTCHMMA": 4, "UTCBAR": 2, "UTMALDG": 2, "LDTM": 1},
+        )
+        for columns, registers in ((64, 128), (128, 168))
+    ),
 )
 
 
@@ -105,7 +116,7 @@ def test_every_architecture_has_every_kernel(kernels: list[Kernel]) -> None:
     """But for those that are written for one."""
     by_architecture: dict[str, set[str]] = {}
     for kernel in kernels:
-        if not kernel.name.split()[0].endswith("_sm90"):
+        if not kernel.name.split()[0].endswith(("_sm90", "_sm100")):
             by_architecture.setdefault(kernel.architecture, set()).add(kernel.name)
     first, *others = by_architecture.values()
     assert all(other == first for other in others)
@@ -146,7 +157,7 @@ def test_rule(rule: Rule, root: Path, kernels: list[Kernel]) -> None:
 
 # The launches of a sweep and of the solver's turn that may begin before the one in front has ended.
 EARLY = (
-    r"linear(_sm90)? multiply<.*",
+    r"linear(_sm90|_sm100)? multiply<.*",
     r"jacobi_sweep (gather_kernel<\d>|add_kernel)",
     r"jacobi_solve (update|accept)_kernel",
     r"rope_append forward_kernel<.*",
@@ -169,6 +180,22 @@ def test_early_launches_wait_before_they_touch_memory(pattern: str, kernels: lis
             assert "W" not in order
         else:
             assert re.match("W+m", order), f"{kernel}: {order[:20]}"
+
+
+def test_tensor_memory_is_had_before_the_next_launch_may_begin(kernels: list[Kernel]) -> None:
+    """Its blocks would else take what this block waits for, and wait for it to end.
+
+    The blocks that copy, which come first in the code, have none.
+    """
+    if "sm_100f" not in {kernel.architecture for kernel in kernels}:
+        pytest.skip("this build has no code for sm_100f")
+    found = [kernel for kernel in kernels if kernel.name.startswith("linear_sm100 multiply<")]
+    assert len(found) == 10
+    # Allocation, leave for the next launch, and the products.
+    letters = {"UTCATOMSWS.FIND_AND_SET": "A", "PREEXIT": "N", "UTCHMMA": "P"}
+    for kernel in found:
+        order = kernel.events(letters)
+        assert re.fullmatch("N?A+NP+", order), f"{kernel}: {order}"
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -86,6 +86,9 @@ def test_off_builds_none(machine: Machine) -> None:
         ("9.0a+PTX", "90a-real;90-virtual"),
         ("8.0 9.0a+PTX", DEFAULT),
         ("10.0f 12.0+PTX", "100f-real;120-real;120-virtual"),
+        # sm_100f runs on both.
+        ("10.0", "100f-real"),
+        ("10.0a 10.3+PTX", "100f-real;103-virtual"),
         ("7.0 7.5 8.0", "80-real"),
         ("8.0 8.0", "80-real"),
     ],

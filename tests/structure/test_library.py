@@ -88,6 +88,8 @@ def test_op_library_shows_only_what_the_module_calls(library: Path, tool: Tool) 
         "starflow::cuda::repeat_name",
         "starflow::cuda::set_early_launches",
         "starflow::cuda::set_repeat",
+        "starflow::linear_choice_of",
+        "starflow::set_linear_kernel",
     }
 
 

@@ -49,6 +49,9 @@ struct Backward {
     static constexpr int part_width = width_ / parts;
     static constexpr int part_blocks = width_blocks / parts;
     static_assert(tile.warps % row_warps == 0 && width_blocks % parts == 0);
+    // Blocks of grad_queries_kernel on a multiprocessor; 0 leaves it to ptxas, which of float32 makes room for three on
+    // sm_100f, and spills.
+    static constexpr int query_blocks = sizeof(Element) == 4 && width_ == 64 ? 2 : 0;
 
     using Sums = float[2 * part_blocks][4];
     using Weights = float[2 * column_blocks][4];
@@ -142,7 +145,8 @@ struct Backward {
 };
 
 template <class B>
-__global__ void __launch_bounds__(B::threads) grad_queries_kernel(AttentionBackwardArgs args, bool wide) {
+__global__ void __launch_bounds__(B::threads, B::query_blocks)
+    grad_queries_kernel(AttentionBackwardArgs args, bool wide) {
     using Element = typename B::Element;
     STARFLOW_SHARED_MEMORY(bytes);
     const typename B::Memory memory{bytes};

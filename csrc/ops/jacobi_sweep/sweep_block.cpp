@@ -9,6 +9,7 @@
 #include "cuda/launch.h"
 #include "cuda/repeat.h"
 #include "cuda/runtime.h"
+#include "ops/linear/linear_choice.h"
 #include "ops/linear/packed_weight.h"
 #include "ops/norm/norm.h"
 #include "ops/rope_append/rope_append.h"
@@ -295,7 +296,7 @@ Block::Block(const char* op, const BlockTensors& tensors) {
 CudaDevice cuda_device(const Tensor& data) {
     const cuda::DeviceArch device = cuda::device_arch(data.get_device_index());
     constexpr int first_with_early_launches = 9;
-    return {device.multiprocessors, STARFLOW_SM90 != 0 && device.major == 9,
+    return {device.multiprocessors, STARFLOW_SM90 != 0 && device.major == 9, linear_kernel(device.major),
             device.major >= first_with_early_launches && cuda::early_launches()};
 }
 

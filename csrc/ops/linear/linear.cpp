@@ -11,6 +11,7 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cuda/runtime.h"
+#include "ops/linear/linear_choice.h"
 #include "ops/linear/linear_plan.h"
 #include "ops/linear/packed_weight.h"
 
@@ -127,7 +128,7 @@ void run_cuda(const LinearArgs& call, const Tensor& x) {
         STARFLOW_CUDA != 0, op, "x is on", [&] { return device_text(x); },
         [] { return "cpu: this build has no CUDA kernels (build with STARFLOW_CUDA=ON)"; });
     const cuda::DeviceArch device = cuda::device_arch(x.get_device_index());
-    LinearCudaArgs args = plan_linear(call, {device.multiprocessors, STARFLOW_SM90 != 0 && device.major == 9, false});
+    LinearCudaArgs args = plan_linear(call, {device.multiprocessors, false, linear_kernel(device.major), false});
     const Tensor workspace = empty_like_shape(x, {args.layout.bytes}, ScalarType::Byte);
     place_workspace(args, workspace.data_ptr());
     cuda::launch(op, x, args, linear_cuda);

@@ -1,5 +1,5 @@
-// linear on CUDA; the formula and the bytes are in linear.h. Every architecture from sm_80; sm_90a has a product of its
-// own, linear_sm90.cu.
+// linear on CUDA; the formula and the bytes are in linear.h. Every architecture from sm_80; sm_90a and sm_100f have
+// products of their own, linear_sm90.cu and linear_sm100.cu.
 #include "ops/linear/linear_input.cuh"
 #include "ops/linear/linear_multiply.cuh"
 
@@ -32,7 +32,8 @@ int linear_cuda(const LinearCudaArgs& args, void* stream) {
     if (args.schedule.tiles() == 0) return 0;
     const int code = prepare_linear(args, stream);
     if (code != 0) return code;
-    if (args.sm90) return linear_sm90_cuda(args, stream);
+    if (args.kernel == LinearKernel::wgmma) return linear_sm90_cuda(args, stream);
+    if (args.kernel == LinearKernel::tcgen05) return linear_sm100_cuda(args, stream);
     return args.input.dtype == Dtype::bfloat16 ? multiply_by<cute::SM80_16x8x16_F32BF16BF16F32_TN>(args, stream)
                                                : multiply_by<cute::SM80_16x8x16_F32F16F16F32_TN>(args, stream);
 }

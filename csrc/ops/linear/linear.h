@@ -12,6 +12,7 @@
 #include "cpu/panels.h"
 #include "cpu/variants.h"
 #include "cuda/declare.h"
+#include "ops/linear/linear_choice.h"
 #include "ops/linear/linear_schedule.h"
 #include "ops/rope_append/rope_append.h"
 
@@ -57,7 +58,7 @@ struct LinearCudaArgs {
     bool copied;
     bool wide_input;   // x and the parameters of its norm can be read 4 channels at a time
     bool wide_result;  // and all that the epilogue reads and writes, 4 columns at a time
-    bool sm90;         // the kernel for sm_90a runs
+    LinearKernel kernel;
     // One of a chain of launches: the counters are zero, and blocks of the product's own launch make the copy. Else up
     // to two launches in front of it do that.
     bool chained;
@@ -74,5 +75,6 @@ struct LinearCudaArgs {
 
 STARFLOW_DECLARE_CUDA(LinearCudaArgs, linear_cuda)
 STARFLOW_DECLARE_SM90(LinearCudaArgs, linear_sm90_cuda)
+STARFLOW_DECLARE_SM100(LinearCudaArgs, linear_sm100_cuda)
 
 }  // namespace starflow

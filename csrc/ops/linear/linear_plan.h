@@ -8,8 +8,9 @@ namespace starflow {
 // The device as schedules see it.
 struct CudaDevice {
     int64_t multiprocessors;
-    bool sm90;   // has the kernels for sm_90a
-    bool early;  // launches of a chain begin early
+    bool sm90;            // has attention's kernel for sm_90a
+    LinearKernel linear;  // of every weight that has channels (linear_choice.h)
+    bool early;           // launches of a chain begin early
 };
 
 // Whether an address, and every row from it, takes `width` neighbours; an absent matrix does.
@@ -67,7 +68,7 @@ static inline LinearCudaArgs plan_linear(const LinearArgs& call, const CudaDevic
                        takes_neighbours(call.multiply, width) && takes_neighbours(call.residual, width) &&
                        takes_neighbours(call.out, width) && takes_neighbours(call.product, width);
     // TMA takes no matrix without columns.
-    args.sm90 = device.sm90 && channels > 0;
+    args.kernel = channels > 0 ? device.linear : LinearKernel::mma_sync;
     args.schedule = linear_schedule(call.rows, columns, channels, device.multiprocessors);
     args.layout = linear_workspace(args.schedule, args.copied ? call.rows * args.depth * 2 : 0);
     if (args.copied) args.input = {nullptr, args.depth, dtype};

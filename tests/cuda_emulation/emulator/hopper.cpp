@@ -49,8 +49,11 @@ void land_tensor_copy(size_t which) {
     end_phase_if_complete(mbarrier);
 }
 
+std::string left_in_tensor_memory();  // of blackwell.cpp
+
 std::string left_in_flight() {
     if (device.hopper.left_late) return "the block ends while TMA still writes to its shared memory";
+    if (std::string wrong = left_in_tensor_memory(); !wrong.empty()) return wrong;
     for (size_t w = 0; w < device.hopper.products.size(); ++w) {
         const ProductQueue& queue = device.hopper.products[w];
         if (!queue.open.empty() || !queue.committed.empty()) {
@@ -71,13 +74,20 @@ struct Operand {
     int swizzle;
     bool across;
 
-    Operand(uint64_t descriptor, bool across) : across(across) {
+    Operand(uint64_t descriptor, bool across, int swizzle) : swizzle(swizzle), across(across) {
         const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
         start = field(0);
         leading = field(16);
         stride = field(32);
+    }
+    static Operand of_wgmma(uint64_t descriptor, bool across) {
         const auto type = static_cast<int>(descriptor >> 62);
-        swizzle = type == 0 ? 0 : 4 - type;
+        return {descriptor, across, type == 0 ? 0 : 4 - type};
+    }
+    // That of tcgen05 has other numbers of swizzles, and a version.
+    static Operand of_tcgen05(uint64_t descriptor, bool across) {
+        const auto type = static_cast<int>(descriptor >> 61);
+        return {descriptor, across, type == 0 ? 0 : 4 - type / 2};
     }
     const char* at(int row, int depth) const {
         const uint32_t line = 16U << swizzle;  // bytes of a swizzle's row
@@ -108,11 +118,11 @@ struct Operand {
                     const char* chunk = across ? at(row, depth + i) : at(row + i, depth);
                     const int64_t place = chunk - device.arena;
                     if (place < 0 || place + Races::chunk > device.shared_bytes) {
-                        fail("wgmma reads at %ld of %zu bytes of shared memory", place, device.shared_bytes);
+                        fail("a product reads at %ld of %zu bytes of shared memory", place, device.shared_bytes);
                     }
                     request.address[i] = reinterpret_cast<uint64_t>(chunk);
                     if (const char* wrong = device.races.read_by_product(shared_place(chunk), warp, known)) {
-                        fail("race: wgmma reads shared memory at %ld, which %s", place, wrong);
+                        fail("race: a product reads shared memory at %ld, which %s", place, wrong);
                     }
                 }
                 device.counts.bank_conflicts += extra_passes(request);
@@ -125,8 +135,8 @@ void run_product(PendingProduct& product, int warp, std::array<std::vector<float
     const GroupProduct& what = product.what;
     constexpr int rows = product_rows / warps_of_group;
     const int first = warp % warps_of_group * rows;
-    const Operand left(what.left, what.left_across);
-    const Operand right(what.right, what.right_across);
+    const Operand left = Operand::of_wgmma(what.left, what.left_across);
+    const Operand right = Operand::of_wgmma(what.right, what.right_across);
     double a[rows][product_depth];
     for (int l = 0; l < warp_lanes && what.left_in_registers; ++l) {
         for (int i = 0; i < 4; ++i) {
@@ -312,8 +322,9 @@ void multiply_group(const GroupProduct& product) {
         if (queue.made == all.size()) all.push_back(mine);
         if (all[queue.made++] != mine) fail("warps of a group come to different wgmma");
         const Knowledge known = device.races.common(warp);
-        if (!what.left_in_registers) Operand(what.left, what.left_across).begin_to_read(product_rows, warp, known);
-        Operand(what.right, what.right_across).begin_to_read(what.columns, warp, known);
+        if (!what.left_in_registers)
+            Operand::of_wgmma(what.left, what.left_across).begin_to_read(product_rows, warp, known);
+        Operand::of_wgmma(what.right, what.right_across).begin_to_read(what.columns, warp, known);
         for (int l = 0; l < warp_lanes; ++l) {
             const GroupProduct& of_lane = *static_cast<GroupProduct*>(lanes[l]);
             if (of_lane.right != what.right || of_lane.accumulate != what.accumulate ||

@@ -1,4 +1,5 @@
-// What a block has on sm_90 beside threads: mbarriers, copies of tensors (TMA) and products of warpgroups (wgmma).
+// What a block has on sm_90 beside threads: mbarriers, copies of tensors (TMA) and products of warpgroups (wgmma). And
+// on sm_100: tensor memory (tcgen05).
 #pragma once
 #include <array>
 #include <cstdint>
@@ -67,7 +68,44 @@ struct ProductQueue {
     std::vector<uint32_t> numbers;                       // of the groups, by Races
 };
 
+inline constexpr uint32_t tensor_lanes = 128;
+inline constexpr uint32_t tensor_columns = 512;
+
+// tcgen05.mma, or a commit of what was begun before it.
+struct TensorProduct {
+    uint64_t left = 0;
+    uint64_t right = 0;
+    uint32_t sums = 0;
+    int rows = 0;
+    int columns = 0;
+    Format format = Format::bfloat16;
+    bool accumulate = false;
+    bool left_across = false;
+    bool right_across = false;
+    int mbarrier = -1;  // of a commit
+    Knowledge told;     // by a commit
+};
+
+struct TensorLoad {
+    uint32_t place = 0;
+    bool of_16_lanes = false;
+    std::array<std::vector<uint32_t*>, warp_lanes> to;
+};
+
+// Another block of the multiprocessor has some columns, so those of this one may begin anywhere.
+struct TensorMemory {
+    std::vector<uint32_t> words;  // of lanes, column by column; empty before anybody asked for columns
+    std::vector<Races::TensorWord> races;
+    uint32_t first = 0;
+    uint32_t columns = 0;
+    bool relinquished = false;
+    bool left_late = false;                            // the last thread left before all products had ended
+    std::vector<std::vector<TensorProduct>> products;  // of each warp, in the order in which they end
+    std::vector<std::vector<TensorLoad>> loads;        // of each warp
+};
+
 struct Hopper {
+    TensorMemory tensor;
     std::vector<Mbarrier> mbarriers;
     std::vector<TensorCopy> copies;
     bool left_late = false;                                         // the last thread left before a copy had arrived

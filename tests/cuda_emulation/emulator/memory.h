@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 namespace emulation {
@@ -16,8 +17,15 @@ inline constexpr int warp_lanes = 32;
 struct Knowledge {
     std::vector<uint32_t> seen;
     std::vector<uint32_t> fenced;  // the same of writes that the asynchronous proxy sees
+    // The same of what was done with tensor memory: a thread's between tcgen05's fences, a product's that was
+    // committed. Empty where nobody uses it.
+    std::vector<uint32_t> tensor;
 
     void join(const Knowledge& other) {
+        if (tensor.size() < other.tensor.size()) tensor.resize(other.tensor.size());
+        for (size_t a = 0; a < other.tensor.size(); ++a) {
+            tensor[a] = tensor[a] > other.tensor[a] ? tensor[a] : other.tensor[a];
+        }
         for (size_t a = 0; a < seen.size(); ++a) {
             seen[a] = seen[a] > other.seen[a] ? seen[a] : other.seen[a];
             fenced[a] = fenced[a] > other.fenced[a] ? fenced[a] : other.fenced[a];
@@ -32,9 +40,9 @@ struct Knowledge {
 };
 
 // Happens-before by clocks of agents: the threads; for each mbarrier the copies that it counts; for each warp its
-// products of wgmma, which read shared memory by themselves until they are waited for. A clock moves on when its agent
-// tells others what it has done. Copies of tensors and wgmma are of the asynchronous proxy: they see what a thread
-// wrote once there is a proxy fence between.
+// products of wgmma or tcgen05, which read shared memory by themselves until they are waited for. A clock moves on when
+// its agent tells others what it has done. Copies of tensors and wgmma are of the asynchronous proxy: they see what a
+// thread wrote once there is a proxy fence between.
 class Races {
   public:
     static constexpr int most_mbarriers = 64;
@@ -50,11 +58,12 @@ class Races {
         const size_t agents = threads_ + most_mbarriers + warps;
         now_.assign(agents, 1);
         known_.assign(threads_, nothing());
+        tensor_known_.assign(threads_, {});
     }
 
     Knowledge nothing() const {
         const std::vector<uint32_t> never(threads_ + most_mbarriers + warps_, 0);
-        return {never, never};
+        return {never, never, {}};
     }
 
     // All earlier accesses of these threads before all later ones of them.
@@ -176,6 +185,47 @@ class Races {
         }
     }
 
+    // tcgen05. Products are begun by one thread; what was begun up to a commit has a number, which the mbarrier tells
+    // when they have ended: with what the thread knew, as they have read it by then.
+    const Knowledge& known(int thread) const { return known_[thread]; }
+    void publish_products(int warp, Knowledge& to) {
+        const size_t agent = product_agent(warp);
+        to.tensor.resize(now_.size());
+        to.seen[agent] = to.tensor[agent] = now_[agent]++;
+    }
+    void fence_tensor_before(int thread) {
+        Knowledge& known = known_[thread];
+        known.tensor.resize(now_.size());
+        known.tensor[thread] = now_[thread]++;
+    }
+    void fence_tensor_after(int thread) { tensor_known_[thread] = known_[thread].tensor; }
+
+    // Of a word of tensor memory: the last product that wrote it (0: none has), and the reads since.
+    struct TensorWord {
+        uint32_t written = 0;
+        uint8_t by_warp = 0;
+        std::vector<std::pair<int, uint32_t>> read;  // by whom and when
+    };
+    const char* read_tensor(TensorWord& word, int thread) {
+        if (word.written > tensor_seen(thread, product_agent(word.by_warp))) {
+            return "a product writes that was not waited for, with a fence behind";
+        }
+        word.read.emplace_back(thread, now_[thread]);
+        return nullptr;
+    }
+    // Products of one warp follow each other as they were begun.
+    const char* write_tensor(TensorWord& word, int thread, int warp) {
+        if (word.by_warp != warp && word.written > tensor_seen(thread, product_agent(word.by_warp))) {
+            return "a product of another warp writes";
+        }
+        for (const auto& [reader, clock] : word.read) {
+            if (clock > tensor_seen(thread, reader))
+                return "may still be read: no fence, barrier and fence lie between";
+        }
+        word = {now_[product_agent(warp)], static_cast<uint8_t>(warp), {}};
+        return nullptr;
+    }
+
   private:
     struct Write {
         uint32_t clock = 0;  // 0: never written
@@ -199,6 +249,10 @@ class Races {
     }
 
     int product_agent(int warp) const { return threads_ + most_mbarriers + warp; }
+    uint32_t tensor_seen(int thread, int agent) const {
+        const std::vector<uint32_t>& seen = tensor_known_[thread];
+        return static_cast<size_t>(agent) < seen.size() ? seen[agent] : 0;
+    }
 
     const char* after_write(size_t i, int thread) const {
         const Write& write = writes_[i];
@@ -224,7 +278,7 @@ class Races {
             if (!comes_before(reads_[i * warps_ + v], v, thread)) return "may still be read by another thread";
             if (!any_products_) continue;
             const uint32_t product = product_reads_[i / chunk * warps_ + v];
-            if (product > known_[thread].seen[product_agent(v)]) return "may still be read by wgmma";
+            if (product > known_[thread].seen[product_agent(v)]) return "may still be read by a product";
         }
         return nullptr;
     }
@@ -237,6 +291,7 @@ class Races {
     std::vector<uint32_t> product_reads_;  // of each chunk, each warp's last by wgmma
     std::vector<uint32_t> now_;
     std::vector<Knowledge> known_;
+    std::vector<std::vector<uint32_t>> tensor_known_;  // by each thread's last fence
 };
 
 // One instruction of a warp: the addresses of those lanes that take part.

@@ -92,6 +92,7 @@ struct Thread {
     uint3 index{};
     int number = 0;
     bool may_touch = false;  // memory that other launches write
+    bool lets_next = false;  // launch begin
     State state = State::ready;
     const char* waits_for = "";
     std::vector<std::vector<AsyncCopy>> copies;  // groups in order; the last one is open
@@ -347,12 +348,17 @@ void land(std::vector<AsyncCopy>& group) {
     group.clear();
 }
 
+// Of blackwell.cpp: how many warps have products of tcgen05 in flight, and the end of the oldest of one of them.
+size_t multiplying_warps();
+void end_tensor_product(size_t which);
+
 void finish_thread() {
     Thread& thread = *device.current;
     for (auto& group : thread.copies) land(group);
     thread.state = State::finished;
     --device.live;
     device.hopper.left_late = device.hopper.left_late || (device.live == 0 && !device.hopper.copies.empty());
+    device.hopper.tensor.left_late = device.hopper.tensor.left_late || (device.live == 0 && multiplying_warps() > 0);
     Warp& warp = device.warps[warp_of(thread)];
     warp.live &= ~(1U << lane_of(thread));
     release_if_all_came();
@@ -376,6 +382,7 @@ void finish_thread() {
 void prepare(Thread& thread, int number, dim3 block) {
     thread.number = number;
     thread.may_touch = !device.early;
+    thread.lets_next = false;
     thread.index = {number % block.x, number / block.x % block.y, number / block.x / block.y};
     thread.copies.clear();
     sanitize(thread.stack, stack_bytes, stack_bytes);
@@ -444,6 +451,8 @@ void run_block(dim3 block) {
     for (Barrier& barrier : device.barriers) barrier = {};
     device.hopper = {};
     device.hopper.products.resize(warps);
+    device.hopper.tensor.products.resize(warps);
+    device.hopper.tensor.loads.resize(warps);
     device.hopper.descriptors.resize((warps + warps_of_group - 1) / warps_of_group);
     device.ready = device.votes = 0;
     // NaN in every floating type.
@@ -457,7 +466,11 @@ void run_block(dim3 block) {
         device.warps[i / warp_lanes].live |= 1U << (i % warp_lanes);
         wake(i);
     }
-    while ((device.ready > 0 || !device.hopper.copies.empty()) && device.error.empty()) {
+    while ((device.ready > 0 || !device.hopper.copies.empty() || multiplying_warps() > 0) && device.error.empty()) {
+        if (const size_t busy = multiplying_warps(); busy > 0 && (device.ready == 0 || draw() % 16 == 0)) {
+            end_tensor_product(draw() % busy);
+            continue;
+        }
         // Copies of tensors arrive in any order, and late.
         if (!device.hopper.copies.empty() && (device.ready == 0 || draw() % 64 == 0)) {
             land_tensor_copy(draw() % device.hopper.copies.size());
@@ -615,6 +628,7 @@ void warp_barrier(uint32_t mask) {
 
 void await_earlier_launches() {
     device.current->may_touch = true;
+    device.current->lets_next = true;
     device.awaited = true;
 }
 
@@ -664,6 +678,12 @@ uint32_t ballot(uint32_t mask, const char* what, bool value) {
         }
     });
     return argument.result;
+}
+
+bool elect() {
+    int nothing = 0;
+    meet(~0U, "elect.sync", nothing, [](void**, uint32_t) {});
+    return lane() == 0;
 }
 
 void copy_async(void* to, const void* from, int bytes, int valid) {

@@ -60,6 +60,8 @@ EMULATION_API void pause();
 // Copy `bytes` at `value` from lane `source` of the warp.
 EMULATION_API void shuffle(uint32_t mask, const char* what, void* value, int bytes, int source);
 EMULATION_API uint32_t ballot(uint32_t mask, const char* what, bool value);
+// elect.sync: one lane of the warp, all of which come here. Any could be it, as far as the caller knows.
+EMULATION_API bool elect();
 
 // cp.async: `valid` bytes copied, the rest of `bytes` zeroed, once the thread has waited for the group. wait_copies
 // leaves that many groups pending; -1 waits for what is not committed too.
@@ -108,6 +110,22 @@ EMULATION_API void multiply_group(const GroupProduct& product);
 EMULATION_API void commit_products();
 EMULATION_API void wait_for_products(int pending);
 
+// tcgen05 of one block (cta_group::1): tensor memory of 128 lanes and 512 columns of 32 bits, whose place has the lane
+// in its upper half and the column in its lower. Allocation and loads are of a whole warp; a product and a commit of
+// the thread that comes here.
+EMULATION_API void allocate_tensor_memory(uint32_t columns, uint32_t* place);
+EMULATION_API void free_tensor_memory(uint32_t place, uint32_t columns);
+EMULATION_API void relinquish_tensor_memory();
+// kind::f16 from shared memory, by descriptors of operands and of the instruction.
+EMULATION_API void multiply_in_tensor_memory(uint64_t left, uint64_t right, uint32_t sums, uint32_t instruction,
+                                             bool accumulate);
+EMULATION_API void commit_tensor_products(const void* mbarrier);
+// tcgen05.ld of 16x256b, four registers for each 8 columns, or of 32x32b, one for each column.
+EMULATION_API void load_tensor_memory(uint32_t place, bool of_16_lanes, int registers, uint32_t* const* to);
+EMULATION_API void wait_for_tensor_loads();
+EMULATION_API void fence_tensor_memory_before();
+EMULATION_API void fence_tensor_memory_after();
+
 }  // namespace emulation
 
 // What tests/cuda_emulation/emulator.py calls.
@@ -127,14 +145,15 @@ struct EmulationCounts {
     int64_t blocks;
     int64_t barriers;
     int64_t collectives;
-    int64_t products;        // mma of a warp
-    int64_t matrices;        // 8 x 8 loaded by ldmatrix
-    int64_t async_copies;    // of a thread
-    int64_t group_products;  // wgmma of a warp
-    int64_t tensor_copies;   // by TMA
-    int64_t bank_conflicts;  // further passes over the banks than the bytes of a request need
-    int64_t shared_bytes;    // the largest launch's, dynamic
-    int64_t threads;         // the largest launch's, of a block
+    int64_t products;         // mma of a warp
+    int64_t matrices;         // 8 x 8 loaded by ldmatrix
+    int64_t async_copies;     // of a thread
+    int64_t group_products;   // wgmma of a warp
+    int64_t tensor_products;  // tcgen05.mma
+    int64_t tensor_copies;    // by TMA
+    int64_t bank_conflicts;   // further passes over the banks than the bytes of a request need
+    int64_t shared_bytes;     // the largest launch's, dynamic
+    int64_t threads;          // the largest launch's, of a block
     int64_t early_launches;
 };
 

@@ -7,5 +7,5 @@
 #undef elect_one_sync
 
 namespace cute {
-inline uint32_t elect_one_sync() { return emulation::lane() == 0; }
+inline uint32_t elect_one_sync() { return emulation::elect(); }
 }  // namespace cute

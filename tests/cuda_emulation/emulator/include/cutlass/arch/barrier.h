@@ -1,4 +1,4 @@
-// CUTLASS's mbarriers, named barriers and fences on the emulated device: the hardware's are renamed away. A cluster is
+// CUTLASS's mbarriers, named barriers, fences and commits on the emulated device: the hardware's are renamed away. A cluster is
 // one block.
 #pragma once
 #include <cuda_runtime.h>
@@ -8,12 +8,16 @@
 #define ClusterTransactionBarrier ClusterTransactionBarrier_of_hardware
 #define fence_barrier_init fence_barrier_init_of_hardware
 #define fence_view_async_shared fence_view_async_shared_of_hardware
+#define umma_arrive umma_arrive_of_hardware
+#define fence_view_async_tmem_load fence_view_async_tmem_load_of_hardware
 #include_next <cutlass/arch/barrier.h>
 #undef NamedBarrier
 #undef ClusterBarrier
 #undef ClusterTransactionBarrier
 #undef fence_barrier_init
 #undef fence_view_async_shared
+#undef umma_arrive
+#undef fence_view_async_tmem_load
 
 namespace cutlass {
 namespace arch {
@@ -79,6 +83,10 @@ struct ClusterTransactionBarrier : ClusterBarrier {
 
 inline void fence_barrier_init() { emulation::fence_mbarriers(); }
 inline void fence_view_async_shared() { emulation::fence_proxy(); }
+inline void umma_arrive(const uint64_t* barrier) {
+    if (emulation::elect()) emulation::commit_tensor_products(barrier);
+}
+inline void fence_view_async_tmem_load() { emulation::wait_for_tensor_loads(); }
 
 }  // namespace arch
 }  // namespace cutlass
