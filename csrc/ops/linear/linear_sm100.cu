@@ -18,6 +18,7 @@
 #include "cuda/enqueue.cuh"
 #include "cuda/named_barrier.cuh"
 #include "cuda/tensor_memory.cuh"
+#include "ops/linear/linear_collective.cuh"
 #include "ops/linear/linear_copy.cuh"
 
 namespace starflow {
@@ -216,42 +217,18 @@ __global__ void __launch_bounds__(Tile::all_threads, Tile::blocks)
     finish_tile(args, block, shared.staged, thread, [] { sync_named<Tile::threads>(1); });
 }
 
-template <class Tile>
-int run(const LinearCudaArgs& args, void* stream) {
-    using Collective = typename Tile::Collective;
-    using Element = typename Tile::Element;
-    const auto problem = cute::make_shape(static_cast<int>(args.call.weights.columns), static_cast<int>(args.call.rows),
-                                          static_cast<int>(args.depth), 1);
-    const typename Collective::Arguments arguments{static_cast<const Element*>(args.call.weights.data),
-                                                   {args.depth, _1{}, 0},
-                                                   static_cast<const Element*>(args.input.data),
-                                                   {args.input.row_stride, _1{}, 0}};
-    const auto params = Collective::to_underlying_arguments(problem, arguments, nullptr);
-    return enqueue_early(args.early, multiply<Tile>, linear_grid<Tile::all_threads>(args), dim3(Tile::all_threads),
-                         sizeof(typename Tile::Shared), stream, args, params);
-}
-
 template <class Element>
-int run_tile(const LinearCudaArgs& args, void* stream) {
-    // Of the tiles of 64 columns two blocks fit on a multiprocessor: stages of 10, 12, 16 and 24 KB.
-    switch (args.schedule.tile_rows) {
-        case 16:
-            return run<Tile<Element, 16, 64, 1, 8>>(args, stream);
-        case 32:
-            return run<Tile<Element, 32, 64, 1, 8>>(args, stream);
-        case 64:
-            return run<Tile<Element, 64, 64, 1, 6>>(args, stream);
-        default:
-            if (args.schedule.tile_columns == 64) return run<Tile<Element, 128, 64, 1, 4>>(args, stream);
-            return run<Tile<Element, 128, 128, 2, 6>>(args, stream);
-    }
+int run(const LinearCudaArgs& args, void* stream) {
+    return with_tile<Tile, Element>(args.schedule, [&](auto tile) {
+        using Chosen = decltype(tile);
+        return run_collective<Chosen>(multiply<Chosen>, args, stream);
+    });
 }
 
 }  // namespace
 
 int linear_sm100_cuda(const LinearCudaArgs& args, void* stream) {
-    return args.input.dtype == Dtype::bfloat16 ? run_tile<cute::bfloat16_t>(args, stream)
-                                               : run_tile<cute::half_t>(args, stream);
+    return args.input.dtype == Dtype::bfloat16 ? run<cute::bfloat16_t>(args, stream) : run<cute::half_t>(args, stream);
 }
 
 }  // namespace starflow
