@@ -71,6 +71,14 @@ def test_a_token_is_told_what_stood_at_its_own_place(previous: int) -> None:
     assert seen == {32, *(33 - 15 * (frame + 1) for frame in range(previous))}
 
 
+def test_an_image_of_a_flow_that_sees_frames_before_has_its_text() -> None:
+    """An image has no frame before it, and is decoded by one window."""
+    flow = make_flow(CASES["video rolling beside"])
+    z, y = latents(flow, image=True), condition(flow)
+    native = decode(flow, z, y, schedule=Window(4, 0.0)).x
+    torch.testing.assert_close(flow.encode(native.clone(), y).z, z, atol=1e-4, rtol=1e-4)
+
+
 def test_text_enters_without_a_place_in_time() -> None:
     flow = make_flow(ROLLING)
     assert flow.blocks[-1].conditioner.proj_text is None

@@ -125,6 +125,8 @@ class NativeNetwork:
         if alike:
             shape = rows, layout.tokens // alike, conditioner.width
             condition = torch.zeros(shape, dtype=torch.float32, device=device)
+            if self._shared is not None:
+                condition += self._shared[:, None]
         slots = text + layout.tokens
         if query is not None and not text:
             query, key = (
