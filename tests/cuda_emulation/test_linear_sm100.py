@@ -46,8 +46,8 @@ MUTATIONS = {
 # Two tiles: of one group that takes 16 of 32 lanes, and of two groups that take all; of one type.
 EDITS = {
     r"return with_tile<Tile, Element>\(args\.schedule, (?=\[&\])": "const auto launch = ",
-    r"args, stream\);\n    \}(?=\);\n)\)": "args, stream);\n    };\n    return args.schedule.tile_columns == 64 ? launch("
-    "Tile<Element, 16, 64, 1, 8>{}) : launch(Tile<Element, 128, 128, 2, 6>{})",
+    r"args, stream\);\n    \}(?=\);\n)\)": "args, stream);\n    };\n    return args.schedule.tile_columns == 64"
+    " ? launch(Tile<Element, 16, 64, 1, 8>{}) : launch(Tile<Element, 128, 128, 2, 6>{})",
     r": run<cute::half_t>": ": run<cute::bfloat16_t>",
 }
 SWITCHES = Switches(SOURCE, {SOURCE: MUTATIONS}, EDITS)
