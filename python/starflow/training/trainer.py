@@ -380,9 +380,7 @@ class Trainer:
                 latents = torch.cat(encoded, 1)
             finite = torch.isfinite(latents).flatten(1).all(1).tolist()
             if not all(finite):
-                raise TrainingError(
-                    f"training: clip {batch.names[finite.index(False)]} holds NaN or infinity, expected finite pixels"
-                )
+                raise _not_finite(batch.names[finite.index(False)])
             x = latents.float() + train.noise_std * batch.noise.to(self.device)
             if batch.extend:
                 x = x[:, 1:]
@@ -658,6 +656,10 @@ def _run(
     return trainer.averaged().requires_grad_(False).eval()
 
 
+def _not_finite(clip: str) -> TrainingError:
+    return TrainingError(f"training: clip {clip} holds NaN or infinity, expected finite pixels")
+
+
 @torch.no_grad()
 def mean_frame(dataset: ClipDataset, codec: Codec, device: torch.device) -> Tensor:
     """The mean frame of latents, (channels, height, width); of clips of several sizes the mean over its places too.
@@ -671,7 +673,7 @@ def mean_frame(dataset: ClipDataset, codec: Codec, device: torch.device) -> Tens
         clip = dataset.item(index * len(dataset) // count)
         mean = codec.encode(clip.pixels[None].to(device))[0].mean(0, dtype=torch.float64)
         if not mean.isfinite().all():
-            raise TrainingError(f"training: clip {clip.name} holds NaN or infinity, expected finite pixels")
+            raise _not_finite(clip.name)
         means.append(mean)
     if len({mean.shape for mean in means}) > 1:
         means = [mean.mean((1, 2), keepdim=True) for mean in means]
