@@ -12,7 +12,6 @@
 #include "cpu/panels.h"
 #include "cpu/variants.h"
 #include "cuda/declare.h"
-#include "ops/linear/linear_choice.h"
 #include "ops/linear/linear_schedule.h"
 #include "ops/rope_append/rope_append.h"
 
@@ -49,6 +48,10 @@ struct LinearKernels {
 };
 
 STARFLOW_DECLARE_DOT_VARIANTS(LinearKernels, linear)
+
+// What multiplies on CUDA: the kernel for all architectures, the one for sm_90a, or the one for sm_100f
+// (linear_choice.h).
+enum class LinearKernel : int32_t { mma_sync, wgmma, tcgen05 };
 
 // On CUDA `weights.data` is (out_channels, depth) of `input.dtype`, zero from weights.depth on.
 struct LinearCudaArgs {

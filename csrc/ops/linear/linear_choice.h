@@ -7,11 +7,9 @@
 #include <string>
 
 #include "common/api.h"
+#include "ops/linear/linear.h"
 
 namespace starflow {
-
-// What multiplies: the kernel for all architectures, the one for sm_90a, or the one for sm_100f.
-enum class LinearKernel : int32_t { mma_sync, wgmma, tcgen05 };
 
 // `wgmma` and `tcgen05` run; the other values say why mma.sync does.
 enum class LinearChoice : int32_t { wgmma, tcgen05, other_device, not_built, no_channels, unproven, asked };
