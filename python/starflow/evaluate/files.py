@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,7 +135,7 @@ def _once(paths: Sequence[str | Path]) -> list[Path]:
         raise ValueError("score: a path is empty, expected a video or a folder of videos")
     known: dict[Path, Path] = {}
     for path in map(Path, paths):
-        whole = path.resolve()
+        whole = Path(os.path.realpath(path))
         if whole in known:
             logger.warning("%s is given twice and read once", path)
         known.setdefault(whole, path)
