@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
                 "training_clips": len(training),
                 **options_told(asked),
                 **found.to_mapping(),
-                **computed_together(args.batch),
+                **computed_together(min(args.batch, len(real))),
             },
         )
         side = min(real[0].pixels.shape[-2:])
@@ -107,7 +107,8 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     Raises:
         ConfigError: fewer clips than `--count` needs, or none of the model's own.
     """
-    from starflow.data import is_folder
+    from starflow.data import VideoFolder, is_folder
+    from starflow.evaluate import tell_rates
     from starflow.training import make_dataset
 
     # Every clip in the one size that clips are made in.
@@ -119,9 +120,11 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
         raise ConfigError(
             f"evaluate: the model's own data, data.path {short(data.path)}, are not here, expected --data FOLDER"
         )
-    config = dataclasses.replace(config, data=data)
+    own, config = config, dataclasses.replace(config, data=data)
     count = args.count or _CLIPS
     held_out = make_dataset(config, "test")
+    if isinstance(held_out, VideoFolder):
+        tell_rates("evaluate", own, held_out)
     if data.kind == "folder" and len(held_out) < 2 * count:
         # More clips of each file: as many as both halves need, where the files are long enough to differ.
         more = dataclasses.replace(data, clips_per_file=data.clips_per_file * -(-2 * count // len(held_out)))
@@ -168,10 +171,10 @@ def _print(found: Evaluation) -> None:
     print(f"{'':<34}{'model':>9}  {'real':>9}")
     _print_rows(row, made, floor)
     first, last = found.drift[0], found.drift[-1]
-    begin = f"Fréchet, frames {first.first + found.given} to {first.last + found.given}"
+    begin = f"Fréchet, frames {first.first} to {first.last}"
     row(begin, first.frechet, found.drift_floor, f"a second is {found.second} frames")
     if len(found.drift) > 1:
-        end = f"Fréchet, frames {last.first + found.given} to {last.last + found.given}"
+        end = f"Fréchet, frames {last.first} to {last.last}"
         row(end, last.frechet, None, f"drift: {last.frechet - first.frechet:+.3f} from the first second to the last")
     else:
         print("drift: none to tell, clips have no second second; --frames N makes longer ones")
