@@ -70,6 +70,17 @@ def test_held_out_clips_of_the_model_and_drift(model: Path, tmp_path: Path, caps
     assert f"drift: {change:+.3f} from the first second to the last" in said
 
 
+def test_a_model_of_data_that_are_made_is_compared_with_a_folder(
+    pipeline: Pipeline, videos: Path, tmp_path: Path
+) -> None:
+    data = replace(pipeline.config.data, start="anywhere", handwritings="all")
+    place = tmp_path / "model.safetensors"
+    save_model(place, pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
+    options = ("--data", videos, "--count", 22, *QUICK, "--out", tmp_path / "out")
+    assert run("evaluate", place, *options) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["made"]["real_clips"] == 22
+
+
 def test_the_part_test_of_a_folder_is_compared(model: Path, tmp_path: Path) -> None:
     """Files of "train" are none of those that are compared."""
     folder_of(tmp_path / "data" / "train", 1, 4)

@@ -23,7 +23,7 @@ from starflow.cli.options import (
     sample_options_of,
 )
 from starflow.cli.output import Output, clips_text, computed_together, options_told
-from starflow.config import ConfigError, RunConfig
+from starflow.config import ConfigError, DataConfig, RunConfig
 from starflow.messages import short
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     data = dataclasses.replace(config.data, mix_aspect=False)
     if args.data is not None:
         check_data(args.data)
-        data = dataclasses.replace(data, kind="folder", path=args.data, clips_per_file=1)
+        data = _of_folder(data, args.data)
     elif data.kind == "folder" and (data.path is None or not is_folder(Path(data.path))):
         raise ConfigError(
             f"evaluate: the model's own data, data.path {short(data.path)}, are not here, expected --data FOLDER"
@@ -150,6 +150,14 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     if data.kind == "folder" and len(training) < len(clips):
         training += clips
     return _spread(clips[:half], count), _spread(clips[half:], count), training
+
+
+def _of_folder(data: DataConfig, path: str) -> DataConfig:
+    """The data of a folder of videos in place of those of the model, for clips of the same form."""
+    plain = DataConfig()
+    # Options of data that are made.
+    made = {name: getattr(plain, name) for name in ("start", "handwritings", "contacts")}
+    return dataclasses.replace(data, kind="folder", path=path, clips_per_file=1, **made)
 
 
 def _spread(clips: Sequence[Clip], count: int) -> list[Clip]:
