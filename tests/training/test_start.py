@@ -120,6 +120,30 @@ def test_a_denoiser_may_be_added_or_left_out(tiny, model: Path, tmp_path: Path) 
     assert torch.equal(again.blocks[0].conditioner.proj_in.weight, flow.blocks[0].conditioner.proj_in.weight)
 
 
+def test_a_denoiser_that_is_added_has_the_mean_of_the_data(tiny, tmp_path: Path) -> None:
+    parts = {"learnable_self_denoiser": False, "conditional_denoiser": False, "denoiser_window": None}
+    config = tiny(flow={"centred": True, **parts})
+    flow = Flow(config.flow)
+    mean = torch.randn(config.flow.in_channels, 1, 1, generator=torch.Generator().manual_seed(5)).expand(-1, 8, 8)
+    flow.centre_on(mean)
+    path = tmp_path / "model.safetensors"
+    save_model(path, flow, config, *make_parts(config))
+    added = {"learnable_self_denoiser": True, "denoiser_layers": 2, "denoiser_skip": 1.0}
+    more = tiny(init=str(path), flow={"centred": True, **parts, **added})
+    made = started_flow(more, *make_parts(more))
+    assert flow.centre is not None
+    assert made.denoiser is not None
+    assert made.denoiser.centre is not None
+    assert torch.equal(made.denoiser.centre.mean, flow.centre.mean)
+    assert flow.centre.mean.abs().amax() > 0.5
+    # Of a denoiser that both have, these options say what the weights mean.
+    path = tmp_path / "other.safetensors"
+    save_model(path, made, more, *make_parts(more))
+    other = tiny(init=str(path), flow={"centred": True, **parts, **added, "denoiser_skip": 0.5})
+    with pytest.raises(ConfigError, match=r"flow.denoiser_skip is 0.5, the model has 1.0"):
+        started_flow(other, *make_parts(other))
+
+
 @pytest.mark.parametrize(
     "flow, said",
     [

@@ -302,7 +302,10 @@ class _Plain(Counting):
 @pytest.mark.parametrize(
     ("world", "message"),
     [
-        (object(), r"world is <object .*>, which has no reset, step, suggest, expected a starflow.worlds.Playable"),
+        (
+            object(),
+            r"world is <object .*>, which has no name, fps, actions, reset, step, suggest, close, expected a star",
+        ),
         (_Plain(actions=()), r"world.actions is \(\), expected at least one name, each once"),
         (_Plain(actions=("go", "go")), r"world.actions is \('go', 'go'\), expected at least one name, each once"),
         (_Plain(actions=("go", 1)), r"world.actions\[1\] is 1, expected a text"),
@@ -318,3 +321,29 @@ class _Plain(Counting):
 def test_what_a_world_of_the_callers_own_does_wrong_is_told_at_once(tmp_path: Path, world: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^record: (the world )?{message}"):
         record(world, tmp_path / "out", 8)
+
+
+@pytest.mark.parametrize("suggested", [3, -1, 0.5, "up"])
+def test_a_suggestion_that_is_no_action_is_told(tmp_path: Path, suggested: Any) -> None:
+    world = Counting()
+    world.suggest = lambda aim: suggested  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"^world counting: action is {suggested!r}, expected an integer from 0 to 2$"):
+        record(world, tmp_path, 400)
+
+
+def test_a_suggestion_may_be_a_number_of_numpy(tmp_path: Path) -> None:
+    world = Counting()
+    world.suggest = lambda aim: np.int64(1)  # type: ignore[method-assign]
+    record(world, tmp_path, 200)
+    actions = [line["action"] for path in tmp_path.glob("*.jsonl") for line in lines_of(path)]
+    assert actions.count(1) > 60
+
+
+def test_a_first_picture_that_is_none_is_told_beside_clips(tmp_path: Path) -> None:
+    record(Counting(), tmp_path, 4)
+    world = Counting()
+    world.reset = lambda seed=None: np.zeros((8, 8), np.uint8)  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"^record: the world shows uint8 of shape \[8, 8\], expected an array of uint8"
+    ):
+        record(world, tmp_path, 4)
