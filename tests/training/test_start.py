@@ -144,6 +144,22 @@ def test_a_denoiser_that_is_added_has_the_mean_of_the_data(tiny, tmp_path: Path)
         started_flow(other, *make_parts(other))
 
 
+def test_a_gaussian_is_measured_for_a_denoiser_that_is_new_and_kept_of_one_that_is_not(tiny, tmp_path: Path) -> None:
+    none = {"centred": True, "learnable_self_denoiser": False, "conditional_denoiser": False, "denoiser_window": None}
+    train(tiny(flow=none, steps=1), tmp_path / "plain", quiet=True)
+    added = none | {"learnable_self_denoiser": True, "denoiser_components": 2}
+    found = train(tiny(flow=added, steps=1, init=str(tmp_path / "plain")), tmp_path / "added", quiet=True)
+    assert found.denoiser is not None
+    assert found.denoiser.gaussian is not None
+    assert found.denoiser.gaussian.rest.gt(0).all()
+    # Other data would have another one.
+    config = tiny(flow=added, steps=1, init=str(tmp_path / "added"))
+    later = train(replace(config, data=replace(config.data, start="anywhere")), tmp_path / "later", quiet=True)
+    assert later.denoiser is not None
+    assert later.denoiser.gaussian is not None
+    assert torch.equal(later.denoiser.gaussian.components, found.denoiser.gaussian.components)
+
+
 @pytest.mark.parametrize(
     "flow, said",
     [

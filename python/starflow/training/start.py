@@ -31,7 +31,7 @@ _FREE = (
     "denoiser_window",
 )
 # These say what the weights of a denoiser mean, of which there are none where one is added or left out.
-_OF_DENOISER = ("flow.denoiser_layers", "flow.denoiser_skip")
+_OF_DENOISER = ("flow.denoiser_layers", "flow.denoiser_skip", "flow.denoiser_components")
 # What a flow may have more than its model: the projection of vectors of frames, and a denoiser.
 _FRAMES = re.compile(r".*\bproj_frame\.(weight|bias)$")
 _DENOISER = "denoiser."

@@ -610,10 +610,12 @@ def _run(
     if config.flow.centred and last is None and flow is None:
         flow = new_flow(config)
         flow.centre_on(world.share(lambda: mean_frame(dataset, codec, world.device)))
-        if flow.denoiser is not None and flow.denoiser.gaussian is not None:
-            measured = world.share(lambda: covariances(flow, dataset, codec, world.device))
-            sigma, weighted = config.train.noise_std, config.train.cond_noise_level
-            flow.denoiser.gaussian.fit(measured, sigma, tweedie_step(sigma, weighted=weighted))
+    gaussian = None if flow is None or flow.denoiser is None else flow.denoiser.gaussian
+    # That of a model that the run starts from is kept, unless the denoiser is new.
+    if flow is not None and gaussian is not None and not gaussian.rest.any():
+        measured = world.share(lambda: covariances(flow, dataset, codec, world.device))
+        sigma, weighted = config.train.noise_std, config.train.cond_noise_level
+        gaussian.fit(measured, sigma, tweedie_step(sigma, weighted=weighted))
     trainer = Trainer(config, codec, text, world.device, world, flow=flow)
     trainer.data = world.share(lambda: data_of(dataset, images))
     if last is not None:
