@@ -275,13 +275,17 @@ class Tab:
     async def _on_new(self, game: Game, seed: int) -> None:
         if self._recording is not None:
             # What was recorded is of the game that ends.
+            if self._writing is not None:
+                await asyncio.wait([self._writing])
             try:
                 await self._on_record(game, on=False)
             except ValueError as error:
                 await self._tell(error)
             self._recording = None
         await self._compute(lambda: game.new(seed))
+        # What was not sent yet is of the old game.
         self._scores.clear()
+        self._shown = self._picture = None
         await self._show_again(game)
 
     async def _on_teleport(self, game: Game) -> None:
