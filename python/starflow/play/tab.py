@@ -232,6 +232,15 @@ class Tab:
             self._recording = min(self._recording, number + 1)
         await self._tell_state(game)
 
+    async def _edit(self, game: Game, edit: Callable[[], None]) -> None:
+        """Edits the past that is shown, which becomes the last moment."""
+        last = game.last
+        await self._branch_off(game)
+        if game.last < last:
+            # The page learns that nothing comes after it.
+            self._offer(game, game.moment(game.last), key=self._key)
+        await self._compute(edit)
+
     async def _score(self, game: Game) -> None:
         begin = time.perf_counter()
         self._scores.extend(await self._compute(lambda: game.score(_UNSCORED)))
@@ -289,12 +298,10 @@ class Tab:
         await self._show_again(game)
 
     async def _on_teleport(self, game: Game) -> None:
-        await self._branch_off(game)
-        await self._compute(game.teleport)
+        await self._edit(game, game.teleport)
 
     async def _on_follow(self, game: Game) -> None:
-        await self._branch_off(game)
-        await self._compute(game.follow)
+        await self._edit(game, game.follow)
 
     async def _on_prompt(self, game: Game, text: str) -> None:
         await self._compute(lambda: game.tell(text))
