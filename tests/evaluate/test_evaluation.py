@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -67,7 +68,8 @@ def test_clips_have_the_captions_of_real_ones_and_only_seeds_differ(pipeline: Pi
 
 def test_longer_clips_are_compared_by_their_beginning_and_drift_in_whole(configure: Configure, build: Build) -> None:
     rolling = build(configure(attention_frames=2, text_embed=True))
-    found = run(rolling, options=SampleOptions(frames=10), second=4)
+    found = run(rolling, options=SampleOptions(frames=10), second=np.int64(4))
+    assert json.loads(json.dumps(found.to_mapping()))["second"] == 4
     assert found.clips.shape[1] == found.frames == 10
     assert found.made.made_frames == found.made.real_frames == COUNT * FRAMES
     assert [(span.first, span.last) for span in found.drift] == [(0, 3), (4, 7), (6, 9)]

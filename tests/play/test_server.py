@@ -202,6 +202,7 @@ def test_a_past_that_is_shown_can_be_edited(played: Played, command: str) -> Non
             assert tab.game is not None
             before = tab.game.moment(5).state.ball
             await page.send(command)
+            assert (await page.until("picture", frame=5, last=5))["last"] == 5
             await page.send("step")
             await page.until("picture", frame=6)
             moment = tab.game.moment(6)

@@ -659,7 +659,7 @@ def test_what_subfolders_of_splits_leave_out_is_told(tiny, tmp_path: Path, caplo
     caplog.clear()
     assert len(make_dataset(config, "test")) == 2
     assert caplog.messages == [
-        f"{folder} has no subfolder test: these are no held-out clips, the training shows them too"
+        f"{folder} has no subfolder test: its clips are held out only where no training shows them"
     ]
 
 

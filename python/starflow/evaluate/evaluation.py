@@ -113,6 +113,8 @@ def evaluate(
         whole = integer(value)
         if not (name == "second" and value is None) and (whole is None or whole < least):
             raise ValueError(f"evaluate: {name} is {shown(value)}, expected an integer >= {least}")
+    # Python's own, which json can write; those of numpy it cannot.
+    given, batch, steps, second = int(given), int(batch), int(steps), None if second is None else int(second)
     if not isinstance(options, SampleOptions | None):
         raise ValueError(f"evaluate: options is {shown(options)}, expected a starflow.SampleOptions or None")
     asked = options or SampleOptions()

@@ -232,6 +232,15 @@ class Tab:
             self._recording = min(self._recording, number + 1)
         await self._tell_state(game)
 
+    async def _edit(self, game: Game, edit: Callable[[], None]) -> None:
+        """Edits the past that is shown, which becomes the last moment."""
+        last = game.last
+        await self._branch_off(game)
+        if game.last < last:
+            # The page learns that nothing comes after it.
+            self._offer(game, game.moment(game.last), key=self._key)
+        await self._compute(edit)
+
     async def _score(self, game: Game) -> None:
         begin = time.perf_counter()
         self._scores.extend(await self._compute(lambda: game.score(_UNSCORED)))
@@ -275,22 +284,24 @@ class Tab:
     async def _on_new(self, game: Game, seed: int) -> None:
         if self._recording is not None:
             # What was recorded is of the game that ends.
+            if self._writing is not None:
+                await asyncio.wait([self._writing])
             try:
                 await self._on_record(game, on=False)
             except ValueError as error:
                 await self._tell(error)
             self._recording = None
         await self._compute(lambda: game.new(seed))
+        # What was not sent yet is of the old game.
         self._scores.clear()
+        self._shown = self._picture = None
         await self._show_again(game)
 
     async def _on_teleport(self, game: Game) -> None:
-        await self._branch_off(game)
-        await self._compute(game.teleport)
+        await self._edit(game, game.teleport)
 
     async def _on_follow(self, game: Game) -> None:
-        await self._branch_off(game)
-        await self._compute(game.follow)
+        await self._edit(game, game.follow)
 
     async def _on_prompt(self, game: Game, text: str) -> None:
         await self._compute(lambda: game.tell(text))

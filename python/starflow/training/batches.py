@@ -277,7 +277,7 @@ def _part(folder: Path, split: Literal["train", "test"]) -> Path:
             test,
         )
     if split == "test":
-        logger.warning("%s has no subfolder test: these are no held-out clips, the training shows them too", folder)
+        logger.warning("%s has no subfolder test: its clips are held out only where no training shows them", folder)
     return folder
 
 

@@ -159,7 +159,7 @@ def _record(
     clip_frames: int,
     on_frame: Callable[[], object] | None,
 ) -> Recorded:
-    about, held = RecordedWorld(world.name, world.actions), read_world(folder)
+    about, held = RecordedWorld(world.name, tuple(world.actions)), read_world(folder)
     if held is not None and held != about:
         raise ValueError(
             f"record: {folder} holds the world {held.world} with the actions {', '.join(held.actions)}, expected "
@@ -185,7 +185,7 @@ def _record(
                 clip = _Clip(folder / f"clip-{number:06d}.mp4", fps)
                 clips, number = clips + 1, number + 1
             clip.add(frame, action, reward, done)
-            count, total = count + 1, total + reward
+            count, total = count + 1, total + float(reward)
             if on_frame is not None:
                 on_frame()
             if done or count == frames or len(clip) == clip_frames:
