@@ -12,6 +12,7 @@ import torch
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits
 from starflow.model import Flow
+from starflow.sampling import Pipeline
 from starflow.storage import load_model
 from starflow.training import Batches, make_dataset, make_parts, train
 from starflow.training.batches import with_world
@@ -195,6 +196,9 @@ def test_the_configurations_fit_together() -> None:
     assert (codec.temporal, text) == (1, None)
     assert paddle.data.actions == PaddleBall.actions
     assert sum(p.numel() for p in Flow(paddle.flow).parameters()) < 3_000_000
-    world = RunConfig.load("world")
-    filled = dataclasses.replace(world.data, actions=("noop", "fire"))
-    make_parts(dataclasses.replace(world, data=filled, flow=dataclasses.replace(world.flow, frame_dim=2)))
+    for name in ("world", "world-small"):
+        world = RunConfig.load(name)
+        filled = dataclasses.replace(world.data, actions=("noop", "fire"))
+        config = dataclasses.replace(world, data=filled, flow=dataclasses.replace(world.flow, frame_dim=2))
+        codec, text = make_parts(config)
+        Pipeline(Flow(config.flow), config, codec, text)
