@@ -1,16 +1,22 @@
-// The page: keys and buttons go out as messages, pictures come in and are painted once a screen refresh.
+// The page: keys and buttons go out as messages, pictures come in and are painted at the next screen refresh.
 
 import { Chart } from "./chart.js";
 
 const $ = (id) => document.getElementById(id);
 const KEEP = 200; // key-to-frame times that the figures are taken over
+// Milliseconds between two paintings of the curve and the timeline: without a GPU a browser takes longer for them than
+// for both pictures, on the cores that the model computes on.
+const PAUSE = 100;
 
 let socket;
 let about = null; // what the server said of the model
 let state = { playing: false };
 let picture = null; // the newest, painted or not
-let painted = true;
 let heat = { dream: null, real: null }; // bits of each place
+const stale = { picture: false, heat: false, rest: false }; // what is to be painted
+let asked = false; // whether the next refresh paints
+let rested = -Infinity; // when the curve was painted
+let resting = false; // whether a timer waits for it to be due
 let keyNumber = 0;
 let waiting = null; // the last key whose frame has not been seen: {number, time}
 const held = new Set(); // directions that are held down
@@ -30,7 +36,7 @@ const stats = (window.starflowStats = {
   clips: 0,
 });
 
-const chart = new Chart($("chart"), seek);
+const chart = new Chart($("chart"), seek, () => paintSoon("rest"));
 
 // -- connection ------------------------------------------------------------------------------------------------------
 
@@ -76,11 +82,11 @@ function received(data) {
       stats.bits = { dream, real };
     }
     heat = { dream: floats(parts.dream_map), real: floats(parts.real_map) };
-    painted = false;
+    paintSoon("heat");
   }
   if (header.frame !== undefined) {
     picture = { ...header, dream: parts.dream, real: parts.real };
-    painted = false;
+    paintSoon("picture");
   }
 }
 
@@ -88,29 +94,61 @@ const floats = (bytes) => (bytes ? new Float32Array(bytes) : null);
 
 // -- pictures --------------------------------------------------------------------------------------------------------
 
-function paint() {
+function paintSoon(what) {
+  stale[what] = true;
+  if (asked) return;
+  asked = true;
   requestAnimationFrame(paint);
-  chart.draw();
-  if (painted || !picture) return;
-  painted = true;
+}
+
+function paint(now) {
+  asked = false;
+  if (!picture) return;
+  if (stale.picture) paintPicture();
+  if (stale.heat) paintHeat();
+  if (!stale.rest) return;
+  const left = rested + PAUSE - now;
+  if (left <= 0) {
+    rested = now;
+    paintRest();
+  } else if (!resting) {
+    resting = true;
+    setTimeout(() => ((resting = false), paintSoon("rest")), left);
+  }
+}
+
+function paintPicture() {
+  stale.picture = false;
+  stale.heat = stale.rest = true;
   drawPicture($("dream"), picture.dream);
   drawPicture($("real"), picture.real);
   $("real-figure").classList.toggle("gone", !picture.real);
-  drawMap($("dream-map"), heat.dream);
-  drawMap($("real-map"), picture.real ? heat.real : null);
-  showBits("dream-bits", stats.bits.dream);
-  showBits("real-bits", picture.real ? stats.bits.real : null);
   const { frame, first, last } = picture;
   // The same frame may be the last one now: a teleport in the past forgets what came after it.
   chart.keep(first, last);
   chart.show(frame, last);
-  const timeline = $("timeline");
-  [timeline.min, timeline.max, timeline.value] = [first, last, frame];
-  $("frame").value = frame < last ? `${frame} of ${last}` : frame;
   if (frame === stats.frame) return;
   stats.frames += 1;
   stats.frame = frame;
   count(performance.now());
+}
+
+function paintHeat() {
+  stale.heat = false;
+  stale.rest = true;
+  drawMap($("dream-map"), heat.dream);
+  drawMap($("real-map"), picture.real ? heat.real : null);
+}
+
+function paintRest() {
+  stale.rest = false;
+  chart.draw();
+  showBits("dream-bits", stats.bits.dream);
+  showBits("real-bits", picture.real ? stats.bits.real : null);
+  const { frame, first, last } = picture;
+  const timeline = $("timeline");
+  [timeline.min, timeline.max, timeline.value] = [first, last, frame];
+  $("frame").value = frame < last ? `${frame} of ${last}` : frame;
 }
 
 function drawPicture(canvas, bytes) {
@@ -129,12 +167,15 @@ function drawPicture(canvas, bytes) {
 
 // The noise alone makes the bits of a place spread: colour begins at five times that, and is full at thirty.
 function drawMap(canvas, bits) {
+  const shares = bits && $("heat").checked ? Array.from(bits, (value) => (value / about.spread - 5) / 25) : [];
+  const empty = shares.every((share) => share <= 0);
+  // Without a GPU a browser takes milliseconds to lay even an empty canvas over a picture.
+  canvas.hidden = empty;
+  if (empty) return;
   const pen = canvas.getContext("2d");
-  pen.clearRect(0, 0, canvas.width, canvas.height);
-  if (!bits || !$("heat").checked) return;
   const image = pen.createImageData(canvas.width, canvas.height);
-  bits.forEach((value, place) => {
-    const hot = Math.min(Math.max((value / about.spread - 5) / 25, 0), 1);
+  shares.forEach((share, place) => {
+    const hot = Math.min(Math.max(share, 0), 1);
     image.data.set([255, 150 - 110 * hot, 40 + 40 * hot, 215 * Math.sqrt(hot)], 4 * place);
   });
   pen.putImageData(image, 0, 0);
@@ -353,7 +394,7 @@ $("seed").addEventListener("change", (event) => {
   if (event.target.reportValidity() && event.target.value) newGame(Number(event.target.value));
 });
 $("measure").addEventListener("change", (event) => send("surprise", { on: event.target.checked }));
-$("heat").addEventListener("change", () => (painted = false));
+$("heat").addEventListener("change", () => paintSoon("heat"));
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   send("prompt", { text: $("prompt").value });
@@ -367,4 +408,3 @@ for (const slider of document.querySelectorAll("input[type=range]"))
   slider.addEventListener("pointerup", () => slider.blur());
 
 connect();
-requestAnimationFrame(paint);
