@@ -200,6 +200,7 @@ def run_backward(
     report = kernels.launch(
         launcher,
         seed,
+        watch_blocks=True,
         **call.common,
         out=above.out,
         lse=above.lse,

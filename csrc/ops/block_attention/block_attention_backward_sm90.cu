@@ -15,8 +15,8 @@
 // of a clip of 33390 tokens and 64 heads of 64, 143 GB, against 0.55 GB of the sums here.
 //
 // Two groups of four warps multiply, with 64 keys each. A third loads: one thread by TMA, and each thread writes what is
-// known of a query, its logarithm, its D and what it sees. Two stages of queries; dS goes by way of shared memory, in
-// two places, so that one barrier a tile is enough.
+// known of a query, its logarithm, its D and what it sees. Two stages of queries; P^T stays in registers, dS^T goes by
+// way of shared memory, in two places, so that one barrier a tile is enough.
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cuda/signal.cuh"
@@ -87,7 +87,6 @@ struct Backward {
     static constexpr int threads = multiplying + group_threads;
     static constexpr int multiplying_warps = multiplying / warp_size;
     static constexpr int loading_warps = rows / warp_size;
-    static constexpr int group_keys = columns / groups;
     static constexpr uint32_t key_bytes = columns * width * sizeof(Element);
     static constexpr uint32_t query_bytes = rows * width * sizeof(Element);
     // Of the sums of grad_q a group has 64 queries or 64 channels, where there are 128 of them.
@@ -101,9 +100,9 @@ struct Backward {
     using Keys = Boxes<Element, columns, width>;
     using Queries = Boxes<Element, rows, width>;
     using Products = Boxes<Element, columns, rows>;
-    template <int count>
+    template <int count, int depth>
     using Along = decltype(cute::tile_to_shape(cute::GMMA::Layout_K_SW128_Atom<Value>{},
-                                               Shape<Int<count>, Int<width>, Int<stages>>{}));
+                                               Shape<Int<count>, Int<depth>, Int<stages>>{}));
     // The same memory, with keys or queries as the depth.
     template <int channels, int count>
     using Across = decltype(cute::tile_to_shape(cute::GMMA::Layout_MN_SW128_Atom<Value>{},
@@ -112,6 +111,10 @@ struct Backward {
         cute::GMMA::ss_op_selector<Value, Value, float, Shape<_64, Int<rows>, Int<width>>, Major::K, Major::K>()));
     using Add = decltype(cute::make_tiled_mma(
         cute::GMMA::rs_op_selector<Value, Value, float, Shape<_64, Int<width>, Int<rows>>, Major::K, Major::MN>()));
+    // dS^T as the left operand comes from shared memory, where dQ has to have it: beside the sums and what is in flight
+    // there are no registers for it, and ptxas would let each wgmma wait for the one before.
+    using AddGrads = decltype(cute::make_tiled_mma(
+        cute::GMMA::ss_op_selector<Value, Value, float, Shape<_64, Int<width>, Int<rows>>, Major::K, Major::MN>()));
     using AddQueries = decltype(cute::make_tiled_mma(
         cute::GMMA::ss_op_selector<Value, Value, float, Shape<_64, _64, Int<columns>>, Major::MN, Major::MN>()));
 
@@ -276,21 +279,23 @@ __global__ void __launch_bounds__(B::threads, 1)
 
     typename B::Weigh weigh_product;
     typename B::Add add_product;
+    typename B::AddGrads add_grads_product;
     typename B::AddQueries query_product;
     const auto weigh_slice = weigh_product.get_slice(0);
     const auto add_slice = add_product.get_slice(0);
+    const auto add_grads_slice = add_grads_product.get_slice(0);
     const auto query_slice = query_product.get_slice(0);
     const auto shared_tensor = [](Element* data, auto layout) {
         return cute::make_tensor(cute::make_smem_ptr(reinterpret_cast<Value*>(data)), layout);
     };
     const auto own_rows = [&](Element* data) {
-        const auto all = shared_tensor(data, cute::take<0, 2>(typename B::template Along<B::columns>{}));
+        const auto all = shared_tensor(data, cute::take<0, 2>(typename B::template Along<B::columns, B::width>{}));
         return weigh_slice.make_fragment_A(
             weigh_slice.partition_A(cute::local_tile(all, Shape<_64, Int<B::width>>{}, cute::make_coord(group, 0))));
     };
     const auto columns_of = [&](Element* data) {
         return weigh_slice.make_fragment_B(
-            weigh_slice.partition_B(shared_tensor(data, typename B::template Along<B::rows>{})));
+            weigh_slice.partition_B(shared_tensor(data, typename B::template Along<B::rows, B::width>{})));
     };
     const auto depth_of = [&](Element* data) {
         return add_slice.make_fragment_B(
@@ -305,6 +310,9 @@ __global__ void __launch_bounds__(B::threads, 1)
     const auto products = query_slice.make_fragment_A(query_slice.partition_A(
         cute::local_tile(shared_tensor(shared.products[0], typename B::template Across<B::rows, B::columns>{}),
                          Shape<_64, Int<B::columns>, Int<stages>>{}, cute::make_coord(B::by_queries ? group : 0, 0, 0))));
+    const auto own_products = add_grads_slice.make_fragment_A(add_grads_slice.partition_A(cute::local_tile(
+        shared_tensor(shared.products[0], typename B::template Along<B::columns, B::rows>{}),
+        Shape<_64, Int<B::rows>, Int<stages>>{}, cute::make_coord(group, 0, 0))));
     const auto keys_across = query_slice.make_fragment_B(query_slice.partition_B(cute::local_tile(
         shared_tensor(shared.keys, cute::take<0, 2>(typename B::template Across<B::width, B::columns>{})),
         Shape<_64, Int<B::columns>>{}, cute::make_coord(B::by_queries ? 0 : group, 0))));
@@ -315,23 +323,18 @@ __global__ void __launch_bounds__(B::threads, 1)
     float weight_grads[B::rows / 8][4];
     float query_sums[8][4];
     HalfOperand rounded[B::rows / 16];
-    HalfOperand rounded_grads[B::rows / 16];
     // Registers as CuTe counts them, which is the order that they are in.
     const auto by_product = [](float* data, const auto& product, auto tile) {
         return cute::make_tensor(data, cute::make_layout(cute::partition_shape_C(product, tile)));
-    };
-    const auto as_left = [&](HalfOperand* data) {
-        return cute::make_tensor(
-            reinterpret_cast<Value*>(data),
-            cute::make_layout(cute::partition_shape_A(add_product, Shape<_64, Int<B::rows>>{})));
     };
     auto key_registers = by_product(&key_sums[0][0], add_product, Shape<_64, Int<B::width>>{});
     auto value_registers = by_product(&value_sums[0][0], add_product, Shape<_64, Int<B::width>>{});
     auto weight_registers = by_product(&weights[0][0], weigh_product, Shape<_64, Int<B::rows>>{});
     auto weight_grad_registers = by_product(&weight_grads[0][0], weigh_product, Shape<_64, Int<B::rows>>{});
     auto query_registers = by_product(&query_sums[0][0], query_product, Shape<_64, _64>{});
-    const auto rounded_registers = as_left(rounded);
-    const auto rounded_grad_registers = as_left(rounded_grads);
+    const auto rounded_registers =
+        cute::make_tensor(reinterpret_cast<Value*>(&rounded[0]),
+                          cute::make_layout(cute::partition_shape_A(add_product, Shape<_64, Int<B::rows>>{})));
 
     // Begin products of this group's keys, or of their values, and the queries of a stage.
     const auto weigh = [&](const auto& left, const auto& right, int stage, auto& sums) {
@@ -345,12 +348,10 @@ __global__ void __launch_bounds__(B::threads, 1)
         cute::warpgroup_commit_batch();
     };
     // Begin to add to the sums of keys or values.
-    const auto add = [&](const auto& left, const auto& right, int stage, auto& sums) {
+    const auto add = [&](auto& product, const auto& left, const auto& right, int stage, auto& sums) {
         cute::warpgroup_fence_operand(sums);
 #pragma unroll
-        for (int k = 0; k < B::rows / 16; ++k) {
-            cute::gemm(add_product, left(_, _, k), right(_, _, k, stage), sums);
-        }
+        for (int k = 0; k < B::rows / 16; ++k) cute::gemm(product, left(k), right(_, _, k, stage), sums);
         cute::warpgroup_commit_batch();
     };
     // Begin this group's share of dS K.
@@ -455,36 +456,37 @@ __global__ void __launch_bounds__(B::threads, 1)
         cute::warpgroup_fence_operand(weight_grad_registers);
         const bool all = tile.all != 0;
         const typename B::Products to{shared.products[stage]};
+        // By 16 queries: products and their gradients make room for what they are rounded to.
 #pragma unroll
-        for (int i = 0; i < B::rows / 8; ++i) {
-            const int column = 8 * i + lane() % 4 * 2;
+        for (int k = 0; k < B::rows / 16; ++k) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const float log = tile.logs[column + e];
-                const float dot = tile.dots[column + e];
+            for (int i = 2 * k; i < 2 * k + 2; ++i) {
+                const int column = 8 * i + lane() % 4 * 2;
+                const auto logs = *reinterpret_cast<const float2*>(tile.logs + column);
+                const auto dots = *reinterpret_cast<const float2*>(tile.dots + column);
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    float& weight = weights[i][2 * h + e];
-                    float& grad = weight_grads[i][2 * h + e];
-                    weight = power_of_two(weight * slope - log);
-                    grad = weight * (grad - dot);
-                    if (!all) {
-                        const bool visible =
-                            tile.visible.get(column + e).has(block.first + warp_key + 8 * h + lane() / 4);
-                        weight = visible ? weight : 0.0F;
-                        grad = visible ? grad : 0.0F;
+                for (int e = 0; e < 4; ++e) {
+                    weights[i][e] = power_of_two(weights[i][e] * slope - (e % 2 == 0 ? logs.x : logs.y));
+                    weight_grads[i][e] = weights[i][e] * (weight_grads[i][e] - (e % 2 == 0 ? dots.x : dots.y));
+                }
+                if (!all) {
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const int key = block.first + warp_key + e / 2 * 8 + lane() / 4;
+                        const bool visible = tile.visible.get(column + e % 2).has(key);
+                        weights[i][e] = visible ? weights[i][e] : 0.0F;
+                        weight_grads[i][e] = visible ? weight_grads[i][e] : 0.0F;
                     }
                 }
             }
-        }
-#pragma unroll
-        for (int k = 0; k < B::rows / 16; ++k) {
             rounded[k] = HalfProducts::left_from(weights[2 * k], weights[2 * k + 1]);
-            rounded_grads[k] = HalfProducts::left_from(weight_grads[2 * k], weight_grads[2 * k + 1]);
+            const HalfOperand rounded_grad = HalfProducts::left_from(weight_grads[2 * k], weight_grads[2 * k + 1]);
+            // Else all addresses of a tile would be computed before its products, and take the registers of these.
+            const int line = compute_here(lane() / 4 * to.chunk);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                *reinterpret_cast<uint32_t*>(to.at(warp_key + i % 2 * 8 + lane() / 4,
-                                                   16 * k + i / 2 * 8 + lane() % 4 * 2)) = rounded_grads[k].words[i];
+                *reinterpret_cast<uint32_t*>(to.at(warp_key + lane() / 4, line, i % 2 * 8, lane() % 4 * 2,
+                                                   16 * k + i / 2 * 8)) = rounded_grad.words[i];
             }
         }
         // The fence makes what threads have written visible to wgmma, which reads by the asynchronous proxy. Behind the
@@ -493,8 +495,9 @@ __global__ void __launch_bounds__(B::threads, 1)
         sync_named<B::multiplying>(all_warps);
         cute::warpgroup_arrive();
         multiply_products(stage);
-        add(rounded_registers, grads_across, stage, value_registers);
-        add(rounded_grad_registers, queries_across, stage, key_registers);
+        add(add_product, [&](int k) { return rounded_registers(_, _, k); }, grads_across, stage, value_registers);
+        add(add_grads_product, [&](int k) { return own_products(_, _, k, stage); }, queries_across, stage,
+            key_registers);
         cute::warpgroup_wait<2>();
         cute::warpgroup_fence_operand(query_registers);
         add_queries(tile.tile, tile.head, tile.turn, tile.adders);

@@ -42,8 +42,9 @@ constexpr AttentionTile forward_tile(int element_bytes, int64_t width, bool larg
 // for shared memory.
 inline constexpr int sm90_columns = 128;
 
-// Which kernel a forward pass on CUDA runs: `wgmma` is that of sm_90a, the other values say why that one does not run.
-enum class ForwardKernel : int32_t {
+// Which kernel a forward pass or a gradient on CUDA runs: `wgmma` is that of sm_90a, the other values say why that one
+// does not run; those of queries are of the gradient alone.
+enum class AttentionKernel : int32_t {
     wgmma,
     other_device,
     not_built,
@@ -51,36 +52,63 @@ enum class ForwardKernel : int32_t {
     wide_head,
     no_keys,
     unaligned,
-    overlapping
+    overlapping,
+    no_queries,
+    unaligned_queries,
+    overlapping_queries
 };
-inline constexpr const char* forward_kernel_names[]{"wgmma",     "other_device", "not_built", "float32",
-                                                    "wide_head", "no_keys",      "unaligned", "overlapping"};
+inline constexpr const char* attention_kernel_names[]{
+    "wgmma",     "other_device", "not_built",  "float32",           "wide_head",          "no_keys",
+    "unaligned", "overlapping",  "no_queries", "unaligned_queries", "overlapping_queries"};
 
-// Whether TMA brings these keys or values: it takes distances of whole 16 bytes, none of them 0.
-inline ForwardKernel forward_kernel_by_rows(const AttentionShape& shape, const HeadRows& rows) {
+// Whether TMA brings these (batch, heads, count, head_dim): it takes distances of whole 16 bytes, none of them 0.
+inline AttentionKernel kernel_by_rows(const AttentionShape& shape, int64_t heads, int64_t count, const HeadRows& rows) {
     constexpr int64_t chunk = 8;
     bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
-    bool apart = shape.keys == 1 || rows.row_stride >= shape.head_dim;
-    const auto check = [&](int64_t count, int64_t stride) {
-        aligned = aligned && (count == 1 || stride % chunk == 0);
-        apart = apart && (count == 1 || stride > 0);
+    bool apart = count == 1 || rows.row_stride >= shape.head_dim;
+    const auto check = [&](int64_t entries, int64_t stride) {
+        aligned = aligned && (entries == 1 || stride % chunk == 0);
+        apart = apart && (entries == 1 || stride > 0);
     };
-    check(shape.keys, rows.row_stride);
-    check(shape.kv_heads, rows.head_stride);
+    check(count, rows.row_stride);
+    check(heads, rows.head_stride);
     check(shape.batch, rows.batch_stride);
-    return !aligned ? ForwardKernel::unaligned : !apart ? ForwardKernel::overlapping : ForwardKernel::wgmma;
+    return !aligned ? AttentionKernel::unaligned : !apart ? AttentionKernel::overlapping : AttentionKernel::wgmma;
+}
+inline AttentionKernel kernel_by_keys(const AttentionShape& shape, const HeadRows& rows) {
+    return kernel_by_rows(shape, shape.kv_heads, shape.keys, rows);
+}
+inline AttentionKernel kernel_by_queries(const AttentionShape& shape, const HeadRows& rows) {
+    return kernel_by_rows(shape, shape.heads, shape.queries, rows);
 }
 
 // `major` belongs to the device's compute capability. The queries have no say: a row has the bits that it has alone.
-inline ForwardKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
+inline AttentionKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
                                         bool built) {
-    if (major != 9) return ForwardKernel::other_device;
-    if (!built) return ForwardKernel::not_built;
-    if (shape.data == Dtype::float32) return ForwardKernel::float32;
-    if (tile_width(shape.head_dim) > 128) return ForwardKernel::wide_head;
-    if (shape.keys == 0) return ForwardKernel::no_keys;
-    const ForwardKernel by_keys = forward_kernel_by_rows(shape, k);
-    return by_keys != ForwardKernel::wgmma ? by_keys : forward_kernel_by_rows(shape, v);
+    if (major != 9) return AttentionKernel::other_device;
+    if (!built) return AttentionKernel::not_built;
+    if (shape.data == Dtype::float32) return AttentionKernel::float32;
+    if (tile_width(shape.head_dim) > 128) return AttentionKernel::wide_head;
+    if (shape.keys == 0) return AttentionKernel::no_keys;
+    const AttentionKernel by_keys = kernel_by_keys(shape, k);
+    return by_keys != AttentionKernel::wgmma ? by_keys : kernel_by_keys(shape, v);
+}
+
+// The gradient's, which reads queries by TMA too. What comes from above has no say: the op copies it where TMA does not
+// take it.
+inline AttentionKernel backward_kernel_for(const AttentionShape& shape, const HeadRows& q, const HeadRows& k,
+                                           const HeadRows& v, int major, bool built) {
+    const AttentionKernel forward = forward_kernel_for(shape, k, v, major, built);
+    if (forward != AttentionKernel::wgmma) return forward;
+    if (shape.batch * shape.heads * shape.queries == 0) return AttentionKernel::no_queries;
+    switch (kernel_by_queries(shape, q)) {
+        case AttentionKernel::unaligned:
+            return AttentionKernel::unaligned_queries;
+        case AttentionKernel::overlapping:
+            return AttentionKernel::overlapping_queries;
+        default:
+            return AttentionKernel::wgmma;
+    }
 }
 
 // The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums. For 256 channels
