@@ -158,8 +158,8 @@ def block_attention(
     256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the keys of few queries are
     split over the device, and a row's bits depend on the number of parts. Compute capability 9.0 has a kernel of its
     own, chosen by device, dtype, ``head_dim`` and the addresses and strides of keys and values alone, and one for the
-    gradient, chosen by those of the queries too (``explain`` says where they run). Float64 runs in plain torch. Under autocast the operands are rounded to its dtype, as by torch's own
-    attention.
+    gradient, chosen by those of the queries too (``explain`` says where they run). Float64 runs in plain torch. Under
+    autocast the operands are rounded to its dtype, as by torch's own attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from starflow_ext._spec import Sample
 from starflow_ext.block_attention import FrameMask
 
 from ..ops import battery
@@ -23,7 +22,6 @@ from .attention import (
     Call,
     arguments_for,
     assert_gradients,
-    draw,
     exact_gradients,
     gradient_rows,
     gradients_of,

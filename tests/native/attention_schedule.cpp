@@ -135,8 +135,7 @@ void check_turns(int number) {
             const auto key_tiles = static_cast<int>(divide_up(keys, columns));
             std::vector<int> turns(query_tiles);
             for (int key_tile = key_tiles - 1; key_tile >= 0; --key_tile) {
-                const QueryRange range =
-                    visible_query_tiles(mask, shape, 0, key_tile * columns, columns, rows);
+                const QueryRange range = visible_query_tiles(mask, shape, 0, key_tile * columns, columns, rows);
                 if (range.begin < 0 || range.end > query_tiles || range.begin > range.end) {
                     wrong("no range of tiles of queries", number);
                 }
@@ -150,7 +149,8 @@ void check_turns(int number) {
                     if (comes && tiles.count - 1 - place != turns[tile]++) wrong("a turn of another tile", number);
                     for (int i = tile * rows; i < (tile + 1) * rows && i < queries; ++i) {
                         for (int k = key_tile * columns; k < (key_tile + 1) * columns && k < keys; ++k) {
-                            if (!comes && (mask.frames || k >= mask.first) && visible(mask, keys, i, k)) wrong("a visible tile does not come", number);
+                            if (!comes && (mask.frames || k >= mask.first) && visible(mask, keys, i, k))
+                                wrong("a visible tile does not come", number);
                         }
                     }
                 }

@@ -251,7 +251,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                         look_ahead, window, temperature, temperatures});
 }
 
-// The number of the AttentionKernel that a device of compute capability `major` would run, forward and for the gradient.
+// The number of the AttentionKernel that a device of compute capability `major` would run, forward and for the
+// gradient.
 int64_t forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, int64_t major) {
     const AttentionShape shape = check(q, k, v, {});
     return static_cast<int64_t>(forward_kernel_for(shape, rows_with_channels(k), rows_with_channels(v),
@@ -280,8 +281,8 @@ void run_backward_cuda(const Tensor& q, Tensor upstream, const Tensor& logs, Att
     const AttentionShape& shape = args.shape;
     check_cuda(q, shape);
     const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
-    args.sm90 = backward_kernel_for(shape, args.q, args.k, args.v, device.major, STARFLOW_SM90 != 0) ==
-                AttentionKernel::wgmma;
+    args.sm90 =
+        backward_kernel_for(shape, args.q, args.k, args.v, device.major, STARFLOW_SM90 != 0) == AttentionKernel::wgmma;
     if (args.sm90 && kernel_by_queries(shape, args.grad_out) != AttentionKernel::wgmma) {
         upstream = in_chunks(upstream);
         args.grad_out = rows_of(upstream);

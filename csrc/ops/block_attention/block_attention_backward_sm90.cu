@@ -11,12 +11,12 @@
 // A block waits only for blocks of lower numbers: those of the same head with later keys. The first to add does not
 // read, and the last writes grad_q, rounded, so that nothing is cleared before and converted behind.
 // Bytes of that: 8 a value of grad_q and tile of keys, to and from the second-level cache, beside 4 of Q and dO. The
-// other way, parts of all blocks in memory and a second kernel to add them, would keep 4 bytes a value and tile of keys:
-// of a clip of 33390 tokens and 64 heads of 64, 143 GB, against 0.55 GB of the sums here.
+// other way, parts of all blocks in memory and a second kernel to add them, would keep 4 bytes a value and tile of
+// keys: of a clip of 33390 tokens and 64 heads of 64, 143 GB, against 0.55 GB of the sums here.
 //
-// Two groups of four warps multiply, with 64 keys each. A third loads: one thread by TMA, and each thread writes what is
-// known of a query, its logarithm, its D and what it sees. Two stages of queries; P^T stays in registers, dS^T goes by
-// way of shared memory, in two places, so that one barrier a tile is enough.
+// Two groups of four warps multiply, with 64 keys each. A third loads: one thread by TMA, and each thread writes what
+// is known of a query, its logarithm, its D and what it sees. Two stages of queries; P^T stays in registers, dS^T goes
+// by way of shared memory, in two places, so that one barrier a tile is enough.
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "cuda/signal.cuh"
@@ -59,9 +59,9 @@ __global__ void prepare_kernel(AttentionBackwardArgs args, int tile_rows) {
     for (int64_t c = lane(); c < shape.head_dim; c += warp_size) grad[c] = Element{};
 }
 
-// What is known of a tile of queries.
+// What is known of a tile of queries. Numbers of two neighbours are read at once.
 template <int rows>
-struct QueryTile {
+struct alignas(8) QueryTile {
     // Of queries that see no key, and behind the last one, the logarithm is infinite: their weights are 0.
     float logs[rows];  // to the base of 2
     float dots[rows];
@@ -239,7 +239,7 @@ __device__ void load(const AttentionBackwardArgs& args, const Maps& maps, typena
 template <class B, int rows, class Kept>
 __device__ void clear_rows(typename B::Element* tile, const Kept& kept) {
     constexpr int chunks = B::width * static_cast<int>(sizeof(typename B::Element)) / 16;
-    for (int i = static_cast<int>(threadIdx.x); i < rows * chunks; i += B::multiplying) {
+    for (int i = compute_here(static_cast<int>(threadIdx.x)); i < rows * chunks; i += B::multiplying) {
         if (!kept(i / 8 % rows)) reinterpret_cast<uint4*>(tile)[i] = uint4{};
     }
 }
@@ -307,12 +307,12 @@ __global__ void __launch_bounds__(B::threads, 1)
     const auto grads = columns_of(shared.grads[0]);
     const auto queries_across = depth_of(shared.queries[0]);
     const auto grads_across = depth_of(shared.grads[0]);
-    const auto products = query_slice.make_fragment_A(query_slice.partition_A(
-        cute::local_tile(shared_tensor(shared.products[0], typename B::template Across<B::rows, B::columns>{}),
-                         Shape<_64, Int<B::columns>, Int<stages>>{}, cute::make_coord(B::by_queries ? group : 0, 0, 0))));
-    const auto own_products = add_grads_slice.make_fragment_A(add_grads_slice.partition_A(cute::local_tile(
-        shared_tensor(shared.products[0], typename B::template Along<B::columns, B::rows>{}),
-        Shape<_64, Int<B::rows>, Int<stages>>{}, cute::make_coord(group, 0, 0))));
+    const auto products = query_slice.make_fragment_A(query_slice.partition_A(cute::local_tile(
+        shared_tensor(shared.products[0], typename B::template Across<B::rows, B::columns>{}),
+        Shape<_64, Int<B::columns>, Int<stages>>{}, cute::make_coord(B::by_queries ? group : 0, 0, 0))));
+    const auto own_products = add_grads_slice.make_fragment_A(add_grads_slice.partition_A(
+        cute::local_tile(shared_tensor(shared.products[0], typename B::template Along<B::columns, B::rows>{}),
+                         Shape<_64, Int<B::rows>, Int<stages>>{}, cute::make_coord(group, 0, 0))));
     const auto keys_across = query_slice.make_fragment_B(query_slice.partition_B(cute::local_tile(
         shared_tensor(shared.keys, cute::take<0, 2>(typename B::template Across<B::width, B::columns>{})),
         Shape<_64, Int<B::columns>>{}, cute::make_coord(B::by_queries ? 0 : group, 0))));
@@ -368,13 +368,16 @@ __global__ void __launch_bounds__(B::threads, 1)
     // Adds this block's share of grad_q of a tile, in its turn.
     const auto add_queries = [&](int tile, int head, int turn, int adders) {
         constexpr int chunks = 8;
-        const int64_t of_head = block.b * shape.heads + head;
+        // What is computed of these here would else be kept from the start, in registers that sums need.
+        const int b = compute_here(static_cast<int>(block.b));
+        const int64_t of_head = b * shape.heads + head;
         const int64_t place = (of_head * divide_up(shape.queries, B::rows) + tile) * B::groups + group;
-        const auto thread = static_cast<int>(threadIdx.x) % B::group_threads;
+        const int thread = compute_here(static_cast<int>(threadIdx.x));
+        const int in_group = thread % B::group_threads;
         // Each thread has its sums side by side with those of its neighbours, whatever they are the sums of.
-        auto* const sums = reinterpret_cast<float4*>(args.sums) + place * chunks * B::group_threads + thread;
+        auto* const sums = reinterpret_cast<float4*>(args.sums) + place * chunks * B::group_threads + in_group;
         if (turn > 0) {
-            if (thread == 0) wait_for_signals(args.turns + place, turn);
+            if (in_group == 0) wait_for_signals(args.turns + place, turn);
             sync_named<B::group_threads>(warps_of + group);
 #pragma unroll
             for (int i = 0; i < chunks; ++i) {
@@ -392,21 +395,21 @@ __global__ void __launch_bounds__(B::threads, 1)
                     float4{query_sums[i][0], query_sums[i][1], query_sums[i][2], query_sums[i][3]};
             }
             sync_named<B::group_threads>(warps_of + group);
-            if (thread == 0) signal(args.turns + place);
+            if (in_group == 0) signal(args.turns + place);
             return;
         }
         using Pair = Packed<Element, 2>;
-        auto* const rows = head_at<Element>(args.grad_q, block.b, head);
+        auto* const rows = head_at<Element>(args.grad_q, b, head);
         const int first_channel = B::by_queries ? 0 : 64 * group;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const int64_t query = static_cast<int64_t>(tile) * B::rows + (B::by_queries ? warp_key : warp_key % 64) +
-                                  8 * h + lane() / 4;
+            const int64_t query = static_cast<int64_t>(tile) * B::rows +
+                                  (B::by_queries ? thread : in_group) / warp_size * 16 + 8 * h + thread % warp_size / 4;
             if (query >= shape.queries) continue;
             Element* const row = rows + query * args.grad_q.row_stride;
 #pragma unroll
             for (int i = 0; i < chunks; ++i) {
-                const int channel = first_channel + 8 * i + lane() % 4 * 2;
+                const int channel = first_channel + 8 * i + thread % 4 * 2;
                 Pair pair;
                 narrow(query_sums[i][2 * h] * scale, pair.values[0]);
                 narrow(query_sums[i][2 * h + 1] * scale, pair.values[1]);
@@ -422,8 +425,7 @@ __global__ void __launch_bounds__(B::threads, 1)
 
     Full::wait(&shared.own, 0);
     // Keys that no query sees may be NaN, and a product of theirs and 0 is.
-    const VisibleKeysOf<int> any =
-        visible_by_tile(args.mask, shape, block.b, 0, static_cast<int>(shape.queries)).any;
+    const VisibleKeysOf<int> any = visible_by_tile(args.mask, shape, block.b, 0, static_cast<int>(shape.queries)).any;
     if (!any.all_in(block.first, block.first + B::columns)) {
         clear_rows<B, B::columns>(shared.keys, [&](int row) { return any.has(block.first + row); });
         cutlass::arch::fence_view_async_shared();
@@ -440,9 +442,7 @@ __global__ void __launch_bounds__(B::threads, 1)
         for (int w = 0; w < B::loading_warps; ++w) blind |= tile.blind[w];
         if (blind != 0) {
             // So may be queries that see no key, and what comes from above for them.
-            const auto kept = [&](int row) {
-                return tile.visible.get(row).any_in(0, static_cast<int>(shape.keys));
-            };
+            const auto kept = [&](int row) { return tile.visible.get(row).any_in(0, static_cast<int>(shape.keys)); };
             clear_rows<B, B::rows>(shared.queries[stage], kept);
             clear_rows<B, B::rows>(shared.grads[stage], kept);
             cutlass::arch::fence_view_async_shared();
@@ -496,7 +496,8 @@ __global__ void __launch_bounds__(B::threads, 1)
         cute::warpgroup_arrive();
         multiply_products(stage);
         add(add_product, [&](int k) { return rounded_registers(_, _, k); }, grads_across, stage, value_registers);
-        add(add_grads_product, [&](int k) { return own_products(_, _, k, stage); }, queries_across, stage,
+        add(
+            add_grads_product, [&](int k) { return own_products(_, _, k, stage); }, queries_across, stage,
             key_registers);
         cute::warpgroup_wait<2>();
         cute::warpgroup_fence_operand(query_registers);

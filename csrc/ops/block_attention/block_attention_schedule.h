@@ -84,7 +84,7 @@ inline AttentionKernel kernel_by_queries(const AttentionShape& shape, const Head
 
 // `major` belongs to the device's compute capability. The queries have no say: a row has the bits that it has alone.
 inline AttentionKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
-                                        bool built) {
+                                          bool built) {
     if (major != 9) return AttentionKernel::other_device;
     if (!built) return AttentionKernel::not_built;
     if (shape.data == Dtype::float32) return AttentionKernel::float32;
@@ -265,7 +265,8 @@ STARFLOW_HOST_DEVICE constexpr QueryRange visible_query_tiles(const AttentionMas
                                                               int64_t b, int begin, int columns, int rows) {
     const auto tiles = static_cast<int>(divide_up(shape.queries, rows));
     const auto first_tile = [&](const auto& condition) {
-        return first_for(tiles, [&](int tile) { return condition(visible_by_tile(mask, shape, b, tile * rows, rows).any); });
+        return first_for(tiles,
+                         [&](int tile) { return condition(visible_by_tile(mask, shape, b, tile * rows, rows).any); });
     };
     const int reached =
         first_tile([&](const VisibleKeysOf<int>& any) { return any.prefix > begin || any.last > begin; });

@@ -34,9 +34,9 @@ struct Boxes {
     __device__ Element* at(int row, int column) const {
         return data + (column / box_channels * rows + row) * box_channels + (column % box_channels ^ row % 8 * chunk);
     }
-    // The same address as at(row + row_block, column + column_block), where the blocks are multiples of a chunk that the
-    // compiler knows and column < chunk; `line` is row % 8 * chunk. Two operations of integers for each column, none for
-    // a row.
+    // The same address as at(row + row_block, column + column_block), where the blocks are multiples of a chunk that
+    // the compiler knows and column < chunk; `line` is row % 8 * chunk. Two operations of integers for each column,
+    // none for a row.
     __device__ Element* at(int row, int line, int row_block, int column, int column_block) const {
         return data + (column_block / box_channels * rows + row_block) * box_channels + row * box_channels + column +
                (column_block % box_channels ^ line);

@@ -428,7 +428,8 @@ class Blocks {
             if (found == writes_.end() || found->second.block == block_) continue;
             const Write& write = found->second;
             if (write.number == 0) return "another block wrote without telling of it";
-            if (!races.has_heard(thread, write.count, write.number)) return "another block wrote, of which it was not told";
+            if (!races.has_heard(thread, write.count, write.number))
+                return "another block wrote, of which it was not told";
         }
         return nullptr;
     }

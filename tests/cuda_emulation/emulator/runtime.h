@@ -160,9 +160,9 @@ struct EmulationCounts {
     int64_t early_launches;
 };
 
-// The memory that kernels may touch, and the order in which threads and blocks run. With `watch_blocks` a block may read
-// and overwrite what other blocks of its launch have written only once it was told: by an atomic on a count in memory
-// behind a __threadfence, and an acquiring load, or an atomic and a __threadfence, of it.
+// The memory that kernels may touch, and the order in which threads and blocks run. With `watch_blocks` a block may
+// read and overwrite what other blocks of its launch have written only once it was told: by an atomic on a count in
+// memory behind a __threadfence, and an acquiring load, or an atomic and a __threadfence, of it.
 EMULATION_API void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count, int watch_blocks);
 // Counts into the tensors of `emulation_begin` too. Returns what a kernel did wrong, or "".
 EMULATION_API const char* emulation_end(EmulationCounts* counts);
