@@ -245,8 +245,18 @@ def _odd(head_dim: int) -> tuple[Call, Above, tuple[Tensor, ...]]:
     return *_placed(arguments, above), expected
 
 
+@cache
+def _before_first() -> tuple[Call, Above, tuple[Tensor, ...]]:
+    """Queries that stand beside keys of their tile and see none of them."""
+    options = {"q_start": torch.tensor([260, 330]), "k_start": torch.tensor([300, 3]), "k_length": None, "frames": None}
+    arguments = arguments_for(torch.bfloat16, 64, queries=37, keys=3 * COLUMNS - 9, **options)
+    above, expected = gradients_of(arguments)
+    return *_placed(arguments, above), expected
+
+
 def check(kernels: Kernels) -> None:
-    for seed, (call, above, expected) in enumerate((_odd(17), _odd(40), _exact_long(torch.bfloat16, 64))):
+    calls = (_odd(17), _odd(40), _before_first(), _exact_long(torch.bfloat16, 64))
+    for seed, (call, above, expected) in enumerate(calls):
         report, grads = _run(kernels, seed, call, above)
         assert_gradients(torch.bfloat16, f"head_dim {call.q.shape[-1]}", grads, expected)
         assert report.bank_conflicts == 0 or not call.wide
