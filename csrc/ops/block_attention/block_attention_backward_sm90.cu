@@ -508,9 +508,8 @@ __global__ void __launch_bounds__(B::threads, 1)
         __syncwarp();
         if (lane() == 0) Empty::arrive(&shared.empty[stage]);
     }
-    // A group's values, which all of its warps have read, become its results: one after the other, in rows that a warp
-    // has to itself.
-    sync_named<B::group_threads>(warps_of + group);
+    // The values, which all had multiplied by before the barrier of the last tile, become the results: one after the
+    // other, in rows that a warp has to itself.
     const typename B::Keys through{shared.values};
     const auto write = [&](const HeadRows& to, const auto& sums, float factor) {
         __syncwarp();
