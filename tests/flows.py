@@ -67,6 +67,7 @@ CASES: dict[str, dict[str, Any]] = {
     "video rolling beside": VIDEO
     | {"top_order": "spread", "text_embed": True, "attention_frames": 2, "previous_frames": 2},
     "video centred": VIDEO | {"centred": True, "learnable_self_denoiser": True, "denoiser_skip": 2.0},
+    "video gaussian": VIDEO | {"centred": True, "learnable_self_denoiser": True, "denoiser_components": 1},
     "video rolling raster": VIDEO | {"text_embed": True, "attention_frames": 1, "temporal_causal": 1},
     "image": IMAGE,
     "image centred": IMAGE | {"centred": True},

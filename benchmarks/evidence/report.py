@@ -76,6 +76,7 @@ _NAMES = {
     "flow-heads-32": "flow, heads of 32 in place of 64",
     "flow-previous": "flow, beside the frame before",
     "flow-improved": "flow, centred and beside the frame before",
+    "flow-gaussian": "flow, centred, beside the frame before, its denoiser begun from a Gaussian",
     "flow-lookahead": "flow, its denoiser looks a frame ahead",
     "flow-global": "flow, every block sees the whole clip",
     "flow-noise-0.1": "flow, noise of 0.1",

@@ -82,11 +82,15 @@ MODELS: dict[str, Recipe] = {
     "diffusion": Recipe(baseline=Diffusion),
     "regression": Recipe(baseline=Regression),
     # Variants of the flow: the denoiser learns twice as often (in as many seconds), twice as many heads of half the
-    # width, the frame before at each token's own place, that and data without their mean, and ablations of the paper.
+    # width, the frame before at each token's own place, that and data without their mean, both and a denoiser that
+    # begins from a Gaussian of the data, and ablations of the paper.
     "flow-denoiser-2": Recipe(train={"denoiser_every": 2}),
     "flow-heads-32": Recipe(flow={"head_dim": 32}),
     "flow-previous": Recipe(flow={"previous_frames": 1}),
     "flow-improved": Recipe(flow={"previous_frames": 1, "centred": True}),
+    "flow-gaussian": Recipe(
+        flow={"previous_frames": 1, "centred": True, "denoiser_skip": 0.0, "denoiser_components": 8}
+    ),
     "flow-lookahead": Recipe(flow={"temporal_causal": 2, "denoiser_window": None}),
     "flow-global": Recipe(flow={"shallow_block_local": False, "attention_frames": None}),
     "flow-noise-0.1": Recipe(flow={"denoiser_skip": 10.0}, train={"noise_std": 0.1}),

@@ -105,7 +105,9 @@ class FlowConfig:
             denoiser_skip: the network predicts the score less so many times its noisy input. With 1 / `train.noise_std`
             what is left to it is the clean latents, which it can tell of tokens of more channels than its own width;
             noise it cannot. The published models have 0 (Li & He, Back to Basics: Let Denoising Generative Models
-            Denoise, 2025, on patches of many values).
+            Denoise, 2025, on patches of many values). denoiser_components: the network predicts the score less that of
+            a Gaussian with so many principal components of the data at each place of a frame (see
+            `starflow.model.Gaussian`), which training measures before its first step; 0 is none, as published.
         use_checkpoint: recompute activations of every n-th layer in the backward pass; 0 never.
         num_classes: class-conditional embedding instead of text (TarFlow). channel_first_patches: channel slowest
             inside a token (TarFlow) instead of fastest.
@@ -155,6 +157,7 @@ class FlowConfig:
     conditional_denoiser: bool = False
     denoiser_window: int | None = None
     denoiser_skip: float = 0.0
+    denoiser_components: int = 0
     use_checkpoint: int = 0
     num_classes: int = 0
     channel_first_patches: bool = False
@@ -263,6 +266,19 @@ class FlowConfig:
             "flow.denoiser_skip",
             self.denoiser_skip,
             "a finite number >= 0, and 0 without learnable_self_denoiser",
+        )
+        require(
+            self.denoiser_components == 0
+            or (
+                0 < self.denoiser_components <= self.token_channels
+                and self.learnable_self_denoiser
+                and self.centred
+                and self.denoiser_skip == 0
+            ),
+            "flow.denoiser_components",
+            self.denoiser_components,
+            f"an integer from 0 to {self.token_channels}, and 0 without learnable_self_denoiser and centred, or with "
+            "denoiser_skip",
         )
         require(
             self.num_classes == 0 or self.txt_size == 0, "flow.num_classes", self.num_classes, "0 when there is text"

@@ -405,6 +405,28 @@ def test_what_cannot_be_done(model: Path, tmp_path: Path, capsys: pytest.Capture
         assert not out.exists()
 
 
+def test_links_that_lead_nowhere(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dangling, loop = tmp_path / "dangling", tmp_path / "loop"
+    dangling.symlink_to(tmp_path / "absent" / "folder")
+    loop.symlink_to(loop)
+    for link in (dangling, loop):
+        refused = f"{link}: it or a part of this path is a link that leads nowhere, expected a folder"
+        for args in (
+            ["sample", model, "--image", link / "a.png"],
+            ["record", "paddle", "--frames", 1],
+            ["train", "--config", "tiny"],
+        ):
+            assert run(*args, "--out", link) == 1
+            said = error(capsys)
+            assert said.endswith(refused) or (args[0] == "sample" and "which does not exist" in said), said
+        assert link.is_symlink()
+    assert run("sample", model, "--image", loop, "--out", tmp_path / "out") == 1
+    assert f"image is '{loop}', which does not exist" in error(capsys)
+    assert run("score", model, loop) == 1
+    assert f"{loop}" in error(capsys)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "loop"]
+
+
 def test_plan_tells_what_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("plan", "--config", "tiny", "--gpus", 2, "--memory", 1, "--json") == 0
     facts = json.loads(capsys.readouterr().out)

@@ -23,7 +23,7 @@ def folder_of(path: Path, files: int, frames: int) -> Path:
     clips = MovingDigits(frames=frames, size=16)
     for index in range(files):
         clip = clips.item(index)
-        write_video(path / f"{index:02d}.mp4", to_frames(clip.pixels), 8.0)
+        write_video(path / f"{index:02d}.mp4", to_frames(clip.pixels), 16.0)
         (path / f"{index:02d}.txt").write_text(clip.caption)
     return path
 
@@ -34,7 +34,13 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder_of(tmp_path_factory.mktemp("real") / "videos", 8, 10)
 
 
-def test_clips_of_a_folder(model: Path, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clips_of_a_folder(
+    model: Path,
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     out = tmp_path / "out"
     assert run("evaluate", model, "--data", videos, "--count", 22, *QUICK, "--seed", 3, "--out", out) == 0
     assert {path.name for path in out.iterdir()} == {"evaluation.json", "sheet.png"}
@@ -42,6 +48,9 @@ def test_clips_of_a_folder(model: Path, videos: Path, tmp_path: Path, capsys: py
     assert values["made"]["made_clips"] == values["floor"]["made_clips"] == 22
     assert values["seeds"] == list(range(3, 25))
     assert values["data"] == str(videos)
+    assert values["clips_together"] == 22
+    # Their motion is another one at another speed.
+    assert "evaluate: clips of the model have 8 frames a second, 00.mp4 has 16" in caplog.text
     assert values["made"]["frechet"] > values["floor"]["frechet"]
     said = capsys.readouterr().out
     for word in ("Fréchet, frames", "Fréchet, frame differences", "precision", "recall", "drift", "bits per dimension"):
@@ -59,6 +68,17 @@ def test_held_out_clips_of_the_model_and_drift(model: Path, tmp_path: Path, caps
     assert values["options"] == {"temperature": 0.5}
     change = values["drift"][1]["frechet"] - values["drift"][0]["frechet"]
     assert f"drift: {change:+.3f} from the first second to the last" in said
+
+
+def test_a_model_of_data_that_are_made_is_compared_with_a_folder(
+    pipeline: Pipeline, videos: Path, tmp_path: Path
+) -> None:
+    data = replace(pipeline.config.data, start="anywhere", handwritings="all")
+    place = tmp_path / "model.safetensors"
+    save_model(place, pipeline.flow, replace(pipeline.config, data=data), pipeline.codec, pipeline.text)
+    options = ("--data", videos, "--count", 22, *QUICK, "--out", tmp_path / "out")
+    assert run("evaluate", place, *options) == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["made"]["real_clips"] == 22
 
 
 def test_the_part_test_of_a_folder_is_compared(model: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,28 +60,41 @@ def test_everything_is_told(pipeline: Pipeline) -> None:
 
 
 def test_clips_have_the_captions_of_real_ones_and_only_seeds_differ(pipeline: Pipeline) -> None:
-    found = run(pipeline, options=SampleOptions(seed=3), batch=16)
+    found = run(pipeline, options=SampleOptions(seeds=tuple(range(3, 3 + COUNT))), batch=16)
+    assert found.seeds == tuple(range(3, 3 + COUNT))
     expected = pipeline.sample([clip.caption for clip in REAL[16:]], seeds=tuple(range(19, 25))).pixels
     assert found.clips[16:] == pytest.approx(expected, abs=1e-4)
 
 
 def test_longer_clips_are_compared_by_their_beginning_and_drift_in_whole(configure: Configure, build: Build) -> None:
     rolling = build(configure(attention_frames=2, text_embed=True))
-    found = run(rolling, options=SampleOptions(frames=10), second=4)
+    found = run(rolling, options=SampleOptions(frames=10), second=np.int64(4))
+    assert json.loads(json.dumps(found.to_mapping()))["second"] == 4
     assert found.clips.shape[1] == found.frames == 10
     assert found.made.made_frames == found.made.real_frames == COUNT * FRAMES
     assert [(span.first, span.last) for span in found.drift] == [(0, 3), (4, 7), (6, 9)]
 
 
-def test_given_frames_are_left_out(configure: Configure, build: Build) -> None:
+def test_given_frames_are_left_out(configure: Configure, build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     with_given = build(configure(attention_frames=2, text_embed=True))
     half = COUNT_OF_PAIRS
     clips = digits(2 * half)
+    seconds = []
+    sample = Pipeline.sample
+
+    def spy(self: Pipeline, *arguments: Any, **options: Any) -> Any:
+        made = sample(self, *arguments, **options)
+        seconds.append(made.report.seconds)
+        return made
+
+    monkeypatch.setattr(Pipeline, "sample", spy)
+    monkeypatch.setattr("starflow.evaluate.evaluation._stream_rate", lambda *_: None)
     found = evaluate(with_given, clips[:half], clips[half:], clips, steps=STEPS, given=2, batch=half)
     given = torch.stack([clip.pixels[:2] for clip in clips[:half]])
     assert torch.equal(found.clips[:, :2], given)
     assert found.made.made_frames == found.made.real_frames == half * (FRAMES - 2)
-    assert found.drift[0][:2] == (0, 1)
+    assert found.drift[0][:2] == (2, 3)
+    assert found.frames_per_second == pytest.approx(half * (FRAMES - 2) / sum(seconds))
 
 
 def test_actions_are_those_of_the_clip_then_of_the_next(

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from starflow import noise
-from starflow.codecs import make_codec
+from starflow.codecs import BlockTransform, make_codec
 from starflow.config import RunConfig
 from starflow.data import Clip, VideoError, to_frames, write_video
 from starflow.evaluate import ClipScore, Reference, heat_map, noise_floor, read_clips, score
-from starflow.evaluate.heat_map import _first_frames
 from starflow.sampling import Pipeline
 
 Configure = Callable[..., RunConfig]
@@ -457,13 +457,37 @@ def test_clips_are_tensors_and_texts(pipeline: Pipeline, wrong: dict[str, Any]) 
         score(pipeline, [replace(clip(0), **wrong)])
 
 
+class FoursAfterOne(BlockTransform):
+    """Joins frames like the Wan autoencoders, whose clips have 1, 5, 9 ... of them: one alone, and then fours."""
+
+    def encode(self, pixels: Tensor, *, noise: Tensor | None = None) -> Tensor:
+        return super().encode(pixels[:, ::4], noise=noise)
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        return 4 * latent_frames - 3
+
+
 @pytest.mark.parametrize(
-    ("pixel", "latent", "first"),
-    [(4, 4, [0, 1, 2, 3]), (8, 4, [0, 2, 4, 6]), (8, 2, [0, 4]), (1, 1, [0]), (9, 3, [0, 1, 5]), (5, 2, [0, 1])],
+    ("codec", "begins"),
+    [
+        (BlockTransform(channels=1), (0, 1, 2, 3, 4, 5, 6, 7, 8)),
+        (BlockTransform(channels=1, temporal=3), (0, 3, 6)),
+        (FoursAfterOne(channels=1), (0, 1, 5)),
+    ],
 )
-def test_a_heat_map_shows_the_first_frame_that_a_latent_one_joins(pixel: int, latent: int, first: list[int]) -> None:
-    """The Wan autoencoders join a frame alone, and then fours; their clips have 1, 5, 9 ... frames."""
-    assert _first_frames(pixel, latent) == first
+def test_a_heat_map_shows_the_first_frame_that_a_latent_one_joins(
+    configure: Configure, build: Build, codec: BlockTransform, begins: tuple[int, ...]
+) -> None:
+    config = configure(in_channels=codec.latent_channels)
+    data = replace(config.data, frames=9)
+    built = build(replace(config, data=data, codec=codec.to_config()))
+    pipeline = Pipeline(built.flow, built.config, codec, built.text)
+    given = clip(0, frames=9)
+    scores = score(pipeline, [given], per_token=True)
+    assert scores[0].first_frames == begins
+    shown = to_frames(given.pixels).squeeze(-1).numpy()
+    places = heat_map([given], scores).axes[: len(begins)]
+    assert all((place.images[0].get_array() == shown[begin]).all() for place, begin in zip(places, begins, strict=True))
 
 
 def test_titles_of_a_heat_map_are_one_of_each_clip(pipeline: Pipeline) -> None:

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from starflow import Flow
-from starflow.model import STEP, Denoiser, score_target, tweedie_step
+from starflow.config import ConfigError
+from starflow.model import STEP, Denoiser, Gaussian, score_target, tweedie_step
 from starflow.sampling import score_denoise
 from starflow_ext.block_attention import FrameMask, block_attention
 
@@ -51,6 +52,60 @@ def test_text_is_seen_everywhere_and_time_zero_sees_everything() -> None:
         assert (gradient.abs().amax((0, 2)) > 0).all()
     flow, network = denoiser(temporal_causal=0, shallow_block_local=False, denoiser_layers=1)
     assert frames_seen(network, latents(flow, image=False), y, 0) == [0, 1, 2]
+
+
+def low_rank(places: int, channels: int, rank: int) -> Tensor:
+    """Covariances of normal data in few directions, (places, channels, channels)."""
+    roots = torch.randn(places, channels, rank, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return roots @ roots.mT
+
+
+@pytest.mark.parametrize("nominal", [True, False])
+def test_a_gaussian_of_all_components_is_wieners_filter(nominal: bool) -> None:
+    """Each place by its own covariance, frames of another size by that of all: m + C (C + s^2)^-1 (y - m)."""
+    flow, network = denoiser(in_channels=6, centred=True, denoiser_components=3, conditional_denoiser=False)
+    config, sigma = flow.config, 0.3
+    flow.double().centre_on(torch.randn(config.in_channels, config.img_size, config.img_size))
+    covariance = low_rank(config.img_size**2 if nominal else 1, config.token_channels, 3)
+    assert isinstance(network.gaussian, Gaussian)
+    network.gaussian.fit(covariance, sigma, sigma)
+    with torch.no_grad():
+        network.proj_out.weight.zero_()
+        network.proj_out.bias.zero_()
+    height = config.img_size if nominal else config.img_size + 1
+    clean = torch.randn(2, 3, config.in_channels, height, config.img_size, dtype=torch.float64)
+    assert flow.centre is not None
+    mean = flow.centre(clean.movedim(2, -1))
+    noisy = clean.movedim(2, -1) - mean
+    wiener = covariance @ torch.linalg.inv(covariance + sigma**2 * torch.eye(config.token_channels))
+    flat = noisy.flatten(2, 3)
+    expected = torch.einsum("pcd,bfpd->bfpc", wiener.expand(flat.shape[2], -1, -1), flat).reshape(noisy.shape) + mean
+    with torch.no_grad():
+        torch.testing.assert_close(network.denoise(clean, step=sigma), expected.movedim(-1, 2), atol=1e-6, rtol=1e-6)
+
+
+def test_what_a_gaussian_does_not_keep_is_spread_over_all_other_directions() -> None:
+    flow, network = denoiser(in_channels=6, centred=True, denoiser_components=1, conditional_denoiser=False)
+    channels, sigma = flow.config.token_channels, 0.5
+    variances = torch.tensor([4.0, 1.0, *[0.25] * (channels - 2)], dtype=torch.float64)
+    assert network.gaussian is not None
+    network.gaussian.double().fit(variances.diag()[None], sigma, STEP)
+    rest = (1.0 + 0.25 * (channels - 2)) / (channels - 1)
+    kept = torch.tensor([4.0, *[rest] * (channels - 1)], dtype=torch.float64)
+    grid = torch.randn(1, 2, flow.config.img_size, flow.config.img_size, channels, dtype=torch.float64)
+    torch.testing.assert_close(network.gaussian(grid), grid * sigma**2 / STEP / (kept + sigma**2))
+
+
+def test_gaussians_that_cannot_be() -> None:
+    for changes in (
+        {"denoiser_components": 100},
+        {"denoiser_components": -1},
+        {"centred": False},
+        {"denoiser_skip": 1.0},
+        {"learnable_self_denoiser": False, "conditional_denoiser": False},
+    ):
+        with pytest.raises(ConfigError, match=r"^flow\.denoiser_components is -?\d+, expected an integer from"):
+            denoiser(**{"centred": True, "denoiser_components": 2} | changes)
 
 
 @pytest.mark.parametrize("changes", [{}, {"norm_type": "none"}, {"use_swiglu": True, "use_post_norm": True}])

@@ -22,23 +22,35 @@ def settled(one_thread: None) -> None:
     """Every test of this folder runs on one thread."""
 
 
+def _of_actions(configure: Callable[..., RunConfig], **flow: object) -> RunConfig:
+    """The configuration of a small model of the paddle world whose cache rolls."""
+    options: dict[str, object] = {
+        "img_size": 6,
+        "layers_per_block": (1, 1),
+        "txt_size": 0,
+        "txt_dim": 0,
+        "cond_top_only": False,
+        "conditional_denoiser": False,
+        "frame_dim": 3,
+        "temporal_causal": 1,
+        "attention_frames": 2,
+        "position_embed": True,
+        **flow,
+    }
+    data = DataConfig(kind="paddle", frames=4, height=24, width=24, actions=("stay", "up", "down"), world="paddle")
+    return replace(configure(**options), data=data, sample=SampleConfig(solver="window:36", fps=30.0))
+
+
 @pytest.fixture(scope="session")
 def paddle(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]) -> Pipeline:
     """A model of the paddle world whose cache rolls."""
-    config = configure(
-        img_size=6,
-        layers_per_block=(1, 1),
-        txt_size=0,
-        txt_dim=0,
-        cond_top_only=False,
-        conditional_denoiser=False,
-        frame_dim=3,
-        temporal_causal=1,
-        attention_frames=2,
-        position_embed=True,
-    )
-    data = DataConfig(kind="paddle", frames=4, height=24, width=24, actions=("stay", "up", "down"), world="paddle")
-    return build(replace(config, data=data, sample=SampleConfig(solver="window:36", fps=30.0)))
+    return build(_of_actions(configure))
+
+
+@pytest.fixture(scope="session")
+def whole(configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]) -> Pipeline:
+    """The same without a network that cleans: by its score it is cleaned as a whole."""
+    return build(_of_actions(configure, learnable_self_denoiser=False))
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,6 +57,22 @@ def test_a_game_depends_on_its_seed_and_keys_alone(paddle: Pipeline) -> None:
 def test_an_action_reaches_the_dream(paddle: Pipeline) -> None:
     up, down = Game(paddle, PaddleBall), Game(paddle, PaddleBall)
     assert (up.step(1).dream != down.step(2).dream).any()
+
+
+def test_an_action_reaches_the_dream_of_a_model_that_is_cleaned_as_a_whole(
+    whole: Pipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    up, down = Game(whole, PaddleBall), Game(whole, PaddleBall)
+    assert (up.step(1).dream != down.step(2).dream).any()
+    assert "frames are cleaned by 'none' in place of 'score', which needs whole clips" in caplog.text
+
+
+def test_a_model_of_actions_whose_clips_do_not_go_on_is_refused(
+    configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]
+) -> None:
+    pipeline = build(configure(frame_dim=3, shallow_block_local=False))
+    with pytest.raises(ValueError, match=r"^play: the model reads actions and makes its clips as a whole, so that no"):
+        Game(pipeline)
 
 
 def test_temperature_zero_takes_the_noise_away(paddle: Pipeline) -> None:
@@ -114,6 +132,92 @@ def test_a_world_that_cannot_be_wound_back_is_left_behind(paddle: Pipeline) -> N
     assert game.has_world
 
 
+class Sliding:
+    """A world of one white row, whose state is one array that it writes to."""
+
+    name, fps, actions = "sliding", 30.0, ("stay", "up", "down")
+
+    def __init__(self) -> None:
+        self.state = np.zeros(1, np.int64)
+
+    def _frame(self) -> np.ndarray:
+        frame = np.zeros((24, 24, 1), np.uint8)
+        frame[int(self.state[0]) % 24] = 255
+        return frame
+
+    def reset(self, seed: int | None = None) -> np.ndarray:
+        self.state[0] = 0
+        return self._frame()
+
+    def step(self, action: int) -> Step:
+        self.state[0] += 1
+        return Step(self._frame())
+
+    def suggest(self, aim: float) -> None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_state_that_its_world_goes_on_in_is_gone_back_to(paddle: Pipeline) -> None:
+    game = Game(paddle, Sliding)
+    for _ in range(6):
+        game.step()
+    for _ in range(2):
+        game.branch(10)
+        real = game.step().real
+        assert real is not None
+        assert real[:, 0, 0].nonzero()[0].tolist() == [11]
+
+
+def test_a_world_whose_state_cannot_be_set_is_left_behind(paddle: Pipeline) -> None:
+    class Sealed(Sliding):
+        def __init__(self) -> None:
+            self._place = np.zeros(1, np.int64)
+
+        @property
+        def state(self) -> np.ndarray:
+            return self._place
+
+    game = Game(paddle, Sealed)
+    assert game.has_world
+    game.branch(3)
+    assert not game.has_world
+    assert game.step(1).real is None
+
+
+@pytest.mark.parametrize(
+    ("show", "told"),
+    [
+        (lambda frame: (frame / 255).astype(np.float32), r"float32 of shape \[24, 24, 1\]"),
+        (lambda frame: np.zeros((30, 24, 1), np.uint8), r"uint8 of shape \[30, 24, 1\]"),
+        (lambda frame: frame.repeat(3, 2), r"uint8 of shape \[24, 24, 3\]"),
+        (lambda frame: frame[..., 0], r"uint8 of shape \[24, 24\]"),
+        (lambda frame: None, "None"),
+    ],
+)
+def test_a_world_that_shows_something_else_is_refused(
+    whole: Pipeline, show: Callable[[np.ndarray], Any], told: str
+) -> None:
+    class Odd(PaddleBall):
+        @property
+        def frame(self) -> np.ndarray:
+            return show(super().frame)
+
+    with pytest.raises(ValueError, match=rf"^play: the world shows {told}, expected an array of uint8 \[24, 24, 1\] "):
+        Game(whole, Odd)
+
+
+def test_a_step_that_is_none_is_told(paddle: Pipeline) -> None:
+    class Pair(PaddleBall):
+        def step(self, action: int) -> Any:
+            return self.frame, 0.0
+
+    with pytest.raises(ValueError, match=r"^play: step of the world returned .*, expected a starflow.worlds.Step$"):
+        Game(paddle, Pair)
+
+
 def test_waking_up_goes_on_from_the_real_world(game: Game) -> None:
     for _ in range(4):
         game.step(1)
@@ -155,6 +259,36 @@ def test_surprise_is_that_of_the_clip(game: Game, paddle: Pipeline) -> None:
     assert scored[-1].dream_score.tokens.shape == (6, 6)
     assert scored[-1].dream_score.tokens.dtype == np.float32
     assert game.score() == []
+
+
+def test_surprise_that_is_asked_for_late_is_of_what_was_shown(paddle: Pipeline, pipeline: Pipeline) -> None:
+    late, prompt = Game(paddle, PaddleBall), Game(paddle, PaddleBall)
+    for game in (late, prompt):
+        for action in (1, 1, 1):
+            game.step(action)
+    prompt.score()
+    for game in (late, prompt):
+        # What the model takes for its past is now the truth.
+        game.follow()
+        game.step(0)
+    assert [moment.number for moment in late.score()] == list(range(12))
+    prompt.score()
+    bits = [[moment.dream_score.bits for moment in moments(game)] for game in (late, prompt)]  # type: ignore[union-attr]
+    np.testing.assert_allclose(bits[0], bits[1], rtol=1e-5)
+    assert all(abs(bits[0][n] - late.moment(n).real_score.bits) > 1.0 for n in (8, 9, 10))  # type: ignore[union-attr]
+    texts = [Game(pipeline), Game(pipeline)]
+    for game in texts:
+        game.step()
+    texts[0].score()
+    for game in texts:
+        game.tell("a three moving up")
+        game.score()
+    assert texts[1].moment(0).dream_score is not None
+    assert texts[1].moment(0).dream_score.bits == texts[0].moment(0).dream_score.bits  # type: ignore[union-attr]
+    texts[1].step()
+    texts[1].tell("a two moving up")
+    texts[1].branch(0)
+    assert texts[1].score() == []
 
 
 @pytest.mark.skipif("paddle" not in shipped_names(), reason="no model of the paddle world comes with the package")
@@ -292,6 +426,18 @@ def test_a_model_of_text_streams_and_is_told_what_happens_next(pipeline: Pipelin
     assert all(moment.real_score is None and moment.dream_score is not None for moment in scored)
     game.branch(2)
     assert game.step().number == 3
+
+
+def test_a_branch_where_a_block_of_frames_is_not_whole(
+    configure: Callable[..., RunConfig], build: Callable[[RunConfig], Pipeline]
+) -> None:
+    config = configure(in_channels=32)
+    game = Game(build(replace(config, codec={**config.codec, "temporal": 2})))
+    for _ in range(4):
+        game.step()
+    for number in (2, 0):
+        game.branch(number)
+        assert game.step().number == number + 1
 
 
 def test_a_model_without_text_refuses_a_prompt(game: Game) -> None:

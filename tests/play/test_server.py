@@ -189,6 +189,75 @@ def test_a_teleport_is_marked_where_its_surprise_is_told(played: Played) -> None
     run(scenario, played)
 
 
+@pytest.mark.parametrize("command", ["teleport", "follow"])
+def test_a_past_that_is_shown_can_be_edited(played: Played, command: str) -> None:
+    async def scenario(server: PlayServer) -> None:
+        async with visit(server) as page:
+            for _ in range(4):
+                await page.picture()
+            await page.pause()
+            await page.send("seek", frame=5)
+            await page.until("picture", frame=5)
+            (tab,) = server.tabs
+            assert tab.game is not None
+            before = tab.game.moment(5).state.ball
+            await page.send(command)
+            assert (await page.until("picture", frame=5, last=5))["last"] == 5
+            await page.send("step")
+            await page.until("picture", frame=6)
+            moment = tab.game.moment(6)
+            assert (tab.game.last, moment.edited) == (6, True)
+            far = max(abs(one - other) for one, other in zip(before, moment.state.ball, strict=True))
+            assert (far >= 7) == (command == "teleport")
+
+    run(scenario, played)
+
+
+def test_a_recording_goes_back_with_the_game(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    def write(frames: Any, fps: float) -> bytes:
+        written.append(len(frames))
+        return b"clip"
+
+    monkeypatch.setattr("starflow.play.tab.write_clip", write)
+
+    async def scenario(server: PlayServer) -> None:
+        async with visit(server) as page:
+            await page.pause()
+            await page.send("surprise", on=False)
+            (tab,) = server.tabs
+            assert tab.game is not None
+            last = tab.game.last
+            await page.send("record", on=True)
+            await page.until("state", recording=True)
+            # Two frames, then one more from three frames before the recording began.
+            for number in (last + 1, last + 2):
+                await page.send("step")
+                await page.until("picture", frame=number)
+            await page.send("seek", frame=last - 3)
+            await page.until("picture", frame=last - 3)
+            await page.send("step")
+            await page.until("picture", frame=last - 2)
+            await page.send("record", on=False)
+            assert (await page.until("clip"))["bytes"]["mp4"] == b"clip"
+            # A new game ends a recording, which is of the old one.
+            await page.send("record", on=True)
+            await page.until("state", recording=True)
+            await page.send("step")
+            await page.until("picture", frame=last - 1)
+            await page.send("new", seed=3)
+            assert (await page.until("clip"))["bytes"]["mp4"] == b"clip"
+            await page.send("record", on=True)
+            await page.until("state", recording=True)
+            await page.send("new", seed=4)
+            assert "the clip has no frame" in (await page.until("error"))["text"]
+            await page.until("state", recording=False, seed=4)
+
+    run(scenario, played)
+    assert written == [1, 1]
+
+
 def test_a_clip_is_sent(played: Played) -> None:
     async def scenario(server: PlayServer) -> None:
         async with visit(server) as page:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,6 +33,18 @@ FLOW = make_flow(
         "previous_frames": 1,
     }
 )
+# Its deep block decoded in windows.
+SEEING = VIDEO | {
+    "in_channels": 4,
+    "txt_size": 0,
+    "txt_dim": 0,
+    "cond_top_only": False,
+    "frame_dim": 3,
+    "top_order": "spread",
+    "position_embed": True,
+    "attention_frames": 2,
+    "previous_frames": 2,
+}
 CODEC = BlockTransform(patch=2, channels=1)
 SHAPE = (2, 4, 3, 5)
 LOOSE = Window(size=11, tolerance=0.05)
@@ -191,6 +204,60 @@ def test_windows_that_are_asked_for_do_not_roll(rolling: Pipeline, options: dict
     rolled = rolling.sample("a three", frames=12, guidance=0.0).noisy
     assert windows.shape == rolled.shape
     assert not torch.equal(windows, rolled)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize(("context", "sink"), [(2, 0), (3, 1)])
+def test_windows_of_a_flow_that_sees_the_frames_before(context: int, sink: int, reference: bool) -> None:
+    """A window is decoded from the noise that its frames are encoded to, each window by itself."""
+    flow = make_flow(SEEING)
+    schedule = Window(size=11, tolerance=1e-6, certificate=True)
+    vectors = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(6))
+
+    def begin() -> Session:
+        conditions = Conditions(condition(flow), null(flow), Guidance(0.0), schedule)
+        span = Span(4, context, sink)
+        made = Session(flow, CODEC, SHAPE, (3, 4), conditions, span, Denoising("none", 0.2, 0.2, 0, 0))
+        made.tell(vectors)
+        return made
+
+    noisy = noise.draw((5, 6), 9, *SHAPE[1:], purpose="train")
+    with starflow_ext.reference_mode() if reference else contextlib.nullcontext():
+        made = begin()
+        parts = list(made.extend(noisy, last=True))
+        decoded = together(parts, "noisy")
+        assert made.reports[0] is not None
+        assert made.reports[0].backward_error < 1e-3  # type: ignore[operator]
+    shown = [list(range(4))]
+    while shown[-1][-1] < 8:
+        done = shown[-1][-1] + 1
+        new = range(done, min(done + 4 - context, 9))
+        shown.append([*range(sink), *range(done - context + sink, done), *new])
+    with torch.no_grad():
+        for place, frames in enumerate(shown):
+            z = flow.encode(decoded[:, frames], condition(flow), vectors[:, frames]).z
+            first = context if place else 0
+            torch.testing.assert_close(z[:, first:], noisy[:, frames][:, first:], atol=2e-3, rtol=0)
+    # From noise that comes in pieces they are the same; in native code, to the last bit.
+    if not reference:
+        again = begin()
+        pieces = [frame for some in noisy.split([3, 1, 5], 1) for frame in again.extend(some)]
+        assert torch.equal(together(pieces, "noisy"), decoded)
+
+
+def test_a_last_image_of_a_flow_that_sees_the_frames_before(configure: Configure, build: Build) -> None:
+    config = configure(attention_frames=2, previous_frames=2, text_embed=True, centred=True)
+    text = {**config.text, "vocabulary": [*config.text["vocabulary"][:-1], "last"]}
+    pipeline = build(replace(config, text=text, train=replace(config.train, last_frame_prob=0.5)))
+    last = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    how: dict[str, Any] = {"seed": 1, "solver": "window:8:1e-6", "denoise": "none"}
+    made = pipeline.sample(["", ""], last_image=last, frames=4, **how)
+    shape = (5, *made.noisy.shape[2:])
+    train, drawn = (noise.draw((1, 2), *shape, purpose=what) for what in ("train", "sample"))  # type: ignore[arg-type]
+    known = pipeline.codec.encode(last[:, None]) + config.train.noise_std * train[:, :1]
+    with torch.no_grad():
+        encoded = pipeline.flow.encode(torch.cat([known, made.noisy], 1), pipeline.condition(["", ""], mode="last"))
+    torch.testing.assert_close(encoded.z[:, 1:], drawn[:, 1:] * config.sample.temperature, atol=5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("reference", [False, True])

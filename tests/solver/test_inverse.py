@@ -254,6 +254,7 @@ Z = torch.zeros(2, 4, 3)
         (lambda x: (x, 1.0), Z, {}, "fn returned tuple, expected two tensors"),
         (lambda x: (x, x[:, 1:]), Z, {}, r"fn returned scale of shape \[2, 3, 3\], expected \[2, 4, 3\]"),
         (lambda x: (x, x - 1.0), Z, {}, "fn returned scale -1, expected numbers > 0"),
+        (lambda x: (x + 1j, x), Z, {}, "fn returned shift in complex64, expected real numbers"),
         (
             lambda x, window: identity(x),
             Z,

@@ -120,6 +120,46 @@ def test_a_denoiser_may_be_added_or_left_out(tiny, model: Path, tmp_path: Path) 
     assert torch.equal(again.blocks[0].conditioner.proj_in.weight, flow.blocks[0].conditioner.proj_in.weight)
 
 
+def test_a_denoiser_that_is_added_has_the_mean_of_the_data(tiny, tmp_path: Path) -> None:
+    parts = {"learnable_self_denoiser": False, "conditional_denoiser": False, "denoiser_window": None}
+    config = tiny(flow={"centred": True, **parts})
+    flow = Flow(config.flow)
+    mean = torch.randn(config.flow.in_channels, 1, 1, generator=torch.Generator().manual_seed(5)).expand(-1, 8, 8)
+    flow.centre_on(mean)
+    path = tmp_path / "model.safetensors"
+    save_model(path, flow, config, *make_parts(config))
+    added = {"learnable_self_denoiser": True, "denoiser_layers": 2, "denoiser_skip": 1.0}
+    more = tiny(init=str(path), flow={"centred": True, **parts, **added})
+    made = started_flow(more, *make_parts(more))
+    assert flow.centre is not None
+    assert made.denoiser is not None
+    assert made.denoiser.centre is not None
+    assert torch.equal(made.denoiser.centre.mean, flow.centre.mean)
+    assert flow.centre.mean.abs().amax() > 0.5
+    # Of a denoiser that both have, these options say what the weights mean.
+    path = tmp_path / "other.safetensors"
+    save_model(path, made, more, *make_parts(more))
+    other = tiny(init=str(path), flow={"centred": True, **parts, **added, "denoiser_skip": 0.5})
+    with pytest.raises(ConfigError, match=r"flow.denoiser_skip is 0.5, the model has 1.0"):
+        started_flow(other, *make_parts(other))
+
+
+def test_a_gaussian_is_measured_for_a_denoiser_that_is_new_and_kept_of_one_that_is_not(tiny, tmp_path: Path) -> None:
+    none = {"centred": True, "learnable_self_denoiser": False, "conditional_denoiser": False, "denoiser_window": None}
+    train(tiny(flow=none, steps=1), tmp_path / "plain", quiet=True)
+    added = none | {"learnable_self_denoiser": True, "denoiser_components": 2}
+    found = train(tiny(flow=added, steps=1, init=str(tmp_path / "plain")), tmp_path / "added", quiet=True)
+    assert found.denoiser is not None
+    assert found.denoiser.gaussian is not None
+    assert found.denoiser.gaussian.rest.gt(0).all()
+    # Other data would have another one.
+    config = tiny(flow=added, steps=1, init=str(tmp_path / "added"))
+    later = train(replace(config, data=replace(config.data, start="anywhere")), tmp_path / "later", quiet=True)
+    assert later.denoiser is not None
+    assert later.denoiser.gaussian is not None
+    assert torch.equal(later.denoiser.gaussian.components, found.denoiser.gaussian.components)
+
+
 @pytest.mark.parametrize(
     "flow, said",
     [

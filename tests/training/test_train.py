@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits, VideoFolder, sample_batch, sample_indices, write_video
 from starflow.files import InUseError
-from starflow.model import Flow
+from starflow.model import Flow, Gaussian
 from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model, parts
 from starflow.text import ClassEncoder, Features
@@ -34,7 +34,7 @@ from starflow.training import Batch, Batches, Trainer, TrainingError, machine, m
 from starflow.training.batches import make_images, tell_data, with_vocabulary
 from starflow.training.machine import gains_from_bfloat16
 from starflow.training.optim import Muon, cosine_lr
-from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE, mean_frame
+from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE, covariances, mean_frame
 
 from ..encoders import make_t5
 
@@ -659,7 +659,7 @@ def test_what_subfolders_of_splits_leave_out_is_told(tiny, tmp_path: Path, caplo
     caplog.clear()
     assert len(make_dataset(config, "test")) == 2
     assert caplog.messages == [
-        f"{folder} has no subfolder test: these are no held-out clips, the training shows them too"
+        f"{folder} has no subfolder test: its clips are held out only where no training shows them"
     ]
 
 
@@ -1207,24 +1207,57 @@ def test_a_centred_flow_takes_the_mean_of_its_data(tiny, tmp_path: Path) -> None
     assert torch.equal(pipeline.flow.centre.mean, flow.centre.mean)  # type: ignore[union-attr]
 
 
+def test_a_denoiser_begins_from_the_covariance_of_its_data(tiny, tmp_path: Path) -> None:
+    """Of each place, around the mean, of the same clips; a resumed run keeps it."""
+    config = tiny(flow={"centred": True, "denoiser_components": 4}, steps=2)
+    flow = train(config, tmp_path, quiet=True)
+    dataset, (codec, _) = make_dataset(config), make_parts(config)
+    clips = torch.stack([dataset.item(number * len(dataset) // 64).pixels for number in range(64)])
+    assert flow.centre is not None
+    assert flow.denoiser is not None
+    found = flow.denoiser.gaussian
+    assert found is not None
+    with torch.no_grad():
+        tokens = flow.to_grid(codec.encode(clips)).double().flatten(2, 3)
+    covariance = torch.einsum("bfpc,bfpd->pcd", tokens, tokens) / (64 * clips.shape[1])
+    expected = Gaussian(flow.config).requires_grad_(False)
+    expected.fit(covariance, config.train.noise_std, config.train.noise_std)
+    torch.testing.assert_close(found.rest, expected.rest)
+    grid = torch.randn(1, 2, *flow.centre.mean.shape)
+    torch.testing.assert_close(found(grid), expected(grid), atol=1e-3, rtol=1e-3)
+    resumed = train(replace(config, train=replace(config.train, steps=3)), tmp_path, quiet=True)
+    for kept in (resumed, Pipeline.load(tmp_path).flow):
+        assert all(torch.equal(a, b) for a, b in zip(kept.denoiser.gaussian.buffers(), found.buffers(), strict=True))
+
+
+@dataclass
+class Clips:
+    """Two clips of one colour each, of which the second is twice as wide."""
+
+    bad: bool = False
+
+    def __len__(self) -> int:
+        return 2
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        pixels = torch.full((4, 1, 16, 16 + 16 * index), -0.5 * index)
+        return Clip(pixels * (math.nan if self.bad else 1.0), "", f"clip {index}")
+
+
 def test_a_mean_of_clips_of_several_sizes_is_that_of_channels(tiny) -> None:
-    @dataclass
-    class Clips:
-        bad: bool = False
-
-        def __len__(self) -> int:
-            return 2
-
-        def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
-            pixels = torch.full((4, 1, 16, 16 + 16 * index), -0.5 * index)
-            return Clip(pixels * (math.nan if self.bad else 1.0), "", f"clip {index}")
-
     codec, _ = make_parts(tiny())
     mean = mean_frame(Clips(), codec, CPU)
     expected = codec.encode(torch.full((1, 4, 1, 16, 16), -0.25)).mean((0, 1, 3, 4))
     torch.testing.assert_close(mean, expected[:, None, None])
     with pytest.raises(TrainingError, match="clip 0 holds NaN or infinity, expected finite pixels"):
         mean_frame(Clips(bad=True), codec, CPU)
+    flow = Flow(tiny(flow={"centred": True}).flow)
+    flow.centre_on(mean)
+    # The first coefficient of each clip is the same distance from the mean, the others are 0.
+    (found,) = covariances(flow, Clips(), codec, CPU)
+    assert (found.abs() > 1e-5).sum() == 1
+    deviation = codec.encode(torch.full((1, 4, 1, 16, 16), -0.25)).abs().max().double()
+    torch.testing.assert_close(found[0, 0], deviation.square(), atol=1e-5, rtol=1e-5)
 
 
 def test_data_that_is_not_finite_is_named(tiny, tmp_path: Path) -> None:

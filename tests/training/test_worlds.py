@@ -12,6 +12,7 @@ import torch
 from starflow.config import ConfigError, RunConfig
 from starflow.data import Clip, MovingDigits
 from starflow.model import Flow
+from starflow.sampling import Pipeline
 from starflow.storage import load_model
 from starflow.training import Batches, make_dataset, make_parts, train
 from starflow.training.batches import with_world
@@ -167,8 +168,14 @@ def test_a_recorded_folder_tells_its_actions(tiny: Tiny, tmp_path: Path) -> None
 
 def test_names_of_actions_are_those_of_the_folder(tiny: Tiny, tmp_path: Path, caplog) -> None:
     record(PaddleBall(24), tmp_path, 12)
+    # The folder of a split has the world of the one above it.
+    part = tmp_path / "part"
+    part.mkdir()
+    for path in tmp_path.glob("clip-*"):
+        (part / path.name).write_bytes(path.read_bytes())
     told = {"kind": "folder", "path": str(tmp_path)}
-    for names in (("up", "stay", "down"), ("a", "b", "c")):
+    for names, place in ((("up", "stay", "down"), tmp_path), (("a", "b", "c"), tmp_path), (("a", "b", "c"), part)):
+        told["path"] = str(place)
         with pytest.raises(
             ConfigError, match=r"data.actions is .*, expected \('stay', 'up', 'down'\) as in .*world.json"
         ):
@@ -176,6 +183,7 @@ def test_names_of_actions_are_those_of_the_folder(tiny: Tiny, tmp_path: Path, ca
                 dataclasses.replace(game(tiny), data=dataclasses.replace(game(tiny).data, **told, actions=names))
             )
     assert not caplog.messages
+    told["path"] = str(tmp_path)
     make_dataset(dataclasses.replace(game(tiny), data=dataclasses.replace(game(tiny).data, **told, actions=())))
     assert caplog.messages == [
         f"skipped: the names of the actions in {tmp_path / 'world.json'}, data.actions is empty; null takes them"
@@ -188,6 +196,9 @@ def test_the_configurations_fit_together() -> None:
     assert (codec.temporal, text) == (1, None)
     assert paddle.data.actions == PaddleBall.actions
     assert sum(p.numel() for p in Flow(paddle.flow).parameters()) < 3_000_000
-    world = RunConfig.load("world")
-    filled = dataclasses.replace(world.data, actions=("noop", "fire"))
-    make_parts(dataclasses.replace(world, data=filled, flow=dataclasses.replace(world.flow, frame_dim=2)))
+    for name in ("world", "world-small"):
+        world = RunConfig.load(name)
+        filled = dataclasses.replace(world.data, actions=("noop", "fire"))
+        config = dataclasses.replace(world, data=filled, flow=dataclasses.replace(world.flow, frame_dim=2))
+        codec, text = make_parts(config)
+        Pipeline(Flow(config.flow), config, codec, text)

@@ -87,8 +87,10 @@ def test_a_recording_that_is_made_again_is_the_same(tmp_path: Path) -> None:
 
 
 def test_clips_are_added_to_those_of_the_same_world(tmp_path: Path) -> None:
+    world = PaddleBall()
+    world.actions = list(world.actions)  # type: ignore[assignment]
     record(PaddleBall(), tmp_path, 20)
-    record(PaddleBall(), tmp_path, 20)
+    record(world, tmp_path, 20)
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["clip-000000.mp4", "clip-000001.mp4"]
     first, second = (tmp_path / f"clip-00000{n}.jsonl" for n in (0, 1))
     assert first.read_text() != second.read_text()
@@ -302,13 +304,24 @@ class _Plain(Counting):
 @pytest.mark.parametrize(
     ("world", "message"),
     [
-        (object(), r"world is <object .*>, which has no reset, step, suggest, expected a starflow.worlds.Playable"),
+        (
+            object(),
+            r"world is <object .*>, which has no name, fps, actions, reset, step, suggest, close, expected a star",
+        ),
         (_Plain(actions=()), r"world.actions is \(\), expected at least one name, each once"),
         (_Plain(actions=("go", "go")), r"world.actions is \('go', 'go'\), expected at least one name, each once"),
         (_Plain(actions=("go", 1)), r"world.actions\[1\] is 1, expected a text"),
         (
             _Plain((np.zeros((2, 2, 1), np.uint8), 0.0, False)),
             r"step of the world returned \(array.*, expected a starfl",
+        ),
+        (
+            _Plain(Step(np.zeros((8, 8, 3), np.uint8), 0.0, "no")),
+            r"done of a step of the world is 'no', expected True or",
+        ),  # type: ignore[arg-type]
+        (
+            _Plain(Step(np.zeros((8, 8, 4), np.uint8))),
+            r"shows uint8 of shape \[8, 8, 4\], expected .*\(height, width, 1 or",
         ),
         (_Plain(Step(np.zeros((8, 8, 1), np.uint8), float("nan"))), "gives the reward nan, expected a finite number"),
         (_Plain(Step(np.zeros((8, 8, 1)))), r"shows float64 of shape \[8, 8, 1\], expected an array of uint8 \(height"),
@@ -318,3 +331,37 @@ class _Plain(Counting):
 def test_what_a_world_of_the_callers_own_does_wrong_is_told_at_once(tmp_path: Path, world: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^record: (the world )?{message}"):
         record(world, tmp_path / "out", 8)
+
+
+@pytest.mark.parametrize("suggested", [3, -1, 0.5, "up"])
+def test_a_suggestion_that_is_no_action_is_told(tmp_path: Path, suggested: Any) -> None:
+    world = Counting()
+    world.suggest = lambda aim: suggested  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=f"^world counting: action is {suggested!r}, expected an integer from 0 to 2$"):
+        record(world, tmp_path, 400)
+
+
+def test_what_a_world_is_called_is_a_text(tmp_path: Path) -> None:
+    world = Counting()
+    world.name = 3  # type: ignore[assignment]
+    with pytest.raises(ValueError, match=r"^record: world.name is 3, expected a text"):
+        record(world, tmp_path / "out", 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_suggestion_may_be_a_number_of_numpy(tmp_path: Path) -> None:
+    world = Counting()
+    world.suggest = lambda aim: np.int64(1)  # type: ignore[method-assign]
+    record(world, tmp_path, 200)
+    actions = [line["action"] for path in tmp_path.glob("*.jsonl") for line in lines_of(path)]
+    assert actions.count(1) > 60
+
+
+def test_a_first_picture_that_is_none_is_told_beside_clips(tmp_path: Path) -> None:
+    record(Counting(), tmp_path, 4)
+    world = Counting()
+    world.reset = lambda seed=None: np.zeros((8, 8), np.uint8)  # type: ignore[method-assign]
+    with pytest.raises(
+        ValueError, match=r"^record: the world shows uint8 of shape \[8, 8\], expected an array of uint8"
+    ):
+        record(world, tmp_path, 4)

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import NoReturn
 
 from starflow.cli.commands import convert, demo, evaluate, info, plan, play, record, sample, score, train
@@ -108,7 +109,10 @@ def _hint(command: str, rest: Sequence[str]) -> str:
 def _sentence(error: BaseException) -> str:
     """The message of an error, in one line."""
     if isinstance(error, FileExistsError | NotADirectoryError) and error.filename:
-        return f"{short(error.filename)}: it or a part of this path is a file, expected a folder"
+        parts = (Path(error.filename), *Path(error.filename).parents)
+        lost = any(part.is_symlink() and not os.path.exists(part) for part in parts)
+        what = "a link that leads nowhere" if lost else "a file"
+        return f"{short(error.filename)}: it or a part of this path is {what}, expected a folder"
     if isinstance(error, OSError) and error.strerror:
         return f"{short(error.filename)}: {error.strerror}" if error.filename else error.strerror
     return short(error, _MOST_SAID) or type(error).__name__

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -113,11 +114,11 @@ def check_written(written: Mapping[str, str | None], read: Mapping[str, Sequence
     Raises:
         ConfigError: two of one path.
     """
-    known = {Path(path).resolve(): f"{name} {short(path)}" for name, paths in read.items() for path in paths}
+    known = {os.path.realpath(path): f"{name} {short(path)}" for name, paths in read.items() for path in paths}
     for name, path in written.items():
         if path in (None, "-"):
             continue
-        place = Path(path).resolve()
+        place = os.path.realpath(path)
         if place in known:
             raise ConfigError(f"{name} is {shown(path)}, which is {known[place]}, expected another file")
         known[place] = f"that of {name}"

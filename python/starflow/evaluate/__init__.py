@@ -12,7 +12,7 @@ from starflow.evaluate.fidelity import (
     frechet_distance,
     precision_recall,
 )
-from starflow.evaluate.files import read_clips
+from starflow.evaluate.files import read_clips, tell_rates
 from starflow.evaluate.heat_map import heat_map
 from starflow.evaluate.reference import Reference
 from starflow.evaluate.scores import LEVELS_BITS, Anomaly, ClipScore, noise_floor, score
@@ -41,4 +41,5 @@ __all__ = [
     "read_clips",
     "score",
     "surprise",
+    "tell_rates",
 ]

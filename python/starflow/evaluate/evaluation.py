@@ -35,7 +35,8 @@ class Evaluation:
     Args:
         made: the made clips against real ones, in the length of the training clips.
         floor: other real clips against the same, as many.
-        drift: Fréchet distance of each second of the made clips to real frames, in their whole length.
+        drift: Fréchet distance of each second of the made clips to real frames, in their whole length but for given
+            frames, which are counted in the numbers of the spans.
         drift_floor: that of the first second of other real clips.
         second: frames of a second.
         frames: of a made clip, given ones included.
@@ -43,7 +44,7 @@ class Evaluation:
         bits_per_dim: mean over the real clips of the density that was trained on (see `score`).
         noise_floor: in bits per dimension, which no model falls under on average; None for a model without noise.
         frames_per_second: of one clip that is made frame by frame, from its second on; of all clips together where the
-            denoiser needs the whole clip.
+            denoiser needs the whole clip. Given frames are not made, and do not count.
         streamed: whether it was frame by frame.
         threads: of the processor that were used.
         clips: the made ones (clips, frames, channels, height, width).
@@ -112,6 +113,8 @@ def evaluate(
         whole = integer(value)
         if not (name == "second" and value is None) and (whole is None or whole < least):
             raise ValueError(f"evaluate: {name} is {shown(value)}, expected an integer >= {least}")
+    # Python's own, which json can write; those of numpy it cannot.
+    given, batch, steps, second = int(given), int(batch), int(steps), None if second is None else int(second)
     if not isinstance(options, SampleOptions | None):
         raise ValueError(f"evaluate: options is {shown(options)}, expected a starflow.SampleOptions or None")
     asked = options or SampleOptions()
@@ -153,7 +156,10 @@ def evaluate(
     return Evaluation(
         made=fidelity(new[:, : length - given], seen, features, motion),
         floor=fidelity(known, seen, features, motion),
-        drift=tuple(drift(new, seen, features, second=second)),
+        drift=tuple(
+            Span(span.first + given, span.last + given, span.frechet)
+            for span in drift(new, seen, features, second=second)
+        ),
         drift_floor=drift(known, seen, features, second=second)[0].frechet,
         second=second,
         frames=frames,
@@ -259,7 +265,7 @@ def _make(
         parts.append(sampled.pixels)
         seconds += sampled.report.seconds
     made = torch.cat(parts)
-    return made, made.shape[0] * made.shape[1] / seconds
+    return made, made.shape[0] * (made.shape[1] - given) / seconds
 
 
 def _stream_rate(
@@ -267,7 +273,8 @@ def _stream_rate(
 ) -> float | None:
     """Frames a second of one clip made frame by frame, from its second on; None where it is made as a whole."""
     told = _conditions(clips, [0], frames, given)
-    session = pipeline.session(_captions(pipeline, clips[:1]), asked, frames=frames, **told)
+    seeds = asked.numbers(len(clips))[:1]
+    session = pipeline.session(_captions(pipeline, clips[:1]), asked, frames=frames, seed=0, seeds=seeds, **told)
     if session.denoising.whole:
         return None
     begin, first, count, last = time.perf_counter(), 0, 0, 0.0

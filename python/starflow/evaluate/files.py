@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from starflow.arguments import check_text
+from starflow.config import RunConfig
 from starflow.data import (
     IMAGE_SUFFIXES,
     Clip,
@@ -88,7 +90,7 @@ def read_clips(
                 aspect_multiple=_multiple(pipeline) if data.mix_aspect else None,
                 frame_dim=pipeline.config.flow.frame_dim,
             )
-            _tell_rates(pipeline, dict(zip(folder.names, folder.rates_of_files, strict=True)))
+            tell_rates("score", pipeline.config, folder)
             found = [folder.item(index) for index in range(len(folder))]
         else:
             found = _cut(path, count, clips_per_file, pipeline)
@@ -102,16 +104,24 @@ def read_clips(
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
 
 
-def _tell_rates(pipeline: Pipeline, rates: Mapping[str, float]) -> None:
-    """Tells of files at other rates than the clips of a model that was not trained at a rate by name (`data.fps`)."""
-    data, usual = pipeline.config.data, pipeline.config.sample.fps
+def tell_rates(who: str, config: RunConfig, rates: VideoFolder | Mapping[str, float]) -> None:
+    """Tells of files at other rates than the clips of a model that was not trained at a rate by name (`data.fps`).
+
+    Args:
+        who: function or command, for the message.
+        config: of the model.
+        rates: frames a second by names of files, or the folder of these.
+    """
+    data, usual = config.data, config.sample.fps
     # A folder that was trained on has rates of its own.
     if data.kind == "folder" or data.fps is not None:
         return
+    if isinstance(rates, VideoFolder):
+        rates = dict(zip(rates.names, rates.rates_of_files, strict=True))
     other = [f"{name} has {rate:g}" for name, rate in rates.items() if rate and plays_otherwise(rate, usual)]
     if other:
         logger.warning(
-            "score: clips of the model have %g frames a second, %s: they play at another speed", usual, listed(other)
+            "%s: clips of the model have %g frames a second, %s: they play at another speed", who, usual, listed(other)
         )
 
 
@@ -134,7 +144,7 @@ def _once(paths: Sequence[str | Path]) -> list[Path]:
         raise ValueError("score: a path is empty, expected a video or a folder of videos")
     known: dict[Path, Path] = {}
     for path in map(Path, paths):
-        whole = path.resolve()
+        whole = Path(os.path.realpath(path))
         if whole in known:
             logger.warning("%s is given twice and read once", path)
         known.setdefault(whole, path)
@@ -175,7 +185,7 @@ def _cut(path: Path, frames: int, clips_per_file: int, pipeline: Pipeline) -> li
         return [Clip(to_pixels(picture), caption, path.name)]
     info = probe(path, count=True)
     fps = data.fps or info.fps
-    _tell_rates(pipeline, {str(path): fps})
+    tell_rates("score", pipeline.config, {str(path): fps})
     high, wide = _size(pipeline, info.height, info.width)
     told = None
     if dim := pipeline.config.flow.frame_dim:

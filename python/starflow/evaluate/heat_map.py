@@ -21,7 +21,7 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
 
     Args:
         clips: what was scored; a latent frame of several pixel frames is shown by the first of them.
-        scores: of the clips, with `tokens`.
+        scores: of the clips, with `tokens` and `first_frames`.
         titles: by default the names and the bits of the clips.
 
     Raises:
@@ -47,9 +47,9 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
     axes = figure.subplots(2 * len(clips), columns, squeeze=False)
     # A single token far out would leave the rest without contrast.
     low, high = np.percentile(np.concatenate([bits.ravel() for bits in maps]), (1, 99))
-    for row, (clip, bits, title) in enumerate(zip(clips, maps, titles, strict=True)):
+    begins = [item.first_frames or tuple(range(len(bits))) for item, bits in zip(scores, maps, strict=True)]
+    for row, (clip, bits, first, title) in enumerate(zip(clips, maps, begins, titles, strict=True)):
         shown = to_frames(clip.pixels).numpy()
-        first = _first_frames(len(shown), len(bits))
         left = axes[2 * row, 0]
         # A title would widen its column: an empty one keeps the room for it.
         left.set_title(" ", fontsize=8)
@@ -63,13 +63,3 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
                 image = lower.imshow(bits[column], cmap="magma", vmin=low, vmax=high)
     figure.colorbar(image, ax=axes, label="bits per dimension", shrink=0.6)
     return figure
-
-
-def _first_frames(pixel: int, latent: int) -> list[int]:
-    """The first pixel frame of each latent one, of codecs that join frames.
-
-    The Wan autoencoders, whose clips have 1, 5, 9 ... frames, join a frame alone and then fours; others equally many.
-    """
-    if latent > 1 and pixel == 4 * latent - 3:
-        return [max(4 * frame - 3, 0) for frame in range(latent)]
-    return [pixel * frame // latent for frame in range(latent)]

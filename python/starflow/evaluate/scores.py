@@ -80,6 +80,7 @@ class ClipScore:
         bits_per_dim: of the whole clip.
         frames: of each latent frame given the ones before it.
         tokens: of each token by frame, row and column (see `Flow.token_log_likelihood`), where asked for.
+        first_frames: the pixel frame that each latent frame begins with, beside `tokens`.
         shuffled, reversed: bits per dimension of the same frames in a random order and backwards, where asked for.
         anomaly: against ordinary clips, where asked for.
         noise_std: of the noise that the clip was scored with; None where it is not known.
@@ -90,6 +91,7 @@ class ClipScore:
     bits_per_dim: float
     frames: tuple[float, ...]
     tokens: tuple[tuple[tuple[float, ...], ...], ...] | None = None
+    first_frames: tuple[int, ...] | None = None
     shuffled: float | None = None
     reversed: float | None = None
     anomaly: Anomaly | None = None
@@ -178,7 +180,8 @@ def score(
                 clip.name, clip.caption, float(bits[row].mean()), tuple(bits[row].tolist()), noise_std=sigma
             )
             if per_token:
-                plain = replace(plain, tokens=_nested(tokens[row]))
+                begins = (0, *map(pipeline.codec.pixel_frames, range(1, len(tokens[row]))))
+                plain = replace(plain, tokens=_nested(tokens[row]), first_frames=begins)
             if shuffled is not None and reverse is not None:
                 plain = replace(plain, shuffled=shuffled[row], reversed=reverse[row])
             scores.append(plain)

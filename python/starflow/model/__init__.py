@@ -7,6 +7,7 @@ from starflow.model.centre import Centre
 from starflow.model.conditioner import Conditioner, Layout, make_layout
 from starflow.model.denoiser import STEP, Denoiser, score_target, tweedie_step
 from starflow.model.flow import Flow, nll_of
+from starflow.model.gaussian import Gaussian
 from starflow.model.guidance import Guidance
 from starflow.model.layers import Int8Linear, Transformer, to_int8
 from starflow.model.packed import compared_once, keep_mapped, pack_conditioner, pack_linears
@@ -23,6 +24,7 @@ __all__ = [
     "Encoded",
     "Flow",
     "FlowBlock",
+    "Gaussian",
     "Guidance",
     "Int8Linear",
     "Layout",

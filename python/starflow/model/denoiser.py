@@ -11,6 +11,7 @@ from torch import Tensor
 from starflow.config import FlowConfig
 from starflow.model.centre import Centre
 from starflow.model.conditioner import make_layout
+from starflow.model.gaussian import Gaussian
 from starflow.model.layers import Attending, Transformer, Weights
 from starflow.model.packed import pack_linears
 from starflow.model.rope import concatenate
@@ -39,7 +40,8 @@ class Denoiser(Transformer):
     Args:
         config: of the flow; `temporal_causal` is the look-ahead (0 sees everything), `denoiser_window` the frames
             behind, `denoiser_layers` its depth, `conditional_denoiser` whether it reads text and the vectors of frames,
-            `denoiser_skip` how much of its input is added to its output.
+            `denoiser_skip` how much of its input is added to its output, `denoiser_components` of how many principal
+            components the Gaussian is whose score is added.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -57,6 +59,7 @@ class Denoiser(Transformer):
         )
         self.config = config
         self.centre = Centre(config) if config.centred else None
+        self.gaussian = Gaussian(config) if config.denoiser_components else None
 
     def forward(self, x: Tensor, text: Tensor | None = None, frame_conditions: Tensor | None = None) -> Tensor:
         """The predicted scaled score.
@@ -99,6 +102,8 @@ class Denoiser(Transformer):
         out = self.put_out(h[:, count:], weights).to(x.dtype).reshape(grid.shape)
         if config.denoiser_skip:
             out = out + config.denoiser_skip * grid.to(out)
+        if self.gaussian is not None:
+            out = out + self.gaussian(grid.to(out))
         return unpatchify(out, config.patch_size, channel_first=config.channel_first_patches, image=image)
 
     def _packed(self) -> Weights | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from collections import deque
@@ -18,8 +19,8 @@ from starflow.arguments import check_call
 from starflow.data import Clip, enlarge, to_frames, to_pixels, write_video
 from starflow.evaluate import Watcher, surprise
 from starflow.numeric import check_seed
-from starflow.sampling import Pipeline, Session
-from starflow.worlds import PlayableWorld, one_hot
+from starflow.sampling import Denoise, Pipeline, Session
+from starflow.worlds import PlayableWorld, check_picture, check_step, check_world, one_hot
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ _CLIP_SIDE = 288
 
 @runtime_checkable
 class Rewinds(Protocol):
-    """A world whose state can be read and set."""
+    """A world whose state can be read and set; it is copied, so a world may go on in the one that it gave."""
 
     state: Any
 
@@ -111,7 +112,8 @@ class Game:
         seed: of the noise, and of the world.
 
     Raises:
-        ValueError: the world has other actions or pictures than the model.
+        ValueError: the world has other actions or pictures than the model, or is none; or a model of actions whose
+            clips are made as a whole.
         WorldError: the world cannot be opened.
 
     Example:
@@ -129,8 +131,10 @@ class Game:
         self.prompt = "" if pipeline.text is None else next(iter(pipeline.config.sample.prompts), "")
         dim, names = pipeline.flow.config.frame_dim, pipeline.config.data.actions or ()
         self.actions: tuple[str, ...] = names if len(names) == dim else tuple(map(str, range(dim)))
+        self._denoise = self._way_of_denoising()
         self._world = None if make_world is None else make_world()
         self._moments: deque[Moment] = deque()
+        self._settled: list[Moment] = []  # scored before they were asked about
         # What goes along with the moments, made when it is needed: the dream; who measures surprise, of how many rows;
         # and pictures that are decoded and not shown yet.
         self._session: Session | None = None
@@ -196,10 +200,11 @@ class Game:
         self._rng = np.random.default_rng(seed)
         self._left_behind = self._told_the_truth = False
         self._moments.clear()
+        self._settled = []
         self._scored = 0  # number of the next moment that is to be scored
         self._forget()
         if self._world is not None:
-            frame = np.array(self._world.reset(seed))
+            frame = self._picture(self._world.reset(seed))
             self._remember(None, frame, frame)
             for _ in range(max(_BEGINNING, self._context) - 1):
                 frame = self._real(0)
@@ -220,6 +225,8 @@ class Game:
             raise ValueError(
                 f"play: action is {action}, expected 0 to {len(self.actions) - 1} ({', '.join(self.actions)})"
             )
+        if self._told_the_truth and self.has_world:
+            self._settle()
         real = self._real(action) if self.has_world else None
         if real is None or not self._told_the_truth:
             return self._remember(told, self._dream(told), real)
@@ -265,12 +272,10 @@ class Game:
         while self.last > number:
             self._moments.pop()
         self._scored = min(self._scored, number + 1)
+        self._settled = [settled for settled in self._settled if settled.number <= number]
         self._told_the_truth = False
         self._forget()
-        if isinstance(self._world, Rewinds) and moment.state is not None:
-            self._world.state = moment.state
-        else:
-            self._left_behind = True
+        self._left_behind = self._left_behind or not self._wind_back(moment.state)
 
     def tell(self, prompt: str) -> None:
         """Changes what the frames to come show.
@@ -279,6 +284,7 @@ class Game:
             ValueError: a model without text, or a prompt that its encoder refuses.
         """
         self._pipeline.condition([prompt])
+        self._settle()
         self.prompt, self._watcher = prompt, None
         if self._session is None:
             return
@@ -312,8 +318,18 @@ class Game:
             most: of these moments, how many are scored, the last ones.
 
         Returns:
-            The moments that now have scores.
+            The moments that now have scores. What is asked for late has the score that it would have had before the
+            model was told the truth, or another prompt.
         """
+        settled, self._settled = self._settled, []
+        return [*settled, *self._score(most)]
+
+    def _settle(self) -> None:
+        """Scores what was not asked about yet, before what it is scored by becomes another."""
+        self._settled += self._score(_MOMENTS)
+
+    def _score(self, most: int) -> list[Moment]:
+        """The last `most` of the moments that have no scores, with these."""
         count = self.unscored
         if count > most:
             self.skip_scores()
@@ -388,7 +404,33 @@ class Game:
 
     # -- parts --------------------------------------------------------------------------------------------------------
 
+    def _way_of_denoising(self) -> Denoise | None:
+        """The option of sampling by which frames are cleaned one by one, as actions need it; None is the model's own.
+
+        Raises:
+            ValueError: a model of actions whose clips do not go on.
+        """
+        if not self._pipeline.flow.config.frame_dim:
+            return None
+        session = self._pipeline.session(self.prompt)
+        if not session.endless:
+            raise ValueError(
+                "play: the model reads actions and makes its clips as a whole, so that no key would reach them; "
+                "expected a flow whose shallow blocks see one frame (flow.shallow_block_local)"
+            )
+        if not session.denoising.whole:
+            return None
+        way: Denoise = "none" if self._pipeline.flow.denoiser is None else "learned"
+        logger.warning(
+            "play: frames are cleaned by %r in place of %r, which needs whole clips: a key acts on the next frame%s",
+            way,
+            session.denoising.kind,
+            " (they keep the noise of training)" if way == "none" else "",
+        )
+        return way
+
     def _check(self, world: PlayableWorld) -> None:
+        check_world("play", world)
         dim = self._pipeline.flow.config.frame_dim
         if len(world.actions) != dim:
             raise ValueError(
@@ -422,9 +464,27 @@ class Game:
     def _real(self, action: int) -> np.ndarray:
         """The next picture of the real world."""
         assert self._world is not None
-        step = self._world.step(action)
-        # A copy: a world may show every frame in the same memory.
-        return np.array(self._world.reset() if step.done else step.frame)
+        step = check_step("play", self._world.step(action))
+        return self._picture(self._world.reset() if step.done else step.frame)
+
+    def _picture(self, frame: np.ndarray) -> np.ndarray:
+        """A picture of the real world, as the page shows it beside the dream.
+
+        Raises:
+            ValueError: it is not like the model's.
+        """
+        data = self._pipeline.config.data
+        return check_picture("play", frame, (data.height, data.width, self._pipeline.codec.channels))
+
+    def _wind_back(self, state: Any) -> bool:
+        """Sets the state of the real world; False for one whose state cannot be set."""
+        if not isinstance(self._world, Rewinds) or state is None:
+            return False
+        try:
+            self._world.state = copy.deepcopy(state)
+        except AttributeError:
+            return False
+        return True
 
     def _forget(self) -> None:
         """Drops what goes along with the moments, so that it begins again with the last ones."""
@@ -432,7 +492,7 @@ class Game:
         self._waiting.clear()
 
     def _remember(self, action: int | None, dream: np.ndarray, real: np.ndarray | None) -> Moment:
-        state = self._world.state if isinstance(self._world, Rewinds) else None
+        state = copy.deepcopy(self._world.state) if isinstance(self._world, Rewinds) else None
         moment = Moment(self.last + 1, action, dream, real, state, past=dream)
         self._moments.append(moment)
         if len(self._moments) > min(_MOMENTS, max(_BYTES // (2 * dream.nbytes), 2 * self._context)):
@@ -463,8 +523,9 @@ class Game:
         # Another future: the noise of a frame is drawn by the seed and its place in the session.
         seed = self.seed + self._sessions
         self._sessions += 1
-        session = self._pipeline.session(self.prompt, seed=seed, temperature=self.temperature)
-        moments = list(self._moments)[-self._most(self._context) :]
+        session = self._pipeline.session(self.prompt, seed=seed, temperature=self.temperature, denoise=self._denoise)
+        count = self._whole(min(len(self._moments), self._most(self._context)))
+        moments = list(self._moments)[len(self._moments) - count :]
         if moments and session.endless and not session.denoising.whole:
             if self.actions:
                 session.tell(self._vectors([moment.action for moment in moments]))
@@ -475,6 +536,16 @@ class Game:
     def _most(self, latent_frames: int) -> int:
         """Pixel frames that the codec makes about so many latent frames of."""
         return self._pipeline.codec.pixel_frames(latent_frames)
+
+    def _whole(self, frames: int) -> int:
+        """The most pixel frames, up to so many, that the codec encodes; 0 where it encodes none of them."""
+        for count in range(frames, 0, -1):
+            try:
+                self._pipeline.codec.latent_frames(count)
+            except ValueError:
+                continue
+            return count
+        return 0
 
     def _vectors(self, actions: Sequence[int | None]) -> Tensor:
         """Actions as the flow reads them, (1 clip, frames, frame_dim)."""

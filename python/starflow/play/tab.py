@@ -189,7 +189,9 @@ class Tab:
                 # A key does not wait for surprise, unless that has waited long.
                 has_time = not self._wake.is_set() and time.perf_counter() + self._cost < due
                 scores = has_time or not self._playing or game.unscored >= _UNSCORED
-                if game.unscored and self._surprise and scores:
+                if not self._surprise:
+                    game.skip_scores()
+                elif game.unscored and scores:
                     await self._score(game)
             # Whatever a world of somebody else's raises: the game so far is kept, and the page may go on.
             except Exception as error:
@@ -211,14 +213,33 @@ class Tab:
         self._wake.clear()
 
     async def _step(self, game: Game) -> None:
-        if self._shown is not None and self._shown.number < game.last:
-            number = self._shown.number
-            await self._compute(lambda: game.branch(number))
-            await self._tell_state(game)
+        await self._branch_off(game)
         action, key = self._action, self._key
         begin = time.perf_counter()
         moment = await self._compute(lambda: game.step(action))
         self._offer(game, moment, key=key, seconds=time.perf_counter() - begin)
+
+    async def _branch_off(self, game: Game) -> None:
+        """Goes back to the moment that is shown, where it is not the last one; a recording loses what came after it."""
+        if self._shown is None or self._shown.number >= game.last:
+            return
+        number = self._shown.number
+        await self._compute(lambda: game.branch(number))
+        kept = [moment for moment in self._scores if moment.number <= number]
+        self._scores.clear()
+        self._scores.extend(kept)
+        if self._recording is not None:
+            self._recording = min(self._recording, number + 1)
+        await self._tell_state(game)
+
+    async def _edit(self, game: Game, edit: Callable[[], None]) -> None:
+        """Edits the past that is shown, which becomes the last moment."""
+        last = game.last
+        await self._branch_off(game)
+        if game.last < last:
+            # The page learns that nothing comes after it.
+            self._offer(game, game.moment(game.last), key=self._key)
+        await self._compute(edit)
 
     async def _score(self, game: Game) -> None:
         begin = time.perf_counter()
@@ -261,15 +282,26 @@ class Tab:
         game.temperature = value
 
     async def _on_new(self, game: Game, seed: int) -> None:
-        self._recording = None
+        if self._recording is not None:
+            # What was recorded is of the game that ends.
+            if self._writing is not None:
+                await asyncio.wait([self._writing])
+            try:
+                await self._on_record(game, on=False)
+            except ValueError as error:
+                await self._tell(error)
+            self._recording = None
         await self._compute(lambda: game.new(seed))
+        # What was not sent yet is of the old game.
+        self._scores.clear()
+        self._shown = self._picture = None
         await self._show_again(game)
 
     async def _on_teleport(self, game: Game) -> None:
-        await self._compute(game.teleport)
+        await self._edit(game, game.teleport)
 
     async def _on_follow(self, game: Game) -> None:
-        await self._compute(game.follow)
+        await self._edit(game, game.follow)
 
     async def _on_prompt(self, game: Game, text: str) -> None:
         await self._compute(lambda: game.tell(text))
@@ -281,11 +313,12 @@ class Tab:
 
     async def _on_record(self, game: Game, on: bool) -> None:
         """Begins to record, or ends that and sends the clip."""
-        begin, self._recording = self._recording, game.last + 1 if on else None
+        begin = self._recording
+        if not on and begin is not None and self._writing is not None and not self._writing.done():
+            raise ValueError("play: a clip is still being written, expected it to be done first (recording goes on)")
+        self._recording = game.last + 1 if on else None
         if on or begin is None:
             return
-        if self._writing is not None and not self._writing.done():
-            raise ValueError("play: a clip is still being written, expected it to be done first")
         frames = await self._compute(lambda: game.frames(begin, game.last))
         if (lost := game.first - begin) > 0:
             await self._tell(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from starflow.model import FlowBlock, Guidance, to_grid, to_sequence
 from starflow.schedules import Chunks, Schedule, Window
@@ -280,7 +281,15 @@ class _Stage:
         # A decoder may be used again: a solve writes every slot that it reads, but for those of the text, which stays.
         _, decoder, own, order = self._kept
         first = to_sequence(known, order[: known[0, ..., 0].numel()])
-        return Inversion(own, schedule, first, lambda: decoder("float32", self._told), before), order
+        self._tell_known(own, first)
+        return Inversion(own, schedule, first, lambda: self._judge(decoder("float32", self._told)), before), order
+
+    def _tell_known(self, decoder: BlockDecoder, tokens: Tensor) -> None:
+        """Tells a decoder what stands before each of the given tokens, of a block that reads that."""
+
+    def _judge(self, decoder: BlockDecoder) -> BlockDecoder:
+        """A fresh decoder, told all that it needs to certify the window."""
+        return decoder
 
     def _decoders(
         self, rows: int, frames: int, height: int, width: int
@@ -355,6 +364,10 @@ class _Causal(_Stage):
         self._open: tuple[Inversion, Tensor] | None = None
         self._known = known
         self._before: Tensor | None = None  # the last token before the window, for chunks
+        conditioner = block.conditioner
+        # The network that reads the frames before at each token's own place, if it does: then a frame is solved when
+        # those before it are final, as in a cache that rolls.
+        self._sees = conditioner if conditioner is not None and conditioner.previous_frames else None
 
     @property
     def done(self) -> bool:
@@ -383,6 +396,18 @@ class _Causal(_Stage):
 
     def pull(self, *, together: bool) -> Tensor | None:
         """The next final frames, at least one, or all of the window; None where noise is missing."""
+        frames = self._pull(together=together)
+        if self._sees is None or not together or frames is None:
+            return frames
+        parts = [frames]
+        # Not beyond the window: the next one may begin with what is made of these frames.
+        while self._queue is not None and self._in_window < self._span.frames:
+            some = self._pull(together=True)
+            assert some is not None
+            parts.append(some)
+        return torch.cat(parts, 1)
+
+    def _pull(self, *, together: bool) -> Tensor | None:
         if self.block.backwards and self._more:
             return None
         self._fill()
@@ -442,13 +467,16 @@ class _Causal(_Stage):
                 self._open = self._solve(self.conditions.schedule, known, self._span.frames, self._before)
                 self._out, self._known = known.shape[1], None
             begin = self._in_window
-            if room := self._span.frames - begin:
+            room = self._span.frames - begin
+            if self._sees is not None:
+                room = min(room, 1) if self._out == begin else 0
+            if room:
                 noise, rest = self._queue[:, :room], self._queue[:, room:]
                 self._queue = rest if rest.shape[1] else None
                 solve, order = self._open
                 self._tell_decoder(begin, begin + noise.shape[1])
                 tokens = noise[0, ..., 0].numel()
-                more = begin + noise.shape[1] < self._span.frames and self._more
+                more = self._sees is None and begin + noise.shape[1] < self._span.frames and self._more
                 solve.extend(to_sequence(noise, order[:tokens]), more=more)
             if self._out < self._in_window or self._queue is None:
                 return
@@ -460,12 +488,29 @@ class _Causal(_Stage):
             self._close(self._span.context)
 
     def _tell_decoder(self, begin: int, end: int) -> None:
-        """Gives the decoder the vectors of the frames `begin .. end - 1` of the window."""
-        if self._told is None:
-            return
+        """Gives the decoder the vectors of the frames `begin .. end - 1` of the window, and what stands before them."""
         assert self._kept is not None
-        self._told[:, begin:end] = self._vectors[:, begin:end]
-        self._kept[2].tell(begin, self._told[:, begin:end])
+        assert self._open is not None
+        before = None
+        if self._sees is not None:
+            area = self._size[1] * self._size[2]
+            before = self._sees.before_next(self._open[0].x[:, : begin * area], area)
+        if self._told is not None:
+            self._told[:, begin:end] = self._vectors[:, begin:end]
+        if self._told is not None or before is not None:
+            self._kept[2].tell(begin, None if self._told is None else self._told[:, begin:end], before)
+
+    def _tell_known(self, decoder: BlockDecoder, tokens: Tensor) -> None:
+        if self._sees is None:
+            return
+        # Of the whole window: a decoder that is used again holds what it was told of another one.
+        missing = decoder.tokens - tokens.shape[1]
+        decoder.tell(0, self._told, self._sees.of_previous(F.pad(tokens, (0, 0, 0, missing)), decoder.frame_tokens))
+
+    def _judge(self, decoder: BlockDecoder) -> BlockDecoder:
+        if self._sees is not None and self._open is not None:
+            self._tell_known(decoder, self._open[0].x)
+        return decoder
 
     def _close(self, carried: int) -> None:
         """Ends the window; the next one begins with `carried` frames of it."""

@@ -214,6 +214,9 @@ class FunctionDecoder:
         for name, tensor in zip(("shift", "scale"), returned, strict=True):
             if list(tensor.shape) != expected:
                 raise ValueError(f"solve: fn returned {name} of shape {list(tensor.shape)}, expected {expected}")
+            if tensor.is_complex():
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"solve: fn returned {name} in {dtype}, expected real numbers")
         shift, scale = returned
         least = float(scale.amin())
         if least < 0.0:

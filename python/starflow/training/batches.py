@@ -243,10 +243,14 @@ def _tell_other(data: DataConfig, dataset: ClipDataset) -> None:
 
 def _check_names(data: DataConfig, frame_dim: int) -> None:
     """Refuses names of actions that are not those of the folder: a key would do what another one is for."""
-    told = None if data.path is None else read_world(Path(data.path))
-    if told is None or not told.actions or not frame_dim:
+    if data.path is None or not frame_dim:
         return
-    named = Path(data.path or "") / WORLD_FILE
+    folder = Path(data.path).absolute()
+    # That of a split is in the folder above.
+    found = ((place / WORLD_FILE, read_world(place)) for place in (folder, folder.parent))
+    named, told = next((each for each in found if each[1] is not None), (folder, None))
+    if told is None or not told.actions:
+        return
     require(
         not data.actions or data.actions == told.actions,
         "data.actions",
@@ -273,7 +277,7 @@ def _part(folder: Path, split: Literal["train", "test"]) -> Path:
             test,
         )
     if split == "test":
-        logger.warning("%s has no subfolder test: these are no held-out clips, the training shows them too", folder)
+        logger.warning("%s has no subfolder test: its clips are held out only where no training shows them", folder)
     return folder
 
 

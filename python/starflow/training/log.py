@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def open_log(kind: LogKind, folder: Path, step: int, config: Mapping[str, Any]) 
     if kind == "wandb":
         wandb = import_extra("wandb", purpose="train.log 'wandb'", extra="wandb")
         folder.mkdir(parents=True, exist_ok=True)
-        number = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+        number = hashlib.sha256(os.path.realpath(folder).encode()).hexdigest()[:16]
         run = wandb.init(
             project=PROJECT, name=folder.parent.name, id=number, resume="allow", dir=str(folder), config=dict(config)
         )

@@ -30,9 +30,12 @@ _FREE = (
     "conditional_denoiser",
     "denoiser_window",
 )
+# These say what the weights of a denoiser mean, of which there are none where one is added or left out.
+_OF_DENOISER = ("flow.denoiser_layers", "flow.denoiser_skip", "flow.denoiser_components")
 # What a flow may have more than its model: the projection of vectors of frames, and a denoiser.
 _FRAMES = re.compile(r".*\bproj_frame\.(weight|bias)$")
 _DENOISER = "denoiser."
+_CENTRE = f"{_DENOISER}centre.mean"
 
 
 def new_flow(config: RunConfig) -> Flow:
@@ -74,6 +77,9 @@ def started_flow(config: RunConfig, codec: Codec, text: TextEncoder | None) -> F
                 tensor.copy_(given[name])
             elif _FRAMES.match(name):
                 tensor.zero_()
+            elif name == _CENTRE:
+                # A denoiser that is added: the mean of the data is no weight that starts anew.
+                tensor.copy_(given[name.removeprefix(_DENOISER)])
     kind = {"average": "averaged weights", "last": "last weights"}.get(about.get("weights", ""), "weights")
     step = f" of step {short(about['step'])}" if "step" in about else ""
     logger.info("starting from the %s%s of %s", kind, step, short(model))
@@ -97,8 +103,11 @@ def _check(
             f"train.init is {shown(model)}, whose weights are kept as integers, expected floating-point numbers "
             "(`starflow convert --dtype bfloat16`)"
         )
+    both = base.flow.learnable_self_denoiser and config.flow.learnable_self_denoiser
     options = [
-        f"{option} is {shown(now)}, the model has {shown(was)}" for option, was, now in changes if _decides(option)
+        f"{option} is {shown(now)}, the model has {shown(was)}"
+        for option, was, now in changes
+        if _decides(option) and (both or option not in _OF_DENOISER)
     ]
     added = base.flow.frame_dim == 0, not base.flow.learnable_self_denoiser
     dropped = config.flow.frame_dim == 0, not config.flow.learnable_self_denoiser

@@ -37,7 +37,7 @@ from starflow.distributed import ALONE, World, join
 from starflow.files import remove_leftovers, sole
 from starflow.inference import plain_modes
 from starflow.messages import shown, told_once
-from starflow.model import STEP, Encoded, Flow, nll_of, score_target
+from starflow.model import STEP, Encoded, Flow, nll_of, score_target, tweedie_step
 from starflow.storage import (
     INDEX,
     MODEL,
@@ -98,7 +98,7 @@ MOST_SKIPS = 500
 # Steps between entries of the log.
 LOG_EVERY = 10
 # Clips that the mean of the data is measured on, spread over the set.
-CLIPS_OF_MEAN = 64
+CLIPS_MEASURED = 64
 
 
 class TrainingError(RuntimeError):
@@ -610,6 +610,12 @@ def _run(
     if config.flow.centred and last is None and flow is None:
         flow = new_flow(config)
         flow.centre_on(world.share(lambda: mean_frame(dataset, codec, world.device)))
+    gaussian = None if flow is None or flow.denoiser is None else flow.denoiser.gaussian
+    # That of a model that the run starts from is kept, unless the denoiser is new.
+    if flow is not None and gaussian is not None and not gaussian.rest.any():
+        measured = world.share(lambda: covariances(flow, dataset, codec, world.device))
+        sigma, weighted = config.train.noise_std, config.train.cond_noise_level
+        gaussian.fit(measured, sigma, tweedie_step(sigma, weighted=weighted))
     trainer = Trainer(config, codec, text, world.device, world, flow=flow)
     trainer.data = world.share(lambda: data_of(dataset, images))
     if last is not None:
@@ -667,17 +673,42 @@ def mean_frame(dataset: ClipDataset, codec: Codec, device: torch.device) -> Tens
     Raises:
         TrainingError: a clip that is not finite.
     """
-    count = min(CLIPS_OF_MEAN, len(dataset))
-    means = []
-    for index in range(count):
-        clip = dataset.item(index * len(dataset) // count)
-        mean = codec.encode(clip.pixels[None].to(device))[0].mean(0, dtype=torch.float64)
-        if not mean.isfinite().all():
-            raise _not_finite(clip.name)
-        means.append(mean)
+    means = [latents.mean(0) for latents in _measured(dataset, codec, device)]
     if len({mean.shape for mean in means}) > 1:
         means = [mean.mean((1, 2), keepdim=True) for mean in means]
     return torch.stack(means).mean(0).float().cpu()
+
+
+@torch.no_grad()
+def covariances(flow: Flow, dataset: ClipDataset, codec: Codec, device: torch.device) -> Tensor:
+    """Of the tokens of each place, around the mean that the flow is centred on, (places, channels, channels), float64.
+
+    Of clips that are not of the nominal size, or of several, those of all places together: (1, channels, channels).
+
+    Raises:
+        TrainingError: a clip that is not finite.
+    """
+    side = flow.config.img_size // flow.config.patch_size
+    sums = []
+    for latents in _measured(dataset, codec, device):
+        grid = flow.to_grid(latents[None].cpu())[0]
+        tokens = grid if grid.shape[1:3] == (side, side) else grid.flatten(0, 2)[:, None, None]
+        places = tokens.flatten(1, 2).double()
+        sums.append(torch.einsum("fpc,fpd->pcd", places, places) / len(places))
+    if len({each.shape for each in sums}) > 1:
+        sums = [each.mean(0, keepdim=True) for each in sums]
+    return torch.stack(sums).mean(0)
+
+
+def _measured(dataset: ClipDataset, codec: Codec, device: torch.device) -> Iterator[Tensor]:
+    """Latents (frames, channels, height, width) of clips that are spread over a set, float64."""
+    count = min(CLIPS_MEASURED, len(dataset))
+    for index in range(count):
+        clip = dataset.item(index * len(dataset) // count)
+        latents = codec.encode(clip.pixels[None].to(device))[0].double()
+        if not latents.isfinite().all():
+            raise _not_finite(clip.name)
+        yield latents
 
 
 def _told_data(facts: Mapping[str, Any]) -> str:

@@ -6,7 +6,15 @@ from starflow.worlds.open import open_world
 from starflow.worlds.paddle import COURT, PaddleBall, PaddleState, draw_court
 from starflow.worlds.policies import POLICIES, Policy, PolicyName
 from starflow.worlds.record import CLIP_FRAMES, Recorded, record
-from starflow.worlds.world import PlayableWorld, Step, WorldError, one_hot
+from starflow.worlds.world import (
+    PlayableWorld,
+    Step,
+    WorldError,
+    check_picture,
+    check_step,
+    check_world,
+    one_hot,
+)
 
 __all__ = [
     "CLIP_FRAMES",
@@ -22,6 +30,9 @@ __all__ = [
     "Recorded",
     "Step",
     "WorldError",
+    "check_picture",
+    "check_step",
+    "check_world",
     "draw_court",
     "one_hot",
     "open_world",

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from starflow.worlds.world import PlayableWorld
+from starflow.worlds.world import PlayableWorld, check_action
 
 PolicyName = Literal["random", "mixed"]
 POLICIES = get_args(PolicyName)
@@ -30,7 +30,7 @@ class Policy:
             below 0 and above 1 it grazes or misses. None plays as `kind` says.
 
     Raises:
-        ValueError: a kind that is none of these.
+        ValueError: a kind that is none of these; in a call, an action that the world suggests and does not have.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class Policy:
             suggested = self._world.suggest(self._aim)
             # A slip now and then shows what a wrong key does near the ball.
             if suggested is not None and self._rng.random() < _WELL[self._way]:
-                return suggested
+                check_action(self._world.name, suggested, len(self._world.actions))
+                return int(suggested)
         if self._held == 0:
             self._held = 1 if self._way == "tap" else int(self._rng.integers(1, _HELD + 1))
             self._action = 0 if self._way == "leave" else int(self._rng.integers(len(self._world.actions)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from starflow.arguments import check_call, check_texts
+from starflow.arguments import check_call
 from starflow.config import LEAST_FPS, MOST_FPS
 from starflow.data import (
     WORLD_FILE,
@@ -28,7 +28,7 @@ from starflow.files import sole, write_text
 from starflow.messages import shown
 from starflow.numeric import check_seed, integer, number
 from starflow.worlds.policies import Policy, PolicyName
-from starflow.worlds.world import PlayableWorld, Step
+from starflow.worlds.world import PlayableWorld, check_picture, check_step, check_world
 
 # Frames of a clip, which stay in memory until it ends.
 CLIP_FRAMES = 1000
@@ -60,17 +60,15 @@ class _Clip:
         return len(self._shown)
 
     def add(self, frame: np.ndarray, action: Action, reward: float, done: bool) -> None:
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
-            what = f"{frame.dtype} of shape {list(frame.shape)}" if isinstance(frame, np.ndarray) else shown(frame)
-            raise ValueError(f"record: the world shows {what}, expected an array of uint8 (height, width, channels)")
+        frame = check_picture("record", frame)
         if (points := number(reward)) is None or not math.isfinite(points):
             raise ValueError(f"record: the world gives the reward {shown(reward)}, expected a finite number")
-        if self._shown and np.shape(frame) != self._shown[0][0].shape:
+        if self._shown and frame.shape != self._shown[0][0].shape:
             raise ValueError(
-                f"record: the world shows a frame of {list(np.shape(frame))} after one of "
+                f"record: the world shows a frame of {list(frame.shape)} after one of "
                 f"{list(self._shown[0][0].shape)}, expected frames of one size (height, width, channels)"
             )
-        self._shown.append((np.array(frame), action_line(len(self), action, points, bool(done))))
+        self._shown.append((frame, action_line(len(self), action, points, bool(done))))
 
     def end(self) -> None:
         """Writes the lines first: a video without them would not train."""
@@ -121,7 +119,7 @@ def record(
             raise ValueError(f"record: {name} is {shown(value)}, expected an integer of at least 1")
     check_seed("record", seed)
     check_call("record", "on_frame", on_frame)
-    _check_world(world)
+    check_world("record", world)
     fps = world.fps if fps is None else fps
     rate = number(fps)
     if rate is None or not LEAST_FPS <= rate <= MOST_FPS:
@@ -133,19 +131,6 @@ def record(
         return _record(
             world, folder, frames, policy=policy, seed=seed, fps=rate, clip_frames=clip_frames, on_frame=on_frame
         )
-
-
-def _check_world(world: PlayableWorld) -> None:
-    """Refuses what is no world, which a caller's own may turn out to be in the midst of a recording."""
-    lacks = [name for name in ("reset", "step", "suggest") if not callable(getattr(world, name, None))]
-    if lacks:
-        raise ValueError(
-            f"record: world is {shown(world)}, which has no {', '.join(lacks)}, expected a "
-            "starflow.worlds.PlayableWorld"
-        )
-    check_texts("record", "world.actions", world.actions)
-    if not world.actions or len(set(world.actions)) < len(world.actions):
-        raise ValueError(f"record: world.actions is {shown(world.actions)}, expected at least one name, each once")
 
 
 def _check_alike(path: Path, frame: np.ndarray, fps: float) -> None:
@@ -174,7 +159,7 @@ def _record(
     clip_frames: int,
     on_frame: Callable[[], object] | None,
 ) -> Recorded:
-    about, held = RecordedWorld(world.name, world.actions), read_world(folder)
+    about, held = RecordedWorld(world.name, tuple(world.actions)), read_world(folder)
     if held is not None and held != about:
         raise ValueError(
             f"record: {folder} holds the world {held.world} with the actions {', '.join(held.actions)}, expected "
@@ -194,13 +179,13 @@ def _record(
         # Seeds of the episodes go on from those of the clips that are there.
         frame, action, reward, done = world.reset(seed + number), None, 0.0, False
         if held_clips:
-            _check_alike(held_clips[-1], np.asarray(frame), fps)
+            _check_alike(held_clips[-1], check_picture("record", frame), fps)
         while True:
             if clip is None:
                 clip = _Clip(folder / f"clip-{number:06d}.mp4", fps)
                 clips, number = clips + 1, number + 1
             clip.add(frame, action, reward, done)
-            count, total = count + 1, total + reward
+            count, total = count + 1, total + float(reward)
             if on_frame is not None:
                 on_frame()
             if done or count == frames or len(clip) == clip_frames:
@@ -214,9 +199,5 @@ def _record(
                 frame, action, reward, done = world.reset(), None, 0.0, False
             else:
                 action = play()
-                step = world.step(action)
-                if not isinstance(step, Step):
-                    raise ValueError(
-                        f"record: step of the world returned {shown(step)}, expected a starflow.worlds.Step"
-                    )
+                step = check_step("record", world.step(action))
                 frame, reward, done = step.frame, step.reward, step.done

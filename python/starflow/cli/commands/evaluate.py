@@ -23,7 +23,7 @@ from starflow.cli.options import (
     sample_options_of,
 )
 from starflow.cli.output import Output, clips_text, computed_together, options_told
-from starflow.config import ConfigError, RunConfig
+from starflow.config import ConfigError, DataConfig, RunConfig
 from starflow.messages import short
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
                 "training_clips": len(training),
                 **options_told(asked),
                 **found.to_mapping(),
-                **computed_together(args.batch),
+                **computed_together(min(args.batch, len(real))),
             },
         )
         side = min(real[0].pixels.shape[-2:])
@@ -107,21 +107,24 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     Raises:
         ConfigError: fewer clips than `--count` needs, or none of the model's own.
     """
-    from starflow.data import is_folder
+    from starflow.data import VideoFolder, is_folder
+    from starflow.evaluate import tell_rates
     from starflow.training import make_dataset
 
     # Every clip in the one size that clips are made in.
     data = dataclasses.replace(config.data, mix_aspect=False)
     if args.data is not None:
         check_data(args.data)
-        data = dataclasses.replace(data, kind="folder", path=args.data, clips_per_file=1)
+        data = _of_folder(data, args.data)
     elif data.kind == "folder" and (data.path is None or not is_folder(Path(data.path))):
         raise ConfigError(
             f"evaluate: the model's own data, data.path {short(data.path)}, are not here, expected --data FOLDER"
         )
-    config = dataclasses.replace(config, data=data)
+    own, config = config, dataclasses.replace(config, data=data)
     count = args.count or _CLIPS
     held_out = make_dataset(config, "test")
+    if isinstance(held_out, VideoFolder):
+        tell_rates("evaluate", own, held_out)
     if data.kind == "folder" and len(held_out) < 2 * count:
         # More clips of each file: as many as both halves need, where the files are long enough to differ.
         more = dataclasses.replace(data, clips_per_file=data.clips_per_file * -(-2 * count // len(held_out)))
@@ -149,6 +152,14 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     return _spread(clips[:half], count), _spread(clips[half:], count), training
 
 
+def _of_folder(data: DataConfig, path: str) -> DataConfig:
+    """The data of a folder of videos in place of those of the model, for clips of the same form."""
+    plain = DataConfig()
+    # Options of data that are made.
+    made = {name: getattr(plain, name) for name in ("start", "handwritings", "contacts")}
+    return dataclasses.replace(data, kind="folder", path=path, clips_per_file=1, **made)
+
+
 def _spread(clips: Sequence[Clip], count: int) -> list[Clip]:
     """So many of the clips, evenly from first to last."""
     return [clips[place * len(clips) // count] for place in range(count)]
@@ -168,10 +179,10 @@ def _print(found: Evaluation) -> None:
     print(f"{'':<34}{'model':>9}  {'real':>9}")
     _print_rows(row, made, floor)
     first, last = found.drift[0], found.drift[-1]
-    begin = f"Fréchet, frames {first.first + found.given} to {first.last + found.given}"
+    begin = f"Fréchet, frames {first.first} to {first.last}"
     row(begin, first.frechet, found.drift_floor, f"a second is {found.second} frames")
     if len(found.drift) > 1:
-        end = f"Fréchet, frames {last.first + found.given} to {last.last + found.given}"
+        end = f"Fréchet, frames {last.first} to {last.last}"
         row(end, last.frechet, None, f"drift: {last.frechet - first.frechet:+.3f} from the first second to the last")
     else:
         print("drift: none to tell, clips have no second second; --frames N makes longer ones")

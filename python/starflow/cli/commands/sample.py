@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import math
+import os
 import re
 import time
 from dataclasses import replace
@@ -139,10 +140,10 @@ def _check_given(out: Path, names: list[str], asked: SampleOptions) -> None:
         ConfigError: there is one.
     """
     files = (f"{name}{suffix}" for name in names for suffix in (".mp4", ".gif", ".json"))
-    written = {(out / file).resolve() for file in ("sheet.png", *files)}
+    written = {os.path.realpath(out / file) for file in ("sheet.png", *files)}
     for option in ("image", "video", "last_image", "source", "edit", "actions"):
         file = getattr(asked, option)
-        if file is not None and Path(file).resolve() in written:
+        if file is not None and os.path.realpath(file) in written:
             raise ConfigError(
                 f"--{option.replace('_', '-')} is {short(file)}, in whose place a clip would be written, expected "
                 "another --out"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -34,7 +35,7 @@ def _run(args: argparse.Namespace) -> int:
         check_data(args.data)
         for option, value in (("kind", "folder"), ("path", args.data)):
             _refuse_two("--data", value, ["data", option], args.set)
-        settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], str(Path(args.data).resolve()))]
+        settings[:0] = [(["data", "kind"], "folder"), (["data", "path"], os.path.realpath(args.data))]
         if args.init is not None and args.config is None:
             settings[:0] = _for_folder(Path(args.data))
     for option in ("init", "steps", "seed", "parallel"):

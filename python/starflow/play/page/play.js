@@ -101,16 +101,16 @@ function paint() {
   showBits("dream-bits", stats.bits.dream);
   showBits("real-bits", picture.real ? stats.bits.real : null);
   const { frame, first, last } = picture;
-  if (frame === stats.frame) return;
-  const now = performance.now();
-  stats.frames += 1;
-  stats.frame = frame;
-  count(now);
+  // The same frame may be the last one now: a teleport in the past forgets what came after it.
   chart.keep(first, last);
   chart.show(frame, last);
   const timeline = $("timeline");
   [timeline.min, timeline.max, timeline.value] = [first, last, frame];
   $("frame").value = frame < last ? `${frame} of ${last}` : frame;
+  if (frame === stats.frame) return;
+  stats.frames += 1;
+  stats.frame = frame;
+  count(performance.now());
 }
 
 function drawPicture(canvas, bytes) {
