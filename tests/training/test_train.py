@@ -1225,6 +1225,8 @@ def test_a_denoiser_begins_from_the_covariance_of_its_data(tiny, tmp_path: Path)
     torch.testing.assert_close(found.rest, expected.rest)
     grid = torch.randn(1, 2, *flow.centre.mean.shape)
     torch.testing.assert_close(found(grid), expected(grid), atol=1e-3, rtol=1e-3)
+    silent = train(replace(config, train=replace(config.train, noise_std=0.0)), tmp_path / "silent", quiet=True)
+    assert silent.denoiser.gaussian(grid).count_nonzero() == 0  # type: ignore[union-attr, misc]
     resumed = train(replace(config, train=replace(config.train, steps=3)), tmp_path, quiet=True)
     for kept in (resumed, Pipeline.load(tmp_path).flow):
         assert all(torch.equal(a, b) for a, b in zip(kept.denoiser.gaussian.buffers(), found.buffers(), strict=True))

@@ -29,7 +29,7 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
         ValueError: no clip, or scores without tokens or of other clips.
     """
     plots = import_extra("matplotlib.figure", purpose="a heat map", extra="plots")
-    if not clips or len(clips) != len(scores) or any(item.tokens is None for item in scores):
+    if not clips or len(clips) != len(scores) or any(None in (item.tokens, item.first_frames) for item in scores):
         raise ValueError(
             f"heat_map: {len(clips)} clips and {len(scores)} scores, expected one score with tokens (per_token) of each"
         )
@@ -47,7 +47,7 @@ def heat_map(clips: Sequence[Clip], scores: Sequence[ClipScore], titles: Sequenc
     axes = figure.subplots(2 * len(clips), columns, squeeze=False)
     # A single token far out would leave the rest without contrast.
     low, high = np.percentile(np.concatenate([bits.ravel() for bits in maps]), (1, 99))
-    begins = [item.first_frames or tuple(range(len(bits))) for item, bits in zip(scores, maps, strict=True)]
+    begins = [item.first_frames or () for item in scores]
     for row, (clip, bits, first, title) in enumerate(zip(clips, maps, begins, titles, strict=True)):
         shown = to_frames(clip.pixels).numpy()
         left = axes[2 * row, 0]

@@ -14,8 +14,8 @@ class Gaussian(nn.Module):
     With data of mean m and covariance C, noise of deviation s makes them N(m, C + s^2), whose mean given a noisy y is
     Wiener's, m + C (C + s^2)^-1 (y - m). C is kept by its first principal components; what is left of its trace counts
     as equally much in all other directions. It is measured once, before training, and never learned: a network that
-    begins from it has to learn only what no Gaussian tells. On noisy clips of Pong it is within a decibel of a flow's
-    score after 700 steps (docs/flow.md).
+    begins from it has to learn only what no Gaussian tells. Noisy clips of Pong are cleaned to 35 dB by it, and to 30.5
+    by the own score of a flow after 190 steps (docs/evidence.md).
 
     Args:
         config: of the flow. A covariance is that of the tokens of one place in frames of the nominal size; frames of
@@ -45,7 +45,7 @@ class Gaussian(nn.Module):
         Args:
             covariances: of the tokens of each place in raster order (places, channels, channels), or (1, channels,
                 channels) of all places together, float64.
-            sigma: standard deviation of the noise.
+            sigma: standard deviation of the noise, above 0.
             step: of `Denoiser.denoise`, which multiplies a prediction.
         """
         every = torch.cat([covariances.expand(len(self.rest) - 1, -1, -1), covariances.mean(0, keepdim=True)])

@@ -97,7 +97,7 @@ SKIPS_LOOKED_AT = 100
 MOST_SKIPS = 500
 # Steps between entries of the log.
 LOG_EVERY = 10
-# Clips that the mean of the data is measured on, spread over the set.
+# Clips that the mean and the covariance of the data are measured on, spread over the set.
 CLIPS_MEASURED = 64
 
 
@@ -611,10 +611,10 @@ def _run(
         flow = new_flow(config)
         flow.centre_on(world.share(lambda: mean_frame(dataset, codec, world.device)))
     gaussian = None if flow is None or flow.denoiser is None else flow.denoiser.gaussian
-    # That of a model that the run starts from is kept, unless the denoiser is new.
-    if flow is not None and gaussian is not None and not gaussian.rest.any():
+    sigma, weighted = config.train.noise_std, config.train.cond_noise_level
+    # That of a model that the run starts from is kept, unless the denoiser is new. Without noise it predicts 0.
+    if flow is not None and gaussian is not None and sigma > 0.0 and not gaussian.rest.any():
         measured = world.share(lambda: covariances(flow, dataset, codec, world.device))
-        sigma, weighted = config.train.noise_std, config.train.cond_noise_level
         gaussian.fit(measured, sigma, tweedie_step(sigma, weighted=weighted))
     trainer = Trainer(config, codec, text, world.device, world, flow=flow)
     trainer.data = world.share(lambda: data_of(dataset, images))
