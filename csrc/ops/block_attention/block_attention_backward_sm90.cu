@@ -275,7 +275,6 @@ __global__ void __launch_bounds__(B::threads, 1)
     const int group = cutlass::canonical_warp_group_idx();
     const int warp_key = 16 * warp();
     const float scale = scale_of(args.scale, block.b);
-    const float slope = scale * log2_of_e;
 
     typename B::Weigh weigh_product;
     typename B::Add add_product;
@@ -455,6 +454,8 @@ __global__ void __launch_bounds__(B::threads, 1)
         cute::warpgroup_fence_operand(weight_registers);
         cute::warpgroup_fence_operand(weight_grad_registers);
         const bool all = tile.all != 0;
+        // Here, since no register is left for it beside the sums of grad_q.
+        const float slope = compute_here(scale) * log2_of_e;
         const typename B::Products to{shared.products[stage]};
         // By 16 queries: products and their gradients make room for what they are rounded to.
 #pragma unroll

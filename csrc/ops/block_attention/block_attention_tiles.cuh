@@ -30,6 +30,8 @@ __device__ inline int compute_here(int value) {
     return value;
 }
 
+__device__ inline float compute_here(float value) { return __int_as_float(compute_here(__float_as_int(value))); }
+
 // What all threads of a quad, which have the columns of the same rows, hold together.
 __device__ inline float quad_sum(float value) {
     value += __shfl_xor_sync(whole_warp, value, 1);
