@@ -162,7 +162,8 @@ struct EmulationCounts {
 
 // The memory that kernels may touch, and the order in which threads and blocks run. With `watch_blocks` a block may
 // read and overwrite what other blocks of its launch have written only once it was told: by an atomic on a count in
-// memory behind a __threadfence, and an acquiring load, or an atomic and a __threadfence, of it.
+// memory behind a __threadfence, and an acquiring load, or an atomic and a __threadfence, of it. It is
+// watched by words of 4 bytes: blocks that write the halves of one are taken to overwrite each other.
 EMULATION_API void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count, int watch_blocks);
 // Counts into the tensors of `emulation_begin` too. Returns what a kernel did wrong, or "".
 EMULATION_API const char* emulation_end(EmulationCounts* counts);
