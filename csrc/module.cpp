@@ -40,7 +40,7 @@ py::dict options() {
     found["epilogue"] = list_of(epilogue_names);
     found["pairing"] = list_of(pairing_names);
     found["dtype"] = list_of(dtype_names);
-    found["forward_kernel"] = list_of(forward_kernel_names);
+    found["attention_kernel"] = list_of(attention_kernel_names);
     found["linear_choice"] = list_of(linear_choice_names);
     return found;
 }

@@ -27,7 +27,7 @@ PRODUCT_INPUTS: Final = _codes("product_input")
 EPILOGUES: Final = _codes("epilogue")
 PAIRINGS: Final = _codes("pairing")
 DTYPES: Final = _codes("dtype")
-FORWARD_KERNELS: Final = tuple(native.options()["forward_kernel"])
+ATTENTION_KERNELS: Final = tuple(native.options()["attention_kernel"])
 LINEAR_CHOICES: Final = tuple(native.options()["linear_choice"])
 
 CONSTANTS: Final = native.constants()

@@ -30,7 +30,7 @@ from starflow_ext._check import (
 )
 from starflow_ext._load import operators
 from starflow_ext._mode import in_reference_mode
-from starflow_ext._options import CONSTANTS, FORWARD_KERNELS
+from starflow_ext._options import ATTENTION_KERNELS, CONSTANTS
 from starflow_ext._spec import DOT_VARIANTS, Bound, Dtypes, Sample, Spec
 from starflow_ext._stamp import is_readable
 
@@ -157,9 +157,9 @@ def block_attention(
     depend neither on the other rows nor on the number of threads. On CUDA devices (sm_80 and later, ``head_dim`` up to
     256) products are those of tensor cores in the dtype of ``q``, float32 as three of tf32; the keys of few queries are
     split over the device, and a row's bits depend on the number of parts. Compute capability 9.0 has a kernel of its
-    own, chosen by device, dtype, ``head_dim`` and the addresses and strides of keys and values alone (``explain`` says
-    where it runs). Float64 runs in plain torch. Under autocast the operands are rounded to its dtype, as by torch's own
-    attention.
+    own, chosen by device, dtype, ``head_dim`` and the addresses and strides of keys and values alone, and one for the
+    gradient, chosen by those of the queries too (``explain`` says where they run). Float64 runs in plain torch. Under
+    autocast the operands are rounded to its dtype, as by torch's own attention.
 
     Args:
         q: (batch, heads, queries, head_dim); float32, bfloat16, float16 or float64.
@@ -327,8 +327,8 @@ def _why_torch(q: Tensor) -> str:
     return "q is float64" if q.dtype == torch.float64 else ""
 
 
-# What `explain` says of each ForwardKernel of csrc/ops/block_attention/block_attention_schedule.h.
-_FORWARD_KERNELS: Final = {
+# What `explain` says of each AttentionKernel of csrc/ops/block_attention/block_attention_schedule.h.
+_ATTENTION_KERNELS: Final = {
     "wgmma": "wgmma and TMA (sm_90a)",
     "other_device": "mma.sync, as the device is not of compute capability 9",
     "not_built": "mma.sync, as this build has no sm_90a",
@@ -337,20 +337,30 @@ _FORWARD_KERNELS: Final = {
     "no_keys": "mma.sync, as there are no keys",
     "unaligned": "mma.sync, as not every row of k and v starts at a multiple of 16 bytes",
     "overlapping": "mma.sync, as rows of k or v lie on top of each other",
+    "no_queries": "mma.sync, as there are no queries",
+    "unaligned_queries": "mma.sync, as not every row of q starts at a multiple of 16 bytes",
+    "overlapping_queries": "mma.sync, as rows of q lie on top of each other",
 }
 
 
 def _forward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
     """Which kernel a device of compute capability ``major`` runs, and why."""
     number = operators().block_attention_forward_kernel.default(*_operands(q, k, v), major)
-    return _FORWARD_KERNELS[FORWARD_KERNELS[number]]
+    return _ATTENTION_KERNELS[ATTENTION_KERNELS[number]]
+
+
+def _backward_kernel(q: Tensor, k: Tensor, v: Tensor, major: int) -> str:
+    """The same of its gradient."""
+    number = operators().block_attention_backward_kernel.default(*_operands(q, k, v), major)
+    return _ATTENTION_KERNELS[ATTENTION_KERNELS[number]]
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str:
-    """Which CUDA kernel would run a call; "" without a CUDA device, or for tensors without memory."""
+    """Which CUDA kernels would run a call and its gradient; "" without a CUDA device, or for tensors without memory."""
     if is_fake(q) or not torch.cuda.is_available():
         return ""
-    return _forward_kernel(q, k, v, torch.cuda.get_device_capability(q.device)[0])
+    major = torch.cuda.get_device_capability(q.device)[0]
+    return f"{_forward_kernel(q, k, v, major)}; the gradient by {_backward_kernel(q, k, v, major)}"
 
 
 def _split(value: Any, q: Tensor) -> tuple[Any, Tensor | None]:

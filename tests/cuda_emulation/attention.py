@@ -21,6 +21,13 @@ from .emulator import Kernels, Report
 HALVES = (torch.float16, torch.bfloat16)
 FORWARD = "ops/block_attention/block_attention.cu"
 FORWARD_SM90 = "ops/block_attention/block_attention_sm90.cu"
+BACKWARD = "ops/block_attention/block_attention_backward.cu"
+BACKWARD_SM90 = "ops/block_attention/block_attention_backward_sm90.cu"
+# Keys of a tile of the kernels of sm_90a, and the number of tiles that are in shared memory at a time.
+COLUMNS = 128
+STAGES = 2
+# Of gradients, relative to the largest: weights and products are rounded before each product.
+GRADIENT_BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 OPTIONS = (
     "causal",
@@ -161,6 +168,87 @@ def usual_calls(dtype: torch.dtype) -> Iterator[Sample]:
             yield sample.map(lambda tensor: tensor[:2]) if sample.label == "large" else sample
 
 
+@dataclass(frozen=True)
+class Above:
+    """What the gradient takes beside a call: the results, and what comes from above."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+def gradient_rows(head_dim: int) -> int:
+    """Queries of a tile of the gradient's kernel of sm_90a (`sm90_gradient_rows`)."""
+    return 128 if head_dim <= 64 else 64
+
+
+def run_backward(
+    kernels: Kernels, launcher: str, seed: int, call: Call, above: Above
+) -> tuple[Report, tuple[Tensor, ...]]:
+    """What a launch of the gradient left: its gradients, with NaN where nothing was written."""
+    grads = tuple(by_token(x) for x in (call.q, call.k, call.v))
+    memory: dict[str, Tensor] = {}
+    # The blocks of the other kernel tell each other nothing, and share words of 4 bytes where rows have odd lengths.
+    tells = launcher.endswith("_sm90_cuda")
+    if tells and call.k.shape[2] > COLUMNS:
+        batch, heads, queries, head_dim = call.q.shape
+        tiles = batch * heads * -(-queries // gradient_rows(head_dim))
+        # Whatever lies there: sums that nobody has added to are not read, and the launch itself clears the turns.
+        memory = {
+            "sums": torch.full((tiles * gradient_rows(head_dim) * (64 if head_dim <= 64 else 128),), torch.nan),
+            "turns": torch.full((tiles * 2,), 77, dtype=torch.int32),
+        }
+    report = kernels.launch(
+        launcher,
+        seed,
+        watch_blocks=tells,
+        **call.common,
+        out=above.out,
+        lse=above.lse,
+        grad_out=above.grad_out,
+        grad_lse=above.grad_lse,
+        grad_q=grads[0],
+        grad_k=grads[1],
+        grad_v=grads[2],
+        dots=torch.full(above.lse.shape, torch.nan),
+        **memory,
+    )
+    return report, grads
+
+
+@cache
+def exact_gradients(dtype: torch.dtype) -> list[tuple[Sample, Above, tuple[Tensor, ...]]]:
+    """Of each call with a gradient: results and what comes from above, and the gradients by autograd in float64."""
+    samples = list(usual_calls(dtype))
+    samples += [
+        Sample(f"mixed, head_dim {head_dim}", arguments_for(dtype, head_dim)) for head_dim in (64, 128, 160, 256)
+    ]
+    return [(sample, *gradients_of(sample.arguments)) for sample in samples]
+
+
+def gradients_of(arguments: Mapping[str, Any]) -> tuple[Above, tuple[Tensor, ...]]:
+    """What the gradient of a call takes, and its gradients by autograd in float64. A NaN is one that nobody reads."""
+    dtype = arguments["q"].dtype
+    finite = {name: arguments[name].nan_to_num(0.0) for name in ("q", "k", "v")}
+    doubles = SPEC.arguments(**battery.in_float64(Sample("", {**arguments, **finite})).arguments)
+    leaves = [doubles[name].requires_grad_() for name in ("q", "k", "v")]
+    out, lse = SPEC.reference(**{**doubles, "return_lse": True})
+    grad_out = draw(*out.shape, dtype=dtype, seed=4)
+    grad_lse = draw(*lse.shape, dtype=torch.float32, seed=5).where(lse.isfinite(), torch.tensor(0.0))
+    seen = torch.where(lse.isfinite(), lse, 0.0)
+    loss = (out * grad_out.double()).sum() + (seen * grad_lse.double()).sum()
+    grads = torch.autograd.grad(loss, leaves)
+    return Above(out.detach().to(dtype), lse.detach().float(), grad_out, grad_lse), grads
+
+
+def assert_gradients(dtype: torch.dtype, label: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for name, mine, exact_one in zip("qkv", got, want, strict=True):
+        largest = max(1.0, 4 * exact_one.abs().max().item()) if exact_one.numel() else 1.0
+        bound = SPEC.bounds[dtype]._replace(relative=0.0, absolute=GRADIENT_BOUNDS[dtype] * largest)
+        battery.assert_near(mine, exact_one, bound, f"{label}, {name}")
+
+
 @cache
 def exact(dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
     found = []
@@ -210,6 +298,15 @@ def small(dtype: torch.dtype, head_dim: int, skip: int = 0) -> dict[str, Any]:
     for name in ("k", "v"):
         arguments[name][1, :, 131:] = torch.nan
     return {**arguments, **{name: in_rows(arguments[name], skip) for name in ("q", "k", "v")}}
+
+
+def in_chunks(tensor: Tensor, skip: int = 0, gap: int = 0) -> Tensor:
+    """The same in rows of whole 16 bytes, from a place on and so far apart, with NaN around it."""
+    head_dim = tensor.shape[-1]
+    width = skip + -(-head_dim // 8) * 8 + gap
+    rows = tensor.new_full((*tensor.shape[:-1], width), torch.nan)
+    rows[..., skip : skip + head_dim] = tensor
+    return rows[..., skip : skip + head_dim]
 
 
 @cache

@@ -17,6 +17,8 @@ name of a value, or a torch.dtype; what is left out or None is zero. Results are
 - two threads at one byte of shared memory without a barrier between them, whichever came first this time, and any
   access to what ``cp.async`` or TMA still writes, or any write to what ``wgmma`` still reads: by happens-before, in
   every schedule;
+- with ``watch_blocks``, what a block reads or overwrites of what another block of the launch wrote, unless it was told
+  by a count in memory: with fences on both sides, and barriers to the other threads;
 - what TMA or ``wgmma`` should see of a thread's writes, without a fence of proxies;
 - what an early launch (programmatic dependent launch) touches before it has waited for the launches in front of it,
   and a block that waits for one with a higher number;
@@ -34,7 +36,7 @@ captured launches are kept with their arguments, and run by the graph.
 Kernels must launch by ``cuda::enqueue`` and name dynamic shared memory by ``STARFLOW_SHARED_MEMORY`` (csrc/cuda). CuTe
 and CUTLASS run unmodified for mma.sync, ldmatrix and cp.async, and in ``<op>_sm90.cu`` for TMA, mbarriers and wgmma of
 16 bits, which launchers of other sources call as in a build for sm_90a; emulator/include has their few headers with
-assembly. Not modelled: speed, weak memory order, the memory between blocks, clusters, stores by TMA; ``setmaxnreg``
+assembly. Not modelled: speed, weak memory order, clusters, stores by TMA; ``setmaxnreg``
 does nothing.
 
 Mutation tests: ``mutations`` makes one Mutation of each place where a pattern matches, and ``assert_caught`` compiles
@@ -248,8 +250,11 @@ class Kernels:
             size = getattr(self._library, f"size_of_{args}")()
             assert ctypes.sizeof(declarations.struct(args)) == size, f"{args} was not read as the compiler reads it"
 
-    def launch(self, launcher: str, seed: int, /, **values: Any) -> Report:
-        """Call a launcher; the keywords are the fields of its struct."""
+    def launch(self, launcher: str, seed: int, /, *, watch_blocks: bool = False, **values: Any) -> Report:
+        """Call a launcher; the keywords are the fields of its struct.
+
+        With ``watch_blocks``, what a block reads of what others of the launch wrote must have been told to it.
+        """
         name = self._declarations.launchers[launcher]
         tensors: dict[str, Tensor] = {}
         self._arrays.clear()
@@ -258,7 +263,7 @@ class Kernels:
             (key.encode(), tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for key, tensor in tensors.items()
         ]
         array = (_Tensor * len(held))(*held)
-        self._library.emulation_begin(ctypes.c_uint64(seed), array, ctypes.c_int64(len(held)))
+        self._library.emulation_begin(ctypes.c_uint64(seed), array, ctypes.c_int64(len(held)), int(watch_blocks))
         code = getattr(self._library, f"run_{launcher}")(ctypes.byref(args))
         counts = _Counts()
         error = self._library.emulation_end(ctypes.byref(counts)).decode()

@@ -62,6 +62,26 @@ struct HandArgs {
     HandMistake mistake;
 };
 
+enum class TurnMistake : int32_t {
+    none,
+    no_wait,
+    no_barrier_behind_the_wait,
+    no_barrier_before_the_signal,
+    no_fence,
+    no_signal,
+};
+
+struct TurnArgs {
+    const float* x;
+    float* out;
+    int32_t* counts;
+    int64_t blocks;
+    TurnMistake mistake;
+};
+
+// out = 64 numbers x times the blocks, each of which adds them to out behind those before it.
+STARFLOW_DECLARE_CUDA(TurnArgs, turns_cuda)
+
 // out = x, 3 times 32 numbers, by two warps: one puts them into shared memory, the other takes them from there.
 STARFLOW_DECLARE_CUDA(HandArgs, hand_cuda)
 
@@ -171,7 +191,30 @@ __global__ void add_one_kernel(ChainArgs args) {
     if (threadIdx.x == 0) signal(args.counts);
 }
 
+__global__ void turns_kernel(TurnArgs args) {
+    const TurnMistake mistake = args.mistake;
+    const auto turn = static_cast<int32_t>(blockIdx.x);
+    float sum = args.x[threadIdx.x];
+    if (turn > 0) {
+        if (threadIdx.x == 0 && mistake != TurnMistake::no_wait) wait_for_signals(args.counts, turn);
+        if (mistake != TurnMistake::no_barrier_behind_the_wait) __syncthreads();
+        sum += args.out[threadIdx.x];
+    }
+    args.out[threadIdx.x] = sum;
+    if (mistake != TurnMistake::no_barrier_before_the_signal) __syncthreads();
+    if (threadIdx.x > 0 || mistake == TurnMistake::no_signal) return;
+    if (mistake == TurnMistake::no_fence) {
+        atomicAdd(args.counts, 1);
+    } else {
+        signal(args.counts);
+    }
+}
+
 }  // namespace
+
+int turns_cuda(const TurnArgs& args, void* stream) {
+    return enqueue(turns_kernel, static_cast<unsigned>(args.blocks), 64, 0, stream, args);
+}
 
 int hand_cuda(const HandArgs& args, void* stream) {
     return enqueue(hand_kernel, 1, 64, 32 * sizeof(float), stream, args);

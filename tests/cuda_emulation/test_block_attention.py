@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,19 @@ from starflow_ext.block_attention import SPEC
 
 from ..ops import battery
 from .attention import (
+    BACKWARD,
     FORWARD,
     HALVES,
+    Above,
     Call,
     arguments_for,
     assert_forward,
-    by_token,
+    assert_gradients,
     draw,
     exact,
+    exact_gradients,
     in_rows,
+    run_backward,
     run_forward,
     small,
     small_exact,
@@ -31,10 +34,7 @@ from .attention import (
 from .emulator import SEEDS, EmulationError, Kernels, Report, emulated
 from .switches import BOUND, NOT, STATEMENT, Switches
 
-BACKWARD = "ops/block_attention/block_attention_backward.cu"
 DTYPES = (torch.float32, *HALVES)
-# Of gradients, relative to the largest: weights and products are rounded before each product.
-GRADIENT_BOUNDS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Rows of a tile, and parts of the keys. Tiles of 128 rows exist for 16 bits; float32 has one size for each width.
 SCHEDULES = ((64, 1), (128, 1), (64, 3), (64, 2), (128, 4))
 
@@ -117,56 +117,15 @@ def test_rows_may_lie_anywhere() -> None:
         battery.assert_equal(tuple(got), tuple(expected))
 
 
-def _backward(
-    kernels: Kernels, seed: int, call: Call, out: Tensor, lse: Tensor, grad_out: Tensor, grad_lse: Tensor | None
-) -> tuple[Report, tuple[Tensor, ...]]:
-    grads = tuple(by_token(x) for x in (call.q, call.k, call.v))
-    dots = torch.full(lse.shape, torch.nan)
-    report = kernels.launch(
-        "block_attention_backward_cuda",
-        seed,
-        **call.common,
-        out=out,
-        lse=lse,
-        grad_out=grad_out,
-        grad_lse=grad_lse,
-        grad_q=grads[0],
-        grad_k=grads[1],
-        grad_v=grads[2],
-        dots=dots,
-    )
-    return report, grads
-
-
-@cache
-def _exact_gradients(dtype: torch.dtype) -> list[tuple[Sample, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Of each call with a gradient: results and what comes from above, and the gradients by autograd in float64."""
-    found = []
-    samples = list(usual_calls(dtype))
-    samples += [
-        Sample(f"mixed, head_dim {head_dim}", arguments_for(dtype, head_dim)) for head_dim in (64, 128, 160, 256)
-    ]
-    for sample in samples:
-        arguments = SPEC.arguments(**battery.in_float64(sample).arguments)
-        leaves = [arguments[name].requires_grad_() for name in ("q", "k", "v")]
-        out, lse = SPEC.reference(**{**arguments, "return_lse": True})
-        above = draw(*out.shape, dtype=dtype, seed=4)
-        above_lse = draw(*lse.shape, dtype=torch.float32, seed=5).where(lse.isfinite(), torch.tensor(0.0))
-        seen = torch.where(lse.isfinite(), lse, 0.0)
-        loss = (out * above.double()).sum() + (seen * above_lse.double()).sum()
-        grads = torch.autograd.grad(loss, leaves)
-        found.append((sample, out.detach().to(dtype), lse.detach().float(), above, above_lse, grads))
-    return found
+def _backward(kernels: Kernels, seed: int, call: Call, above: Above) -> tuple[Report, tuple[Tensor, ...]]:
+    return run_backward(kernels, "block_attention_backward_cuda", seed, call, above)
 
 
 def _assert_gradients(kernels: Kernels, dtype: torch.dtype) -> None:
-    for seed, (sample, out, lse, above, above_lse, expected) in enumerate(_exact_gradients(dtype)):
+    for seed, (sample, above, expected) in enumerate(exact_gradients(dtype)):
         call = Call.of(sample.arguments)
-        report, grads = _backward(kernels, seed, call, out, lse, above, above_lse)
-        for name, got, want in zip("qkv", grads, expected, strict=True):
-            largest = max(1.0, 4 * want.abs().max().item()) if want.numel() else 1.0
-            bound = SPEC.bounds[dtype]._replace(relative=0.0, absolute=GRADIENT_BOUNDS[dtype] * largest)
-            battery.assert_near(got, want, bound, f"{sample.label}, {name}")
+        report, grads = _backward(kernels, seed, call, above)
+        assert_gradients(dtype, sample.label, grads, expected)
         assert report.bank_conflicts == 0 or not call.wide, sample.label
 
 
@@ -183,9 +142,10 @@ def test_every_schedule_gives_the_same_gradient(dtype: torch.dtype, head_dim: in
     call = Call.of(arguments_for(dtype, head_dim, queries=35))
     out, above = (draw(*call.q.shape, dtype=dtype, seed=seed) for seed in (6, 7))
     lse = draw(*call.q.shape[:3], dtype=torch.float32, seed=8) + 8
-    _, expected = _backward(kernels, SEEDS[0], call, out, lse, above, None)
+    given = Above(out, lse, above, None)
+    _, expected = _backward(kernels, SEEDS[0], call, given)
     for seed in SEEDS[1:]:
-        battery.assert_equal(_backward(kernels, seed, call, out, lse, above, None)[1], expected)
+        battery.assert_equal(_backward(kernels, seed, call, given)[1], expected)
 
 
 # Mutations: each barrier, each wait, each bound taken away in turn; for two widths of two types at most.
@@ -226,9 +186,11 @@ BACKWARD_MUTATIONS = BARRIERS | {
     r"(?<=if \()!all": "!on && {0}",
     r"\br < end(?= \? (row_at|r :))": BOUND,
     r"\bkey < end": BOUND,
-    r"index >= shape\.batch \* shape\.heads \* shape\.queries": NOT,
 }
 
+
+DOTS = "ops/block_attention/block_attention_backward.cuh"
+DOTS_MUTATIONS = {r"index < shape\.batch \* shape\.heads \* shape\.queries": BOUND}
 
 EDITS = {
     "launch(_by_width)?<Float16>": r"launch\1<BFloat16>",
@@ -253,11 +215,8 @@ def _check_backward(kernels: Kernels) -> None:
     for seed, (head_dim, skip, dtype) in enumerate([*calls, (17, 0, torch.float32)]):
         (out, lse), above, above_lse, expected = small_exact(dtype, head_dim)
         call = Call.of(small(dtype, head_dim, skip))
-        results = (in_rows(out.to(dtype)), lse.float(), in_rows(above), above_lse)
-        _, grads = _backward(kernels, seed, call, *results)
-        for name, got, want in zip("qkv", grads, expected, strict=True):
-            bound = GRADIENT_BOUNDS[dtype] * max(1.0, 4 * want.abs().max().item())
-            battery.assert_near(got, want, SPEC.bounds[dtype]._replace(relative=0.0, absolute=bound), name)
+        _, grads = _backward(kernels, seed, call, Above(in_rows(out.to(dtype)), lse.float(), in_rows(above), above_lse))
+        assert_gradients(dtype, f"head_dim {head_dim}", grads, expected)
 
 
 CHECKS = {FORWARD: check_forward, BACKWARD: _check_backward}
@@ -265,7 +224,7 @@ CHECKS = {FORWARD: check_forward, BACKWARD: _check_backward}
 NARROW = EDITS | {r"<Element, 256\b": "<Element, 64"}
 SWITCHES = {
     FORWARD: Switches(FORWARD, {FORWARD: FORWARD_MUTATIONS, SHARED: SHARED_MUTATIONS, TILES: TILES_MUTATIONS}, NARROW),
-    BACKWARD: Switches(BACKWARD, {BACKWARD: BACKWARD_MUTATIONS, TILES: TILES_MUTATIONS}, EDITS),
+    BACKWARD: Switches(BACKWARD, {BACKWARD: BACKWARD_MUTATIONS, DOTS: DOTS_MUTATIONS, TILES: TILES_MUTATIONS}, EDITS),
 }
 PLACES = [
     pytest.param(source, place, id=f"{Path(source).stem}-{what}")

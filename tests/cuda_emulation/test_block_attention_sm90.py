@@ -14,13 +14,22 @@ from starflow_ext._spec import Sample
 from starflow_ext.block_attention import SPEC, FrameMask
 
 from ..ops import battery
-from .attention import FORWARD_SM90, HALVES, Call, arguments_for, assert_forward, exact, run_forward, usual_calls
+from .attention import (
+    COLUMNS,
+    FORWARD_SM90,
+    HALVES,
+    STAGES,
+    Call,
+    arguments_for,
+    assert_forward,
+    exact,
+    in_chunks,
+    run_forward,
+    usual_calls,
+)
 from .emulator import SEEDS, EmulationError, Kernels, Report, emulated
 from .switches import BOUND, NOT, STATEMENT, Switches
 
-# Keys of a tile, and the number of tiles that are in shared memory at a time.
-COLUMNS = 128
-STAGES = 2
 # Rows of a tile, and parts of the keys.
 SCHEDULES = ((64, 1), (128, 1), (64, 3), (128, 2))
 
@@ -42,21 +51,12 @@ def _run(kernels: Kernels, seed: int, call: Call, rows: int = 64, splits: int = 
     return run.report, joined.to(call.q.dtype), lse.float()
 
 
-def _in_chunks(tensor: Tensor, skip: int = 0, gap: int = 0) -> Tensor:
-    """The same in rows of whole 16 bytes, from a place on and so far apart, with NaN around it."""
-    head_dim = tensor.shape[-1]
-    width = skip + -(-head_dim // 8) * 8 + gap
-    rows = tensor.new_full((*tensor.shape[:-1], width), torch.nan)
-    rows[..., skip : skip + head_dim] = tensor
-    return rows[..., skip : skip + head_dim]
-
-
 def _calls(dtype: torch.dtype) -> Iterator[tuple[Sample, tuple[Tensor, Tensor]]]:
     """Those calls of the battery that the kernel takes, keys and values in rows that TMA takes."""
     for sample, want in zip(usual_calls(dtype), exact(dtype), strict=True):
         shape = sample.arguments["k"].shape
         if shape[-1] <= 128 and shape[2] > 0:
-            placed = {name: _in_chunks(sample.arguments[name]) for name in ("k", "v")}
+            placed = {name: in_chunks(sample.arguments[name]) for name in ("k", "v")}
             yield Sample(sample.label, {**sample.arguments, **placed}), want
 
 
@@ -142,8 +142,8 @@ def test_rows_may_lie_anywhere() -> None:
     arguments = arguments_for(torch.bfloat16)
     _, *expected = _run(kernels, 0, Call.of(arguments))
     for skip, gap, of_keys in ((1, 0, 0), (0, 3, 8), (8, 8, 16)):
-        moved = {"q": _in_chunks(arguments["q"], skip, gap)}
-        moved |= {name: _in_chunks(arguments[name], of_keys, 8) for name in ("k", "v")}
+        moved = {"q": in_chunks(arguments["q"], skip, gap)}
+        moved |= {name: in_chunks(arguments[name], of_keys, 8) for name in ("k", "v")}
         _, *got = _run(kernels, 1, Call.of({**arguments, **moved}))
         battery.assert_equal(tuple(got), tuple(expected))
 
@@ -152,7 +152,7 @@ def test_what_tma_does_not_take_is_an_error() -> None:
     """Which the op never asks for (`forward_kernel_for`)."""
     arguments = arguments_for(torch.bfloat16)
     for name in ("k", "v"):
-        for placed in (_in_chunks(arguments[name], 4), _in_chunks(arguments[name], 0, 4)):
+        for placed in (in_chunks(arguments[name], 4), in_chunks(arguments[name], 0, 4)):
             with pytest.raises(EmulationError, match="block_attention_sm90_cuda: error 1 of the CUDA runtime"):
                 _run(emulated(FORWARD_SM90), 0, Call.of({**arguments, name: placed}))
 
@@ -170,7 +170,7 @@ def _long(dtype: torch.dtype, head_dim: int = 64) -> dict[str, Any]:
     )
     for name in ("k", "v"):
         arguments[name][1, :, 500:] = torch.nan
-        arguments[name] = _in_chunks(arguments[name])
+        arguments[name] = in_chunks(arguments[name])
     return arguments
 
 
@@ -191,8 +191,6 @@ MUTATIONS = {
     r"(?<=if \()lane\(\) == 0": BOUND,
     r"leave\(shared\.\w+, (0|n|n - 1)\);": STATEMENT,
     r"\bF::multiplying_warps(?=\);)": "(on ? 2 * {0} : {0})",
-    r"n % stages": "(on ? 0 : {0})",
-    r"n / stages % 2": "(on ? 0 : {0})",
     r"cutlass::arch::fence_\w+\(\);": STATEMENT,
     r"cute::cp_async_wait<0>\(\);": STATEMENT,
     r"cute::warpgroup_(arrive|wait<[01]>|commit_batch)\(\);": STATEMENT,
@@ -209,6 +207,11 @@ SHARED_MUTATIONS = {
     r"first \+ in_tile < end(?= \?)": BOUND,
     r"(?<!else )if \(r < block\.end": "if ((on || r < block.end)",  # the other is that of float32
 }
+STAGED = "ops/block_attention/block_attention_sm90.cuh"
+STAGED_MUTATIONS = {
+    r"n % stages": "(on ? 0 : {0})",
+    r"n / stages % 2": "(on ? 0 : {0})",
+}
 MAPS = "cuda/tensor_map.cuh"
 MAPS_MUTATIONS = {
     r"static_cast<cuuint64_t>\(sizes\[3 - d\]\)(?=;)": "{0} + (on ? 8 : 0)",
@@ -218,7 +221,11 @@ EDITS = {
     "launch_by_width<Float16>": "launch_by_width<BFloat16>",
     r"launch_forward<Element, 128\b": "launch_forward<Element, 64",
 }
-SWITCHES = Switches(FORWARD_SM90, {FORWARD_SM90: MUTATIONS, SHARED: SHARED_MUTATIONS, MAPS: MAPS_MUTATIONS}, EDITS)
+SWITCHES = Switches(
+    FORWARD_SM90,
+    {FORWARD_SM90: MUTATIONS, SHARED: SHARED_MUTATIONS, STAGED: STAGED_MUTATIONS, MAPS: MAPS_MUTATIONS},
+    EDITS,
+)
 
 
 def _whole() -> dict[str, Any]:

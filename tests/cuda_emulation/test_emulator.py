@@ -85,6 +85,36 @@ def test_a_mistake_with_arrivals(mistake: str, noticed: str, seed: int) -> None:
         _hand(seed, mistake)
 
 
+def _turns(seed: int, mistake: str) -> tuple[torch.Tensor, torch.Tensor]:
+    x, out, counts = torch.randn(64), torch.full((64,), torch.nan), torch.zeros(1, dtype=torch.int32)
+    given = {"x": x, "out": out, "counts": counts, "blocks": 3, "mistake": mistake}
+    emulated("planted.cu").launch("turns_cuda", seed, watch_blocks=True, **given)
+    return x, out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_blocks_that_tell_each_other_what_they_wrote(seed: int) -> None:
+    x, out = _turns(seed, "none")
+    assert torch.equal(out, x + x + x)
+
+
+NOT_TOLD = "reads 4 bytes of global memory, which another block wrote, of which it was not told"
+TURNS_NOTICED = {
+    "no_wait": NOT_TOLD,
+    "no_barrier_behind_the_wait": NOT_TOLD,
+    "no_barrier_before_the_signal": "reads 4 bytes of global memory, which another block wrote without telling of it",
+    "no_fence": "reads 4 bytes of global memory, which another block wrote without telling of it",
+    "no_signal": "waits for 1 signals of earlier blocks, of which 0 have come",
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("mistake", list(TURNS_NOTICED))
+def test_a_mistake_between_blocks(mistake: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=TURNS_NOTICED[mistake]):
+        _turns(seed, mistake)
+
+
 def _chain(seed: int, mistake: str) -> tuple[Report, torch.Tensor, torch.Tensor]:
     x, out, counts = torch.randn(96), torch.empty(96), torch.full((1,), 7, dtype=torch.int32)
     given = {"x": x, "out": out, "counts": counts, "blocks": 3, "mistake": mistake}

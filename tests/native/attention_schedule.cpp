@@ -40,21 +40,34 @@ bool visible(const AttentionMask& mask, int64_t keys, int64_t query, int64_t key
            (mask.window < 0 || frame >= query_frame + mask.look_ahead - 1 - mask.window);
 }
 
-void check_mask(int number) {
+struct RandomMask {
     AttentionShape shape{};
-    shape.batch = 1;
-    shape.heads = shape.kv_heads = 1;
-    shape.queries = draw(1, 90);
-    shape.keys = draw(1, 150);
     AttentionMask mask{};
-    mask.causal = draw(0, 1) != 0;
-    mask.frames = draw(0, 2) != 0;
-    mask.prefix = draw(0, 40);
-    mask.frame_tokens = draw(1, 30);
-    mask.look_ahead = draw(1, 3);
-    mask.window = draw(0, 2) == 0 ? -1 : draw(mask.look_ahead - 1, 4);
-    mask.start = draw(-20, 160);
-    mask.length = draw(0, 2) == 0 ? draw(-3, 160) : shape.keys;
+
+    static RandomMask draw_one() {
+        RandomMask random;
+        AttentionShape& shape = random.shape;
+        AttentionMask& mask = random.mask;
+        shape.batch = 1;
+        shape.heads = shape.kv_heads = 1;
+        shape.queries = draw(1, 90);
+        shape.keys = draw(1, 150);
+        mask.causal = draw(0, 1) != 0;
+        mask.frames = draw(0, 2) != 0;
+        mask.prefix = draw(0, 40);
+        mask.frame_tokens = draw(1, 30);
+        mask.look_ahead = draw(1, 3);
+        mask.window = draw(0, 2) == 0 ? -1 : draw(mask.look_ahead - 1, 4);
+        mask.start = draw(-20, 160);
+        mask.length = draw(0, 2) == 0 ? draw(-3, 160) : shape.keys;
+        return random;
+    }
+};
+
+void check_mask(int number) {
+    const RandomMask random = RandomMask::draw_one();
+    const AttentionShape& shape = random.shape;
+    const AttentionMask& mask = random.mask;
     const auto queries = static_cast<int>(shape.queries);
     const auto keys = static_cast<int>(shape.keys);
     for (int i = 0; i < queries; ++i) {
@@ -100,6 +113,51 @@ void check_mask(int number) {
                 if (visible(mask, keys, i, k) && (i < range.begin || i >= range.end)) {
                     wrong("a query that sees a key is left out", number);
                 }
+            }
+        }
+    }
+}
+
+// The gradient's kernel of sm_90a: tiles of keys come to tiles of queries in an order, each to those that see it and no
+// other, by whose number the next ones wait.
+void check_turns(int number) {
+    const RandomMask random = RandomMask::draw_one();
+    const AttentionShape& shape = random.shape;
+    AttentionMask mask = random.mask;
+    // Runs that leave keys out between two queries, too.
+    mask.window = draw(-1, 4);
+    if (!mask.frames) mask.first = draw(-3, 60);
+    const auto queries = static_cast<int>(shape.queries);
+    const auto keys = static_cast<int>(shape.keys);
+    for (const int columns : {16, 64}) {
+        for (const int rows : {1, 16, 64}) {
+            const auto query_tiles = static_cast<int>(divide_up(queries, rows));
+            const auto key_tiles = static_cast<int>(divide_up(keys, columns));
+            std::vector<int> turns(query_tiles);
+            for (int key_tile = key_tiles - 1; key_tile >= 0; --key_tile) {
+                const QueryRange range = visible_query_tiles(mask, shape, 0, key_tile * columns, columns, rows);
+                if (range.begin < 0 || range.end > query_tiles || range.begin > range.end) {
+                    wrong("no range of tiles of queries", number);
+                }
+                for (int tile = 0; tile < query_tiles; ++tile) {
+                    const VisibleByRows seen = visible_by_tile(mask, shape, 0, tile * rows, rows);
+                    const KeyTiles tiles = KeyTiles::of(seen.any, columns);
+                    const int place = tiles.place_of(key_tile);
+                    if (place >= 0 && tiles.tile(place) != key_tile) wrong("the place of another tile", number);
+                    const bool comes = tile >= range.begin && tile < range.end && place >= 0;
+                    if (!comes && place >= 0) wrong("others wait for a tile of keys that does not come", number);
+                    if (comes && tiles.count - 1 - place != turns[tile]++) wrong("a turn of another tile", number);
+                    for (int i = tile * rows; i < (tile + 1) * rows && i < queries; ++i) {
+                        for (int k = key_tile * columns; k < (key_tile + 1) * columns && k < keys; ++k) {
+                            if (!comes && (mask.frames || k >= mask.first) && visible(mask, keys, i, k))
+                                wrong("a visible tile does not come", number);
+                        }
+                    }
+                }
+            }
+            for (int tile = 0; tile < query_tiles; ++tile) {
+                const VisibleByRows seen = visible_by_tile(mask, shape, 0, tile * rows, rows);
+                if (KeyTiles::of(seen.any, columns).count != turns[tile]) wrong("a turn is left out", number);
             }
         }
     }
@@ -176,7 +234,7 @@ void check_forward_kernels() {
     alignas(16) static uint16_t memory[16];
     const AttentionShape usual{2, 4, 2, 64, 300, 64, Dtype::bfloat16};
     const HeadRows rows{memory, 2 * 300 * 64, 64, 2 * 64};
-    const auto check = [&](const char* what, ForwardKernel expected, const AttentionShape& shape, const HeadRows& k,
+    const auto check = [&](const char* what, AttentionKernel expected, const AttentionShape& shape, const HeadRows& k,
                            const HeadRows& v, int major = 9, bool built = true) {
         for (const int64_t queries : {1, 64, 4096}) {
             AttentionShape asked = shape;
@@ -194,7 +252,7 @@ void check_forward_kernels() {
         change(changed);
         return changed;
     };
-    using enum ForwardKernel;
+    using enum AttentionKernel;
     check("the usual call", wgmma, usual, rows, rows);
     for (const int major : {8, 10, 12}) check("another device", other_device, usual, rows, rows, major);
     check("a build without sm_90a", not_built, usual, rows, rows, 9, false);
@@ -226,12 +284,51 @@ void check_forward_kernels() {
     for (const HeadRows& over : {same_row, same_head, same_sample}) check("one of each", wgmma, one, rows, over);
 }
 
+// Which kernel runs a gradient on CUDA: as forward, and by the queries.
+void check_backward_kernels() {
+    alignas(16) static uint16_t memory[16];
+    const AttentionShape usual{2, 4, 2, 30, 300, 64, Dtype::bfloat16};
+    const HeadRows keys{memory, 2 * 300 * 64, 64, 2 * 64};
+    const HeadRows queries{memory, 4 * 30 * 64, 64, 4 * 64};
+    const auto check = [&](const char* what, AttentionKernel expected, const AttentionShape& shape, const HeadRows& q,
+                           const HeadRows& k, int major = 9) {
+        if (backward_kernel_for(shape, q, k, keys, major, true) != expected) wrong(what, 0);
+    };
+    using enum AttentionKernel;
+    check("the usual call", wgmma, usual, queries, keys);
+    check("another device", other_device, usual, queries, keys, 8);
+    HeadRows changed = keys;
+    changed.data = memory + 4;
+    check("keys that start anywhere", unaligned, usual, queries, changed);
+    AttentionShape none = usual;
+    none.queries = 0;
+    check("no queries", no_queries, none, queries, keys);
+    changed = queries;
+    changed.head_stride = 65;
+    check("queries that start anywhere", unaligned_queries, usual, changed, keys);
+    changed = queries;
+    changed.row_stride = 0;
+    check("queries on top of each other", overlapping_queries, usual, changed, keys);
+    AttentionShape one = usual;
+    one.queries = 1;
+    check("one query", wgmma, one, changed, keys);
+    // The deep block of the published model, a whole clip: sums of every query.
+    const AttentionShape clip{1, 64, 64, 33390, 33390, 64, Dtype::bfloat16};
+    const GradientMemory memory_of = GradientMemory::of(clip);
+    if (memory_of.sums != int64_t{261} * 128 * 64 * 64 || memory_of.turns != 261 * 64 * 2) wrong("memory", 0);
+    AttentionShape few = clip;
+    few.keys = sm90_columns;
+    if (GradientMemory::of(few).sums != 0) wrong("memory of one tile of keys", 0);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
     const int masks = std::atoi(arguments[1]);
     for (int i = 0; i < masks; ++i) check_mask(i);
+    for (int i = 0; i < masks; ++i) check_turns(i);
     check_schedules();
     check_forward_kernels();
+    check_backward_kernels();
     std::printf("%d masks\n", masks);
 }

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import starflow_ext
 from starflow_ext import ops
 from starflow_ext._load import native
-from starflow_ext.block_attention import SPEC, FrameMask, _forward_kernel
+from starflow_ext.block_attention import SPEC, FrameMask, _backward_kernel, _forward_kernel
 
 from .battery import assert_refused, plain
 
@@ -252,18 +252,19 @@ def test_float64_runs_plain_torch() -> None:
     assert explanation.refused["scalar"] == "q is float64"
 
 
+def _on_hopper(kernel: str) -> str:
+    """What runs on a device of compute capability 9, if this build has code for it."""
+    built = "90a-real" in str(native.build_info()["cuda_architectures"]).split(";")
+    return kernel if built else "mma.sync, as this build has no sm_90a"
+
+
 def test_which_cuda_kernel_runs() -> None:
     """By device, dtype, head_dim and the places of keys and values; the rest is in tests/native."""
     q, k = (_draw(2, 4, rows, 64).bfloat16() for rows in (3, 9))
-    built = "90a-real" in str(native.build_info()["cuda_architectures"]).split(";")
-
-    def on_hopper(kernel: str) -> str:
-        return kernel if built else "mma.sync, as this build has no sm_90a"
-
     for major in (8, 10, 12):
         assert _forward_kernel(q, k, k, major) == "mma.sync, as the device is not of compute capability 9"
-    assert _forward_kernel(q, k, k, 9) == on_hopper("wgmma and TMA (sm_90a)")
-    assert _forward_kernel(q, k.mT.contiguous().mT, k, 9) == on_hopper("wgmma and TMA (sm_90a)")
+    assert _forward_kernel(q, k, k, 9) == _on_hopper("wgmma and TMA (sm_90a)")
+    assert _forward_kernel(q, k.mT.contiguous().mT, k, 9) == _on_hopper("wgmma and TMA (sm_90a)")
     for changed, kernel in (
         ((q.float(), k.float(), k.float()), "mma.sync, as q is float32"),
         ([torch.cat((x, x, x), -1) for x in (q, k, k)], "mma.sync, as head_dim is above 128"),
@@ -274,7 +275,26 @@ def test_which_cuda_kernel_runs() -> None:
         ),
         ((q, k[:1].expand(2, 4, 9, 64), k), "mma.sync, as rows of k or v lie on top of each other"),
     ):
-        assert _forward_kernel(*changed, 9) == on_hopper(kernel)
+        assert _forward_kernel(*changed, 9) == _on_hopper(kernel)
+
+
+def test_which_cuda_kernel_runs_a_gradient() -> None:
+    """As forward, and by the places of the queries; the rest is in tests/native."""
+    q, k = (_draw(2, 4, rows, 64).bfloat16() for rows in (3, 9))
+    for major in (8, 10, 12):
+        assert _backward_kernel(q, k, k, major) == "mma.sync, as the device is not of compute capability 9"
+    for queries in (q, q.mT.contiguous().mT, q[:, :, :1].expand(2, 4, 1, 64)):
+        assert _backward_kernel(queries, k, k, 9) == _on_hopper("wgmma and TMA (sm_90a)")
+    for changed, kernel in (
+        ((q.float(), k.float(), k.float()), "mma.sync, as q is float32"),
+        ((q[:, :, :0], k, k), "mma.sync, as there are no queries"),
+        (
+            (torch.empty(2, 4, 3, 68).bfloat16()[..., 2:66], k, k),
+            "mma.sync, as not every row of q starts at a multiple of 16 bytes",
+        ),
+        ((q[:, :, :1].expand(2, 4, 3, 64), k, k), "mma.sync, as rows of q lie on top of each other"),
+    ):
+        assert _backward_kernel(*changed, 9) == _on_hopper(kernel)
 
 
 def test_explanation_tells_the_kernel() -> None:

@@ -81,6 +81,18 @@ RULES = (
         rf"block_attention_backward grad_\w+<Backward<{HALF}, (64|128).*", least={"HMMA": 96, "LDSM": 48, "LDGSTS": 6}
     ),
     Rule(rf"block_attention_backward grad_\w+<Backward<{HALF}, 256.*", least={"HMMA": 80, "LDSM": 72, "LDGSTS": 6}),
+    # Two products of 16 channels, two of 16 queries and one of 16 of 128 keys; queries, keys and what is beside them by
+    # TMA. Their order has a test of its own below.
+    *(
+        Rule(
+            rf"block_attention_backward_sm90 grad_kernel<Backward<{HALF}, {width}>>",
+            "sm_90a",
+            registers=168,
+            least={"HGMMA": 32, "UTMALDG": width // 16},
+            most={"WARPGROUP.DEPBAR": 3},
+        )
+        for width in (64, 128)
+    ),
     Rule(r"linear multiply<Tile<SM80_.*", least={"HMMA": 8, "LDSM": 8, "LDGSTS": 16}),
     Rule(r"linear_sm90 multiply<.*", "sm_90a", registers=168, least={"HGMMA": 8, "UTMALDG": 2}),
     # A step of 64 in products of 16; a commit for each stage and one for each part (UTCBAR); sums from tensor memory.
@@ -232,3 +244,21 @@ def test_products_of_attention_run_beside_its_softmax(kernels: list[Kernel], wid
     for kernel in found:
         order = kernel.events(letters)
         assert re.fullmatch(start + first + loop + last, order), f"{kernel}: {order}"
+
+
+@pytest.mark.parametrize("width, rows", [(64, 128), (128, 64)])
+def test_products_of_the_gradient_of_attention_are_in_flight_together(
+    kernels: list[Kernel], width: int, rows: int
+) -> None:
+    """All products of a tile of queries are begun before one of them is waited for, and dQ before those of the sums."""
+    if "sm_90a" not in {kernel.architecture for kernel in kernels}:
+        pytest.skip("this build has no code for sm_90a")
+    name = rf"block_attention_backward_sm90 grad_kernel<Backward<{HALF}, {width}>>"
+    found = [kernel for kernel in kernels if re.fullmatch(name, kernel.name)]
+    assert len(found) == 2
+    # Waits for all products, and for all but the last two of those that were begun together.
+    letters = {"HGMMA": "P", "WARPGROUP.DEPBAR.0": "W", "WARPGROUP.DEPBAR.2": "w", "MUFU.EX2": "E"}
+    of_weights, of_sums = 2 * width // 16, 2 * rows // 16 + 128 // 16
+    for kernel in found:
+        order = kernel.events(letters)
+        assert re.fullmatch(f"P{{{of_weights}}}WE{{{rows // 2}}}P{{{of_sums}}}wW", order), f"{kernel}: {order}"

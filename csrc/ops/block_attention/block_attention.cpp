@@ -195,7 +195,7 @@ void run_cuda(const Tensor& q, AttentionArgs args) {
     check_cuda(q, args.shape);
     const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
     args.sm90 =
-        forward_kernel_for(args.shape, args.k, args.v, device.major, STARFLOW_SM90 != 0) == ForwardKernel::wgmma;
+        forward_kernel_for(args.shape, args.k, args.v, device.major, STARFLOW_SM90 != 0) == AttentionKernel::wgmma;
     const AttentionSchedule schedule = attention_schedule(args.shape, device.multiprocessors, args.sm90);
     args.tile_rows = schedule.tile_rows;
     args.splits = schedule.splits;
@@ -251,11 +251,50 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                         look_ahead, window, temperature, temperatures});
 }
 
-// The number of the ForwardKernel that a device of compute capability `major` would run.
+// The number of the AttentionKernel that a device of compute capability `major` would run, forward and for the
+// gradient.
 int64_t forward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, int64_t major) {
     const AttentionShape shape = check(q, k, v, {});
     return static_cast<int64_t>(forward_kernel_for(shape, rows_with_channels(k), rows_with_channels(v),
                                                    static_cast<int>(major), STARFLOW_SM90 != 0));
+}
+
+int64_t backward_kernel(const Tensor& q, const Tensor& k, const Tensor& v, int64_t major) {
+    const AttentionShape shape = check(q, k, v, {});
+    return static_cast<int64_t>(backward_kernel_for(shape, rows_with_channels(q), rows_with_channels(k),
+                                                    rows_with_channels(v), static_cast<int>(major),
+                                                    STARFLOW_SM90 != 0));
+}
+
+// A copy in rows of whole 16 bytes.
+Tensor in_chunks(const Tensor& tensor) {
+    constexpr int64_t chunk = 8;
+    std::vector<int64_t> shape = shape_of(tensor);
+    shape[3] = round_up(shape[3], chunk);
+    Tensor whole = empty_like_shape(tensor, shape, tensor.scalar_type());
+    Tensor rows = torch::stable::narrow(whole, 3, 0, tensor.size(3));
+    torch::stable::copy_(rows, tensor);
+    return rows;
+}
+
+void run_backward_cuda(const Tensor& q, Tensor upstream, const Tensor& logs, AttentionBackwardArgs args) {
+    const AttentionShape& shape = args.shape;
+    check_cuda(q, shape);
+    const cuda::DeviceArch device = cuda::device_arch(q.get_device_index());
+    args.sm90 =
+        backward_kernel_for(shape, args.q, args.k, args.v, device.major, STARFLOW_SM90 != 0) == AttentionKernel::wgmma;
+    if (args.sm90 && kernel_by_queries(shape, args.grad_out) != AttentionKernel::wgmma) {
+        upstream = in_chunks(upstream);
+        args.grad_out = rows_of(upstream);
+    }
+    const GradientMemory memory = args.sm90 ? GradientMemory::of(shape) : GradientMemory{};
+    const Tensor dots = empty_like_shape(logs, shape_of(logs), ScalarType::Float);
+    const Tensor sums = empty_like_shape(q, {memory.sums}, ScalarType::Float);
+    const Tensor turns = empty_like_shape(q, {memory.turns}, ScalarType::Int);
+    args.dots = static_cast<float*>(dots.data_ptr());
+    args.sums = static_cast<float*>(sums.data_ptr());
+    args.turns = static_cast<int32_t*>(turns.data_ptr());
+    cuda::launch(op, q, args, block_attention_backward_cuda);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Optional& grad_lse, const Tensor& q,
@@ -300,10 +339,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_out, const Option
     args.grad_k = rows_of(grad_k);
     args.grad_v = rows_of(grad_v);
     if (q.is_cuda()) {
-        check_cuda(q, shape);
-        const Tensor dots = empty_like_shape(logs, shape_of(logs), ScalarType::Float);
-        args.dots = static_cast<float*>(dots.data_ptr());
-        cuda::launch(op, q, args, block_attention_backward_cuda);
+        run_backward_cuda(q, upstream, logs, args);
     } else {
         const AttentionBackwardKernels& kernels = backward_variants.pick();
         cpu::parallel_rows(
@@ -329,12 +365,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(starflow_ext, m) {
         "int frame_tokens, int look_ahead, int window, float temperature, Tensor? temperatures) "
         "-> (Tensor, Tensor, Tensor)");
     m.def("block_attention_forward_kernel(Tensor q, Tensor k, Tensor v, int major) -> int");
+    m.def("block_attention_backward_kernel(Tensor q, Tensor k, Tensor v, int major) -> int");
 }
 
 STARFLOW_IMPLEMENT(m) {
     m.impl("block_attention", TORCH_BOX(&forward));
     m.impl("block_attention_backward", TORCH_BOX(&backward));
     m.impl("block_attention_forward_kernel", TORCH_BOX(&forward_kernel));
+    m.impl("block_attention_backward_kernel", TORCH_BOX(&backward_kernel));
 }
 
 }  // namespace starflow

@@ -88,6 +88,10 @@ struct AttentionBackwardArgs {
     const float* grad_lse;  // null: none
     HeadRows grad_q, grad_k, grad_v;
     float* dots;  // CUDA: D of each row, (batch, heads, queries)
+    bool sm90;    // CUDA: the kernel of block_attention_backward_sm90.cu runs (`backward_kernel_for` is wgmma)
+    // Its memory (`GradientMemory`): sums of grad_q, and how many blocks have added to each.
+    float* sums;
+    int32_t* turns;
 };
 
 struct AttentionKernels {
@@ -108,5 +112,6 @@ STARFLOW_DECLARE_DOT_VARIANTS(AttentionBackwardKernels, block_attention_backward
 STARFLOW_DECLARE_CUDA(AttentionArgs, block_attention_cuda)
 STARFLOW_DECLARE_SM90(AttentionArgs, block_attention_sm90_cuda)
 STARFLOW_DECLARE_CUDA(AttentionBackwardArgs, block_attention_backward_cuda)
+STARFLOW_DECLARE_SM90(AttentionBackwardArgs, block_attention_backward_sm90_cuda)
 
 }  // namespace starflow

@@ -5,30 +5,16 @@
 //   grad_q:          rows are queries (Q, dO), columns keys (K, V)      dQ = scale dS K
 //   grad_k, grad_v:  rows are keys (K, V), columns queries (Q, dO)      dV = P^T dO,  dK = scale dS^T Q
 // Before them, D of each row is computed into the workspace.
-#include "ops/block_attention/block_attention_tiles.cuh"
+#include "ops/block_attention/block_attention_backward.cuh"
 
 namespace starflow {
 namespace {
 
 using namespace cuda;
 
-// D = sum over channels of grad_out * out - grad_lse. One warp a row.
 template <class Element>
 __global__ void dots_kernel(AttentionBackwardArgs args) {
-    const AttentionShape& shape = args.shape;
-    const int64_t index = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / warp_size;
-    if (index >= shape.batch * shape.heads * shape.queries) return;
-    const int64_t head = index / shape.queries;
-    const auto row_of = [&](const HeadRows& rows) {
-        return head_at<const Element>(rows, head / shape.heads, head % shape.heads) +
-               index % shape.queries * rows.row_stride;
-    };
-    const Element* out = row_of(args.out);
-    const Element* grad = row_of(args.grad_out);
-    float sum = 0.0F;
-    for (int64_t c = lane(); c < shape.head_dim; c += warp_size) sum += widen(out[c]) * widen(grad[c]);
-    sum = warp_sum(sum);
-    if (lane() == 0) args.dots[index] = sum - (args.grad_lse != nullptr ? args.grad_lse[index] : 0.0F);
+    if (const DotRow row = DotRow::here(args); row.exists) write_dot<Element>(args, row);
 }
 
 template <class Element_, int width_>
@@ -353,9 +339,7 @@ int launch_backward(const AttentionBackwardArgs& args, void* stream) {
     const int64_t heads = shape.batch * shape.kv_heads;
     const int64_t rows = shape.batch * shape.heads * shape.queries;
     if (rows > 0) {
-        constexpr int threads = 256;
-        int code = enqueue(dots_kernel<Element>, static_cast<unsigned>(divide_up(rows * warp_size, threads)), threads,
-                           0, stream, args);
+        int code = enqueue(dots_kernel<Element>, dot_blocks(shape), dot_threads, 0, stream, args);
         if (code != 0) return code;
         code = enqueue(grad_queries_kernel<B>, static_cast<unsigned>(divide_up(rows_of(shape), B::rows) * heads),
                        B::threads, B::tiles_bytes, stream, args, wide);
@@ -381,6 +365,7 @@ int launch_by_width(const AttentionBackwardArgs& args, void* stream) {
 }  // namespace
 
 int block_attention_backward_cuda(const AttentionBackwardArgs& args, void* stream) {
+    if (args.sm90) return block_attention_backward_sm90_cuda(args, stream);
     switch (args.shape.data) {
         case Dtype::bfloat16:
             return launch_by_width<BFloat16>(args, stream);

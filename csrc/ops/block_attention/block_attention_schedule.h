@@ -8,6 +8,8 @@ namespace {
 
 inline constexpr int64_t most_head_dim = 256;
 
+STARFLOW_HOST_DEVICE constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+
 // Channels of a tile: head_dim, padded with zeros to a size that there is a kernel for.
 constexpr int64_t tile_width(int64_t head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
 
@@ -40,8 +42,9 @@ constexpr AttentionTile forward_tile(int element_bytes, int64_t width, bool larg
 // for shared memory.
 inline constexpr int sm90_columns = 128;
 
-// Which kernel a forward pass on CUDA runs: `wgmma` is that of sm_90a, the other values say why that one does not run.
-enum class ForwardKernel : int32_t {
+// Which kernel a forward pass or a gradient on CUDA runs: `wgmma` is that of sm_90a, the other values say why that one
+// does not run; those of queries are of the gradient alone.
+enum class AttentionKernel : int32_t {
     wgmma,
     other_device,
     not_built,
@@ -49,36 +52,63 @@ enum class ForwardKernel : int32_t {
     wide_head,
     no_keys,
     unaligned,
-    overlapping
+    overlapping,
+    no_queries,
+    unaligned_queries,
+    overlapping_queries
 };
-inline constexpr const char* forward_kernel_names[]{"wgmma",     "other_device", "not_built", "float32",
-                                                    "wide_head", "no_keys",      "unaligned", "overlapping"};
+inline constexpr const char* attention_kernel_names[]{
+    "wgmma",     "other_device", "not_built",  "float32",           "wide_head",          "no_keys",
+    "unaligned", "overlapping",  "no_queries", "unaligned_queries", "overlapping_queries"};
 
-// Whether TMA brings these keys or values: it takes distances of whole 16 bytes, none of them 0.
-inline ForwardKernel forward_kernel_by_rows(const AttentionShape& shape, const HeadRows& rows) {
+// Whether TMA brings these (batch, heads, count, head_dim): it takes distances of whole 16 bytes, none of them 0.
+inline AttentionKernel kernel_by_rows(const AttentionShape& shape, int64_t heads, int64_t count, const HeadRows& rows) {
     constexpr int64_t chunk = 8;
     bool aligned = reinterpret_cast<uintptr_t>(rows.data) % 16 == 0;
-    bool apart = shape.keys == 1 || rows.row_stride >= shape.head_dim;
-    const auto check = [&](int64_t count, int64_t stride) {
-        aligned = aligned && (count == 1 || stride % chunk == 0);
-        apart = apart && (count == 1 || stride > 0);
+    bool apart = count == 1 || rows.row_stride >= shape.head_dim;
+    const auto check = [&](int64_t entries, int64_t stride) {
+        aligned = aligned && (entries == 1 || stride % chunk == 0);
+        apart = apart && (entries == 1 || stride > 0);
     };
-    check(shape.keys, rows.row_stride);
-    check(shape.kv_heads, rows.head_stride);
+    check(count, rows.row_stride);
+    check(heads, rows.head_stride);
     check(shape.batch, rows.batch_stride);
-    return !aligned ? ForwardKernel::unaligned : !apart ? ForwardKernel::overlapping : ForwardKernel::wgmma;
+    return !aligned ? AttentionKernel::unaligned : !apart ? AttentionKernel::overlapping : AttentionKernel::wgmma;
+}
+inline AttentionKernel kernel_by_keys(const AttentionShape& shape, const HeadRows& rows) {
+    return kernel_by_rows(shape, shape.kv_heads, shape.keys, rows);
+}
+inline AttentionKernel kernel_by_queries(const AttentionShape& shape, const HeadRows& rows) {
+    return kernel_by_rows(shape, shape.heads, shape.queries, rows);
 }
 
 // `major` belongs to the device's compute capability. The queries have no say: a row has the bits that it has alone.
-inline ForwardKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
-                                        bool built) {
-    if (major != 9) return ForwardKernel::other_device;
-    if (!built) return ForwardKernel::not_built;
-    if (shape.data == Dtype::float32) return ForwardKernel::float32;
-    if (tile_width(shape.head_dim) > 128) return ForwardKernel::wide_head;
-    if (shape.keys == 0) return ForwardKernel::no_keys;
-    const ForwardKernel by_keys = forward_kernel_by_rows(shape, k);
-    return by_keys != ForwardKernel::wgmma ? by_keys : forward_kernel_by_rows(shape, v);
+inline AttentionKernel forward_kernel_for(const AttentionShape& shape, const HeadRows& k, const HeadRows& v, int major,
+                                          bool built) {
+    if (major != 9) return AttentionKernel::other_device;
+    if (!built) return AttentionKernel::not_built;
+    if (shape.data == Dtype::float32) return AttentionKernel::float32;
+    if (tile_width(shape.head_dim) > 128) return AttentionKernel::wide_head;
+    if (shape.keys == 0) return AttentionKernel::no_keys;
+    const AttentionKernel by_keys = kernel_by_keys(shape, k);
+    return by_keys != AttentionKernel::wgmma ? by_keys : kernel_by_keys(shape, v);
+}
+
+// The gradient's, which reads queries by TMA too. What comes from above has no say: the op copies it where TMA does not
+// take it.
+inline AttentionKernel backward_kernel_for(const AttentionShape& shape, const HeadRows& q, const HeadRows& k,
+                                           const HeadRows& v, int major, bool built) {
+    const AttentionKernel forward = forward_kernel_for(shape, k, v, major, built);
+    if (forward != AttentionKernel::wgmma) return forward;
+    if (shape.batch * shape.heads * shape.queries == 0) return AttentionKernel::no_queries;
+    switch (kernel_by_queries(shape, q)) {
+        case AttentionKernel::unaligned:
+            return AttentionKernel::unaligned_queries;
+        case AttentionKernel::overlapping:
+            return AttentionKernel::overlapping_queries;
+        default:
+            return AttentionKernel::wgmma;
+    }
 }
 
 // The gradient of the queries (rows: queries) or of keys and values (rows: keys), which has two sums. For 256 channels
@@ -89,7 +119,26 @@ constexpr AttentionTile backward_tile(int element_bytes, int64_t width) {
     return width == 64 ? AttentionTile{64, 64, 4} : AttentionTile{64, 32, 4};
 }
 
-constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
+// Queries of a tile of the gradient's kernel of sm_90a, whose blocks have sm90_columns keys: as many as the registers
+// hold the products of, beside the sums of keys and values. Two groups of warps share the sums of such a tile's grad_q,
+// 64 queries by 64 channels each.
+inline constexpr int sm90_groups = 2;
+constexpr int sm90_gradient_rows(int64_t width) { return width == 64 ? 128 : 64; }
+
+// What the blocks of the gradient on sm_90a leave for each other, of each tile of queries of a head: sums of grad_q,
+// and of each group of warps how many blocks have added to them. Nothing where there is one tile of keys.
+struct GradientMemory {
+    int64_t sums;   // float32
+    int64_t turns;  // int32
+
+    static constexpr GradientMemory of(const AttentionShape& shape) {
+        if (shape.keys <= sm90_columns) return {0, 0};
+        const int64_t width = tile_width(shape.head_dim);
+        const int64_t rows = sm90_gradient_rows(width);
+        const int64_t tiles = divide_up(shape.queries, rows) * shape.batch * shape.heads;
+        return {tiles * rows * width, tiles * sm90_groups};
+    }
+};
 
 struct AttentionSchedule {
     int64_t tile_rows;
@@ -174,6 +223,12 @@ struct KeyTiles {
         return {prefix, first, prefix + (end > first ? end - first : 0)};
     }
     STARFLOW_HOST_DEVICE constexpr int tile(int i) const { return i < prefix ? i : first + i - prefix; }
+    // The number i of a tile, or -1 of one that is not passed over.
+    STARFLOW_HOST_DEVICE constexpr int place_of(int tile) const {
+        if (tile < prefix) return tile;
+        const int place = tile - first + prefix;
+        return tile >= first && place < count ? place : -1;
+    }
 };
 
 struct QueryRange {
@@ -181,23 +236,53 @@ struct QueryRange {
     int end;
 };
 
+// The first number of [0, end) for which a condition that stays true is true, or `end`.
+template <class Condition>
+STARFLOW_HOST_DEVICE constexpr int first_for(int end, const Condition& condition) {
+    int low = 0;
+    int high = end;
+    while (low < high) {
+        const int middle = low + (high - low) / 2;
+        if (condition(middle)) {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    return low;
+}
+
+// What a tile of queries sees, from its first query on.
+STARFLOW_HOST_DEVICE constexpr VisibleByRows visible_by_tile(const AttentionMask& mask, const AttentionShape& shape,
+                                                             int64_t b, int first, int rows) {
+    const auto queries = static_cast<int>(shape.queries);
+    const int last = rows < queries - first ? first + rows - 1 : queries - 1;
+    return VisibleByRows::between(visible_in_tile(mask, shape, b, first), visible_in_tile(mask, shape, b, last));
+}
+
+// Tiles of `rows` queries, outside of which none passes over the tile of keys from `begin` on (`KeyTiles::place_of`).
+STARFLOW_HOST_DEVICE constexpr QueryRange visible_query_tiles(const AttentionMask& mask, const AttentionShape& shape,
+                                                              int64_t b, int begin, int columns, int rows) {
+    const auto tiles = static_cast<int>(divide_up(shape.queries, rows));
+    const auto first_tile = [&](const auto& condition) {
+        return first_for(tiles,
+                         [&](int tile) { return condition(visible_by_tile(mask, shape, b, tile * rows, rows).any); });
+    };
+    const int reached =
+        first_tile([&](const VisibleKeysOf<int>& any) { return any.prefix > begin || any.last > begin; });
+    const int in_prefix = first_tile([&](const VisibleKeysOf<int>& any) { return any.prefix > begin; });
+    const int left = in_prefix < tiles
+                         ? tiles
+                         : first_tile([&](const VisibleKeysOf<int>& any) { return any.first >= begin + columns; });
+    return {reached, left > reached ? left : reached};
+}
+
 // The queries that may see a key of [begin, end): a run of them, as what they see grows with their position.
 STARFLOW_HOST_DEVICE constexpr QueryRange visible_queries(const AttentionMask& mask, const AttentionShape& shape,
                                                           int64_t b, int begin, int end) {
     const auto queries = static_cast<int>(shape.queries);
-    // The first query for which a condition that stays true is true.
     const auto first_query = [&](const auto& condition) {
-        int low = 0;
-        int high = queries;
-        while (low < high) {
-            const int middle = low + (high - low) / 2;
-            if (condition(visible_in_tile(mask, shape, b, middle))) {
-                high = middle;
-            } else {
-                low = middle + 1;
-            }
-        }
-        return low;
+        return first_for(queries, [&](int query) { return condition(visible_in_tile(mask, shape, b, query)); });
     };
     const int reached =
         first_query([&](const VisibleKeysOf<int>& seen) { return seen.prefix > begin || seen.last > begin; });

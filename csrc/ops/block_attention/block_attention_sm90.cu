@@ -7,17 +7,10 @@
 // keys and of the values of the tile before are begun together, and the values are waited for behind the softmax of the
 // keys. Two groups begin their products in turns: while those of one run, the other has its softmax. tests/static holds
 // the machine code to both orders.
-#include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
-#include <cute/arch/copy_sm90_tma.hpp>
-#include <cute/arch/mma_sm90.hpp>
-#include <cute/atom/mma_traits_sm90_gmma.hpp>
-#include <cute/tensor.hpp>
-
-#include "cuda/named_barrier.cuh"
-#include "cuda/tensor_map.cuh"
 #include "ops/block_attention/block_attention_forward.cuh"
+#include "ops/block_attention/block_attention_sm90.cuh"
 
 namespace starflow {
 namespace {
@@ -32,29 +25,6 @@ using cute::Int;
 using cute::Shape;
 using cute::Step;
 using cute::GMMA::Major;
-using Empty = cutlass::arch::ClusterBarrier;
-using Full = cutlass::arch::ClusterTransactionBarrier;
-
-// (rows, width) in shared memory as TMA brings boxes and wgmma takes operands: 64 channels of all rows, then the next
-// 64; rows of 128 bytes, whose chunks of 16 bytes are xored with the row's number. The interface of Tile.
-template <class Element_, int rows, int width_>
-struct Boxes {
-    using Element = Element_;
-    static constexpr int width = width_;
-    static constexpr int chunk = 16 / static_cast<int>(sizeof(Element));
-
-    Element* data;
-
-    __device__ Element* at(int row, int column) const {
-        return data + (column / box_channels * rows + row) * box_channels + (column % box_channels ^ row % 8 * chunk);
-    }
-};
-
-// Two stages, which the n-th tile takes in turn.
-constexpr int stages = 2;
-__device__ inline int stage_of(int n) { return n % stages; }
-// The parity of the times that the stage was used before.
-__device__ inline uint32_t phase_of(int n) { return static_cast<uint32_t>(n / stages % 2); }
 
 struct StageBarriers {
     uint64_t full[stages];
@@ -69,7 +39,7 @@ constexpr int turn_of = 4;
 template <class Element_, int width_, int groups_>
 struct Forward {
     using Element = Element_;
-    using Value = cute::conditional_t<cute::is_same_v<Element, BFloat16>, cute::bfloat16_t, cute::half_t>;
+    using Value = ValueOf<Element>;
     static constexpr int width = width_;
     static constexpr int groups = groups_;
     static constexpr int columns = sm90_columns;
@@ -337,19 +307,14 @@ __global__ void __launch_bounds__(F::threads, F::blocks)
     finish_rows<F::rows>(args, queries, warp_row, wide, scale, state, sums);
 }
 
-int map_heads(CUtensorMap& map, const HeadRows& rows, const AttentionShape& shape) {
-    return map_rows(map, shape.data, rows.data, {shape.batch, shape.kv_heads, shape.keys, shape.head_dim},
-                    {rows.batch_stride, rows.head_stride, rows.row_stride}, sm90_columns);
-}
-
 template <class Element, int width, int groups>
 int launch_forward(const AttentionArgs& args, void* stream) {
     using F = Forward<Element, width, groups>;
     const AttentionShape& shape = args.shape;
     CUtensorMap keys;
     CUtensorMap values;
-    int code = map_heads(keys, args.k, shape);
-    if (code == 0) code = map_heads(values, args.v, shape);
+    int code = map_keys(keys, args.k, shape);
+    if (code == 0) code = map_keys(values, args.v, shape);
     if (code != 0) return code;
     const int64_t blocks = divide_up(rows_of(shape), F::rows) * shape.batch * shape.kv_heads * args.splits;
     const bool wide = whole_chunks(shape, args.q, args.out);

@@ -24,6 +24,14 @@ __device__ inline int warp() { return static_cast<int>(threadIdx.x) / warp_size;
 // The compiler moves no load from behind this call to before it: the results would wait in registers that sums need.
 __device__ inline void hold_loads() { __syncwarp(); }
 
+// The compiler computes nothing from the result before it comes here: it would wait in a register that sums need.
+__device__ inline int compute_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+__device__ inline float compute_here(float value) { return __int_as_float(compute_here(__float_as_int(value))); }
+
 // What all threads of a quad, which have the columns of the same rows, hold together.
 __device__ inline float quad_sum(float value) {
     value += __shfl_xor_sync(whole_warp, value, 1);

@@ -276,8 +276,8 @@ class Sweep {
         attention.out = attention.q;
         attention.out.data = at<void>(layout_.attended);
         attention.lse = at<float>(layout_.lse);
-        attention.sm90 = args_.device.sm90 &&
-                         forward_kernel_for(attention.shape, attention.k, attention.v, 9, true) == ForwardKernel::wgmma;
+        attention.sm90 = args_.device.sm90 && forward_kernel_for(attention.shape, attention.k, attention.v, 9, true) ==
+                                                  AttentionKernel::wgmma;
         // The keys are not split, so that a row's bits depend on nothing but the row.
         attention.tile_rows =
             attention_schedule(attention.shape, args_.device.multiprocessors, attention.sm90).tile_rows;

@@ -98,7 +98,7 @@ template <class T>
 T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
     return emulated_atomic(address, [=](T old) { return old == expected ? value : old; });
 }
-inline void __threadfence() {}
+inline void __threadfence() { emulation::fence_memory(); }
 inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { emulation::pause(); }
 

@@ -6,6 +6,7 @@
 #include <deque>
 #include <map>
 #include <tuple>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -20,8 +21,11 @@ struct Knowledge {
     // The same of what was done with tensor memory: a thread's between tcgen05's fences, a product's that was
     // committed. Empty where nobody uses it.
     std::vector<uint32_t> tensor;
+    // Of each count in global memory, how many signals of other blocks were heard. Empty where nobody looks.
+    std::vector<uint32_t> heard;
 
     void join(const Knowledge& other) {
+        hear(other.heard);
         if (tensor.size() < other.tensor.size()) tensor.resize(other.tensor.size());
         for (size_t a = 0; a < other.tensor.size(); ++a) {
             tensor[a] = tensor[a] > other.tensor[a] ? tensor[a] : other.tensor[a];
@@ -30,6 +34,10 @@ struct Knowledge {
             seen[a] = seen[a] > other.seen[a] ? seen[a] : other.seen[a];
             fenced[a] = fenced[a] > other.fenced[a] ? fenced[a] : other.fenced[a];
         }
+    }
+    void hear(const std::vector<uint32_t>& signals) {
+        if (heard.size() < signals.size()) heard.resize(signals.size());
+        for (size_t c = 0; c < signals.size(); ++c) heard[c] = heard[c] > signals[c] ? heard[c] : signals[c];
     }
     void meet(const Knowledge& other) {
         for (size_t a = 0; a < seen.size(); ++a) {
@@ -63,7 +71,7 @@ class Races {
 
     Knowledge nothing() const {
         const std::vector<uint32_t> never(threads_ + most_mbarriers + warps_, 0);
-        return {never, never, {}};
+        return {never, never, {}, {}};
     }
 
     // All earlier accesses of these threads before all later ones of them.
@@ -89,6 +97,18 @@ class Races {
         ++now_[thread];
     }
     void learn(int thread, const Knowledge& from) { known_[thread].join(from); }
+
+    // What this thread knows and has done, up to here.
+    std::vector<uint32_t> done(int thread) {
+        known_[thread].seen[thread] = now_[thread]++;
+        return known_[thread].seen;
+    }
+    uint32_t now(int thread) const { return now_[thread]; }
+    void hear(int thread, const std::vector<uint32_t>& signals) { known_[thread].hear(signals); }
+    bool has_heard(int thread, uint32_t count, uint32_t number) const {
+        const std::vector<uint32_t>& heard = known_[thread].heard;
+        return count < heard.size() && heard[count] >= number;
+    }
 
     // The asynchronous proxy sees what this thread knows to be written.
     void fence(int thread) {
@@ -381,6 +401,96 @@ class Requests {
         std::deque<Request> open;
     };
     std::map<std::tuple<const void*, int, int, bool>, Stream> streams_;
+};
+
+// What the blocks of a launch write to global memory, and what they tell each other of it by counts there: who has
+// written a word tells of it by an atomic on a count, behind a fence, or another thread that knows of the write does.
+class Blocks {
+  public:
+    bool watched = false;
+
+    void begin_launch() {
+        writes_.clear();
+        counts_.clear();
+        signals_.clear();
+        block_ = 0;
+    }
+    void begin_block(int threads) {
+        ++block_;
+        fresh_.clear();
+        released_.assign(threads, {});
+        hearing_.assign(threads, {});
+    }
+    // The word for what is wrong, or null.
+    const char* read(uint64_t address, size_t bytes, int thread, const Races& races) const {
+        for (uint64_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
+            const auto found = writes_.find(word);
+            if (found == writes_.end() || found->second.block == block_) continue;
+            const Write& write = found->second;
+            if (write.number == 0) return "another block wrote without telling of it";
+            if (!races.has_heard(thread, write.count, write.number))
+                return "another block wrote, of which it was not told";
+        }
+        return nullptr;
+    }
+    const char* write(uint64_t address, size_t bytes, int thread, const Races& races) {
+        const char* wrong = read(address, bytes, thread, races);
+        for (uint64_t word = address / 4; word <= (address + bytes - 1) / 4; ++word) {
+            writes_[word] = {block_, thread, races.now(thread), 0, 0};
+            fresh_.push_back(word);
+        }
+        return wrong;
+    }
+    // What a thread knows before a fence it tells by atomics behind it; what it has heard by atomics before, it knows.
+    void fence(int thread, Races& races) {
+        released_[thread] = races.done(thread);
+        races.hear(thread, hearing_[thread]);
+    }
+    void signal(const void* count, int thread) {
+        const uint32_t id = id_of(count);
+        const uint32_t number = ++signals_[id];
+        const std::vector<uint32_t>& known = released_[thread];
+        std::erase_if(fresh_, [&](uint64_t word) {
+            Write& write = writes_[word];
+            if (known.empty() || write.clock > known[write.thread]) return false;
+            write.count = id;
+            write.number = number;
+            return true;
+        });
+        hear(hearing_[thread], id);
+    }
+    void acquire(const void* count, int thread, Races& races) {
+        std::vector<uint32_t> heard;
+        hear(heard, id_of(count));
+        races.hear(thread, heard);
+    }
+
+  private:
+    struct Write {
+        uint32_t block;
+        int thread;
+        uint32_t clock;
+        uint32_t count;
+        uint32_t number;  // of the signal on the count that told of it; 0: none has
+    };
+
+    uint32_t id_of(const void* count) {
+        const auto [found, is_new] = counts_.try_emplace(count, static_cast<uint32_t>(signals_.size()));
+        if (is_new) signals_.push_back(0);
+        return found->second;
+    }
+    void hear(std::vector<uint32_t>& heard, uint32_t id) const {
+        if (heard.size() <= id) heard.resize(id + 1);
+        heard[id] = signals_[id];
+    }
+
+    uint32_t block_ = 0;
+    std::unordered_map<uint64_t, Write> writes_;  // by words of 4 bytes
+    std::vector<uint64_t> fresh_;                 // of this block, of which nobody was told
+    std::unordered_map<const void*, uint32_t> counts_;
+    std::vector<uint32_t> signals_;                // of each count
+    std::vector<std::vector<uint32_t>> released_;  // by each thread's last fence
+    std::vector<std::vector<uint32_t>> hearing_;   // by atomics of each thread
 };
 
 }  // namespace emulation

@@ -149,6 +149,7 @@ struct Device {
     char* arena = nullptr;  // dynamic shared memory
     size_t shared_bytes = 0;
     Races races;
+    Blocks blocks;
     struct CountRequest {
         void operator()(int target, bool write, const Request& request) const;
     };
@@ -336,6 +337,12 @@ void touch(const void* site, const void* address, size_t bytes, bool write, bool
         request(site, shared_target, p, bytes, write);
     } else if (write || !(inside(device.image, p) || inside(device.closure, p) || inside({__ehdr_start, _end}, p))) {
         touch_global(site, p, bytes, write);
+        if (!device.blocks.watched) return;
+        const auto at = reinterpret_cast<uint64_t>(p);
+        const int thread = device.current->number;
+        const char* wrong = write ? device.blocks.write(at, bytes, thread, device.races)
+                                  : device.blocks.read(at, bytes, thread, device.races);
+        if (wrong != nullptr) fail("%s %zu bytes of global memory, which %s", plural(write), bytes, wrong);
     }
 }
 
@@ -460,6 +467,7 @@ void run_block(dim3 block) {
     const size_t fixed = device.fixed.end - device.fixed.begin;
     if (fixed > 0) std::memset(const_cast<char*>(device.fixed.begin), 0xff, fixed);
     device.races.reset(fixed + device.shared_bytes, warps);
+    if (device.blocks.watched) device.blocks.begin_block(warps * warp_lanes);
     for (Warp& warp : device.warps) warp.priority = draw();
     for (int i = 0; i < device.block_threads; ++i) {
         prepare(device.threads[i], i, block);
@@ -545,6 +553,7 @@ int launch(const Launch& how, void (*run)(const void*), const void* closure, siz
     ++device.counts.launches;
     device.counts.shared_bytes = std::max<int64_t>(device.counts.shared_bytes, shared_bytes);
     device.counts.threads = std::max<int64_t>(device.counts.threads, block.x * block.y * block.z);
+    device.blocks.begin_launch();
     const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
     for (uint64_t i = 0; i < blocks && device.error.empty(); ++i) {
         blockIdx = {static_cast<unsigned>(i % grid.x), static_cast<unsigned>(i / grid.x % grid.y),
@@ -723,6 +732,17 @@ void note_atomic(const void* address, size_t bytes) {
     if (shared_place(p) >= 0) return;
     touch_global(__builtin_return_address(0), p, bytes, false);
     touch_global(__builtin_return_address(0), p, bytes, true);
+    if (device.blocks.watched) device.blocks.signal(address, device.current->number);
+}
+
+void fence_memory() {
+    if (device.current != nullptr && device.blocks.watched) device.blocks.fence(device.current->number, device.races);
+}
+
+uint32_t acquire(const int32_t* count) {
+    touch_global(__builtin_return_address(0), reinterpret_cast<const char*>(count), sizeof(*count), false);
+    if (device.blocks.watched) device.blocks.acquire(count, device.current->number, device.races);
+    return static_cast<uint32_t>(*count);
 }
 
 namespace {
@@ -782,9 +802,10 @@ void multiply_add(Format format, int depth, float* sum, const uint32_t* a, const
 
 }  // namespace emulation
 
-void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count) {
+void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count, int watch_blocks) {
     using emulation::device;
     device.random = seed;
+    device.blocks.watched = watch_blocks != 0;
     device.tensors = tensors;
     device.tensor_count = count;
     device.counts = {};

@@ -71,6 +71,9 @@ EMULATION_API void wait_copies(int pending);
 
 // Read-modify-write that no other thread divides.
 EMULATION_API void note_atomic(const void* address, size_t bytes);
+// __threadfence; and ld.acquire.gpu of a count in global memory.
+EMULATION_API void fence_memory();
+EMULATION_API uint32_t acquire(const int32_t* count);
 
 enum class Format { bfloat16, float16, tf32 };
 
@@ -157,8 +160,11 @@ struct EmulationCounts {
     int64_t early_launches;
 };
 
-// The memory that kernels may touch, and the order in which threads and blocks run.
-EMULATION_API void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count);
+// The memory that kernels may touch, and the order in which threads and blocks run. With `watch_blocks` a block may
+// read and overwrite what other blocks of its launch have written only once it was told: by an atomic on a count in
+// memory behind a __threadfence, and an acquiring load, or an atomic and a __threadfence, of it. It is
+// watched by words of 4 bytes: blocks that write the halves of one are taken to overwrite each other.
+EMULATION_API void emulation_begin(uint64_t seed, EmulationTensor* tensors, int64_t count, int watch_blocks);
 // Counts into the tensors of `emulation_begin` too. Returns what a kernel did wrong, or "".
 EMULATION_API const char* emulation_end(EmulationCounts* counts);
 }

@@ -7,10 +7,13 @@
 
 namespace starflow::cuda {
 
-inline void signal(int32_t* count) { atomicAdd(count, 1); }
+inline void signal(int32_t* count) {
+    __threadfence();
+    atomicAdd(count, 1);
+}
 
 inline void wait_for_signals(const int32_t* count, int32_t least) {
-    const int32_t seen = *count;
+    const auto seen = static_cast<int32_t>(emulation::acquire(count));
     if (seen != least) emulation::fail("waits for %d signals of earlier blocks, of which %d have come", least, seen);
 }
 
