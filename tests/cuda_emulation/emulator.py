@@ -64,7 +64,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from torch import Tensor
@@ -76,6 +76,8 @@ EMULATOR = HERE / "emulator"
 CACHE = ROOT / "build/cuda_emulation"
 
 SEEDS = range(8)
+
+Found = TypeVar("Found")
 
 # -fno-tree-sra leaves an access of 16 bytes whole. Products and sums are fused by nvcc, but not here.
 COMMON = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas")
@@ -129,8 +131,8 @@ def mutations(file: str, changes: Mapping[str, str]) -> list[Mutation]:
     return found
 
 
-def some(found: list[Mutation]) -> list[Mutation]:
-    """A tenth of mutations that take ten seconds each, or, with `STARFLOW_MUTATIONS=all`, all."""
+def some(found: list[Found]) -> list[Found]:
+    """A tenth of mutations that are compiled one by one, or, with `STARFLOW_MUTATIONS=all`, all."""
     return found if os.environ.get("STARFLOW_MUTATIONS") == "all" else found[::10]
 
 
