@@ -189,7 +189,7 @@ def test_the_timeline_seeks(browser: Any, played: Played) -> None:
         }""")
         page.until(lambda stats: stats["frame"] == 5 and not stats["playing"])
         # The numbers follow the picture.
-        page.page.wait_for_function("document.querySelector('#frame').value.includes(' of ')", timeout=1000 * PATIENCE)
+        wait(lambda: " of " in page.page.evaluate("document.querySelector('#frame').value"))
 
 
 def test_a_clip_can_be_kept(browser: Any, played: Played) -> None:
