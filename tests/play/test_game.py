@@ -308,14 +308,38 @@ def test_a_trained_model_is_surprised_by_a_teleport() -> None:
     assert min(broken) > np.quantile(ordinary, 0.95)
 
 
-def test_of_many_moments_the_last_ones_are_scored(game: Game) -> None:
-    assert [moment.number for moment in game.score(3)] == [5, 6, 7]
-    assert game.moment(4).dream_score is None
-    game.step(0)
+def test_moments_are_scored_in_turn(paddle: Pipeline) -> None:
+    at_once, game = (Game(paddle, PaddleBall, seed=1) for _ in range(2))
+    assert game.scored_together == 1
+    assert len(at_once.score()) == 8
+    assert [moment.number for moment in game.score(3)] == [0, 1, 2]
+    assert game.moment(3).dream_score is None
+    assert [moment.number for moment in game.score(2)] == [3, 4]
+    assert [moment.number for moment in game.score()] == [5, 6, 7]
+    for number in range(8):
+        found, expected = (one.moment(number).dream_score for one in (game, at_once))
+        assert found is not None
+        assert expected is not None
+        np.testing.assert_array_equal(found.tokens, expected.tokens)
+
+
+def test_a_gap_of_forgotten_moments_begins_the_scores_anew(paddle: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_MOMENTS", 12)
+    game, other = (Game(paddle, PaddleBall, seed=1) for _ in range(2))
+    game.score(2)
+    for one in (game, other):
+        for _ in range(20):
+            one.step(0)
+    assert [moment.number for moment in game.score()] == list(range(16, 28))
+    other.score()
+    np.testing.assert_array_equal(game.moment(27).dream_score.tokens, other.moment(27).dream_score.tokens)
+
+
+def test_moments_may_be_left_out(game: Game) -> None:
     game.skip_scores()
     assert game.unscored == 0
     game.step(0)
-    assert [moment.number for moment in game.score()] == [9]
+    assert [moment.number for moment in game.score()] == [8]
 
 
 def test_what_is_remembered_is_bounded(game: Game, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from starflow.play import Game, Played, PlayServer, serve
+from starflow.play import Game, Moment, Played, PlayServer, serve
 from starflow.sampling import Pipeline
 from starflow.worlds import PaddleBall, Step, WorldError
 
@@ -132,6 +132,32 @@ def test_a_slow_page_misses_frames_and_nothing_piles_up(played: Played) -> None:
             newest = await page.picture()
             assert newest["frame"] >= last
             assert len(tab._scores) <= tab._scores.maxlen  # type: ignore[operator]
+
+    run(scenario, played)
+
+
+def test_where_frames_are_late_each_waits_for_one_score(played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []  # the last moment, and how many were scored
+    score = Game.score
+
+    def watched(game: Game, most: int = 99) -> list[Moment]:
+        found = score(game, most)
+        calls.append((game.last, len(found)))
+        return found
+
+    monkeypatch.setattr(Game, "score", watched)
+
+    async def scenario(server: PlayServer) -> None:
+        async with visit(server) as page:
+            await page.until("state")
+            calls.clear()
+            await page.send("pace", fps=240)
+            (tab,) = server.tabs
+            while tab.game is None or tab.game.last < 40:
+                await asyncio.sleep(0.02)
+            begun = [scored for last, scored in calls if 12 < last < 40]
+            assert sum(begun) > 20
+            assert max(begun) <= 2
 
     run(scenario, played)
 

@@ -307,6 +307,11 @@ class Game:
         """Number of moments that were not asked about yet; 0 where surprise is not known."""
         return self.last + 1 - max(self._scored, self.first) if self.can_measure else 0
 
+    @property
+    def scored_together(self) -> int:
+        """Moments that are best asked about at once: 1 where a cache goes along, else those that end a window."""
+        return 1 if self._pipeline.flow.config.attention_frames is not None else self._context
+
     def skip_scores(self) -> None:
         """Leaves out the moments that were not asked about yet."""
         self._scored, self._watcher = self.last + 1, None
@@ -315,7 +320,7 @@ class Game:
         """Finds out how surprising the moments were that were not asked about yet.
 
         Args:
-            most: of these moments, how many are scored, the last ones.
+            most: of these moments, how many are scored, the first ones.
 
         Returns:
             The moments that now have scores. What is asked for late has the score that it would have had before the
@@ -329,17 +334,18 @@ class Game:
         self._settled += self._score(_MOMENTS)
 
     def _score(self, most: int) -> list[Moment]:
-        """The last `most` of the moments that have no scores, with these."""
-        count = self.unscored
-        if count > most:
-            self.skip_scores()
-        new = list(self._moments)[-min(count, most) :] if count else []
+        """The first `most` of the moments that have no scores, with these."""
+        count = min(self.unscored, most)
+        begin = self.last + 1 - self.unscored
+        if begin != self._scored:
+            self._watcher = None  # it has not seen the moments that are forgotten
+        new = [self.moment(number) for number in range(begin, begin + count)]
         if new and self._pipeline.flow.config.attention_frames is not None:
             for moment in new:
                 self._watch(moment)
         elif new:
             self._look_back(new)
-        self._scored = self.last + 1
+        self._scored = begin + count
         return new
 
     def _watch(self, moment: Moment) -> None:

@@ -29,8 +29,8 @@ Compute = Callable[[Callable[[], Any]], Awaitable[Any]]
 
 # Pictures that may be on their way to the page.
 _AHEAD = 3
-# Moments whose surprise is not known yet, at most; then a frame waits for it.
-_UNSCORED = 8
+# Scores that are kept for a page that reads too little.
+_SCORES = 32
 
 
 class Tab:
@@ -65,7 +65,7 @@ class Tab:
         self._shown: Moment | None = None
         # What the page has not been sent: the newest picture, and scores of moments.
         self._picture: dict[str, Any] | None = None
-        self._scores: deque[Moment] = deque(maxlen=4 * _UNSCORED)
+        self._scores: deque[Moment] = deque(maxlen=_SCORES)
         self._sent = self._seen = 0
         self._send = asyncio.Event()
 
@@ -186,13 +186,15 @@ class Tab:
             try:
                 if steps:
                     await self._step(game)
-                # A key does not wait for surprise, unless that has waited long.
+                # A key does not wait for surprise. Where there is never time for it, each frame waits for that of
+                # one before it, and none for that of many.
                 has_time = not self._wake.is_set() and time.perf_counter() + self._cost < due
-                scores = has_time or not self._playing or game.unscored >= _UNSCORED
                 if not self._surprise:
                     game.skip_scores()
-                elif game.unscored and scores:
-                    await self._score(game)
+                elif game.unscored and not self._playing:
+                    await self._score(game, game.unscored)
+                elif game.unscored and (has_time or game.unscored > game.scored_together):
+                    await self._score(game, game.scored_together)
             # Whatever a world of somebody else's raises: the game so far is kept, and the page may go on.
             except Exception as error:
                 logger.warning("play: %s", short(error, 500), exc_info=logger.isEnabledFor(logging.DEBUG))
@@ -241,9 +243,9 @@ class Tab:
             self._offer(game, game.moment(game.last), key=self._key)
         await self._compute(edit)
 
-    async def _score(self, game: Game) -> None:
+    async def _score(self, game: Game, most: int) -> None:
         begin = time.perf_counter()
-        self._scores.extend(await self._compute(lambda: game.score(_UNSCORED)))
+        self._scores.extend(await self._compute(lambda: game.score(most)))
         self._cost = time.perf_counter() - begin
         self._send.set()
 
@@ -271,7 +273,7 @@ class Tab:
         moment = game.moment(frame)
         self._playing = False
         if game.unscored and self._surprise:
-            await self._score(game)
+            await self._score(game, game.unscored)
         self._offer(game, moment, key=self._key)
         self._scores.append(moment)
 
@@ -343,7 +345,7 @@ class Tab:
         """Shows the last moment, where there is one."""
         if game.last >= 0:
             if self._surprise:
-                await self._score(game)
+                await self._score(game, game.unscored)
             self._offer(game, game.moment(game.last), key=self._key)
 
     def _offer(self, game: Game, moment: Moment, *, key: int, seconds: float | None = None) -> None:
