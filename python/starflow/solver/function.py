@@ -123,6 +123,8 @@ class FunctionDecoder:
         self._first: tuple[Tensor, Tensor] | None = None
         # The maps of the call before, and the token that they begin with.
         self._before: tuple[int, tuple[Tensor, ...]] | None = None
+        # Whether the function was seen to fill the same tensors at each call.
+        self._refills = False
         self._order = self._place = None
         if order is not None:
             if windowed:
@@ -250,8 +252,11 @@ class FunctionDecoder:
             first: token that `maps` begin with.
             maps: scale and shift of this call.
         """
-        # Copies, as a function may fill the same tensors at each call.
-        before, self._before = self._before, (first, tuple(part.clone() for part in maps))
+        before = self._before
+        if not self._refills and before is not None:
+            self._refills = any(new.data_ptr() == old.data_ptr() for new, old in zip(maps, before[1], strict=True))
+            before = None if self._refills else before
+        self._before = first, tuple(part.clone() for part in maps) if self._refills else maps
         if before is None:
             return
         width = moved.shape[1]
