@@ -127,7 +127,9 @@ def test_a_model_file_that_was_touched_is_the_same(saved, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("by", ["save_model", "folder", "train", "save_pretrained"])
-def test_whatever_writes_models_leaves_a_mapped_one_as_it_was(tiny, saved, tmp_path: Path, monkeypatch, by: str) -> None:
+def test_whatever_writes_models_leaves_a_mapped_one_as_it_was(
+    tiny, saved, tmp_path: Path, monkeypatch, by: str
+) -> None:
     """It is replaced by rename: a file that is cut off while it is read ends the process that mapped it."""
     flow, _ = saved
     config = tiny(steps=1)

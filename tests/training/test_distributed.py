@@ -1,4 +1,4 @@
-"""Two processes (or three) on one machine, over gloo: the same numbers as one, and an end for all when one of them dies."""
+"""Two or three processes on one machine, over gloo: the numbers of one, and an end for all when one of them dies."""
 
 from __future__ import annotations
 

@@ -25,18 +25,38 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.config import ConfigError, RunConfig
-from starflow.data import Clip, MovingDigits, VideoFolder, sample_batch, sample_indices, write_video
+from starflow.data import (
+    Clip,
+    MovingDigits,
+    VideoFolder,
+    read_batch,
+    sample_batch,
+    sample_indices,
+    to_frames,
+    write_video,
+)
 from starflow.distributed import ALONE
 from starflow.files import InUseError
 from starflow.model import Flow, Gaussian
 from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model, parts
 from starflow.text import ClassEncoder, Features
-from starflow.training import Batch, Batches, Trainer, TrainingError, machine, make_dataset, make_parts, optim, train
-from starflow.training.batches import make_images, tell_data, with_vocabulary
+from starflow.training import (
+    Batch,
+    Batches,
+    Trainer,
+    TrainingError,
+    machine,
+    make_dataset,
+    make_parts,
+    optim,
+    train,
+    trainer,
+)
+from starflow.training.batches import check_own, make_images, tell_data, with_vocabulary
 from starflow.training.machine import gains_from_bfloat16
-from starflow.training.optim import Muon, cosine_lr
 from starflow.training.measure import begin_from_data, moments
+from starflow.training.optim import Muon, cosine_lr
 from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
 
 from ..encoders import make_t5
@@ -936,6 +956,53 @@ def test_a_data_set_may_read_every_item_into_the_same_memory(tiny) -> None:
     assert torch.equal(pixels[:, 0, 0, 0, 0], torch.tensor(drawn))
 
 
+class _Drawn(_OneBuffer):
+    """Items are drawn anew at each call, into one buffer."""
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        clip = super().item(index)
+        self._pixels.uniform_(-1, 1)
+        return clip
+
+
+def test_items_that_are_drawn_anew_are_told_though_they_share_memory(tiny, caplog) -> None:
+    """The first one was compared with itself."""
+    check_own(tiny(), _Drawn())
+    assert "clip 0 of the data set is another one the second time" in caplog.text
+    caplog.clear()
+    check_own(tiny(), _OneBuffer())
+    assert "another one" not in caplog.text
+
+
+def test_samples_of_pairs_begin_with_their_own_sources(tiny, tmp_path: Path, monkeypatch) -> None:
+    """A data set that reads into one buffer showed the last source four times."""
+    sheets: list[list[np.ndarray]] = []
+    monkeypatch.setattr(trainer, "write_contact_sheet", lambda path, clips, titles: sheets.append(clips))
+    words = [*RunConfig.load("tiny").text["vocabulary"], "v2v"]
+    config = tiny(
+        flow={"txt_dim": 16, "txt_size": 4},
+        text={"kind": "words", "size": 4, "vocabulary": words},
+        steps=1,
+        sample_every=1,
+        source_prob=1.0,
+        drop_image=0.0,
+    )
+    train(config, tmp_path, quiet=True, dataset=_OneBuffer())
+    ((first, *rest),) = sheets
+    values = [float(to_frames(torch.full((1, 1, 1, 1), index / 50)).flatten()[0]) for index in range(4)]
+    assert [float(clip[0].flatten()[0]) for clip in (first, *rest)] == values
+
+
+def test_clips_of_a_batch_are_of_one_shape_and_dtype() -> None:
+    clips = [Clip(torch.zeros(1, 1, 4, 4), "", "a"), Clip(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "", "b")]
+    with pytest.raises(ValueError, match=r"^read_batch: b has dtype torch.uint8, expected torch.float32 like a$"):
+        read_batch(clips, 2)
+    with pytest.raises(ValueError, match=r"^read_batch: c has shape \[1, 1, 4, 8\], expected \[1, 1, 4, 4\] like a$"):
+        read_batch([clips[0], Clip(torch.zeros(1, 1, 4, 8), "", "c")], 2)
+    with pytest.raises(ValueError, match="clips is empty"):
+        read_batch([], 0)
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
@@ -1313,7 +1380,9 @@ def test_moments_are_those_of_numpy_and_each_clip_is_read_once(tiny, init: bool)
     mean = tokens.mean(0)
     about = mean + 0.5 if init else mean
     if init:
-        flow.centre_on(flow.from_grid(torch.from_numpy(about).float().unflatten(0, flow.nominal_sides)[None, None])[0, 0])
+        flow.centre_on(
+            flow.from_grid(torch.from_numpy(about).float().unflatten(0, flow.nominal_sides)[None, None])[0, 0]
+        )
         kept = flow.centre.mean.clone()
     dataset.read.clear()
     begin_from_data(flow, dataset, codec, config.train, ALONE, new=not init)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from starflow.codecs import Codec
 from starflow.config import TrainConfig
-from starflow.data import ClipDataset, require_clip
+from starflow.data import ClipDataset
 from starflow.distributed import World
 from starflow.model import Flow, tweedie_step
+from starflow.training.batches import item_of
 from starflow.training.errors import not_finite
 
 __all__ = ["begin_from_data", "moments"]
@@ -88,8 +89,8 @@ def moments(
     shift: Tensor | None = None
     # Sums of clips of the nominal size, place by place, and of all others.
     sums: dict[bool, tuple[Tensor, Tensor | None]] = {}
-    clips = 0
-    for clips, latents in enumerate(_measured(dataset, codec, device), start=1):
+    count = min(CLIPS_MEASURED, len(dataset))
+    for latents in _measured(dataset, codec, device, count):
         grid = flow.to_grid(latents[None].cpu())[0]
         nominal = tuple(grid.shape[1:3]) == flow.nominal_sides
         tokens = grid.flatten(1, 2) if nominal else grid.flatten(0, 2)[:, None]
@@ -107,21 +108,19 @@ def moments(
     parts = list(sums.values())
     if len(parts) > 1:
         parts = [(m.mean(0, keepdim=True), None if s is None else s.mean(0, keepdim=True)) for m, s in parts]
-    mean = torch.stack([m for m, _ in parts]).sum(0) / clips
+    mean = torch.stack([m for m, _ in parts]).sum(0) / count
     covariances = None
     if second:
-        squares = torch.stack([s for _, s in parts if s is not None]).sum(0) / clips
+        squares = torch.stack([s for _, s in parts if s is not None]).sum(0) / count
         covariances = squares - torch.einsum("pc,pd->pcd", mean, mean)
     return mean + shift, covariances
 
 
-def _measured(dataset: ClipDataset, codec: Codec, device: torch.device) -> Iterator[Tensor]:
-    """Latents (frames, channels, height, width) of clips that are spread over a set, float64."""
-    count = min(CLIPS_MEASURED, len(dataset))
+def _measured(dataset: ClipDataset, codec: Codec, device: torch.device, count: int) -> Iterator[Tensor]:
+    """Latents (frames, channels, height, width) of so many clips that are spread over a set, float64."""
     for number in range(count):
         index = number * len(dataset) // count
-        clip = dataset.item(index)
-        require_clip(f"training: item {index} of the data set", clip)
+        clip = item_of(dataset, index)
         latents = codec.encode(clip.pixels[None].to(device))[0].double()
         if not latents.isfinite().all():
             raise not_finite(clip.name)

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from starflow.arguments import check_call, check_config, check_flag
 from starflow.codecs import Codec, make_codec, tell_scale
 from starflow.config import ConfigError, RunConfig, TrainConfig, to_mapping
-from starflow.data import ClipDataset, to_frames, write_contact_sheet
+from starflow.data import ClipDataset, kept_clip, to_frames, write_contact_sheet
 from starflow.devices import as_device
 from starflow.distributed import ALONE, World, join
 from starflow.files import remove_leftovers, sole
@@ -57,6 +57,7 @@ from starflow.training.batches import (
     Batches,
     check_own,
     data_of,
+    item_of,
     make_dataset,
     make_images,
     make_parts,
@@ -751,7 +752,7 @@ def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None
         return
     pipeline = Pipeline(flow, config, trainer.codec, trainer.text, device=trainer.device)
     if config.train.source_prob:
-        clips = [dataset.item(index) for index in range(min(4, len(dataset)))]
+        clips = [kept_clip(item_of(dataset, index)) for index in range(min(4, len(dataset)))]
         prompts = tuple(clip.caption if trainer.text is not None else "" for clip in clips)
         sources = torch.stack([source_of(clip) for clip in clips])
         made = pipeline.sample(prompts, seed=config.train.seed, source=sources).pixels
