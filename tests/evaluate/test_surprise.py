@@ -120,7 +120,9 @@ def test_what_does_not_fit_is_refused(
         watcher.step(torch.zeros(1, 1, 16, 16), torch.zeros(1, 2))
     joined = made(configure, build)
     monkeypatch.setattr(type(joined.codec), "pixel_frames", lambda self, frames: 4 * frames - 3)
-    with pytest.raises(ValueError, match=r"^watcher: two latent frames of the codec are 5 frames of pixels, expected 2"):
+    with pytest.raises(
+        ValueError, match=r"^watcher: two latent frames of the codec are 5 frames of pixels, expected 2"
+    ):
         Watcher(joined)
     monkeypatch.undo()
     config = dataclasses.replace(acted.config, train=dataclasses.replace(acted.config.train, noise_std=0.0))

@@ -956,6 +956,20 @@ def test_a_data_set_may_read_every_item_into_the_same_memory(tiny) -> None:
     assert torch.equal(pixels[:, 0, 0, 0, 0], torch.tensor(drawn))
 
 
+def test_captions_of_several_lines_are_told(tiny, tmp_path: Path, caplog) -> None:
+    """A file with a caption a line is one caption, of all lines together."""
+    for name, caption in (("a", "a three\nmoving up\n"), ("b", "a four\n")):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(8, 16, 16, 1, dtype=torch.uint8), 8)
+        (tmp_path / f"{name}.txt").write_text(caption)
+    config = tiny(data={"kind": "folder", "path": str(tmp_path)})
+    tell_data(config, make_dataset(config))
+    (line,) = [line for line in caplog.messages if "several lines" in line]
+    assert line == (
+        f"captions of 1 of the 2 files in {tmp_path} have several lines (such as that of a.mp4), and each is one "
+        'caption; several of a video stand in NAME.json, {"captions": [...]}'
+    )
+
+
 class _Drawn(_OneBuffer):
     """Items are drawn anew at each call, into one buffer."""
 

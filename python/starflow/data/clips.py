@@ -510,6 +510,11 @@ class VideoFolder:
         return tuple(file.name for file in self._files if not any(file.captions))
 
     @property
+    def broken_lines(self) -> tuple[str, ...]:
+        """Names of the files that have a caption of several lines."""
+        return tuple(file.name for file in self._files if any("\n" in caption for caption in file.captions))
+
+    @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """All (height, width) that clips can have."""
         return tuple(dict.fromkeys(file.size for file in self._files))

@@ -166,6 +166,16 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
                 dataset.folder,
                 bare[0],
             )
+        # Other collections have a caption a line.
+        if several := dataset.broken_lines:
+            logger.warning(
+                "captions of %d of the %d files in %s have several lines (such as that of %s), and each is one caption; "
+                'several of a video stand in NAME.json, {"captions": [...]}',
+                len(several),
+                count,
+                dataset.folder,
+                several[0],
+            )
     elif len(bare) < count and not data.name_captions:
         logger.warning(
             "skipped: the captions of %d files in %s, the model reads none", count - len(bare), dataset.folder
