@@ -140,8 +140,8 @@ class Watcher:
         shown_by = pipeline.codec.pixel_frames(2)
         if shown_by != 2:
             raise ValueError(
-                f"watcher: two latent frames of the codec are {shown_by} frames of pixels, expected 2: frames that come "
-                "one by one are encoded alone (`surprise` takes whole clips)"
+                f"watcher: two latent frames of the codec are {shown_by} frames of pixels, expected 2: frames that "
+                "come one by one are encoded alone (`surprise` takes whole clips)"
             )
         data = pipeline.config.data
         height, width = size or (data.height, data.width)

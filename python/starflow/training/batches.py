@@ -169,8 +169,8 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
         # Other collections have a caption a line.
         if several := dataset.broken_lines:
             logger.warning(
-                "captions of %d of the %d files in %s have several lines (such as that of %s), and each is one caption; "
-                'several of a video stand in NAME.json, {"captions": [...]}',
+                "captions of %d of the %d files in %s have several lines (such as that of %s), and each is one "
+                'caption; several of a video stand in NAME.json, {"captions": [...]}',
                 len(several),
                 count,
                 dataset.folder,
