@@ -970,7 +970,7 @@ def test_captions_of_several_lines_are_told(tiny, tmp_path: Path, caplog) -> Non
     )
 
 
-class _Drawn(_OneBuffer):
+class _Redrawn(_OneBuffer):
     """Items are drawn anew at each call, into one buffer."""
 
     def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
@@ -981,7 +981,7 @@ class _Drawn(_OneBuffer):
 
 def test_items_that_are_drawn_anew_are_told_though_they_share_memory(tiny, caplog) -> None:
     """The first one was compared with itself."""
-    check_own(tiny(), _Drawn())
+    check_own(tiny(), _Redrawn())
     assert "clip 0 of the data set is another one the second time" in caplog.text
     caplog.clear()
     check_own(tiny(), _OneBuffer())
