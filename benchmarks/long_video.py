@@ -103,12 +103,15 @@ def main() -> int:
     parser.add_argument("--only", action="append", metavar="NAME", help="ways to measure (default: all)")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="where the curves are drawn")
     args = parser.parse_args()
+    ways: dict[str, dict[str, Any] | None] = {"held-out clips": None, **WAYS}
+    if unknown := [name for name in args.only or () if name not in ways]:
+        parser.error(f"--only is {unknown[0]!r}, expected one of {', '.join(ways)}")
     pipeline = models.streaming(SIZE)
     real, captions = held_out(args.clips, args.frames)
     judge = DigitJudge(SIZE)
     level = ink(real).mean()
     rows: dict[str, dict[str, Any]] = {}
-    for name, options in {"held-out clips": None, **WAYS}.items():
+    for name, options in ways.items():
         if args.only and name not in args.only:
             continue
         begin = time.perf_counter()

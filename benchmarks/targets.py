@@ -613,6 +613,12 @@ def main() -> int:
     unknown = [name for name in args.names if name not in TARGETS]
     if unknown:
         parser.error(f"NAME is {unknown[0]!r}, expected one of {', '.join(TARGETS)}")
+    # Nothing would be measured, with status 0.
+    outside = [name for name in args.names if args.group and TARGETS[name][0] != args.group]
+    if outside:
+        parser.error(
+            f"NAME is {outside[0]!r} of the group {TARGETS[outside[0]][0]}, expected one of the group {args.group}"
+        )
     if not args.list:
         busy = sampled()
         # The log of a run shows it at once; the lines keep it.

@@ -666,9 +666,9 @@ def test_what_a_command_reads_is_not_written_over(
     (clip,) = out.glob("*.mp4")
     content = clip.read_bytes()
     capsys.readouterr()
-    for options in (("--video", clip, "--given", 2), ("--image", out / "sheet.png")):
+    for options, what in ((("--video", clip, "--given", 2), "a clip"), (("--image", out / "sheet.png"), "the sheet")):
         assert run("sample", model, PROMPT, "--out", out, *options) == 2
-        assert f"{options[0]} is {options[1]}, in whose place a clip would be written, expected another" in error(
+        assert f"{what} of --out is '{options[1]}', which is {options[0]} {options[1]}, expected another" in error(
             capsys
         )
     assert run("score", model, clip, "--json", clip) == 2

@@ -91,7 +91,9 @@ def test_a_watcher_tells_of_every_frame_what_the_whole_clip_tells(
             torch.testing.assert_close(got.tokens[row], whole[row].tokens[frame], atol=0.01, rtol=1e-3)
 
 
-def test_what_does_not_fit_is_refused(configure: Configure, build: Build, pipeline: Pipeline) -> None:
+def test_what_does_not_fit_is_refused(
+    configure: Configure, build: Build, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
     acted = made(configure, build)
     with pytest.raises(ValueError, match="surprise: draws is 0, expected an integer >= 1"):
         surprise(acted, [clip(3)], draws=0)
@@ -116,6 +118,13 @@ def test_what_does_not_fit_is_refused(configure: Configure, build: Build, pipeli
         watcher.step(torch.zeros(1, 1, 8, 16))
     with pytest.raises(ValueError, match=r"condition has shape \[1, 1, 2\], expected \[1, 1, 3\]"):
         watcher.step(torch.zeros(1, 1, 16, 16), torch.zeros(1, 2))
+    joined = made(configure, build)
+    monkeypatch.setattr(type(joined.codec), "pixel_frames", lambda self, frames: 4 * frames - 3)
+    with pytest.raises(
+        ValueError, match=r"^watcher: two latent frames of the codec are 5 frames of pixels, expected 2"
+    ):
+        Watcher(joined)
+    monkeypatch.undo()
     config = dataclasses.replace(acted.config, train=dataclasses.replace(acted.config.train, noise_std=0.0))
     with pytest.raises(ValueError, match=r"surprise: train\.noise_std is 0, expected a model that was trained with"):
         surprise(build(config), [clip(3)])

@@ -133,7 +133,7 @@ def test_dependency_in_another_order() -> None:
     wrong = torch.cat([order[:1], order[1:].flip(0)])
     for schedule in (Window(tolerance=1e-3), Window(4), Sequential()):
         with pytest.raises(
-            ValueError, match=r"another shift or scale of token \d+ though no token before it had changed"
+            ValueError, match=r"another shift or scale of token \d+ of sample \d though no token before it had changed"
         ):
             starflow.solve(fn, z, order=wrong, schedule=schedule)
     with pytest.raises(ValueError, match="another shift or scale of the first token"):
@@ -311,5 +311,34 @@ def test_a_function_that_looks_ahead_behind_its_first_token_is_refused() -> None
         return 0.5 * F.pad(x[:, 2:], (1, 1)), torch.full_like(x, 0.5)
 
     z = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(ValueError, match=r"another shift or scale of token \d though no token before it had changed"):
+    with pytest.raises(ValueError, match=r"another shift or scale of token \d of sample 0 though no token before"):
         starflow.solve(ahead, z)
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_a_function_that_looks_ahead_in_one_sample_alone_is_refused(reused: bool) -> None:
+    """Whichever sample it is, also where the function fills the same tensors at each call."""
+    z = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    buffers = torch.zeros(3, 8), torch.zeros(3, 8)
+
+    def fn(x: Tensor) -> tuple[Tensor, Tensor]:
+        shift = F.pad(0.5 * x[:, :-1], (1, 0))
+        shift[2, 1:-1] = 0.5 * x[2, 2:]
+        if not reused:
+            return shift, torch.full_like(x, 0.5)
+        buffers[0].copy_(shift)
+        buffers[1].fill_(0.5)
+        return buffers
+
+    message = r"another shift or scale of token \d of sample 2 though no token before it had changed"
+    with pytest.raises(ValueError, match=message):
+        starflow.solve(fn, z)
+
+
+def test_a_function_that_mixes_samples_is_refused() -> None:
+    def mixed(x: Tensor) -> tuple[Tensor, Tensor]:
+        return 0.5 * F.pad(x.flip(0)[:, :-1], (1, 0)), torch.full_like(x, 0.5)
+
+    z = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"depend on the tokens before it in the same sample"):
+        starflow.solve(mixed, z)

@@ -28,13 +28,15 @@ from starflow.storage import (
     load_flow,
     load_model,
     load_state,
+    model_files,
     read_header,
     read_state,
     save_model,
     save_state,
+    write_model,
 )
 from starflow.storage.tensors import check_tensors, sums_of, write_tensors
-from starflow.training import make_parts
+from starflow.training import make_parts, train
 
 from ..tools import full_disk
 
@@ -122,6 +124,45 @@ def test_a_model_file_that_was_touched_is_the_same(saved, monkeypatch) -> None:
         file.write(b"\x3f\x80\x00\x00")
     with pytest.raises(ChangedFileError):
         require_unchanged(flow)
+
+
+@pytest.mark.parametrize("by", ["save_model", "folder", "train", "save_pretrained"])
+def test_whatever_writes_models_leaves_a_mapped_one_as_it_was(
+    tiny, saved, tmp_path: Path, monkeypatch, by: str
+) -> None:
+    """It is replaced by rename: a file that is cut off while it is read ends the process that mapped it."""
+    flow, _ = saved
+    config = tiny(steps=1)
+    parts = make_parts(config)
+    run = tmp_path / "run"
+    source = Pipeline(flow, config, *parts)
+    path = run if by in ("folder", "save_pretrained") else run / "model.safetensors"
+
+    def write(flow: Flow) -> None:
+        if by == "save_pretrained":
+            Pipeline(flow, config, *parts).save_pretrained(run)
+        elif by == "folder":  # as `convert` writes one, or a file
+            write_model(path, flow.state_dict(), config, {}, file_bytes=20_000)
+        elif by == "train":
+            train(config, run, quiet=True)
+        else:
+            save_model(path, flow, config, *parts)
+
+    write(flow)
+    files = {file: file.stat().st_ino for file in model_files(path)}
+    monkeypatch.setattr("starflow.mapped.COPIED", 0)
+    loaded, _ = load_flow(path)
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with torch.no_grad():
+        for tensor in source.flow.state_dict().values():
+            tensor.add_(1.0)
+    config = tiny(steps=2) if by == "train" else config
+    write(source.flow)
+    assert all(file.stat().st_ino != number for file, number in files.items())
+    require_unchanged(loaded)
+    again, _ = load_flow(path)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in again.state_dict().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.state_dict().items())
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="the system keeps no copies of files in memory")

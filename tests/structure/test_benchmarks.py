@@ -139,3 +139,27 @@ def test_every_op_has_quick_benchmarks() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     for name in ops.SPECS:
         assert f"test_op[{name}-" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ("targets.py", "--group", "cpu", "train_speed"),
+            "NAME is 'train_speed' of the group quality, expected one of the",
+        ),
+        (("long_video.py", "--only", "chunk"), "--only is 'chunk', expected one of held-out clips, "),
+    ],
+    ids=["targets", "long_video"],
+)
+def test_a_name_that_would_measure_nothing_is_refused(command: tuple[str, ...], message: str) -> None:
+    script, *options = command
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / script), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert message in done.stderr

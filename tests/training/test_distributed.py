@@ -1,4 +1,4 @@
-"""Two processes on one machine, over gloo: the same numbers as one, and an end for all when one of them dies."""
+"""Two or three processes on one machine, over gloo: the numbers of one, and an end for all when one of them dies."""
 
 from __future__ import annotations
 
@@ -61,9 +61,10 @@ def commanded(*arguments: str) -> dict[str, Any]:
     return {"status": main(arguments)}
 
 
-def one_rank(rank: int, port: int, out: Path, name: str, arguments: tuple) -> None:
+def one_rank(rank: int, size: int, port: int, out: Path, name: str, arguments: tuple) -> None:
     """What a process of `torchrun` does, and what it says of itself in a file."""
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port, "MASTER_ADDR": "127.0.0.1"}
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+    environment["MASTER_ADDR"] = "127.0.0.1"
     environment["TORCHELASTIC_USE_AGENT_STORE"] = True
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
@@ -85,11 +86,11 @@ def stopped(process: int) -> bool:
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
-    """Calls a function in two processes; returns what each said, or nothing for one that was killed."""
+    """Calls a function in two processes, or `size`; returns what each said, or nothing for one that was killed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["starflow.training", "sklearn.datasets", "torch.distributed.checkpoint"])
 
-    def run(function: Callable[..., dict[str, Any]], *arguments: Any) -> list[dict[str, Any]]:
+    def run(function: Callable[..., dict[str, Any]], *arguments: Any, size: int = 2) -> list[dict[str, Any]]:
         out = tmp_path_factory.mktemp("ranks")
         # As `torchrun` does, on a free port.
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -97,19 +98,20 @@ def both(tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
         processes = [
             context.Process(
                 target=runpy.run_path,
-                args=(__file__, {"RANK": (rank, store.port, out, function.__name__, arguments)}, "rank"),
+                args=(__file__, {"RANK": (rank, size, store.port, out, function.__name__, arguments)}, "rank"),
             )
-            for rank in (0, 1)
+            for rank in range(size)
         ]
         for process in processes:
             process.start()
-        first, second = processes
+        first, *others = processes
         first.join(300)
-        while second.exitcode is None and not stopped(second.pid):
-            second.join(1)
-        second.kill()
+        for other in others:
+            while other.exitcode is None and not stopped(other.pid):
+                other.join(1)
+            other.kill()
         assert first.exitcode is not None
-        found = [out / f"{rank}.json" for rank in (0, 1)]
+        found = [out / f"{rank}.json" for rank in range(size)]
         return [json.loads(file.read_text()) if file.exists() else {} for file in found]
 
     return run
@@ -169,6 +171,21 @@ def test_two_processes_compute_what_one_does_and_resume_each_other(tiny, tmp_pat
     assert [row[0] for row in more] == [4]
     first, _ = ranks(longer, tmp_path / "one")
     close(first["curve"], more)
+
+
+def test_three_processes_keep_what_was_measured_of_the_data(tiny, tmp_path: Path, both) -> None:
+    """To the bit, as one process measured it: of three equal numbers the average is another one (0.1 is 0.10000001)."""
+    config = tiny(flow={"centred": True, "denoiser_components": 4}, steps=2, batch_size=3)
+    alone(config, tmp_path / "one")
+    said = both(trained, config, tmp_path / "three", {}, size=3)
+    assert not any("error" in each for each in said), said
+    # One process goes on from three.
+    alone(replace(config, train=replace(config.train, steps=3)), tmp_path / "three")
+    one, three = (load_model(tmp_path / name).flow for name in ("one", "three"))
+    assert len(one.measured()) == 5
+    for first, second in zip(one.measured(), three.measured(), strict=True):
+        assert torch.equal(first, second)
+    assert one.measured()[0].count_nonzero() > 0
 
 
 def test_a_killed_process_ends_the_other_and_leaves_the_last_checkpoint(tiny, tmp_path: Path, ranks) -> None:

@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -24,17 +25,39 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from starflow.config import ConfigError, RunConfig
-from starflow.data import Clip, MovingDigits, VideoFolder, sample_batch, sample_indices, write_video
+from starflow.data import (
+    Clip,
+    MovingDigits,
+    VideoFolder,
+    read_batch,
+    sample_batch,
+    sample_indices,
+    to_frames,
+    write_video,
+)
+from starflow.distributed import ALONE
 from starflow.files import InUseError
 from starflow.model import Flow, Gaussian
 from starflow.sampling import Pipeline
 from starflow.storage import CheckpointError, latest_state, load_model, parts
 from starflow.text import ClassEncoder, Features
-from starflow.training import Batch, Batches, Trainer, TrainingError, machine, make_dataset, make_parts, optim, train
-from starflow.training.batches import make_images, tell_data, with_vocabulary
+from starflow.training import (
+    Batch,
+    Batches,
+    Trainer,
+    TrainingError,
+    machine,
+    make_dataset,
+    make_parts,
+    optim,
+    train,
+    trainer,
+)
+from starflow.training.batches import check_own, make_images, tell_data, with_vocabulary
 from starflow.training.machine import gains_from_bfloat16
+from starflow.training.measure import begin_from_data, moments
 from starflow.training.optim import Muon, cosine_lr
-from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE, covariances, mean_frame
+from starflow.training.trainer import MOST_SKIPS, PATIENCE, TRACK_RATE
 
 from ..encoders import make_t5
 
@@ -933,6 +956,67 @@ def test_a_data_set_may_read_every_item_into_the_same_memory(tiny) -> None:
     assert torch.equal(pixels[:, 0, 0, 0, 0], torch.tensor(drawn))
 
 
+def test_captions_of_several_lines_are_told(tiny, tmp_path: Path, caplog) -> None:
+    """A file with a caption a line is one caption, of all lines together."""
+    for name, caption in (("a", "a three\nmoving up\n"), ("b", "a four\n")):
+        write_video(tmp_path / f"{name}.mp4", torch.zeros(8, 16, 16, 1, dtype=torch.uint8), 8)
+        (tmp_path / f"{name}.txt").write_text(caption)
+    config = tiny(data={"kind": "folder", "path": str(tmp_path)})
+    tell_data(config, make_dataset(config))
+    (line,) = [line for line in caplog.messages if "several lines" in line]
+    assert line == (
+        f"captions of 1 of the 2 files in {tmp_path} have several lines (such as that of a.mp4), and each is one "
+        'caption; several of a video stand in NAME.json, {"captions": [...]}'
+    )
+
+
+class _Redrawn(_OneBuffer):
+    """Items are drawn anew at each call, into one buffer."""
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        clip = super().item(index)
+        self._pixels.uniform_(-1, 1)
+        return clip
+
+
+def test_items_that_are_drawn_anew_are_told_though_they_share_memory(tiny, caplog) -> None:
+    """The first one was compared with itself."""
+    check_own(tiny(), _Redrawn())
+    assert "clip 0 of the data set is another one the second time" in caplog.text
+    caplog.clear()
+    check_own(tiny(), _OneBuffer())
+    assert "another one" not in caplog.text
+
+
+def test_samples_of_pairs_begin_with_their_own_sources(tiny, tmp_path: Path, monkeypatch) -> None:
+    """A data set that reads into one buffer showed the last source four times."""
+    sheets: list[list[np.ndarray]] = []
+    monkeypatch.setattr(trainer, "write_contact_sheet", lambda path, clips, titles: sheets.append(clips))
+    words = [*RunConfig.load("tiny").text["vocabulary"], "v2v"]
+    config = tiny(
+        flow={"txt_dim": 16, "txt_size": 4},
+        text={"kind": "words", "size": 4, "vocabulary": words},
+        steps=1,
+        sample_every=1,
+        source_prob=1.0,
+        drop_image=0.0,
+    )
+    train(config, tmp_path, quiet=True, dataset=_OneBuffer())
+    ((first, *rest),) = sheets
+    values = [float(to_frames(torch.full((1, 1, 1, 1), index / 50)).flatten()[0]) for index in range(4)]
+    assert [float(clip[0].flatten()[0]) for clip in (first, *rest)] == values
+
+
+def test_clips_of_a_batch_are_of_one_shape_and_dtype() -> None:
+    clips = [Clip(torch.zeros(1, 1, 4, 4), "", "a"), Clip(torch.zeros(1, 1, 4, 4, dtype=torch.uint8), "", "b")]
+    with pytest.raises(ValueError, match=r"^read_batch: b has dtype torch.uint8, expected torch.float32 like a$"):
+        read_batch(clips, 2)
+    with pytest.raises(ValueError, match=r"^read_batch: c has shape \[1, 1, 4, 8\], expected \[1, 1, 4, 4\] like a$"):
+        read_batch([clips[0], Clip(torch.zeros(1, 1, 4, 8), "", "c")], 2)
+    with pytest.raises(ValueError, match="clips is empty"):
+        read_batch([], 0)
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
@@ -1247,19 +1331,91 @@ class Clips:
 
 
 def test_a_mean_of_clips_of_several_sizes_is_that_of_channels(tiny) -> None:
-    codec, _ = make_parts(tiny())
-    mean = mean_frame(Clips(), codec, CPU)
-    expected = codec.encode(torch.full((1, 4, 1, 16, 16), -0.25)).mean((0, 1, 3, 4))
-    torch.testing.assert_close(mean, expected[:, None, None])
-    with pytest.raises(TrainingError, match="clip 0 holds NaN or infinity, expected finite pixels"):
-        mean_frame(Clips(bad=True), codec, CPU)
-    flow = Flow(tiny(flow={"centred": True}).flow)
-    flow.centre_on(mean)
+    config = tiny(flow={"centred": True, "denoiser_components": 4})
+    codec, _ = make_parts(config)
+    flow = Flow(config.flow)
+    mean, covariance = moments(flow, Clips(), codec, CPU)
+    channels = flow.config.in_channels
+    expected = codec.encode(torch.full((1, 4, 1, 16, 16), -0.25)).mean((0, 1, 3, 4)).double()
+    torch.testing.assert_close(mean[0].view(-1, channels).mean(0), expected)
     # The first coefficient of each clip is the same distance from the mean, the others are 0.
-    (found,) = covariances(flow, Clips(), codec, CPU)
-    assert (found.abs() > 1e-5).sum() == 1
+    assert covariance is not None
+    first = (covariance[0].abs() > 1e-5).sum()
+    assert first == flow.config.patch_size**4
     deviation = codec.encode(torch.full((1, 4, 1, 16, 16), -0.25)).abs().max().double()
-    torch.testing.assert_close(found[0, 0], deviation.square(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(covariance[0, 0, 0], deviation.square(), atol=1e-5, rtol=1e-5)
+    begin_from_data(flow, Clips(), codec, config.train, ALONE, new=True)
+    assert flow.centre is not None
+    torch.testing.assert_close(flow.centre.mean, mean.float().expand_as(flow.centre.mean))
+    with pytest.raises(TrainingError, match="clip 0 holds NaN or infinity, expected finite pixels"):
+        moments(flow, Clips(bad=True), codec, CPU)
+    with pytest.raises(ConfigError, match=r"^training: item 0 of the data set is 'a clip', expected a starflow"):
+        moments(flow, Others(), codec, CPU)  # type: ignore[arg-type]
+
+
+@dataclass
+class Others:
+    """A data set whose items are no clips."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> str:
+        return "a clip"
+
+
+@dataclass
+class Bright:
+    """Clips far from zero that hardly differ, and how often each is read."""
+
+    read: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return 100
+
+    def item(self, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+        self.read.append(index)
+        noise = torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(index))
+        return Clip((0.9 + 1e-3 * noise).clamp_max(1.0), "", f"clip {index}")
+
+
+@pytest.mark.parametrize("init", [False, True], ids=["new", "of a model"])
+def test_moments_are_those_of_numpy_and_each_clip_is_read_once(tiny, init: bool) -> None:
+    """Around the mean of 64 clips, or around that of a model that a run goes on from, which is kept."""
+    config = tiny(flow={"centred": True, "denoiser_components": 4})
+    codec, _ = make_parts(config)
+    flow, dataset = Flow(config.flow), Bright()
+    assert flow.centre is not None
+    assert flow.denoiser is not None
+    gaussian = flow.denoiser.gaussian
+    assert gaussian is not None
+    clips = torch.stack([dataset.item(number * 100 // 64).pixels for number in range(64)])
+    tokens = flow.to_grid(codec.encode(clips)).double().flatten(2, 3).flatten(0, 1).numpy()
+    mean = tokens.mean(0)
+    about = mean + 0.5 if init else mean
+    if init:
+        flow.centre_on(
+            flow.from_grid(torch.from_numpy(about).float().unflatten(0, flow.nominal_sides)[None, None])[0, 0]
+        )
+        kept = flow.centre.mean.clone()
+    dataset.read.clear()
+    begin_from_data(flow, dataset, codec, config.train, ALONE, new=not init)
+    assert dataset.read == [number * 100 // 64 for number in range(64)]
+    if init:
+        assert torch.equal(flow.centre.mean, kept)
+        about = kept.double().flatten(0, 1).numpy()
+    else:
+        np.testing.assert_allclose(flow.centre.mean.flatten(0, 1).numpy(), mean, rtol=1e-6, atol=1e-6)
+    covariances = np.einsum("npc,npd->pcd", tokens - about, tokens - about) / len(tokens)
+    expected = Gaussian(flow.config).requires_grad_(False)
+    expected.fit(torch.from_numpy(covariances), config.train.noise_std, config.train.noise_std)
+    torch.testing.assert_close(gaussian.rest, expected.rest, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(gaussian.gains, expected.gains, rtol=1e-4, atol=1e-6)
+    if not init:
+        found_mean, found = moments(Flow(config.flow), dataset, codec, CPU)
+        np.testing.assert_allclose(found_mean.numpy(), mean, rtol=1e-12)
+        assert found is not None
+        np.testing.assert_allclose(found.numpy(), covariances, rtol=1e-6, atol=1e-12)
 
 
 def test_data_that_is_not_finite_is_named(tiny, tmp_path: Path) -> None:

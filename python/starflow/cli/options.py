@@ -104,19 +104,22 @@ def model_path(text: str) -> str:
     return text
 
 
-def check_written(written: Mapping[str, str | None], read: Mapping[str, Sequence[str]]) -> None:
+def check_written(written: Mapping[str, str | Sequence[str] | None], read: Mapping[str, Sequence[str]]) -> None:
     """Refuses files of a command that are each other, or among what it reads: they would be replaced without a word.
 
     Args:
-        written: paths by the option that names them; None and "-" are no files.
+        written: a path, or several, by the option that names them or what they are called; None and "-" are no files.
         read: paths by what they are called.
 
     Raises:
         ConfigError: two of one path.
     """
     known = {os.path.realpath(path): f"{name} {short(path)}" for name, paths in read.items() for path in paths}
-    for name, path in written.items():
-        if path in (None, "-"):
+    paths = [
+        (name, path) for name, given in written.items() for path in ([given] if isinstance(given, str) else given or ())
+    ]
+    for name, path in paths:
+        if path == "-":
             continue
         place = os.path.realpath(path)
         if place in known:

@@ -14,7 +14,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -38,6 +38,7 @@ __all__ = [
     "ClipDataset",
     "VideoFolder",
     "actions_of",
+    "read_batch",
     "sample_batch",
     "sample_group",
     "sample_indices",
@@ -95,10 +96,50 @@ def require_clip(what: str, value: object) -> None:
             raise ConfigError(f"{what}, {value.name}, has the {name} {shown(other)}, expected a tensor or None")
 
 
-def kept_clip(clip: Clip) -> Clip:
-    """The clip with tensors of its own: a data set may read the next one into the same buffer."""
+def read_batch(clips: Iterable[Clip], count: int) -> tuple[torch.Tensor, list[Clip]]:
+    """Stack clips as they are read: a data set may read the next one into the same buffer, and pixels are copied once.
+
+    Args:
+        clips: so many, at least one, of one shape and dtype; what they hold is copied before the next one is asked for.
+        count: of the clips.
+
+    Returns:
+        pixels (batch, frames, channels, height, width), and the clips, whose pixels are its rows.
+
+    Raises:
+        ValueError: when there is no clip, or when two differ in shape or dtype.
+    """
+    pixels: torch.Tensor | None = None
+    kept: list[Clip] = []
+    for clip in clips:
+        if pixels is None:
+            pixels = clip.pixels.new_empty(count, *clip.pixels.shape)
+        _require_like("read_batch", clip, kept[0] if kept else clip)
+        pixels[len(kept)] = clip.pixels
+        kept.append(kept_clip(clip, pixels[len(kept)]))
+    if pixels is None:
+        raise ValueError("read_batch: clips is empty, expected at least one clip")
+    return pixels[: len(kept)], kept
+
+
+def _require_like(who: str, clip: Clip, first: Clip) -> None:
+    own, other = ((list(each.pixels.shape), each.pixels.dtype) for each in (clip, first))
+    if own[0] != other[0]:
+        raise ValueError(f"{who}: {clip.name} has shape {own[0]}, expected {other[0]} like {first.name}")
+    if own[1] != other[1]:
+        raise ValueError(f"{who}: {clip.name} has dtype {own[1]}, expected {other[1]} like {first.name}")
+
+
+def kept_clip(clip: Clip, pixels: torch.Tensor | None = None) -> Clip:
+    """The clip with tensors of its own: a data set may read the next one into the same buffer.
+
+    Args:
+        clip: just read.
+        pixels: a copy of its pixels; None makes one.
+    """
     source, told = (None if some is None else some.clone() for some in (clip.source, clip.frame_conditions))
-    return replace(clip, pixels=clip.pixels.clone(), source=source, frame_conditions=told)
+    own = clip.pixels.clone() if pixels is None else pixels
+    return replace(clip, pixels=own, source=source, frame_conditions=told)
 
 
 class ClipDataset(Protocol):
@@ -178,16 +219,12 @@ def stack_clips(clips: Sequence[Clip]) -> tuple[torch.Tensor, list[str]]:
         pixels (batch, frames, channels, height, width) and the captions.
 
     Raises:
-        ValueError: when there is no clip, or when two differ in shape.
+        ValueError: when there is no clip, or when two differ in shape or dtype.
     """
     if not clips:
         raise ValueError("stack_clips: clips is empty, expected at least one clip")
     for clip in clips:
-        if clip.pixels.shape != clips[0].pixels.shape:
-            raise ValueError(
-                f"stack_clips: {clip.name} has shape {list(clip.pixels.shape)}, "
-                f"expected {list(clips[0].pixels.shape)} like {clips[0].name}"
-            )
+        _require_like("stack_clips", clip, clips[0])
     return torch.stack([clip.pixels for clip in clips]), [clip.caption for clip in clips]
 
 
@@ -268,7 +305,8 @@ def sample_batch(dataset: ClipDataset, seed: int, step: int, batch: int) -> tupl
         pixels (batch, frames, channels, height, width) in [-1, 1], and the captions.
     """
     pairs = sample_indices(seed, step, batch, len(dataset))
-    return stack_clips([kept_clip(dataset.item(index, epoch=epoch, seed=seed)) for index, epoch in pairs])
+    pixels, clips = read_batch((dataset.item(index, epoch=epoch, seed=seed) for index, epoch in pairs), len(pairs))
+    return pixels, [clip.caption for clip in clips]
 
 
 @dataclass(frozen=True)
@@ -462,14 +500,19 @@ class VideoFolder:
         return tuple(dict.fromkeys(rate.fps for file in self._files for rate in file.rates))
 
     @property
-    def rates_of_files(self) -> tuple[float, ...]:
-        """The first frame rate that clips of each file are cut at, in the order of `names`; 0 of images."""
-        return tuple(file.rates[0].fps for file in self._files)
+    def rates_of_files(self) -> dict[str, float]:
+        """The first frame rate that clips of each file are cut at, by `names`; 0 of images."""
+        return {file.name: file.rates[0].fps for file in self._files}
 
     @property
     def uncaptioned(self) -> tuple[str, ...]:
         """Names of the files all of whose captions are empty."""
         return tuple(file.name for file in self._files if not any(file.captions))
+
+    @property
+    def broken_lines(self) -> tuple[str, ...]:
+        """Names of the files that have a caption of several lines."""
+        return tuple(file.name for file in self._files if any("\n" in caption for caption in file.captions))
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:

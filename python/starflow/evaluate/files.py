@@ -90,7 +90,7 @@ def read_clips(
                 aspect_multiple=_multiple(pipeline) if data.mix_aspect else None,
                 frame_dim=pipeline.config.flow.frame_dim,
             )
-            tell_rates("score", pipeline.config, folder)
+            tell_rates("score", pipeline.config, folder.rates_of_files)
             found = [folder.item(index) for index in range(len(folder))]
         else:
             found = _cut(path, count, clips_per_file, pipeline)
@@ -104,20 +104,18 @@ def read_clips(
     return clips if caption is None else [replace(clip, caption=caption) for clip in clips]
 
 
-def tell_rates(who: str, config: RunConfig, rates: VideoFolder | Mapping[str, float]) -> None:
+def tell_rates(who: str, config: RunConfig, rates: Mapping[str, float]) -> None:
     """Tells of files at other rates than the clips of a model that was not trained at a rate by name (`data.fps`).
 
     Args:
         who: function or command, for the message.
         config: of the model.
-        rates: frames a second by names of files, or the folder of these.
+        rates: frames a second by names of files.
     """
     data, usual = config.data, config.sample.fps
     # A folder that was trained on has rates of its own.
     if data.kind == "folder" or data.fps is not None:
         return
-    if isinstance(rates, VideoFolder):
-        rates = dict(zip(rates.names, rates.rates_of_files, strict=True))
     other = [f"{name} has {rate:g}" for name, rate in rates.items() if rate and plays_otherwise(rate, usual)]
     if other:
         logger.warning(

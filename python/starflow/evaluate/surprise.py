@@ -110,8 +110,8 @@ class Watcher:
         scaled: as of `score`; the log tells of a first frame that looks like [0, 1].
 
     Raises:
-        ValueError: a flow that sees all frames or mixes them in its shallow blocks, or a number of seeds that is not
-            that of the prompts.
+        ValueError: a flow that sees all frames or mixes them in its shallow blocks, a codec that joins frames, or a
+            number of seeds that is not that of the prompts.
 
     Example:
         >>> watcher = Watcher(Pipeline.load("runs/paddle"))  # doctest: +SKIP
@@ -137,6 +137,12 @@ class Watcher:
         if len(self._seeds) != len(prompts) or not prompts:
             raise ValueError(f"watcher: seeds has {len(self._seeds)} entries, expected {len(prompts)} like the prompts")
         _sigma(pipeline)
+        shown_by = pipeline.codec.pixel_frames(2)
+        if shown_by != 2:
+            raise ValueError(
+                f"watcher: two latent frames of the codec are {shown_by} frames of pixels, expected 2: frames that "
+                "come one by one are encoded alone (`surprise` takes whole clips)"
+            )
         data = pipeline.config.data
         height, width = size or (data.height, data.width)
         side = pipeline.codec.spatial * config.patch_size

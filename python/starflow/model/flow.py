@@ -15,6 +15,7 @@ from starflow.mapped import require_unchanged
 from starflow.model.block import Encoded, FlowBlock
 from starflow.model.centre import Centre
 from starflow.model.denoiser import Denoiser
+from starflow.model.gaussian import Gaussian
 from starflow.model.tokens import patchify, unpatchify
 
 # What class labels may be.
@@ -165,6 +166,21 @@ class Flow(nn.Module):
             z = encoded.latents[-1].detach()
             if z.shape[1] == 1 and z[0, ..., 0].numel() == self.prior_variance.shape[0]:
                 self.prior_variance.lerp_(z.square().mean(0).flatten(0, -2).to(self.prior_variance.dtype), rate)
+
+    def tracked(self) -> list[Tensor]:
+        """The buffers that `track` updates."""
+        guesses = [block.guess for block in self._blocks() if block.guess.numel()]
+        return guesses if self.config.nvp else [*guesses, self.prior_variance]
+
+    def measured(self) -> list[Tensor]:
+        """The buffers that hold what was measured of the data before training (`Centre`, `Gaussian`)."""
+        return [buffer for part in self.modules() if isinstance(part, Centre | Gaussian) for buffer in part.buffers()]
+
+    @property
+    def nominal_sides(self) -> tuple[int, int]:
+        """Height and width of the token grid of frames of the nominal size."""
+        side = self.config.img_size // self.config.patch_size
+        return side, side
 
     # -- noise to data ------------------------------------------------------------------------------------------------
 

@@ -129,6 +129,9 @@ class Pipeline(Pretrained):
     def load(cls, path: str | Path, *, device: str | torch.device = "cpu") -> Pipeline:
         """Reads a model that training or conversion wrote.
 
+        A file above 64 MiB is mapped: replace it by rename, and never write into it, while the pipeline is in use (see
+        docs/checkpoints.md).
+
         Args:
             path: a `.safetensors` file, the folder of a run, or the name of a model that comes with the package.
             device: where the flow runs.

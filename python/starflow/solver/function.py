@@ -122,7 +122,9 @@ class FunctionDecoder:
         # Scale and shift of the first token, which depend on nothing.
         self._first: tuple[Tensor, Tensor] | None = None
         # The maps of the call before, and the token that they begin with.
-        self._before: tuple[int, tuple[Tensor, Tensor]] | None = None
+        self._before: tuple[int, tuple[Tensor, ...]] | None = None
+        # Whether the function was seen to fill the same tensors at each call.
+        self._refills = False
         self._order = self._place = None
         if order is not None:
             if windowed:
@@ -191,11 +193,11 @@ class FunctionDecoder:
         if final is not None:
             kept = (token_numbers(starts, width, final.device) < final[:, None])[..., None]
             previous = torch.where(kept, self._x[here], previous)
-        moved = (self._x[0, starts[0] : starts[0] + width] != previous[0]).any(-1)
+        moved = (self._x[here] != previous).any(-1)
         self._x[here] = previous
         window = slice(min(starts), max(starts) + width)
         scale, shift = self._call(window)
-        self._check_causal(moved, starts[0], window.start if self._windowed else 0, (scale, shift))
+        self._check_causal(moved, starts, window.start if self._windowed else 0, (scale, shift))
         first = window.start if self._windowed else 0
         there = places([token - first for token in starts], width, previous.device)
         return Given(scale[there], shift[there])
@@ -238,35 +240,46 @@ class FunctionDecoder:
                 "is causal (shift and scale of a token depend on the tokens before it alone) and the same at each call"
             )
 
-    def _check_causal(self, moved: Tensor, start: int, first: int, maps: tuple[Tensor, Tensor]) -> None:
+    def _check_causal(self, moved: Tensor, starts: list[int], first: int, maps: tuple[Tensor, Tensor]) -> None:
         """Refuses a function whose map of a token changes though no token before it did since the call before.
 
-        What is compared is the map of the first token that changed, as later ones may change with it. Accepted tokens
-        stay, so that it is each token's turn in the course of a solve. Whether a function is causal does not depend on
-        the sample: the first one is looked at.
+        What is compared is the map of the first token of each sample that changed, as later ones may change with it.
+        Accepted tokens stay, so that it is each token's turn in the course of a solve.
 
         Args:
-            moved: whether the tokens that the evaluated ones of the first sample read have changed, (width,).
-            start: first of the evaluated tokens.
+            moved: whether the tokens that the evaluated ones read have changed, (batch, width).
+            starts: first of the evaluated tokens of each sample.
             first: token that `maps` begin with.
             maps: scale and shift of this call.
         """
-        before, self._before = self._before, (first, maps)
-        if before is None or any(new.data_ptr() == old.data_ptr() for new, old in zip(maps, before[1], strict=True)):
-            # A function that fills the same tensors at each call leaves nothing to compare with.
+        before = self._before
+        if not self._refills and before is not None:
+            self._refills = any(new.data_ptr() == old.data_ptr() for new, old in zip(maps, before[1], strict=True))
+            before = None if self._refills else before
+        self._before = first, tuple(part.clone() for part in maps) if self._refills else maps
+        if before is None:
             return
-        changed = moved.nonzero()
-        token = start + (int(changed[0]) if len(changed) else len(moved)) - 1
-        if not all(begin <= token < begin + part[0].shape[1] for begin, part in ((first, maps), before)):
-            return
-        new = [part[0, token - first] for part in maps]
-        old = [part[0, token - before[0]] for part in before[1]]
+        width = moved.shape[1]
+        # The first maximum of a row is the first that moved.
+        unmoved = torch.where(moved.any(1), moved.byte().argmax(1), width)
+        token = unmoved + torch.tensor([start - 1 for start in starts], device=moved.device)
+        samples = torch.arange(len(starts), device=moved.device)
+        compared = torch.ones_like(samples, dtype=torch.bool)
+        parts = []
+        for begin, own in ((first, maps), before):
+            end = begin + own[0].shape[1]
+            compared &= (token >= begin) & (token < end)
+            parts.append([part[samples, (token - begin).clamp(0, end - begin - 1)] for part in own])
+        new, old = parts
         most = _SAME * (old[0].abs() + old[1].abs())
-        if any(bool((now - then).abs().gt(most).any()) for now, then in zip(new, old, strict=True)):
+        changes = [(now - then).abs().gt(most).any(-1) for now, then in zip(new, old, strict=True)]
+        other = (changes[0] | changes[1]) & compared
+        if bool(other.any()):
+            sample = int(other.byte().argmax())
             raise ValueError(
-                f"solve: fn returned another shift or scale of token {token} though no token before it had changed, "
-                "expected a function that is causal (shift and scale of a token depend on the tokens before it, in the "
-                "given order, alone) and the same at each call"
+                f"solve: fn returned another shift or scale of token {int(token[sample])} of sample {sample} though no "
+                "token before it had changed, expected a function that is causal (shift and scale of a token depend on "
+                "the tokens before it in the same sample, in the given order, alone) and the same at each call"
             )
 
 

@@ -197,8 +197,9 @@ def read_header(path: str | Path) -> Header:
 def load_flow(path: str | Path) -> tuple[Flow, RunConfig]:
     """Reads flow and configuration alone: no codec, no text encoder (see `load_model`).
 
-    The weights of a file above 64 MiB stay in it and are mapped: memory holds what is used of them. Such a file that is
-    written to in place ends the next use of the flow by `starflow.mapped.ChangedFileError`.
+    The weights of a file above 64 MiB stay in it and are mapped: memory holds what is used of them. Replace such a file
+    by rename, as `save_model` and `mv` do. One that is written to in place ends the next use of the flow by
+    `starflow.mapped.ChangedFileError`, and one that is cut off while a call reads it ends the process (SIGBUS).
     """
     mapped: dict[Path, MappedFile] = {}
     with _open_model(path, mapped) as (path, metadata, opened):
@@ -275,6 +276,8 @@ def _quantize(flow: Flow, path: Path, name: str) -> None:
 @plain_modes()
 def load_model(path: str | Path) -> Loaded:
     """Reads a model that `save_model` wrote.
+
+    A file above 64 MiB is mapped, and must not be written into while the model is in use (see `load_flow`).
 
     Args:
         path: of the file or folder, or of the folder of a run (which holds `model.safetensors`); or the name of a

@@ -86,8 +86,11 @@ class Features:
         return torch.where(rows.any(1), rows.argmax(1), -1)
 
     def _encode(self, encoder: TextEncoder, caption: str) -> Tensor:
-        if caption not in self._known:
-            if len(self._known) >= CAPTION_CACHE:
-                self._known.pop(next(iter(self._known)))
-            self._known[caption] = encoder.encode([caption])
-        return self._known[caption]
+        found = self._known.get(caption)
+        if found is None:
+            found = encoder.encode([caption])
+            # Threads that sample with one pipeline may each have taken the first one out.
+            while len(self._known) >= CAPTION_CACHE:
+                self._known.pop(next(iter(list(self._known)), ""), None)
+            self._known[caption] = found
+        return found

@@ -31,6 +31,7 @@ from starflow.data import (
     is_folder,
     kept_clip,
     plays_otherwise,
+    read_batch,
     read_world,
     require_clip,
     sample_group,
@@ -165,6 +166,16 @@ def tell_data(config: RunConfig, dataset: ClipDataset) -> None:
                 dataset.folder,
                 bare[0],
             )
+        # Other collections have a caption a line.
+        if several := dataset.broken_lines:
+            logger.warning(
+                "captions of %d of the %d files in %s have several lines (such as that of %s), and each is one "
+                'caption; several of a video stand in NAME.json, {"captions": [...]}',
+                len(several),
+                count,
+                dataset.folder,
+                several[0],
+            )
     elif len(bare) < count and not data.name_captions:
         logger.warning(
             "skipped: the captions of %d files in %s, the model reads none", count - len(bare), dataset.folder
@@ -191,8 +202,7 @@ def check_own(config: RunConfig, dataset: ClipDataset) -> None:
         )
     if not len(dataset):
         raise ConfigError("training: the data set is empty, expected at least one clip")
-    clip = dataset.item(0)
-    _checked(clip, 0)
+    clip = kept_clip(item_of(dataset, 0))
     expected = [data.frames, data.channels, data.height, data.width]
     if data.mix_aspect:
         expected[2:] = clip.pixels.shape[2:]
@@ -201,7 +211,7 @@ def check_own(config: RunConfig, dataset: ClipDataset) -> None:
             f"training: clip {clip.name} of the data set has shape {list(clip.pixels.shape)}, expected {expected} "
             "(data.frames, data.channels, data.height, data.width), which the model is sampled at"
         )
-    again = dataset.item(0)
+    again = item_of(dataset, 0)
     # NaN, which is told of where it is read, is no other pixel.
     if not torch.equal(again.pixels.nan_to_num(), clip.pixels.nan_to_num()) or again.caption != clip.caption:
         logger.warning(
@@ -510,14 +520,15 @@ def _check_sampling(config: RunConfig) -> None:
     )
 
 
-def _checked(clip: Clip, index: int) -> Clip:
-    """A clip as a data set of the caller's own returned it, which may return the next one in the same memory.
+def item_of(dataset: ClipDataset, index: int, *, epoch: int = 0, seed: int = 0) -> Clip:
+    """A clip of a data set of the caller's own, which may return the next one in the same memory (see `kept_clip`).
 
     Raises:
         ConfigError: it is something else.
     """
+    clip = dataset.item(index, epoch=epoch, seed=seed)
     require_clip(f"training: item {index} of the data set", clip)
-    return kept_clip(clip)
+    return clip
 
 
 def source_of(clip: Clip) -> Tensor:
@@ -631,8 +642,8 @@ class Batches:
         images = self._images if image else None
         dataset, groups = self._clips if images is None else images
         pairs = sample_group(train.seed, step, count, groups)[rows]
-        clips = [_checked(dataset.item(index, epoch=epoch, seed=train.seed), index) for index, epoch in pairs]
-        pixels, captions = stack_clips(clips)
+        items = (item_of(dataset, index, epoch=epoch, seed=train.seed) for index, epoch in pairs)
+        pixels, clips = read_batch(items, len(pairs))
         frames = codec.latent_frames(pixels.shape[1])
         extend = choose.random() < train.drop_image and not image and frames > 1
         height, width = (side // codec.spatial for side in pixels.shape[-2:])
@@ -655,8 +666,10 @@ class Batches:
         return Batch(
             pixels,
             [
-                caption_for(self._config, caption, mode=mode, drop=bool(drop), image=image, size=size, rate=clip.fps)
-                for clip, caption, drop in zip(clips, captions, dropped, strict=True)
+                caption_for(
+                    self._config, clip.caption, mode=mode, drop=bool(drop), image=image, size=size, rate=clip.fps
+                )
+                for clip, drop in zip(clips, dropped, strict=True)
             ],
             [clip.name for clip in clips],
             draw_batch(train.seed, step, shape, first=rows.start),

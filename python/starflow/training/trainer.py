@@ -31,13 +31,13 @@ from tqdm import tqdm
 from starflow.arguments import check_call, check_config, check_flag
 from starflow.codecs import Codec, make_codec, tell_scale
 from starflow.config import ConfigError, RunConfig, TrainConfig, to_mapping
-from starflow.data import ClipDataset, to_frames, write_contact_sheet
+from starflow.data import ClipDataset, kept_clip, to_frames, write_contact_sheet
 from starflow.devices import as_device
 from starflow.distributed import ALONE, World, join
 from starflow.files import remove_leftovers, sole
 from starflow.inference import plain_modes
 from starflow.messages import shown, told_once
-from starflow.model import STEP, Encoded, Flow, nll_of, score_target, tweedie_step
+from starflow.model import STEP, Encoded, Flow, nll_of, score_target
 from starflow.storage import (
     INDEX,
     MODEL,
@@ -57,6 +57,7 @@ from starflow.training.batches import (
     Batches,
     check_own,
     data_of,
+    item_of,
     make_dataset,
     make_images,
     make_parts,
@@ -67,8 +68,10 @@ from starflow.training.batches import (
     with_world,
 )
 from starflow.training.engine import Engine, shard
+from starflow.training.errors import TrainingError, not_finite
 from starflow.training.log import open_log
 from starflow.training.machine import gains_from_bfloat16, keep_freed_memory
+from starflow.training.measure import begin_from_data
 from starflow.training.optim import Average, make_optimizers
 from starflow.training.start import new_flow, started_flow
 
@@ -97,12 +100,6 @@ SKIPS_LOOKED_AT = 100
 MOST_SKIPS = 500
 # Steps between entries of the log.
 LOG_EVERY = 10
-# Clips that the mean and the covariance of the data are measured on, spread over the set.
-CLIPS_MEASURED = 64
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: data or loss that is not finite, or a run that does not fit its folder."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +179,6 @@ class Trainer:
             shard(target, world)
         self.average = Average(self.flow, target, config.train.ema)
         self.optimizer, self.denoiser_optimizer = make_optimizers(self.flow, config.train, bfloat16=gains)
-        self._tracked = [buffer for buffer in self.flow.buffers() if buffer.numel()]
         self.step = 0
         self.updates = 0
         self._bad = 0
@@ -380,7 +376,7 @@ class Trainer:
                 latents = torch.cat(encoded, 1)
             finite = torch.isfinite(latents).flatten(1).all(1).tolist()
             if not all(finite):
-                raise _not_finite(batch.names[finite.index(False)])
+                raise not_finite(batch.names[finite.index(False)])
             x = latents.float() + train.noise_std * batch.noise.to(self.device)
             if batch.extend:
                 x = x[:, 1:]
@@ -404,6 +400,7 @@ class Trainer:
                 loss = weight * nll / parts
                 # Either all processes go on or none does, since all wait for each other's gradients.
                 if not math.isfinite(value := self.world.mean(float(nll.detach()))):
+                    self._share_tracked()
                     return None
                 total += value / parts
                 gradient = self._flow_backward(loss, self._penalty(encoded) / parts, part)
@@ -416,10 +413,16 @@ class Trainer:
                         denoiser_loss = F.mse_loss(prediction.float(), target)
                     (denoiser_loss / parts).backward()
                     denoiser_total += float(denoiser_loss.detach()) / parts
-        # Each process has the running means of its own rows; as these are linear, their average is that of the batch.
-        self.world.average(self._tracked)
+        self._share_tracked()
         denoiser_total = self.world.mean(denoiser_total)
         return (total, denoiser_total) if math.isfinite(denoiser_total) else None
+
+    def _share_tracked(self) -> None:
+        """Each process has the running means of its own rows; as these are linear, their average is that of the batch.
+
+        Nothing else is averaged: of three equal numbers rounding makes another one.
+        """
+        self.world.average(self.flow.tracked())
 
     def _penalty(self, encoded: Encoded) -> Tensor | float:
         weight = self.config.train.latent_norm_regularization
@@ -606,16 +609,11 @@ def _run(
             f"training: {folder} holds a model and no checkpoint of its run, expected an empty folder (a new run would "
             "replace the model; to train on from it, name it as train.init and give the run a folder of its own)"
         )
-    flow = started_flow(config, codec, text) if config.train.init is not None and last is None else None
-    if config.flow.centred and last is None and flow is None:
-        flow = new_flow(config)
-        flow.centre_on(world.share(lambda: mean_frame(dataset, codec, world.device)))
-    gaussian = None if flow is None or flow.denoiser is None else flow.denoiser.gaussian
-    sigma, weighted = config.train.noise_std, config.train.cond_noise_level
-    # That of a model that the run starts from is kept, unless the denoiser is new. Without noise it predicts 0.
-    if flow is not None and gaussian is not None and sigma > 0.0 and not gaussian.rest.any():
-        measured = world.share(lambda: covariances(flow, dataset, codec, world.device))
-        gaussian.fit(measured, sigma, tweedie_step(sigma, weighted=weighted))
+    flow = None
+    if last is None:
+        new = config.train.init is None
+        flow = new_flow(config) if new else started_flow(config, codec, text)
+        begin_from_data(flow, dataset, codec, config.train, world, new=new)
     trainer = Trainer(config, codec, text, world.device, world, flow=flow)
     trainer.data = world.share(lambda: data_of(dataset, images))
     if last is not None:
@@ -660,55 +658,6 @@ def _run(
                 raise KeyboardInterrupt
     trainer.save_model(folder)
     return trainer.averaged().requires_grad_(False).eval()
-
-
-def _not_finite(clip: str) -> TrainingError:
-    return TrainingError(f"training: clip {clip} holds NaN or infinity, expected finite pixels")
-
-
-@torch.no_grad()
-def mean_frame(dataset: ClipDataset, codec: Codec, device: torch.device) -> Tensor:
-    """The mean frame of latents, (channels, height, width); of clips of several sizes the mean over its places too.
-
-    Raises:
-        TrainingError: a clip that is not finite.
-    """
-    means = [latents.mean(0) for latents in _measured(dataset, codec, device)]
-    if len({mean.shape for mean in means}) > 1:
-        means = [mean.mean((1, 2), keepdim=True) for mean in means]
-    return torch.stack(means).mean(0).float().cpu()
-
-
-@torch.no_grad()
-def covariances(flow: Flow, dataset: ClipDataset, codec: Codec, device: torch.device) -> Tensor:
-    """Of the tokens of each place, around the mean that the flow is centred on, (places, channels, channels), float64.
-
-    Of clips that are not of the nominal size, or of several, those of all places together: (1, channels, channels).
-
-    Raises:
-        TrainingError: a clip that is not finite.
-    """
-    side = flow.config.img_size // flow.config.patch_size
-    sums = []
-    for latents in _measured(dataset, codec, device):
-        grid = flow.to_grid(latents[None].cpu())[0]
-        tokens = grid if grid.shape[1:3] == (side, side) else grid.flatten(0, 2)[:, None, None]
-        places = tokens.flatten(1, 2).double()
-        sums.append(torch.einsum("fpc,fpd->pcd", places, places) / len(places))
-    if len({each.shape for each in sums}) > 1:
-        sums = [each.mean(0, keepdim=True) for each in sums]
-    return torch.stack(sums).mean(0)
-
-
-def _measured(dataset: ClipDataset, codec: Codec, device: torch.device) -> Iterator[Tensor]:
-    """Latents (frames, channels, height, width) of clips that are spread over a set, float64."""
-    count = min(CLIPS_MEASURED, len(dataset))
-    for index in range(count):
-        clip = dataset.item(index * len(dataset) // count)
-        latents = codec.encode(clip.pixels[None].to(device))[0].double()
-        if not latents.isfinite().all():
-            raise _not_finite(clip.name)
-        yield latents
 
 
 def _told_data(facts: Mapping[str, Any]) -> str:
@@ -803,7 +752,7 @@ def _write_samples(trainer: Trainer, folder: Path, dataset: ClipDataset) -> None
         return
     pipeline = Pipeline(flow, config, trainer.codec, trainer.text, device=trainer.device)
     if config.train.source_prob:
-        clips = [dataset.item(index) for index in range(min(4, len(dataset)))]
+        clips = [kept_clip(item_of(dataset, index)) for index in range(min(4, len(dataset)))]
         prompts = tuple(clip.caption if trainer.text is not None else "" for clip in clips)
         sources = torch.stack([source_of(clip) for clip in clips])
         made = pipeline.sample(prompts, seed=config.train.seed, source=sources).pixels

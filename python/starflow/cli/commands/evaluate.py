@@ -124,7 +124,7 @@ def _real_clips(config: RunConfig, args: argparse.Namespace) -> tuple[list[Clip]
     count = args.count or _CLIPS
     held_out = make_dataset(config, "test")
     if isinstance(held_out, VideoFolder):
-        tell_rates("evaluate", own, held_out)
+        tell_rates("evaluate", own, held_out.rates_of_files)
     if data.kind == "folder" and len(held_out) < 2 * count:
         # More clips of each file: as many as both halves need, where the files are long enough to differ.
         more = dataclasses.replace(data, clips_per_file=data.clips_per_file * -(-2 * count // len(held_out)))

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import math
-import os
 import re
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from starflow.cli.options import (
     Command,
     add_device,
     add_sample_options,
+    check_written,
     device_name,
     load_pipeline,
     number,
@@ -134,20 +134,14 @@ def _sample_part(args: argparse.Namespace, asked: SampleOptions, world: World) -
 
 
 def _check_given(out: Path, names: list[str], asked: SampleOptions) -> None:
-    """Refuses a given file in whose place a clip would be written, such as one that was sampled into the same folder.
-
-    Raises:
-        ConfigError: there is one.
-    """
-    files = (f"{name}{suffix}" for name in names for suffix in (".mp4", ".gif", ".json"))
-    written = {os.path.realpath(out / file) for file in ("sheet.png", *files)}
-    for option in ("image", "video", "last_image", "source", "edit", "actions"):
-        file = getattr(asked, option)
-        if file is not None and os.path.realpath(file) in written:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} is {short(file)}, in whose place a clip would be written, expected "
-                "another --out"
-            )
+    """Refuses a given file in whose place a clip would be written, such as one that was sampled into this folder."""
+    options = ("image", "video", "last_image", "source", "edit", "actions")
+    files = {f"--{option.replace('_', '-')}": getattr(asked, option) for option in options}
+    written = [str(out / file) for name in names for file in (f"{name}.mp4", f"{name}.gif", f"{name}.json")]
+    check_written(
+        {"the sheet of --out": str(out / "sheet.png"), "a clip of --out": written},
+        {option: [str(file)] for option, file in files.items() if file is not None},
+    )
 
 
 def _tell_rate(pipeline: Pipeline, asked: SampleOptions, fps: float) -> None:
