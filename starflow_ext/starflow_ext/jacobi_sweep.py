@@ -122,7 +122,7 @@ def jacobi_sweep_reference(
         )
         state.store(index, cache)
         attended = block_attention(
-            q, k, v, causal=True, q_start=start, frames=state.frames, temperature=state.temperature
+            q, k, v, causal=not state.whole_frames, q_start=start, frames=state.frames, temperature=state.temperature
         )
         h = _added(h, attended.transpose(1, 2).flatten(2), layer.proj, layer.attention_post)
         h = _added(h, _hidden(weights.norm, layer, h), layer.down, layer.mlp_post)

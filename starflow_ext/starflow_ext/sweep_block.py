@@ -215,6 +215,8 @@ class BlockState:
         frame_tokens: tokens of a frame, where a token sees the text, its own frame and ``frames_behind`` before it; 0
             where it sees all before it.
         frames_behind: see ``frame_tokens``.
+        whole_frames: whether a token sees all of its own frame, and not only up to itself; windows are whole frames
+            then, there is no text, nothing is solved, and the device is the CPU.
     """
 
     keys: Tensor
@@ -230,6 +232,7 @@ class BlockState:
     condition_tokens: int = 0
     frame_tokens: int = 0
     frames_behind: int = 0
+    whole_frames: bool = False
 
     @classmethod
     def allocate(
@@ -248,6 +251,7 @@ class BlockState:
         condition_tokens: int = 0,
         frame_tokens: int = 0,
         frames_behind: int = 0,
+        whole_frames: bool = False,
     ) -> BlockState:
         """Allocate caches of ``slots`` slots for ``rows`` rows on the weights' device; the rest as the attributes.
 
@@ -277,6 +281,7 @@ class BlockState:
             condition_tokens,
             frame_tokens,
             frames_behind,
+            whole_frames,
         )
 
     @property
@@ -433,6 +438,7 @@ def block_sizes(weights: BlockWeights, state: BlockState) -> list[int]:
         "mask_frame_tokens": state.frame_tokens,
         "mask_frames": state.frames_behind,
         "condition_tokens": state.condition_tokens,
+        "whole_frames": int(state.whole_frames),
     }
     return list(_sizes_in_order({**weights.sizes, **own}))
 

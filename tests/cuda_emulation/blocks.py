@@ -130,6 +130,7 @@ class DeviceBlock:
             "slots": state.slots,
             "mask_frame_tokens": state.frame_tokens,
             "mask_frames": state.frames_behind,
+            "whole_frames": int(state.whole_frames),
             "cache": str(state.keys.dtype).removeprefix("torch."),
         }
 

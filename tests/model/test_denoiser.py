@@ -127,6 +127,59 @@ def test_packed_weights_predict_the_same(changes: dict[str, object], dtype: torc
             network.layers[0].mlp.up.weight.mul_(-1.0)
 
 
+TOLD = {"txt_size": 0, "txt_dim": 0, "cond_top_only": False, "frame_dim": 3, "conditional_denoiser": True}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"denoiser_window": 0},
+        {"denoiser_window": 1},
+        {"temporal_causal": 0},
+        {"denoiser_window": 1, "use_swiglu": True, "use_post_norm": True, "use_qk_norm": True},
+        {"denoiser_window": 2, "hf_style_rope": True, "norm_type": "none", "use_final_norm": False},
+        TOLD,
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-3)])
+def test_all_layers_in_one_call_predict_the_same(
+    changes: dict[str, object], dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a network reads no text and looks no further ahead than its frame."""
+    flow, network = denoiser(**{"conditional_denoiser": False, "temporal_causal": 1, "denoiser_layers": 3} | changes)
+    x = latents(flow, frames=5)
+    told = torch.randn(x.shape[0], 5, 3) if "frame_dim" in changes else None
+    if told is not None:
+        told[:, 2] = torch.nan
+    network.to(dtype)
+    cases = [(x, told)] if changes is TOLD or x.dim() == 4 else [(x, told), (x[:, 0], None)]
+    with torch.no_grad():
+        expected = [network(given, None, vectors) for given, vectors in cases]
+
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("layer by layer")
+
+    monkeypatch.setattr(Denoiser, "_by_layer", refuse)
+    with torch.inference_mode():
+        got = [network(given, None, vectors) for given, vectors in cases]
+    for own, other in zip(got, expected, strict=True):
+        assert own.dtype == other.dtype
+        assert own.shape == other.shape
+        assert (own - other).norm() < bound * other.norm()
+
+
+def test_a_clip_whose_keys_take_much_memory_is_denoised_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, network = denoiser(conditional_denoiser=False, temporal_causal=1)
+    x = latents(flow)
+    with torch.inference_mode():
+        expected = network(x)
+        monkeypatch.setattr("starflow.model.denoiser._ONE_CALL", 0)
+        monkeypatch.setattr(Denoiser, "_at_once", None)
+        assert (network(x) - expected).norm() < 2e-5 * expected.norm()
+
+
 @pytest.mark.parametrize("prefix", [0, 3, 5])
 @pytest.mark.parametrize("window", [None, 1, 2, 4])
 @pytest.mark.parametrize("look_ahead", [1, 2])

@@ -75,6 +75,54 @@ def test_sweeps_over_the_last_frames_are_those_of_the_reference(
         torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
 
 
+@pytest.mark.parametrize("behind", [0, 1, 3])
+@pytest.mark.parametrize("frame_tokens, tokens", [(8, 40), (5, 10), (64, 64), (88, 88), (1, 7)])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_a_token_sees_all_of_its_frame_where_frames_are_whole(
+    storage: Any, frame_tokens: int, tokens: int, behind: int, isa: str
+) -> None:
+    """The first frames, then those that are left; the last one may be cut off by the end of the caches."""
+    weights = block({}, storage)
+    g = torch.Generator().manual_seed(1)
+    rows = torch.randn(3, 88, 5, generator=g)
+    frames = {"frame_tokens": frame_tokens, "frames_behind": behind, "whole_frames": True}
+
+    def run() -> list[torch.Tensor]:
+        state = state_of(weights, 3, 88, 0, storage=storage, **frames)
+        begin = torch.zeros(3, dtype=torch.int64)
+        first = ops.jacobi_sweep(weights, state, rows[:, :tokens], begin)
+        if tokens == 88:
+            return [first]
+        return [first, ops.jacobi_sweep(weights, state, rows[:, tokens : 2 * tokens], begin + tokens)]
+
+    got = run()
+    with starflow_ext.reference_mode():
+        expected = run()
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=BOUNDS[storage], rtol=BOUNDS[storage])
+
+
+def test_windows_of_whole_frames_are_asked_for() -> None:
+    weights = block({})
+    state = state_of(weights, 1, 64, 0, frame_tokens=8, frames_behind=1, whole_frames=True)
+    for start, tokens in ((0, 7), (4, 8), (8, 12)):
+        with pytest.raises(
+            RuntimeError,
+            match=rf"^jacobi_sweep: start holds {start} for {tokens} tokens, expected whole frames of 8 tokens",
+        ):
+            ops.jacobi_sweep(weights, state, torch.randn(1, tokens, 5), torch.tensor([start]))
+    endless = state_of(weights, 1, 64, 0, whole_frames=True)
+    with pytest.raises(
+        RuntimeError, match=r"^jacobi_sweep: whole_frames is 1, expected 0 without mask_frame_tokens, with"
+    ):
+        ops.jacobi_sweep(weights, endless, torch.randn(1, 8, 5), torch.tensor([0]))
+    x = torch.zeros(1, 65, 5)
+    progress = SolveProgress.begin(x, 1, halves=1, out_channels=10)
+    options = {"first": 1, "first_token": 0, "frame_tokens": 8, "window": 8, "tolerance": 0.1}
+    with pytest.raises(RuntimeError, match=r"^jacobi_solve: whole_frames is 1, expected 0: a token is solved from"):
+        ops.jacobi_solve(weights, state, progress, x[:, 1:], **options)
+
+
 def test_a_token_sees_the_last_frames_alone() -> None:
     """What is cached of frames further back may be anything."""
     weights = block({})

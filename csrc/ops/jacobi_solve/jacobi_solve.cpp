@@ -108,6 +108,9 @@ std::tuple<Tensor, int64_t, int64_t, int64_t> run(const Tensor& x, const Tensor&
                                                   double soft_clip, double guidance, bool linear, bool guide_log_scale,
                                                   bool guide_shift, bool annealed, int64_t most_sweeps) {
     const Block block(op, {keys, values, weights, sizes, product_input});
+    require(
+        !block.args().whole_frames, op, "whole_frames is", [] { return "1"; },
+        [] { return "0: a token is solved from those before it"; });
     const auto scale = option_of<ScaleActivation>(op, "activation", activation, scale_activation_names);
     const SolveOptions options{first,
                                first_token,

@@ -31,7 +31,8 @@ void run_cpu(const Block& block, const Tensor& rows, const int64_t* start, const
     std::vector<SweepWindow> windows;
     windows.reserve(b.cache_rows);
     for (int64_t row = 0; row < b.cache_rows; ++row) windows.push_back({row, start[row], tokens, keep[row], 0});
-    Sweeper sweeper(b, sweep_kernels(), {torch_threads(), run_on_torch_threads}, b.cache_rows * tokens);
+    const int64_t together = b.whole_frames ? tokens : b.cache_rows * tokens;
+    Sweeper sweeper(b, sweep_kernels(), {torch_threads(), run_on_torch_threads}, together);
     const auto* data = static_cast<const float*>(rows.data_ptr());
     sweeper.sweep(windows, text ? nullptr : data, text ? data : nullptr, raw);
 }
@@ -81,6 +82,12 @@ Tensor run(const Tensor& keys, const Tensor& values, const Tensor& rows, const T
                        " tokens: the caches have " + std::to_string(b.slots) + " slots, " +
                        sum_text(first[row], tokens) + " are needed";
             });
+        // Of a frame that is there in part, slots would see others that are not written yet.
+        const auto between = [&](int64_t slot) { return slot == b.slots || slot % b.mask_frame_tokens == 0; };
+        require(
+            !b.whole_frames || (between(first[row]) && between(first[row] + tokens)), op, "start holds",
+            [&] { return std::to_string(first[row]) + " for " + std::to_string(tokens) + " tokens"; },
+            [&] { return "whole frames of " + std::to_string(b.mask_frame_tokens) + " tokens (whole_frames)"; });
     }
     const Tensor raw =
         empty_like_shape(rows, {b.cache_rows, text ? 0 : tokens, block.out_channels()}, ScalarType::Float);

@@ -73,6 +73,7 @@ struct SweepBlock {
     int64_t slots;              // of the caches
     int64_t mask_frame_tokens;  // of a frame, where a slot sees its own and `mask_frames` before it; 0: all
     int64_t mask_frames;
+    bool whole_frames;  // a slot sees all of its frame; windows are whole frames
     MatrixStorage cache;
     ProductInput product_input;
 };
@@ -80,7 +81,7 @@ struct SweepBlock {
 // Who sees whom; a window's first slot is to be set.
 STARFLOW_HOST_DEVICE constexpr AttentionMask mask_of(const SweepBlock& block) {
     AttentionMask mask{};
-    mask.causal = true;
+    mask.causal = !block.whole_frames;
     mask.frames = block.mask_frame_tokens > 0;
     mask.prefix = block.text_tokens;
     mask.frame_tokens = block.mask_frame_tokens;

@@ -201,6 +201,12 @@ Block::Block(const char* op, const BlockTensors& tensors) {
     // More than there are slots is as many: so no product of the two overflows.
     b.mask_frame_tokens = std::min(sizes[size_mask_frame_tokens], b.slots);
     b.mask_frames = std::min(sizes[size_mask_frames], b.slots);
+    b.whole_frames = sizes[size_whole_frames] != 0;
+    const bool may_be_whole = b.mask_frame_tokens > 0 && b.text_tokens == 0 && !tensors.keys.is_cuda();
+    require(
+        sizes[size_whole_frames] <= (may_be_whole ? 1 : 0), op, "whole_frames is",
+        [&] { return std::to_string(sizes[size_whole_frames]); },
+        [&] { return may_be_whole ? "0 or 1" : "0 without mask_frame_tokens, with text or on a CUDA device"; });
     const auto kind = option_of<NormKind>(op, "norm", sizes[size_norm], norm_kind_names);
     require(
         b.heads % b.kv_heads == 0, op, "kv_heads is", [&] { return std::to_string(b.kv_heads); },

@@ -18,11 +18,12 @@ enum BlockSize : int {
     size_mask_frame_tokens,  // 0: a slot sees all before it
     size_mask_frames,
     size_condition_tokens,  // 0: a row of the caches has one condition
+    size_whole_frames,      // 1: a slot sees all of its frame, and not up to itself
     block_size_count
 };
 inline constexpr const char* block_size_names[]{
-    "channels",    "width", "heads", "kv_heads",          "head_dim",    "hidden",          "out_channels",
-    "text_tokens", "slots", "norm",  "mask_frame_tokens", "mask_frames", "condition_tokens"};
+    "channels",    "width", "heads", "kv_heads",          "head_dim",    "hidden",           "out_channels",
+    "text_tokens", "slots", "norm",  "mask_frame_tokens", "mask_frames", "condition_tokens", "whole_frames"};
 
 // A weight is its panels (on CUDA rows), the scale of its columns and its bias, one behind the other.
 enum BlockTensor : int {

@@ -37,7 +37,7 @@ Sweeper::Sweeper(const SweepBlock& block, const SweepKernels& kernels, const Tea
     : block_(block),
       kernels_(kernels),
       team_(team),
-      most_rows_(std::max<int64_t>(1, std::min(rows, rows_at_once))),
+      most_rows_(std::max<int64_t>(1, block.whole_frames ? rows : std::min(rows, rows_at_once))),
       layer_bytes_(block.layer_count == 0 ? 0 : bytes_of(block.layers[0])),
       window_of_row_(most_rows_) {
     const int64_t together = memory_bytes(most_rows_, team.members);
@@ -87,6 +87,7 @@ void Sweeper::sweep(const std::vector<SweepWindow>& windows, const float* previo
     };
     for (SweepWindow window : windows) {
         // What a window's later rows read of its earlier ones is in the caches: its parts may run one after the other.
+        // Rows of whole frames read later ones too: of these `rows` is a window, which runs as a whole.
         while (window.count > 0) {
             SweepWindow piece = window;
             piece.count = std::min(window.count, most_rows_ - rows);

@@ -18,6 +18,7 @@ struct Team {
 // Sweeps in the calling thread's scratch memory, one Sweeper at a time; those of more rows than fit run in parts.
 class Sweeper {
   public:
+    // For so many rows, which may run in pieces; for whole frames, those of a window.
     Sweeper(const SweepBlock& block, const SweepKernels& kernels, const Team& team, int64_t rows);
 
     // Rows of the windows lie one behind the other in `previous` (rows, channels) or `embedded` (rows, width), and in

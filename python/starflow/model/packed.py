@@ -171,6 +171,13 @@ def pack_conditioner(conditioner: Conditioner, storage: WeightStorage | None = N
     return _keep(conditioner, storage, lambda packed: _pack(conditioner, storage, packed))
 
 
+def pack_network(network: Transformer) -> BlockWeights:
+    """The layers of a network and its projections in their own dtype, as `starflow_ext.ops.jacobi_sweep` runs them in
+    one call; kept like those of `pack_conditioner`.
+    """
+    return _keep(network, "block", lambda packed: _pack_block(network, None, packed))
+
+
 def pack_linears(network: Transformer) -> dict[nn.Module, PackedWeight]:
     """The weights of all linear layers of a network in their own dtype, kept like those of `pack_conditioner`."""
     return _keep(network, "linears", lambda packed: _pack_linears(network, packed))
@@ -203,12 +210,7 @@ def _pack_linears(network: Transformer, done: Callable[[int], None]) -> dict[nn.
 
 @torch.no_grad()
 def _pack(conditioner: Conditioner, storage: WeightStorage | None, done: Callable[[int], None]) -> PackedNetwork:
-    layers = []
-    for index, layer in enumerate(conditioner.layers):
-        assert isinstance(layer, Layer)
-        layers.append(_layer(layer, storage))
-        done(index)
-    config = conditioner.config
+    block = _pack_block(conditioner, storage, done)
     text, position, summary, previous = (
         None if linear is None else _linear(linear, storage)
         for linear in (
@@ -218,18 +220,28 @@ def _pack(conditioner: Conditioner, storage: WeightStorage | None, done: Callabl
             conditioner.proj_previous,
         )
     )
-    block = BlockWeights(
-        heads=conditioner.heads,
-        kv_heads=conditioner.kv_heads,
-        head_dim=conditioner.head_dim,
-        proj_in=_linear(conditioner.proj_in, storage),
-        proj_out=_linear(conditioner.proj_out, storage),
-        layers=tuple(layers),
-        norm=None if config.norm_type == "none" else config.norm_type,
-        start_token=None if conditioner.sos_embed is None else _float(conditioner.sos_embed.flatten()),
-        final_norm=_weight(conditioner.final_norm),
-    )
     return PackedNetwork(block, text, position, summary, previous)
+
+
+@torch.no_grad()
+def _pack_block(network: Transformer, storage: WeightStorage | None, done: Callable[[int], None]) -> BlockWeights:
+    layers = []
+    for index, layer in enumerate(network.layers):
+        assert isinstance(layer, Layer)
+        layers.append(_layer(layer, storage))
+        done(index)
+    start = network.sos_embed if isinstance(network, Conditioner) else None
+    return BlockWeights(
+        heads=network.heads,
+        kv_heads=network.kv_heads,
+        head_dim=network.head_dim,
+        proj_in=_linear(network.proj_in, storage),
+        proj_out=_linear(network.proj_out, storage),
+        layers=tuple(layers),
+        norm=None if network.config.norm_type == "none" else network.config.norm_type,
+        start_token=None if start is None else _float(start.flatten()),
+        final_norm=_weight(network.final_norm),
+    )
 
 
 def _layer(layer: Layer, storage: WeightStorage | None) -> LayerWeights:
