@@ -298,7 +298,7 @@ MUTATIONS = mutations(
 ) + mutations(
     "ops/jacobi_sweep/jacobi_sweep.h",
     {
-        r"mask\.causal = true;": "",
+        r"mask\.causal = !block\.whole_frames;": "",
         r"mask\.prefix = block\.text_tokens;": "mask.prefix = 0;",
         r"mask\.frames \? block\.mask_frames : -1": "-1",
         r"mask\.length = block\.slots;": "mask.length = 1;",
