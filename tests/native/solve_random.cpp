@@ -144,6 +144,7 @@ struct Problem {
                          slots,
                          masked ? frame : 0,
                          1,
+                         false,
                          cache,
                          ProductInput::bfloat16};
         const Team team{threads, run_team};
