@@ -313,9 +313,14 @@ class FlowConfig:
         return self.in_channels * self.patch_size**2
 
     @property
+    def frame_side(self) -> int:
+        """Tokens along a side of a frame of the nominal size."""
+        return self.img_size // self.patch_size
+
+    @property
     def position_side(self) -> float:
         """Side length that rotary coordinates of a frame are scaled to."""
-        return float(self.pt_seq_len if self.pt_seq_len is not None else self.img_size // self.patch_size)
+        return float(self.pt_seq_len if self.pt_seq_len is not None else self.frame_side)
 
     @property
     def third_axis(self) -> bool:

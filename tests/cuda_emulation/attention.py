@@ -17,12 +17,29 @@ from starflow_ext.block_attention import SPEC, FrameMask
 
 from ..ops import battery
 from .emulator import Kernels, Report
+from .switches import BOUND
 
 HALVES = (torch.float16, torch.bfloat16)
 FORWARD = "ops/block_attention/block_attention.cu"
 FORWARD_SM90 = "ops/block_attention/block_attention_sm90.cu"
 BACKWARD = "ops/block_attention/block_attention_backward.cu"
 BACKWARD_SM90 = "ops/block_attention/block_attention_backward_sm90.cu"
+# What several kernels include, and what is taken away of it (see `Switches`).
+STAGED = {
+    "ops/block_attention/block_attention_sm90.cuh": {
+        r"n % stages": "(on ? 0 : {0})",
+        r"n / stages % 2": "(on ? 0 : {0})",
+    },
+    "cuda/tensor_map.cuh": {
+        r"static_cast<cuuint64_t>\(sizes\[3 - d\]\)(?=;)": "{0} + (on ? 8 : 0)",
+        r"CU_TENSOR_MAP_SWIZZLE_128B": "(on ? CU_TENSOR_MAP_SWIZZLE_NONE : {0})",
+    },
+}
+DOTS = {
+    "ops/block_attention/block_attention_backward.cuh": {
+        r"index < shape\.batch \* shape\.heads \* shape\.queries": BOUND
+    }
+}
 # Keys of a tile of the kernels of sm_90a, and the number of tiles that are in shared memory at a time.
 COLUMNS = 128
 STAGES = 2

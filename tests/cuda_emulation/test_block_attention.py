@@ -14,6 +14,7 @@ from starflow_ext.block_attention import SPEC
 from ..ops import battery
 from .attention import (
     BACKWARD,
+    DOTS,
     FORWARD,
     HALVES,
     Above,
@@ -189,9 +190,6 @@ BACKWARD_MUTATIONS = BARRIERS | {
 }
 
 
-DOTS = "ops/block_attention/block_attention_backward.cuh"
-DOTS_MUTATIONS = {r"index < shape\.batch \* shape\.heads \* shape\.queries": BOUND}
-
 EDITS = {
     "launch(_by_width)?<Float16>": r"launch\1<BFloat16>",
     r"<Element, 128\b": "<Element, 64",
@@ -224,7 +222,7 @@ CHECKS = {FORWARD: check_forward, BACKWARD: _check_backward}
 NARROW = EDITS | {r"<Element, 256\b": "<Element, 64"}
 SWITCHES = {
     FORWARD: Switches(FORWARD, {FORWARD: FORWARD_MUTATIONS, SHARED: SHARED_MUTATIONS, TILES: TILES_MUTATIONS}, NARROW),
-    BACKWARD: Switches(BACKWARD, {BACKWARD: BACKWARD_MUTATIONS, DOTS: DOTS_MUTATIONS, TILES: TILES_MUTATIONS}, EDITS),
+    BACKWARD: Switches(BACKWARD, {BACKWARD: BACKWARD_MUTATIONS, **DOTS, TILES: TILES_MUTATIONS}, EDITS),
 }
 PLACES = [
     pytest.param(source, place, id=f"{Path(source).stem}-{what}")

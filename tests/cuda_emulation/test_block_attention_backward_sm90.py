@@ -17,7 +17,9 @@ from ..ops import battery
 from .attention import (
     BACKWARD_SM90,
     COLUMNS,
+    DOTS,
     HALVES,
+    STAGED,
     Above,
     Call,
     arguments_for,
@@ -206,25 +208,13 @@ MUTATIONS = {
     r"wait_for_signals\([^;]*\);": STATEMENT,
     r"signal\(args\.turns \+ place\);": STATEMENT,
 }
-STAGED = "ops/block_attention/block_attention_sm90.cuh"
-STAGED_MUTATIONS = {
-    r"n % stages": "(on ? 0 : {0})",
-    r"n / stages % 2": "(on ? 0 : {0})",
-}
-DOTS = "ops/block_attention/block_attention_backward.cuh"
-DOTS_MUTATIONS = {r"index < shape\.batch \* shape\.heads \* shape\.queries": BOUND}
-MAPS = "cuda/tensor_map.cuh"
-MAPS_MUTATIONS = {
-    r"static_cast<cuuint64_t>\(sizes\[3 - d\]\)(?=;)": "{0} + (on ? 8 : 0)",
-    r"CU_TENSOR_MAP_SWIZZLE_128B": "(on ? CU_TENSOR_MAP_SWIZZLE_NONE : {0})",
-}
 EDITS = {
     "launch_by_width<Float16>": "launch_by_width<BFloat16>",
     r"launch_backward<Element, 128\b": "launch_backward<Element, 64",
 }
 SWITCHES = Switches(
     BACKWARD_SM90,
-    {BACKWARD_SM90: MUTATIONS, DOTS: DOTS_MUTATIONS, STAGED: STAGED_MUTATIONS, MAPS: MAPS_MUTATIONS},
+    {BACKWARD_SM90: MUTATIONS, **DOTS, **STAGED},
     EDITS,
 )
 

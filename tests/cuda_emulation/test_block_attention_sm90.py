@@ -18,6 +18,7 @@ from .attention import (
     COLUMNS,
     FORWARD_SM90,
     HALVES,
+    STAGED,
     STAGES,
     Call,
     arguments_for,
@@ -207,23 +208,13 @@ SHARED_MUTATIONS = {
     r"first \+ in_tile < end(?= \?)": BOUND,
     r"(?<!else )if \(r < block\.end": "if ((on || r < block.end)",  # the other is that of float32
 }
-STAGED = "ops/block_attention/block_attention_sm90.cuh"
-STAGED_MUTATIONS = {
-    r"n % stages": "(on ? 0 : {0})",
-    r"n / stages % 2": "(on ? 0 : {0})",
-}
-MAPS = "cuda/tensor_map.cuh"
-MAPS_MUTATIONS = {
-    r"static_cast<cuuint64_t>\(sizes\[3 - d\]\)(?=;)": "{0} + (on ? 8 : 0)",
-    r"CU_TENSOR_MAP_SWIZZLE_128B": "(on ? CU_TENSOR_MAP_SWIZZLE_NONE : {0})",
-}
 EDITS = {
     "launch_by_width<Float16>": "launch_by_width<BFloat16>",
     r"launch_forward<Element, 128\b": "launch_forward<Element, 64",
 }
 SWITCHES = Switches(
     FORWARD_SM90,
-    {FORWARD_SM90: MUTATIONS, SHARED: SHARED_MUTATIONS, STAGED: STAGED_MUTATIONS, MAPS: MAPS_MUTATIONS},
+    {FORWARD_SM90: MUTATIONS, SHARED: SHARED_MUTATIONS, **STAGED},
     EDITS,
 )
 

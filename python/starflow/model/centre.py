@@ -24,7 +24,7 @@ class Centre(nn.Module):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        side = config.img_size // config.patch_size
+        side = config.frame_side
         self.register_buffer("mean", torch.zeros(side, side, config.token_channels))
         self.mean: Tensor
 

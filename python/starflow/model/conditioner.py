@@ -117,7 +117,7 @@ class Conditioner(Transformer):
         self.activation = config.activation
         self.soft_clip = config.soft_clip
         self.sos_embed = nn.Parameter(torch.randn(1, 1, channels)) if config.sos else None
-        table = (config.img_size // config.patch_size) ** 2
+        table = config.frame_side**2
         self.pos_embed = None if config.rope else nn.Parameter(0.01 * torch.randn(table, self.width))
         self.proj_position = nn.Linear(config.head_dim, self.width, bias=False) if config.position_embed else None
         self.previous_frames = config.previous_frames if config.is_top(block) else 0

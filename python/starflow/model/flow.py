@@ -42,8 +42,7 @@ class Flow(nn.Module):
         self.centre = Centre(config) if config.centred else None
         # Variance of the prior by nominal position and channel: ones, but for volume-preserving TarFlow models, where
         # it is a running mean.
-        side = config.img_size // config.patch_size
-        self.register_buffer("prior_variance", torch.ones(side * side, config.token_channels))
+        self.register_buffer("prior_variance", torch.ones(config.frame_side**2, config.token_channels))
         self.prior_variance: Tensor
 
     # -- data to noise ------------------------------------------------------------------------------------------------
@@ -179,8 +178,7 @@ class Flow(nn.Module):
     @property
     def nominal_sides(self) -> tuple[int, int]:
         """Height and width of the token grid of frames of the nominal size."""
-        side = self.config.img_size // self.config.patch_size
-        return side, side
+        return self.config.frame_side, self.config.frame_side
 
     # -- noise to data ------------------------------------------------------------------------------------------------
 

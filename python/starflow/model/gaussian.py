@@ -27,7 +27,7 @@ class Gaussian(nn.Module):
 
     def __init__(self, config: FlowConfig) -> None:
         super().__init__()
-        side = config.img_size // config.patch_size
+        side = config.frame_side
         # Places in raster order, and behind them that of all places.
         rows, channels = side * side + 1, config.token_channels
         self.register_buffer("components", torch.zeros(rows, channels, config.denoiser_components))
